@@ -1,0 +1,62 @@
+# make demo   everything from nothing to a guest on a lazily fetched image
+# make test   every test, the guest included
+# make help   the rest
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+CC ?= cc
+CLANG ?= clang
+BUILD := build
+
+CSTD := -std=c11 -D_GNU_SOURCE -Icsrc
+CWARN := -Wall -Wextra -Werror -Wshadow -Wno-unused-parameter -Wno-missing-field-initializers
+CLIBS := -lzstd -llz4 -lz -lcrypto -lpthread
+CSRC := $(sort $(wildcard csrc/*.c))
+CHDR := $(wildcard csrc/*.h)
+CTESTS := $(patsubst tests/c/%.c,%,$(sort $(wildcard tests/c/test_*.c)))
+FUZZERS := $(patsubst tests/fuzz/%.c,%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
+SAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+
+.PHONY: help deps venv build guest demo test check ctest asan tsan fuzz bench bench-cold-start clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile; echo "make build check ctest asan tsan fuzz bench bench-cold-start clean"
+
+deps:
+	@scripts/install-packages
+
+# The environment is made anew when pyproject.toml changes, the engine when a C file does.
+$(VENV)/.ready: pyproject.toml | deps
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install -q --upgrade pip "setuptools>=77" wheel
+	@$(PY) scripts/list-requirements.py | $(PY) -m pip install -q -r /dev/stdin
+	@touch $@
+
+venv: $(VENV)/.ready
+
+$(VENV)/.built: $(VENV)/.ready $(CSRC) $(CHDR) setup.py virtiofsd_nydus/engine_build.py
+	@$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+build: $(VENV)/.built
+
+# ---- C tests and fuzzers: no Python needed
+$(BUILD)/c/%: tests/c/%.c $(CSRC) $(CHDR)
+	@mkdir -p $(@D)
+	@$(CC) $(CSTD) $(CWARN) -O1 -g $(CSRC) $< -o $@ $(CLIBS)
+
+$(BUILD)/asan/%: tests/c/%.c $(CSRC) $(CHDR)
+	@mkdir -p $(@D)
+	@$(CC) $(CSTD) $(CWARN) -O1 -g $(SAN) $(CSRC) $< -o $@ $(CLIBS)
+
+$(BUILD)/tsan/%: tests/c/%.c $(CSRC) $(CHDR)
+	@mkdir -p $(@D)
+	@$(CC) $(CSTD) $(CWARN) -Wno-tsan -O1 -g -fsanitize=thread $(CSRC) $< -o $@ $(CLIBS)
+
+$(BUILD)/fuzz/%: tests/fuzz/%.c $(CSRC) $(CHDR)
+	@mkdir -p $(@D)
+	@$(CLANG) $(CSTD) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $(CSRC) $< -o $@ $(CLIBS)
+
+ctest: $(addprefix $(BUILD)/c/,$(CTESTS))
+	@for t in $^; do $$t || exit 1; done

@@ -1,0 +1,272 @@
+/* vnd.h -- the seam: everything Python may call in the C engine.
+ *
+ * The engine build (virtiofsd_nydus/engine_build.py) hands this file to cffi, so it holds plain
+ * declarations only: no macros but integer constants, no inline code. Every call releases the GIL. C never
+ * calls back. Errors are negative errno values unless stated; a function that takes (err, err_len) fills err
+ * with one line (what, where, what to do) when it fails.
+ *
+ * Threads: "control" is any Python thread; "fetch" a thread that serves jobs. Handles are not locked against
+ * their own *_free.
+ */
+#ifndef VND_H
+#define VND_H
+#include <stdint.h>
+#include <stddef.h>
+
+#define VND_ID_MAX 64        /* longest blob id, without the NUL (rafs-format: blob table) */
+#define VND_ERR_MAX 512      /* size of an error line buffer */
+#define VND_QUEUE_MAX 16     /* virtqueues a device has at most, queue 0 (hiprio) included */
+#define VND_RING_MAX 1024    /* entries of a virtqueue at most (QEMU's own limit) */
+#define VND_REGION_MAX 509   /* guest memory regions (what QEMU's MAX_MEM_SLOTS is answered with) */
+
+/* Why something failed; each is told apart in logs, errors and metrics. */
+enum vnd_cause {
+    VND_CAUSE_NONE = 0,
+    VND_CAUSE_AUTH = 1,      /* the server refused our credentials */
+    VND_CAUSE_SCHEME = 2,    /* TLS spoken to a plain server or the reverse; bad certificate */
+    VND_CAUSE_NETWORK = 3,   /* unreachable, reset, timeout, 5xx */
+    VND_CAUSE_DIGEST = 4,    /* bytes arrived and are not the image's bytes */
+    VND_CAUSE_FORMAT = 5,    /* malformed image, metadata or message */
+    VND_CAUSE_SPACE = 6,     /* disk full or read-only */
+    VND_CAUSE_MISSING = 7,   /* the server does not have the blob */
+    VND_CAUSE_DEADLINE = 8,  /* not there in time */
+    VND_CAUSE_GUEST = 9,     /* the guest broke the protocol */
+    VND_CAUSE_IO = 10        /* local input or output error */
+};
+
+/* ---------------------------------------------------------------- engine */
+typedef struct vnd_engine vnd_engine;
+
+typedef struct {
+    uint32_t read_deadline_ms;    /* a guest read that misses fails with EIO after this; 0 = 30000 */
+    uint32_t pool_threads;        /* threads for page-cache misses and compressed hits; 0 = 2 */
+    uint32_t amplify_max_bytes;   /* upper bound of a merged demand fetch; 0 = 8 MiB */
+    uint32_t sync_interval_ms;    /* how often written data is made durable; 0 = 30000 */
+    uint8_t allow_unverified;     /* serve images that carry no chunk digests */
+} vnd_engine_cfg;
+
+/* What the engine wants said. text is NUL-terminated, one line, without secrets. */
+typedef struct {
+    uint64_t time_us;             /* CLOCK_REALTIME */
+    int32_t level;                /* 10 debug, 20 info, 30 warning, 40 error (Python's logging levels) */
+    int32_t cause;                /* enum vnd_cause */
+    uint32_t repeated;            /* how often the same line was suppressed since it was last given */
+    char text[VND_ERR_MAX];
+} vnd_event;
+
+vnd_engine *vnd_engine_new(const vnd_engine_cfg *cfg);
+/* Wakes every job_next and event_next with -ESHUTDOWN, stops the engine's own threads. Devices must be freed
+ * first. Idempotent. */
+void vnd_engine_shutdown(vnd_engine *e);
+void vnd_engine_free(vnd_engine *e);
+/* Blocks up to timeout_ms; 0 = *ev filled, -ETIMEDOUT, -ESHUTDOWN. One consumer. */
+int vnd_event_next(vnd_engine *e, vnd_event *ev, int timeout_ms);
+
+typedef struct {                  /* monotonic counters since engine start, all bytes uncompressed unless named */
+    uint64_t fuse_requests;       /* requests answered */
+    uint64_t fuse_errors;         /* of them with an error other than ENOENT/ENODATA/ENOSYS */
+    uint64_t read_bytes;          /* file bytes given to readers */
+    uint64_t hits;                /* reads served without parking */
+    uint64_t parked;              /* reads that had to wait at least once */
+    uint64_t expired;             /* reads that ended by deadline */
+    uint64_t pool_reads;          /* ready data that was not in the page cache */
+    uint64_t fetch_jobs;          /* range jobs handed out */
+    uint64_t fetched_bytes;       /* compressed bytes fed */
+    uint64_t fetched_chunks;      /* chunks made ready by a fetch */
+    uint64_t verified_chunks;     /* chunks made ready by verifying what was in the cache */
+    uint64_t digest_failures;     /* chunks refused */
+    uint64_t prefetch_bytes;      /* part of fetched_bytes that prefetch asked for */
+    uint64_t ring_errors;         /* queues lost to protocol violations */
+    uint64_t oldest_wait_us;      /* age of the oldest parked read now, 0 if none */
+} vnd_stats;
+void vnd_engine_stats(vnd_engine *e, vnd_stats *out);
+
+/* ---------------------------------------------------------------- store: one cache directory */
+typedef struct vnd_store vnd_store;
+typedef struct vnd_blob vnd_blob;
+
+/* Opens work_dir (must exist) and its .virtiofsd-nydus/ side directory. NULL on failure. One per directory and
+ * engine: a second open of the same directory returns the same store with one more reference. */
+vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, char *err, size_t err_len);
+void vnd_store_free(vnd_store *s);
+
+/* ---------------------------------------------------------------- rafs: an opened bootstrap */
+typedef struct vnd_rafs vnd_rafs;
+
+typedef struct {                  /* one entry of the image's blob table */
+    char id[VND_ID_MAX + 1];
+    uint32_t index;
+    uint32_t chunk_size_bytes;
+    uint32_t chunk_count;
+    uint32_t compressor;          /* 0 none, 1 lz4_block, 2 gzip, 3 zstd */
+    uint32_t digester;            /* 0 blake3, 1 sha256 */
+    uint32_t features;
+    uint64_t compressed_size_bytes;
+    uint64_t uncompressed_size_bytes;
+    uint64_t ci_offset, ci_csize_bytes, ci_usize_bytes;
+    uint32_t ci_compressor;
+} vnd_blob_info;
+
+typedef struct {
+    uint32_t fs_version;          /* 5 or 6 */
+    uint32_t chunk_size_bytes;
+    uint64_t flags;               /* superblock flags, rafs-format 2.2 */
+    uint64_t inode_count;
+    uint32_t blob_count;
+    uint32_t prefetch_count;
+    uint64_t root_ino;
+    uint32_t block_size_bytes;
+    uint32_t meta_blkaddr;        /* v6 */
+    uint64_t chunk_table_offset, chunk_table_size_bytes;
+    uint64_t blob_table_offset, blob_table_size_bytes;
+    uint64_t prefetch_table_offset, prefetch_table_size_bytes;
+} vnd_rafs_info;
+
+/* Maps the bootstrap read-only and checks superblock and tables (not the tree). blob_id is the real id of a single
+ * inlined blob or NULL. store may be NULL: then metadata is readable and data is not. *cause gets a vnd_cause. */
+vnd_rafs *vnd_rafs_open(vnd_engine *e, const char *bootstrap, const char *blob_id, vnd_store *store, int *cause,
+                        char *err, size_t err_len);
+void vnd_rafs_info_get(vnd_rafs *r, vnd_rafs_info *out);
+int vnd_rafs_blob_info(vnd_rafs *r, uint32_t index, vnd_blob_info *out);
+/* The store's blob of that index, borrowed; NULL without a store. Python keys its backends by it. */
+vnd_blob *vnd_rafs_blob(vnd_rafs *r, uint32_t index);
+/* Must not be mounted any more. */
+void vnd_rafs_free(vnd_rafs *r);
+
+/* The tools' face of the same reader. Strings are copied out. */
+typedef struct {
+    uint64_t ino, size_bytes, blocks, mtime_s;
+    uint32_t mtime_nsec, mode, nlink, uid, gid, rdev;
+} vnd_attr;
+typedef struct {                  /* one directory entry */
+    uint64_t ino, next_off;       /* next_off: pass as off to go on after this entry */
+    uint32_t type;                /* DT_* */
+    char name[256];
+} vnd_dirent;
+typedef struct {                  /* one chunk of a file */
+    uint64_t file_off, coff, uoff;
+    uint32_t blob_index, chunk_index, csize_bytes, usize_bytes, flags;
+    uint8_t digest[32];
+    uint8_t digest_known;
+} vnd_chunk_info;
+int vnd_rafs_getattr(vnd_rafs *r, uint64_t ino, vnd_attr *out);
+int vnd_rafs_lookup(vnd_rafs *r, uint64_t dir_ino, const char *name, uint64_t *ino);
+/* Entries from off on (0 = start; "." and ".." included): their number, 0 at the end, or -errno. */
+int vnd_rafs_readdir(vnd_rafs *r, uint64_t dir_ino, uint64_t off, vnd_dirent *out, int max);
+/* Length copied, or -errno; with buf_len 0 the length needed. */
+int64_t vnd_rafs_readlink(vnd_rafs *r, uint64_t ino, char *buf, size_t buf_len);
+int64_t vnd_rafs_listxattr(vnd_rafs *r, uint64_t ino, char *buf, size_t buf_len);
+int64_t vnd_rafs_getxattr(vnd_rafs *r, uint64_t ino, const char *name, char *buf, size_t buf_len);
+/* Chunks of a regular file from number first on: their number, 0 at the end, or -errno. */
+int vnd_rafs_chunks(vnd_rafs *r, uint64_t ino, uint64_t first, vnd_chunk_info *out, int max);
+/* Walks the whole image and calls nothing: writes one line per fault into out, '\n'-separated, stops at
+ * max_faults. Number of faults, or -errno. */
+int vnd_rafs_check(vnd_rafs *r, int max_faults, char *out, size_t out_len);
+/* Inodes of the prefetch table; number copied. */
+int vnd_rafs_prefetch(vnd_rafs *r, uint64_t *inos, int max);
+
+/* ---------------------------------------------------------------- blobs, jobs */
+enum vnd_job_kind {
+    VND_JOB_FETCH = 1,            /* get [coff, coff+clen) of the blob and feed it in order */
+    VND_JOB_VERIFY = 2,           /* nothing to get: hash the chunks of job_chunks, commit */
+    VND_JOB_META = 3              /* get [coff, coff+clen): the blob's stored chunk table and its header */
+};
+typedef struct {
+    uint64_t id;
+    vnd_blob *blob;
+    char blob_id[VND_ID_MAX + 1];
+    uint64_t coff, clen;          /* compressed range, bytes */
+    uint32_t kind;                /* enum vnd_job_kind */
+    uint32_t chunk_count;         /* chunks that lie in the range */
+    uint32_t prefetch;            /* 1: prefetch, 0: somebody waits */
+    uint32_t digester;            /* 0 blake3: hash the views of job_chunks; 1 sha256: C does it */
+    int64_t deadline_us;          /* CLOCK_MONOTONIC, of the most urgent waiter; 0 = none */
+} vnd_job;
+typedef struct {                  /* a decoded chunk; valid until the next feed, commit or end of its job */
+    uint32_t chunk_index;
+    uint32_t usize_bytes;
+    const uint8_t *data;
+} vnd_chunk_view;
+
+/* Blocks up to timeout_ms for work: 0, -ETIMEDOUT, -ESHUTDOWN. slot_prefetch 0: demand jobs only. */
+int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms);
+/* Takes the next len bytes of the range, borrowed for the call. Decodes what is complete. >= 0: number of chunks now
+ * waiting for commit; -ECANCELED: nobody wants the rest (call job_end); -EBADMSG: will not decode; -EINVAL: too
+ * many bytes. At most 1 MiB at a time keeps the head of a range fast. */
+int vnd_job_feed(vnd_engine *e, uint64_t job_id, const uint8_t *buf, size_t len);
+/* Views of the chunks decoded and not committed; their number. */
+int vnd_job_chunks(vnd_engine *e, uint64_t job_id, vnd_chunk_view *out, int max);
+/* digests: n x 32 bytes for the chunks as job_chunks gave them (ignored, may be NULL, where digester is sha256).
+ * C compares, writes, sets the maps and wakes. Number of chunks made ready; -EBADMSG if any digest was wrong (the
+ * right ones are kept), -ENOSPC when kept in memory only. */
+int vnd_job_commit(vnd_engine *e, uint64_t job_id, const uint8_t *digests, int n);
+/* Ends the job whatever its state. error 0 or a positive errno with its cause and one line for the log. Chunks of
+ * the range that are not ready fail their waiters (error != 0) or are asked for anew (error == 0). */
+void vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const char *text);
+
+/* Asks for chunks [first, first+n) of a blob, n 0 = to its end, behind all demand. tag groups a request. */
+int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag);
+void vnd_prefetch_cancel(vnd_engine *e, uint64_t tag);
+/* Chunks of the blob that are ready and trusted; *total gets their full number (0 while its table is unknown). */
+uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total);
+
+/* ---------------------------------------------------------------- vfs and file systems */
+typedef struct vnd_vfs vnd_vfs;
+enum vnd_session_kind { VND_SESSION_RAFS = 0, VND_SESSION_MIXED = 1 };
+vnd_vfs *vnd_vfs_new(vnd_engine *e, int session_kind);
+void vnd_vfs_free(vnd_vfs *v);    /* unmounts all; no device may use it */
+/* path is absolute; missing parents appear as pseudo directories. -EEXIST if mounted there already. */
+int vnd_vfs_mount_rafs(vnd_vfs *v, const char *path, vnd_rafs *r);
+/* Returns once no request is inside the file system: the caller may then free it. -ENOENT. */
+int vnd_vfs_umount(vnd_vfs *v, const char *path);
+
+/* Read for tools and tests, through the same path as a guest's: blocks the caller until the bytes are there.
+ * Bytes read, or -errno. */
+int64_t vnd_rafs_read(vnd_rafs *r, uint64_t ino, uint64_t off, uint8_t *buf, size_t len);
+
+/* ---------------------------------------------------------------- vhost-user device */
+typedef struct vnd_device vnd_device;
+
+typedef struct { uint64_t gpa, size_bytes, user_addr, mmap_offset; int32_t fd; } vnd_region;
+typedef struct {                  /* one ring as the front-end has set it */
+    uint32_t num;                 /* entries, 0 = not configured */
+    uint32_t flags;               /* bit 0: log used ring writes */
+    uint64_t desc_addr, used_addr, avail_addr, log_addr;   /* front-end user addresses */
+    uint16_t base;                /* next avail index; apply writes back where a stopped ring stood */
+    uint8_t started;              /* a kick (fd or not) was given since the ring was last stopped */
+    uint8_t enabled;
+    int32_t kick_fd, call_fd, err_fd;   /* -1 = none; a changed number means a changed fd */
+} vnd_ring_state;
+/* Everything the front-end has told us. A value: what apply makes of it does not depend on how it came about.
+ * The caller owns all fds; apply dups what it keeps, and compares with what it has by a generation number that the
+ * caller raises whenever it stores a new fd. */
+typedef struct {
+    uint64_t features;            /* virtio features acked */
+    uint32_t region_count;
+    uint32_t region_gen;          /* raised on every memory change */
+    vnd_region regions[VND_REGION_MAX];
+    uint32_t ring_count;
+    uint32_t kick_gen[VND_QUEUE_MAX], call_gen[VND_QUEUE_MAX];
+    vnd_ring_state rings[VND_QUEUE_MAX];
+    int32_t inflight_fd;          /* -1: the engine keeps its own */
+    uint64_t inflight_offset, inflight_size_bytes;
+    uint32_t inflight_gen;
+    int32_t log_fd;               /* dirty log, -1 = none */
+    uint64_t log_offset, log_size_bytes;
+    uint32_t log_gen;
+} vnd_device_state;
+
+/* queue_count: 1 hiprio + request queues, each a thread. */
+vnd_device *vnd_device_new(vnd_engine *e, vnd_vfs *v, uint32_t queue_count, char *err, size_t err_len);
+uint64_t vnd_device_features(void);   /* virtio feature bits the engine implements */
+/* Makes the device be in that state: maps, starts, swaps, enables, stops; returns when it is. A ring that stops drains
+ * for at most drain_ms; its base is written into st. 0, or -errno with a line (bad address, overlap, no memory...). */
+int vnd_device_apply(vnd_device *d, vnd_device_state *st, int drain_ms, char *err, size_t err_len);
+/* A zeroed, sealed memfd that holds in-flight state for nq rings of qsize entries (libvhost-user's layout);
+ * the caller owns the fd. */
+int vnd_inflight_create(uint32_t nq, uint32_t qsize, uint64_t *size_bytes);
+/* Drops the FUSE session (RESET_DEVICE, connection loss) but not the memory. */
+void vnd_device_reset(vnd_device *d);
+void vnd_device_free(vnd_device *d);  /* stops everything; never writes to the guest again */
+
+#endif

@@ -1,0 +1,1 @@
+"""From directories, tars and OCI layers to RAFS trees and blobs."""

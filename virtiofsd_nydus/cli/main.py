@@ -1,0 +1,64 @@
+"""Entry point. Finds the verb, imports that verb's module alone, turns a Failure into one line and a status.
+
+Exit status: 0 done, 1 failed, 2 usage (verbs may document others).
+"""
+
+import sys
+
+from virtiofsd_nydus import __version__
+
+# verb -> help line; the module is virtiofsd_nydus.cli.<verb>
+VERBS = {
+    "virtiofs": "vhost-user virtio-fs daemon (nydusd's and virtiofsd's flags)",
+    "build": "make a Nydus image from a directory or a tar",
+    "convert": "make a Nydus image from an OCI image",
+    "check": "verify structure, bounds and chunk digests of an image",
+    "boot": "boot a guest on an image and run a command in it",
+    "bench": "measure the engine or whole guests",
+}
+# First arguments that mean `virtiofs` when no verb is given (virtiofsd's own calling convention)
+VIRTIOFS_FLAGS = ("--fd", "--socket-path", "--print-capabilities")
+
+
+def print_help() -> None:
+    print("usage: virtiofsd-nydus VERB [options]\n\nverbs:")
+    for verb, line in VERBS.items():
+        print(f"  {verb:10} {line}")
+    print("\n`virtiofsd-nydus VERB --help` tells a verb's options.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print_help()
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"virtiofsd-nydus {__version__}")
+        return 0
+    if words[0].split("=", 1)[0] in VIRTIOFS_FLAGS:
+        words.insert(0, "virtiofs")
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        print(f"virtiofsd-nydus: no verb {verb!r}; see virtiofsd-nydus --help", file=sys.stderr)
+        return 2
+    import argparse
+    import importlib
+
+    from virtiofsd_nydus.errors import Failure, UsageFailure
+
+    module = importlib.import_module(f"virtiofsd_nydus.cli.{verb}")
+    parser = argparse.ArgumentParser(prog=f"virtiofsd-nydus {verb}", description=VERBS[verb], allow_abbrev=False)
+    module.add_arguments(parser)
+    args = parser.parse_args(rest)
+    try:
+        status: int = module.run(args)
+        return status
+    except Failure as failure:
+        print(f"virtiofsd-nydus {verb}: {failure}", file=sys.stderr)
+        return 2 if isinstance(failure, UsageFailure) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The daemon: configuration, mounts, HTTP API, fetch threads, logging."""

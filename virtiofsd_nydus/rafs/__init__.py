@@ -1,0 +1,1 @@
+"""The RAFS writer. Reading is the C engine's alone."""

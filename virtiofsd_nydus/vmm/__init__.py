@@ -1,0 +1,1 @@
+"""Guests: QEMU and what runs in it."""
