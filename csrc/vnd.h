@@ -246,11 +246,12 @@ typedef struct {
     uint32_t region_gen;          /* raised on every memory change */
     vnd_region regions[VND_REGION_MAX];
     uint32_t ring_count;
-    uint32_t kick_gen[VND_QUEUE_MAX], call_gen[VND_QUEUE_MAX];
+    uint32_t kick_gen[VND_QUEUE_MAX], call_gen[VND_QUEUE_MAX], err_gen[VND_QUEUE_MAX];
     vnd_ring_state rings[VND_QUEUE_MAX];
     int32_t inflight_fd;          /* -1: the engine keeps its own */
     uint64_t inflight_offset, inflight_size_bytes;
     uint32_t inflight_gen;
+    uint16_t inflight_queues, inflight_queue_size;    /* rings and entries per ring that the region was made for */
     int32_t log_fd;               /* dirty log, -1 = none */
     uint64_t log_offset, log_size_bytes;
     uint32_t log_gen;
