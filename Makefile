@@ -60,3 +60,43 @@ $(BUILD)/fuzz/%: tests/fuzz/%.c $(CSRC) $(CHDR)
 
 ctest: $(addprefix $(BUILD)/c/,$(CTESTS))
 	@for t in $^; do $$t || exit 1; done
+
+# ---- sanitizers: the C tests, then the Python tests that drive the engine, with the engine built to match
+$(BUILD)/asan-tree/.built: $(VENV)/.ready $(CSRC) $(CHDR) $(wildcard csrc/fakeguest/*) setup.py
+	@scripts/build-sanitized $(PY) $(BUILD)/asan-tree "$(SAN)"
+	@touch $@
+
+asan: $(addprefix $(BUILD)/asan/,$(CTESTS)) $(BUILD)/asan-tree/.built
+	@for t in $(addprefix $(BUILD)/asan/,$(CTESTS)); do $$t || exit 1; done
+	@scripts/run-sanitized $(PY) $(BUILD)/asan-tree -q tests/fakeguest tests/vhost tests/vhost_hostile
+
+tsan: $(addprefix $(BUILD)/tsan/,$(CTESTS))
+	@for t in $^; do $$t || exit 1; done
+
+# ---- fuzzers: FUZZ_SECONDS each, from the kept corpus
+FUZZ_SECONDS ?= 20
+fuzz: $(addprefix $(BUILD)/fuzz/,$(FUZZERS))
+	@for f in $(FUZZERS); do \
+		mkdir -p $(BUILD)/corpus/$$f tests/fuzz/corpus/$$f; \
+		$(BUILD)/fuzz/$$f -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -verbosity=0 \
+			-artifact_prefix=$(BUILD)/corpus/ $(BUILD)/corpus/$$f tests/fuzz/corpus/$$f || exit 1; \
+		echo "$$f: clean for $(FUZZ_SECONDS) s"; \
+	done
+
+# ---- the two commands of the README, and what they stand on
+check: build
+	@$(VENV)/bin/ruff check virtiofsd_nydus tests scripts vm-images
+	@$(VENV)/bin/mypy
+	@$(MAKE) --no-print-directory ctest
+
+test: check guest
+	@$(PY) -m pytest
+
+bench: build
+	@$(VENV)/bin/virtiofsd-nydus bench io
+
+bench-cold-start: build guest
+	@scripts/bench-cold-start
+
+clean:
+	@rm -rf $(BUILD) $(VENV)/.built virtiofsd_nydus/*.so *.egg-info

@@ -1,0 +1,217 @@
+"""nydusd's HTTP API on a unix socket, and our own routes under /api/ext/v1/.
+
+A small server of our own: http.server costs 60 ms at start. One thread a connection, keep-alive, so that no client
+waits for another's connection; nothing here waits for the network. Statuses and error texts are those clients match on.
+"""
+
+import json
+import os
+import socket
+import threading
+import urllib.parse
+
+from virtiofsd_nydus.errors import Failure
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from virtiofsd_nydus.daemon.service import Service
+
+HEAD_MAX_BYTES = 16 << 10
+BODY_MAX_BYTES = 1 << 20
+SUN_PATH_MAX = 107      # sizeof sockaddr_un.sun_path less the NUL
+REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error",
+           501: "Not Implemented", 503: "Service Unavailable"}
+
+
+class ApiError(Exception):
+    """An answer other than success: status and the message that nydusd would give."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ApiServer:
+    """Listens on path (a stale socket is replaced) once bound; start() begins to answer."""
+
+    def __init__(self, path: str, service: "Service") -> None:
+        if len(os.fsencode(path)) > SUN_PATH_MAX:
+            raise Failure(f"API socket path {path} is longer than {SUN_PATH_MAX} bytes; choose a shorter one")
+        self.path = path
+        self._service = service
+        self._closed = False
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            try:
+                os.unlink(path)     # nydusd does so too: a stale file must not stop a start  # noqa: PTH108
+            except FileNotFoundError:
+                pass
+            self._socket.bind(path)
+        except OSError as error:
+            self._socket.close()
+            raise Failure(f"cannot listen on API socket {path}: {error.strerror}") from error
+        self._socket.listen(128)
+
+    def start(self) -> None:
+        threading.Thread(target=self._accept, name="api", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed = True
+        try:
+            os.unlink(self.path)  # noqa: PTH108
+        except OSError:
+            pass
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._socket.close()
+
+    def _accept(self) -> None:
+        while not self._closed:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._converse, args=(connection,), name="api-client", daemon=True).start()
+
+    def _converse(self, connection: socket.socket) -> None:
+        pending = b""
+        with connection:
+            try:
+                while True:
+                    while b"\r\n\r\n" not in pending:
+                        if len(pending) > HEAD_MAX_BYTES:
+                            return
+                        more = connection.recv(65536)
+                        if not more:
+                            return
+                        pending += more
+                    head, pending = pending.split(b"\r\n\r\n", 1)
+                    lines = head.decode("latin-1").split("\r\n")
+                    headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])}
+                    if headers.get("expect", "").lower() == "100-continue":
+                        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+                    length = headers.get("content-length", "0")
+                    size = int(length) if length.isdigit() else -1
+                    if not 0 <= size <= BODY_MAX_BYTES:
+                        self._reply(connection, 400, _error("BadRequest"), False)
+                        return
+                    while len(pending) < size:
+                        more = connection.recv(65536)
+                        if not more:
+                            return
+                        pending += more
+                    body, pending = pending[:size], pending[size:]
+                    words = lines[0].split(" ")
+                    keep = headers.get("connection", "").lower() != "close" and words[-1] != "HTTP/1.0"
+                    status, answer = self._answer(words, body)
+                    self._reply(connection, status, answer, keep)
+                    if not keep:
+                        return
+            except OSError:
+                return      # the client went away
+
+    def _answer(self, words: list[str], body: bytes) -> "tuple[int, bytes]":
+        if len(words) != 3:
+            return 400, _error("BadRequest")
+        method, target, _ = words
+        url = urllib.parse.urlsplit(target)
+        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
+        methods = ROUTES.get(url.path)
+        if methods is None:
+            return 404, _error("NoRoute")
+        handler = methods.get(method)
+        if handler is None:
+            return 400, _error("BadRequest")
+        try:
+            answer = handler(self._service, query, body)
+        except ApiError as error:
+            return error.status, _error(str(error))
+        except Failure as failure:
+            return 500, _error(f'Mount(MountFilesystem(Other("{failure}")))')
+        return (204, b"") if answer is None else (200, json.dumps(answer).encode())
+
+    @staticmethod
+    def _reply(connection: socket.socket, status: int, body: bytes, keep: bool) -> None:
+        head = [f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}", "Server: Nydus API",
+                f"Connection: {'keep-alive' if keep else 'close'}"]
+        if status != 204:
+            head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
+
+
+def _error(message: str) -> bytes:
+    return json.dumps({"code": "UNDEFINED", "message": message}).encode()
+
+
+def _no_body(body: bytes) -> None:
+    if body:
+        raise ApiError(400, "BadRequest")
+
+
+def _object(body: bytes) -> "dict[str, object]":
+    try:
+        document = json.loads(body)
+    except ValueError as error:
+        raise ApiError(400, f"ParseBody({str(error)!r})") from None
+    if not isinstance(document, dict):
+        raise ApiError(400, "ParseBody")
+    return document
+
+
+def _mountpoint(query: "dict[str, str]") -> str:
+    if "mountpoint" not in query:
+        raise ApiError(400, "QueryString(\"'mountpoint' should be specified in query string\")")
+    return query["mountpoint"]
+
+
+def get_daemon(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    return service.daemon_info()
+
+
+def put_daemon(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    level = _object(body).get("log_level")
+    try:
+        service.log.set_level(str(level))
+    except KeyError:
+        raise ApiError(400, "BadRequest") from None
+    return None
+
+
+def put_exit(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    service.request_exit()
+    return None
+
+
+def post_mount(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    mountpoint = _mountpoint(query)
+    command = _object(body)
+    if command.get("fs_type") != "rafs":
+        raise ApiError(501, "Mount(Unsupported)")
+    service.mount_rafs(mountpoint, str(command.get("source", "")), str(command.get("config", "")))
+    return None
+
+
+def delete_mount(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    service.umount(_mountpoint(query))
+    return None
+
+
+def get_stats(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    return service.stats()
+
+
+ROUTES: "dict[str, dict[str, Callable[[Service, dict[str, str], bytes], object]]]" = {
+    "/api/v1/daemon": {"GET": get_daemon, "PUT": put_daemon},
+    "/api/v2/daemon": {"GET": get_daemon, "PUT": put_daemon},
+    "/api/v1/daemon/exit": {"PUT": put_exit},
+    "/api/v1/mount": {"POST": post_mount, "DELETE": delete_mount},
+    "/api/ext/v1/stats": {"GET": get_stats},
+}

@@ -1,0 +1,225 @@
+"""The daemon itself: one engine, one mount table, sockets and fetch threads, and the order they start and stop in.
+
+Ready before connected: start() opens the sockets and is RUNNING before anything talks to a network or imports what
+takes long; a thread does that afterwards (docs/architecture.md, start-up).
+"""
+
+import os
+import signal
+import threading
+import time
+
+from virtiofsd_nydus import __version__
+from virtiofsd_nydus.daemon import log as logs
+from virtiofsd_nydus.daemon.api import ApiError, ApiServer
+from virtiofsd_nydus.daemon.config import ImageConfig, parse_config
+from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Rafs, Store, Vfs
+from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.storage.pump import FetchPump
+from virtiofsd_nydus.vhost.device import EngineDevice
+from virtiofsd_nydus.vhost.server import VhostServer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from virtiofsd_nydus.storage.backend import Backend
+
+GIT_COMMIT = "unknown"
+QUEUES = 5              # hiprio and up to four request queues; the front-end uses as many as it has
+STOP_TIMEOUT_S = 2.0    # how long a fetch thread stuck in its backend may hold up the end
+SWITCH_INTERVAL_S = 0.0005      # a busy Python thread must not starve the fetch threads
+
+
+class Mount:
+    """One image in the mount table."""
+
+    __slots__ = ("backend", "config", "image", "mounted_at", "path", "source", "store")
+
+    def __init__(self, path: str, source: str, image: Rafs, store: Store, config: ImageConfig,
+                 backend: "Backend") -> None:
+        self.path, self.source, self.image, self.store = path, source, image, store
+        self.config, self.backend = config, backend
+        self.mounted_at = time.time()
+
+
+class Service:
+    """The daemon. Construct, start(), wait(), stop()."""
+
+    def __init__(self, log: logs.Log, *, instance_id: str | None = None, supervisor: str | None = None,
+                 read_deadline_ms: int = 0, allow_unverified: bool = False) -> None:
+        self.log = log
+        self.state = "INIT"
+        self._id, self._supervisor = instance_id, supervisor
+        self._exit = threading.Event()
+        self._lock = threading.Lock()       # mounts and unmounts, one at a time
+        self._mounts: dict[str, Mount] = {}
+        self.engine = Engine(read_deadline_ms=read_deadline_ms, allow_unverified=allow_unverified)
+        self.pump = FetchPump(self.engine)
+        self._vfs: Vfs | None = None
+        self._vhost: VhostServer | None = None
+        self._api: ApiServer | None = None
+        self._log_thread: threading.Thread | None = None
+
+    # ---- life
+
+    def start(self, *, sock: str | None, fd: int | None, apisock: str | None, bootstrap: str | None,
+              config: ImageConfig | None, mountpoint: str = "/") -> None:
+        """Returns RUNNING, or raises Failure with nothing left behind but what stop() removes."""
+        import sys
+
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._vfs = vfs = Vfs(self.engine, SESSION_RAFS if bootstrap else SESSION_MIXED)
+        if bootstrap:
+            assert config is not None
+            self._mount(mountpoint, bootstrap, config)
+        self._vhost = VhostServer(lambda: EngineDevice(self.engine, vfs, QUEUES), path=sock, fd=fd, say=self.log.say)
+        if apisock:
+            self._api = ApiServer(apisock, self)
+        self._vhost.start()
+        self.state = "RUNNING"
+        if self._api:
+            self._api.start()
+        self.log.say(logs.INFO, "running", socket=sock or f"fd {fd}", version=__version__)
+        self._log_thread = threading.Thread(target=self._after_start, name="log", daemon=True)
+        self._log_thread.start()
+
+    def wait(self) -> None:
+        """Until SIGTERM, SIGINT or an exit request. Main thread only."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._exit.set())
+        self._exit.wait()
+
+    def request_exit(self) -> None:
+        self._exit.set()
+
+    def stop(self) -> None:
+        """Ends everything in the order that leaves no pointer behind: queues, jobs, mounts, engine."""
+        self.state = "STOPPED"
+        if self._api:
+            self._api.close()
+        if self._vhost:
+            self._vhost.close()
+        self.engine.shutdown()
+        threads_left = not self.pump.join(STOP_TIMEOUT_S)
+        if self._log_thread:
+            self._log_thread.join(STOP_TIMEOUT_S)
+        self.log.say(logs.INFO, "stopped")
+        self.log.close()
+        if threads_left:
+            os._exit(0)     # a fetch thread sits in a dead network: the cache is safe at any moment, so just go
+        if self._vfs:
+            self._vfs.close()
+        for mount in self._mounts.values():
+            mount.image.close()
+            mount.store.close()
+            mount.backend.close()
+        self._mounts.clear()
+        self.engine.close()
+
+    def _after_start(self) -> None:
+        """What would cost start-up time: the fetch threads' imports and the log's. Then says the engine's lines."""
+        self.pump.start()
+        self.log.activate()
+        while True:
+            try:
+                event = self.engine.next_event(1000)
+            except EOFError:
+                return
+            if event is not None:
+                fields: dict[str, object] = {}
+                if event.cause:
+                    fields["cause"] = event.cause.name.lower()
+                if event.repeated:
+                    fields["repeated"] = event.repeated
+                self.log.say(event.level, event.text, **fields)
+
+    # ---- mounts
+
+    def mount_rafs(self, path: str, source: str, config_text: str) -> None:
+        """API mount. A session that began with a bootstrap is complete: its INIT answers hold for rafs only."""
+        config = parse_config(config_text, f"configuration of mount {path}")
+        with self._lock:
+            self._mount(path, source, config)
+
+    def _mount(self, path: str, source: str, config: ImageConfig) -> None:
+        from virtiofsd_nydus.storage.factory import create_backend
+
+        if not path.startswith("/"):
+            raise Failure(f"mountpoint {path!r} is not absolute")
+        if path in self._mounts:
+            raise Failure(f"mountpoint {path} is in use; unmount it first")
+        assert self._vfs is not None
+        for line in config.warnings:
+            self.log.say(logs.WARNING, line)
+        backend = create_backend(config.backend_type, config.backend_config,
+                                 warn=lambda line: self.log.say(logs.WARNING, line))
+        try:
+            os.makedirs(config.work_dir, exist_ok=True)  # noqa: PTH103
+        except OSError as error:
+            raise Failure(f"cannot make cache directory {config.work_dir}: {error.strerror}") from error
+        store = Store(self.engine, config.work_dir)
+        try:
+            image = Rafs(self.engine, source, store)
+        except Failure:
+            store.close()
+            raise
+        for blob in image.blobs():
+            self.pump.add_backend(blob.key, backend)
+        try:
+            self._vfs.mount_rafs(path, image)
+        except OSError as error:
+            self._release(Mount(path, source, image, store, config, backend))
+            raise Failure(f"cannot mount at {path}: {error.strerror}") from error
+        self._mounts[path] = Mount(path, source, image, store, config, backend)
+        if config.prefetch_all:
+            for blob in image.blobs():
+                image.prefetch_blob(blob.index)
+
+    def umount(self, path: str) -> None:
+        with self._lock:
+            mount = self._mounts.pop(path, None)
+            if mount is None:
+                raise ApiError(500, f'Mount(UmountFilesystem(Other("{path} is not mounted")))')
+            assert self._vfs is not None
+            self._vfs.umount(path)
+            self._release(mount)
+
+    def _release(self, mount: Mount) -> None:
+        for blob in mount.image.blobs():
+            self.pump.remove_backend(blob.key, mount.backend)
+        mount.image.close()
+        mount.store.close()
+        mount.backend.close()
+
+    # ---- answers
+
+    def daemon_info(self) -> "dict[str, Any]":
+        with self._lock:
+            mounts = list(self._mounts.values())
+        return {
+            "version": {"package_ver": __version__, "git_commit": GIT_COMMIT, "build_time": "", "profile": "release",
+                        "rustc": "none"},
+            "id": self._id,
+            "supervisor": self._supervisor,
+            "state": self.state,
+            "backend_collection": {
+                mount.path: {
+                    "backend_type": "Rafs", "mountpoint": mount.path,
+                    "mounted_time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(mount.mounted_at)),
+                    "config": None,
+                } for mount in mounts
+            },
+        }
+
+    def stats(self) -> "dict[str, Any]":
+        """Counters of the engine, and readiness of each mounted blob."""
+        with self._lock:
+            blobs = {}
+            for mount in self._mounts.values():
+                for blob in mount.image.blobs():
+                    ready, total = mount.image.ready_chunks(blob.index)
+                    blobs[blob.id] = {"ready_chunks": ready, "chunks": total or blob.chunk_count,
+                                      "compressed_bytes": blob.compressed_size_bytes,
+                                      "uncompressed_bytes": blob.uncompressed_size_bytes}
+        return {"engine": self.engine.stats(), "blobs": blobs}

@@ -1,0 +1,202 @@
+"""Typed face of the C engine (csrc/vnd.h). No C pointer leaves this module except as an opaque handle.
+
+Light: loaded before the daemon answers RUNNING. Objects are closed explicitly, children before parents; nothing is
+left to the garbage collector, because C threads do not wait for it.
+"""
+
+import errno
+import os
+
+from virtiofsd_nydus._engine import ffi, lib
+from virtiofsd_nydus.errors import Cause, Failure
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+ERR_MAX: int = lib.VND_ERR_MAX
+SESSION_RAFS: int = lib.VND_SESSION_RAFS
+SESSION_MIXED: int = lib.VND_SESSION_MIXED
+
+_STATS = ("fuse_requests", "fuse_errors", "read_bytes", "hits", "parked", "expired", "pool_reads", "fetch_jobs",
+          "fetched_bytes", "fetched_chunks", "verified_chunks", "digest_failures", "prefetch_bytes", "ring_errors",
+          "oldest_wait_us")
+
+
+def text_of(buffer: "Any") -> str:
+    """The NUL-terminated line in a C buffer."""
+    line: bytes = ffi.string(buffer)
+    return line.decode("utf-8", "replace")
+
+
+def require(ok: object, err: "Any", cause: "Cause" = Cause.IO) -> None:
+    """Raises the engine's own error line unless ok."""
+    if not ok:
+        raise Failure(text_of(err) or "the engine is out of memory", cause)
+
+
+class Event:
+    """One line that the engine wants said. level is a logging level, time_us CLOCK_REALTIME microseconds."""
+
+    __slots__ = ("cause", "level", "repeated", "text", "time_us")
+
+    def __init__(self, time_us: int, level: int, cause: "Cause", repeated: int, text: str) -> None:
+        self.time_us, self.level, self.cause, self.repeated, self.text = time_us, level, cause, repeated, text
+
+
+class Engine:
+    """One engine: everything in C hangs off it.
+
+    read_deadline_ms: a guest read that misses ends in EIO after it. amplify_max_bytes: largest merged fetch.
+    """
+
+    def __init__(self, *, read_deadline_ms: int = 0, pool_threads: int = 0, amplify_max_bytes: int = 0,
+                 sync_interval_ms: int = 0, allow_unverified: bool = False) -> None:
+        cfg = ffi.new("vnd_engine_cfg *", {
+            "read_deadline_ms": read_deadline_ms, "pool_threads": pool_threads,
+            "amplify_max_bytes": amplify_max_bytes, "sync_interval_ms": sync_interval_ms,
+            "allow_unverified": allow_unverified,
+        })
+        self.handle = lib.vnd_engine_new(cfg)
+        if self.handle == ffi.NULL:
+            raise Failure("cannot start the engine: out of memory or threads", Cause.IO)
+        self._event = ffi.new("vnd_event *")
+
+    def next_event(self, timeout_ms: int) -> Event | None:
+        """The next line, None after timeout_ms without one. One caller. Raises EOFError once shut down."""
+        ev = self._event
+        rc: int = lib.vnd_event_next(self.handle, ev, timeout_ms)
+        if rc == 0:
+            return Event(ev.time_us, ev.level, Cause(ev.cause), ev.repeated, text_of(ev.text))
+        if rc == -errno.ESHUTDOWN:
+            raise EOFError
+        return None
+
+    def stats(self) -> dict[str, int]:
+        """Counters since start, by the names of vnd_stats."""
+        out = ffi.new("vnd_stats *")
+        lib.vnd_engine_stats(self.handle, out)
+        return {name: getattr(out, name) for name in _STATS}
+
+    def shutdown(self) -> None:
+        """Ends the waits of the fetch and log threads; free devices first. Idempotent."""
+        lib.vnd_engine_shutdown(self.handle)
+
+    def close(self) -> None:
+        """Frees it; stores, images and devices must be closed and all threads out of it."""
+        if self.handle != ffi.NULL:
+            lib.vnd_engine_free(self.handle)
+            self.handle = ffi.NULL
+
+
+class Store:
+    """One cache directory."""
+
+    def __init__(self, engine: Engine, work_dir: str) -> None:
+        err = ffi.new("char[]", ERR_MAX)
+        self.handle = lib.vnd_store_open(engine.handle, os.fsencode(work_dir), err, ERR_MAX)
+        require(self.handle != ffi.NULL, err)
+
+    def close(self) -> None:
+        if self.handle != ffi.NULL:
+            lib.vnd_store_free(self.handle)
+            self.handle = ffi.NULL
+
+
+class BlobInfo:
+    """One entry of an image's blob table; key identifies the store's blob in jobs (0 without a store)."""
+
+    __slots__ = ("chunk_count", "chunk_size_bytes", "compressed_size_bytes", "compressor", "digester", "features",
+                 "id", "index", "key", "uncompressed_size_bytes")
+
+    def __init__(self, raw: "Any", key: int) -> None:
+        self.id = text_of(raw.id)
+        self.key = key
+        self.index: int = raw.index
+        self.chunk_size_bytes: int = raw.chunk_size_bytes
+        self.chunk_count: int = raw.chunk_count
+        self.compressor: int = raw.compressor
+        self.digester: int = raw.digester
+        self.features: int = raw.features
+        self.compressed_size_bytes: int = raw.compressed_size_bytes
+        self.uncompressed_size_bytes: int = raw.uncompressed_size_bytes
+
+
+class Rafs:
+    """An opened bootstrap. store None: metadata only. blob_id: real id of an inlined single blob."""
+
+    def __init__(self, engine: Engine, bootstrap: str, store: Store | None = None, blob_id: str | None = None) -> None:
+        err = ffi.new("char[]", ERR_MAX)
+        cause = ffi.new("int *")
+        self.handle = lib.vnd_rafs_open(
+            engine.handle, os.fsencode(bootstrap), ffi.NULL if blob_id is None else blob_id.encode(),
+            ffi.NULL if store is None else store.handle, cause, err, ERR_MAX)
+        require(self.handle != ffi.NULL, err, Cause(cause[0]))
+        self._info = ffi.new("vnd_rafs_info *")
+        lib.vnd_rafs_info_get(self.handle, self._info)
+
+    def info(self) -> dict[str, int]:
+        """The superblock's facts, by the names of vnd_rafs_info."""
+        return {name: getattr(self._info, name) for name, _ in ffi.typeof("vnd_rafs_info").fields}
+
+    def blobs(self) -> list[BlobInfo]:
+        found = []
+        raw = ffi.new("vnd_blob_info *")
+        for index in range(self._info.blob_count):
+            if lib.vnd_rafs_blob_info(self.handle, index, raw) == 0:
+                key = int(ffi.cast("uintptr_t", lib.vnd_rafs_blob(self.handle, index)))
+                found.append(BlobInfo(raw, key))
+        return found
+
+    def prefetch_blob(self, index: int, tag: int = 0) -> None:
+        """Asks for every chunk of a blob, behind all demand."""
+        blob = lib.vnd_rafs_blob(self.handle, index)
+        if blob != ffi.NULL:
+            lib.vnd_prefetch(blob, 0, 0, tag)
+
+    def ready_chunks(self, index: int) -> tuple[int, int]:
+        """(ready, total) chunks of a blob; total is 0 while its chunk table is unknown."""
+        total = ffi.new("uint64_t *")
+        ready: int = lib.vnd_blob_ready(lib.vnd_rafs_blob(self.handle, index), total)
+        return ready, total[0]
+
+    def read(self, ino: int, offset: int, length: int) -> bytes:
+        """File bytes through the same path as a guest's; blocks until they are there."""
+        buf = ffi.new("uint8_t[]", length)
+        got: int = lib.vnd_rafs_read(self.handle, ino, offset, buf, length)
+        if got < 0:
+            raise OSError(-got, os.strerror(-got))
+        return bytes(ffi.buffer(buf, got))
+
+    def close(self) -> None:
+        """Frees it; it must be mounted nowhere."""
+        if self.handle != ffi.NULL:
+            lib.vnd_rafs_free(self.handle)
+            self.handle = ffi.NULL
+
+
+class Vfs:
+    """The mount table that the sessions of a daemon share. kind: SESSION_RAFS or SESSION_MIXED."""
+
+    def __init__(self, engine: Engine, kind: int) -> None:
+        self.kind = kind
+        self.handle = lib.vnd_vfs_new(engine.handle, kind)
+        if self.handle == ffi.NULL:
+            raise Failure("cannot make the mount table: out of memory", Cause.IO)
+
+    def mount_rafs(self, path: str, image: Rafs) -> None:
+        self._check(lib.vnd_vfs_mount_rafs(self.handle, path.encode(), image.handle), path)
+
+    def umount(self, path: str) -> None:
+        """Returns once no request is inside it."""
+        self._check(lib.vnd_vfs_umount(self.handle, path.encode()), path)
+
+    @staticmethod
+    def _check(rc: int, path: str) -> None:
+        if rc:
+            raise OSError(-rc, os.strerror(-rc), path)
+
+    def close(self) -> None:
+        if self.handle != ffi.NULL:
+            lib.vnd_vfs_free(self.handle)
+            self.handle = ffi.NULL

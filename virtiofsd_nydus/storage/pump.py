@@ -1,0 +1,185 @@
+"""The fetch threads: they wait in C for a job, get its range from the blob's backend, feed the bytes, hash what C
+decoded and commit it. C alone decides what is verified (docs/architecture.md, the seam).
+
+Imports nothing heavy at load; each thread imports blake3 when it starts, after the daemon answers RUNNING.
+"""
+
+import errno
+import threading
+import time
+
+from virtiofsd_nydus._engine import ffi, lib
+from virtiofsd_nydus.engine import Engine
+from virtiofsd_nydus.errors import Cause, Failure
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from virtiofsd_nydus.storage.backend import Backend
+
+FETCH_SLOTS = 8         # jobs under way at once; loopback and WAN links alike are full before that
+PREFETCH_SLOTS = 6      # of them open to prefetch: demand always finds a free one
+VIEWS_MAX = 256         # chunks hashed and committed in one go
+FEED_BYTES = 256 * 1024     # a piece fed at once; short enough that the head of a range commits early
+WAIT_MS = 500
+DIGEST_RETRIES = 1      # a range that fails its digests is fetched anew this often before the waiters get EIO
+DIGEST_MEMORY = 1024    # ranges remembered for that
+
+
+class FetchPump:
+    """Serves the engine's jobs until the engine shuts down."""
+
+    def __init__(self, engine: Engine, slots: int = FETCH_SLOTS) -> None:
+        self.engine = engine
+        self._backends: dict[int, list[Backend]] = {}
+        self._lock = threading.Lock()
+        self._bad_ranges: dict[tuple[int, int], int] = {}
+        self._threads = [
+            threading.Thread(target=self._run, args=(slot < PREFETCH_SLOTS,), name=f"fetch-{slot}", daemon=True)
+            for slot in range(slots)
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the threads after Engine.shutdown. False: one is still stuck in its backend."""
+        until = time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def add_backend(self, blob_key: int, backend: "Backend") -> None:
+        """The blob may be had from backend; the newest registered is asked first."""
+        with self._lock:
+            self._backends.setdefault(blob_key, []).insert(0, backend)
+
+    def remove_backend(self, blob_key: int, backend: "Backend") -> None:
+        with self._lock:
+            left = [one for one in self._backends.get(blob_key, ()) if one is not backend]
+            if left:
+                self._backends[blob_key] = left
+            else:
+                self._backends.pop(blob_key, None)
+
+    # ---- one thread
+
+    def _run(self, take_prefetch: bool) -> None:
+        import blake3
+
+        digest_of = blake3.blake3
+        worker = _Worker(self.engine, lambda data: digest_of(data).digest())
+        while True:
+            rc = lib.vnd_job_next(self.engine.handle, worker.job, take_prefetch, WAIT_MS)
+            if rc == -errno.ESHUTDOWN:
+                return
+            if rc == 0:
+                self._serve(worker)
+
+    def _serve(self, worker: "_Worker") -> None:
+        job = worker.job
+        error, cause, text = 0, Cause.NONE, ""
+        try:
+            if job.kind == lib.VND_JOB_VERIFY:
+                worker.settle()
+            else:
+                self._fetch(worker)
+        except Failure as failure:
+            error, cause, text = errno.EIO, failure.cause, str(failure)
+        except Exception as unexpected:     # a bug must not cost a thread nor leave waiters hanging
+            error, cause, text = errno.EIO, Cause.IO, f"fetching failed: {type(unexpected).__name__}: {unexpected}"
+        if error and cause in (Cause.DIGEST, Cause.FORMAT) and job.kind != lib.VND_JOB_VERIFY and self._may_retry(job):
+            error = 0
+        lib.vnd_job_end(self.engine.handle, job.id, error, int(cause), text.encode())
+
+    def _fetch(self, worker: "_Worker") -> None:
+        job = worker.job
+        key = int(ffi.cast("uintptr_t", job.blob))
+        with self._lock:
+            backends = tuple(self._backends.get(key, ()))
+        blob_id = ffi.string(job.blob_id).decode()
+        if not backends:
+            raise Failure(f"blob {blob_id} has no backend any more", Cause.MISSING)
+        deadline = job.deadline_us / 1e6 if job.deadline_us else None
+        fed = 0
+        for position, backend in enumerate(backends):
+            try:
+                pieces = backend.read_range(blob_id, job.coff + fed, job.clen - fed, prefetch=bool(job.prefetch),
+                                            deadline=deadline)
+                for piece in pieces:
+                    for start in range(0, len(piece), FEED_BYTES):
+                        part = piece[start:start + FEED_BYTES]
+                        if not worker.feed(part):
+                            return
+                        fed += len(part)
+                if fed != job.clen:
+                    raise Failure(f"blob {blob_id}: {fed} of {job.clen} bytes came", Cause.NETWORK)
+                with self._lock:
+                    self._bad_ranges.pop((key, job.coff), None)
+                return
+            except Failure as failure:
+                if failure.cause in (Cause.DIGEST, Cause.FORMAT) or position == len(backends) - 1:
+                    raise
+
+    def _may_retry(self, job: "Any") -> bool:
+        """Whether a range whose bytes were wrong is worth asking for again: the wire may have been at fault."""
+        key = (int(ffi.cast("uintptr_t", job.blob)), int(job.coff))
+        with self._lock:
+            tries = self._bad_ranges.get(key, 0)
+            if tries >= DIGEST_RETRIES:
+                del self._bad_ranges[key]
+                return False
+            if len(self._bad_ranges) >= DIGEST_MEMORY:
+                self._bad_ranges.pop(next(iter(self._bad_ranges)))
+            self._bad_ranges[key] = tries + 1
+            return True
+
+
+class _Worker:
+    """What a fetch thread reuses from job to job."""
+
+    def __init__(self, engine: Engine, digest_of: "Any") -> None:
+        self.engine = engine
+        self.digest_of = digest_of
+        self.job = ffi.new("vnd_job *")
+        self.views = ffi.new("vnd_chunk_view[]", VIEWS_MAX)
+
+    def feed(self, part: memoryview) -> bool:
+        """Feeds bytes and settles what they completed. False: the rest is not wanted any more."""
+        with ffi.from_buffer(part) as raw:
+            rc = lib.vnd_job_feed(self.engine.handle, self.job.id, raw, len(part))
+        if rc == -errno.ECANCELED:
+            return False
+        if rc == -errno.EBADMSG:
+            self.settle()
+            raise Failure(f"{self.where()}: the bytes do not decode", Cause.DIGEST)
+        if rc < 0:
+            raise Failure(f"{self.where()}: the engine refused the bytes (errno {-rc})", Cause.FORMAT)
+        if rc:
+            self.settle()
+        return True
+
+    def settle(self) -> None:
+        """Hashes and commits all that waits for it."""
+        handle, job_id = self.engine.handle, self.job.id
+        while True:
+            count = lib.vnd_job_chunks(handle, job_id, self.views, VIEWS_MAX)
+            if count <= 0:
+                return
+            digests = ffi.NULL
+            if self.job.digester == 0:
+                digests = b"".join([
+                    self.digest_of(ffi.buffer(self.views[i].data, self.views[i].usize_bytes)) for i in range(count)
+                ])
+            rc = lib.vnd_job_commit(handle, job_id, digests, count)
+            if rc == -errno.EBADMSG:
+                raise Failure(f"{self.where()}: a chunk does not match its digest", Cause.DIGEST)
+            if rc < 0 and rc != -errno.ENOSPC:
+                raise Failure(f"{self.where()}: cannot keep a chunk (errno {-rc})", Cause.IO)
+
+    def where(self) -> str:
+        job = self.job
+        return f"blob {ffi.string(job.blob_id).decode()} [{job.coff}, +{job.clen})"
