@@ -92,6 +92,12 @@ check: build
 test: check guest
 	@$(PY) -m pytest
 
+guest: | deps
+	@vm-images/build.py
+
+demo: build guest
+	@$(PY) scripts/demo.py
+
 bench: build
 	@$(VENV)/bin/virtiofsd-nydus bench io
 

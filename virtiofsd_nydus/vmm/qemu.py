@@ -1,0 +1,283 @@
+"""A QEMU machine: its command line, its life with deadlines, its monitor (through the qemu.qmp library).
+
+The recipe (kernel command line, CPU, devices) is the one that booted every time when it was measured (6.1, TCG).
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.vmm.guest import Deadline, Guest
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from qemu.qmp import QMPClient
+
+QEMU = "qemu-system-x86_64"
+# tsc, timer, rng, mitigations, nokaslr, tests: each saves boot time under TCG. oops=panic: an oops in a kernel
+# thread would hang the guest. init_on_alloc=0: zeroing every page costs a tenth of all copying under TCG.
+KERNEL_ARGUMENTS = ("console=ttyS0 quiet panic=-1 oops=panic reboot=t tsc=reliable no_timer_check "
+                    "random.trust_cpu=on mitigations=off nokaslr cryptomgr.notests 8250.nr_uarts=1 init_on_alloc=0")
+# rep movsb, which erms makes the kernel use, runs byte by byte under TCG
+TCG = ("-accel", "tcg,thread=multi", "-cpu", "max,-erms")
+KVM = ("-accel", "kvm", "-cpu", "host")
+EXIT_PORT = 0x501               # isa-debug-exit; vm-images/init.c writes there
+GONE_SECONDS = 5.0              # how long QEMU may take to end once its guest has ended or it was told to
+# vhost-user-fs's largest, so that a read may carry 256 pages (queue size - 4 at least)
+QUEUE_SIZE = 1024
+SOCKET_PATH_BYTES = 107         # sizeof sun_path - 1
+
+
+@dataclass(frozen=True)
+class GuestFiles:
+    """Kernel and initramfs, as vm-images/build.py makes them."""
+
+    kernel: Path
+    initrd: Path
+
+    @classmethod
+    def find(cls, kernel: str | Path | None = None, initrd: str | Path | None = None, *,
+             busybox: bool = False) -> "GuestFiles":
+        """The given files, else those of $VIRTIOFSD_NYDUS_GUEST_DIR, a source tree's build/guest or the system's.
+        busybox: with /bin/busybox in the initramfs."""
+        name = "initramfs-busybox.cpio" if busybox else "initramfs.cpio"
+        directories = [Path(__file__).resolve().parents[2] / "build" / "guest",
+                       Path("/usr/share/virtiofsd-nydus/guest")]
+        if chosen := os.environ.get("VIRTIOFSD_NYDUS_GUEST_DIR"):
+            directories = [Path(chosen)]
+        directory = next((d for d in directories if (d / "vmlinuz").exists()), directories[0])
+        files = cls(Path(kernel or directory / "vmlinuz"), Path(initrd or directory / name))
+        for what, path in (("kernel", files.kernel), ("initramfs", files.initrd)):
+            if not path.is_file():
+                raise Failure(f"no guest {what} at {path}: run make guest, or name one with "
+                              f"--{'kernel' if what == 'kernel' else 'initrd'}", Cause.MISSING)
+        return files
+
+
+@dataclass(frozen=True)
+class Share:
+    """One vhost-user-fs device."""
+
+    socket_path: str | Path
+    tag: str = "vfs"
+    queue_size: int = QUEUE_SIZE
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    files: GuestFiles
+    shares: Sequence[Share] = ()
+    memory: str = "512M"
+    cpus: int = 1
+    accel: str = "tcg"          # tcg or kvm: accel.py has chosen
+    kernel_arguments: str = ""  # added to KERNEL_ARGUMENTS
+    extra: Sequence[str] = ()   # words added to QEMU's command line
+    die_with_parent: bool = False   # SIGKILL to QEMU when the *thread* that starts it ends
+    # pidfds -> what their ending means: end every wait for the guest
+    watches: Mapping[int, Callable[[], Failure]] = field(default_factory=dict)
+
+
+def find_program(name: str, package: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise Failure(f"{name} is not installed: apt-get install {package}", Cause.MISSING)
+    return path
+
+
+def check_socket_path(path: str | Path) -> None:
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
+        raise Failure(f"socket path too long ({len(os.fsencode(path))} bytes, the limit is {SOCKET_PATH_BYTES}): "
+                      f"{path}")
+
+
+def command_line(config: MachineConfig, control: Path, monitor: Path, console: Path) -> list[str]:
+    """QEMU's words for this machine."""
+    words = [find_program(QEMU, "qemu-system-x86"), "-machine", "q35", *(KVM if config.accel == "kvm" else TCG),
+             "-smp", str(config.cpus), "-m", config.memory,
+             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+             "-kernel", str(config.files.kernel), "-initrd", str(config.files.initrd),
+             "-append", f"{KERNEL_ARGUMENTS} {config.kernel_arguments}".strip(),
+             "-chardev", f"file,id=console,path={console}", "-serial", "chardev:console",
+             "-chardev", f"socket,id=monitor,path={monitor},server=on,wait=off",
+             "-mon", "chardev=monitor,mode=control",
+             "-device", f"isa-debug-exit,iobase={EXIT_PORT:#x},iosize=1",
+             # vhost-user needs guest memory that another process can map
+             "-object", f"memory-backend-memfd,id=memory,size={config.memory},share=on",
+             "-numa", "node,memdev=memory",
+             "-chardev", f"socket,id=control,path={control}", "-device", "virtio-serial-pci",
+             "-device", "virtserialport,chardev=control,name=control"]
+    for number, share in enumerate(config.shares):
+        check_socket_path(share.socket_path)
+        path = str(share.socket_path).replace(",", ",,")
+        words += ["-chardev", f"socket,id=share{number},path={path}", "-device",
+                  f"vhost-user-fs-pci,chardev=share{number},tag={share.tag},queue-size={share.queue_size}"]
+    return [*words, *config.extra]
+
+
+class Machine:
+    """One QEMU process and the guest in it. A context manager: leaving it ends QEMU whatever has happened, and
+    removes the machine's temporary directory. Used by one thread."""
+
+    guest: Guest
+
+    def __init__(self, config: MachineConfig) -> None:
+        self.config = config
+        self._stack = ExitStack()
+        self._runner: asyncio.Runner | None = None
+        self._qmp: QMPClient | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vnd-vm-")))
+        self.console_path, self.errors_path = directory / "console.log", directory / "qemu.err"
+        self.monitor_path = directory / "monitor"
+        control = directory / "control"
+        words = command_line(self.config, control, self.monitor_path, self.console_path)
+        check_socket_path(self.monitor_path)
+        if self.config.die_with_parent:
+            words = [find_program("setpriv", "util-linux"), "--pdeathsig", "KILL", *words]
+        with socket.socket(socket.AF_UNIX) as listener, self.errors_path.open("wb") as errors:
+            listener.bind(str(control))
+            listener.listen(1)
+            # A process group of its own: an interrupt from the terminal reaches us alone, and we end QEMU in order
+            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
+                                            process_group=0)
+            self._stack.callback(self._end_process)
+            # QEMU connects while it builds the machine, after the shares' servers have answered it
+            self.pidfd = os.pidfd_open(self.process.pid)
+            self._stack.callback(os.close, self.pidfd)
+            stream = self._accept(listener)
+        watches = {self.pidfd: self.explain_end, **self.config.watches}
+        self.guest = Guest(stream, self.explain_end, watches)
+        self._stack.callback(self.guest.close)
+
+    def _accept(self, listener: socket.socket) -> socket.socket:
+        import selectors
+
+        with selectors.DefaultSelector() as selector:
+            selector.register(listener, selectors.EVENT_READ, None)
+            selector.register(self.pidfd, selectors.EVENT_READ, self.explain_end)
+            for fd, explain in self.config.watches.items():
+                selector.register(fd, selectors.EVENT_READ, explain)
+            events = selector.select(Deadline(GONE_SECONDS * 4, "the start of QEMU").remaining())
+        for key, _ in events:
+            if key.data is None:
+                return listener.accept()[0]
+        for key, _ in events:
+            raise key.data()
+        raise Failure("QEMU did not start the machine within 20 s", Cause.DEADLINE)
+
+    # ---- the end
+
+    def _end_process(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+    def shut_down(self) -> None:
+        """Ends the guest in order (commands killed, root unmounted) and waits for QEMU to go."""
+        self.guest.request_exit(0)
+        try:
+            status = self.process.wait(GONE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Failure(f"QEMU did not end within {GONE_SECONDS:g} s of its guest", Cause.DEADLINE) from None
+        if status != 1:         # (0 << 1) | 1, isa-debug-exit's form
+            raise self.explain_end()
+
+    def explain_end(self) -> Failure:
+        """Why the machine has ended, as far as its console and QEMU's own words tell."""
+        try:
+            status = self.process.wait(GONE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return Failure("the guest closed its control channel", Cause.GUEST)
+        console = self.console_text()
+        for line in console.splitlines():
+            for mark in ("Kernel panic", "Unable to mount root fs"):
+                if mark in line:
+                    return Failure(f"the guest's kernel died: {line[line.index(mark):].strip()}", Cause.GUEST)
+        errors = self.errors_path.read_text(errors="replace").strip().splitlines()
+        if errors:
+            return Failure(f"QEMU ended with status {status}: {errors[-1].removeprefix(QEMU + ': ')}", Cause.GUEST)
+        if status < 0:
+            return Failure(f"QEMU was killed by {signal.Signals(-status).name}", Cause.GUEST)
+        last = console.strip().splitlines()[-1:] or ["its console is empty"]
+        return Failure(f"the guest ended early (QEMU's status {status}): {last[0].strip()}", Cause.GUEST)
+
+    def console_text(self) -> str:
+        """What the guest's kernel and init have written to the serial console."""
+        try:
+            return self.console_path.read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    # ---- the monitor
+
+    def execute(self, command: str, arguments: dict[str, object] | None = None,
+                seconds: float = GONE_SECONDS) -> Any:
+        """One QMP command; its return value. The connection is made at the first one."""
+        import asyncio
+
+        from qemu.qmp import ExecuteError, QMPClient, QMPError
+
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+            self._stack.callback(self._runner.close)
+
+        async def talk() -> object:
+            if self._qmp is None:
+                client = QMPClient("machine")
+                await client.connect(str(self.monitor_path))
+                self._qmp = client
+            return await self._qmp.execute(command, arguments)
+
+        async def talk_in_time() -> object:
+            async with asyncio.timeout(seconds):
+                return await talk()
+
+        try:
+            return self._runner.run(talk_in_time())
+        except TimeoutError:
+            raise Failure(f"QEMU did not answer {command} within {seconds:g} s", Cause.DEADLINE) from None
+        except ExecuteError as error:
+            raise Failure(f"QEMU refused {command}: {error}") from None
+        except (QMPError, OSError):
+            raise self.explain_end() from None
+
+    def pause(self) -> None:
+        self.execute("stop")
+
+    def resume(self) -> None:
+        self.execute("cont")
+
+    def reset(self) -> None:
+        """Resets the machine: the guest boots anew on the same devices and sockets. Wait for its hello next."""
+        # -no-reboot would make this the machine's end; it stays in force for what the guest does by itself
+        self.execute("set-action", {"reboot": "reset"})
+        self.guest.forget_boot()
+        self.execute("system_reset")
+
+    def forbid_reboot(self) -> None:
+        """After reset() and the hello: a panic ends QEMU again."""
+        self.execute("set-action", {"reboot": "shutdown"})
