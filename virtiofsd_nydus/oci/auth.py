@@ -1,0 +1,306 @@
+"""Logging in to a registry: anonymous, basic and bearer tokens, for the OCI client and the storage backend alike.
+
+The bearer flow is the one of the distribution specification (401 with WWW-Authenticate, then a token from `realm`):
+with credentials POST (OAuth2) first and GET where the server does not take it, without credentials GET. Tokens are
+kept per scope until shortly before they expire; of several threads that meet a 401 one fetches, the others use what
+it got.
+Light: the daemon reads configurations before it answers RUNNING.
+"""
+
+import binascii
+import os
+import re
+import threading
+import time
+
+from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+from virtiofsd_nydus.storage import http
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+    from typing import Any
+
+CLIENT_ID = "virtiofsd-nydus"
+# The specification: a token without expires_in lives 60 s at least; nydusd assumes 600 (nydusd-interface.md 4.2).
+TOKEN_TTL_S = 60
+# A token is fetched anew this long before its end, or a tenth of its life when that is shorter.
+TOKEN_MARGIN_S = 20
+TOKEN_ANSWER_BYTES = 1 << 20
+# One step of WWW-Authenticate (RFC 9110 11.6.1): a scheme before its parameters, a parameter, or a scheme alone.
+CHALLENGE = re.compile(r"""([A-Za-z][\w-]*)\s+(?=[\w-]+\s*=)"""
+                       r"""|([A-Za-z][\w-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))"""
+                       r"""|([A-Za-z][\w-]*)(?=\s*(?:,|$))""")
+
+
+class Credentials:
+    """Who asks. Never shows its secret: not in repr, not in messages."""
+
+    __slots__ = ("identity_token", "password", "username")
+
+    def __init__(self, username: str, password: str, identity_token: str = "") -> None:
+        self.username = username
+        self.password = password
+        self.identity_token = identity_token
+
+    def __repr__(self) -> str:
+        return f"Credentials({self.username!r}, ...)"
+
+    def basic_header(self) -> str:
+        raw = f"{self.username}:{self.password}".encode()
+        return "Basic " + binascii.b2a_base64(raw, newline=False).decode()
+
+    def hide_in(self, text: str) -> str:
+        """text without this secret, should a server have sent it back to us."""
+        for secret in (self.password, self.identity_token):
+            if len(secret) >= 4:
+                text = text.replace(secret, "***")
+        return text
+
+
+def decode_basic(text: str, where: str) -> Credentials:
+    """base64 of `user:password`, as nydusd's `auth` and docker's config.json have it."""
+    try:
+        raw = binascii.a2b_base64(text.strip().encode(), strict_mode=False).decode()
+    except (ValueError, UnicodeError):
+        raw = ""
+    user, colon, password = raw.partition(":")
+    if not colon or not user:
+        raise UsageFailure(f"{where}: not base64 of USER:PASSWORD", Cause.AUTH)
+    return Credentials(user, password)
+
+
+def parse_creds(text: str) -> Credentials:
+    """The --creds option: USER:PASSWORD."""
+    user, colon, password = text.partition(":")
+    if not colon or not user:
+        raise UsageFailure("--creds: expected USER:PASSWORD", Cause.AUTH)
+    return Credentials(user, password)
+
+
+def find_docker_credentials(host: str) -> Credentials | None:
+    """The `auths` entry for host in docker's config.json (of $DOCKER_CONFIG, else of ~/.docker)."""
+    import json
+    from pathlib import Path
+
+    folder = os.environ.get("DOCKER_CONFIG")
+    path = Path(folder) / "config.json" if folder else Path("~/.docker/config.json").expanduser()
+    try:
+        auths = json.loads(path.read_bytes()).get("auths") or {}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise Failure(f"cannot read docker's credentials in {path}: {error}", Cause.AUTH) from error
+    names = [host, f"https://{host}", f"http://{host}", f"https://{host}/v1/", f"https://{host}/v2/"]
+    if host in ("docker.io", "index.docker.io", "registry-1.docker.io"):
+        names += ["https://index.docker.io/v1/", "docker.io", "index.docker.io"]
+    for name in names:
+        entry = auths.get(name) if isinstance(auths, dict) else None
+        if not isinstance(entry, dict):
+            continue
+        token = str(entry.get("identitytoken") or "")
+        if entry.get("auth"):
+            found = decode_basic(str(entry["auth"]), f"{path}, entry {name}")
+            return Credentials(found.username, found.password.rstrip("\0"), token)
+        if entry.get("username"):
+            return Credentials(str(entry["username"]), str(entry.get("password") or ""), token)
+    return None
+
+
+def parse_challenges(text: str) -> list[tuple[str, dict[str, str]]]:
+    """WWW-Authenticate to [(scheme in lower case, parameters)], in its order."""
+    out: list[tuple[str, dict[str, str]]] = []
+    for match in CHALLENGE.finditer(text):
+        scheme, key, quoted, plain, bare = match.groups()
+        if scheme or bare:
+            out.append(((scheme or bare).lower(), {}))
+        elif key and out:
+            value = plain if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
+            out[-1][1][key.lower()] = value
+    return out
+
+
+def pull_scope(repo: str) -> str:
+    return f"repository:{repo}:pull"
+
+
+def push_scope(repo: str) -> str:
+    return f"repository:{repo}:pull,push"
+
+
+class Authenticator:
+    """Authorization headers for one registry. Thread-safe.
+
+    header() before a request, refresh() after a 401, refused() for the message when that did not help."""
+
+    def __init__(self, client: http.HttpClient, host: str, credentials: Credentials | None = None,
+                 token: str = "") -> None:
+        """token: a bearer token somebody else got (nydusd's registry_token), used until it is refused."""
+        self._client = client
+        self._host = host
+        self._credentials = credentials
+        self._lock = threading.Lock()
+        self._first = threading.Lock()
+        self._preset = f"Bearer {token}" if token else ""
+        self._headers: dict[str, tuple[str, float]] = {}     # scope -> header, monotonic time of its end
+        self._challenge: dict[str, str] | None = None
+        self._get_only = False
+        self.settled = False
+
+    @property
+    def user(self) -> str:
+        return self._credentials.username if self._credentials else ""
+
+    def set_credentials(self, credentials: Credentials | None) -> None:
+        """New credentials for what follows (hot reload); tokens got with the old ones are dropped."""
+        with self._lock:
+            self._credentials = credentials
+            self._headers.clear()
+            self._preset = ""
+
+    def first_request(self, deadline: float | None) -> "AbstractContextManager[None]":
+        """Held by the first exchange, so that a burst of readers makes one 401 and one token, not one each."""
+        return _held(self._first, deadline)
+
+    def header(self, scope: str, deadline: float | None = None) -> str:
+        """The header to send for scope, "" for none known. Renews a token that is about to end."""
+        known = self._headers.get(scope)
+        if known and known[1] > time.monotonic():
+            return known[0]
+        if known is None or self._challenge is None:
+            return self._preset
+        return self.refresh(scope, known[0], None, deadline)
+
+    def refresh(self, scope: str, sent: str, answer: str | None, deadline: float | None = None) -> str:
+        """A header other than `sent`, which was refused with WWW-Authenticate `answer` (None: it is only old).
+
+        Raises Failure AUTH when there is none to be had."""
+        with _held(self._lock, deadline):
+            known = self._headers.get(scope)
+            if known and known[0] != sent and known[1] > time.monotonic():
+                return known[0]
+            if sent and sent == self._preset:
+                self._preset = ""
+            challenges = parse_challenges(answer or "")
+            bearer = next((fields for name, fields in challenges if name == "bearer" and fields.get("realm")), None)
+            if answer is None or (bearer is None and not challenges):
+                bearer = self._challenge
+            if bearer is not None:
+                self._challenge = bearer
+                header, life_s = self._fetch_token(bearer, scope, deadline)
+                self._headers[scope] = header, time.monotonic() + life_s - min(TOKEN_MARGIN_S, life_s / 10)
+                return header
+            if any(name == "basic" for name, _ in challenges) and self._credentials is not None:
+                header = self._credentials.basic_header()
+                if header != sent:
+                    self._headers[scope] = header, float("inf")
+                    return header
+            raise self.refused(scope, 401)
+
+    def refused(self, scope: str, status: int, said: str = "") -> Failure:
+        """The line for a login that did not work."""
+        what = scope.partition(":")[2] or "the registry"
+        name, _, actions = what.rpartition(":")
+        doing = f"{'push' if 'push' in actions else 'pull'} {name}" if name else what
+        said = f" ({self._credentials.hide_in(said) if self._credentials else said})" if said else ""
+        if self._credentials is None:
+            return Failure(f"{self._host}: refused to {doing} without a login{said}: give --creds USER:PASSWORD, "
+                           f"or log in with `docker login {self._host}`", Cause.AUTH)
+        if status == 403:
+            return Failure(f"{self._host}: user {self.user!r} may not {doing}{said}: ask for the right, or give "
+                           "another user", Cause.AUTH)
+        return Failure(f"{self._host}: login of user {self.user!r} refused to {doing}{said}: check the password "
+                       "(--creds, docker's config.json, or auth in the configuration)", Cause.AUTH)
+
+    def _fetch_token(self, challenge: dict[str, str], scope: str, deadline: float | None) -> tuple[str, float]:
+        """Authorization header and its life in seconds. The lock is held."""
+        from urllib.parse import urlencode
+
+        realm = challenge["realm"]
+        if realm.partition("://")[0] not in ("http", "https"):
+            raise Failure(f"{self._host}: asks for a token from {realm[:80]!r}, which is no http address",
+                          Cause.AUTH)
+        scopes = [scope]
+        wanted = challenge.get("scope", "")
+        if wanted and not _covers(scope, wanted):
+            scopes += wanted.split()
+        fields = [("service", challenge["service"])] if challenge.get("service") else []
+        who = self._credentials
+        retry = self._client.retry(2, deadline)
+        while True:
+            try:
+                if who is not None and (who.identity_token or not self._get_only):
+                    form = [*fields, ("client_id", CLIENT_ID), ("scope", " ".join(scopes)), *_grant(who)]
+                    answer = self._token_call("POST", realm, deadline, body=urlencode(form).encode(), headers={
+                        "Content-Type": "application/x-www-form-urlencoded"})
+                    if answer is not None:
+                        return answer
+                query = urlencode([*fields, ("client_id", CLIENT_ID), *(("scope", one) for one in scopes)])
+                headers = {"Authorization": who.basic_header()} if who is not None else {}
+                answer = self._token_call("GET", f"{realm}{'&' if '?' in realm else '?'}{query}", deadline,
+                                          headers=headers)
+                if answer is None:
+                    raise self.refused(scope, 401)
+                self._get_only = True
+                return answer
+            except http.RetriableFailure as failure:
+                retry.wait(failure)
+
+    def _token_call(self, method: str, url: str, deadline: float | None, *, headers: dict[str, str],
+                    body: bytes | None = None) -> tuple[str, float] | None:
+        """One call of the token server; None when it refuses (or, for POST, does not know it)."""
+        import json
+
+        response = self._client.send(method, url, headers=headers, body=body, deadline=deadline)
+        status = response.status
+        if 400 <= status < 500 and status not in (408, 429) and (method == "POST" or status in (400, 401, 403)):
+            http.release(response)
+            return None
+        if status != 200:
+            http.check_status(response, url, "the token server")
+            http.release(response)
+            raise Failure(f"{http.host_of(url)}: the token server answered with status {status}", Cause.AUTH)
+        try:
+            found: Any = json.loads(http.read_body(response, url, TOKEN_ANSWER_BYTES, deadline))
+            token = found.get("token") or found.get("access_token")
+            life_s = float(found.get("expires_in") or TOKEN_TTL_S)
+        except (ValueError, AttributeError, TypeError) as error:
+            raise Failure(f"{http.host_of(url)}: the token server's answer is not a token", Cause.AUTH) from error
+        if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable():
+            raise Failure(f"{http.host_of(url)}: the token server's answer has no token", Cause.AUTH)
+        return f"Bearer {token}", max(life_s, 1.0)
+
+
+def _grant(who: Credentials) -> list[tuple[str, str]]:
+    if who.identity_token:
+        return [("grant_type", "refresh_token"), ("refresh_token", who.identity_token)]
+    return [("grant_type", "password"), ("username", who.username), ("password", who.password)]
+
+
+def _covers(scope: str, wanted: str) -> bool:
+    """Whether every action of `wanted` (one or more scopes) is among those of scope."""
+    name, _, actions = scope.rpartition(":")
+    have = set(actions.split(","))
+    for one in wanted.split():
+        other, _, other_actions = one.rpartition(":")
+        if other != name or not set(other_actions.split(",")) <= have:
+            return False
+    return True
+
+
+class _held:
+    """A lock taken until the deadline at the latest."""
+
+    __slots__ = ("_deadline", "_lock")
+
+    def __init__(self, lock: threading.Lock, deadline: float | None) -> None:
+        self._lock = lock
+        self._deadline = deadline
+
+    def __enter__(self) -> None:
+        left = -1.0 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        if not self._lock.acquire(timeout=left):
+            raise Failure("the deadline passed while waiting for a login", Cause.NETWORK)
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()

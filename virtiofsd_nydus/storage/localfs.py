@@ -1,0 +1,84 @@
+"""Backend `localfs`: blobs are files of this host. Configuration as nydusd-interface.md 4.3 has it. Light."""
+
+import errno
+import os
+import threading
+
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.storage.http import PIECE_BYTES
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BLOB_ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-")
+
+
+class LocalfsBackend:
+    """See storage.backend.Backend. `blob_file`, else DIR/<id>, else the first alt_dirs/<id> that is there."""
+
+    kind = "localfs"
+
+    def __init__(self, directory: str = "", blob_file: str = "", alt_dirs: "tuple[str, ...]" = ()) -> None:
+        self._directory = directory
+        self._blob_file = blob_file
+        self._alt_dirs = alt_dirs
+        self._files: dict[str, tuple[int, str]] = {}    # blob id -> descriptor kept open, path
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        with self._lock:
+            files, self._files = self._files, {}
+        for fd, _ in files.values():
+            os.close(fd)
+
+    def blob_size(self, blob_id: str) -> int:
+        return os.fstat(self._open(blob_id)[0]).st_size
+
+    def read_range(self, blob_id: str, offset: int, length: int, *, prefetch: bool = False,
+                   deadline: float | None = None) -> "Iterator[memoryview]":
+        if offset < 0 or length < 0:
+            raise ValueError(f"range of {length} bytes at {offset}")
+        return self._read_range(blob_id, offset, length)
+
+    def _read_range(self, blob_id: str, offset: int, length: int) -> "Iterator[memoryview]":
+        fd, path = self._open(blob_id)
+        buffer = bytearray(min(PIECE_BYTES, length))
+        view = memoryview(buffer)
+        end = offset + length
+        while offset < end:
+            try:
+                got = os.preadv(fd, [view[:end - offset]], offset)
+            except OSError as error:
+                raise Failure(f"cannot read {path}: {error.strerror}", Cause.IO) from error
+            if got == 0:
+                raise Failure(f"{path} has {os.fstat(fd).st_size} bytes, the image wants {end - offset} at "
+                              f"{offset}: it is not the blob the image was made with, or was copied only in part",
+                              Cause.FORMAT)
+            offset += got
+            yield view[:got]
+
+    def _candidates(self, blob_id: str) -> list[str]:
+        if self._blob_file:
+            return [self._blob_file]
+        # The id comes from an image: it must not lead out of the directory.
+        if not 1 <= len(blob_id) <= 64 or not BLOB_ID_CHARACTERS.issuperset(blob_id):
+            raise Failure(f"blob id {blob_id[:80]!r} is not one: letters, digits, - and _ only", Cause.FORMAT)
+        return [f"{folder}/{blob_id}" for folder in (self._directory, *self._alt_dirs) if folder]
+
+    def _open(self, blob_id: str) -> tuple[int, str]:
+        with self._lock:
+            opened = self._files.get(blob_id)
+            if opened is not None:
+                return opened
+            paths = self._candidates(blob_id)
+            for path in paths:
+                try:
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                        continue
+                    raise Failure(f"cannot open the blob file {path}: {error.strerror}", Cause.IO) from error
+                opened = self._files[blob_id] = fd, path
+                return opened
+        raise Failure(f"no blob file {' or '.join(paths)}: is it the image's blob directory?", Cause.MISSING)
