@@ -1,0 +1,165 @@
+"""`build`: one RAFS image from a directory or a tar."""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from virtiofsd_nydus.build.options import CODECS, DIGESTERS, PREFETCH_POLICIES, BuildOptions
+from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes: decimal, 0x-hexadecimal, or with a suffix K or M (powers of 1024)."""
+    number, factor = text, 1
+    if text[-1:].upper() in ("K", "M"):
+        number, factor = text[:-1], 1 << 10 if text[-1].upper() == "K" else 1 << 20
+    try:
+        return int(number, 0) * factor
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size") from None
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """The flags that say what kind of image is made; `convert` takes them too."""
+    parser.add_argument("--fs-version", type=int, default=6, metavar="N", help="RAFS version (6)")
+    parser.add_argument("--compressor", choices=list(CODECS), default="zstd", help="codec of the chunks (zstd)")
+    parser.add_argument("--compression-level", type=int, default=3, metavar="N", help="level of zstd, 1 to 19 (3)")
+    parser.add_argument("--digester", choices=list(DIGESTERS), default="blake3", help="chunk digests (blake3)")
+    parser.add_argument("--chunk-size", type=parse_size, default=1 << 20, metavar="BYTES",
+                        help="power of two, 4K to 16M (1M)")  # fmt: skip
+    parser.add_argument("--chunk-dict", type=Path, metavar="BOOTSTRAP", help="reuse this image's chunks")
+    parser.add_argument("--prefetch-policy", choices=PREFETCH_POLICIES, default="none", help="what a mount prefetches")
+    parser.add_argument("--prefetch-pattern", action="append", metavar="PATH",
+                        help="path in the image to prefetch, repeatable (/)")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="compressing threads (one a processor)")
+
+
+def make_options(args: argparse.Namespace) -> BuildOptions:
+    if args.chunk_dict is not None:
+        raise UsageFailure("--chunk-dict is not supported yet")
+    return BuildOptions(
+        fs_version=args.fs_version, compressor=args.compressor, digester=args.digester, chunk_size=args.chunk_size,
+        compression_level=args.compression_level, prefetch_policy=args.prefetch_policy,
+        prefetch_patterns=tuple(args.prefetch_pattern or ("/",)), threads=args.threads,
+    )  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="directory, or tar (plain, gzip or zstd)")
+    parser.add_argument("--bootstrap", type=Path, required=True, metavar="FILE", help="bootstrap to write")
+    parser.add_argument("--blob-dir", type=Path, required=True, metavar="DIR", help="where the blob goes, named by its id")
+    add_image_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    options = make_options(args)
+    if not args.source.exists():
+        raise Failure(f"{args.source}: no such file or directory", Cause.MISSING)
+    start = time.monotonic()
+    try:
+        result = build_image(args.source, args.bootstrap, args.blob_dir, options, show_progress=not args.json)
+    except OSError as error:
+        raise Failure(f"{error.filename or args.blob_dir}: {error.strerror}", Cause.IO) from error
+    result["seconds"] = round(time.monotonic() - start, 3)
+    if args.json:
+        print(json.dumps(result))
+    else:
+        _print_summary(result)
+    return 0
+
+
+def build_image(
+    source: Path, bootstrap: Path, blob_dir: Path, options: BuildOptions, *, show_progress: bool = False
+) -> dict[str, object]:
+    """Writes bootstrap and blob_dir/<blob id>; neither appears under its name before it is whole."""
+    from virtiofsd_nydus.build.image import build_layer, merge_layers
+
+    blob_dir.mkdir(parents=True, exist_ok=True)
+    kind = "dir" if source.is_dir() else "tar"
+    with tempfile.NamedTemporaryFile(dir=blob_dir, prefix=".building-", delete=False, buffering=0) as out:
+        temporary = Path(out.name)
+        try:
+            with _Progress(source, enabled=show_progress) as progress:
+                layer = build_layer(
+                    source, options=options, out_blob=out, kind=kind, label=str(source), on_progress=progress.advance
+                )  # type: ignore[arg-type]
+            image = merge_layers([layer], options=options)
+            if image.blobs:
+                temporary.chmod(0o644)
+                temporary.replace(blob_dir / layer.blob_id)
+        finally:
+            temporary.unlink(missing_ok=True)
+    partial = bootstrap.with_name(f".{bootstrap.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(image.bootstrap)
+        partial.replace(bootstrap)
+    finally:
+        partial.unlink(missing_ok=True)
+    return {
+        "bootstrap": str(bootstrap),
+        "bootstrap_bytes": len(image.bootstrap),
+        "blobs": [info.blob_id for info in image.blobs],
+        "blob_bytes": sum(info.compressed_size for info in image.blobs),
+        "names": image.stats.names,
+        "inodes": image.stats.inodes,
+        "files": layer.stats.files,
+        "file_bytes": layer.stats.file_bytes,
+        "chunks": image.stats.chunks,
+        "deduplicated_bytes": layer.stats.deduplicated_bytes,
+        "dropped_xattrs": layer.stats.dropped_xattrs,
+        "fs_version": options.fs_version,
+        "compressor": options.compressor,
+        "digester": options.digester,
+    }
+
+
+class _Progress:
+    """A bar on a terminal, nothing elsewhere."""
+
+    def __init__(self, source: Path, *, enabled: bool) -> None:
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                console=Console(stderr=True), transient=True,
+            )  # fmt: skip
+            total = source.stat().st_size if source.is_file() else None
+            self._task = self._bar.add_task(source.name, total=total)
+
+    def advance(self, read_bytes: int) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task, read_bytes)
+
+    def __enter__(self) -> "_Progress":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _print_summary(result: dict[str, object]) -> None:
+    rows = {key.replace("_", " "): value for key, value in result.items()}
+    rows["blobs"] = ", ".join(result["blobs"]) or "none"  # type: ignore[arg-type]
+    width = max(map(len, rows))
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(show_header=False, box=None)
+        for key, value in rows.items():
+            table.add_row(key, str(value))
+        Console().print(table)
+        return
+    for key, value in rows.items():
+        print(f"{key:{width}}  {value}")
