@@ -147,8 +147,9 @@ class LocalRegistry:
                 self.directory / "token.pem", self.directory / "token.key", {self.username: self.password},
                 anonymous_pull=self._anonymous_pull, ttl_s=self._token_ttl_s)
             self.token_server.start()
-            lines += ["auth:", "  token:", f"    realm: {self.token_server.url}", f"    service: {token_server.SERVICE}",
-                      f"    issuer: {token_server.ISSUER}", f"    rootcertbundle: {self.directory / 'token.pem'}"]
+            lines += ["auth:", "  token:", f"    realm: {self.token_server.url}",
+                      f"    service: {token_server.SERVICE}", f"    issuer: {token_server.ISSUER}",
+                      f"    rootcertbundle: {self.directory / 'token.pem'}"]
         return "\n".join(lines) + "\n"
 
     def _wait_ready(self) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.storage.factory import make_backend
+from virtiofsd_nydus.storage.factory import create_backend
 
 DATA = bytes(range(256)) * 5000
 BLOB = "ab" * 32
@@ -17,7 +17,7 @@ def read(backend, *args):
 
 def test_read_range(tmp_path: Path) -> None:
     (tmp_path / BLOB).write_bytes(DATA)
-    backend = make_backend({"type": "localfs", "config": {"dir": str(tmp_path)}})
+    backend = create_backend("localfs", {"dir": str(tmp_path)})
     assert read(backend, BLOB, 0, len(DATA)) == DATA
     assert read(backend, BLOB, 1234, 700_001) == DATA[1234:1234 + 700_001]
     assert read(backend, BLOB, 5, 0) == b""
@@ -29,15 +29,15 @@ def test_read_range(tmp_path: Path) -> None:
 def test_alt_dirs_and_blob_file(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / BLOB).write_bytes(DATA)
-    backend = make_backend({"type": "localfs", "localfs": {"dir": str(tmp_path), "alt_dirs": [
-        str(tmp_path / "none"), str(tmp_path / "other")]}})
+    backend = create_backend("localfs", {"dir": str(tmp_path), "alt_dirs": [
+        str(tmp_path / "none"), str(tmp_path / "other")]})
     assert read(backend, BLOB, 7, 9) == DATA[7:16]
-    backend = make_backend({"type": "localfs", "config": {"blob_file": str(tmp_path / "other" / BLOB)}})
+    backend = create_backend("localfs", {"blob_file": str(tmp_path / "other" / BLOB)})
     assert read(backend, "whatever", 7, 9) == DATA[7:16]
 
 
 def test_missing_blob_names_the_path(tmp_path: Path) -> None:
-    backend = make_backend({"type": "localfs", "config": {"dir": str(tmp_path)}})
+    backend = create_backend("localfs", {"dir": str(tmp_path)})
     with pytest.raises(Failure, match=str(tmp_path / BLOB)) as caught:
         read(backend, BLOB, 0, 1)
     assert caught.value.cause is Cause.MISSING
@@ -45,7 +45,7 @@ def test_missing_blob_names_the_path(tmp_path: Path) -> None:
 
 def test_short_blob_is_not_a_network_failure(tmp_path: Path) -> None:
     (tmp_path / BLOB).write_bytes(DATA[:100])
-    backend = make_backend({"type": "localfs", "config": {"dir": str(tmp_path)}})
+    backend = create_backend("localfs", {"dir": str(tmp_path)})
     with pytest.raises(Failure, match="has 100 bytes") as caught:
         read(backend, BLOB, 50, 100)
     assert caught.value.cause is Cause.FORMAT
@@ -53,7 +53,7 @@ def test_short_blob_is_not_a_network_failure(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("blob_id", ["../etc/passwd", "a/b", "", ".", "x" * 65, "a\0b"])
 def test_blob_id_stays_in_the_directory(tmp_path: Path, blob_id: str) -> None:
-    backend = make_backend({"type": "localfs", "config": {"dir": str(tmp_path / "inner")}})
+    backend = create_backend("localfs", {"dir": str(tmp_path / "inner")})
     with pytest.raises(Failure, match="blob id") as caught:
         read(backend, blob_id, 0, 1)
     assert caught.value.cause is Cause.FORMAT

@@ -1,7 +1,5 @@
 """From the backend section of a nydusd configuration to a Backend. Light: no network, no HTTP library."""
 
-import os
-
 from virtiofsd_nydus.errors import UsageFailure
 from virtiofsd_nydus.storage import http
 
@@ -12,7 +10,6 @@ if TYPE_CHECKING:
 
     from virtiofsd_nydus.storage.backend import Backend
 
-# nydusd's keys that change nothing here: its retry_limit is parsed and unused there too when 0, mirrors are gone.
 REGISTRY_KEYS = frozenset((
     "scheme", "host", "repo", "auth", "registry_token", "blob_url_scheme", "blob_redirected_host", "skip_verify",
     "ca_cert_files", "timeout", "connect_timeout", "retry_limit"))
@@ -21,31 +18,24 @@ LOCALFS_KEYS = frozenset(("dir", "blob_file", "alt_dirs"))
 QUIET_EMPTY_KEYS = frozenset(("proxy", "mirrors", "readahead", "readahead_sec"))
 
 
-def make_backend(section: "Mapping[str, Any]", *, on_warning: "Callable[[str], None] | None" = None,
-                 environ: "Mapping[str, str] | None" = None) -> "Backend":
-    """The backend a configuration describes.
+def create_backend(kind: str, settings: "Mapping[str, Any]", *,
+                   warn: "Callable[[str], None] | None" = None) -> "Backend":
+    """The backend of a type and its settings, as they stand in nydusd's configurations.
 
-    section: {"type": KIND, "config": {...}} (v1) or {"type": KIND, KIND: {...}} (v2). on_warning gets one line
-    that names all keys that were not understood. environ: os.environ unless given; IMAGE_PULL_AUTH in it wins over
-    `auth`. Raises UsageFailure for a section that cannot be."""
-    kind = section.get("type")
-    settings = section.get("config")
-    if settings is None:
-        settings = section.get(str(kind).replace("-", "_"), section.get(str(kind)))
-    if not isinstance(kind, str) or not kind:
-        raise UsageFailure("the configuration's backend has no type (registry, localfs)")
-    if not isinstance(settings, dict):
-        raise UsageFailure(f"the configuration's backend of type {kind!r} has no config section")
+    warn gets one line that names all keys that were not understood. Raises UsageFailure for settings that cannot be.
+    Opens nothing, so that nothing has to be up yet."""
     known = {"registry": REGISTRY_KEYS, "localfs": LOCALFS_KEYS}.get(kind)
     if known is None:
         raise UsageFailure(f"backend type {kind!r} is not supported: registry and localfs are")
+    if not isinstance(settings, dict):
+        raise UsageFailure(f"backend {kind}: its config must be an object")
     unknown = sorted(key for key, value in settings.items()
                      if key not in known and not (key in QUIET_EMPTY_KEYS and not _has_effect(value)))
-    if unknown and on_warning is not None:
-        on_warning(f"backend {kind}: keys without effect here: {', '.join(unknown)}")
+    if unknown and warn is not None:
+        warn(f"backend {kind}: keys without effect here: {', '.join(unknown)}")
     if kind == "localfs":
         return _make_localfs(settings)
-    return _make_registry(settings, os.environ if environ is None else environ)
+    return _make_registry(settings)
 
 
 def _make_localfs(settings: "Mapping[str, Any]") -> "Backend":
@@ -57,18 +47,14 @@ def _make_localfs(settings: "Mapping[str, Any]") -> "Backend":
     return LocalfsBackend(directory, blob_file, tuple(_texts(settings, "alt_dirs")))
 
 
-def _make_registry(settings: "Mapping[str, Any]", environ: "Mapping[str, str]") -> "Backend":
+def _make_registry(settings: "Mapping[str, Any]") -> "Backend":
     from virtiofsd_nydus.oci.auth import decode_basic
     from virtiofsd_nydus.storage.registry import RETRIES, RegistryBackend
 
     host, repo = _text(settings, "host"), _text(settings, "repo")
     if not host or not repo:
         raise UsageFailure("backend registry: host and repo are needed")
-    pull_auth = environ.get("IMAGE_PULL_AUTH", "")
-    auth = pull_auth or _text(settings, "auth")
-    credentials = None
-    if auth:
-        credentials = decode_basic(auth, "IMAGE_PULL_AUTH" if pull_auth else "backend registry, auth")
+    auth = _text(settings, "auth")
     skip_verify = settings.get("skip_verify") is True
     client = http.HttpClient(
         skip_verify=skip_verify, ca_cert_files=_texts(settings, "ca_cert_files"),
@@ -77,9 +63,9 @@ def _make_registry(settings: "Mapping[str, Any]", environ: "Mapping[str, str]") 
     return RegistryBackend(
         # nydusd: anything but http is https.
         client, "http" if _text(settings, "scheme") == "http" else "https", host, repo,
-        credentials=credentials, token=_text(settings, "registry_token"),
-        retries=int(_number(settings, "retry_limit", 0)) or RETRIES, plain_fallback=skip_verify,
-        blob_url_scheme=_text(settings, "blob_url_scheme"),
+        credentials=decode_basic(auth, "backend registry, auth") if auth else None,
+        token=_text(settings, "registry_token"), retries=int(_number(settings, "retry_limit", 0)) or RETRIES,
+        plain_fallback=skip_verify, blob_url_scheme=_text(settings, "blob_url_scheme"),
         blob_redirected_host=_text(settings, "blob_redirected_host"))
 
 

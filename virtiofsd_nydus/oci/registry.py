@@ -1,0 +1,181 @@
+"""A repository of an OCI registry as source and destination of images (distribution specification 1.1).
+
+Reading blobs is the storage backend's work, so that pulls have its checks, retries and resuming too."""
+
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Self
+from urllib.parse import urljoin
+
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.oci.auth import Credentials, find_docker_credentials, parse_creds
+from virtiofsd_nydus.oci.manifest import ACCEPT, DOCUMENT_BYTES, Descriptor, digest_of
+from virtiofsd_nydus.oci.reference import Reference, default_scheme
+from virtiofsd_nydus.oci.store import OnBytes
+from virtiofsd_nydus.storage import http
+from virtiofsd_nydus.storage.registry import RETRIES, RegistryBackend
+
+# Nobody waits behind a conversion, so its limits are those of a slow registry. A PUT is answered after the registry
+# has hashed and stored the whole blob.
+READ_TIMEOUT_S = 30.0
+CONNECT_TIMEOUT_S = 10.0
+PUT_TIMEOUT_S = 300.0
+
+
+class RegistryStore:
+    """store.ImageStore of one repository. Thread-safe."""
+
+    def __init__(self, reference: Reference, *, plain_http: bool = False, credentials: Credentials | None = None,
+                 ca_cert_files: Iterable[str] = (), skip_verify: bool = False) -> None:
+        self.name = str(reference)
+        self.host = reference.api_host
+        self.repo = reference.repo
+        self.scheme = default_scheme(self.host, plain_http)
+        self.credentials = credentials
+        self.ca_cert_files = tuple(ca_cert_files)
+        self.skip_verify = skip_verify
+        self._client = http.HttpClient(skip_verify=skip_verify, ca_cert_files=self.ca_cert_files,
+                                       read_timeout_s=READ_TIMEOUT_S, connect_timeout_s=CONNECT_TIMEOUT_S)
+        self._backend = RegistryBackend(self._client, self.scheme, self.host, self.repo, credentials=credentials)
+        self._session = self._backend.session
+        self._known: set[str] = set()   # digests this repository has
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, reference: Reference, *, plain_http: bool = False, creds: str = "",
+             ca_cert_files: Iterable[str] = (), skip_verify: bool = False) -> Self:
+        """With the login of --creds (USER:PASSWORD), else of docker's configuration, else none."""
+        credentials = parse_creds(creds) if creds else find_docker_credentials(reference.host)
+        return cls(reference, plain_http=plain_http, credentials=credentials, ca_cert_files=ca_cert_files,
+                   skip_verify=skip_verify)
+
+    def close(self) -> None:
+        self._client.close()
+
+    def get_manifest(self, version: str) -> tuple[bytes, str]:
+        retry = self._client.retry(RETRIES, None)
+        while True:
+            try:
+                response, url = self._session.request("GET", f"manifests/{version}", f"manifest of {self.name}",
+                                                      headers={"Accept": ACCEPT})
+                media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
+                told = response.headers.get("Docker-Content-Digest", "")
+                data = http.read_body(response, url, DOCUMENT_BYTES)
+                break
+            except http.RetriableFailure as failure:
+                retry.wait(failure)
+        if told.startswith("sha256:") and told != digest_of(data):
+            raise Failure(f"{self.name}: the manifest does not have the digest the registry tells: damaged on the way",
+                          Cause.DIGEST)
+        return data, media_type
+
+    def read_blob(self, descriptor: Descriptor) -> Iterator[memoryview]:
+        return self._backend.read_range(descriptor.hex, 0, descriptor.size)
+
+    def has_blob(self, descriptor: Descriptor) -> bool:
+        with self._lock:
+            if descriptor.digest in self._known:
+                return True
+        retry = self._client.retry(RETRIES, None)
+        while True:
+            try:
+                response, _ = self._session.request("HEAD", f"blobs/{descriptor.digest}", f"blob {descriptor.digest}",
+                                                    push=True, pass_statuses=(404,))
+                there = response.status == 200
+                http.release(response)
+                break
+            except http.RetriableFailure as failure:
+                retry.wait(failure)
+        if there:
+            self._remember(descriptor)
+        return there
+
+    def put_blob(self, descriptor: Descriptor, file: Path, on_bytes: OnBytes | None = None) -> None:
+        """Monolithic upload (POST, then PUT of the whole). A broken upload starts anew."""
+        if self.has_blob(descriptor):
+            return
+        what = f"upload of blob {descriptor.digest[7:19]} to {self.name}"
+        retry = self._client.retry(RETRIES, None)
+        sent = 0
+
+        def count(size: int) -> None:
+            nonlocal sent
+            sent += size
+            if on_bytes is not None:
+                on_bytes(size)
+
+        while True:
+            try:
+                self._upload(descriptor, file, what, count)
+                break
+            except http.RetriableFailure as failure:
+                if on_bytes is not None:
+                    on_bytes(-sent)
+                sent = 0
+                retry.wait(failure)
+        self._remember(descriptor)
+
+    def put_manifest(self, data: bytes, media_type: str, tag: str) -> None:
+        retry = self._client.retry(RETRIES, None)
+        while True:
+            try:
+                response, _ = self._session.request("PUT", f"manifests/{tag}", f"manifest of {self.name}", push=True,
+                                                    headers={"Content-Type": media_type}, body=data,
+                                                    read_timeout_s=PUT_TIMEOUT_S)
+                told = response.headers.get("Docker-Content-Digest", "")
+                http.release(response)
+                break
+            except http.RetriableFailure as failure:
+                retry.wait(failure)
+        if told.startswith("sha256:") and told != digest_of(data):
+            raise Failure(f"{self.name}: the registry stored another manifest than was sent ({told})", Cause.DIGEST)
+
+    def _upload(self, descriptor: Descriptor, file: Path, what: str, on_bytes: OnBytes) -> None:
+        response, url = self._session.request("POST", "blobs/uploads/", what, push=True,
+                                              headers={"Content-Length": "0"})
+        location = response.headers.get("Location", "")
+        http.release(response)
+        if response.status != 202 or not location:
+            raise Failure(f"{self.host}: {what}: the registry opened no upload (status {response.status})", Cause.IO)
+        location = urljoin(url, location)
+        location += ("&" if "?" in location else "?") + f"digest={descriptor.digest}"
+        opened: list[_CountedFile] = []
+
+        def body() -> IO[bytes]:
+            opened.append(_CountedFile(file, on_bytes))
+            return opened[-1]   # type: ignore[return-value]  # has all that is used of it: read()
+
+        try:
+            response, _ = self._session.request(
+                "PUT", location, what, push=True, body=body, read_timeout_s=PUT_TIMEOUT_S, headers={
+                    "Content-Type": "application/octet-stream", "Content-Length": str(descriptor.size)})
+        finally:
+            for one in opened:
+                one.close()
+        http.release(response)
+        if response.status not in (201, 204):
+            raise Failure(f"{self.host}: {what}: unexpected status {response.status}", Cause.IO)
+
+    def _remember(self, descriptor: Descriptor) -> None:
+        with self._lock:
+            self._known.add(descriptor.digest)
+
+
+class _CountedFile:
+    """A file that tells how much of it was read."""
+
+    # http.client reads 16 KiB at a time by itself; larger pieces cost a third of the calls' time.
+    PIECE_BYTES = 256 << 10
+
+    def __init__(self, path: Path, on_bytes: OnBytes) -> None:
+        self._file = path.open("rb", buffering=self.PIECE_BYTES)
+        self._on_bytes = on_bytes
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(max(size, self.PIECE_BYTES) if size >= 0 else -1)
+        self._on_bytes(len(data))
+        return data
+
+    def close(self) -> None:
+        self._file.close()
