@@ -90,6 +90,7 @@ typedef struct {
     uint64_t max_ops;             /* 0 = no limit */
     uint32_t duration_ms;         /* 0 = no limit */
     uint32_t timeout_ms;          /* longest wait for any completion */
+    uint32_t pause_us;            /* slept after each batch of completions */
     uint64_t random_seed;
     const fg_file *files;
     uint32_t file_count;

@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <string.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "fg_internal.h"
 
@@ -179,6 +180,8 @@ int fg_load_run(fg_queue *q, const fg_load *load, fg_load_result *out)
                 break;
         }
         rc = rc ? rc : got;
+        if (load->pause_us && !over)
+            usleep(load->pause_us);
         fg_queue_publish(q);
         if (!rc && q->in_flight)
             rc = fg_queue_wait(q, (int)load->timeout_ms);

@@ -1,8 +1,8 @@
-"""A virtio-fs guest without a VM: the vhost-user front-end in QEMU's order, guest memory and rings from the C half.
+"""A virtio-fs guest without a VM: the front-end in QEMU's order; guest memory and rings come from the C half.
 
-`with FakeGuest(path) as guest:` connects, starts the device and offers guest.fuse. Each step is also a method of its
-own, so that a test can leave one out, repeat it or do it wrong: front (raw messages), memory (raw bytes), queues (raw
-rings).
+`with FakeGuest(path) as guest:` connects, starts the device and offers guest.fuse. Each step is also a method of
+its own, so that a test can leave one out, repeat it or do it wrong: front (raw messages), memory (raw bytes), queues
+(raw rings).
 """
 
 import errno
@@ -344,8 +344,8 @@ class FakeGuest:
         at = self.memory.user_address
         self.front.send(Request.SET_VRING_NUM, vhost.VRING_STATE.pack(queue.index, queue.size))
         self.front.send(Request.SET_VRING_BASE, vhost.VRING_STATE.pack(queue.index, base))
-        addresses = vhost.VRING_ADDR.pack(queue.index, 0, at(queue.desc_gpa), at(queue.used_gpa), at(queue.avail_gpa),
-                                          queue.used_gpa)
+        addresses = vhost.VRING_ADDR.pack(queue.index, 0, at(queue.desc_gpa), at(queue.used_gpa),
+                                          at(queue.avail_gpa), queue.used_gpa)
         self.front.command(Request.SET_VRING_ADDR, addresses, (), self.acks)
         self.send_fd(Request.SET_VRING_KICK, queue, queue.kick_fd)
 

@@ -134,10 +134,10 @@ class FuseClient:
 
     def init(self, major: int = 7, minor: int = 38, flags: int = GUEST_FLAGS) -> InitReply:
         body = INIT_IN.pack(major, minor, 131072, flags & 0xFFFF_FFFF, flags >> 32)
-        (major, minor, readahead, low, background, _, max_write, _, max_pages, alignment, high, *_) = INIT_OUT.unpack(
-            self.request(INIT, 0, body, INIT_OUT.size))
-        return InitReply(major, minor, readahead, low | (high << 32 if low & INIT_EXT else 0), background, max_write,
-                         max_pages, alignment)
+        reply = self.request(INIT, 0, body, INIT_OUT.size)
+        major, minor, readahead, low, background, _, max_write, _, pages, align, high, *_ = INIT_OUT.unpack(reply)
+        all_flags = low | (high << 32 if low & INIT_EXT else 0)
+        return InitReply(major, minor, readahead, all_flags, background, max_write, pages, align)
 
     def lookup(self, parent: int, name: bytes) -> Entry:
         return parse_entry(self.request(LOOKUP, parent, name + b"\0", ENTRY.size + ATTR.size))

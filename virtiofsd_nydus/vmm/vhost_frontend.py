@@ -1,13 +1,14 @@
-"""The front-end's half of vhost-user: messages over the real socket, descriptors by SCM_RIGHTS. No device logic.
+"""The front-end's half of vhost-user: messages over the real socket, fds by SCM_RIGHTS. No device logic.
 
-For the fake guest (fakeguest.py). Anything can be sent, well-formed or not; what comes back is checked to be a reply
-as QEMU insists on: version 1, REPLY set, NEED_REPLY clear, the request's own number.
+For the fake guest (fakeguest.py). Anything can be sent, well-formed or not; what comes back is checked to be a
+reply as QEMU insists on: version 1, REPLY set, NEED_REPLY clear, the request's own number.
 """
 
 import array
 import enum
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ INFLIGHT = struct.Struct("=QQHH")
 VERSION = 1
 REPLY = 4
 NEED_REPLY = 8
+LISTEN_WAIT_S = 1.0
 NO_FD = 0x100  # in the u64 of KICK, CALL and ERR
 
 
@@ -87,17 +89,30 @@ class Refused(RuntimeError):
     """The back-end acknowledged a request with an error."""
 
 
+def connect_socket(path: Path, timeout_s: float) -> socket.socket:
+    """Connects; waits a little for a server that has bound its socket and does not listen yet."""
+    deadline = time.monotonic() + LISTEN_WAIT_S
+    while True:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect(str(path))
+            return connection
+        except ConnectionRefusedError:
+            connection.close()
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.005)
+        except BaseException:
+            connection.close()
+            raise
+
+
 class VhostFrontend:
     """One connection. Not safe for several threads."""
 
     def __init__(self, path: Path, timeout_s: float = 20.0) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(timeout_s)
-        try:
-            self.socket.connect(str(path))
-        except OSError:
-            self.socket.close()
-            raise
+        self.socket = connect_socket(path, timeout_s)
         self.reply_ack = False
 
     def close(self) -> None:
