@@ -24,10 +24,12 @@ struct fs_ops {
     int (*getattr)(struct fs *fs, uint64_t ino, vnd_attr *out);
     int (*lookup)(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out);   /* out->ino too */
     int (*readdir)(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, fs_dir_put put, void *ctx);
-    int (*readlink)(struct fs *fs, uint64_t ino, const char **target, size_t *len);    /* points into the map */
+    /* Copies the target, no NUL: its length, -ERANGE if cap is less. */
+    int64_t (*readlink)(struct fs *fs, uint64_t ino, char *buf, size_t cap);
     /* Extents of file bytes [off, off+len) cut at end of file: their number (0 = at or past it); *got their bytes. */
     int (*extents)(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max, uint32_t *got);
-    int (*listxattr)(struct fs *fs, uint64_t ino, char *buf, size_t cap, size_t *need);   /* -ERANGE if cap < need > 0 */
+    /* NUL-ended names; *need always gets the full length. cap 0 asks for it alone; -ERANGE if 0 < cap < *need. */
+    int (*listxattr)(struct fs *fs, uint64_t ino, char *buf, size_t cap, size_t *need);
     int (*getxattr)(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap, size_t *need);
     int (*statfs)(struct fs *fs, uint64_t *blocks, uint64_t *files, uint32_t *bsize);
     uint64_t (*root)(struct fs *fs);

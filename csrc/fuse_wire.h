@@ -82,6 +82,7 @@ struct fuse_init_out {
 
 #define FUSE_INIT_ASYNC_READ (1ull << 0)
 #define FUSE_INIT_EXPORT_SUPPORT (1ull << 4)
+#define FUSE_INIT_AUTO_INVAL_DATA (1ull << 12)
 #define FUSE_INIT_DO_READDIRPLUS (1ull << 13)
 #define FUSE_INIT_READDIRPLUS_AUTO (1ull << 14)
 #define FUSE_INIT_ASYNC_DIO (1ull << 15)

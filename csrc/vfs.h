@@ -16,12 +16,25 @@ void vfs_enter(struct fuse_worker *w);      /* around each request */
 void vfs_leave(struct fuse_worker *w);
 void vfs_worker_add(struct vnd_vfs *v, struct fuse_worker *w);
 void vfs_worker_remove(struct vnd_vfs *v, struct fuse_worker *w);
-/* 0 or -ESTALE/-ENOENT. */
+
+/* All below up to vfs_session_kind only inside enter/leave (or holding no worker while nobody unmounts: tests). */
+/* 0 or -ESTALE. The file system decides whether the inode exists. */
 int vfs_resolve(struct vnd_vfs *v, uint64_t nodeid, struct vfs_node *out);
 uint64_t vfs_nodeid(struct vnd_vfs *v, uint16_t serial, uint64_t ino);
+/* One path component ("." and ".." too), over mount points in both directions. attr->ino is the file system's own.
+ * 0 or -errno. */
+int vfs_lookup(struct vnd_vfs *v, const struct vfs_node *dir, const char *name, size_t len, struct vfs_node *out,
+               vnd_attr *attr);
+/* Replaces a node that something is mounted on by the root of that mount: true if it did. */
+bool vfs_cover(struct vnd_vfs *v, struct vfs_node *node);
+/* The directory that a mount's root is mounted on: true if node is one. */
+bool vfs_covered(struct vnd_vfs *v, const struct vfs_node *node, struct vfs_node *on);
+int vfs_has_xattr(struct vnd_vfs *v);       /* 0: something is mounted and none of it has any */
+
 int vfs_session_kind(struct vnd_vfs *v);
-/* Generic mount for any file system; close is called after umount's grace period, may be NULL. */
+/* Generic mount for any file system, which must outlive it; unmounted by vnd_vfs_umount. -EINVAL (path), -EEXIST
+ * (mounted there), -ENOENT and -ENOTDIR (no such directory inside another mount), -EBUSY (would hide other mounts),
+ * -ENOSPC (65535 mounts done), -ENOMEM. */
 int vfs_mount(struct vnd_vfs *v, const char *path, struct fs *fs);
-int vfs_has_xattr(struct vnd_vfs *v);       /* any mounted file system has some */
 
 #endif

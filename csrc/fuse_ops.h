@@ -1,0 +1,64 @@
+/* fuse_ops.h -- between fuse_session.c (INIT, dispatch, replies) and fuse_ops.c (the operations). */
+#ifndef VND_FUSE_OPS_H
+#define VND_FUSE_OPS_H
+#include "fuse_session.h"
+#include "vfs.h"
+
+/* How long the kernel may keep what a RAFS image said: it never changes. */
+#define FUSE_VALID_FOREVER_S (365ull * 24 * 3600)
+/* Largest read, listing or xattr reply: what INIT grants (256 pages). */
+#define FUSE_REPLY_MAX (1u << 20)
+
+struct fuse_session {
+    struct vnd_engine *engine;
+    struct vnd_vfs *vfs;
+    pthread_mutex_t lock;           /* INIT and reset against each other */
+    _Atomic uint32_t gen;
+    _Atomic int ready;              /* INIT is done and DESTROY is not */
+};
+
+/* One request being served. */
+struct fuse_call {
+    struct fuse_session *s;
+    struct fuse_worker *w;
+    struct req *r;
+    struct vfs_node node;           /* of in.nodeid, when the operation asks for it */
+};
+
+typedef enum req_verdict (*fuse_op_fn)(struct fuse_call *c);
+
+/* Success with len bytes of fixed reply (at most 128). */
+enum req_verdict fuse_reply(struct fuse_call *c, const void *data, uint32_t len);
+/* Success with the len bytes that stand in the worker's scratch behind room for a header. */
+enum req_verdict fuse_reply_scratch(struct fuse_call *c, uint32_t len);
+/* error: positive errno. */
+enum req_verdict fuse_reply_error(struct fuse_call *c, int error);
+/* The bytes a reply may hold: what fits into the reply space, the scratch and want. */
+uint32_t fuse_reply_room(const struct fuse_call *c, uint32_t want);
+/* A NUL-ended name at args + off: 0 with pointer and length, or a positive errno. Empty, over-long, with a '/': refused;
+ * "." and ".." only where dots is set. */
+int fuse_arg_name(const struct fuse_call *c, uint32_t off, bool dots, const char **name, uint32_t *len);
+
+/* fuse_session.c's scratch: header room, then payload. */
+static inline uint8_t *fuse_scratch(struct fuse_call *c)
+{
+    return c->w->scratch + sizeof(struct fuse_out_header);
+}
+
+enum req_verdict fuse_op_lookup(struct fuse_call *c);
+enum req_verdict fuse_op_getattr(struct fuse_call *c);
+enum req_verdict fuse_op_readlink(struct fuse_call *c);
+enum req_verdict fuse_op_open(struct fuse_call *c);
+enum req_verdict fuse_op_opendir(struct fuse_call *c);
+enum req_verdict fuse_op_read(struct fuse_call *c);
+enum req_verdict fuse_op_release(struct fuse_call *c);
+enum req_verdict fuse_op_readdir(struct fuse_call *c);
+enum req_verdict fuse_op_readdirplus(struct fuse_call *c);
+enum req_verdict fuse_op_getxattr(struct fuse_call *c);
+enum req_verdict fuse_op_listxattr(struct fuse_call *c);
+enum req_verdict fuse_op_statfs(struct fuse_call *c);
+enum req_verdict fuse_op_access(struct fuse_call *c);
+enum req_verdict fuse_op_lseek(struct fuse_call *c);
+enum req_verdict fuse_op_mkdir(struct fuse_call *c);
+
+#endif

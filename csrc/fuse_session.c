@@ -1,0 +1,385 @@
+/* fuse_session.c -- INIT, the opcode table, dispatch, replies; see fuse_session.h.
+ *
+ * What each operation answers follows from two facts: the tree is immutable, and the kernel remembers ENOSYS per
+ * connection. So a `rafs` session says ENOSYS where that saves requests for good (OPEN, FLUSH, ...), a `mixed` one
+ * never does for anything that a read-write file system beside it has.
+ */
+#include "fuse_session.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fuse_ops.h"
+
+#define FUSE_HDR ((uint32_t)sizeof(struct fuse_out_header))
+
+/* ---- replies */
+
+static enum req_verdict reply_bytes(struct fuse_call *c, const void *reply, uint32_t total)
+{
+    struct req *r = c->r;
+
+    if (r->ops->out_copy(r, 0, reply, total)) {
+        r->out_len = 0;
+        return REQ_NOREPLY;
+    }
+    r->out_len = total;
+    atomic_fetch_add_explicit(&c->w->counters.fuse_requests, 1, memory_order_relaxed);
+    return REQ_REPLY;
+}
+
+enum req_verdict fuse_reply_error(struct fuse_call *c, int error)
+{
+    struct fuse_out_header h = { .len = FUSE_HDR, .error = -error, .unique = c->r->in.unique };
+
+    if (error != ENOENT && error != ENODATA && error != ENOSYS) {
+        atomic_fetch_add_explicit(&c->w->counters.fuse_errors, 1, memory_order_relaxed);
+    }
+    if (c->r->out_cap < FUSE_HDR) {
+        c->r->out_len = 0;
+        return REQ_NOREPLY;
+    }
+    return reply_bytes(c, &h, FUSE_HDR);
+}
+
+enum req_verdict fuse_reply(struct fuse_call *c, const void *data, uint32_t len)
+{
+    struct {
+        struct fuse_out_header h;
+        uint8_t data[128];
+    } out;
+
+    if (len > sizeof(out.data) || c->r->out_cap < FUSE_HDR + len) {
+        return fuse_reply_error(c, EINVAL);
+    }
+    out.h = (struct fuse_out_header){ .len = FUSE_HDR + len, .unique = c->r->in.unique };
+    if (len) {
+        memcpy(out.data, data, len);
+    }
+    return reply_bytes(c, &out, FUSE_HDR + len);
+}
+
+enum req_verdict fuse_reply_scratch(struct fuse_call *c, uint32_t len)
+{
+    struct fuse_out_header h = { .len = FUSE_HDR + len, .unique = c->r->in.unique };
+
+    if (c->r->out_cap < FUSE_HDR || len > c->r->out_cap - FUSE_HDR) {
+        return fuse_reply_error(c, EINVAL);
+    }
+    memcpy(c->w->scratch, &h, sizeof(h));
+    return reply_bytes(c, c->w->scratch, FUSE_HDR + len);
+}
+
+uint32_t fuse_reply_room(const struct fuse_call *c, uint32_t want)
+{
+    uint32_t room = c->r->out_cap < FUSE_HDR ? 0 : c->r->out_cap - FUSE_HDR;
+
+    if (room > c->w->scratch_bytes - FUSE_HDR) {
+        room = c->w->scratch_bytes - FUSE_HDR;
+    }
+    return room < want ? room : want;
+}
+
+int fuse_arg_name(const struct fuse_call *c, uint32_t off, bool dots, const char **name, uint32_t *len)
+{
+    const struct req *r = c->r;
+    const char *start = (const char *)r->args + off;
+    const char *end;
+
+    if (off >= r->args_len) {
+        return EINVAL;
+    }
+    end = memchr(start, 0, r->args_len - off);
+    if (!end) {
+        return r->args_len < r->body_len || r->args_len - off > 255 ? ENAMETOOLONG : EINVAL;
+    }
+    if (end == start) {
+        return EINVAL;
+    }
+    if (end - start > 255) {
+        return ENAMETOOLONG;
+    }
+    *name = start;
+    *len = (uint32_t)(end - start);
+    if (memchr(start, '/', *len)) {
+        return EINVAL;
+    }
+    if (!dots && start[0] == '.' && (*len == 1 || (*len == 2 && start[1] == '.'))) {
+        return EINVAL;
+    }
+    return 0;
+}
+
+/* ---- INIT */
+
+/* What each kind of session asks of the kernel; it gets what the kernel offered of it. virtiofs-server 3.1. */
+static uint64_t wanted_flags(int kind)
+{
+    uint64_t flags = FUSE_INIT_ASYNC_READ | FUSE_INIT_EXPORT_SUPPORT | FUSE_INIT_DO_READDIRPLUS |
+                     FUSE_INIT_READDIRPLUS_AUTO | FUSE_INIT_ASYNC_DIO | FUSE_INIT_PARALLEL_DIROPS |
+                     FUSE_INIT_MAX_PAGES | FUSE_INIT_CACHE_SYMLINKS | FUSE_INIT_INIT_EXT;
+
+    /* Immutable data is never dropped because an attribute was refreshed; a host directory's data must be. */
+    return flags | (kind == VND_SESSION_RAFS ? FUSE_INIT_EXPLICIT_INVAL_DATA : FUSE_INIT_AUTO_INVAL_DATA);
+}
+
+static void session_begin(struct fuse_session *s)
+{
+    pthread_mutex_lock(&s->lock);
+    if (atomic_load(&s->ready)) {
+        atomic_fetch_add(&s->gen, 1);   /* no DESTROY came: the guest was reset under us */
+    }
+    atomic_store(&s->ready, 1);
+    pthread_mutex_unlock(&s->lock);
+}
+
+static enum req_verdict op_init(struct fuse_call *c)
+{
+    struct fuse_init_in in = { 0 };
+    struct fuse_init_out out = { .major = FUSE_WIRE_MAJOR, .minor = FUSE_WIRE_MINOR };
+    uint32_t len = c->r->args_len < sizeof(in) ? c->r->args_len : (uint32_t)sizeof(in), out_len = sizeof(out);
+    uint64_t flags;
+
+    memcpy(&in, c->r->args, len);
+    if (in.major > FUSE_WIRE_MAJOR) {
+        return fuse_reply(c, &out, sizeof(out));    /* the kernel comes again with ours */
+    }
+    if (in.major < FUSE_WIRE_MAJOR || len < 16) {
+        return fuse_reply_error(c, EPROTO);
+    }
+    if (in.minor < out.minor) {
+        out.minor = in.minor;
+    }
+    if (in.minor < 23) {
+        out_len = in.minor < 5 ? 8 : 24;            /* how the reply grew */
+    }
+    if (c->r->out_cap < FUSE_HDR + out_len) {
+        return fuse_reply_error(c, EINVAL);
+    }
+    flags = in.flags;
+    if (flags & FUSE_INIT_INIT_EXT) {
+        flags |= (uint64_t)in.flags2 << 32;
+    }
+    flags &= wanted_flags(vfs_session_kind(c->s->vfs));
+    out.max_readahead = in.max_readahead;
+    out.flags = (uint32_t)flags;
+    out.flags2 = (uint32_t)(flags >> 32);
+    out.max_background = 256;           /* 0 would leave the kernel's 12 */
+    out.congestion_threshold = 192;
+    out.max_write = 4096;               /* nothing is written: keeps buffers of /dev/fuse small */
+    out.time_gran = 1;
+    out.max_pages = flags & FUSE_INIT_MAX_PAGES ? FUSE_REPLY_MAX / 4096 : 0;
+    session_begin(c->s);
+    return fuse_reply(c, &out, out_len);
+}
+
+static enum req_verdict op_destroy(struct fuse_call *c)
+{
+    fuse_session_reset(c->s);
+    return fuse_reply(c, NULL, 0);
+}
+
+/* ---- the short answers */
+
+static enum req_verdict op_none(struct fuse_call *c)
+{
+    c->r->out_len = 0;
+    return REQ_NOREPLY;
+}
+
+static enum req_verdict op_ok(struct fuse_call *c)
+{
+    return fuse_reply(c, NULL, 0);
+}
+
+static enum req_verdict op_erofs(struct fuse_call *c)
+{
+    return fuse_reply_error(c, EROFS);
+}
+
+static enum req_verdict op_enosys(struct fuse_call *c)
+{
+    return fuse_reply_error(c, ENOSYS);
+}
+
+static enum req_verdict op_enotty(struct fuse_call *c)
+{
+    return fuse_reply_error(c, ENOTTY);
+}
+
+/* Nothing is ever dirty: 0 would be right in both kinds, ENOSYS ends the asking. */
+static enum req_verdict op_flush(struct fuse_call *c)
+{
+    return vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? op_enosys(c) : op_ok(c);
+}
+
+/* ---- the table */
+
+enum { NEED_NODE = 1, ANY_TIME = 2 };   /* ANY_TIME: also before INIT */
+
+struct fuse_op {
+    fuse_op_fn fn;
+    uint16_t args_min;              /* bytes after the in header at least */
+    uint8_t flags;
+};
+
+static const struct fuse_op ops[FUSE_OP_MAX] = {
+    [FUSE_OP_LOOKUP] = { fuse_op_lookup, 2, NEED_NODE },
+    [FUSE_OP_FORGET] = { op_none, 0, ANY_TIME },
+    [FUSE_OP_GETATTR] = { fuse_op_getattr, 0, NEED_NODE },
+    [FUSE_OP_SETATTR] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_READLINK] = { fuse_op_readlink, 0, NEED_NODE },
+    [FUSE_OP_SYMLINK] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_MKNOD] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_MKDIR] = { fuse_op_mkdir, 0, NEED_NODE },
+    [FUSE_OP_UNLINK] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_RMDIR] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_RENAME] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_LINK] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_OPEN] = { fuse_op_open, sizeof(struct fuse_open_in), NEED_NODE },
+    [FUSE_OP_READ] = { fuse_op_read, sizeof(struct fuse_read_in), NEED_NODE },
+    [FUSE_OP_WRITE] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_STATFS] = { fuse_op_statfs, 0, NEED_NODE },
+    [FUSE_OP_RELEASE] = { fuse_op_release, 0, 0 },
+    [FUSE_OP_FSYNC] = { op_flush, 0, NEED_NODE },
+    [FUSE_OP_SETXATTR] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_GETXATTR] = { fuse_op_getxattr, sizeof(struct fuse_getxattr_in) + 2, NEED_NODE },
+    [FUSE_OP_LISTXATTR] = { fuse_op_listxattr, sizeof(struct fuse_getxattr_in), NEED_NODE },
+    [FUSE_OP_REMOVEXATTR] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_FLUSH] = { op_flush, 0, NEED_NODE },
+    [FUSE_OP_INIT] = { op_init, 8, ANY_TIME },
+    [FUSE_OP_OPENDIR] = { fuse_op_opendir, sizeof(struct fuse_open_in), NEED_NODE },
+    [FUSE_OP_READDIR] = { fuse_op_readdir, sizeof(struct fuse_read_in), NEED_NODE },
+    [FUSE_OP_RELEASEDIR] = { fuse_op_release, 0, 0 },
+    [FUSE_OP_FSYNCDIR] = { op_flush, 0, NEED_NODE },
+    [FUSE_OP_GETLK] = { op_enosys, 0, 0 },      /* locks stay with the kernel: INIT does not offer them */
+    [FUSE_OP_SETLK] = { op_enosys, 0, 0 },
+    [FUSE_OP_SETLKW] = { op_enosys, 0, 0 },
+    [FUSE_OP_ACCESS] = { fuse_op_access, sizeof(struct fuse_access_in), NEED_NODE },
+    [FUSE_OP_CREATE] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_INTERRUPT] = { op_none, 0, ANY_TIME },     /* every read ends by its deadline */
+    [FUSE_OP_BMAP] = { op_enosys, 0, 0 },
+    [FUSE_OP_DESTROY] = { op_destroy, 0, 0 },
+    [FUSE_OP_IOCTL] = { op_enotty, 0, NEED_NODE },
+    [FUSE_OP_POLL] = { op_enosys, 0, 0 },
+    [FUSE_OP_NOTIFY_REPLY] = { op_none, 0, ANY_TIME },
+    [FUSE_OP_BATCH_FORGET] = { op_none, 0, ANY_TIME },
+    [FUSE_OP_FALLOCATE] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_READDIRPLUS] = { fuse_op_readdirplus, sizeof(struct fuse_read_in), NEED_NODE },
+    [FUSE_OP_RENAME2] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_LSEEK] = { fuse_op_lseek, sizeof(struct fuse_lseek_in), NEED_NODE },
+    [FUSE_OP_COPY_FILE_RANGE] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_SETUPMAPPING] = { op_enosys, 0, 0 },       /* no DAX window */
+    [FUSE_OP_REMOVEMAPPING] = { op_enosys, 0, 0 },
+    [FUSE_OP_SYNCFS] = { op_ok, 0, 0 },
+    [FUSE_OP_TMPFILE] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_STATX] = { op_enosys, 0, 0 },              /* sent only for a birth time, which RAFS has not */
+};
+
+static enum req_verdict serve_call(struct fuse_call *c)
+{
+    static const struct fuse_op unknown = { op_enosys, 0, 0 };
+    const struct fuse_in_header *in = &c->r->in;
+    const struct fuse_op *op = in->opcode < FUSE_OP_MAX && ops[in->opcode].fn ? &ops[in->opcode] : &unknown;
+
+    if (!(op->flags & ANY_TIME)) {
+        if (!atomic_load_explicit(&c->s->ready, memory_order_acquire)) {
+            return fuse_reply_error(c, EIO);
+        }
+        if (c->r->session_gen != atomic_load_explicit(&c->s->gen, memory_order_acquire)) {
+            return op_none(c);
+        }
+    }
+    if (op->fn == op_none) {
+        return op_none(c);
+    }
+    if (in->len != sizeof(*in) + (uint64_t)c->r->body_len || c->r->args_len > c->r->body_len ||
+        c->r->args_len > REQ_ARGS_MAX || c->r->args_len < op->args_min) {
+        return fuse_reply_error(c, EINVAL);
+    }
+    if (op->flags & NEED_NODE) {
+        int rc = vfs_resolve(c->s->vfs, in->nodeid, &c->node);
+
+        if (rc) {
+            return fuse_reply_error(c, -rc);
+        }
+    }
+    return op->fn(c);
+}
+
+enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *w, struct req *r)
+{
+    struct fuse_call c = { .s = s, .w = w, .r = r };
+    enum req_verdict verdict;
+
+    vfs_enter(w);
+    verdict = serve_call(&c);
+    vfs_leave(w);
+    return verdict;
+}
+
+enum req_verdict fuse_session_fail(struct fuse_session *s, struct fuse_worker *w, struct req *r, int error)
+{
+    struct fuse_call c = { .s = s, .w = w, .r = r };
+
+    if (r->session_gen != fuse_session_gen(s)) {
+        return op_none(&c);
+    }
+    return fuse_reply_error(&c, error);
+}
+
+void fuse_session_reset(struct fuse_session *s)
+{
+    pthread_mutex_lock(&s->lock);
+    atomic_fetch_add(&s->gen, 1);
+    atomic_store(&s->ready, 0);
+    pthread_mutex_unlock(&s->lock);
+}
+
+uint32_t fuse_session_gen(struct fuse_session *s)
+{
+    return atomic_load_explicit(&s->gen, memory_order_acquire);
+}
+
+struct fuse_session *fuse_session_new(struct vnd_engine *e, struct vnd_vfs *v)
+{
+    struct fuse_session *s = calloc(1, sizeof(*s));
+
+    if (s) {
+        s->engine = e;
+        s->vfs = v;
+        pthread_mutex_init(&s->lock, NULL);
+    }
+    return s;
+}
+
+void fuse_session_free(struct fuse_session *s)
+{
+    if (s) {
+        pthread_mutex_destroy(&s->lock);
+        free(s);
+    }
+}
+
+int fuse_worker_init(struct fuse_worker *w, struct vnd_engine *e, struct vnd_vfs *v)
+{
+    memset(w, 0, sizeof(*w));
+    w->engine = e;
+    w->scratch_bytes = FUSE_REPLY_MAX + FUSE_HDR;
+    w->scratch = malloc(w->scratch_bytes);
+    if (!w->scratch) {
+        return -ENOMEM;
+    }
+    engine_counters_register(e, &w->counters);
+    vfs_worker_add(v, w);
+    return 0;
+}
+
+void fuse_worker_free(struct fuse_worker *w, struct vnd_vfs *v)
+{
+    vfs_worker_remove(v, w);
+    engine_counters_unregister(w->engine, &w->counters);
+    free(w->scratch);
+    w->scratch = NULL;
+}

@@ -1,0 +1,95 @@
+/* rafs_check.c -- faults of an image that opening does not look for, since it would cost time that grows with it. */
+#include "rafs_check.h"
+
+#include <errno.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+bool rafs_fault(struct rafs_faults *f, const char *fmt, ...)
+{
+    char line[VND_ERR_MAX];
+    va_list ap;
+    size_t len;
+
+    if (f->count >= f->max) {
+        return false;
+    }
+    va_start(ap, fmt);
+    vsnprintf(line, sizeof(line), fmt, ap);
+    va_end(ap);
+    for (char *p = line; *p; p++) {
+        if ((unsigned char)*p < ' ' || *p == 0x7f) {
+            *p = '?';
+        }
+    }
+    len = strlen(line);
+    if (f->used + len + 2 <= f->cap) {
+        if (f->used) {
+            f->out[f->used++] = '\n';
+        }
+        memcpy(f->out + f->used, line, len + 1);
+        f->used += len;
+    }
+    return ++f->count < f->max;
+}
+
+static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, uint32_t blob, const struct blob_chunk *c)
+{
+    static const uint8_t unset[32];
+
+    if (blob >= r->info.blob_count) {
+        return rafs_fault(f, "chunk record %llu names blob %u of %u", (unsigned long long)i, blob, r->info.blob_count);
+    }
+    const vnd_blob_info *b = &r->blobs[blob].info;
+    uint64_t end = (b->uncompressed_size_bytes + 4095) & ~4095ull;
+
+    if (c->index >= b->chunk_count) {
+        return rafs_fault(f, "chunk record %llu has index %u of %u in blob %u", (unsigned long long)i, c->index,
+                          b->chunk_count, blob);
+    }
+    if (!c->usize || c->usize > r->info.chunk_size_bytes || c->csize > RAFS_CHUNK_SIZE_MAX ||
+        (!(c->flags & 1) && !(c->flags & 8) && c->csize != c->usize)) {
+        return rafs_fault(f, "chunk record %llu (blob %u, index %u) has bad sizes: %u stored, %u plain",
+                          (unsigned long long)i, blob, c->index, c->csize, c->usize);
+    }
+    if (c->uoff > end || c->usize > end - c->uoff || c->coff > b->compressed_size_bytes ||
+        c->csize > b->compressed_size_bytes - c->coff) {
+        return rafs_fault(f, "chunk record %llu (blob %u, index %u) lies outside its blob", (unsigned long long)i, blob,
+                          c->index);
+    }
+    if (memcmp(c->digest, unset, 32) == 0) {
+        return rafs_fault(f, "chunk record %llu (blob %u, index %u) has no digest", (unsigned long long)i, blob,
+                          c->index);
+    }
+    return true;
+}
+
+void rafs_check_records(struct vnd_rafs *r, struct rafs_faults *f)
+{
+    struct blob_chunk c;
+    uint32_t blob;
+
+    if (r->info.flags & RAFS_FLAG_TARFS) {
+        return;                             /* its chunk table means nothing, rafs-format 3.9 */
+    }
+    for (uint64_t i = 0; r->version->record(r, i, &blob, &c) == 0; i++) {
+        if (!check_record(r, f, i, blob, &c)) {
+            return;
+        }
+    }
+}
+
+int vnd_rafs_check(vnd_rafs *r, int max_faults, char *out, size_t out_len)
+{
+    struct rafs_faults f = { .max = max_faults > 0 ? max_faults : 1, .out = out, .cap = out_len };
+
+    if (out_len) {
+        out[0] = 0;
+    }
+    rafs_check_records(r, &f);
+    if (f.count < f.max) {
+        r->version->check(r, &f);
+    }
+    return f.count;
+}

@@ -1,0 +1,33 @@
+/* rafs_v6.h -- decoded pieces of a v6 bootstrap, for rafs_v6.c and its checker. All are bounds-checked as they come. */
+#ifndef VND_RAFS_V6_H
+#define VND_RAFS_V6_H
+#include "rafs_int.h"
+
+enum v6_layout { V6_FLAT_PLAIN = 0, V6_FLAT_INLINE = 2, V6_CHUNKED = 4 };
+#define V6_DIRENT 12
+
+struct v6_inode {
+    uint64_t nid, off, size, mtime;
+    uint32_t mtime_nsec, layout, mode, nlink, uid, gid, u;
+    uint32_t head, xattr_len;       /* bytes: fixed part; xattr body behind it */
+};
+struct v6_block {                   /* one directory block */
+    const uint8_t *base;
+    uint32_t len, count;
+};
+struct v6_entry {
+    uint64_t nid;
+    const char *name;               /* 1..255 bytes, content not checked */
+    uint32_t len, file_type;
+};
+
+/* 0 or -EIO where the image lies. */
+int v6_inode(const struct vnd_rafs *r, uint64_t nid, struct v6_inode *out);
+int v6_dir_open(const struct vnd_rafs *r, uint64_t nid, struct v6_inode *n, uint64_t *blocks);  /* or -ENOTDIR */
+int v6_dir_block(const struct vnd_rafs *r, const struct v6_inode *n, uint64_t b, struct v6_block *out);
+int v6_dir_entry(const struct v6_block *b, uint32_t k, struct v6_entry *out);
+int v6_chunk_at(const struct vnd_rafs *r, const struct v6_inode *n, uint64_t k, struct rafs_chunk *out);
+
+void v6_check(struct vnd_rafs *r, struct rafs_faults *f);       /* rafs_check.c */
+
+#endif
