@@ -71,8 +71,6 @@ class LayoutStore:
             return False
 
     def put_blob(self, descriptor: Descriptor, file: Path, on_bytes: OnBytes | None = None) -> None:
-        if self.has_blob(descriptor):
-            return
         with self._new_file(self.blob_dir / descriptor.hex) as temporary:
             # A hard link where the file system allows it: the spool file is not written to any more.
             try:

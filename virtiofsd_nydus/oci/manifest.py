@@ -92,6 +92,7 @@ class Manifest:
     descriptor: Descriptor
     config: Descriptor
     layers: tuple[Descriptor, ...]
+    annotations: dict[str, str] = field(default_factory=dict)
 
     @property
     def bootstrap_layer(self) -> Descriptor | None:
@@ -151,8 +152,10 @@ def parse_manifest(data: bytes, descriptor: Descriptor, what: str) -> Manifest:
     layers = value.get("layers")
     if value.get("schemaVersion") != 2 or not isinstance(layers, list) or "config" not in value:
         raise Failure(f"{what}: not an image manifest (schema 2 with config and layers)", Cause.FORMAT)
+    annotations = value.get("annotations")
     return Manifest(descriptor, parse_descriptor(value["config"], what),
-                    tuple(parse_descriptor(layer, what) for layer in layers))
+                    tuple(parse_descriptor(layer, what) for layer in layers),
+                    {str(key): str(one) for key, one in annotations.items()} if isinstance(annotations, dict) else {})
 
 
 def parse_index(data: bytes, what: str) -> list[IndexEntry]:

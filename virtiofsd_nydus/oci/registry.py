@@ -93,8 +93,6 @@ class RegistryStore:
 
     def put_blob(self, descriptor: Descriptor, file: Path, on_bytes: OnBytes | None = None) -> None:
         """Monolithic upload (POST, then PUT of the whole). A broken upload starts anew."""
-        if self.has_blob(descriptor):
-            return
         what = f"upload of blob {descriptor.digest[7:19]} to {self.name}"
         retry = self._client.retry(RETRIES, None)
         sent = 0

@@ -44,7 +44,7 @@ class ImageStore(Protocol):
     def has_blob(self, descriptor: Descriptor) -> bool: ...
 
     def put_blob(self, descriptor: Descriptor, file: Path, on_bytes: OnBytes | None = None) -> None:
-        """Stores the file, whose digest and size the descriptor tells."""
+        """Stores the file, whose digest and size the descriptor tells. Ask has_blob first."""
         ...
 
     def put_manifest(self, data: bytes, media_type: str, tag: str) -> None:

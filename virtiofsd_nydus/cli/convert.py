@@ -1,0 +1,123 @@
+"""`convert SRC DST`: makes a Nydus image from an OCI image."""
+
+import argparse
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from virtiofsd_nydus.cli.build import add_image_options, make_options
+from virtiofsd_nydus.errors import UsageFailure
+from virtiofsd_nydus.oci.reference import DOCKER, GRAMMAR, Reference, parse_reference
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from virtiofsd_nydus.oci.convert import ConvertResult
+
+
+def add_registry_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every verb that takes an image reference."""
+    parser.add_argument("--plain-http", action="store_true",
+                        help="talk plain HTTP to registries (loopback ones: always)")
+    parser.add_argument("--creds", default="", metavar="USER:PASSWORD",
+                        help="login (default: docker's config.json); other users of this host can see it")
+    parser.add_argument("--ca-cert", action="append", default=[], metavar="FILE",
+                        help="PEM file with a CA to trust beside the system's; may be given again")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help=GRAMMAR)
+    parser.add_argument("target", metavar="DST", help="docker://... or oci:...")
+    parser.add_argument("--platform", default="", metavar="OS/ARCH[/VARIANT]",
+                        help="which image of an index (this host's)")
+    parser.add_argument("--work-dir", type=Path, metavar="DIR", help="where layers are spooled (TMPDIR)")
+    add_registry_options(parser)
+    parser.add_argument("--src-creds", default="", metavar="USER:PASSWORD", help="login for SRC alone")
+    parser.add_argument("--dest-creds", default="", metavar="USER:PASSWORD", help="login for DST alone")
+    add_image_options(parser)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from virtiofsd_nydus.oci.convert import convert_image
+    from virtiofsd_nydus.oci.image import open_store
+    from virtiofsd_nydus.oci.manifest import parse_platform
+
+    source_ref, target_ref = parse_reference(args.source), parse_reference(args.target)
+    options = make_options(args)
+    platform = parse_platform(args.platform) if args.platform else None
+    source_creds, target_creds = choose_creds(args, source_ref, target_ref)
+    ca_cert_files = tuple(args.ca_cert)
+    source = open_store(source_ref, plain_http=args.plain_http, creds=source_creds, ca_cert_files=ca_cert_files)
+    target = open_store(target_ref, plain_http=args.plain_http, creds=target_creds, ca_cert_files=ca_cert_files)
+    try:
+        with ProgressBars(enabled=sys.stderr.isatty() and not args.json) as bars:
+            result = convert_image(source, source_ref, target, target_ref, options=options, platform=platform,
+                                   work_dir=args.work_dir, progress=bars)
+    finally:
+        source.close()
+        target.close()
+    if args.json:
+        print(json.dumps(result.to_json(), indent=2))
+    else:
+        print_summary(result)
+    return 0
+
+
+def choose_creds(args: argparse.Namespace, source: Reference, target: Reference) -> tuple[str, str]:
+    """Who logs in where. --creds alone is never sent to two hosts: it is the secret of one."""
+    if args.creds and source.transport == target.transport == DOCKER and source.host != target.host \
+            and not (args.src_creds or args.dest_creds):
+        raise UsageFailure(f"--creds would go to both {source.host} and {target.host}: say --src-creds or --dest-creds")
+    if args.src_creds or args.dest_creds:
+        same = source.host == target.host
+        return args.src_creds or (args.creds if same else ""), args.dest_creds or (args.creds if same else "")
+    return args.creds, args.creds
+
+
+def print_summary(result: "ConvertResult") -> None:
+    mib = 1 << 20
+    for layer in result.layers:
+        there = "" if layer.pushed else ", was there" if layer.blob_digest else ", no file data"
+        print(f"layer {layer.source_digest[7:19]}  {layer.source_bytes / mib:8.1f} MiB -> {layer.blob_bytes / mib:8.1f} "
+              f"MiB  {layer.chunks} chunks, {layer.deduplicated_bytes / mib:.1f} MiB deduplicated{there}")
+    change = (result.target_bytes / result.source_bytes - 1) * 100 if result.source_bytes else 0.0
+    print(f"{result.target} is {result.manifest_digest}\n{result.source_bytes / mib:.1f} MiB -> "
+          f"{result.target_bytes / mib:.1f} MiB ({change:+.0f} %), bootstrap {result.bootstrap_bytes / mib:.1f} MiB, "
+          f"{result.seconds:.1f} s")
+
+
+class ProgressBars:
+    """convert.Progress on a terminal; nothing elsewhere."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        self._lock = threading.Lock()
+        self._tasks: dict[tuple[str, str], TaskID] = {}
+        self._bars = None
+        if enabled:
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+            self._bars = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
+                                  TransferSpeedColumn(), console=Console(stderr=True))
+
+    def __enter__(self) -> "ProgressBars":
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def start(self, phase: str, digest: str, total_bytes: int) -> None:
+        if self._bars is not None:
+            with self._lock:
+                self._tasks[phase, digest] = self._bars.add_task(f"{phase} {digest[7:19]}", total=total_bytes)
+
+    def advance(self, phase: str, digest: str, count_bytes: int) -> None:
+        if self._bars is not None:
+            with self._lock:
+                self._bars.advance(self._tasks[phase, digest], count_bytes)

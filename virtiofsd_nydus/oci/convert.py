@@ -1,0 +1,330 @@
+"""From an OCI image to a Nydus image: one blob of each layer, one bootstrap of all, pushed so that the manifest is last.
+
+Every layer streams: pulled, read as a tar, cut into chunks and spooled as a blob in the work directory (its digest, and
+so its name, is known at the end only), then pushed. Two layers are under way at a time, so that one's transfer fills
+the other's waits; the result does not depend on it.
+"""
+
+import errno
+import gzip
+import io
+import json
+import os
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol
+
+from virtiofsd_nydus.build.image import BuildOptions, Layer, MergedImage, build_layer, merge_layers
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.oci.manifest import (
+    ANNOTATION_BLOB,
+    ANNOTATION_BOOTSTRAP,
+    ANNOTATION_FS_VERSION,
+    LAYER_TYPES,
+    MEDIA_CONFIG,
+    MEDIA_LAYER_GZIP,
+    MEDIA_MANIFEST,
+    MEDIA_NYDUS_BLOB,
+    Descriptor,
+    Manifest,
+    Platform,
+    digest_of,
+    get_host_platform,
+    load_json,
+)
+from virtiofsd_nydus.oci.reference import DOCKER_ARCHIVE, Reference
+from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest, read_document
+
+LAYERS_AT_A_TIME = 2
+# Who made the image, where its history is shown (the words of Nydus's own converter, which tools look for).
+CREATED_BY = "Nydus Converter"
+BOOTSTRAP_COMMENT = "Nydus Bootstrap Layer"
+
+
+class Progress(Protocol):
+    """Told how far things are. Called from several threads."""
+
+    def start(self, phase: str, digest: str, total_bytes: int) -> None:
+        """phase: "convert" (bytes of the source layer) or "push" (bytes of the blob)."""
+        ...
+
+    def advance(self, phase: str, digest: str, count_bytes: int) -> None:
+        """count_bytes may be negative: an upload began anew."""
+        ...
+
+
+@dataclass
+class LayerResult:
+    """What became of a layer. Sizes in bytes; blob_* are empty for a layer without file data."""
+
+    source_digest: str
+    source_bytes: int
+    blob_digest: str
+    blob_bytes: int
+    files: int
+    file_bytes: int
+    chunks: int
+    deduplicated_bytes: int
+    pushed: bool    # False: the destination had it
+    seconds: float
+
+
+@dataclass
+class ConvertResult:
+    source: str
+    target: str
+    source_digest: str
+    manifest_digest: str
+    platform: str
+    bootstrap_bytes: int
+    source_bytes: int       # of all layers, as pulled
+    target_bytes: int       # of all blobs and the bootstrap layer, as pushed
+    seconds: float
+    unused_blobs: list[str] = field(default_factory=list)   # made, but nothing of the image is in them
+    layers: list[LayerResult] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Stopped(Exception):
+    """Another layer failed."""
+
+
+class _Silent:
+    def start(self, phase: str, digest: str, total_bytes: int) -> None:
+        pass
+
+    def advance(self, phase: str, digest: str, count_bytes: int) -> None:
+        pass
+
+
+def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore, target_ref: Reference, *,
+                  options: BuildOptions, platform: Platform | None = None, work_dir: Path | None = None,
+                  progress: Progress | None = None) -> ConvertResult:
+    """Converts source_ref's image of the platform (default: this host's) and makes it visible as target_ref's tag.
+
+    work_dir: where blobs are spooled (default: TMPDIR), about the size of the two largest layers. Nothing is visible at
+    the target until all of it is there. Raises Failure."""
+    began = time.monotonic()
+    if target_ref.transport == DOCKER_ARCHIVE:
+        raise Failure(f"{target_ref}: a docker archive can be a source only", Cause.FORMAT)
+    if target_ref.digest:
+        raise Failure(f"{target_ref}: a destination has a tag, its digest is not known before", Cause.FORMAT)
+    manifest, config, of_platform = read_source(source, source_ref, platform)
+    try:
+        with tempfile.TemporaryDirectory(prefix="virtiofsd-nydus-convert-", dir=work_dir) as folder:
+            run = _Conversion(source, target, options, Path(folder), progress or _Silent())
+            built = run.convert_layers(manifest.layers)
+            merged = merge_layers([layer for layer, _ in built], options=options)
+            bootstrap, diff_id = run.push_bootstrap(merged)
+            blobs = [Descriptor(MEDIA_NYDUS_BLOB, f"sha256:{info.blob_id}", _size_of(built, info.blob_id),
+                                {ANNOTATION_BLOB: "true"}) for info in merged.blobs]
+            new_config = make_config(config, [layer.blob_id for layer, _ in built], blobs, diff_id)
+            config_descriptor = run.push_bytes(new_config, MEDIA_CONFIG, "config")
+            data = make_manifest(config_descriptor, [*blobs, bootstrap], manifest.annotations)
+            target.put_manifest(data, MEDIA_MANIFEST, target_ref.tag)
+    except OSError as error:
+        raise Failure(f"cannot work in {work_dir or tempfile.gettempdir()}: {error.strerror or error} (--work-dir)",
+                      Cause.SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Cause.IO) from error
+    used = {blob.hex for blob in blobs}
+    return ConvertResult(
+        str(source_ref), str(target_ref), manifest.descriptor.digest, digest_of(data), str(of_platform),
+        len(merged.bootstrap), sum(layer.size for layer in manifest.layers),
+        sum(blob.size for blob in blobs) + bootstrap.size, time.monotonic() - began,
+        sorted({layer.blob_id for layer, _ in built} - used), [result for _, result in built])
+
+
+def read_source(source: ImageStore, reference: Reference,
+                platform: Platform | None) -> tuple[Manifest, dict[str, Any], Platform]:
+    """The manifest to convert, its configuration and platform, checked to be one that can be converted."""
+    manifest = find_manifest(source, reference.version, platform or get_host_platform(), nydus=False)
+    if manifest.bootstrap_layer is not None:
+        raise Failure(f"{reference} is a Nydus image already", Cause.FORMAT)
+    if not manifest.layers:
+        raise Failure(f"{reference} has no layers: there is nothing to convert", Cause.FORMAT)
+    for layer in manifest.layers:
+        if layer.media_type not in LAYER_TYPES:
+            raise Failure(f"{reference}: layer {layer.digest} is of type {layer.media_type!r}, not a tar that can be "
+                          "converted", Cause.FORMAT)
+    config = load_json(read_document(source, manifest.config, f"{reference}: configuration"), str(reference))
+    found = Platform(str(config.get("os", "")), str(config.get("architecture", "")), str(config.get("variant") or ""))
+    if platform is not None and (found.os, found.architecture) != (platform.os, platform.architecture):
+        raise Failure(f"{reference}: is for {found}, not for {platform} (--platform)", Cause.MISSING)
+    return manifest, config, found
+
+
+class _Conversion:
+    """One run: the layers under way, and what stops them all when one fails."""
+
+    def __init__(self, source: ImageStore, target: ImageStore, options: BuildOptions, folder: Path,
+                 progress: Progress) -> None:
+        self._source = source
+        self._target = target
+        self._options = options
+        self._folder = folder
+        self._progress = progress
+        self._stop = threading.Event()
+
+    def convert_layers(self, layers: tuple[Descriptor, ...]) -> list[tuple[Layer, LayerResult]]:
+        """In the image's order. A layer that occurs twice is converted once."""
+        unique = {layer.digest: layer for layer in layers}
+        for layer in unique.values():
+            self._progress.start("convert", layer.digest, layer.size)
+        with ThreadPoolExecutor(LAYERS_AT_A_TIME, thread_name_prefix="layer") as pool:
+            # The largest first: the last to end is then a short one.
+            order = sorted(unique.values(), key=lambda layer: -layer.size)
+            futures: dict[str, Future[tuple[Layer, LayerResult]]] = {
+                layer.digest: pool.submit(self._convert_layer, layer) for layer in order}
+            try:
+                wait(futures.values(), return_when=FIRST_EXCEPTION)
+            finally:
+                if not all(future.done() and not future.cancelled() and future.exception() is None
+                           for future in futures.values()):
+                    self._stop.set()
+                    for future in futures.values():
+                        future.cancel()
+        failed = [error for future in futures.values() if not future.cancelled() and (error := future.exception())]
+        for error in sorted(failed, key=lambda error: isinstance(error, _Stopped)):
+            raise error
+        return [futures[layer.digest].result() for layer in layers]
+
+    def push_bootstrap(self, merged: MergedImage) -> tuple[Descriptor, str]:
+        """The bootstrap layer's descriptor, and the digest of its tar (diff id)."""
+        path = self._folder / "bootstrap.tar.gz"
+        diff_id = write_bootstrap_layer(path, merged.bootstrap)
+        descriptor = _describe_file(path, MEDIA_LAYER_GZIP, {
+            ANNOTATION_BOOTSTRAP: "true", ANNOTATION_FS_VERSION: str(self._options.fs_version)})
+        self._push(descriptor, path)
+        return descriptor, diff_id
+
+    def push_bytes(self, data: bytes, media_type: str, name: str) -> Descriptor:
+        path = self._folder / name
+        path.write_bytes(data)
+        descriptor = Descriptor(media_type, digest_of(data), len(data))
+        if not self._target.has_blob(descriptor):
+            self._target.put_blob(descriptor, path)
+        return descriptor
+
+    def _convert_layer(self, layer: Descriptor) -> tuple[Layer, LayerResult]:
+        began = time.monotonic()
+        spool = self._folder / layer.hex
+        what = f"{self._source.name}: layer {layer.digest[7:19]}"
+        reader = VerifiedReader(self._source.read_blob(layer), layer, what, self._count("convert", layer.digest))
+        try:
+            built = build_layer(reader, options=self._options, out_blob=spool, kind="tar", label=what)
+        except Failure as failure:
+            if failure.cause is Cause.FORMAT and not self._stop.is_set():
+                # A tar that cannot be read may be one that arrived damaged: then that is what to say.
+                reader.finish()
+            raise
+        reader.finish()
+        pushed = False
+        descriptor = Descriptor(MEDIA_NYDUS_BLOB, f"sha256:{built.blob_id}", built.blob_size)
+        if built.blob_info is not None:
+            pushed = self._push(descriptor, spool)
+        spool.unlink()
+        has_data = built.blob_info is not None
+        return built, LayerResult(
+            layer.digest, layer.size, descriptor.digest if has_data else "", built.blob_size if has_data else 0,
+            built.stats.files, built.stats.file_bytes, built.stats.chunks, built.stats.deduplicated_bytes, pushed,
+            round(time.monotonic() - began, 3))
+
+    def _push(self, descriptor: Descriptor, path: Path) -> bool:
+        """Whether it had to be sent."""
+        if self._target.has_blob(descriptor):
+            return False
+        self._progress.start("push", descriptor.digest, descriptor.size)
+        self._target.put_blob(descriptor, path, self._count("push", descriptor.digest))
+        return True
+
+    def _count(self, phase: str, digest: str) -> Callable[[int], None]:
+        def count(size: int) -> None:
+            if self._stop.is_set():
+                raise _Stopped
+            self._progress.advance(phase, digest, size)
+        return count
+
+
+def write_bootstrap_layer(path: Path, bootstrap: "bytes | bytearray") -> str:
+    """Writes the tar+gzip with image/image.boot (nydusd-interface.md 7.3), the same bytes for the same bootstrap.
+    Returns the digest of the tar."""
+    hashed = _HashedWriter()
+    with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as compressed:
+        hashed.out = compressed
+        with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
+            folder = tarfile.TarInfo("image")
+            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
+            archive.addfile(folder)
+            member = tarfile.TarInfo("image/image.boot")
+            member.size, member.mode = len(bootstrap), 0o444
+            archive.addfile(member, io.BytesIO(bootstrap))
+    return f"sha256:{hashed.hash.hexdigest()}"
+
+
+class _HashedWriter(io.RawIOBase):
+    """Passes bytes on and hashes them."""
+
+    def __init__(self) -> None:
+        self.hash = sha256()
+        self.out: Any = None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.out.write(data)
+        return len(data)
+
+
+def make_config(config: dict[str, Any], layer_blob_ids: list[str], blobs: list[Descriptor], bootstrap_diff_id: str,
+                ) -> bytes:
+    """The image configuration with the new layers: diff ids are the blobs' digests (they are not compressed again) and
+    the bootstrap tar's; the history keeps one entry that is not empty for each of them."""
+    remaining = [blob.hex for blob in blobs]
+    history: list[dict[str, Any]] = []
+    ids = iter(layer_blob_ids)
+    for entry in config.get("history") or []:
+        if not isinstance(entry, dict):
+            continue
+        entry = dict(entry)
+        if not entry.get("empty_layer"):
+            blob_id = next(ids, "")
+            if blob_id in remaining:
+                remaining.remove(blob_id)
+            else:
+                entry["empty_layer"] = True     # its layer has become no blob of its own
+        history.append(entry)
+    history += [{"created_by": CREATED_BY} for _ in remaining]
+    history.append({"created_by": CREATED_BY, "comment": BOOTSTRAP_COMMENT})
+    new = {**config, "history": history, "rootfs": {
+        "type": "layers", "diff_ids": [*(blob.digest for blob in blobs), bootstrap_diff_id]}}
+    return json.dumps(new, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def make_manifest(config: Descriptor, layers: list[Descriptor], annotations: dict[str, str]) -> bytes:
+    value: dict[str, Any] = {"schemaVersion": 2, "mediaType": MEDIA_MANIFEST, "config": config.to_json(),
+                             "layers": [layer.to_json() for layer in layers]}
+    if annotations:
+        value["annotations"] = dict(sorted(annotations.items()))
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _describe_file(path: Path, media_type: str, annotations: dict[str, str]) -> Descriptor:
+    hashed = sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            hashed.update(piece)
+    return Descriptor(media_type, f"sha256:{hashed.hexdigest()}", os.stat(path).st_size, annotations)
+
+
+def _size_of(built: list[tuple[Layer, LayerResult]], blob_id: str) -> int:
+    return next(layer.blob_size for layer, _ in built if layer.blob_id == blob_id)
