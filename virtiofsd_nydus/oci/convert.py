@@ -1,4 +1,4 @@
-"""From an OCI image to a Nydus image: one blob of each layer, one bootstrap of all, pushed so that the manifest is last.
+"""From an OCI image to a Nydus image: one blob of each layer, one bootstrap of all, the manifest pushed last.
 
 Every layer streams: pulled, read as a tar, cut into chunks and spooled as a blob in the work directory (its digest, and
 so its name, is known at the end only), then pushed. Two layers are under way at a time, so that one's transfer fills
@@ -9,7 +9,6 @@ import errno
 import gzip
 import io
 import json
-import os
 import tarfile
 import tempfile
 import threading
@@ -323,7 +322,7 @@ def _describe_file(path: Path, media_type: str, annotations: dict[str, str]) -> 
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
             hashed.update(piece)
-    return Descriptor(media_type, f"sha256:{hashed.hexdigest()}", os.stat(path).st_size, annotations)
+    return Descriptor(media_type, f"sha256:{hashed.hexdigest()}", path.stat().st_size, annotations)
 
 
 def _size_of(built: list[tuple[Layer, LayerResult]], blob_id: str) -> int:
