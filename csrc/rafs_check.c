@@ -48,8 +48,11 @@ static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, 
         return rafs_fault(f, "chunk record %llu has index %u of %u in blob %u", (unsigned long long)i, c->index,
                           b->chunk_count, blob);
     }
+    /* Of a chunk inside a batch the record does not tell where it is stored: csize 0. */
+    bool in_batch = (b->features & RAFS_BLOB_BATCH) && !c->csize;
+
     if (!c->usize || c->usize > r->info.chunk_size_bytes || c->csize > RAFS_CHUNK_SIZE_MAX ||
-        (!(c->flags & 1) && !(c->flags & 8) && c->csize != c->usize)) {
+        (!(c->flags & 1) && !in_batch && c->csize != c->usize)) {
         return rafs_fault(f, "chunk record %llu (blob %u, index %u) has bad sizes: %u stored, %u plain",
                           (unsigned long long)i, blob, c->index, c->csize, c->usize);
     }

@@ -14,6 +14,7 @@
 #include <zstd.h>
 
 #include "rafs_int.h"
+#include "sigbus.h"
 
 #define TAR_BLOCK 512
 #define TOC_ENTRY 128
@@ -136,6 +137,11 @@ static int map_range(struct vnd_rafs *r, int fd, uint64_t off, uint64_t len, con
         r->map = NULL;
         return rafs_fail(e, VND_CAUSE_IO, "cannot be mapped: %s", strerror(errno));
     }
+    /* Who owns the file may cut it short under us: what is lost then reads as zeroes, which no check lets through. */
+    r->guard = sigbus_add(r->map, r->map_len, page, NULL);
+    if (!r->guard) {
+        return rafs_fail(e, VND_CAUSE_IO, "out of memory");
+    }
     r->base = (const uint8_t *)r->map + lead;
     r->size = len;
     return 0;
@@ -248,6 +254,7 @@ int rafs_image_map(struct vnd_rafs *r, const struct rafs_error *e)
 void rafs_image_unmap(struct vnd_rafs *r)
 {
     if (r->map) {
+        sigbus_remove(r->guard);
         munmap(r->map, r->map_len);
         r->map = NULL;
     }

@@ -27,6 +27,7 @@
 #define RAFS_BLOB_INLINED_FS_META 0x2u
 #define RAFS_BLOB_SEPARATE 0x10u
 #define RAFS_BLOB_INLINED_DIGEST 0x20u
+#define RAFS_BLOB_BATCH 0x80u
 #define RAFS_BLOB_ENCRYPTED 0x100u
 #define RAFS_BLOB_EXTERNAL 0x800u
 #define RAFS_BLOB_UNKNOWN 0xf000u           /* incompatible bits nobody has defined */
@@ -86,6 +87,7 @@ struct vnd_rafs {
     uint64_t size;
     void *map;
     size_t map_len;
+    struct sigbus_range *guard;
     int from_blob;                          /* found inside a data blob */
     char *path;
     vnd_store *store;

@@ -310,7 +310,7 @@ int v6_inode(const struct vnd_rafs *r, uint64_t nid, struct v6_inode *out)
     }
     if (out->size > INT64_MAX || (out->layout != V6_FLAT_PLAIN && out->layout != V6_FLAT_INLINE &&
                                   out->layout != V6_CHUNKED) ||
-        r->inode_end - off - head < out->xattr_len) {
+        r->inode_end - off - head < out->xattr_len || !(out->mode & S_IFMT)) {
         return -EIO;
     }
     if (!(r->info.flags & RAFS_FLAG_EXPLICIT_UID_GID)) {
