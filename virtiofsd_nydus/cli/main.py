@@ -49,7 +49,14 @@ def main(argv: list[str] | None = None) -> int:
     module = importlib.import_module(f"virtiofsd_nydus.cli.{verb}")
     parser = argparse.ArgumentParser(prog=f"virtiofsd-nydus {verb}", description=VERBS[verb], allow_abbrev=False)
     module.add_arguments(parser)
+    # `VERB options -- CMD...`: split here, for argparse loses a second -- and takes no options after a positional list
+    command: list[str] | None = None
+    if getattr(module, "TAKES_COMMAND", False):
+        at = rest.index("--") if "--" in rest else len(rest)
+        rest, command = rest[:at], rest[at + 1:]
     args = parser.parse_args(rest)
+    if command is not None:
+        args.command = command
     try:
         status: int = module.run(args)
         return status

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.vmm.guest import Deadline, Guest
+from virtiofsd_nydus.vmm.guest import Guest
 
 if TYPE_CHECKING:
     import asyncio
@@ -33,7 +33,9 @@ KERNEL_ARGUMENTS = ("console=ttyS0 quiet panic=-1 oops=panic reboot=t tsc=reliab
 TCG = ("-accel", "tcg,thread=multi", "-cpu", "max,-erms")
 KVM = ("-accel", "kvm", "-cpu", "host")
 EXIT_PORT = 0x501               # isa-debug-exit; vm-images/init.c writes there
+BUILD_SECONDS = 20.0            # from QEMU's start to its connection: it waits for the servers' first answers
 GONE_SECONDS = 5.0              # how long QEMU may take to end once its guest has ended or it was told to
+SERVER_GONE_SECONDS = 0.3       # by how much a server's end may come after QEMU's, when it is the cause
 # vhost-user-fs's largest, so that a read may carry 256 pages (queue size - 4 at least)
 QUEUE_SIZE = 1024
 SOCKET_PATH_BYTES = 107         # sizeof sun_path - 1
@@ -181,13 +183,13 @@ class Machine:
             selector.register(self.pidfd, selectors.EVENT_READ, self.explain_end)
             for fd, explain in self.config.watches.items():
                 selector.register(fd, selectors.EVENT_READ, explain)
-            events = selector.select(Deadline(GONE_SECONDS * 4, "the start of QEMU").remaining())
+            events = selector.select(BUILD_SECONDS)
+        if not events:
+            raise Failure(f"QEMU did not build the machine within {BUILD_SECONDS:g} s", Cause.DEADLINE)
         for key, _ in events:
-            if key.data is None:
-                return listener.accept()[0]
-        for key, _ in events:
-            raise key.data()
-        raise Failure("QEMU did not start the machine within 20 s", Cause.DEADLINE)
+            if key.data is not None:
+                raise key.data()
+        return listener.accept()[0]
 
     # ---- the end
 
@@ -207,7 +209,13 @@ class Machine:
             raise self.explain_end()
 
     def explain_end(self) -> Failure:
-        """Why the machine has ended, as far as its console and QEMU's own words tell."""
+        """Why the machine has ended, as far as its servers, its console and QEMU's own words tell."""
+        import select
+
+        # A server that dies takes QEMU with it while the machine is built, and its reason is the one to tell
+        ended, _, _ = select.select(list(self.config.watches), [], [], SERVER_GONE_SECONDS)
+        for fd in ended:
+            return self.config.watches[fd]()
         try:
             status = self.process.wait(GONE_SECONDS)
         except subprocess.TimeoutExpired:

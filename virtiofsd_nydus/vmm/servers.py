@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +18,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.vmm.guest import Deadline
 from virtiofsd_nydus.vmm.qemu import check_socket_path, find_program
 
 STOP_SECONDS = 5.0
@@ -29,7 +27,10 @@ RUST_VIRTIOFSD = Path("/usr/libexec/virtiofsd")
 
 
 class Server:
-    """A vhost-user-fs server process. socket_path: where QEMU connects. pidfd: readable once it has ended."""
+    """A vhost-user-fs server process. socket_path: where QEMU connects. pidfd: readable once it has ended.
+
+    The socket is ours and listens before the process starts, so QEMU can be started at once, beside the server.
+    """
 
     name = "server"
     process: subprocess.Popen[bytes]
@@ -38,8 +39,8 @@ class Server:
         self.die_with_parent = die_with_parent
         self._stack = ExitStack()
 
-    def command(self, directory: Path) -> list[str]:
-        """The words to start it with; its sockets go into `directory`."""
+    def command(self, listener: int) -> list[str]:
+        """The words to start it with; `listener` is the descriptor of the listening socket it inherits."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -48,16 +49,18 @@ class Server:
             self.socket_path = self.directory / "fs.sock"
             self.errors_path = self.directory / "log"
             check_socket_path(self.socket_path)
-            words = self.command(self.directory)
-            if self.die_with_parent:
-                words = [find_program("setpriv", "util-linux"), "--pdeathsig", "KILL", *words]
-            with self.errors_path.open("wb") as errors:
+            # Our copy of the socket is closed once the server has its own: when it dies, QEMU is hung up on
+            with socket.socket(socket.AF_UNIX) as listener, self.errors_path.open("wb") as errors:
+                listener.bind(str(self.socket_path))
+                listener.listen(1)
+                words = self.command(listener.fileno())
+                if self.die_with_parent:
+                    words = [find_program("setpriv", "util-linux"), "--pdeathsig", "KILL", *words]
                 self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
-                                                process_group=0)
+                                                process_group=0, pass_fds=[listener.fileno()])
             self._stack.callback(self.stop)
             self.pidfd = os.pidfd_open(self.process.pid)
             self._stack.callback(os.close, self.pidfd)
-            self.wait_ready(Deadline(20, f"the start of {self.name}"))
         except BaseException:
             self._stack.close()
             raise
@@ -67,13 +70,6 @@ class Server:
                  trace: TracebackType | None) -> None:
         self._stack.close()
 
-    def wait_ready(self, deadline: Deadline) -> None:
-        """Until the socket is there. It is not connected to: a server takes a connection for its front-end."""
-        while not self.socket_path.exists():
-            self.check_alive()
-            deadline.remaining()
-            time.sleep(0.002)
-
     def check_alive(self) -> None:
         if self.process.poll() is not None:
             raise self.explain_end()
@@ -81,8 +77,8 @@ class Server:
     def explain_end(self) -> Failure:
         status = self.process.wait()
         lines = self.log_text().strip().splitlines() or ["it said nothing"]
-        how = f"signal {-status}" if status < 0 else f"status {status}"
-        return Failure(f"{self.name} ended with {how}: {lines[-1]}", Cause.IO)
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return Failure(f"{self.name} {how}: {lines[-1].removeprefix(self.name).lstrip(' :')}", Cause.IO)
 
     def log_text(self) -> str:
         return self.errors_path.read_text(errors="replace")
@@ -110,12 +106,11 @@ class PeerVirtiofsd(Server):
             raise Failure(f"no virtiofsd at {C_VIRTIOFSD} or {RUST_VIRTIOFSD}: apt-get install qemu-system-common "
                           "(Debian 12) or virtiofsd (Debian 13)", Cause.MISSING)
 
-    def command(self, directory: Path) -> list[str]:
+    def command(self, listener: int) -> list[str]:
+        words = [str(self.program), f"--fd={listener}"]
         if self.program == C_VIRTIOFSD:
-            return [str(self.program), f"--socket-path={self.socket_path}", "-o", f"source={self.shared}",
-                    "-o", "cache=always,sandbox=chroot"]
-        return [str(self.program), f"--socket-path={self.socket_path}", f"--shared-dir={self.shared}",
-                "--cache=always", "--sandbox=chroot"]
+            return [*words, "-o", f"source={self.shared}", "-o", "cache=always,sandbox=chroot"]
+        return [*words, f"--shared-dir={self.shared}", "--cache=always", "--sandbox=chroot"]
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -132,7 +127,7 @@ class _UnixConnection(http.client.HTTPConnection):
 class NydusDaemon(Server):
     """Our daemon, `virtiofsd-nydus virtiofs`, on one image.
 
-    options: what follows --sock and --apisock (--bootstrap, --config, --localfs-dir ...).
+    options: what follows --fd and --apisock (--bootstrap, --config, --localfs-dir ...).
     """
 
     name = "virtiofsd-nydus"
@@ -141,9 +136,9 @@ class NydusDaemon(Server):
         super().__init__(die_with_parent=die_with_parent)
         self.options = list(options)
 
-    def command(self, directory: Path) -> list[str]:
-        self.api_path = directory / "api.sock"
-        return [sys.executable, "-m", "virtiofsd_nydus.cli.main", "virtiofs", "--sock", str(self.socket_path),
+    def command(self, listener: int) -> list[str]:
+        self.api_path = self.directory / "api.sock"
+        return [sys.executable, "-m", "virtiofsd_nydus.cli.main", "virtiofs", "--fd", str(listener),
                 "--apisock", str(self.api_path), *self.options]
 
     def get(self, route: str, seconds: float = 5.0) -> Any:
@@ -162,7 +157,7 @@ class NydusDaemon(Server):
             raise Failure(f"{self.name} answers {route} with {answer.status}", Cause.IO)
         return json.loads(body) if body else None
 
-    def stats(self) -> dict[str, int]:
-        """The engine's counters (vnd_stats)."""
-        answer: dict[str, int] = self.get("/api/ext/v1/stats")
+    def stats(self) -> dict[str, Any]:
+        """{"engine": the counters of vnd_stats, "blobs": {id: chunks, bytes, readiness}}."""
+        answer: dict[str, Any] = self.get("/api/ext/v1/stats")
         return answer

@@ -1,0 +1,86 @@
+"""An image named on a command line, made ready for our daemon: its bootstrap, and a configuration file."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+
+REFERENCE_PREFIXES = ("docker://", "oci:", "docker-archive:")
+SYSTEM_CACHE_DIR = Path("/var/cache/virtiofsd-nydus")
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """daemon_options: what NydusDaemon takes. command, env, cwd: the image's own, as its configuration has them."""
+
+    daemon_options: list[str]
+    command: list[str] = field(default_factory=list)
+    env: dict[str, str] = field(default_factory=dict)
+    cwd: str = "/"
+
+
+def default_cache_dir() -> Path:
+    """The system's for root, else the user's."""
+    if os.geteuid() == 0:
+        return SYSTEM_CACHE_DIR
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virtiofsd-nydus"
+
+
+@contextmanager
+def prepare_image(image: str, *, blob_dir: Path | None = None, config: Path | None = None,
+                  cache_dir: Path | None = None, plain_http: bool = False, creds: str | None = None,
+                  ) -> Iterator[PreparedImage]:
+    """Finds the image and writes the daemon's configuration into a file that lasts as long as the context. The cache
+    directory is made, and stays. Raises Failure, or UsageFailure where options do not fit."""
+    work_dir = cache_dir or default_cache_dir()
+    by_reference = image.startswith(REFERENCE_PREFIXES)
+    if by_reference and (blob_dir or config):
+        raise UsageFailure("--blob-dir and --config go with a bootstrap file, not with a reference")
+    if not by_reference:
+        if not Path(image).is_file():
+            raise Failure(f"no image {image}: neither a file nor docker://HOST/NAME or oci:DIR", Cause.MISSING)
+        if bool(blob_dir) == bool(config):
+            raise UsageFailure("a bootstrap file needs --blob-dir DIR or --config FILE")
+        if config:
+            yield PreparedImage(["--bootstrap", image, "--config", str(config)])
+            return
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"cannot make the cache directory {work_dir}: {error.strerror}; choose one with --cache-dir",
+                      Cause.IO) from None
+    if by_reference:
+        from virtiofsd_nydus.oci.image import resolve_image
+
+        found = resolve_image(image, cache_dir=work_dir / "bootstraps", plain_http=plain_http, creds=creds or "")
+        backend = found.backend_config()
+        kind, settings, bootstrap = backend["type"], backend["config"], str(found.bootstrap)
+        own = found.config.get("config") or {}
+    else:
+        if blob_dir is None or not blob_dir.is_dir():
+            raise Failure(f"no blob directory {blob_dir}", Cause.MISSING)
+        kind, settings, bootstrap, own = "localfs", {"dir": str(blob_dir.resolve())}, image, {}
+    document = {"version": 2, "backend": {"type": kind, kind: settings},
+                "cache": {"type": "blobcache", "filecache": {"work_dir": str(work_dir.resolve())}}}
+    # May hold a login: mkdtemp makes the directory for this user alone
+    with tempfile.TemporaryDirectory(prefix="vnd-conf-") as scratch:
+        path = Path(scratch) / "config.json"
+        path.write_text(json.dumps(document))
+        yield PreparedImage(["--bootstrap", bootstrap, "--config", str(path)], *_read_own(own))
+
+
+def _read_own(config: dict[str, Any]) -> tuple[list[str], dict[str, str], str]:
+    """Command, environment and directory of an OCI image configuration. Others wrote it: what does not fit is left."""
+    def strings(key: str) -> list[str]:
+        value = config.get(key)
+        return [word for word in value if isinstance(word, str)] if isinstance(value, list) else []
+
+    env = dict(word.split("=", 1) for word in strings("Env") if "=" in word)
+    cwd = config.get("WorkingDir")
+    return strings("Entrypoint") + strings("Cmd"), env, cwd if isinstance(cwd, str) and cwd else "/"
