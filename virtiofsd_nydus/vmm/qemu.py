@@ -35,6 +35,7 @@ KVM = ("-accel", "kvm", "-cpu", "host")
 EXIT_PORT = 0x501               # isa-debug-exit; vm-images/init.c writes there
 BUILD_SECONDS = 20.0            # from QEMU's start to its connection: it waits for the servers' first answers
 GONE_SECONDS = 5.0              # how long QEMU may take to end once its guest has ended or it was told to
+QEMU_FAILED = 1                 # its exit status for a machine it cannot build
 SERVER_GONE_SECONDS = 0.3       # by how much a server's end may come after QEMU's, when it is the cause
 # vhost-user-fs's largest, so that a read may carry 256 pages (queue size - 4 at least)
 QUEUE_SIZE = 1024
@@ -210,12 +211,6 @@ class Machine:
 
     def explain_end(self) -> Failure:
         """Why the machine has ended, as far as its servers, its console and QEMU's own words tell."""
-        import select
-
-        # A server that dies takes QEMU with it while the machine is built, and its reason is the one to tell
-        ended, _, _ = select.select(list(self.config.watches), [], [], SERVER_GONE_SECONDS)
-        for fd in ended:
-            return self.config.watches[fd]()
         try:
             status = self.process.wait(GONE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -225,6 +220,13 @@ class Machine:
             for mark in ("Kernel panic", "Unable to mount root fs"):
                 if mark in line:
                     return Failure(f"the guest's kernel died: {line[line.index(mark):].strip()}", Cause.GUEST)
+        if status == QEMU_FAILED:
+            import select
+
+            # A server that dies takes QEMU with it while the machine is built: its reason is the one to tell
+            ended, _, _ = select.select(list(self.config.watches), [], [], SERVER_GONE_SECONDS)
+            for fd in ended:
+                return self.config.watches[fd]()
         errors = self.errors_path.read_text(errors="replace").strip().splitlines()
         if errors:
             return Failure(f"QEMU ended with status {status}: {errors[-1].removeprefix(QEMU + ': ')}", Cause.GUEST)
