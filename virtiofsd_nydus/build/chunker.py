@@ -87,7 +87,8 @@ class Chunker:
 
             compressor = zstandard.ZstdCompressor(level=self._level)
             if len(chunks) > 1 and "multi_compress_to_buffer" in zstandard.backend_features:
-                packed = [*compressor.multi_compress_to_buffer([*chunks], threads=1)]
+                batch: Any = compressor.multi_compress_to_buffer([*chunks], threads=1)
+                packed = list(batch)
             else:
                 packed = [compressor.compress(data) for data in chunks]
         return [

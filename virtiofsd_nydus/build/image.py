@@ -75,7 +75,7 @@ def build_layer(
     source: Readable | Path | str, *, options: BuildOptions, out_blob: Writable | Path | str,
     kind: Literal["dir", "tar"], on_progress: Callable[[int], None] | None = None, label: str = "",
 ) -> Layer:  # fmt: skip
-    """Reads a source once, front to end, and writes the layer's blob, whose bytes depend on the source and options alone.
+    """Reads a source once, front to end, and writes the layer's blob; its bytes depend on source and options alone.
 
     kind "dir": source is a path. kind "tar": a path or anything with read(); gzip, zstd and plain are told apart; it is
     read to its end. out_blob: a path, or anything with write(), which gets memoryviews valid during the call.
@@ -159,8 +159,8 @@ def merge_layers(
     layers: Sequence[Layer], *, options: BuildOptions, out_bootstrap: Path | str | BinaryIO | None = None,
     chunk_dict: Path | None = None,
 ) -> MergedImage:  # fmt: skip
-    """One bootstrap of all layers, lowest first; written to out_bootstrap too when given. All layers must have been built
-    with these options. Blobs that no file refers to are not in it."""
+    """One bootstrap of all layers, lowest first; written to out_bootstrap too when given. All layers must have been
+    built with these options. Blobs that no file refers to are not in it."""
     if chunk_dict is not None:
         raise UsageFailure("--chunk-dict is not supported yet")
     root = merge_trees([layer.tree for layer in layers])

@@ -1,4 +1,4 @@
-"""Layers on top of each other, as the OCI image specification stacks them: whiteouts, opaque directories, replacement."""
+"""Layers on top of each other, as OCI images stack them: whiteouts, opaque directories, replacement."""
 
 from collections.abc import Sequence
 

@@ -58,7 +58,7 @@ class DirectorySource:
         return sorted(files, key=rank) if self._prefetch else files
 
     def _scan(self) -> Directory:
-        root = self._make_directory(self._path, os.stat(self._path))
+        root = self._make_directory(self._path, Path(os.fsdecode(self._path)).stat())
         root.mtime_ns = 0  # as Nydus: a build directory's own time says nothing of the image
         stack = [(self._path, root)]
         while stack:
@@ -111,7 +111,7 @@ class DirectorySource:
             self.files += 1
             self.file_bytes += status.st_size
         elif stat.S_ISLNK(status.st_mode):
-            target = os.readlink(path)
+            target = os.readlink(path)  # noqa: PTH115 - bytes, and a million times
             if len(target) > layout.SYMLINK_BYTES_MAX:
                 raise Failure(f"{os.fsdecode(path)}: a symbolic link to {len(target)} bytes is too long", Cause.FORMAT)
             inode = Symlink(*common, target)

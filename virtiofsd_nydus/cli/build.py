@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 from virtiofsd_nydus.build.options import CODECS, DIGESTERS, PREFETCH_POLICIES, BuildOptions
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
@@ -51,7 +52,7 @@ def make_options(args: argparse.Namespace) -> BuildOptions:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="directory, or tar (plain, gzip or zstd)")
     parser.add_argument("--bootstrap", type=Path, required=True, metavar="FILE", help="bootstrap to write")
-    parser.add_argument("--blob-dir", type=Path, required=True, metavar="DIR", help="where the blob goes, named by its id")
+    parser.add_argument("--blob-dir", type=Path, required=True, metavar="DIR", help="the blob becomes DIR/<blob id>")
     add_image_options(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -80,14 +81,14 @@ def build_image(
     from virtiofsd_nydus.build.image import build_layer, merge_layers
 
     blob_dir.mkdir(parents=True, exist_ok=True)
-    kind = "dir" if source.is_dir() else "tar"
+    kind: Literal["dir", "tar"] = "dir" if source.is_dir() else "tar"
     with tempfile.NamedTemporaryFile(dir=blob_dir, prefix=".building-", delete=False, buffering=0) as out:
         temporary = Path(out.name)
         try:
             with _Progress(source, enabled=show_progress) as progress:
                 layer = build_layer(
                     source, options=options, out_blob=out, kind=kind, label=str(source), on_progress=progress.advance
-                )  # type: ignore[arg-type]
+                )
             image = merge_layers([layer], options=options)
             if image.blobs:
                 temporary.chmod(0o644)

@@ -123,7 +123,9 @@ class BlobWriter:
     def _add_toc(self, name: str, codec: layout.Codec, digest: bytes, coff: int, csize: int, usize: int) -> None:
         self._toc += layout.TOC_ENTRY.pack(layout.TOC_FLAG[codec], 0, name.encode(), digest, coff, csize, usize)
 
-    def _write_section(self, name: str, data: bytes | bytearray, codec: layout.Codec, digest: bytes, usize: int) -> None:
+    def _write_section(
+        self, name: str, data: bytes | bytearray, codec: layout.Codec, digest: bytes, usize: int
+    ) -> None:
         offset = self.size
         self._write(data)
         self._write(encode_tar_header(name, len(data)))
@@ -187,7 +189,8 @@ class BlobWriter:
         info = self._info
         if info is not None:
             info.blob_id = blob_id
-            info.features &= ~layout.BlobFeature.INLINED_FS_META  # true of the blob, but the merged bootstrap is not in it
+            # true of the blob, but the merged bootstrap is not the one in it
+            info.features &= ~layout.BlobFeature.INLINED_FS_META
             info.compressed_size = self.size
             info.toc_size = len(toc) + len(header)
             info.toc_digest = hashlib.sha256(toc + header).digest()

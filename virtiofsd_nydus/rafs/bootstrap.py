@@ -69,14 +69,10 @@ def encode_xattrs(xattrs: Xattrs) -> bytes:
     """The inline xattr area of an inode, a multiple of 4 bytes long. Prefixes must be ones the format can hold."""
     out = bytearray(layout.XATTR_HEADER_BYTES)
     for name, value in xattrs:
-        for prefix, index in layout.XATTR_PREFIXES:
-            if name.startswith(prefix):
-                break
-        else:
-            raise Failure(f"extended attribute {name!r} cannot be stored in a RAFS v6 image", Cause.FORMAT)
+        if not is_storable_xattr(name, value):
+            raise Failure(f"RAFS v6 cannot hold the extended attribute {name!r} of {len(value)} bytes", Cause.FORMAT)
+        prefix, index = next(known for known in layout.XATTR_PREFIXES if name.startswith(known[0]))
         suffix = name[len(prefix) :]
-        if len(name) > layout.XATTR_NAME_MAX or len(value) > layout.XATTR_VALUE_MAX:
-            raise Failure(f"extended attribute {name!r} is too long: {len(name)} + {len(value)} bytes", Cause.FORMAT)
         out += layout.XATTR_ENTRY.pack(len(suffix), index, len(value)) + suffix + value
         out += bytes(-len(out) % 4)
     if len(out) > layout.XATTR_BODY_MAX:
@@ -200,7 +196,8 @@ class BootstrapWriter:
         """The whole bootstrap."""
         self._number()
         self._place_all()
-        blob_table_offset = align_up(layout.DEVICE_TABLE_OFFSET + layout.DEVICE_SLOT_BYTES * len(self.blobs), BLOCK_BYTES)
+        devices_end = layout.DEVICE_TABLE_OFFSET + layout.DEVICE_SLOT_BYTES * len(self.blobs)
+        blob_table_offset = align_up(devices_end, BLOCK_BYTES)
         blob_table_bytes = layout.BLOB_ENTRY_BYTES * len(self.blobs)
         nids = self._find_prefetch()
         prefetch_offset = blob_table_offset + blob_table_bytes
@@ -231,7 +228,8 @@ class BootstrapWriter:
             struct.pack_into(f"<{len(nids)}I", out, prefetch_offset, *nids)
         layout.SUPER.pack_into(
             out, layout.SUPER_OFFSET, layout.SUPER_MAGIC, 0, layout.FEATURE_COMPAT_RAFS, layout.BLOCK_BITS, 0,
-            self.root.nid, self.stats.names, 0, 0, sum(blob.uncompressed_size for blob in self.blobs) >> layout.BLOCK_BITS,
+            self.root.nid, self.stats.names, 0, 0,
+            sum(blob.uncompressed_size for blob in self.blobs) >> layout.BLOCK_BITS & 0xFFFFFFFF,
             meta_start >> layout.BLOCK_BITS, 0, b"", b"", layout.FEATURE_INCOMPAT, 0, len(self.blobs),
             layout.DEVICE_TABLE_OFFSET // layout.DEVICE_SLOT_BYTES,
         )  # fmt: skip
@@ -415,17 +413,19 @@ class BootstrapWriter:
 
     # ---- tables
     def _list_chunks(self) -> list[bytes]:
-        """Records of the chunks that files use, by digest, then blob (a record starts with the digest and the blob index,
-        which fits its lowest byte, so the order of records is the order of bytes)."""
+        """Records of the chunks that files use, by digest, then blob. A record starts with the digest and the blob
+        index, which fits its lowest byte: the order of the bytes is the order of the table."""
         records = []
         for blob_index, (blob, used) in enumerate(zip(self.blobs, self._used, strict=True)):
             table = blob.table
             for index, is_used in enumerate(used):
                 if is_used:
                     csize, usize = table.csizes[index], table.usizes[index]
+                    flags = layout.CHUNK_FLAG_COMPRESSED if csize != usize else 0
+                    file_offset = self._file_offsets.get((blob_index, index), 0)
                     records.append(layout.CHUNK_RECORD.pack(
-                        table.digest(index), blob_index, layout.CHUNK_FLAG_COMPRESSED if csize != usize else 0, csize, usize,
-                        table.coffs[index], table.uoffs[index], self._file_offsets.get((blob_index, index), 0), index, 0,
+                        table.digest(index), blob_index, flags, csize, usize, table.coffs[index], table.uoffs[index],
+                        file_offset, index, 0,
                     ))  # fmt: skip
         records.sort()
         self.stats.chunks = len(records)

@@ -19,8 +19,8 @@ FEATURE_COMPAT_RAFS = 0x40000000
 FEATURE_INCOMPAT = 0xC  # chunk-based files | device table
 DEVICE_SLOT_BYTES = 128
 DEVICE_TABLE_OFFSET = 1408  # after the extended superblock; told to the kernel in units of slots
-# magic, checksum, feature_compat, blkszbits, extslots, root_nid, inos, build_time, build_time_nsec, blocks, meta_blkaddr,
-# xattr_blkaddr, uuid, volume_name, feature_incompat, compression union, extra_devices, devt_slotoff
+# magic, checksum, feature_compat, blkszbits, extslots, root_nid, inos, build_time, build_time_nsec, blocks,
+# meta_blkaddr, xattr_blkaddr, uuid, volume_name, feature_incompat, compression union, extra_devices, devt_slotoff
 SUPER = struct.Struct("<IIIBBHQQIIII16s16sIHHH38x")
 
 # ---- RAFS extended superblock, 256 bytes at 1152
@@ -48,7 +48,8 @@ class SuperFlag(enum.IntFlag):
 DEVICE_SLOT = struct.Struct("<64sII56x")
 MAPPED_ALIGN_BYTES = 512 << 10  # Nydus starts each blob there in the flat address space
 
-# ---- extended inode, 64 bytes: format, xattr_icount, mode, reserved, size, i_u, ino, uid, gid, mtime, mtime_nsec, nlink
+# ---- extended inode, 64 bytes: format, xattr_icount, mode, reserved, size, i_u, ino, uid, gid, mtime, mtime_nsec,
+# nlink
 INODE = struct.Struct("<HHHHQIIIIQII16x")
 INODE_BYTES = 64
 NID_BYTES = 32

@@ -30,7 +30,7 @@ class ChunkTable:
 
 
 class Inode:
-    """What every inode has. mode is the whole st_mode; xattrs are sorted by name. ino, nid and nlink are the writer's."""
+    """What every inode has. mode: the whole st_mode; xattrs: sorted by name. ino, nid and nlink are the writer's."""
 
     __slots__ = ("gid", "ino", "mode", "mtime_ns", "nid", "nlink", "uid", "xattrs")
 
