@@ -112,10 +112,10 @@ def build_layer(
     except BaseException:
         chunker.cancel()
         raise
+    stats.files, stats.file_bytes = reader.files, reader.file_bytes
+    stats.dropped_xattrs, stats.deduplicated_bytes = reader.dropped_xattrs, chunker.deduplicated_bytes
+    del reader, chunker  # their indexes go before the bootstrap, as large again, comes
     info = writer.finish_data()
-    # Released before the bootstrap, which is as large as the chunks' index again.
-    stats.deduplicated_bytes = chunker.deduplicated_bytes
-    del chunker
     bootstrap = BootstrapWriter(
         tree, [info] if info else [], chunk_size=options.chunk_size, codec=options.codec,
         digester=options.digest_kind, prefetch=_prefetch_paths(options),
@@ -124,8 +124,6 @@ def build_layer(
     blob_id, info = writer.finish()
     stats.names, stats.chunks = bootstrap.stats.names, len(writer.table)
     stats.bootstrap_bytes = bootstrap.stats.bootstrap_bytes
-    stats.files, stats.file_bytes = reader.files, reader.file_bytes
-    stats.dropped_xattrs = reader.dropped_xattrs
     return Layer(tree, blob_id, writer.size, info, stats)
 
 

@@ -19,18 +19,19 @@ SYMLINK_HOPS_MAX = 40  # as the kernel
 def split_path(name: bytes) -> list[bytes]:
     """The components of a member's name below the root. Absolute names are taken as relative; names that climb out of
     the root are refused."""
-    parts: list[bytes] = []
-    for part in name.split(b"/"):
-        if not part or part == b".":
-            continue
-        if part == b"..":
-            if not parts:
+    parts = [part for part in name.split(b"/") if part and part != b"."]
+    if b".." in parts:
+        kept: list[bytes] = []
+        for part in parts:
+            if part != b"..":
+                kept.append(part)
+            elif kept:
+                kept.pop()
+            else:
                 raise TarFailure(f"{show(name)}: the name leaves the root")
-            parts.pop()
-        else:
-            if len(part) > layout.NAME_BYTES_MAX:
-                raise TarFailure(f"{show(name)}: a name of more than {layout.NAME_BYTES_MAX} bytes")
-            parts.append(part)
+        parts = kept
+    if len(name) > layout.NAME_BYTES_MAX and max(map(len, parts), default=0) > layout.NAME_BYTES_MAX:
+        raise TarFailure(f"{show(name)}: a name of more than {layout.NAME_BYTES_MAX} bytes")
     if b"\0" in name:
         raise TarFailure(f"{show(name)}: a NUL in the name")
     return parts

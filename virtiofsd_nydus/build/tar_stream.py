@@ -7,6 +7,7 @@ sparse, base-256 numbers), pax (with sparse 0.0, 0.1 and 1.0) and pre-POSIX.
 
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Protocol
 
 from virtiofsd_nydus.errors import Cause, Failure
@@ -125,6 +126,7 @@ def open_pieces(source: Readable) -> Iterator[bytes]:
     return _plain(source, head)
 
 
+@lru_cache(4096)  # modes, owners and times come again and again
 def parse_number(field: bytes, what: str) -> int:
     """A numeric header field: octal, or base-256 when the first byte says so."""
     if field[0] in (0x80, 0xFF):

@@ -239,7 +239,9 @@ class BootstrapWriter:
     # ---- first walk
     def _number(self) -> None:
         for directory in walk_directories(self.root):
-            directory.children = {name: directory.children[name] for name in sorted(directory.children)}
+            names = list(directory.children)
+            if names != sorted(names):
+                directory.children = {name: directory.children[name] for name in sorted(names)}
             for child in directory.children.values():
                 child.ino = child.nid = child.nlink = 0
         number = names = 1
