@@ -239,9 +239,9 @@ class BootstrapWriter:
     # ---- first walk
     def _number(self) -> None:
         for directory in walk_directories(self.root):
-            names = list(directory.children)
-            if names != sorted(names):
-                directory.children = {name: directory.children[name] for name in sorted(names)}
+            order = list(directory.children)
+            if order != sorted(order):
+                directory.children = {name: directory.children[name] for name in sorted(order)}
             for child in directory.children.values():
                 child.ino = child.nid = child.nlink = 0
         number = names = 1
