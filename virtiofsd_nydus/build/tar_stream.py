@@ -247,7 +247,9 @@ class TarStream:
         pax: dict[bytes, bytes] = {}
         while True:
             if self._left or self._padding:
-                self._skip(self._left + self._padding)
+                self._skip(self._left)
+                # A tar may end right after its last data: umoci's `insert` closes none of the layers it writes.
+                self._read(self._padding)
                 self._left = self._padding = 0
             header = self._read(RECORD)
             if not header:
