@@ -131,17 +131,18 @@ static bool same_ring(const vnd_ring_state *a, const vnd_ring_state *b)
            a->base == b->base && a->started == b->started && a->enabled == b->enabled;
 }
 
-/* Posts what changed of ring i. 1, 0: nothing did, or -errno. */
+/* Posts what changed of ring i. 2: the ring itself did, 1: only what is common, 0: nothing, or -errno. */
 static int post_ring(struct vnd_device *d, const vnd_device_state *st, uint32_t i, bool all, int drain_ms,
                      char *err, size_t err_len)
 {
     struct device_ring *r = &d->rings[i];
     struct queue_conf *c = &d->confs[i];
     const vnd_ring_state *want = &st->rings[i];
+    bool same = same_ring(&r->state, want) && r->kick_gen == st->kick_gen[i] && r->call_gen == st->call_gen[i] &&
+                r->err_gen == st->err_gen[i];
     int rc = 0;
 
-    if (!all && same_ring(&r->state, want) && r->kick_gen == st->kick_gen[i] && r->call_gen == st->call_gen[i] &&
-        r->err_gen == st->err_gen[i])
+    if (same && !all)
         return 0;
     r->state = *want;
     fill_conf(d, i, c);
@@ -167,7 +168,7 @@ static int post_ring(struct vnd_device *d, const vnd_device_state *st, uint32_t 
     r->call_gen = st->call_gen[i];
     r->err_gen = st->err_gen[i];
     queue_post(&d->queues[i], c);
-    return 1;
+    return same ? 1 : 2;
 }
 
 static int check_state(const struct vnd_device *d, const vnd_device_state *st, char *err, size_t err_len)
@@ -186,7 +187,8 @@ int vnd_device_apply(vnd_device *d, vnd_device_state *st, int drain_ms, char *er
     struct guestlog *old_log = NULL, *log = NULL;
     struct guestmem_map *old_inflight = NULL, *map = NULL;
     uint8_t *host = NULL;
-    bool all = false, posted[VND_QUEUE_MAX] = { false };
+    int posted[VND_QUEUE_MAX];
+    bool all;
     bool new_mem = st->region_gen != d->region_gen, new_log = st->log_gen != d->log_gen,
          new_inflight = st->inflight_gen != d->inflight_gen;
     int rc = check_state(d, st, err, err_len);
@@ -227,22 +229,21 @@ int vnd_device_apply(vnd_device *d, vnd_device_state *st, int drain_ms, char *er
     d->features = st->features;
 
     for (uint32_t i = 0; i < d->n_queues; i++) {
-        int posting = post_ring(d, st, i, all, drain_ms, err, err_len);
-
-        posted[i] = posting > 0;
-        if (posting < 0 && rc == 0)
-            rc = posting;
+        posted[i] = post_ring(d, st, i, all, drain_ms, err, err_len);
+        if (posted[i] < 0 && rc == 0)
+            rc = posted[i];
     }
     for (uint32_t i = 0; i < d->n_queues; i++) {
         struct queue_conf *c = &d->confs[i];
 
-        if (!posted[i])
+        if (posted[i] <= 0)
             continue;
         queue_wait(&d->queues[i]);
         st->rings[i].base = d->rings[i].state.base = c->ring.base;
         if (d->queues[i].running)
             d->rings[i].recover = false;
-        if (c->rc != 0 && rc == 0)
+        /* A ring that could not start earlier tries again with each new memory: no news. */
+        if (c->rc != 0 && posted[i] == 2 && rc == 0)
             rc = fail_line(c->rc, err, err_len, "%s", c->err);
     }
     guestmem_free(old_mem);

@@ -135,8 +135,10 @@ static void take_conf(struct queue *q, struct queue_conf *c)
     q->polled = c->ring.started && q->kick_fd < 0;
     if (c->ring.started && !q->running && c->rc == 0 && is_configured(c)) {
         rc = queue_start(q, c);
-        if (rc != 0)
+        if (rc != 0) {
             c->rc = rc;
+            queue_signal_error(q);
+        }
     }
     if (!q->draining)
         acknowledge(q);

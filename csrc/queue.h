@@ -123,6 +123,7 @@ int queue_resolve(struct queue *q);                         /* ring addresses in
 void queue_break(struct queue *q, int cause, const char *why);     /* the guest loses this queue */
 void queue_flush(struct queue *q);                          /* publish what is staged, signal once */
 void queue_signal(struct queue *q);
+void queue_signal_error(struct queue *q);
 void queue_drop_all(struct queue *q);                       /* forget every request; the guest is not written to */
 void queue_sleep(struct queue *q, int timeout_ms);          /* epoll; sleeping is set and all was looked at again */
 

@@ -24,6 +24,12 @@ void queue_signal(struct queue *q)
     write_event(q->call_fd);
 }
 
+void queue_signal_error(struct queue *q)
+{
+    atomic_fetch_add_explicit(&q->worker.counters.ring_errors, 1, memory_order_relaxed);
+    write_event(q->err_fd);
+}
+
 static void publish(struct queue *q)
 {
     struct vring *v = &q->vring;
@@ -59,9 +65,8 @@ void queue_break(struct queue *q, int cause, const char *why)
     /* What came before the fault is answered. */
     if (!atomic_load_explicit(q->mem_lost, memory_order_relaxed))
         publish(q);
-    atomic_fetch_add_explicit(&q->worker.counters.ring_errors, 1, memory_order_relaxed);
     engine_say(q->engine, 40, cause, "queue %u stopped: %s; the guest must reset its device", q->index, why);
-    write_event(q->err_fd);
+    queue_signal_error(q);
     queue_drop_all(q);
 }
 

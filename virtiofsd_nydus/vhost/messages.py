@@ -1,0 +1,160 @@
+"""vhost-user on the wire: numbers, structures, and one socket's messages with their descriptors.
+
+Source: the vhost-user specification (QEMU docs/interop/vhost-user.rst), checked against real QEMU and Cloud
+Hypervisor traffic. Everything is in host byte order. Light: loaded before the daemon answers RUNNING.
+"""
+
+import array
+import os
+import socket
+import struct
+
+from virtiofsd_nydus.errors import Cause, Failure
+
+# Requests of the front-end.
+GET_FEATURES = 1
+SET_FEATURES = 2
+SET_OWNER = 3
+RESET_OWNER = 4
+SET_MEM_TABLE = 5
+SET_LOG_BASE = 6
+SET_LOG_FD = 7
+SET_VRING_NUM = 8
+SET_VRING_ADDR = 9
+SET_VRING_BASE = 10
+GET_VRING_BASE = 11
+SET_VRING_KICK = 12
+SET_VRING_CALL = 13
+SET_VRING_ERR = 14
+GET_PROTOCOL_FEATURES = 15
+SET_PROTOCOL_FEATURES = 16
+GET_QUEUE_NUM = 17
+SET_VRING_ENABLE = 18
+SET_BACKEND_REQ_FD = 21
+GET_INFLIGHT_FD = 31
+SET_INFLIGHT_FD = 32
+RESET_DEVICE = 34
+GET_MAX_MEM_SLOTS = 36
+ADD_MEM_REG = 37
+REM_MEM_REG = 38
+
+# Header flags: bits 0-1 are the version.
+VERSION = 1
+VERSION_MASK = 3
+REPLY = 4
+NEED_REPLY = 8
+
+# virtio feature bits that the session itself looks at.
+F_LOG_ALL = 1 << 26
+F_PROTOCOL_FEATURES = 1 << 30
+
+# Protocol features.
+P_MQ = 1 << 0
+P_LOG_SHMFD = 1 << 1
+P_REPLY_ACK = 1 << 3
+P_BACKEND_REQ = 1 << 5
+P_BACKEND_SEND_FD = 1 << 10
+P_INFLIGHT_SHMFD = 1 << 12
+P_RESET_DEVICE = 1 << 13
+P_CONFIGURE_MEM_SLOTS = 1 << 15
+PROTOCOL_FEATURES = (P_MQ | P_LOG_SHMFD | P_REPLY_ACK | P_BACKEND_REQ | P_BACKEND_SEND_FD | P_INFLIGHT_SHMFD
+                     | P_RESET_DEVICE | P_CONFIGURE_MEM_SLOTS)
+
+VRING_INDEX_MASK = 0xFF     # KICK, CALL, ERR: bits of the index,
+VRING_NO_FD = 0x100         # and "no descriptor comes with this"
+
+PAYLOAD_MAX = 4096          # bytes; the largest real one is a memory table of 8 + 32 * 32
+FDS_MAX = 32                # descriptors of one message; QEMU sends 8 at most, rust-vmm 32
+MEMORY_SLOTS = 509          # QEMU takes at most 512; csrc/vnd.h VND_REGION_MAX
+
+HEADER = struct.Struct("=III")              # request, flags, payload bytes
+U64 = struct.Struct("=Q")
+VRING_STATE = struct.Struct("=II")          # index, number
+VRING_ADDR = struct.Struct("=IIQQQQQ")      # index, flags, descriptors, used, available, log
+MEMORY_HEAD = struct.Struct("=II")          # regions, padding
+REGION = struct.Struct("=QQQQ")             # guest address, bytes, user address, offset in the file
+SINGLE_REGION = struct.Struct("=QQQQQ")     # padding, then a region
+LOG = struct.Struct("=QQ")                  # bytes, offset
+INFLIGHT = struct.Struct("=QQHH")           # bytes, offset, queues, entries; some senders pad it to 24
+
+
+class Message:
+    """One request. Its descriptors belong to it until take_fd hands one out; close() closes the rest."""
+
+    __slots__ = ("fds", "flags", "payload", "request")
+
+    def __init__(self, request: int, flags: int, payload: bytes, fds: list[int]) -> None:
+        self.request, self.flags, self.payload, self.fds = request, flags, payload, fds
+
+    def take_fd(self) -> int:
+        return self.fds.pop(0)
+
+    def close(self) -> None:
+        close_all(self.fds)
+        self.fds = []
+
+
+def close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def malformed(text: str) -> Failure:
+    return Failure(f"vhost-user: {text}; the connection is closed", Cause.FORMAT)
+
+
+def _receive(sock: socket.socket, size: int, fds: list[int]) -> bytes:
+    """Up to size bytes, fewer only at the end of the stream. What descriptors come are appended to fds."""
+    data = b""
+    room = socket.CMSG_SPACE(FDS_MAX * 4)
+    while len(data) < size:
+        try:
+            part, ancillary, flags, _ = sock.recvmsg(size - len(data), room, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:
+            return data
+        for level, kind, body in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                got = array.array("i")
+                got.frombytes(body[:len(body) // got.itemsize * got.itemsize])
+                fds.extend(got)
+        if flags & socket.MSG_CTRUNC or len(fds) > FDS_MAX:
+            raise malformed(f"more than {FDS_MAX} descriptors in a message")
+        if not part:
+            return data
+        data += part
+    return data
+
+
+def receive_message(sock: socket.socket) -> Message | None:
+    """The next request; None at a proper end of the stream. Raises Failure when the bytes make no request."""
+    fds: list[int] = []
+    try:
+        head = _receive(sock, HEADER.size, fds)
+        if not head:
+            close_all(fds)
+            return None
+        if len(head) < HEADER.size:
+            raise malformed(f"the front-end hung up after {len(head)} bytes of a header")
+        request, flags, size = HEADER.unpack(head)
+        if flags & VERSION_MASK != VERSION:
+            raise malformed(f"request {request} has version {flags & VERSION_MASK}, {VERSION} is spoken here")
+        if flags & REPLY:
+            raise malformed(f"a reply (to {request}) where a request is due")
+        if size > PAYLOAD_MAX:
+            raise malformed(f"request {request} with {size} bytes, at most {PAYLOAD_MAX} are taken")
+        payload = _receive(sock, size, fds) if size else b""
+        if len(payload) < size:
+            raise malformed(f"the front-end hung up after {len(payload)} of {size} bytes of request {request}")
+    except BaseException:
+        close_all(fds)
+        raise
+    return Message(request, flags, payload, fds)
+
+
+def send_reply(sock: socket.socket, request: int, payload: bytes, fd: int = -1) -> None:
+    """Answers a request. Front-ends insist on these flags exactly. Raises OSError if the other end is gone."""
+    data = HEADER.pack(request, VERSION | REPLY, len(payload)) + payload
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+    sent = sock.sendmsg([data], rights, socket.MSG_NOSIGNAL)
+    if sent < len(data):
+        sock.sendall(data[sent:], socket.MSG_NOSIGNAL)

@@ -1,0 +1,362 @@
+"""One front-end's connection: its requests, in whatever order real ones use, added up to a DeviceState.
+
+Three ways out of a bad request. A message that is none ends the connection. A request that cannot be done is refused
+when the front-end asked for an acknowledgement, else it ends the connection too, because the front-end believes it
+done. A ring that cannot be used costs that ring: said and refused, and the connection goes on.
+"""
+
+import os
+import socket
+
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.vhost import messages as m
+from virtiofsd_nydus.vhost.messages import Message
+from virtiofsd_nydus.vhost.state import ApplyFailure, DeviceState, Region, Ring
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from virtiofsd_nydus.vhost.state import Device
+
+    Say = Callable[..., None]
+
+WARNING = 30        # log levels, as csrc/vnd.h's events have them
+
+
+class Refusal(Exception):
+    """The request cannot be done. ring: only that ring suffers."""
+
+    def __init__(self, text: str, ring: bool = False) -> None:
+        super().__init__(text)
+        self.ring = ring
+
+
+class Session:
+    """Runs until the front-end hangs up. Owns the device and the descriptors of its state, not the socket.
+
+    say(level, text) writes one log line.
+    """
+
+    def __init__(self, sock: socket.socket, device: "Device", say: "Say") -> None:
+        self._sock = sock
+        self._device = device
+        self._say = say
+        self._protocol = 0
+        self._backend_fd = -1
+        self.state = DeviceState(device.queue_count)
+
+    def run(self) -> None:
+        """Serves requests; returns when the front-end has hung up, raises Failure when it broke the protocol."""
+        try:
+            while (message := m.receive_message(self._sock)) is not None:
+                try:
+                    self._serve(message)
+                finally:
+                    message.close()
+        except OSError as error:
+            raise Failure(f"vhost-user: the connection failed: {error.strerror}", Cause.IO) from error
+
+    def close(self) -> None:
+        """Frees the device, then closes what the front-end gave."""
+        self._device.close()
+        self.state.close()
+        if self._backend_fd >= 0:
+            os.close(self._backend_fd)
+            self._backend_fd = -1
+
+    # ---- replies
+
+    def _serve(self, message: Message) -> None:
+        request = message.request
+        wants_ack = bool(message.flags & m.NEED_REPLY and self._protocol & m.P_REPLY_ACK)
+        handler = _HANDLERS.get(request)
+        try:
+            if handler is None:
+                raise Refusal(f"request {request} is not known here")
+            function, size, fds = handler
+            if len(message.payload) not in size:
+                raise m.malformed(f"request {request} has {len(message.payload)} bytes, not "
+                                  f"{' or '.join(map(str, size))}")
+            if len(message.fds) not in fds:
+                raise m.malformed(f"request {request} came with {len(message.fds)} descriptors")
+            reply = function(self, message)
+        except (Refusal, ApplyFailure) as error:
+            ring = isinstance(error, Refusal) and error.ring
+            if request in _ANSWERED or not (wants_ack or ring):
+                raise m.malformed(f"request {request}: {error}") from error
+            self._say(WARNING, f"vhost-user: request {request} refused: {error}", cause="guest")
+            if wants_ack:
+                m.send_reply(self._sock, request, m.U64.pack(1))
+            return
+        if reply is not None:
+            m.send_reply(self._sock, request, *reply)
+        elif wants_ack:
+            m.send_reply(self._sock, request, m.U64.pack(0))
+
+    def _apply(self) -> None:
+        self._device.apply(self.state)
+
+    def _apply_ring(self) -> None:
+        """For changes that only touch rings."""
+        try:
+            self._apply()
+        except ApplyFailure as error:
+            raise Refusal(str(error), ring=True) from error
+
+    # ---- negotiation
+
+    def _get_features(self, message: Message) -> "Reply":
+        return (m.U64.pack(self._device.features()),)
+
+    def _set_features(self, message: Message) -> None:
+        features = _u64(message)
+        unknown = features & ~self._device.features()
+        if unknown:
+            raise Refusal(f"features {unknown:#x} were never offered")
+        self.state.features = features
+        if not features & m.F_PROTOCOL_FEATURES:
+            for ring in self.state.rings:       # without the protocol bit there is no ENABLE: a kick is enough
+                ring.enabled = True
+        if self.state.is_running():
+            self._apply()
+
+    def _get_protocol_features(self, message: Message) -> "Reply":
+        return (m.U64.pack(m.PROTOCOL_FEATURES),)
+
+    def _set_protocol_features(self, message: Message) -> None:
+        features = _u64(message)
+        unknown = features & ~m.PROTOCOL_FEATURES
+        if unknown:
+            raise Refusal(f"protocol features {unknown:#x} were never offered")
+        self._protocol = features
+
+    def _get_queue_num(self, message: Message) -> "Reply":
+        return (m.U64.pack(self._device.queue_count),)
+
+    def _get_max_mem_slots(self, message: Message) -> "Reply":
+        return (m.U64.pack(m.MEMORY_SLOTS),)
+
+    def _set_owner(self, message: Message) -> None:
+        pass
+
+    def _set_backend_req_fd(self, message: Message) -> None:
+        if self._backend_fd >= 0:
+            os.close(self._backend_fd)
+        self._backend_fd = message.take_fd()    # kept, so that the front-end does not see it closed
+
+    # ---- memory
+
+    def _set_regions(self, regions: "list[Region]", added: "list[Region]", dropped: "list[Region]") -> None:
+        """Makes regions the guest's memory; added are new in it, dropped no longer in it."""
+        before = self.state.regions
+        self.state.regions = regions
+        self.state.region_gen += 1
+        try:
+            self._apply()
+        except ApplyFailure:
+            self.state.regions = before
+            self.state.region_gen += 1          # never the number of what failed
+            for region in added:
+                region.close()
+            raise
+        for region in dropped:
+            region.close()
+
+    def _set_mem_table(self, message: Message) -> None:
+        if len(message.payload) < m.MEMORY_HEAD.size:
+            raise m.malformed(f"a memory table of {len(message.payload)} bytes")
+        count, _ = m.MEMORY_HEAD.unpack_from(message.payload)
+        body = message.payload[m.MEMORY_HEAD.size:]
+        # QEMU pads the table to its own maximum of regions.
+        if count * m.REGION.size > len(body) or len(body) % m.REGION.size:
+            raise m.malformed(f"a memory table of {len(body)} bytes for {count} regions")
+        if count != len(message.fds):
+            raise m.malformed(f"a memory table of {count} regions with {len(message.fds)} descriptors")
+        new = []
+        for i in range(count):
+            gpa, size, user_addr, offset = m.REGION.unpack_from(body, i * m.REGION.size)
+            new.append(Region(gpa, size, user_addr, offset, message.take_fd()))
+        self._set_regions(new, new, self.state.regions)
+
+    def _add_mem_reg(self, message: Message) -> None:
+        if len(self.state.regions) >= m.MEMORY_SLOTS:
+            raise Refusal(f"more than {m.MEMORY_SLOTS} memory regions")
+        _, gpa, size, user_addr, offset = m.SINGLE_REGION.unpack(message.payload)
+        region = Region(gpa, size, user_addr, offset, message.take_fd())
+        self._set_regions([*self.state.regions, region], [region], [])
+
+    def _rem_mem_reg(self, message: Message) -> None:
+        _, *wanted, _ = m.SINGLE_REGION.unpack(message.payload)     # the offset does not count
+        for region in self.state.regions:
+            if [region.gpa, region.size_bytes, region.user_addr] == wanted:
+                self._set_regions([r for r in self.state.regions if r is not region], [], [region])
+                return
+        raise Refusal(f"no memory region of {wanted[1]:#x} bytes at {wanted[0]:#x} to remove")
+
+    # ---- migration and recovery
+
+    def _set_log_base(self, message: Message) -> "Reply":
+        size, offset = m.LOG.unpack(message.payload)
+        self.state.set_log(message.take_fd(), size, offset)
+        try:
+            self._apply()
+        except ApplyFailure:
+            self.state.set_log(-1, 0, 0)
+            raise
+        return (m.U64.pack(0),)     # QEMU waits for an answer, whatever is in it
+
+    def _get_inflight_fd(self, message: Message) -> "Reply":
+        _, _, queues, entries = m.INFLIGHT.unpack_from(message.payload)
+        fd, size = self._device.create_inflight(queues, entries)
+        body = m.INFLIGHT.pack(size, 0, queues, entries).ljust(len(message.payload), b"\0")
+        message.fds.append(fd)      # closed with the message, after the reply has carried a copy
+        return body, fd
+
+    def _set_inflight_fd(self, message: Message) -> None:
+        size, offset, queues, entries = m.INFLIGHT.unpack_from(message.payload)
+        if self.state.is_running():
+            raise Refusal("an in-flight region cannot be replaced while rings run")
+        self.state.set_inflight(message.take_fd(), size, offset, queues, entries)
+        try:
+            self._apply()
+        except ApplyFailure:
+            self.state.set_inflight(-1, 0, 0, 0, 0)
+            raise
+
+    # ---- rings
+
+    def _ring(self, index: int) -> Ring:
+        if index >= len(self.state.rings):
+            raise Refusal(f"ring {index}, there are {len(self.state.rings)}")
+        return self.state.rings[index]
+
+    def _set_vring_num(self, message: Message) -> None:
+        index, entries = m.VRING_STATE.unpack(message.payload)
+        self._ring(index).num = entries         # the engine says what it thinks of it when the ring starts
+
+    def _set_vring_addr(self, message: Message) -> None:
+        index, flags, desc, used, avail, log = m.VRING_ADDR.unpack(message.payload)
+        ring = self._ring(index)
+        ring.flags, ring.desc_addr, ring.used_addr, ring.avail_addr, ring.log_addr = flags, desc, used, avail, log
+        if ring.started:
+            self._apply_ring()
+
+    def _set_vring_base(self, message: Message) -> None:
+        index, base = m.VRING_STATE.unpack(message.payload)
+        ring = self._ring(index)
+        if base > 0xFFFF:
+            raise Refusal(f"ring {index}: base {base} is not a 16-bit index", ring=True)
+        if ring.started:
+            raise Refusal(f"ring {index}: its base cannot be set while it runs", ring=True)
+        ring.base = base
+
+    def _get_vring_base(self, message: Message) -> "Reply":
+        index, _ = m.VRING_STATE.unpack(message.payload)
+        ring = self._ring(index)
+        ring.started = False
+        ring.set_kick(-1)
+        ring.set_call(-1)       # the engine signals there until the ring stands still
+        self._apply()
+        return (m.VRING_STATE.pack(index, ring.base),)
+
+    def _ring_fd(self, message: Message) -> "tuple[Ring, int]":
+        value = _u64(message)
+        ring = self._ring(value & m.VRING_INDEX_MASK)
+        if value & m.VRING_NO_FD:
+            return ring, -1     # one that came all the same is closed with the message
+        if not message.fds:
+            raise m.malformed(f"request {message.request} without its descriptor")
+        return ring, message.take_fd()
+
+    def _set_vring_kick(self, message: Message) -> None:
+        ring, fd = self._ring_fd(message)
+        ring.set_kick(fd)
+        ring.started = True
+        self._apply_ring()
+
+    def _set_vring_call(self, message: Message) -> None:
+        ring, fd = self._ring_fd(message)
+        ring.set_call(fd)
+        if ring.started:
+            self._apply_ring()
+
+    def _set_vring_err(self, message: Message) -> None:
+        ring, fd = self._ring_fd(message)
+        ring.set_err(fd)
+        if ring.started:
+            self._apply_ring()
+
+    def _set_vring_enable(self, message: Message) -> None:
+        index, enable = m.VRING_STATE.unpack(message.payload)
+        if enable > 1:
+            raise Refusal(f"ring {index}: enable {enable}", ring=True)
+        self._ring(index).enabled = bool(enable)
+        self._apply_ring()
+
+    def _reset_owner(self, message: Message) -> None:
+        for ring in self.state.rings:
+            ring.enabled = False
+        self._apply_ring()
+
+    def _reset_device(self, message: Message) -> None:
+        self._reset_owner(message)
+        self._device.reset()
+        for ring in self.state.rings:
+            ring.started = False
+            ring.base = 0
+            ring.set_kick(-1)
+        self._apply_ring()
+        for ring in self.state.rings:
+            ring.base = 0       # where it stood does not matter: the driver begins anew
+
+
+def _u64(message: Message) -> int:
+    value: int = m.U64.unpack(message.payload)[0]
+    return value
+
+
+if TYPE_CHECKING:
+    Reply = tuple[bytes] | tuple[bytes, int]
+    Handler = tuple[Callable[[Session, Message], Reply | None], tuple[int, ...] | range, tuple[int, ...] | range]
+
+_NO_FD = (0,)
+_ONE_FD = (1,)
+_FD_MAYBE = (0, 1)
+_STATE = (m.VRING_STATE.size,)
+_U64 = (m.U64.size,)
+_EMPTY = (0,)
+_ANY_SIZE = range(m.PAYLOAD_MAX + 1)
+
+# Requests with an answer of their own cannot be refused by an acknowledgement.
+_ANSWERED = (m.GET_FEATURES, m.SET_LOG_BASE, m.GET_VRING_BASE, m.GET_PROTOCOL_FEATURES, m.GET_QUEUE_NUM,
+             m.GET_INFLIGHT_FD, m.GET_MAX_MEM_SLOTS)
+
+# request: function, payload sizes, numbers of descriptors
+_HANDLERS: "dict[int, Handler]" = {
+    # QEMU leaves bytes of a union in requests that have no payload.
+    m.GET_FEATURES: (Session._get_features, _ANY_SIZE, _NO_FD),
+    m.SET_FEATURES: (Session._set_features, _U64, _NO_FD),
+    m.SET_OWNER: (Session._set_owner, _ANY_SIZE, _NO_FD),
+    m.RESET_OWNER: (Session._reset_owner, _ANY_SIZE, _NO_FD),
+    m.SET_MEM_TABLE: (Session._set_mem_table, _ANY_SIZE, range(m.FDS_MAX + 1)),
+    m.SET_LOG_BASE: (Session._set_log_base, (m.LOG.size,), _ONE_FD),
+    m.SET_VRING_NUM: (Session._set_vring_num, _STATE, _NO_FD),
+    m.SET_VRING_ADDR: (Session._set_vring_addr, (m.VRING_ADDR.size,), _NO_FD),
+    m.SET_VRING_BASE: (Session._set_vring_base, _STATE, _NO_FD),
+    m.GET_VRING_BASE: (Session._get_vring_base, _STATE, _NO_FD),
+    m.SET_VRING_KICK: (Session._set_vring_kick, _U64, _FD_MAYBE),
+    m.SET_VRING_CALL: (Session._set_vring_call, _U64, _FD_MAYBE),
+    m.SET_VRING_ERR: (Session._set_vring_err, _U64, _FD_MAYBE),
+    m.GET_PROTOCOL_FEATURES: (Session._get_protocol_features, _ANY_SIZE, _NO_FD),
+    m.SET_PROTOCOL_FEATURES: (Session._set_protocol_features, _U64, _NO_FD),
+    m.GET_QUEUE_NUM: (Session._get_queue_num, _ANY_SIZE, _NO_FD),
+    m.SET_VRING_ENABLE: (Session._set_vring_enable, _STATE, _NO_FD),
+    m.SET_BACKEND_REQ_FD: (Session._set_backend_req_fd, _ANY_SIZE, _ONE_FD),
+    m.GET_INFLIGHT_FD: (Session._get_inflight_fd, (m.INFLIGHT.size, 24), _NO_FD),
+    m.SET_INFLIGHT_FD: (Session._set_inflight_fd, (m.INFLIGHT.size, 24), _ONE_FD),
+    m.RESET_DEVICE: (Session._reset_device, _ANY_SIZE, _NO_FD),
+    m.GET_MAX_MEM_SLOTS: (Session._get_max_mem_slots, _ANY_SIZE, _NO_FD),
+    m.ADD_MEM_REG: (Session._add_mem_reg, (m.SINGLE_REGION.size,), _ONE_FD),
+    m.REM_MEM_REG: (Session._rem_mem_reg, (m.SINGLE_REGION.size,), _FD_MAYBE),
+}

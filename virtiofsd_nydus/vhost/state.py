@@ -1,0 +1,133 @@
+"""Everything a front-end has told us, as one value (csrc/vnd.h, vnd_device_state).
+
+The session fills it in, the engine makes it true; nothing else passes between them. Descriptors in it belong to it.
+A generation number is raised whenever a descriptor is replaced, because its number may be the same again.
+"""
+
+import os
+
+from virtiofsd_nydus.errors import Failure
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Device(Protocol):
+        """What a session drives. One thread at a time."""
+
+        queue_count: int    # high priority queue and request queues
+
+        def features(self) -> int:
+            """virtio feature bits that may be offered."""
+
+        def apply(self, state: "DeviceState") -> None:
+            """Makes the device be so; returns when it is. Writes the bases of rings that stopped. Raises
+            ApplyFailure."""
+
+        def create_inflight(self, queues: int, entries: int) -> tuple[int, int]:
+            """A new in-flight region: its descriptor (the caller's) and bytes."""
+
+        def reset(self) -> None:
+            """Forgets the FUSE session and every request."""
+
+        def close(self) -> None:
+            """Ends all threads; the guest's memory is not touched afterwards."""
+
+
+class ApplyFailure(Failure):
+    """The device cannot be in the wanted state; memory and rings it had stay as they were."""
+
+
+class Region:
+    """Guest memory: size_bytes at guest address gpa = user address of the front-end = offset in the file fd."""
+
+    __slots__ = ("fd", "gpa", "mmap_offset", "size_bytes", "user_addr")
+
+    def __init__(self, gpa: int, size_bytes: int, user_addr: int, mmap_offset: int, fd: int) -> None:
+        self.gpa, self.size_bytes, self.user_addr = gpa, size_bytes, user_addr
+        self.mmap_offset, self.fd = mmap_offset, fd
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+class Ring:
+    """One virtqueue. num 0: not configured. base: next index of the available ring."""
+
+    __slots__ = ("avail_addr", "base", "call_fd", "call_gen", "desc_addr", "enabled", "err_fd", "err_gen", "flags",
+                 "kick_fd", "kick_gen", "log_addr", "num", "started", "used_addr")
+
+    def __init__(self) -> None:
+        self.num = self.flags = self.base = 0
+        self.desc_addr = self.used_addr = self.avail_addr = self.log_addr = 0
+        self.started = self.enabled = False
+        self.kick_fd = self.call_fd = self.err_fd = -1
+        self.kick_gen = self.call_gen = self.err_gen = 0
+
+    def set_kick(self, fd: int) -> None:
+        _close_fd(self.kick_fd)
+        self.kick_fd = fd
+        self.kick_gen += 1
+
+    def set_call(self, fd: int) -> None:
+        _close_fd(self.call_fd)
+        self.call_fd = fd
+        self.call_gen += 1
+
+    def set_err(self, fd: int) -> None:
+        _close_fd(self.err_fd)
+        self.err_fd = fd
+        self.err_gen += 1
+
+    def close(self) -> None:
+        for fd in (self.kick_fd, self.call_fd, self.err_fd):
+            _close_fd(fd)
+        self.kick_fd = self.call_fd = self.err_fd = -1
+
+
+class DeviceState:
+    """The whole. features: acknowledged virtio bits."""
+
+    __slots__ = ("features", "inflight_fd", "inflight_gen", "inflight_offset", "inflight_queue_size",
+                 "inflight_queues", "inflight_size_bytes", "log_fd", "log_gen", "log_offset", "log_size_bytes",
+                 "region_gen", "regions", "rings")
+
+    def __init__(self, queue_count: int) -> None:
+        self.features = 0
+        self.regions: list[Region] = []
+        self.region_gen = 0
+        self.rings = [Ring() for _ in range(queue_count)]
+        self.inflight_fd = self.log_fd = -1
+        self.inflight_offset = self.inflight_size_bytes = self.inflight_queues = self.inflight_queue_size = 0
+        self.inflight_gen = self.log_gen = 0
+        self.log_offset = self.log_size_bytes = 0
+
+    def is_running(self) -> bool:
+        return any(ring.started for ring in self.rings)
+
+    def set_inflight(self, fd: int, size_bytes: int, offset: int, queues: int, queue_size: int) -> None:
+        _close_fd(self.inflight_fd)
+        self.inflight_fd, self.inflight_size_bytes, self.inflight_offset = fd, size_bytes, offset
+        self.inflight_queues, self.inflight_queue_size = queues, queue_size
+        self.inflight_gen += 1
+
+    def set_log(self, fd: int, size_bytes: int, offset: int) -> None:
+        _close_fd(self.log_fd)
+        self.log_fd, self.log_size_bytes, self.log_offset = fd, size_bytes, offset
+        self.log_gen += 1
+
+    def close(self) -> None:
+        """Closes every descriptor."""
+        for region in self.regions:
+            region.close()
+        for ring in self.rings:
+            ring.close()
+        self.regions = []
+        _close_fd(self.inflight_fd)
+        _close_fd(self.log_fd)
+        self.inflight_fd = self.log_fd = -1
+
+
+def _close_fd(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
