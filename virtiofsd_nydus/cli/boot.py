@@ -27,6 +27,8 @@ SHOWN_LOG_LINES = 5
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], or a "
                         "bootstrap file with --blob-dir")
+    from virtiofsd_nydus.cli.convert import add_registry_options
+
     parser.usage = "%(prog)s IMAGE [options] [-- CMD...]"
     parser.epilog = "CMD: what to run in the guest, in the image's root; default: what the image's configuration says."
     image = parser.add_argument_group("image")
@@ -34,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     image.add_argument("--config", type=Path, metavar="FILE", help="nydusd configuration for a bootstrap, instead")
     image.add_argument("--cache-dir", type=Path, metavar="DIR", help="where fetched chunks are kept; default "
                        "/var/cache/virtiofsd-nydus, or $XDG_CACHE_HOME/virtiofsd-nydus without root")
-    image.add_argument("--plain-http", action="store_true", help="no TLS to the registry (loopback: always)")
-    image.add_argument("--creds", metavar="USER:PASSWORD", help="login of the registry")
+    add_registry_options(parser)
     add_machine_arguments(parser)
     parser.add_argument("--log-file", type=Path, metavar="FILE", help="keep the daemon's log here")
     parser.add_argument("--json", action="store_true", help="the figures as one JSON object on standard output; the "
@@ -93,7 +94,7 @@ def _boot(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         image = stack.enter_context(prepare_image(
             args.image, blob_dir=args.blob_dir, config=args.config, cache_dir=args.cache_dir,
-            plain_http=args.plain_http, creds=args.creds))
+            plain_http=args.plain_http, creds=args.creds, ca_cert_files=tuple(args.ca_cert)))
         daemon = stack.enter_context(NydusDaemon(image.daemon_options, die_with_parent=True))
         options = BootOptions(files, args.command or image.command, args.memory, args.cpus, accel,
                               args.timeout - (time.monotonic() - started_at), image.env, image.cwd,

@@ -44,6 +44,7 @@ class NydusImage:
     config: dict[str, Any]
     backend_type: str
     _backend_settings: dict[str, Any] = field(repr=False)    # may hold a login
+    bootstrap_layer_bytes: int = 0      # as it lies in the registry
 
     @property
     def blob_bytes(self) -> int:
@@ -92,7 +93,7 @@ def resolve_image(reference: str | Reference, *, cache_dir: Path, plain_http: bo
         config = load_json(read_document(store, manifest.config, f"{reference}: configuration"), str(reference))
         kind, settings = _describe_backend(store)
         return NydusImage(str(reference), reference, bootstrap, {one.hex: one.size for one in manifest.blob_layers},
-                          manifest.descriptor.digest, config, kind, settings)
+                          manifest.descriptor.digest, config, kind, settings, layer.size)
     finally:
         store.close()
 

@@ -17,12 +17,15 @@ SYSTEM_CACHE_DIR = Path("/var/cache/virtiofsd-nydus")
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """daemon_options: what NydusDaemon takes. command, env, cwd: the image's own, as its configuration has them."""
+    """daemon_options: what NydusDaemon takes. command, env, cwd: the image's own, as its configuration has them.
+    fetched_bytes, fetch_requests: what finding it took, the bootstrap above all (as far as it was fetched now)."""
 
     daemon_options: list[str]
     command: list[str] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
     cwd: str = "/"
+    fetched_bytes: int = 0
+    fetch_requests: int = 0
 
 
 def default_cache_dir() -> Path:
@@ -34,8 +37,8 @@ def default_cache_dir() -> Path:
 
 @contextmanager
 def prepare_image(image: str, *, blob_dir: Path | None = None, config: Path | None = None,
-                  cache_dir: Path | None = None, plain_http: bool = False, creds: str | None = None,
-                  ) -> Iterator[PreparedImage]:
+                  cache_dir: Path | None = None, plain_http: bool = False, creds: str = "",
+                  ca_cert_files: tuple[str, ...] = ()) -> Iterator[PreparedImage]:
     """Finds the image and writes the daemon's configuration into a file that lasts as long as the context. The cache
     directory is made, and stays. Raises Failure, or UsageFailure where options do not fit."""
     work_dir = cache_dir or default_cache_dir()
@@ -58,21 +61,27 @@ def prepare_image(image: str, *, blob_dir: Path | None = None, config: Path | No
     if by_reference:
         from virtiofsd_nydus.oci.image import resolve_image
 
-        found = resolve_image(image, cache_dir=work_dir / "bootstraps", plain_http=plain_http, creds=creds or "")
+        bootstraps = work_dir / "bootstraps"
+        before = set(bootstraps.glob("*.boot"))
+        found = resolve_image(image, cache_dir=bootstraps, plain_http=plain_http, creds=creds,
+                              ca_cert_files=ca_cert_files)
         backend = found.backend_config()
         kind, settings, bootstrap = backend["type"], backend["config"], str(found.bootstrap)
         own = found.config.get("config") or {}
+        # Manifest and configuration each time, the bootstrap once
+        fetched = (0, 2) if found.bootstrap in before else (found.bootstrap_layer_bytes, 3)
     else:
         if blob_dir is None or not blob_dir.is_dir():
             raise Failure(f"no blob directory {blob_dir}", Cause.MISSING)
         kind, settings, bootstrap, own = "localfs", {"dir": str(blob_dir.resolve())}, image, {}
+        fetched = (0, 0)
     document = {"version": 2, "backend": {"type": kind, kind: settings},
                 "cache": {"type": "blobcache", "filecache": {"work_dir": str(work_dir.resolve())}}}
     # May hold a login: mkdtemp makes the directory for this user alone
     with tempfile.TemporaryDirectory(prefix="vnd-conf-") as scratch:
         path = Path(scratch) / "config.json"
         path.write_text(json.dumps(document))
-        yield PreparedImage(["--bootstrap", bootstrap, "--config", str(path)], *_read_own(own))
+        yield PreparedImage(["--bootstrap", bootstrap, "--config", str(path)], *_read_own(own), *fetched)
 
 
 def _read_own(config: dict[str, Any]) -> tuple[list[str], dict[str, str], str]:
