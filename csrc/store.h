@@ -30,6 +30,7 @@ struct store_buf;           /* refcounted bytes for what could not come from the
 struct store_wait {
     struct store_wait *next, **prev;    /* shard list */
     struct store_unit *unit;            /* the unit it is linked on, NULL = not linked */
+    void *shard;                        /* whose lock guards the link */
     struct store_buf *buf;              /* set by the waker: the wanted bytes, served by the next store_read */
     int32_t err;                        /* set by the waker: positive errno to fail with */
     uint8_t again;                      /* EAGAINs so far (page cache) */

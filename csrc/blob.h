@@ -1,0 +1,161 @@
+/* blob.h -- inside of the blob store: what store.c, miss.c, fetch.c, job.c and pool.c share.
+ *
+ * Three layers: a blob_core per (work directory, blob id) with the cache file and the union of what the images say of
+ * the blob; a vnd_blob per image that names it, with that image's own chunk table, so that no image is given bytes that
+ * were checked against another image's digest; store_units, the chunks somebody waits for or is fetching.
+ *
+ * Locks, in the order in which they may be held together: a job's lock; core->load_lock; engine->lock; a shard's lock
+ * or fetcher->lock; store->lock; core->lock. store_wait.wake is called with no lock that a reader's thread may want.
+ */
+#ifndef VND_BLOB_H
+#define VND_BLOB_H
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "blobtable.h"
+#include "cachefile.h"
+#include "claim.h"
+#include "engine.h"
+#include "store.h"
+
+struct vnd_store {
+    struct vnd_store *next;             /* engine's list, under its lock */
+    struct vnd_engine *engine;
+    uint32_t refs;                      /* under the engine's lock */
+    int dir_fd, side_dir_fd;            /* side -1: nothing can be shared */
+    bool writable;
+    uint64_t dev, ino;
+    pthread_mutex_t lock;
+    struct blob_core *cores;
+    struct claim_wake wake;
+};
+
+enum unit_state { UNIT_QUEUED, UNIT_CLAIMED, UNIT_FOREIGN, UNIT_OTHER };
+
+/* A chunk that is not ready and that somebody wants or fetches. Under its shard's lock. */
+struct store_unit {
+    struct store_unit *next;            /* bucket */
+    struct blob_core *core;
+    uint32_t index;
+    uint8_t state;                      /* enum unit_state */
+    uint8_t tries;                      /* how often its bytes were wrong or did not come */
+    bool wanted;                        /* a reader asked for it, not only a merge or prefetch */
+    bool force_fetch;                   /* what the data file holds was found wrong */
+    int16_t slot;                       /* the job that has it, -1 none */
+    int64_t deadline_us;
+    struct store_wait *waiters;
+};
+
+struct miss_shard {
+    pthread_mutex_t lock;
+    struct store_unit *bucket[16];
+} __attribute__((aligned(64)));
+
+struct blob_core {
+    struct blob_core *next;             /* store's list */
+    struct vnd_store *store;
+    struct vnd_engine *engine;
+    vnd_blob_info info;                 /* as the first image has it */
+    uint32_t refs;                      /* under store->lock */
+    _Atomic bool closed;                /* no image names it any more */
+    pthread_mutex_t load_lock;          /* one table is loaded at a time */
+    pthread_mutex_t lock;               /* handles */
+    struct vnd_blob *handles;
+    struct cachefile *cache;            /* set once, before table */
+    _Atomic(struct blobtable *) table;  /* union of all images' tables */
+    struct blobtable *tables;           /* all that were ever published; freed with the core */
+    /* merge window, under fetcher->lock */
+    uint32_t window_bytes, window_next;
+    _Atomic uint32_t uncached;          /* chunks held in memory for want of space */
+};
+
+struct vnd_blob {
+    _Atomic(struct blobtable *) table;  /* this image's; NULL until loaded and found free of contradiction */
+    struct cachefile *cache;            /* set before table */
+    struct blob_core *core;
+    struct vnd_blob *next;              /* core's list */
+    _Atomic uint32_t refs;
+    vnd_blob_info info;
+    blob_chunks_fn chunks;
+    void *ctx;
+    struct store_unit meta;             /* pseudo-unit META(blob), under its shard's lock */
+    bool loading, detached;             /* under that lock too */
+    int meta_errno;                     /* why it cannot be used, 0 = not known to be unusable */
+    int64_t meta_retry_us;
+    pthread_cond_t load_end;            /* with that lock */
+};
+
+struct store_buf {
+    _Atomic uint32_t refs;
+    size_t len;
+    uint8_t data[];
+};
+struct store_buf *store_buf_new(size_t len);
+void store_buf_put(struct store_buf *b);
+
+/* ---- store.c */
+void core_get(struct blob_core *c);
+void core_put(struct blob_core *c);
+void handle_get(struct vnd_blob *b);
+void handle_put(struct vnd_blob *b);
+/* Has the handle's table loaded by a pool thread, if it is not. */
+void handle_want_load(struct vnd_blob *b);
+/* Links w until the table is loaded. 0; 1: it is loaded; -errno: it cannot be. */
+int handle_park(struct vnd_blob *b, struct store_wait *w);
+/* ---- read.c */
+/* Reads extents whose blobs are loaded: bytes, -EAGAIN (not in the page cache, only with nowait), -ENODATA (*missing is
+ * not ready), or -errno. */
+int64_t store_serve(const struct extent *ext, int n, const struct iovec *iov, int iov_n, bool nowait, int *missing);
+
+/* ---- miss.c: units and waiters */
+struct fetcher;
+struct miss_shard *miss_shard_of(struct fetcher *f, const void *key, uint32_t index);
+/* Links w (may be NULL) on a chunk, makes the unit if need be. 1: the chunk is ready after all, w is not linked; 0; or
+ * -ENOMEM, -ESHUTDOWN. */
+int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t deadline_us, const void *hint);
+/* Links w on a pseudo-unit whose shard's lock is held. */
+void miss_link(struct miss_shard *s, struct store_unit *u, struct store_wait *w);
+/* Detaches all waiters of a unit, its shard's lock held; miss_wake calls them after it was released. */
+struct store_wait *miss_detach(struct store_unit *u, int err);
+void miss_wake(struct store_wait *list);
+/* The job in slot takes the chunk. create: even if nobody asked for it. */
+enum miss_take { MISS_TAKEN, MISS_READY, MISS_BUSY, MISS_ABSENT };
+enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted, bool *force_fetch);
+/* The chunk is ready (err 0) or given up: wakes its waiters, forgets the unit. */
+void miss_finish(struct blob_core *c, uint32_t index, int err);
+/* Gives a chunk back: asked for again if anybody wants it and it was tried less than max_tries times, else finished
+ * with err. bad: its bytes were wrong, force: what the data file holds is wrong. Whether it was asked for again. */
+bool miss_retry(struct blob_core *c, uint32_t index, int max_tries, bool bad, bool force, int err);
+/* Hands a chunk to the thread that waits for other processes. */
+void miss_foreign(struct blob_core *c, uint32_t index);
+void miss_fail_core(struct blob_core *c, int err);
+void miss_fail_all(struct fetcher *f, int err);
+
+/* ---- fetch.c: queues */
+struct fetch_want {
+    struct fetch_want *next;
+    struct blob_core *core;
+    uint32_t index;
+    int64_t deadline_us;
+    const void *hint;                   /* the handle that asked, compared only */
+};
+int fetch_push(struct blob_core *c, uint32_t index, int64_t deadline_us, const void *hint, bool head);
+void fetch_purge(struct blob_core *c);
+void fetch_promote(struct fetcher *f, int slot, uint32_t index);
+
+/* ---- pool.c */
+struct pool_task {
+    struct pool_task *next;
+    void (*run)(struct pool_task *t);
+};
+void pool_submit(struct vnd_engine *e, struct pool_task *t);
+/* Parks w until the extents' bytes were read off the queue thread. 0 or -ENOMEM. */
+int pool_park(struct vnd_engine *e, struct store_wait *w, const struct extent *ext, int n);
+
+/* ---- uncached.c: chunks that could not be written, kept for a moment */
+int uncached_put(struct blob_core *c, uint32_t index, const uint8_t *data, size_t len);
+struct store_buf *uncached_get(struct blob_core *c, uint32_t index);    /* referenced, or NULL */
+void uncached_drop(struct blob_core *c);
+
+#endif

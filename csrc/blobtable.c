@@ -1,0 +1,222 @@
+/* blobtable.c -- see blobtable.h. */
+#include "blobtable.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "codec.h"
+#include "engine.h"
+
+struct build {
+    struct blobtable *t;
+    const vnd_blob_info *info;
+    char *err;
+    size_t err_len;
+};
+
+struct span {
+    uint64_t uoff;
+    uint32_t usize, index;
+};
+
+struct blobtable *blobtable_new(uint32_t n)
+{
+    struct blobtable *t = calloc(1, sizeof *t);
+
+    if (!t)
+        return NULL;
+    t->n = n;
+    t->chunk = calloc(n ? n : 1, sizeof *t->chunk);
+    t->digest = calloc(n ? n : 1, sizeof *t->digest);
+    if (!t->chunk || !t->digest) {
+        blobtable_free(t);
+        return NULL;
+    }
+    return t;
+}
+
+void blobtable_free(struct blobtable *t)
+{
+    if (!t)
+        return;
+    free(t->chunk);
+    free(t->digest);
+    free(t);
+}
+
+static bool is_zero(const uint8_t *p, size_t n)
+{
+    while (n--)
+        if (*p++)
+            return false;
+    return true;
+}
+
+/* Says what is wrong with one record, NULL = nothing. */
+static const char *check_chunk(const vnd_blob_info *info, const struct blob_chunk *c)
+{
+    bool compressed = c->flags & BLOBTABLE_COMPRESSED;
+
+    if (c->index >= info->chunk_count)
+        return "index beyond the blob's chunk count";
+    if (c->usize == 0 || c->usize > BLOBTABLE_CHUNK_MAX)
+        return "uncompressed size out of range";
+    if (c->csize == 0 || c->csize > BLOBTABLE_CHUNK_MAX)
+        return "compressed size out of range";
+    if (c->coff > info->compressed_size_bytes || c->csize > info->compressed_size_bytes - c->coff)
+        return "compressed range beyond the blob";
+    if (c->uoff > info->uncompressed_size_bytes || c->usize > info->uncompressed_size_bytes - c->uoff)
+        return "uncompressed range beyond the blob";
+    if (!compressed && c->csize != c->usize)
+        return "stored raw with two sizes";
+    if (compressed && info->compressor == CODEC_NONE)
+        return "compressed in a blob without compression";
+    return NULL;
+}
+
+static int put_record(void *ctx, const struct blob_chunk *c)
+{
+    struct build *b = ctx;
+    const char *why = check_chunk(b->info, c);
+    struct blobtable_chunk *e;
+    uint32_t flags = c->flags & BLOBTABLE_COMPRESSED;
+
+    if (why)
+        return fail_line(-EINVAL, b->err, b->err_len, "blob %s chunk %u: %s; the image is damaged", b->info->id,
+                         c->index, why);
+    if (!is_zero(c->digest, sizeof c->digest))
+        flags |= BLOBTABLE_DIGEST;
+    e = &b->t->chunk[c->index];
+    if (e->usize) {     /* an image may name a chunk more than once, always alike */
+        if (e->coff != c->coff || e->uoff != c->uoff || e->csize != c->csize || e->usize != c->usize ||
+            e->flags != flags || memcmp(b->t->digest[c->index], c->digest, 32))
+            return fail_line(-EINVAL, b->err, b->err_len, "blob %s chunk %u: described twice and differently; "
+                             "the image is damaged", b->info->id, c->index);
+        return 0;
+    }
+    *e = (struct blobtable_chunk){ .coff = c->coff, .uoff = c->uoff, .csize = c->csize, .usize = c->usize,
+                                   .flags = flags };
+    memcpy(b->t->digest[c->index], c->digest, 32);
+    b->t->known++;
+    if (flags & BLOBTABLE_DIGEST)
+        b->t->digests++;
+    return 0;
+}
+
+static int span_order(const void *a, const void *b)
+{
+    const struct span *x = a, *y = b;
+    return x->uoff < y->uoff ? -1 : x->uoff > y->uoff;
+}
+
+bool blobtable_overlap(const struct blobtable *t, uint32_t *a, uint32_t *b)
+{
+    uint64_t end = 0;
+    uint32_t last = 0, k = 0;
+    bool sorted = true, hit = false;
+    struct span *s;
+
+    for (uint32_t i = 0; i < t->n && sorted; i++) {
+        if (!t->chunk[i].usize)
+            continue;
+        sorted = t->chunk[i].uoff >= end;
+        end = t->chunk[i].uoff + t->chunk[i].usize;
+    }
+    if (sorted)         /* what every builder writes: index order is offset order */
+        return false;
+    s = malloc((size_t)t->known * sizeof *s);
+    if (!s) {
+        *a = *b = 0;
+        return true;
+    }
+    for (uint32_t i = 0; i < t->n && k < t->known; i++)
+        if (t->chunk[i].usize)
+            s[k++] = (struct span){ t->chunk[i].uoff, t->chunk[i].usize, i };
+    qsort(s, k, sizeof *s, span_order);
+    end = 0;
+    for (uint32_t i = 0; i < k && !hit; i++) {
+        if (i && s[i].uoff < end) {
+            *a = last;
+            *b = s[i].index;
+            hit = true;
+        }
+        end = s[i].uoff + s[i].usize;
+        last = s[i].index;
+    }
+    free(s);
+    return hit;
+}
+
+int blobtable_from_records(struct blobtable **out, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx,
+                           char *err, size_t err_len)
+{
+    struct build b = { .info = info, .err = err, .err_len = err_len };
+    uint32_t x, y;
+    int rc;
+
+    *out = NULL;
+    if (!info->chunk_count || info->chunk_count > BLOBTABLE_COUNT_MAX)
+        return fail_line(-EINVAL, err, err_len, "blob %s: %u chunks; 1 to %u can be served", info->id,
+                         info->chunk_count, BLOBTABLE_COUNT_MAX);
+    b.t = blobtable_new(info->chunk_count);
+    if (!b.t)
+        return fail_line(-ENOMEM, err, err_len, "blob %s: no memory for a table of %u chunks", info->id,
+                         info->chunk_count);
+    rc = chunks ? chunks(ctx, info->index, put_record, &b) : 0;
+    if (!rc && !b.t->known)
+        rc = -ENODATA;
+    if (!rc && blobtable_overlap(b.t, &x, &y))
+        rc = fail_line(-EINVAL, err, err_len, "blob %s: chunks %u and %u share bytes; the image is damaged", info->id,
+                       x, y);
+    if (rc) {
+        blobtable_free(b.t);
+        return rc < 0 ? rc : -EINVAL;
+    }
+    *out = b.t;
+    return 0;
+}
+
+static bool same_chunk(const struct blobtable *a, const struct blobtable *b, uint32_t i)
+{
+    return !memcmp(&a->chunk[i], &b->chunk[i], sizeof a->chunk[i]) && !memcmp(a->digest[i], b->digest[i], 32);
+}
+
+bool blobtable_equal(const struct blobtable *a, const struct blobtable *b)
+{
+    return a->n == b->n && a->known == b->known &&
+           !memcmp(a->chunk, b->chunk, (size_t)a->n * sizeof *a->chunk) &&
+           !memcmp(a->digest, b->digest, (size_t)a->n * sizeof *a->digest);
+}
+
+int blobtable_merge(struct blobtable **out, const struct blobtable *a, const struct blobtable *b, char *err,
+                    size_t err_len)
+{
+    struct blobtable *t;
+    uint32_t x, y;
+
+    *out = NULL;
+    if (a->n != b->n)
+        return fail_line(-EEXIST, err, err_len, "%u chunks, another image says %u", b->n, a->n);
+    t = blobtable_new(a->n);
+    if (!t)
+        return fail_line(-ENOMEM, err, err_len, "no memory for a table of %u chunks", a->n);
+    for (uint32_t i = 0; i < a->n; i++) {
+        const struct blobtable *from = a->chunk[i].usize ? a : b;
+        if (a->chunk[i].usize && b->chunk[i].usize && !same_chunk(a, b, i)) {
+            blobtable_free(t);
+            return fail_line(-EEXIST, err, err_len, "chunk %u differs from what another image says of it", i);
+        }
+        t->chunk[i] = from->chunk[i];
+        memcpy(t->digest[i], from->digest[i], 32);
+        t->known += t->chunk[i].usize != 0;
+        t->digests += !!(t->chunk[i].flags & BLOBTABLE_DIGEST);
+    }
+    if (blobtable_overlap(t, &x, &y)) {
+        blobtable_free(t);
+        return fail_line(-EEXIST, err, err_len, "chunk %u shares bytes with chunk %u of another image", y, x);
+    }
+    *out = t;
+    return 0;
+}

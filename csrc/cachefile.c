@@ -1,0 +1,442 @@
+/* cachefile.c -- see cachefile.h: opening and binding; bytes, trust and sync are in cachedata.c. */
+#include "cachefile.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "claim.h"
+#include "engine.h"
+
+#define SIDE_MAGIC "VNDSIDE\1"
+#define SIDE_VERSION 1
+#define SIDE_HEADER 4096u
+#define INIT_WAIT_MS 5000
+/* rafs-format 6.2 */
+#define MAP_MAGIC 0x424D4150u
+#define MAP_MAGIC2 0x434D4150u
+#define MAP_HEADER 4096u
+
+static size_t up(size_t x, size_t a)
+{
+    return (x + a - 1) / a * a;
+}
+
+static size_t bits_bytes(uint32_t n)
+{
+    return up((n + 7) / 8, 8);
+}
+
+static size_t bound_offset(uint32_t n)
+{
+    return up(SIDE_HEADER + 2 * bits_bytes(n), 4096);
+}
+
+static int io_fail(const struct cachefile *c, const char *what, int rc, int *cause, char *err, size_t err_len)
+{
+    *cause = rc == -ENOSPC || rc == -EROFS || rc == -EDQUOT ? VND_CAUSE_SPACE : VND_CAUSE_IO;
+    return fail_line(rc, err, err_len, "cache of blob %s: %s: %s", c->id, what, strerror(-rc));
+}
+
+static void boot_id_get(char out[40])
+{
+    int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, out, 36);
+
+    if (fd >= 0)
+        close(fd);
+    memset(out + (n == 36 ? 36 : 0), 0, n == 36 ? 4 : 40);
+}
+
+/* What T is bound to. The change time tells whether somebody wrote while nobody of us was there. */
+struct identity {
+    uint64_t dev, ino, btime_ns, ctime_ns;
+};
+
+static int identity_get(int fd, struct identity *id)
+{
+    struct statx sx;
+
+    if (statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS | STATX_BTIME, &sx))
+        return -errno;
+    id->dev = makedev(sx.stx_dev_major, sx.stx_dev_minor);
+    id->ino = sx.stx_ino;
+    id->btime_ns = sx.stx_mask & STATX_BTIME ?
+        (uint64_t)sx.stx_btime.tv_sec * 1000000000u + sx.stx_btime.tv_nsec : 0;
+    id->ctime_ns = (uint64_t)sx.stx_ctime.tv_sec * 1000000000u + sx.stx_ctime.tv_nsec;
+    return 0;
+}
+
+/* ---------------------------------------------------------------- data file */
+
+/* *grown: the file existed with another size, so bytes may be gone. */
+static int data_open(struct cachefile *c, bool *grown, int *cause, char *err, size_t err_len)
+{
+    char name[VND_ID_MAX + 16];
+    struct stat st;
+
+    *grown = false;
+    snprintf(name, sizeof name, "%s.blob.data", c->id);
+    if (c->writable)
+        c->data_fd = openat(c->dir_fd, name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
+    if (c->data_fd < 0 && (!c->writable || errno == EROFS || errno == EACCES || errno == EPERM)) {
+        c->writable = false;
+        c->data_fd = openat(c->dir_fd, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+        if (c->data_fd < 0 && errno == ENOENT)
+            return 0;
+    }
+    if (c->data_fd < 0 && (errno == ENOSPC || errno == EDQUOT)) {
+        c->writable = false;
+        return 0;
+    }
+    if (c->data_fd < 0)
+        return io_fail(c, "cannot open its data file", -errno, cause, err, err_len);
+    if (fstat(c->data_fd, &st))
+        return io_fail(c, "cannot stat its data file", -errno, cause, err, err_len);
+    if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size > c->size_bytes) {
+        *cause = VND_CAUSE_IO;
+        return fail_line(-EIO, err, err_len, "cache of blob %s: %s is no file of at most %llu bytes; remove it", c->id,
+                         name, (unsigned long long)c->size_bytes);
+    }
+    if ((uint64_t)st.st_size < c->size_bytes) {
+        *grown = true;
+        if (c->writable && ftruncate(c->data_fd, (off_t)c->size_bytes)) {
+            if (errno != ENOSPC && errno != EFBIG && errno != EDQUOT)
+                return io_fail(c, "cannot size its data file", -errno, cause, err, err_len);
+            c->writable = false;
+        }
+    }
+    return 0;
+}
+
+/* ---------------------------------------------------------------- chunk map R */
+
+static void map_open(struct cachefile *c)
+{
+    char name[VND_ID_MAX + 32];
+    size_t len = MAP_HEADER + (c->n + 7) / 8;
+    uint32_t head[4] = { MAP_MAGIC, 1, MAP_MAGIC2, 0 }, have[4];
+    struct stat st;
+    int fd;
+
+    snprintf(name, sizeof name, "%s.blob.data.chunk_map", c->id);
+    fd = openat(c->dir_fd, name, c->writable ? O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW :
+                O_RDONLY | O_CLOEXEC | O_NOFOLLOW, 0644);
+    if (fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode))
+        goto out;
+    if (st.st_size == 0 && c->writable) {
+        if (ftruncate(fd, (off_t)len) || pwrite(fd, head, sizeof head, 0) != sizeof head)
+            goto out;
+        st.st_size = (off_t)len;
+    }
+    if ((uint64_t)st.st_size != len || pread(fd, have, sizeof have, 0) != sizeof have) {
+        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s has %lld bytes, not %zu: it is left alone", c->id,
+                   name, (long long)st.st_size, len);
+        goto out;
+    }
+    if (!have[0] && !have[1] && !have[2] && c->writable) {      /* its creator was interrupted */
+        if (pwrite(fd, head, sizeof head, 0) != sizeof head)
+            goto out;
+    } else if (have[0] != MAP_MAGIC || have[1] > 1) {
+        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s is no chunk map: it is left alone", c->id, name);
+        goto out;
+    }
+    c->r_map = mmap(NULL, len, c->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
+    if (c->r_map == MAP_FAILED) {
+        c->r_map = NULL;
+        goto out;
+    }
+    c->r_map_bytes = len;
+    c->r = (_Atomic uint8_t *)(c->r_map + MAP_HEADER);
+out:
+    if (fd >= 0)
+        close(fd);
+}
+
+/* ---------------------------------------------------------------- side file */
+
+static bool side_matches(const struct cachefile *c, const struct side_header *h, const struct identity *id)
+{
+    return !memcmp(h->magic, SIDE_MAGIC, 8) && h->version == SIDE_VERSION && h->n == c->n && !h->retired &&
+           h->dev == id->dev && h->ino == id->ino && h->btime_ns == id->btime_ns && h->size_bytes == c->size_bytes;
+}
+
+/* A fresh side file under the name, made whole before it appears. Users of an older one keep theirs. */
+static int side_create(struct cachefile *c, const char *name, const struct identity *id)
+{
+    char tmp[VND_ID_MAX + 48];
+    struct side_header h = { .version = SIDE_VERSION, .n = c->n, .dev = id->dev, .ino = id->ino,
+                             .btime_ns = id->btime_ns, .size_bytes = c->size_bytes };
+    size_t len = bound_offset(c->n) + (size_t)c->n * sizeof(struct side_bound);
+    int fd, rc = 0;
+
+    memcpy(h.magic, SIDE_MAGIC, 8);
+    boot_id_get(h.boot_id);
+    atomic_init(&h.ctime_ns, id->ctime_ns);
+    snprintf(tmp, sizeof tmp, "%s.%d.%p.tmp", name, (int)getpid(), (void *)c);
+    fd = openat(c->side_dir_fd, tmp, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0644);
+    if (fd < 0)
+        return -errno;
+    if (ftruncate(fd, (off_t)len) || pwrite(fd, &h, sizeof h, 0) != sizeof h ||
+        renameat(c->side_dir_fd, tmp, c->side_dir_fd, name))
+        rc = errno ? -errno : -EIO;
+    if (rc)
+        unlinkat(c->side_dir_fd, tmp, 0);
+    close(fd);
+    return rc;
+}
+
+static bool same_file(const struct cachefile *c, int fd, const char *name)
+{
+    struct stat a, b;
+
+    return !fstat(fd, &a) && !fstatat(c->side_dir_fd, name, &b, AT_SYMLINK_NOFOLLOW) && a.st_dev == b.st_dev &&
+           a.st_ino == b.st_ino;
+}
+
+/* Opens the current side file with CLAIM_INIT held. The file may be replaced between open and lock: look again. */
+static int side_open_locked(struct cachefile *c, const char *name, const struct identity *id)
+{
+    int rc;
+
+    for (int i = 0; i < 16; i++) {
+        int fd = openat(c->side_dir_fd, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+        if (fd < 0 && errno == ENOENT) {
+            rc = side_create(c, name, id);
+            if (rc)
+                return rc;
+            continue;
+        }
+        if (fd < 0)
+            return -errno;
+        rc = claim_byte(fd, CLAIM_INIT, true, INIT_WAIT_MS);
+        if (rc) {
+            close(fd);
+            return rc;
+        }
+        if (same_file(c, fd, name)) {
+            struct side_header h;
+            struct stat st;
+            size_t len = bound_offset(c->n) + (size_t)c->n * sizeof(struct side_bound);
+            if (!fstat(fd, &st) && (uint64_t)st.st_size == len && pread(fd, &h, sizeof h, 0) == sizeof h &&
+                side_matches(c, &h, id)) {
+                c->side_fd = fd;
+                return 0;
+            }
+            rc = side_create(c, name, id);      /* replaces it; waiters for this lock will see */
+            close(fd);
+            if (rc)
+                return rc;
+            continue;
+        }
+        close(fd);
+    }
+    return -EAGAIN;
+}
+
+static int side_map(struct cachefile *c)
+{
+    size_t tb = bits_bytes(c->n);
+    void *m;
+
+    c->side_map_bytes = SIDE_HEADER + 2 * tb;
+    m = mmap(NULL, c->side_map_bytes, PROT_READ | PROT_WRITE,
+             c->side_fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, c->side_fd, 0);
+    if (m == MAP_FAILED)
+        return -errno;
+    c->head = m;
+    c->t = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER);
+    c->d = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER + tb);
+    return 0;
+}
+
+/* Opens, binds and maps the side file; on any trouble T becomes private. */
+static int side_open(struct cachefile *c, bool grown)
+{
+    char name[VND_ID_MAX + 8], boot[40];
+    struct identity id;
+    int rc = -ENOENT;
+
+    if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable) {
+        snprintf(name, sizeof name, "%s.vnd", c->id);
+        rc = identity_get(c->data_fd, &id);
+        if (!rc)
+            rc = side_open_locked(c, name, &id);
+    }
+    if (c->side_fd < 0) {
+        if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable)
+            engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: no side file (%s): what is fetched now is "
+                       "verified again by the next process", c->id, strerror(-rc));
+        return side_map(c);
+    }
+    rc = side_map(c);
+    if (rc)
+        return rc;
+    boot_id_get(boot);
+    /* Alone here: nobody writes, so what differs from the last known state was done by a stranger or by a crash. */
+    bool alone = claim_byte(c->side_fd, CLAIM_ATTACH, true, 0) == 0;
+    if (grown)
+        cachefile_take_away(c, false);
+    if (alone) {
+        bool rebooted = memcmp(boot, c->head->boot_id, sizeof boot) != 0;
+        if (rebooted) {
+            cachefile_take_away(c, true);
+            memcpy(c->head->boot_id, boot, sizeof boot);
+        } else if (atomic_load(&c->head->epoch) & 1) {
+            cachefile_take_away(c, false);
+        }
+        if (atomic_load(&c->head->ctime_ns) != id.ctime_ns) {
+            cachefile_take_away(c, false);
+            atomic_store(&c->head->ctime_ns, id.ctime_ns);
+        }
+    }
+    rc = claim_byte(c->side_fd, CLAIM_ATTACH, false, INIT_WAIT_MS);
+    claim_byte_release(c->side_fd, CLAIM_INIT);
+    return rc;
+}
+
+int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int *cause, char *err, size_t err_len)
+{
+    struct cachefile *c = calloc(1, sizeof *c);
+    bool grown;
+    int rc;
+
+    *out = NULL;
+    *cause = VND_CAUSE_IO;
+    if (!c)
+        return fail_line(-ENOMEM, err, err_len, "cache of blob %s: no memory", cfg->id);
+    c->engine = cfg->engine;
+    c->dir_fd = cfg->dir_fd;
+    c->side_dir_fd = cfg->side_dir_fd;
+    c->writable = cfg->writable;
+    c->n = cfg->n;
+    c->size_bytes = cfg->size_bytes;
+    c->data_fd = c->side_fd = -1;
+    snprintf(c->id, sizeof c->id, "%s", cfg->id);
+    pthread_mutex_init(&c->lock, NULL);
+    rc = data_open(c, &grown, cause, err, err_len);
+    if (!rc && (rc = side_open(c, grown)))
+        io_fail(c, "cannot map its side file", rc, cause, err, err_len);
+    if (!rc && c->data_fd >= 0)
+        map_open(c);
+    if (rc) {
+        cachefile_close(c);
+        return rc;
+    }
+    *out = c;
+    return 0;
+}
+
+void cachefile_close(struct cachefile *c)
+{
+    if (!c)
+        return;
+    if (c->head)
+        munmap(c->head, c->side_map_bytes);
+    if (c->r_map)
+        munmap(c->r_map, c->r_map_bytes);
+    if (c->side_fd >= 0)
+        close(c->side_fd);
+    if (c->data_fd >= 0)
+        close(c->data_fd);
+    pthread_mutex_destroy(&c->lock);
+    free(c);
+}
+
+/* ---------------------------------------------------------------- binding of chunks */
+
+/* Compares and fills in memory; *changed: there is something to write. Returns the first chunk that is bound
+ * otherwise, or n. rebind: such chunks lose T and are bound anew. */
+static uint32_t bind_chunks(struct cachefile *c, const struct blobtable *t, struct side_bound *b, bool rebind,
+                            bool *changed)
+{
+    for (uint32_t i = 0; i < c->n; i++) {
+        const struct blobtable_chunk *k = &t->chunk[i];
+        if (!k->usize)
+            continue;
+        if (b[i].state && b[i].uoff == k->uoff && b[i].usize == k->usize && !memcmp(b[i].digest, t->digest[i], 32))
+            continue;
+        if (b[i].state) {
+            if (!rebind)
+                return i;
+            atomic_fetch_and(&c->t[i >> 6], ~(1ull << (i & 63)));
+            atomic_fetch_and(&c->d[i >> 6], ~(1ull << (i & 63)));
+        }
+        b[i] = (struct side_bound){ .uoff = k->uoff, .usize = k->usize, .state = 1 };
+        memcpy(b[i].digest, t->digest[i], 32);
+        *changed = true;
+    }
+    return c->n;
+}
+
+/* Whether two bound chunks share bytes of the data file: then one's commit would change the other's. */
+static bool bound_overlap(const struct cachefile *c, const struct side_bound *b, uint32_t *x, uint32_t *y)
+{
+    struct blobtable t = { .n = c->n };
+    bool hit;
+
+    t.chunk = calloc(c->n, sizeof *t.chunk);
+    if (!t.chunk)
+        return true;
+    for (uint32_t i = 0; i < c->n; i++) {
+        if (!b[i].state)
+            continue;
+        t.chunk[i].uoff = b[i].uoff;
+        t.chunk[i].usize = b[i].usize;
+        t.known += b[i].usize != 0;
+    }
+    hit = blobtable_overlap(&t, x, y);
+    free(t.chunk);
+    return hit;
+}
+
+int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len)
+{
+    size_t len = (size_t)c->n * sizeof(struct side_bound);
+    off_t at = (off_t)bound_offset(c->n);
+    struct side_bound *b;
+    uint32_t x = 0, y = 0, bad;
+    bool changed = false, alone;
+    int rc;
+
+    if (c->side_fd < 0)
+        return 0;
+    b = malloc(len);
+    if (!b)
+        return fail_line(-ENOMEM, err, err_len, "no memory");
+    rc = claim_byte(c->side_fd, CLAIM_INIT, true, INIT_WAIT_MS);
+    if (!rc && pread(c->side_fd, b, len, at) != (ssize_t)len)
+        rc = -EIO;
+    if (rc) {
+        free(b);
+        return fail_line(rc, err, err_len, "cannot read its side file: %s", strerror(-rc));
+    }
+    bad = bind_chunks(c, t, b, false, &changed);
+    if (bad < c->n || bound_overlap(c, b, &x, &y)) {
+        /* Whoever bound them may be gone: then the side file is ours to bind. */
+        alone = claim_byte(c->side_fd, CLAIM_ATTACH, true, 0) == 0;
+        if (alone) {
+            atomic_fetch_or(&c->head->epoch, 1);
+            memset(b, 0, len);
+            cachefile_take_away(c, false);
+            changed = false;
+            bind_chunks(c, t, b, true, &changed);
+            claim_byte(c->side_fd, CLAIM_ATTACH, false, 0);
+        } else if (bad < c->n) {
+            rc = fail_line(-EEXIST, err, err_len, "chunk %u is not what another image in use says of it", bad);
+        } else {
+            rc = fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image in use", x, y);
+        }
+    }
+    if (!rc && changed && pwrite(c->side_fd, b, len, at) != (ssize_t)len)
+        rc = fail_line(-EIO, err, err_len, "cannot write its side file: %s", strerror(errno));
+    claim_byte_release(c->side_fd, CLAIM_INIT);
+    free(b);
+    return rc;
+}

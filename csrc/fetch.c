@@ -1,0 +1,598 @@
+/* fetch.c -- what is to be fetched next: demand before prefetch, neighbours merged, claimed against other processes
+ * (datapath (c), (e)). Jobs once handed out are job.c's.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "fetcher.h"
+
+#define VERIFY_BYTES (1u << 20)
+#define WANTED_BYTES (1u << 20)     /* chunks that somebody asked for merge up to this whatever the window is */
+#define PREFETCH_SCAN 4096          /* chunks looked at per turn */
+
+/* ---------------------------------------------------------------- life cycle */
+
+int fetcher_new(struct vnd_engine *e)
+{
+    struct fetcher *f = NULL;
+    pthread_condattr_t attr;
+
+    if (posix_memalign((void **)&f, 64, sizeof *f))
+        return -ENOMEM;
+    memset(f, 0, sizeof *f);
+    f->engine = e;
+    f->demand_tail = &f->demand;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_mutex_init(&f->lock, NULL);
+    pthread_cond_init(&f->some, &attr);
+    pthread_mutex_init(&f->foreign_lock, NULL);
+    pthread_cond_init(&f->foreign_some, &attr);
+    pthread_mutex_init(&f->sync_lock, NULL);
+    pthread_cond_init(&f->sync_some, &attr);
+    pthread_mutex_init(&f->uncached_lock, NULL);
+    pthread_condattr_destroy(&attr);
+    for (int i = 0; i < FETCH_SHARDS; i++)
+        pthread_mutex_init(&f->shards[i].lock, NULL);
+    for (int i = 0; i < FETCH_SLOTS; i++)
+        job_init(&f->slots[i]);
+    e->fetcher = f;
+    return 0;
+}
+
+static void want_free(struct fetch_want *w)
+{
+    core_put(w->core);
+    free(w);
+}
+
+static void prefetch_free(struct prefetch *p)
+{
+    core_put(p->core);
+    free(p);
+}
+
+void fetcher_shutdown(struct vnd_engine *e)
+{
+    struct fetcher *f = e->fetcher;
+
+    pthread_mutex_lock(&f->lock);
+    atomic_store(&f->down, true);
+    pthread_cond_broadcast(&f->some);
+    pthread_mutex_unlock(&f->lock);
+    foreign_stop(f);
+    sync_stop(f);
+    miss_fail_all(f, ESHUTDOWN);
+}
+
+void fetcher_free(struct vnd_engine *e)
+{
+    struct fetcher *f = e->fetcher;
+
+    for (int i = 0; i < FETCH_SLOTS; i++)
+        job_wipe(&f->slots[i]);
+    while (f->demand) {
+        struct fetch_want *w = f->demand;
+        f->demand = w->next;
+        want_free(w);
+    }
+    while (f->prefetch) {
+        struct prefetch *p = f->prefetch;
+        f->prefetch = p->next;
+        prefetch_free(p);
+    }
+    miss_fail_all(f, ESHUTDOWN);
+    uncached_free(f);
+    for (int i = 0; i < FETCH_SHARDS; i++)
+        pthread_mutex_destroy(&f->shards[i].lock);
+    pthread_cond_destroy(&f->some);
+    pthread_cond_destroy(&f->foreign_some);
+    pthread_cond_destroy(&f->sync_some);
+    pthread_mutex_destroy(&f->lock);
+    pthread_mutex_destroy(&f->foreign_lock);
+    pthread_mutex_destroy(&f->sync_lock);
+    pthread_mutex_destroy(&f->uncached_lock);
+    free(f);
+    e->fetcher = NULL;
+}
+
+/* ---------------------------------------------------------------- queues */
+
+int fetch_push(struct blob_core *c, uint32_t index, int64_t deadline_us, const void *hint, bool head)
+{
+    struct fetcher *f = c->engine->fetcher;
+    struct fetch_want *w = malloc(sizeof *w);
+
+    if (!w)
+        return -ENOMEM;
+    *w = (struct fetch_want){ .core = c, .index = index, .deadline_us = deadline_us, .hint = hint };
+    core_get(c);
+    pthread_mutex_lock(&f->lock);
+    if (head) {
+        w->next = f->demand;
+        f->demand = w;
+        if (!w->next)
+            f->demand_tail = &w->next;
+    } else {    /* the deadline is the same span for all, so arrival order is deadline order */
+        *f->demand_tail = w;
+        f->demand_tail = &w->next;
+    }
+    pthread_cond_signal(&f->some);
+    pthread_mutex_unlock(&f->lock);
+    return 0;
+}
+
+/* Drops what is queued for a core, its jobs under way are told. */
+void fetch_purge(struct blob_core *c)
+{
+    struct fetcher *f = c->engine->fetcher;
+    struct fetch_want *wants = NULL;
+    struct prefetch *ranges = NULL;
+
+    pthread_mutex_lock(&f->lock);
+    for (struct fetch_want **p = &f->demand; *p;) {
+        struct fetch_want *w = *p;
+        if (w->core != c) {
+            p = &w->next;
+            continue;
+        }
+        *p = w->next;
+        w->next = wants;
+        wants = w;
+    }
+    f->demand_tail = &f->demand;
+    while (*f->demand_tail)
+        f->demand_tail = &(*f->demand_tail)->next;
+    for (struct prefetch **p = &f->prefetch; *p;) {
+        struct prefetch *r = *p;
+        r->cancelled |= r->core == c;
+        if (r->core != c || r->busy) {
+            p = &r->next;
+            continue;
+        }
+        *p = r->next;
+        r->next = ranges;
+        ranges = r;
+    }
+    for (int i = 0; i < FETCH_SLOTS; i++)
+        if (f->slots[i].id && f->slots[i].core == c)
+            atomic_store(&f->slots[i].cancelled, true);
+    pthread_mutex_unlock(&f->lock);
+    while (wants) {
+        struct fetch_want *w = wants;
+        wants = w->next;
+        want_free(w);
+    }
+    while (ranges) {
+        struct prefetch *r = ranges;
+        ranges = r->next;
+        prefetch_free(r);
+    }
+}
+
+void fetch_promote(struct fetcher *f, int slot, uint32_t index)
+{
+    struct job *j = &f->slots[slot];
+    uint32_t had = atomic_load(&j->shed_after);
+
+    while (index + 1 > had && !atomic_compare_exchange_weak(&j->shed_after, &had, index + 1))
+        ;
+}
+
+/* ---------------------------------------------------------------- building a job */
+
+struct build {
+    struct fetcher *f;
+    struct job *j;
+    int slot;
+    struct blobtable *t;
+    struct cachefile *cache;
+    bool verify, prefetch;
+    uint32_t window_bytes;
+    uint64_t end, bridged;      /* end of the last taken chunk; bytes of the range that nobody needs */
+};
+
+static uint64_t chunk_end(const struct blobtable_chunk *k)
+{
+    return k->coff + k->csize;
+}
+
+/* Whether chunk i, not ready, may be joined to a job that reaches to b->end. */
+static bool may_join(const struct build *b, uint32_t i, bool *speculative)
+{
+    const struct blobtable_chunk *k = &b->t->chunk[i], *head = &b->t->chunk[b->j->first];
+    uint64_t bytes, gap;
+
+    *speculative = true;
+    if (b->verify) {
+        bytes = k->uoff + k->usize - head->uoff;
+        return k->uoff > head->uoff && bytes <= VERIFY_BYTES && cachefile_doubted(b->cache, i);
+    }
+    if (k->coff < b->end || cachefile_doubted(b->cache, i))
+        return false;
+    bytes = chunk_end(k) - head->coff;
+    gap = k->coff - b->end;
+    if (gap > FETCH_BRIDGE_BYTES || (b->bridged + gap) * 100 > bytes * 12)
+        return false;
+    *speculative = bytes <= b->window_bytes;
+    return *speculative || (!b->prefetch && bytes <= WANTED_BYTES);
+}
+
+/* Takes the neighbours after the first chunk. */
+static void merge_forward(struct build *b)
+{
+    struct job *j = b->j;
+    uint32_t last = 0;
+
+    for (uint32_t rel = 1; rel < FETCH_JOB_CHUNKS && rel < b->t->n - j->first; rel++) {
+        uint32_t i = j->first + rel;
+        const struct blobtable_chunk *k = &b->t->chunk[i];
+        bool speculative, wanted = false, force = false;
+
+        j->state[rel] = JOB_SKIP;
+        if (!k->usize)
+            continue;
+        if (cachefile_ready(b->cache, i)) {     /* bridged, if something follows that is worth it */
+            if (!b->verify && k->coff > b->end + FETCH_BRIDGE_BYTES)
+                break;
+            continue;
+        }
+        if (!may_join(b, i, &speculative))
+            break;
+        enum miss_take got = miss_take(j->core, i, b->slot, speculative, &wanted, &force);
+        if (got == MISS_READY) {
+            miss_finish(j->core, i, 0);
+            continue;
+        }
+        if (got != MISS_TAKEN)
+            break;
+        if (b->verify && force) {               /* its bytes in the file are known to be wrong */
+            miss_retry(j->core, i, 255, false, true, EIO);
+            break;
+        }
+        j->state[rel] = JOB_WANT;
+        b->bridged += b->verify ? 0 : k->coff - b->end;
+        b->end = chunk_end(k);
+        last = rel;
+    }
+    j->n = last + 1;
+}
+
+/* Claims the units against other processes and drops from the job what others have or have made ready. */
+static void claim_job(struct build *b)
+{
+    struct job *j = b->j;
+
+    j->claimed = false;
+    if (b->cache->side_fd >= 0) {
+        int got = claim_units(b->cache->side_fd, j->first, j->n);
+        if (got >= 0 && (uint32_t)got < j->n) {
+            for (uint32_t rel = (uint32_t)got; rel < j->n; rel++)
+                if (j->state[rel] == JOB_WANT)
+                    miss_foreign(j->core, j->first + rel);
+            j->n = (uint32_t)got;
+        }
+        j->claimed = got > 0;
+        j->claim_first = j->first;
+        j->claim_n = j->n;
+    }
+    for (uint32_t rel = 0; rel < j->n; rel++)
+        if (j->state[rel] == JOB_WANT && cachefile_ready(b->cache, j->first + rel)) {
+            j->state[rel] = JOB_SKIP;
+            miss_finish(j->core, j->first + rel, 0);
+        }
+    while (j->n && j->state[j->n - 1] == JOB_SKIP)
+        j->n--;
+    uint32_t skip = 0;
+    while (skip < j->n && j->state[skip] == JOB_SKIP)
+        skip++;
+    j->first += skip;
+    j->n -= skip;
+    memmove(j->state, j->state + skip, j->n);
+    if (!j->n && j->claimed) {
+        claim_release(b->cache->side_fd, j->claim_first, j->claim_n);
+        j->claimed = false;
+    }
+}
+
+/* Makes slot's job out of a chunk and its neighbours. false: nothing to do for that chunk. The slot is reserved. */
+static bool build_job(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, bool prefetch,
+                      uint32_t window_bytes)
+{
+    struct job *j = &f->slots[slot];
+    struct build b = { .f = f, .j = j, .slot = slot, .cache = c->cache, .prefetch = prefetch,
+                       .window_bytes = window_bytes,
+                       .t = atomic_load_explicit(&c->table, memory_order_acquire) };
+    bool wanted = false, force = false;
+    enum miss_take got;
+
+    j->core = c;
+    j->first = index;
+    j->n = 0;
+    if (atomic_load(&c->closed) || !b.t || index >= b.t->n || !b.t->chunk[index].usize)
+        return false;
+    atomic_store(&j->shed_after, 0);
+    got = miss_take(c, index, slot, prefetch, &wanted, &force);
+    if (got == MISS_READY)
+        miss_finish(c, index, 0);
+    if (got != MISS_TAKEN)
+        return false;
+    b.verify = !force && cachefile_doubted(b.cache, index);
+    b.end = chunk_end(&b.t->chunk[index]);
+    j->state[0] = JOB_WANT;
+    merge_forward(&b);
+    claim_job(&b);
+    if (!j->n)
+        return false;
+    const struct blobtable_chunk *head = &b.t->chunk[j->first], *tail = &b.t->chunk[j->first + j->n - 1];
+    j->kind = b.verify ? VND_JOB_VERIFY : VND_JOB_FETCH;
+    j->coff = head->coff;
+    j->clen = b.verify ? 0 : chunk_end(tail) - head->coff;
+    return true;
+}
+
+/* ---------------------------------------------------------------- handing out */
+
+static int slot_reserve(struct fetcher *f, bool prefetch)
+{
+    if (f->running >= FETCH_SLOTS || (prefetch && f->running_prefetch >= FETCH_PREFETCH_SLOTS))
+        return -1;
+    for (int i = 0; i < FETCH_SLOTS; i++) {
+        struct job *j = &f->slots[i];
+        if (!j->id && !j->reserved) {
+            j->reserved = true;
+            j->prefetch = prefetch;
+            f->running++;
+            f->running_prefetch += prefetch;
+            return i;
+        }
+    }
+    return -1;
+}
+
+static void slot_release(struct fetcher *f, struct job *j)
+{
+    f->running--;
+    f->running_prefetch -= j->prefetch;
+    j->reserved = false;
+    j->id = 0;
+    j->core = NULL;
+}
+
+void fetch_release_slot(struct fetcher *f, struct job *j)
+{
+    pthread_mutex_lock(&f->lock);
+    slot_release(f, j);
+    pthread_cond_broadcast(&f->some);
+    pthread_mutex_unlock(&f->lock);
+}
+
+/* The window doubles while misses follow each other and halves when they jump about. */
+static uint32_t window_of(struct blob_core *c, uint32_t index)
+{
+    uint32_t max = c->engine->cfg.amplify_max_bytes;
+
+    if (max < FETCH_WINDOW_MIN)
+        max = FETCH_WINDOW_MIN;
+    if (!c->window_bytes)
+        c->window_bytes = FETCH_WINDOW_MIN;
+    else if (index == c->window_next)
+        c->window_bytes = c->window_bytes > max / 2 ? max : c->window_bytes * 2;
+    else if (c->window_bytes > FETCH_WINDOW_MIN)
+        c->window_bytes = c->window_bytes / 2;
+    return c->window_bytes;
+}
+
+static void fill_out(struct job *j, const void *hint, vnd_job *out)
+{
+    struct blob_core *c = j->core;
+
+    memset(out, 0, sizeof *out);
+    out->id = j->id;
+    out->coff = j->coff;
+    out->clen = j->clen;
+    out->kind = j->kind;
+    for (uint32_t i = 0; i < j->n; i++)
+        out->chunk_count += j->state[i] == JOB_WANT;
+    out->prefetch = j->prefetch;
+    out->digester = c->info.digester;
+    out->deadline_us = j->deadline_us;
+    memcpy(out->blob_id, c->info.id, sizeof out->blob_id);
+    pthread_mutex_lock(&c->lock);
+    out->blob = c->handles;
+    for (struct vnd_blob *b = c->handles; b; b = b->next)
+        if (b == hint)
+            out->blob = b;
+    pthread_mutex_unlock(&c->lock);
+}
+
+/* Tries to make a job of the next wanted chunk; f->lock is held on entry and exit, not between. 1: out is filled. */
+static int next_demand(struct fetcher *f, vnd_job *out)
+{
+    int slot = slot_reserve(f, false);
+    struct fetch_want *w = f->demand;
+    uint32_t window;
+    struct job *j;
+    bool made;
+
+    if (slot < 0)
+        return 0;
+    j = &f->slots[slot];
+    f->demand = w->next;
+    if (!f->demand)
+        f->demand_tail = &f->demand;
+    window = window_of(w->core, w->index);
+    pthread_mutex_unlock(&f->lock);
+    made = build_job(f, slot, w->core, w->index, false, window);
+    pthread_mutex_lock(&f->lock);
+    if (!made) {
+        slot_release(f, j);
+        pthread_mutex_unlock(&f->lock);
+        want_free(w);
+        pthread_mutex_lock(&f->lock);
+        return 0;
+    }
+    w->core->window_next = j->first + j->n;
+    j->deadline_us = w->deadline_us;
+    j->tag = 0;
+    job_begin(j, ++f->next_id * FETCH_SLOTS + (uint64_t)slot);
+    fill_out(j, w->hint, out);
+    free(w);        /* its reference to the core is the job's now */
+    return 1;
+}
+
+/* The same for prefetch. -1: nothing to try, 0: tried and nothing came of it. */
+static int next_prefetch(struct fetcher *f, vnd_job *out)
+{
+    struct prefetch *p = f->prefetch, **at;
+    struct job *j;
+    bool made = false;
+    int slot;
+
+    /* One thread at a time works on a range; a range whose table is still being loaded waits. */
+    while (p && (p->busy || !atomic_load_explicit(&p->core->table, memory_order_acquire)))
+        p = p->next;
+    if (!p || (slot = slot_reserve(f, true)) < 0)
+        return -1;
+    j = &f->slots[slot];
+    p->busy = true;
+    pthread_mutex_unlock(&f->lock);
+    if (p->end > p->core->info.chunk_count)
+        p->end = p->core->info.chunk_count;
+    for (int looked = 0; !made && p->at < p->end && looked < PREFETCH_SCAN; looked++) {
+        if (!cachefile_ready(p->core->cache, p->at))
+            made = build_job(f, slot, p->core, p->at, true, FETCH_PREFETCH_BYTES);
+        p->at = made ? j->first + j->n : p->at + 1;
+    }
+    if (made)
+        core_get(p->core);
+    pthread_mutex_lock(&f->lock);
+    p->busy = false;
+    if (made) {
+        j->deadline_us = 0;
+        j->tag = p->tag;
+        job_begin(j, ++f->next_id * FETCH_SLOTS + (uint64_t)slot);
+        atomic_store(&j->cancelled, p->cancelled);
+        fill_out(j, NULL, out);
+    } else {
+        slot_release(f, j);
+    }
+    if (p->at >= p->end || p->cancelled) {
+        for (at = &f->prefetch; *at != p; at = &(*at)->next)
+            ;
+        *at = p->next;
+        pthread_mutex_unlock(&f->lock);
+        prefetch_free(p);
+        pthread_mutex_lock(&f->lock);
+    }
+    return made;
+}
+
+int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms)
+{
+    struct fetcher *f = e->fetcher;
+    struct timespec until;
+    int rc = -ETIMEDOUT;
+    bool late = false;
+
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += timeout_ms / 1000;
+    until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000;
+    }
+    pthread_mutex_lock(&f->lock);
+    for (;;) {
+        bool tried = false;
+        if (atomic_load(&f->down)) {
+            rc = -ESHUTDOWN;
+            break;
+        }
+        if (f->demand && f->running < FETCH_SLOTS) {
+            tried = true;
+            if (next_demand(f, out)) {
+                rc = 0;
+                break;
+            }
+        } else if (take_prefetch && f->prefetch && f->running < FETCH_SLOTS &&
+                   f->running_prefetch < FETCH_PREFETCH_SLOTS) {
+            int got = next_prefetch(f, out);
+            if (got > 0) {
+                rc = 0;
+                break;
+            }
+            tried = got == 0;
+        }
+        if (tried)
+            continue;
+        if (late)
+            break;
+        late = pthread_cond_timedwait(&f->some, &f->lock, &until) == ETIMEDOUT;
+    }
+    pthread_mutex_unlock(&f->lock);
+    if (!rc)
+        atomic_fetch_add_explicit(&e->shared.fetch_jobs, 1, memory_order_relaxed);
+    return rc;
+}
+
+/* ---------------------------------------------------------------- prefetch */
+
+int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag)
+{
+    struct blob_core *c = b->core;
+    struct fetcher *f = c->engine->fetcher;
+    struct prefetch *p = malloc(sizeof *p), **at;
+
+    if (!p)
+        return -ENOMEM;
+    *p = (struct prefetch){ .core = c, .at = first, .end = n && n < UINT32_MAX - first ? first + n : UINT32_MAX,
+                            .tag = tag };
+    core_get(c);
+    pthread_mutex_lock(&f->lock);
+    for (at = &f->prefetch; *at; at = &(*at)->next)
+        ;
+    *at = p;
+    pthread_cond_signal(&f->some);
+    pthread_mutex_unlock(&f->lock);
+    if (!atomic_load_explicit(&b->table, memory_order_acquire))
+        handle_want_load(b);
+    return 0;
+}
+
+void vnd_prefetch_cancel(vnd_engine *e, uint64_t tag)
+{
+    struct fetcher *f = e->fetcher;
+    struct prefetch *gone = NULL;
+
+    pthread_mutex_lock(&f->lock);
+    for (struct prefetch **p = &f->prefetch; *p;) {
+        struct prefetch *r = *p;
+        r->cancelled |= r->tag == tag;
+        if (r->tag != tag || r->busy) {
+            p = &r->next;
+            continue;
+        }
+        *p = r->next;
+        r->next = gone;
+        gone = r;
+    }
+    for (int i = 0; i < FETCH_SLOTS; i++)
+        if (f->slots[i].id && f->slots[i].prefetch && f->slots[i].tag == tag)
+            atomic_store(&f->slots[i].cancelled, true);
+    pthread_mutex_unlock(&f->lock);
+    while (gone) {
+        struct prefetch *r = gone;
+        gone = r->next;
+        prefetch_free(r);
+    }
+}
+
+void fetch_wake(struct fetcher *f)
+{
+    pthread_mutex_lock(&f->lock);
+    pthread_cond_broadcast(&f->some);
+    pthread_mutex_unlock(&f->lock);
+}

@@ -1,0 +1,108 @@
+/* fetcher.h -- the fetcher's own state: queues (fetch.c), jobs (job.c), miss table (miss.c), other processes (foreign.c),
+ * memory for uncached chunks (uncached.c).
+ */
+#ifndef VND_FETCHER_H
+#define VND_FETCHER_H
+#include "blob.h"
+#include "codec.h"
+
+#define FETCH_SHARDS 64
+#define FETCH_SLOTS 8               /* jobs under way */
+#define FETCH_PREFETCH_SLOTS 6      /* of them prefetch */
+#define FETCH_JOB_CHUNKS 4096       /* chunks of a job */
+#define FETCH_WINDOW_MIN (256u << 10)
+#define FETCH_PREFETCH_BYTES (2u << 20)
+#define FETCH_BRIDGE_BYTES (64u << 10)
+#define FETCH_BATCH_BYTES (1u << 20)    /* decoded and waiting for commit */
+#define FETCH_TRIES 2
+
+enum job_chunk { JOB_SKIP, JOB_WANT, JOB_DECODED, JOB_DONE, JOB_BAD };
+
+struct job {
+    pthread_mutex_t lock;           /* feed, chunks, commit, end; one caller is the rule, more do no harm */
+    uint64_t id;                    /* 0: free or being built; under fetcher->lock */
+    bool reserved;                  /* under fetcher->lock */
+    struct blob_core *core;
+    uint64_t tag;
+    int64_t deadline_us;
+    uint32_t kind, prefetch;
+    _Atomic bool cancelled;
+    _Atomic uint32_t shed_after;    /* a prefetch job that somebody came to wait for: the last chunk index wanted */
+    uint32_t first, n;              /* chunk indexes [first, first+n) */
+    uint8_t state[FETCH_JOB_CHUNKS];    /* enum job_chunk */
+    bool claimed;                   /* units [claim_first, + claim_n) are locked against other processes */
+    uint32_t claim_first, claim_n;
+    bool unspaced;                  /* a chunk could not be written */
+    bool bad;
+    uint64_t coff, clen, fed;       /* compressed range and how much of it came */
+    uint64_t pos;                   /* blob offset of the next byte to decode */
+    uint32_t cursor;                /* next chunk to decode, relative to first */
+    uint8_t *pend;                  /* bytes that came and are not decoded */
+    size_t pend_off, pend_len, pend_cap;
+    uint8_t *scratch;               /* decoded chunks */
+    size_t scratch_len, scratch_cap;
+    struct { uint32_t rel, usize; size_t at; } *views;
+    uint32_t views_n, views_cap;
+    struct codec *codec;
+};
+
+struct prefetch {
+    struct prefetch *next;
+    struct blob_core *core;
+    uint32_t at, end;
+    uint64_t tag;
+    bool busy, cancelled;           /* a thread works on it and holds no lock: it stays in the list */
+};
+
+struct foreign {
+    struct foreign *next;
+    struct blob_core *core;
+    uint32_t index;
+};
+
+struct uncached_chunk;
+
+struct fetcher {
+    struct vnd_engine *engine;
+    pthread_mutex_t lock;           /* queues, slots, windows */
+    pthread_cond_t some;
+    _Atomic bool down;
+    struct fetch_want *demand, **demand_tail;
+    struct prefetch *prefetch;
+    uint32_t running, running_prefetch;
+    uint64_t next_id;
+    struct job slots[FETCH_SLOTS];
+    struct miss_shard shards[FETCH_SHARDS];
+    /* foreign.c */
+    pthread_mutex_t foreign_lock;
+    pthread_cond_t foreign_some;
+    struct foreign *foreign;
+    bool foreign_started, foreign_down;
+    pthread_t foreign_thread;
+    /* uncached.c */
+    pthread_mutex_t uncached_lock;
+    struct uncached_chunk *uncached, *uncached_last;    /* newest first */
+    size_t uncached_bytes;
+    /* sync, in foreign.c */
+    pthread_mutex_t sync_lock;
+    pthread_cond_t sync_some;
+    bool sync_started, sync_down;
+    pthread_t sync_thread;
+};
+
+/* foreign.c */
+void foreign_add(struct fetcher *f, struct blob_core *c, uint32_t index);
+void foreign_stop(struct fetcher *f);
+void sync_start(struct fetcher *f);
+void sync_stop(struct fetcher *f);
+/* uncached.c */
+void uncached_free(struct fetcher *f);
+/* job.c */
+void job_init(struct job *j);
+void job_begin(struct job *j, uint64_t id);     /* a job that was built is handed out; under fetcher->lock */
+void job_wipe(struct job *j);       /* frees its buffers */
+/* fetch.c */
+void fetch_release_slot(struct fetcher *f, struct job *j);
+void fetch_wake(struct fetcher *f); /* something changed that job_next looks at */
+
+#endif

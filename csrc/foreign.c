@@ -1,0 +1,203 @@
+/* foreign.c -- two slow companions of the fetcher: the thread that waits for chunks which other processes fetch, and the
+ * one that makes written data durable. Both start when first needed.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <time.h>
+
+#include "fetcher.h"
+
+#define TICK_MS 10      /* a dead holder, and a real nydusd that fills without our locks, are noticed within this */
+#define SYNC_LOOK_MS 1000
+
+/* Whether the thread has nothing more to do for the chunk. */
+static bool foreign_settled(const struct foreign *x, bool tick)
+{
+    struct cachefile *c = x->core->cache;
+
+    if (cachefile_ready(c, x->index)) {
+        miss_finish(x->core, x->index, 0);
+        return true;
+    }
+    if (atomic_load(&x->core->closed)) {
+        miss_finish(x->core, x->index, EIO);
+        return true;
+    }
+    /* Free and not ready: the holder died or failed. Doubted: somebody filled it without a lock. Ours now. */
+    if (tick && (cachefile_doubted(c, x->index) || !claim_foreign(c->side_fd, x->index))) {
+        miss_retry(x->core, x->index, 255, false, false, EIO);
+        return true;
+    }
+    return false;
+}
+
+static void *foreign_run(void *arg)
+{
+    struct fetcher *f = arg;
+    int64_t last_tick = 0;
+
+    pthread_mutex_lock(&f->foreign_lock);
+    while (!f->foreign_down) {
+        if (!f->foreign) {
+            pthread_cond_wait(&f->foreign_some, &f->foreign_lock);
+            continue;
+        }
+        struct foreign *mine = f->foreign, *keep = NULL, **keep_tail = &keep;
+        struct vnd_store *store = mine->core->store;
+        struct blob_core *held = mine->core;
+        bool tick = now_us() - last_tick >= TICK_MS * 1000;
+        f->foreign = NULL;
+        pthread_mutex_unlock(&f->foreign_lock);
+
+        core_get(held);             /* keeps the store for the wait below */
+        uint32_t gen = claim_wake_enter(&store->wake);
+        while (mine) {
+            struct foreign *x = mine;
+            mine = x->next;
+            if (foreign_settled(x, tick)) {
+                core_put(x->core);
+                free(x);
+                continue;
+            }
+            x->next = NULL;
+            *keep_tail = x;
+            keep_tail = &x->next;
+        }
+        if (tick)
+            last_tick = now_us();
+        if (keep)
+            claim_wake_wait(&store->wake, gen, TICK_MS);
+        claim_wake_leave(&store->wake);
+        core_put(held);
+
+        pthread_mutex_lock(&f->foreign_lock);
+        *keep_tail = f->foreign;
+        if (keep)
+            f->foreign = keep;
+    }
+    pthread_mutex_unlock(&f->foreign_lock);
+    return NULL;
+}
+
+void foreign_add(struct fetcher *f, struct blob_core *c, uint32_t index)
+{
+    struct foreign *x = calloc(1, sizeof *x);
+    bool ok = x != NULL;
+
+    if (ok) {
+        x->core = c;
+        x->index = index;
+        core_get(c);
+        pthread_mutex_lock(&f->foreign_lock);
+        if (!f->foreign_started && !f->foreign_down)
+            f->foreign_started = !thread_start(&f->foreign_thread, "vnd-foreign", foreign_run, f);
+        ok = f->foreign_started;
+        if (ok) {
+            x->next = f->foreign;
+            f->foreign = x;
+            pthread_cond_signal(&f->foreign_some);
+        }
+        pthread_mutex_unlock(&f->foreign_lock);
+        if (!ok) {
+            core_put(c);
+            free(x);
+        }
+    }
+    if (!ok)
+        miss_finish(c, index, EIO);
+}
+
+void foreign_stop(struct fetcher *f)
+{
+    bool join;
+
+    pthread_mutex_lock(&f->foreign_lock);
+    join = f->foreign_started;
+    f->foreign_down = true;
+    f->foreign_started = false;
+    pthread_cond_signal(&f->foreign_some);
+    pthread_mutex_unlock(&f->foreign_lock);
+    if (join)
+        pthread_join(f->foreign_thread, NULL);
+    while (f->foreign) {
+        struct foreign *x = f->foreign;
+        f->foreign = x->next;
+        core_put(x->core);
+        free(x);
+    }
+}
+
+/* ---------------------------------------------------------------- durability */
+
+/* One round over all blobs. force: the interval has passed, so little is worth it too. */
+static void sync_all(struct vnd_engine *e, bool force)
+{
+    for (int skip = 0;; skip++) {
+        struct blob_core *c = NULL;
+        int at = 0;
+
+        /* Walks by position: lists change under us, a blob missed or met twice does no harm. */
+        pthread_mutex_lock(&e->lock);
+        for (struct vnd_store *s = e->stores; s && !c; s = s->next) {
+            pthread_mutex_lock(&s->lock);
+            for (struct blob_core *k = s->cores; k && !c; k = k->next)
+                if (at++ == skip) {
+                    c = k;
+                    c->refs++;
+                }
+            pthread_mutex_unlock(&s->lock);
+        }
+        pthread_mutex_unlock(&e->lock);
+        if (!c)
+            return;
+        if (atomic_load_explicit(&c->table, memory_order_acquire))
+            cachefile_sync(c->cache, force);
+        core_put(c);
+    }
+}
+
+static void *sync_run(void *arg)
+{
+    struct fetcher *f = arg;
+    int64_t last = now_us();
+
+    pthread_mutex_lock(&f->sync_lock);
+    while (!f->sync_down) {
+        struct timespec until;
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        until.tv_sec += SYNC_LOOK_MS / 1000;
+        pthread_cond_timedwait(&f->sync_some, &f->sync_lock, &until);
+        if (f->sync_down)
+            break;
+        bool force = now_us() - last >= (int64_t)f->engine->cfg.sync_interval_ms * 1000;
+        pthread_mutex_unlock(&f->sync_lock);
+        sync_all(f->engine, force);
+        if (force)
+            last = now_us();
+        pthread_mutex_lock(&f->sync_lock);
+    }
+    pthread_mutex_unlock(&f->sync_lock);
+    return NULL;
+}
+
+void sync_start(struct fetcher *f)
+{
+    pthread_mutex_lock(&f->sync_lock);
+    if (!f->sync_started && !f->sync_down)
+        f->sync_started = !thread_start(&f->sync_thread, "vnd-sync", sync_run, f);
+    pthread_mutex_unlock(&f->sync_lock);
+}
+
+void sync_stop(struct fetcher *f)
+{
+    bool join;
+
+    pthread_mutex_lock(&f->sync_lock);
+    join = f->sync_started;
+    f->sync_down = true;
+    f->sync_started = false;
+    pthread_cond_signal(&f->sync_some);
+    pthread_mutex_unlock(&f->sync_lock);
+    if (join)
+        pthread_join(f->sync_thread, NULL);
+}

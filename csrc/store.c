@@ -1,0 +1,505 @@
+/* store.c -- stores, the registry of blobs, loading of chunk tables. Reading is in read.c. */
+#include "store.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "fetcher.h"
+
+#define SIDE_DIR ".virtiofsd-nydus"
+#define META_RETRY_US (1000 * 1000)     /* an image that was refused may be looked at again after this */
+
+/* Blob features, rafs-format 4.1 */
+#define FEATURE_ZRAN 0x008u
+#define FEATURE_TARFS 0x040u
+#define FEATURE_BATCH 0x080u
+#define FEATURE_ENCRYPTED 0x100u
+#define FEATURE_EXTERNAL 0x800u
+
+/* ---------------------------------------------------------------- stores */
+
+/* Locks, shared maps and futexes reach other hosts on none of these. */
+static bool is_network_fs(int fd)
+{
+    static const unsigned long magics[] = {
+        0x6969 /* NFS */, 0xFF534D42 /* CIFS */, 0xFE534D42 /* SMB2 */, 0x65735546 /* FUSE */, 0x01021997 /* 9p */,
+        0x00C36400 /* Ceph */, 0x5346414F /* AFS */, 0x6B414653 /* kAFS */, 0x47504653 /* GPFS */, 0x0BD00BD0 /* Lustre */,
+    };
+    struct statfs st;
+
+    if (fstatfs(fd, &st))
+        return true;
+    for (size_t i = 0; i < sizeof magics / sizeof *magics; i++)
+        if (((unsigned long)st.f_type & 0xFFFFFFFFul) == magics[i])
+            return true;
+    return false;
+}
+
+static void side_dir_open(struct vnd_store *s, const char *work_dir)
+{
+    if (is_network_fs(s->dir_fd)) {
+        engine_say(s->engine, 30, VND_CAUSE_NONE, "cache directory %s is on a network file system: fetches are not "
+                   "shared between daemons and everything is verified once per start", work_dir);
+        return;
+    }
+    if (mkdirat(s->dir_fd, SIDE_DIR, 0700) && errno != EEXIST) {
+        engine_say(s->engine, 30, VND_CAUSE_SPACE, "cache directory %s cannot be written (%s): what is not in it is "
+                   "served from memory only", work_dir, strerror(errno));
+        s->writable = !(errno == EROFS || errno == EACCES || errno == EPERM);
+        return;
+    }
+    s->side_dir_fd = openat(s->dir_fd, SIDE_DIR, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+}
+
+static struct vnd_store *store_find(vnd_engine *e, const struct stat *st)
+{
+    struct vnd_store *s = e->stores;
+
+    while (s && (s->dev != st->st_dev || s->ino != st->st_ino))
+        s = s->next;
+    if (s)
+        s->refs++;
+    return s;
+}
+
+vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, char *err, size_t err_len)
+{
+    int fd = open(work_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    struct vnd_store *s, *old;
+    struct stat st;
+
+    if (fd < 0 || fstat(fd, &st)) {
+        fail_line(0, err, err_len, "cannot open cache directory %s: %s", work_dir, strerror(errno));
+        if (fd >= 0)
+            close(fd);
+        return NULL;
+    }
+    pthread_mutex_lock(&e->lock);
+    s = store_find(e, &st);
+    pthread_mutex_unlock(&e->lock);
+    if (s) {
+        close(fd);
+        return s;
+    }
+    s = calloc(1, sizeof *s);
+    if (!s) {
+        close(fd);
+        fail_line(0, err, err_len, "cache directory %s: no memory", work_dir);
+        return NULL;
+    }
+    s->engine = e;
+    s->refs = 1;
+    s->dir_fd = fd;
+    s->side_dir_fd = -1;
+    s->writable = true;
+    s->dev = st.st_dev;
+    s->ino = st.st_ino;
+    pthread_mutex_init(&s->lock, NULL);
+    side_dir_open(s, work_dir);
+    if (claim_wake_open(&s->wake, s->side_dir_fd)) {
+        fail_line(0, err, err_len, "cache directory %s: no memory", work_dir);
+        vnd_store_free(s);
+        return NULL;
+    }
+    pthread_mutex_lock(&e->lock);
+    old = store_find(e, &st);           /* another thread may have been faster */
+    if (!old) {
+        s->next = e->stores;
+        e->stores = s;
+    }
+    pthread_mutex_unlock(&e->lock);
+    if (old) {
+        vnd_store_free(s);
+        return old;
+    }
+    return s;
+}
+
+void vnd_store_free(vnd_store *s)
+{
+    struct vnd_engine *e;
+    bool last;
+
+    if (!s)
+        return;
+    e = s->engine;
+    pthread_mutex_lock(&e->lock);
+    last = --s->refs == 0;
+    for (struct vnd_store **p = &e->stores; last && *p; p = &(*p)->next)
+        if (*p == s) {
+            *p = s->next;
+            break;
+        }
+    pthread_mutex_unlock(&e->lock);
+    if (!last)
+        return;
+    claim_wake_close(&s->wake);
+    if (s->side_dir_fd >= 0)
+        close(s->side_dir_fd);
+    close(s->dir_fd);
+    pthread_mutex_destroy(&s->lock);
+    free(s);
+}
+
+/* ---------------------------------------------------------------- cores and handles */
+
+void core_get(struct blob_core *c)
+{
+    pthread_mutex_lock(&c->store->lock);
+    c->refs++;
+    pthread_mutex_unlock(&c->store->lock);
+}
+
+void core_put(struct blob_core *c)
+{
+    struct vnd_store *s = c->store;
+    bool last;
+
+    pthread_mutex_lock(&s->lock);
+    last = --c->refs == 0;
+    for (struct blob_core **p = &s->cores; last && *p; p = &(*p)->next)
+        if (*p == c) {
+            *p = c->next;
+            break;
+        }
+    pthread_mutex_unlock(&s->lock);
+    if (!last)
+        return;
+    uncached_drop(c);
+    cachefile_close(c->cache);
+    while (c->tables) {
+        struct blobtable *t = c->tables;
+        c->tables = t->next;
+        blobtable_free(t);
+    }
+    pthread_mutex_destroy(&c->load_lock);
+    pthread_mutex_destroy(&c->lock);
+    free(c);
+    vnd_store_free(s);
+}
+
+void handle_get(struct vnd_blob *b)
+{
+    atomic_fetch_add_explicit(&b->refs, 1, memory_order_relaxed);
+}
+
+void handle_put(struct vnd_blob *b)
+{
+    if (atomic_fetch_sub(&b->refs, 1) != 1)
+        return;
+    core_put(b->core);
+    pthread_cond_destroy(&b->load_end);
+    free(b);
+}
+
+/* The id becomes part of file names: rafs-format 8 #22. */
+static bool id_valid(const char *id)
+{
+    size_t n = strspn(id, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-");
+    return n > 0 && n <= VND_ID_MAX && !id[n];
+}
+
+static const char *feature_refused(uint32_t features)
+{
+    if (features & FEATURE_ZRAN)
+        return "ZRAN (chunks inside a gzip layer)";
+    if (features & FEATURE_ENCRYPTED)
+        return "ENCRYPTED";
+    if (features & FEATURE_BATCH)
+        return "BATCH (chunks compressed together)";
+    if (features & FEATURE_TARFS)
+        return "TARFS";
+    if (features & FEATURE_EXTERNAL)
+        return "EXTERNAL";
+    return NULL;
+}
+
+/* Hangs the handle on its blob's core. In one go with the lookup: a core without handles is closed. */
+static int core_join(struct vnd_store *s, struct vnd_blob *b)
+{
+    struct blob_core *c, *fresh = calloc(1, sizeof *fresh);
+
+    if (!fresh)
+        return -ENOMEM;
+    pthread_mutex_lock(&s->engine->lock);
+    pthread_mutex_lock(&s->lock);
+    for (c = s->cores; c; c = c->next)
+        if (!strcmp(c->info.id, b->info.id) && !atomic_load(&c->closed))
+            break;
+    if (!c) {
+        c = fresh;
+        fresh = NULL;
+        c->store = s;
+        c->engine = s->engine;
+        c->info = b->info;
+        pthread_mutex_init(&c->load_lock, NULL);
+        pthread_mutex_init(&c->lock, NULL);
+        c->next = s->cores;
+        s->cores = c;
+        s->refs++;
+    }
+    c->refs++;
+    b->core = c;
+    pthread_mutex_lock(&c->lock);
+    b->next = c->handles;
+    c->handles = b;
+    pthread_mutex_unlock(&c->lock);
+    pthread_mutex_unlock(&s->lock);
+    pthread_mutex_unlock(&s->engine->lock);
+    free(fresh);
+    return 0;
+}
+
+struct vnd_blob *blob_get(vnd_store *s, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx, int *cause,
+                          char *err, size_t err_len)
+{
+    const char *feature = feature_refused(info->features);
+    struct vnd_blob *b;
+
+    *cause = VND_CAUSE_FORMAT;
+    if (!id_valid(info->id)) {
+        fail_line(0, err, err_len, "blob %u has an id that is no id: the image is damaged", info->index);
+        return NULL;
+    }
+    if (feature) {
+        fail_line(0, err, err_len, "blob %s needs the feature %s, which is not supported; convert the image without it",
+                  info->id, feature);
+        return NULL;
+    }
+    if (!codec_known(info->compressor) || info->digester > CODEC_SHA256) {
+        fail_line(0, err, err_len, "blob %s: compressor %u or digester %u is unknown", info->id, info->compressor,
+                  info->digester);
+        return NULL;
+    }
+    if (info->uncompressed_size_bytes > 1ull << 44 || info->compressed_size_bytes > 1ull << 40 ||
+        info->chunk_count > BLOBTABLE_COUNT_MAX) {
+        fail_line(0, err, err_len, "blob %s: sizes beyond all bounds: the image is damaged", info->id);
+        return NULL;
+    }
+    *cause = VND_CAUSE_IO;
+    b = calloc(1, sizeof *b);
+    if (b) {
+        atomic_init(&b->refs, 1);
+        b->info = *info;
+        b->chunks = chunks;
+        b->ctx = ctx;
+        b->meta.state = UNIT_OTHER;
+        pthread_cond_init(&b->load_end, NULL);
+    }
+    if (!b || core_join(s, b)) {
+        free(b);
+        fail_line(0, err, err_len, "blob %s: no memory", info->id);
+        return NULL;
+    }
+    *cause = VND_CAUSE_NONE;
+    return b;
+}
+
+void blob_put(struct vnd_blob *b, void *ctx)
+{
+    struct blob_core *c = b->core;
+    struct miss_shard *s = miss_shard_of(c->engine->fetcher, b, 0);
+    struct store_wait *list;
+    bool last;
+
+    pthread_mutex_lock(&s->lock);
+    b->detached = true;
+    while (b->loading)          /* it calls the image's chunks function */
+        pthread_cond_wait(&b->load_end, &s->lock);
+    list = miss_detach(&b->meta, EIO);
+    pthread_mutex_unlock(&s->lock);
+    miss_wake(list);
+    pthread_mutex_lock(&c->store->lock);
+    pthread_mutex_lock(&c->lock);
+    for (struct vnd_blob **p = &c->handles; *p; p = &(*p)->next)
+        if (*p == b) {
+            *p = b->next;
+            break;
+        }
+    last = !c->handles;
+    if (last)       /* an image that names the blob from now on gets a core of its own */
+        atomic_store(&c->closed, true);
+    pthread_mutex_unlock(&c->lock);
+    pthread_mutex_unlock(&c->store->lock);
+    if (last) {
+        fetch_purge(c);
+        miss_fail_core(c, EIO);
+    }
+    handle_put(b);
+}
+
+uint64_t blob_uncompressed_size(const struct vnd_blob *b)
+{
+    return b->info.uncompressed_size_bytes;
+}
+
+uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total)
+{
+    struct blobtable *t = atomic_load_explicit(&b->table, memory_order_acquire);
+
+    *total = t ? t->n : 0;
+    return t ? cachefile_count_ready(b->cache) : 0;
+}
+
+/* ---------------------------------------------------------------- loading a table */
+
+static int open_cache(struct blob_core *c, int *cause, char *err, size_t err_len)
+{
+    struct cachefile_cfg cfg = {
+        .engine = c->engine, .dir_fd = c->store->dir_fd, .side_dir_fd = c->store->side_dir_fd,
+        .writable = c->store->writable, .id = c->info.id, .n = c->info.chunk_count,
+        .size_bytes = c->info.uncompressed_size_bytes,
+    };
+
+    return c->cache ? 0 : cachefile_open(&c->cache, &cfg, cause, err, err_len);
+}
+
+/* Brings own into the core; on success *own is the table that the handle shall use (owned by the core). */
+static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct blobtable **own, int *cause, char *err,
+                       size_t err_len)
+{
+    struct blobtable *now = atomic_load(&c->table), *all = *own;
+    int rc;
+
+    *cause = VND_CAUSE_DIGEST;
+    if (info->chunk_count != c->info.chunk_count || info->compressor != c->info.compressor ||
+        info->digester != c->info.digester || info->uncompressed_size_bytes != c->info.uncompressed_size_bytes)
+        return fail_line(-EEXIST, err, err_len, "sizes or codecs differ from what another image in use says");
+    if (now && blobtable_equal(now, *own)) {
+        blobtable_free(*own);
+        *own = now;
+        return 0;
+    }
+    if (now && (rc = blobtable_merge(&all, now, *own, err, err_len)))
+        return rc;
+    if ((rc = open_cache(c, cause, err, err_len)))
+        goto fail;
+    *cause = VND_CAUSE_DIGEST;
+    if ((rc = cachefile_bind(c->cache, all, err, err_len)))
+        goto fail;
+    if (all != *own) {
+        (*own)->next = c->tables;
+        c->tables = *own;
+    }
+    all->next = c->tables;
+    c->tables = all;
+    atomic_store_explicit(&c->table, all, memory_order_release);
+    return 0;
+fail:
+    if (all != *own)
+        blobtable_free(all);
+    return rc;
+}
+
+static int load(struct vnd_blob *b, int *cause, char *err, size_t err_len)
+{
+    struct blob_core *c = b->core;
+    struct blobtable *own;
+    int rc;
+
+    *cause = VND_CAUSE_FORMAT;
+    rc = blobtable_from_records(&own, &b->info, b->chunks, b->ctx, err, err_len);
+    if (rc == -ENODATA)
+        return fail_line(-EIO, err, err_len, "its image lists no chunks of it");
+    if (rc)
+        return rc;
+    if (own->digests < own->known && !c->engine->cfg.allow_unverified) {
+        *cause = VND_CAUSE_DIGEST;
+        blobtable_free(own);
+        return fail_line(-EIO, err, err_len, "its image carries no chunk digests; --allow-unverified serves it all the "
+                         "same");
+    }
+    pthread_mutex_lock(&c->load_lock);
+    struct blobtable *mine = own;
+    rc = join_tables(c, &b->info, &mine, cause, err, err_len);
+    pthread_mutex_unlock(&c->load_lock);
+    if (rc) {
+        blobtable_free(own);
+        return rc;
+    }
+    b->cache = c->cache;
+    atomic_store_explicit(&b->table, mine, memory_order_release);
+    return 0;
+}
+
+struct load_task {
+    struct pool_task task;
+    struct vnd_blob *b;
+};
+
+static void load_run(struct pool_task *task)
+{
+    struct vnd_blob *b = ((struct load_task *)task)->b;
+    struct vnd_engine *e = b->core->engine;
+    struct miss_shard *s = miss_shard_of(e->fetcher, b, 0);
+    char err[VND_ERR_MAX] = "";
+    struct store_wait *list;
+    int cause = VND_CAUSE_IO, rc;
+
+    rc = load(b, &cause, err, sizeof err);
+    if (rc)
+        engine_say(e, 40, cause, "blob %s cannot be served: %s", b->info.id, err);
+    pthread_mutex_lock(&s->lock);
+    b->loading = false;
+    b->meta_errno = rc ? EIO : 0;
+    b->meta_retry_us = now_us() + META_RETRY_US;
+    list = miss_detach(&b->meta, b->meta_errno);
+    pthread_cond_broadcast(&b->load_end);
+    pthread_mutex_unlock(&s->lock);
+    miss_wake(list);
+    if (!rc) {
+        sync_start(e->fetcher);
+        fetch_wake(e->fetcher);
+    }
+    handle_put(b);
+    free(task);
+}
+
+/* With the shard's lock held. */
+static int load_start(struct vnd_blob *b)
+{
+    struct load_task *t;
+
+    if (b->loading)
+        return 0;
+    if (b->detached)
+        return -EIO;
+    if (b->meta_errno && now_us() < b->meta_retry_us)
+        return -b->meta_errno;
+    t = calloc(1, sizeof *t);
+    if (!t)
+        return -ENOMEM;
+    t->task.run = load_run;
+    t->b = b;
+    handle_get(b);
+    b->loading = true;
+    pool_submit(b->core->engine, &t->task);
+    return 0;
+}
+
+void handle_want_load(struct vnd_blob *b)
+{
+    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
+
+    pthread_mutex_lock(&s->lock);
+    if (!atomic_load(&b->table))
+        load_start(b);
+    pthread_mutex_unlock(&s->lock);
+}
+
+int handle_park(struct vnd_blob *b, struct store_wait *w)
+{
+    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
+    int rc = 1;
+
+    pthread_mutex_lock(&s->lock);
+    if (!atomic_load(&b->table) && !(rc = load_start(b)))
+        miss_link(s, &b->meta, w);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
