@@ -1,0 +1,369 @@
+/* store_fixture.h -- a blob with known chunks, its server in memory, and a fetch thread that serves the engine's jobs
+ * from it, for the tests of the blob store. Digests are SHA-256, so that C does all of it.
+ */
+#ifndef STORE_FIXTURE_H
+#define STORE_FIXTURE_H
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <lz4.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <zlib.h>
+#include <zstd.h>
+
+#include "codec.h"
+#include "fetcher.h"
+#include "store.h"
+
+#define CHECK(x) do { if (!(x)) { fprintf(stderr, "%s:%d: %s: not so: %s\n", __FILE__, __LINE__, __func__, #x); \
+                                  abort(); } } while (0)
+#define CHECK_EQ(a, b) do { long long a_ = (long long)(a), b_ = (long long)(b); if (a_ != b_) { \
+    fprintf(stderr, "%s:%d: %s: %s is %lld, not %lld\n", __FILE__, __LINE__, __func__, #a, a_, b_); abort(); } } while (0)
+
+struct fix_blob {
+    vnd_blob_info info;
+    struct blob_chunk *chunk;
+    uint8_t *plain, *stored;    /* uncompressed space, blob */
+    size_t plain_len, stored_len;
+    uint32_t hide_from, hide_to;    /* chunks that the image does not name */
+};
+
+static inline uint32_t fix_random(uint32_t *state)
+{
+    *state = *state * 1664525u + 1013904223u;
+    return *state >> 8;
+}
+
+static inline size_t fix_compress(uint32_t codec, const uint8_t *src, size_t n, uint8_t *dst, size_t cap)
+{
+    if (codec == CODEC_ZSTD)
+        return ZSTD_compress(dst, cap, src, n, 3);
+    if (codec == CODEC_LZ4_BLOCK)
+        return (size_t)LZ4_compress_default((const char *)src, (char *)dst, (int)n, (int)cap);
+    if (codec == CODEC_GZIP) {
+        z_stream z = { 0 };
+        CHECK(deflateInit2(&z, 6, Z_DEFLATED, 31, 8, Z_DEFAULT_STRATEGY) == Z_OK);
+        z.next_in = (uint8_t *)(uintptr_t)src;
+        z.avail_in = (unsigned)n;
+        z.next_out = dst;
+        z.avail_out = (unsigned)cap;
+        CHECK(deflate(&z, Z_FINISH) == Z_STREAM_END);
+        size_t len = z.total_out;
+        deflateEnd(&z);
+        return len;
+    }
+    memcpy(dst, src, n);
+    return n;
+}
+
+/* n chunks of chunk_size bytes (the last one shorter and not aligned), compressible. */
+static inline struct fix_blob *fix_blob_new(const char *id, uint32_t codec, uint32_t n, uint32_t chunk_size)
+{
+    struct fix_blob *b = calloc(1, sizeof *b);
+    uint32_t seed = 7;
+    size_t cap = (size_t)n * (chunk_size + chunk_size / 255 + 64 + 512);
+
+    b->chunk = calloc(n, sizeof *b->chunk);
+    b->plain_len = (size_t)n * chunk_size;
+    b->plain = calloc(1, b->plain_len);
+    b->stored = calloc(1, cap);
+    for (uint32_t i = 0; i < n; i++) {
+        struct blob_chunk *c = &b->chunk[i];
+        uint8_t *p = b->plain + (size_t)i * chunk_size;
+        uint32_t usize = i + 1 == n ? chunk_size - 4096 + 123 : chunk_size;
+        for (uint32_t k = 0; k < usize; k++)
+            p[k] = (uint8_t)(k % 3 ? 'a' + i % 26 : fix_random(&seed));
+        size_t len = fix_compress(codec, p, usize, b->stored + b->stored_len, cap - b->stored_len);
+        *c = (struct blob_chunk){ .index = i, .usize = usize, .uoff = (uint64_t)i * chunk_size,
+                                  .coff = b->stored_len, .csize = (uint32_t)len, .flags = codec ? 1 : 0 };
+        if (len >= usize) {
+            memcpy(b->stored + b->stored_len, p, usize);
+            c->csize = usize;
+            c->flags = 0;
+        }
+        b->stored_len += c->csize;
+        CHECK(codec_sha256(p, usize, c->digest) == 0);
+    }
+    b->info = (vnd_blob_info){ .chunk_size_bytes = chunk_size, .chunk_count = n, .compressor = codec, .digester = 1,
+                               .features = 1, .compressed_size_bytes = b->stored_len,
+                               .uncompressed_size_bytes = b->plain_len };
+    snprintf(b->info.id, sizeof b->info.id, "%s", id);
+    return b;
+}
+
+static inline void fix_blob_free(struct fix_blob *b)
+{
+    free(b->chunk);
+    free(b->plain);
+    free(b->stored);
+    free(b);
+}
+
+static inline int fix_chunks(void *ctx, uint32_t blob_index, int (*put)(void *, const struct blob_chunk *), void *put_ctx)
+{
+    struct fix_blob *b = ctx;
+    int rc = 0;
+
+    for (uint32_t i = 0; i < b->info.chunk_count && !rc; i++)
+        if (i < b->hide_from || i >= b->hide_to)
+            rc = put(put_ctx, &b->chunk[i]);
+    return rc;
+}
+
+static inline struct vnd_blob *fix_open(vnd_store *s, struct fix_blob *b)
+{
+    char err[VND_ERR_MAX] = "";
+    int cause;
+    struct vnd_blob *h = blob_get(s, &b->info, fix_chunks, b, &cause, err, sizeof err);
+
+    if (!h)
+        fprintf(stderr, "blob_get: %s\n", err);
+    CHECK(h);
+    return h;
+}
+
+/* ---- a blocking reader */
+struct fix_reader {
+    struct store_wait w;
+    pthread_mutex_t lock;
+    pthread_cond_t some;
+    int woken;
+};
+
+static inline void fix_wake(struct store_wait *w)
+{
+    struct fix_reader *r = w->owner;
+    pthread_mutex_lock(&r->lock);
+    r->woken++;
+    pthread_cond_broadcast(&r->some);
+    pthread_mutex_unlock(&r->lock);
+}
+
+static inline void fix_reader_init(struct fix_reader *r)
+{
+    pthread_mutex_init(&r->lock, NULL);
+    pthread_cond_init(&r->some, NULL);
+    r->woken = 0;
+    store_wait_init(&r->w, fix_wake, r);
+}
+
+static inline void fix_reader_wait(struct fix_reader *r)
+{
+    pthread_mutex_lock(&r->lock);
+    while (!r->woken)
+        pthread_cond_wait(&r->some, &r->lock);
+    r->woken--;
+    pthread_mutex_unlock(&r->lock);
+}
+
+/* Extents of [off, off+len) of the uncompressed space. */
+static inline int fix_extents(struct vnd_blob *h, const struct fix_blob *b, uint64_t off, uint32_t len,
+                              struct extent *ext, int max)
+{
+    int n = 0;
+
+    while (len) {
+        uint32_t i = (uint32_t)(off / b->info.chunk_size_bytes);
+        const struct blob_chunk *c = &b->chunk[i];
+        uint32_t in = (uint32_t)(off - c->uoff), part = c->usize - in < len ? c->usize - in : len;
+        CHECK(n < max);
+        ext[n++] = (struct extent){ .blob = h, .uoff = off, .chunk = i, .len = part, .chunk_off = in };
+        off += part;
+        len -= part;
+    }
+    return n;
+}
+
+/* As a file system would read: blocks till done. */
+static inline int64_t fix_read(struct vnd_blob *h, const struct fix_blob *b, uint64_t off, uint32_t len, uint8_t *buf)
+{
+    struct extent ext[STORE_EXTENTS_MAX];
+    int n = fix_extents(h, b, off, len, ext, STORE_EXTENTS_MAX);
+    struct iovec iov = { buf, len };
+    struct fix_reader r;
+    int64_t rc;
+
+    fix_reader_init(&r);
+    r.w.deadline_us = now_us() + 30000000;
+    while ((rc = store_read(&r.w, ext, n, &iov, 1)) == -EINPROGRESS)
+        fix_reader_wait(&r);
+    store_wait_done(&r.w);
+    pthread_mutex_lock(&r.lock);    /* the waker may still be on its way out of it */
+    pthread_mutex_unlock(&r.lock);
+    return rc;
+}
+
+static inline void fix_check(struct vnd_blob *h, const struct fix_blob *b, uint64_t off, uint32_t len)
+{
+    uint8_t *buf = malloc(len);
+    CHECK_EQ(fix_read(h, b, off, len, buf), len);
+    CHECK(memcmp(buf, b->plain + off, len) == 0);
+    free(buf);
+}
+
+/* ---- a server */
+struct fix_server {
+    vnd_engine *e;
+    struct fix_blob *blob;
+    pthread_t thread[4];
+    int threads, take_prefetch;
+    uint32_t feed_bytes;
+    _Atomic int fail_errno;             /* each job ends with it */
+    _Atomic uint64_t jobs, verify_jobs, fed_bytes;
+    _Atomic int flip_from, flip_to;     /* jobs with these numbers get a flipped byte */
+    _Atomic int hold;                   /* do not serve while set */
+};
+
+static inline int fix_settle(vnd_engine *e, uint64_t id)
+{
+    vnd_chunk_view v[64];
+    int n;
+
+    while ((n = vnd_job_chunks(e, id, v, 64)) > 0) {
+        int rc = vnd_job_commit(e, id, NULL, n);
+        if (rc < 0 && rc != -ENOSPC)
+            return rc;
+    }
+    return n;
+}
+
+static inline void fix_serve(struct fix_server *s, const vnd_job *job)
+{
+    uint64_t number = atomic_fetch_add(&s->jobs, 1), off = 0;
+    bool flip = (int)number >= atomic_load(&s->flip_from) && (int)number < atomic_load(&s->flip_to);
+    int rc = 0, fail = atomic_load(&s->fail_errno);
+
+    if (fail) {
+        vnd_job_end(s->e, job->id, fail, VND_CAUSE_NETWORK, "the server is away");
+        return;
+    }
+    if (job->kind == VND_JOB_VERIFY) {
+        atomic_fetch_add(&s->verify_jobs, 1);
+        rc = fix_settle(s->e, job->id);
+        vnd_job_end(s->e, job->id, rc < 0 ? EIO : 0, VND_CAUSE_DIGEST, "verify");
+        return;
+    }
+    CHECK(job->coff + job->clen <= s->blob->stored_len);
+    while (off < job->clen && rc >= 0) {
+        size_t n = job->clen - off < s->feed_bytes ? (size_t)(job->clen - off) : s->feed_bytes;
+        uint8_t *p = malloc(n);         /* exactly as long: a read past it shows under the sanitizer */
+        memcpy(p, s->blob->stored + job->coff + off, n);
+        if (flip && off == 0)
+            p[n / 2] ^= 0x40;
+        rc = vnd_job_feed(s->e, job->id, p, n);
+        free(p);
+        off += n;
+        atomic_fetch_add(&s->fed_bytes, n);
+        if (rc > 0)
+            rc = fix_settle(s->e, job->id);
+    }
+    if (rc == -EBADMSG)
+        fix_settle(s->e, job->id);
+    if (rc == -ECANCELED)
+        rc = 0;
+    vnd_job_end(s->e, job->id, rc < 0 ? EIO : 0, rc < 0 ? VND_CAUSE_DIGEST : 0, "wrong bytes");
+}
+
+static inline void *fix_server_run(void *arg)
+{
+    struct fix_server *s = arg;
+    vnd_job job;
+    int rc;
+
+    for (;;) {
+        if (atomic_load(&s->hold)) {
+            usleep(200);
+            if (atomic_load(&s->e->shutdown))
+                return NULL;
+            continue;
+        }
+        rc = vnd_job_next(s->e, &job, s->take_prefetch, 50);
+        if (rc == -ESHUTDOWN)
+            return NULL;
+        if (!rc)
+            fix_serve(s, &job);
+    }
+}
+
+static inline void fix_server_start(struct fix_server *s, vnd_engine *e, struct fix_blob *b, int threads)
+{
+    s->e = e;
+    s->blob = b;
+    s->threads = threads;
+    s->take_prefetch = 1;
+    if (!s->feed_bytes)
+        s->feed_bytes = 1000;
+    for (int i = 0; i < threads; i++)
+        CHECK(pthread_create(&s->thread[i], NULL, fix_server_run, s) == 0);
+}
+
+static inline void fix_server_stop(struct fix_server *s)
+{
+    for (int i = 0; i < s->threads; i++)
+        pthread_join(s->thread[i], NULL);
+}
+
+/* ---- a work directory */
+static inline void fix_dir_make(char *dir, const char *under)
+{
+    sprintf(dir, "%s/vnd-test-XXXXXX", under);
+    CHECK(mkdtemp(dir));
+}
+
+static inline void fix_dir_remove(const char *dir)
+{
+    char cmd[300];
+    snprintf(cmd, sizeof cmd, "rm -rf '%s'", dir);
+    CHECK(system(cmd) == 0);
+}
+
+/* engine + store + server over one blob */
+struct fix {
+    vnd_engine *e;
+    vnd_store *s;
+    struct vnd_blob *h;
+    struct fix_server server;
+};
+
+static inline void fix_up(struct fix *f, const char *dir, struct fix_blob *b, int threads)
+{
+    char err[VND_ERR_MAX] = "";
+    vnd_engine_cfg cfg = { 0 };
+
+    f->e = vnd_engine_new(&cfg);
+    CHECK(f->e);
+    f->s = vnd_store_open(f->e, dir, err, sizeof err);
+    CHECK(f->s);
+    f->h = fix_open(f->s, b);
+    fix_server_start(&f->server, f->e, b, threads);
+}
+
+static inline void fix_down(struct fix *f)
+{
+    vnd_engine_shutdown(f->e);
+    fix_server_stop(&f->server);
+    blob_put(f->h, NULL);
+    vnd_store_free(f->s);
+    vnd_engine_free(f->e);
+}
+
+/* Whether the engine has said a line with this in it; takes all lines there are. */
+static inline bool fix_said(vnd_engine *e, int cause, const char *part)
+{
+    bool hit = false;
+    vnd_event ev;
+
+    while (vnd_event_next(e, &ev, 0) == 0) {
+        if (getenv("VERBOSE"))
+            fprintf(stderr, "  said %d/%d: %s\n", ev.level, ev.cause, ev.text);
+        hit |= ev.cause == cause && strstr(ev.text, part);
+    }
+    return hit;
+}
+
+#endif
