@@ -70,7 +70,7 @@ MEMORY_SLOTS = 509          # QEMU takes at most 512; csrc/vnd.h VND_REGION_MAX
 HEADER = struct.Struct("=III")              # request, flags, payload bytes
 U64 = struct.Struct("=Q")
 VRING_STATE = struct.Struct("=II")          # index, number
-VRING_ADDR = struct.Struct("=IIQQQQQ")      # index, flags, descriptors, used, available, log
+VRING_ADDR = struct.Struct("=IIQQQQ")       # index, flags, descriptors, used, available, log
 MEMORY_HEAD = struct.Struct("=II")          # regions, padding
 REGION = struct.Struct("=QQQQ")             # guest address, bytes, user address, offset in the file
 SINGLE_REGION = struct.Struct("=QQQQQ")     # padding, then a region
