@@ -253,7 +253,7 @@ class Authenticator:
 
         response = self._client.send(method, url, headers=headers, body=body, deadline=deadline)
         status = response.status
-        if 400 <= status < 500 and status not in (408, 429) and (method == "POST" or status in (400, 401, 403)):
+        if status in (400, 401, 403) or (method == "POST" and status in (404, 405, 501)):
             http.release(response)
             return None
         if status != 200:
