@@ -130,11 +130,6 @@ enum req_verdict fuse_op_release(struct fuse_call *c)
     return fuse_reply(c, NULL, 0);
 }
 
-static void count(_Atomic uint64_t *counter, uint64_t n)
-{
-    atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
-}
-
 enum req_verdict fuse_op_read(struct fuse_call *c)
 {
     struct req *r = c->r;
@@ -167,7 +162,7 @@ enum req_verdict fuse_op_read(struct fuse_call *c)
     done = store_read(&r->wait, w->extents, n, w->iov, iov_n);
     if (done == -EINPROGRESS) {
         if (!parked_before) {
-            count(&w->counters.parked, 1);
+            fuse_count(&w->counters.parked, 1);
         }
         return REQ_PARKED;
     }
@@ -176,7 +171,7 @@ enum req_verdict fuse_op_read(struct fuse_call *c)
         return fuse_reply_error(c, done < 0 ? (int)-done : EIO);
     }
     if (!parked_before) {
-        count(&w->counters.hits, 1);
+        fuse_count(&w->counters.hits, 1);
     }
     r->ops->out_dirty(r, sizeof(h), got);
     h.len = (uint32_t)sizeof(h) + got;
@@ -185,8 +180,8 @@ enum req_verdict fuse_op_read(struct fuse_call *c)
         return REQ_NOREPLY;
     }
     r->out_len = h.len;
-    count(&w->counters.read_bytes, got);
-    count(&w->counters.fuse_requests, 1);
+    fuse_count(&w->counters.read_bytes, got);
+    fuse_count(&w->counters.fuse_requests, 1);
     return REQ_REPLY;
 }
 
@@ -201,17 +196,20 @@ struct listing {
     int err;
 };
 
-/* What stands at an entry: the node itself or what is mounted on it; for a mount's root, ".." is outside. */
+/* What stands at an entry: the node itself or what is mounted on it; above a mount's root, the directory outside. */
 static struct vfs_node entry_node(struct fuse_call *c, uint64_t ino, const char *name, uint32_t name_len)
 {
     struct vfs_node node = { c->node.fs, ino, c->node.serial };
+    vnd_attr attr;
 
-    if (name_len == 2 && name[0] == '.' && name[1] == '.') {
-        vfs_covered(c->s->vfs, &c->node, &node);
+    if (name_len == 1 && name[0] == '.') {
+        return node;
     }
-    if (name_len != 1 || name[0] != '.') {
-        vfs_cover(c->s->vfs, &node);
+    if (name_len == 2 && name[0] == '.' && name[1] == '.' && vfs_is_mount_root(c->s->vfs, &c->node)) {
+        vfs_lookup(c->s->vfs, &c->node, "..", 2, &node, &attr);
+        return node;
     }
+    vfs_cover(c->s->vfs, &node);
     return node;
 }
 

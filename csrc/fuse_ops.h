@@ -45,6 +45,12 @@ static inline uint8_t *fuse_scratch(struct fuse_call *c)
     return c->w->scratch + sizeof(struct fuse_out_header);
 }
 
+/* Adds to one of the worker's own counters: no other thread writes them, so no locked instruction. */
+static inline void fuse_count(_Atomic uint64_t *counter, uint64_t n)
+{
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
+}
+
 enum req_verdict fuse_op_lookup(struct fuse_call *c);
 enum req_verdict fuse_op_getattr(struct fuse_call *c);
 enum req_verdict fuse_op_readlink(struct fuse_call *c);

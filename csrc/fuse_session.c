@@ -25,7 +25,7 @@ static enum req_verdict reply_bytes(struct fuse_call *c, const void *reply, uint
         return REQ_NOREPLY;
     }
     r->out_len = total;
-    atomic_fetch_add_explicit(&c->w->counters.fuse_requests, 1, memory_order_relaxed);
+    fuse_count(&c->w->counters.fuse_requests, 1);
     return REQ_REPLY;
 }
 
@@ -34,7 +34,7 @@ enum req_verdict fuse_reply_error(struct fuse_call *c, int error)
     struct fuse_out_header h = { .len = FUSE_HDR, .error = -error, .unique = c->r->in.unique };
 
     if (error != ENOENT && error != ENODATA && error != ENOSYS) {
-        atomic_fetch_add_explicit(&c->w->counters.fuse_errors, 1, memory_order_relaxed);
+        fuse_count(&c->w->counters.fuse_errors, 1);
     }
     if (c->r->out_cap < FUSE_HDR) {
         c->r->out_len = 0;

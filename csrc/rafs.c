@@ -151,19 +151,20 @@ static int open_blobs(struct vnd_rafs *r, const struct rafs_error *e)
 
 static int open_version(struct vnd_rafs *r, const struct rafs_error *e)
 {
-    for (size_t i = 0; i < sizeof(versions) / sizeof(versions[0]); i++) {
-        if (versions[i]->detect(r->base, r->size)) {
-            r->version = versions[i];
-            r->fs.ops = r->version->fs_ops;
-            return r->version->open(r, e);
-        }
-    }
+    /* Version 5 is told by its first bytes, whatever stands at 1024 (rafs-format 1.1). */
     if (r->size >= 8 && rafs_le32(r->base) == RAFS_V5_MAGIC) {
         uint32_t version = rafs_le32(r->base + 4);
 
         return version == V5_VERSION
             ? rafs_fail(e, VND_CAUSE_FORMAT, "RAFS v5 is not supported yet: convert the image to v6")
             : rafs_fail(e, VND_CAUSE_FORMAT, "RAFS version 0x%x is not supported", version);
+    }
+    for (size_t i = 0; i < sizeof(versions) / sizeof(versions[0]); i++) {
+        if (versions[i]->detect(r->base, r->size)) {
+            r->version = versions[i];
+            r->fs.ops = r->version->fs_ops;
+            return r->version->open(r, e);
+        }
     }
     return rafs_fail(e, VND_CAUSE_FORMAT, "not a RAFS bootstrap");
 }

@@ -140,15 +140,11 @@ bool vfs_cover(struct vnd_vfs *v, struct vfs_node *node)
     return table_cover(table_of(v), node);
 }
 
-bool vfs_covered(struct vnd_vfs *v, const struct vfs_node *node, struct vfs_node *on)
+bool vfs_is_mount_root(struct vnd_vfs *v, const struct vfs_node *node)
 {
     const struct vfs_mount *m = node->serial ? mount_find(table_of(v), node->serial) : NULL;
 
-    if (!m || m->root_ino != node->ino) {
-        return false;
-    }
-    *on = m->on;
-    return true;
+    return m && m->root_ino == node->ino;
 }
 
 int vfs_resolve(struct vnd_vfs *v, uint64_t nodeid, struct vfs_node *out)

@@ -27,8 +27,7 @@ int vfs_lookup(struct vnd_vfs *v, const struct vfs_node *dir, const char *name, 
                vnd_attr *attr);
 /* Replaces a node that something is mounted on by the root of that mount: true if it did. */
 bool vfs_cover(struct vnd_vfs *v, struct vfs_node *node);
-/* The directory that a mount's root is mounted on: true if node is one. */
-bool vfs_covered(struct vnd_vfs *v, const struct vfs_node *node, struct vfs_node *on);
+bool vfs_is_mount_root(struct vnd_vfs *v, const struct vfs_node *node);
 int vfs_has_xattr(struct vnd_vfs *v);       /* 0: something is mounted and none of it has any */
 
 int vfs_session_kind(struct vnd_vfs *v);

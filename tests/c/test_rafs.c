@@ -1,0 +1,443 @@
+/* test_rafs.c -- the RAFS v6 reader on images made here: what it reads, and what it refuses. */
+#include <dirent.h>
+#include <errno.h>
+
+#include "check.h"
+#include "rafs.h"
+#include "rafs_int.h"
+#include "store_stub.h"
+#include "v6_image.h"
+
+#define FLAGS (0x1u | 0x4u | 0x10u | 0x20u)     /* no compression, blake3, explicit ids, xattrs */
+
+static vnd_engine *engine;
+
+static vnd_rafs *open_bytes(const void *bytes, size_t len, int *cause, char err[VND_ERR_MAX])
+{
+    char path[32];
+    int fd = img_fd(bytes, len, path);
+    vnd_rafs *r = vnd_rafs_open(engine, path, NULL, NULL, cause, err, VND_ERR_MAX);
+
+    close(fd);
+    return r;
+}
+
+static vnd_rafs *open_image(const struct img *m)
+{
+    char err[VND_ERR_MAX] = "";
+    int cause = 0;
+    vnd_rafs *r = open_bytes(m->b, sizeof(m->b), &cause, err);
+
+    if (!r) {
+        fprintf(stderr, "%s\n", err);
+    }
+    CHECK(r);
+    return r;
+}
+
+static void refused(const struct img *m, size_t len, int cause, const char *word)
+{
+    char err[VND_ERR_MAX] = "";
+    int got = 0;
+    vnd_rafs *r = open_bytes(m->b, len, &got, err);
+
+    if (r || got != cause || !strstr(err, word)) {
+        fprintf(stderr, "%s, cause %d, line '%s', wanted '%s'\n", r ? "opened" : "refused", got, err, word);
+        exit(1);
+    }
+}
+
+static uint64_t find(vnd_rafs *r, uint64_t dir, const char *name)
+{
+    uint64_t ino = 0;
+
+    CHECK_EQ(vnd_rafs_lookup(r, dir, name, &ino), 0);
+    return ino;
+}
+
+static void test_tree(void)
+{
+    struct img m;
+    struct img_nids n;
+    vnd_dirent d[64];
+    vnd_rafs_info info;
+    vnd_blob_info blob;
+    vnd_attr a;
+    uint64_t off = 0, ino;
+    char buf[64], name[16];
+    int got, total = 0;
+
+    img_init(&m, FLAGS);
+    n = img_tree(&m);
+    vnd_rafs *r = open_image(&m);
+
+    vnd_rafs_info_get(r, &info);
+    CHECK_EQ(info.fs_version, 6);
+    CHECK_EQ(info.root_ino, IMG_ROOT);
+    CHECK_EQ(info.blob_count, 1);
+    CHECK_EQ(vnd_rafs_blob_info(r, 0, &blob), 0);
+    CHECK_EQ(blob.chunk_count, IMG_BLOB_CHUNKS);
+    CHECK_EQ(strspn(blob.id, "a"), 64);
+    CHECK_EQ(vnd_rafs_blob_info(r, 1, &blob), -EINVAL);
+    CHECK_EQ(find(r, IMG_ROOT, "file"), n.file);
+    CHECK_EQ(find(r, IMG_ROOT, "hard"), n.file);
+    CHECK_EQ(find(r, n.deep, ".."), n.sub);
+    CHECK_EQ(find(r, n.deep, "."), n.deep);
+    CHECK_EQ(find(r, IMG_ROOT, ".."), IMG_ROOT);
+    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "fil", &ino), -ENOENT);
+    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "filee", &ino), -ENOENT);
+    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "\001", &ino), -ENOENT);
+    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "zz", &ino), -ENOENT);
+    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "", &ino), -EINVAL);
+    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "a/b", &ino), -EINVAL);
+    CHECK_EQ(vnd_rafs_lookup(r, n.file, "x", &ino), -ENOTDIR);
+
+    CHECK_EQ(vnd_rafs_getattr(r, n.file, &a), 0);
+    CHECK_EQ(a.size_bytes, IMG_FILE_SIZE);
+    CHECK_EQ(a.blocks, (IMG_FILE_SIZE + 511) / 512);
+    CHECK_EQ(a.mode, S_IFREG | 0644);
+    CHECK_EQ(a.nlink, 2);
+    CHECK_EQ(a.uid, 1000);
+    CHECK_EQ(a.gid, 100000);
+    CHECK_EQ(a.mtime_s, 1600000000);
+    CHECK_EQ(a.mtime_nsec, 123456789);
+    CHECK_EQ(vnd_rafs_getattr(r, n.dev, &a), 0);
+    CHECK_EQ(a.rdev, 5 << 8 | 1);
+    CHECK_EQ(vnd_rafs_getattr(r, 1u << 20, &a), -EIO);
+    CHECK_EQ(vnd_rafs_getattr(r, UINT64_MAX, &a), -EIO);
+
+    /* The large directory, three entries at a time, each found again by name. */
+    while ((got = vnd_rafs_readdir(r, n.big, off, d, 3)) > 0) {
+        for (int i = 0; i < got; i++) {
+            CHECK_EQ(find(r, n.big, d[i].name), d[i].ino);
+            if (total >= 2) {
+                snprintf(name, sizeof(name), "n%03d", total - 2);
+                CHECK(strcmp(d[i].name, name) == 0);
+                CHECK_EQ(d[i].type, DT_REG);
+            }
+            total++;
+        }
+        off = d[got - 1].next_off;
+    }
+    CHECK_EQ(got, 0);
+    CHECK_EQ(total, IMG_MANY + 2);
+    CHECK_EQ(vnd_rafs_readdir(r, n.big, UINT64_MAX, d, 3), 0);
+    CHECK_EQ(vnd_rafs_readdir(r, n.file, 0, d, 3), -ENOTDIR);
+
+    CHECK_EQ(vnd_rafs_readlink(r, n.link, NULL, 0), 11);
+    CHECK_EQ(vnd_rafs_readlink(r, n.link, buf, 11), 11);
+    CHECK(memcmp(buf, "target/path", 11) == 0);
+    CHECK_EQ(vnd_rafs_readlink(r, n.link, buf, 10), -ERANGE);
+    CHECK_EQ(vnd_rafs_readlink(r, n.file, buf, sizeof(buf)), -EINVAL);
+
+    CHECK_EQ(vnd_rafs_listxattr(r, n.xfile, NULL, 0), 22);
+    CHECK_EQ(vnd_rafs_listxattr(r, n.xfile, buf, sizeof(buf)), 22);
+    CHECK(memcmp(buf, "user.foo\0security.cap", 22) == 0);
+    CHECK_EQ(vnd_rafs_listxattr(r, n.xfile, buf, 21), -ERANGE);
+    CHECK_EQ(vnd_rafs_getxattr(r, n.xfile, "user.foo", buf, sizeof(buf)), 5);
+    CHECK(memcmp(buf, "hello", 5) == 0);
+    CHECK_EQ(vnd_rafs_getxattr(r, n.xfile, "user.foo", buf, 4), -ERANGE);
+    CHECK_EQ(vnd_rafs_getxattr(r, n.xfile, "user.fo", buf, 4), -ENODATA);
+    CHECK_EQ(vnd_rafs_getxattr(r, n.xfile, "security.cap", NULL, 0), 4);
+    CHECK_EQ(vnd_rafs_getxattr(r, n.file, "user.foo", buf, 4), -ENODATA);
+    CHECK_EQ(vnd_rafs_listxattr(r, n.file, buf, 4), 0);
+    vnd_rafs_free(r);
+}
+
+static void test_compact_and_owner(void)
+{
+    struct img m;
+    struct img_nids n;
+    vnd_attr a;
+
+    img_init(&m, 0x1 | 0x4);                /* ids are the daemon's */
+    n = img_tree(&m);
+    memset(m.b + img_off(n.empty), 0, 64);
+    img_16(&m, img_off(n.empty), 4 << 1);
+    img_16(&m, img_off(n.empty) + 4, S_IFREG | 0640);
+    img_16(&m, img_off(n.empty) + 6, 1);
+    img_16(&m, img_off(n.empty) + 24, 7);
+    vnd_rafs *r = open_image(&m);
+
+    CHECK_EQ(vnd_rafs_getattr(r, n.empty, &a), 0);
+    CHECK_EQ(a.mode, S_IFREG | 0640);
+    CHECK_EQ(a.mtime_s, 1234);
+    CHECK_EQ(a.uid, geteuid());
+    CHECK_EQ(vnd_rafs_getattr(r, n.file, &a), 0);
+    CHECK_EQ(a.uid, geteuid());
+    vnd_rafs_free(r);
+}
+
+/* Extents go to the blob; here there is none, so blobs are put in by hand. */
+static void test_extents(void)
+{
+    struct extent x[STORE_EXTENTS_MAX];
+    struct vnd_blob *blob = (struct vnd_blob *)&engine;
+    struct img m;
+    struct img_nids n;
+    uint32_t got;
+
+    img_init(&m, FLAGS);
+    n = img_tree(&m);
+    vnd_rafs *r = open_image(&m);
+    struct fs *fs = rafs_fs(r);
+
+    CHECK_EQ(fs->ops->extents(fs, n.file, 0, 10, x, 4, &got), -ENODEV);
+    r->blobs[0].blob = blob;
+    CHECK_EQ(fs->ops->extents(fs, n.file, 100, 5000, x, 4, &got), 2);
+    CHECK_EQ(got, 5000);
+    CHECK_EQ(x[0].chunk, 3);
+    CHECK_EQ(x[0].chunk_off, 100);
+    CHECK_EQ(x[0].uoff, 3 * 4096 + 100);
+    CHECK_EQ(x[0].len, 3996);
+    CHECK_EQ(x[1].chunk, 4);
+    CHECK_EQ(x[1].uoff, 4 * 4096);
+    CHECK_EQ(x[1].len, 1004);
+    CHECK_EQ(fs->ops->extents(fs, n.file, 0, UINT32_MAX, x, STORE_EXTENTS_MAX, &got), 11);
+    CHECK_EQ(got, IMG_FILE_SIZE);
+    CHECK_EQ(x[10].len, 100);
+    CHECK_EQ(fs->ops->extents(fs, n.file, 0, UINT32_MAX, x, 2, &got), 2);
+    CHECK_EQ(got, 8192);
+    CHECK_EQ(fs->ops->extents(fs, n.file, IMG_FILE_SIZE, 1, x, 4, &got), 0);
+    CHECK_EQ(fs->ops->extents(fs, n.file, UINT64_MAX, 1, x, 4, &got), 0);
+    CHECK_EQ(fs->ops->extents(fs, n.sub, 0, 1, x, 4, &got), -EISDIR);
+    CHECK_EQ(fs->ops->extents(fs, n.link, 0, 1, x, 4, &got), -EINVAL);
+    r->blobs[0].blob = NULL;
+    vnd_rafs_free(r);
+}
+
+static int count_put(void *ctx, const struct blob_chunk *c)
+{
+    uint32_t *count = ctx;
+
+    CHECK_EQ(c->digest[0], c->index + 1);
+    return ++*count == 5;
+}
+
+static void test_chunks(void)
+{
+    vnd_chunk_info c[16];
+    struct img m;
+    struct img_nids n;
+    uint32_t count = 0;
+
+    img_init(&m, FLAGS);
+    n = img_tree(&m);
+    vnd_rafs *r = open_image(&m);
+
+    CHECK_EQ(vnd_rafs_chunks(r, n.file, 0, c, 16), 11);
+    CHECK_EQ(c[10].file_off, 40960);
+    CHECK_EQ(c[10].chunk_index, 13);
+    CHECK_EQ(c[10].usize_bytes, 100);
+    CHECK_EQ(c[10].digest_known, 1);
+    CHECK_EQ(c[10].digest[5], 14);
+    CHECK_EQ(c[10].coff, 13 * 4096);
+    CHECK_EQ(vnd_rafs_chunks(r, n.file, 10, c, 16), 1);
+    CHECK_EQ(vnd_rafs_chunks(r, n.file, 11, c, 16), 0);
+    CHECK_EQ(vnd_rafs_chunks(r, n.file, UINT64_MAX, c, 16), 0);
+    CHECK_EQ(vnd_rafs_chunks(r, n.sub, 0, c, 16), -EISDIR);
+    CHECK_EQ(rafs_blob_chunks(r, 0, count_put, &count), 1);
+    CHECK_EQ(count, 5);
+    count = 100;
+    CHECK_EQ(rafs_blob_chunks(r, 0, count_put, &count), 0);
+    CHECK_EQ(count, 111);
+    CHECK_EQ(rafs_blob_chunks(r, 7, count_put, &count), 0);
+    vnd_rafs_free(r);
+}
+
+/* One fault each: what open refuses. */
+static void test_refused(void)
+{
+    struct img good, m;
+
+    img_init(&good, FLAGS);
+    img_tree(&good);
+#define BREAK(change, cause, word) do { m = good; change; refused(&m, sizeof(m.b), cause, word); } while (0)
+    BREAK(img_32(&m, 1024, 7), VND_CAUSE_FORMAT, "not a RAFS bootstrap");
+    BREAK(img_32(&m, 0, 0x52414653); img_32(&m, 4, 0x500), VND_CAUSE_FORMAT, "RAFS v5");
+    BREAK(img_32(&m, 1024 + 8, 0), VND_CAUSE_FORMAT, "plain EROFS");
+    BREAK(img_32(&m, 1024 + 80, 0x1c), VND_CAUSE_FORMAT, "0x10");
+    BREAK(m.b[1024 + 12] = 13, VND_CAUSE_FORMAT, "block size");
+    BREAK(img_16(&m, 1024 + 14, 60000), VND_CAUSE_FORMAT, "root inode");
+    BREAK(img_32(&m, 1024 + 40, 0x7fffffff), VND_CAUSE_FORMAT, "root inode");
+    BREAK(img_64(&m, 1152, FLAGS | 0x400), VND_CAUSE_FORMAT, "0x400");
+    BREAK(img_64(&m, 1152, FLAGS | 1ull << 40), VND_CAUSE_FORMAT, "feature");
+    BREAK(img_64(&m, 1152, FLAGS | 0x80), VND_CAUSE_FORMAT, "one compressor");
+    BREAK(img_64(&m, 1152, FLAGS | 0x8), VND_CAUSE_FORMAT, "one digest");
+    BREAK(img_64(&m, 1152 + 8, 4097), VND_CAUSE_FORMAT, "blob table");
+    BREAK(img_64(&m, 1152 + 8, UINT64_MAX - 4095), VND_CAUSE_FORMAT, "blob table");
+    BREAK(img_32(&m, 1152 + 16, 255), VND_CAUSE_FORMAT, "blob table");
+    BREAK(img_32(&m, 1152 + 20, 12288), VND_CAUSE_FORMAT, "chunk size");
+    BREAK(img_64(&m, 1152 + 32, UINT64_MAX - 79), VND_CAUSE_FORMAT, "chunk table");
+    BREAK(img_64(&m, 1152 + 24, 4096), VND_CAUSE_FORMAT, "overlap");
+    BREAK(img_64(&m, 1152 + 8, 12288), VND_CAUSE_FORMAT, "overlap");
+    BREAK(img_64(&m, 1152 + 40, 1 << 30); img_32(&m, 1152 + 48, 4), VND_CAUSE_FORMAT, "prefetch table");
+    BREAK(img_16(&m, 1024 + 86, 2), VND_CAUSE_FORMAT, "devices");
+    BREAK(img_16(&m, 1024 + 88, 0), VND_CAUSE_FORMAT, "device table");
+    BREAK(m.b[1408] = 'b', VND_CAUSE_FORMAT, "name different blobs");
+    BREAK(m.b[4096 + 3] = '/', VND_CAUSE_FORMAT, "id");
+    BREAK(m.b[4096 + 3] = 0, VND_CAUSE_FORMAT, "id");
+    BREAK(memset(m.b + 4096, 0, 64), VND_CAUSE_FORMAT, "id");
+    BREAK(img_32(&m, 4096 + 84, 0x1001), VND_CAUSE_FORMAT, "feature 0x1000");
+    BREAK(img_32(&m, 4096 + 84, 0x101), VND_CAUSE_FORMAT, "encrypted");
+    BREAK(img_32(&m, 4096 + 216, 1), VND_CAUSE_FORMAT, "encrypted");
+    BREAK(img_32(&m, 4096 + 64, 1), VND_CAUSE_FORMAT, "out of range");
+    BREAK(img_32(&m, 4096 + 76, 4), VND_CAUSE_FORMAT, "out of range");
+    BREAK(img_32(&m, 4096 + 72, (1 << 24) + 1), VND_CAUSE_FORMAT, "out of range");
+    BREAK(img_64(&m, 4096 + 96, 1ull << 45), VND_CAUSE_FORMAT, "out of range");
+    BREAK(img_16(&m, img_off(IMG_ROOT) + 4, S_IFREG), VND_CAUSE_FORMAT, "not a directory");
+#undef BREAK
+    refused(&good, sizeof(good.b) - 1, VND_CAUSE_FORMAT, "truncated");
+    refused(&good, 8192, VND_CAUSE_FORMAT, "truncated");
+    refused(&good, 1024, VND_CAUSE_FORMAT, "not a RAFS bootstrap");
+    refused(&good, 0, VND_CAUSE_FORMAT, "not a RAFS bootstrap");
+}
+
+static void check_says(const struct img *m, const char *word)
+{
+    char out[8192];
+    vnd_rafs *r = open_image(m);
+    int n = vnd_rafs_check(r, 50, out, sizeof(out));
+
+    if (word ? n < 1 || !strstr(out, word) : n != 0) {
+        fprintf(stderr, "%d faults, wanted '%s':\n%s\n", n, word ? word : "none", out);
+        exit(1);
+    }
+    vnd_rafs_free(r);
+}
+
+/* One fault each: what the walk finds. */
+static void test_check(void)
+{
+    struct img good, m;
+    struct img_nids n;
+    uint32_t root_dir = img_off(IMG_ROOT) + 64, entry = root_dir + 5 * 12, name;    /* "file" */
+
+    img_init(&good, FLAGS);
+    n = img_tree(&good);
+    check_says(&good, NULL);
+#define BREAK(change, word) do { m = good; change; check_says(&m, word); } while (0)
+    name = root_dir + rafs_le16(good.b + entry + 8);
+    BREAK(m.b[name] = 'z', "ascending");
+    BREAK(m.b[name] = '/', "'/' or NUL");
+    BREAK(m.b[name] = 0, "'/' or NUL");
+    BREAK(m.b[entry + 10] = 2, "type");
+    BREAK(img_64(&m, entry, 1 << 20), "malformed or outside");
+    BREAK(img_64(&m, entry, n.empty), "link count");
+    BREAK(img_16(&m, root_dir + 8, 11), "malformed directory block");
+    BREAK(img_16(&m, root_dir + 12 + 8, 0xffff), "malformed directory entry");
+    BREAK(img_64(&m, root_dir + 8 * 12, IMG_ROOT), "twice");
+    BREAK(img_64(&m, img_off(n.sub) + 64 + 24, IMG_ROOT), "twice");
+    BREAK(img_64(&m, img_off(n.sub) + 64 + 12, n.sub), "not its parent");
+    BREAK(img_64(&m, img_off(n.sub) + 64, IMG_ROOT), "another inode");
+    BREAK(img_32(&m, img_off(n.sub) + 44, 9), "link count");
+    BREAK(img_32(&m, img_off(n.file) + 44, 9), "link count 9, names 2");
+    BREAK(img_16(&m, img_off(n.file) + 64 + 2, 2), "chunk index");
+    BREAK(img_16(&m, img_off(n.file) + 64 + 2, 0), "chunk index");
+    BREAK(img_16(&m, img_off(n.file) + 64, IMG_BLOB_CHUNKS), "chunk index");
+    BREAK(img_32(&m, img_off(n.file) + 64 + 4, IMG_BLOB_CHUNKS), "outside its blob");
+    BREAK(img_64(&m, img_off(n.file) + 8, 1ull << 62), "chunk index");
+    BREAK(img_16(&m, img_off(n.file), 1), "not chunk-based");
+    BREAK(img_16(&m, img_off(n.xfile) + 2, 6), "xattrs");
+    BREAK(m.b[img_off(n.xfile) + 64 + 4] = 1, "xattrs");
+    BREAK(m.b[img_off(n.xfile) + 64 + 13] = 5, "xattrs");
+    BREAK(img_64(&m, img_off(n.link) + 8, 5000), "symlink");
+    BREAK(img_64(&m, img_off(n.link) + 8, 0), "symlink");
+    BREAK(m.b[img_off(n.link) + 64 + 3] = 0, "symlink");
+    BREAK(img_64(&m, img_off(n.dev) + 8, 5), "with a size");
+    BREAK(img_32(&m, img_off(n.file) + 40, 1000000000), "mtime");
+    BREAK(img_64(&m, 1152, FLAGS & ~0x20u), "none has");
+    BREAK(img_64(&m, 1152 + 40, 8000); img_32(&m, 1152 + 48, 4); img_32(&m, 8000, 1 << 20), "prefetch");
+    BREAK(img_32(&m, IMG_CHUNKS_OFF + 32, 1), "names blob 1");
+    BREAK(img_32(&m, IMG_CHUNKS_OFF + 72, 999), "index 999");
+    BREAK(img_32(&m, IMG_CHUNKS_OFF + 44, 0), "bad sizes");
+    BREAK(img_32(&m, IMG_CHUNKS_OFF + 40, 1), "bad sizes");
+    BREAK(img_64(&m, IMG_CHUNKS_OFF + 48, 1ull << 50), "outside its blob");
+    BREAK(memset(m.b + IMG_CHUNKS_OFF, 0, 32), "no digest");
+#undef BREAK
+}
+
+static void test_check_stops_at_max(void)
+{
+    struct img m;
+    char out[100];
+
+    img_init(&m, FLAGS);
+    img_tree(&m);
+    for (int i = 0; i < 11; i++) {
+        img_32(&m, IMG_CHUNKS_OFF + 80 * i + 44, 0);
+    }
+    vnd_rafs *r = open_image(&m);
+
+    CHECK_EQ(vnd_rafs_check(r, 3, out, sizeof(out)), 3);
+    CHECK_EQ(vnd_rafs_check(r, 100, out, 1), 11);       /* counted where there is no room to say */
+    vnd_rafs_free(r);
+}
+
+static void test_placeholder_id(void)
+{
+    char path[32], err[VND_ERR_MAX], real[65];
+    vnd_blob_info blob;
+    struct img m;
+    int cause, fd;
+
+    img_init(&m, FLAGS);
+    img_tree(&m);
+    memset(m.b + 4096, 'x', 64);
+    memset(m.b + 1408, 'x', 64);
+    memset(real, 'b', 64);
+    real[64] = 0;
+    fd = img_fd(m.b, sizeof(m.b), path);
+    vnd_rafs *r = vnd_rafs_open(engine, path, real, NULL, &cause, err, sizeof(err));
+
+    CHECK(r);
+    CHECK_EQ(vnd_rafs_blob_info(r, 0, &blob), 0);
+    CHECK(strcmp(blob.id, real) == 0);
+    vnd_rafs_free(r);
+    CHECK(!vnd_rafs_open(engine, path, "../etc", NULL, &cause, err, sizeof(err)));
+    CHECK_EQ(cause, VND_CAUSE_FORMAT);
+    close(fd);
+}
+
+/* The file is cut short while it is mapped: errors, no crash. */
+static void test_truncated_under_us(void)
+{
+    char path[32], err[VND_ERR_MAX], out[4096];
+    struct img m;
+    struct img_nids n;
+    vnd_attr a;
+    uint64_t ino;
+    int cause, fd;
+
+    img_init(&m, FLAGS);
+    n = img_tree(&m);
+    fd = img_fd(m.b, sizeof(m.b), path);
+    vnd_rafs *r = vnd_rafs_open(engine, path, NULL, NULL, &cause, err, sizeof(err));
+
+    CHECK(r);
+    CHECK_EQ(ftruncate(fd, 4096), 0);
+    CHECK_EQ(vnd_rafs_getattr(r, n.file, &a), -EIO);
+    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "file", &ino), -EIO);
+    CHECK(vnd_rafs_check(r, 10, out, sizeof(out)) > 0);
+    vnd_rafs_free(r);
+    close(fd);
+}
+
+int main(void)
+{
+    engine = vnd_engine_new(&(vnd_engine_cfg){ 0 });
+    CHECK(engine);
+    test_tree();
+    test_compact_and_owner();
+    test_extents();
+    test_chunks();
+    test_refused();
+    test_check();
+    test_check_stops_at_max();
+    test_placeholder_id();
+    test_truncated_under_us();
+    vnd_engine_shutdown(engine);
+    vnd_engine_free(engine);
+    puts("test_rafs: ok");
+    return 0;
+}
