@@ -371,7 +371,8 @@ class _Handler(BaseHTTPRequestHandler):
         """To the registry behind; the fault is put into its answer's body."""
         connection = http.client.HTTPConnection(self.faulty.upstream, timeout=30)
         sent = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}
-        connection.request(self.command, self.path, body=self.body or None, headers={**sent, "Host": self.headers["Host"]})
+        connection.request(self.command, self.path, body=self.body or None,
+                           headers={**sent, "Host": self.headers["Host"]})
         answer = connection.getresponse()
         headers = {name: value for name, value in answer.getheaders()
                    if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server")}

@@ -82,7 +82,8 @@ def print_summary(result: "ConvertResult") -> None:
     for layer in result.layers:
         there = "" if layer.pushed else ", was there" if layer.blob_digest else ", no file data"
         print(f"layer {layer.source_digest[7:19]}  {layer.source_bytes / mib:8.1f} MiB -> "
-              f"{layer.blob_bytes / mib:8.1f} MiB  {layer.chunks} chunks, {layer.deduplicated_bytes / mib:.1f} MiB deduplicated{there}")
+              f"{layer.blob_bytes / mib:8.1f} MiB  {layer.chunks} chunks, "
+              f"{layer.deduplicated_bytes / mib:.1f} MiB deduplicated{there}")
     change = (result.target_bytes / result.source_bytes - 1) * 100 if result.source_bytes else 0.0
     print(f"{result.target} is {result.manifest_digest}\n{result.source_bytes / mib:.1f} MiB -> "
           f"{result.target_bytes / mib:.1f} MiB ({change:+.0f} %), bootstrap {result.bootstrap_bytes / mib:.1f} MiB, "

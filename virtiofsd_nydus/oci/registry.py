@@ -26,12 +26,12 @@ PUT_TIMEOUT_S = 300.0
 class RegistryStore:
     """store.ImageStore of one repository. Thread-safe."""
 
-    def __init__(self, reference: Reference, *, plain_http: bool = False, credentials: Credentials | None = None,
+    def __init__(self, reference: Reference, *, scheme: str = "https", credentials: Credentials | None = None,
                  ca_cert_files: Iterable[str] = (), skip_verify: bool = False) -> None:
         self.name = str(reference)
         self.host = reference.api_host
         self.repo = reference.repo
-        self.scheme = default_scheme(self.host, plain_http)
+        self.scheme = scheme
         self.credentials = credentials
         self.ca_cert_files = tuple(ca_cert_files)
         self.skip_verify = skip_verify
@@ -45,9 +45,13 @@ class RegistryStore:
     @classmethod
     def open(cls, reference: Reference, *, plain_http: bool = False, creds: str = "",
              ca_cert_files: Iterable[str] = (), skip_verify: bool = False) -> Self:
-        """With the login of --creds (USER:PASSWORD), else of docker's configuration, else none."""
+        """With the login of --creds (USER:PASSWORD), else of docker's configuration, else none. A loopback registry is
+        spoken to in plain HTTP unless it turns out to want TLS."""
         credentials = parse_creds(creds) if creds else find_docker_credentials(reference.host)
-        return cls(reference, plain_http=plain_http, credentials=credentials, ca_cert_files=ca_cert_files,
+        scheme = default_scheme(reference.api_host, plain_http)
+        if scheme == "http" and not plain_http and _wants_tls(reference.api_host):
+            scheme = "https"
+        return cls(reference, scheme=scheme, credentials=credentials, ca_cert_files=ca_cert_files,
                    skip_verify=skip_verify)
 
     def close(self) -> None:
@@ -158,6 +162,19 @@ class RegistryStore:
     def _remember(self, descriptor: Descriptor) -> None:
         with self._lock:
             self._known.add(descriptor.digest)
+
+
+def _wants_tls(host: str) -> bool:
+    """Whether a plain request is answered by the complaint that it is not TLS. (A HEAD would not tell.)"""
+    client = http.HttpClient(read_timeout_s=READ_TIMEOUT_S, connect_timeout_s=CONNECT_TIMEOUT_S)
+    url = f"http://{host}/v2/"
+    try:
+        http.check_status(client.send("GET", url), url, "the registry")
+    except Failure as failure:
+        return failure.cause is Cause.SCHEME    # whatever else is wrong the first real request will tell
+    finally:
+        client.close()
+    return False
 
 
 class _CountedFile:

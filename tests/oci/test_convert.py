@@ -1,0 +1,277 @@
+"""convert against real registries, with skopeo as the other side."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.oci.conftest import BIG, LAYERS, make_tar, skopeo, write_image
+from tests.peers.faulty_server import FaultyServer
+from tests.peers.registry import LocalRegistry
+from virtiofsd_nydus.oci.manifest import MEDIA_LAYER_GZIP, MEDIA_NYDUS_BLOB, get_host_platform
+
+pytestmark = pytest.mark.peer
+
+
+def read_layout(directory: Path, tag: str) -> tuple[dict, dict]:
+    """Manifest and configuration of a tag."""
+    index = json.loads((directory / "index.json").read_bytes())
+    entry = next(one for one in index["manifests"] if one["annotations"]["org.opencontainers.image.ref.name"] == tag)
+    manifest = json.loads(blob(directory, entry["digest"]))
+    return manifest, json.loads(blob(directory, manifest["config"]["digest"]))
+
+
+def blob(directory: Path, digest: str) -> bytes:
+    data = (directory / "blobs/sha256" / digest[7:]).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == digest[7:]
+    return data
+
+
+def test_the_manifest_is_what_nydus_tools_expect(convert, image: Path, registry: LocalRegistry, tmp_path: Path) -> None:
+    result = convert(f"oci:{image}:t", f"docker://{registry.host}/form/a:n")
+    raw = skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{registry.host}/form/a:n")
+    assert hashlib.sha256(raw.encode()).hexdigest() == result["manifest_digest"][7:]
+    skopeo("copy", "--insecure-policy", "--src-tls-verify=false", f"docker://{registry.host}/form/a:n",
+           f"oci:{tmp_path / 'copy'}:c")
+    manifest, config = read_layout(tmp_path / "copy", "c")
+    assert manifest == json.loads(raw)
+    *blobs, bootstrap = manifest["layers"]
+    assert [one["mediaType"] for one in blobs] == [MEDIA_NYDUS_BLOB] * 2      # the third layer has no file data
+    assert all(one["annotations"] == {"containerd.io/snapshot/nydus-blob": "true"} for one in blobs)
+    assert bootstrap["mediaType"] == MEDIA_LAYER_GZIP
+    assert bootstrap["annotations"] == {"containerd.io/snapshot/nydus-bootstrap": "true",
+                                        "containerd.io/snapshot/nydus-fs-version": "6"}
+    assert manifest["annotations"] == {"a.note": "kept"}
+    assert [one["blob_digest"] for one in result["layers"]] == [blobs[0]["digest"], blobs[1]["digest"], ""]
+    assert result["target_bytes"] == sum(one["size"] for one in manifest["layers"])
+    # blob id = digest = diff id; the bootstrap's diff id is that of its tar
+    with tarfile.open(tmp_path / "copy/blobs/sha256" / bootstrap["digest"][7:]) as archive:
+        members = archive.getmembers()
+        boot = archive.extractfile("image/image.boot")
+        assert boot is not None
+        data = boot.read()
+    assert [(one.name, one.mode, one.isdir(), one.mtime, one.uid) for one in members] == [
+        ("image", 0o755, True, 0, 0), ("image/image.boot", 0o444, False, 0, 0)]
+    assert data[1024:1028] == bytes.fromhex("e2e1f5e0")     # EROFS
+    assert len(data) == result["bootstrap_bytes"]
+    import gzip
+
+    tar = gzip.decompress(blob(tmp_path / "copy", bootstrap["digest"]))
+    assert config["rootfs"]["diff_ids"] == [blobs[0]["digest"], blobs[1]["digest"],
+                                            f"sha256:{hashlib.sha256(tar).hexdigest()}"]
+    assert config["config"] == {"Cmd": ["/bin/true"], "Env": ["A=b"]}
+    full = [one for one in config["history"] if not one.get("empty_layer")]
+    assert len(full) == len(config["rootfs"]["diff_ids"])
+    assert full[-1] == {"created_by": "Nydus Converter", "comment": "Nydus Bootstrap Layer"}
+
+
+def test_the_same_image_from_anywhere_gives_the_same_digest(convert, image: Path, registry: LocalRegistry,
+                                                            tmp_path: Path) -> None:
+    first = convert(f"oci:{image}:t", f"docker://{registry.host}/same/a:1")
+    skopeo("copy", "--insecure-policy", "--dest-tls-verify=false", f"oci:{image}:t",
+           f"docker://{registry.host}/same/src:t")
+    skopeo("copy", "--insecure-policy", f"oci:{image}:t", f"docker-archive:{tmp_path / 'a.tar'}:x:y")
+    for compression in ("zstd", ["none", "zstd", "gzip"]):
+        write_image(tmp_path / f"layout-{len(compression)}", LAYERS, compression)
+    sources = [f"oci:{image}:t", f"docker://{registry.host}/same/src:t", f"docker-archive:{tmp_path / 'a.tar'}",
+               f"docker://{registry.host}/same/src@{first['source_digest']}", f"oci:{tmp_path / 'layout-4'}",
+               f"oci:{tmp_path / 'layout-3'}:t"]
+    blobs = [one["blob_digest"] for one in first["layers"]]
+    for source in sources:
+        again = convert(source, f"oci:{tmp_path / 'out'}:x")
+        assert [one["blob_digest"] for one in again["layers"]] == blobs
+        assert again["bootstrap_bytes"] == first["bootstrap_bytes"]
+        if not source.startswith("docker-archive"):     # which keeps neither annotations nor the config's form
+            assert again["manifest_digest"] == first["manifest_digest"]
+
+
+def test_a_second_run_sends_no_blob_again(convert, image: Path, registry: LocalRegistry) -> None:
+    convert(f"oci:{image}:t", f"docker://{registry.host}/again/a:1")
+    registry.clear_log()
+    result = convert(f"oci:{image}:t", f"docker://{registry.host}/again/a:2")
+    assert not any(layer["pushed"] for layer in result["layers"])
+    sent = {(one.method, one.path.partition("?")[0]) for one in registry.requests() if one.method not in ("HEAD", "GET")}
+    assert sent == {("PUT", "/v2/again/a/manifests/2")}
+
+
+def test_a_layer_that_occurs_twice_is_converted_once(convert, registry: LocalRegistry, tmp_path: Path) -> None:
+    write_image(tmp_path / "twice", [LAYERS[0], LAYERS[1], LAYERS[0]])
+    registry.clear_log()
+    result = convert(f"oci:{tmp_path / 'twice'}", f"docker://{registry.host}/twice/a:1")
+    assert result["layers"][0] == result["layers"][2]
+    uploads = [one for one in registry.requests() if one.method == "POST"]
+    # two blobs at most, bootstrap, configuration
+    assert len(uploads) <= 4
+
+
+def test_deduplication_is_told(convert, image: Path, tmp_path: Path) -> None:
+    result = convert(f"oci:{image}:t", f"oci:{tmp_path / 'out'}:x")
+    assert result["layers"][0]["deduplicated_bytes"] >= len(BIG)
+    assert result["source_bytes"] == sum(one["source_bytes"] for one in result["layers"])
+
+
+def test_tags_live_side_by_side_in_a_layout(convert, image: Path, tmp_path: Path) -> None:
+    one = convert(f"oci:{image}:t", f"oci:{tmp_path / 'out'}:one")
+    convert(f"oci:{image}:t", f"oci:{tmp_path / 'out'}:two", "--compressor", "none")
+    three = convert(f"oci:{image}:t", f"oci:{tmp_path / 'out'}:one")
+    assert one["manifest_digest"] == three["manifest_digest"]
+    index = json.loads((tmp_path / "out/index.json").read_bytes())
+    assert sorted(entry["annotations"]["org.opencontainers.image.ref.name"] for entry in index["manifests"]) == [
+        "one", "two"]
+    skopeo("inspect", f"oci:{tmp_path / 'out'}:two")
+    assert not [path for path in (tmp_path / "out").rglob(".*")]
+
+
+def test_platforms(convert, tmp_path: Path) -> None:
+    """An index: this host's image by default, another when asked, a clear line for none."""
+    layout = tmp_path / "multi"
+    host = get_host_platform().architecture
+    digests = {arch: write_image(layout, [make_tar([("arch", arch.encode(), {})])], tag=arch, architecture=arch)
+               for arch in (host, "riscv64")}
+    index = json.dumps({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [
+        {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest,
+         "size": (layout / "blobs/sha256" / digest[7:]).stat().st_size,
+         "platform": {"os": "linux", "architecture": arch}} for arch, digest in digests.items()]}).encode()
+    from virtiofsd_nydus.oci.layout import LayoutStore
+
+    LayoutStore(layout).put_manifest(index, "application/vnd.oci.image.index.v1+json", "all")
+    found = convert(f"oci:{layout}:all", f"oci:{tmp_path / 'out'}:x")
+    assert (found["source_digest"], found["platform"]) == (digests[host], f"linux/{host}")
+    found = convert(f"oci:{layout}:all", f"oci:{tmp_path / 'out'}:x", "--platform", "linux/riscv64")
+    assert found["source_digest"] == digests["riscv64"]
+    status, line = convert(f"oci:{layout}:all", f"oci:{tmp_path / 'out'}:x", "--platform", "linux/s390x")
+    assert status == 1 and "linux/riscv64" in line
+    status, line = convert(f"oci:{layout}:riscv64", f"oci:{tmp_path / 'out'}:x", "--platform", f"linux/{host}")
+    assert status == 1 and "riscv64" in line
+
+
+@pytest.mark.parametrize("variant", ["htpasswd", "token", "tls"])
+def test_logins_and_tls(convert, image: Path, tmp_path: Path, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LocalRegistry(tmp_path / "r", auth="" if variant == "tls" else variant, tls=variant == "tls") as registry:
+        target = f"docker://{registry.host}/login/a:1"
+        if variant == "tls":
+            status, line = convert(f"oci:{image}:t", target, "--plain-http")
+            assert status == 1 and line.count("\n") == 1
+            status, line = convert(f"oci:{image}:t", target)
+            assert status == 1 and "certificate is not trusted" in line and "--ca-cert" in line
+            result = convert(f"oci:{image}:t", target, "--ca-cert", registry.ca_cert)
+            again = convert(f"oci:{image}:t", target, "--ca-cert", registry.ca_cert)
+            assert result["manifest_digest"] == again["manifest_digest"]
+            return
+        good = f"{registry.username}:{registry.password}"
+        result = convert(f"oci:{image}:t", target, "--creds", good)
+        again = convert(f"oci:{image}:t", target, "--creds", good)
+        assert result["manifest_digest"] == again["manifest_digest"]
+        status, line = convert(f"oci:{image}:t", target, "--creds", f"{registry.username}:wrong-word")
+        assert status == 1 and line.count("\n") == 1
+        assert f"'{registry.username}'" in line and registry.host in line and "wrong-word" not in line
+        status, line = convert(f"oci:{image}:t", target)
+        assert status == 1 and "--creds" in line
+        # docker's configuration serves as well
+        import base64
+
+        folder = tmp_path / "docker"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(
+            {"auths": {registry.host: {"auth": base64.b64encode(good.encode()).decode()}}}))
+        monkeypatch.setenv("DOCKER_CONFIG", str(folder))
+        assert convert(f"oci:{image}:t", target)["manifest_digest"] == result["manifest_digest"]
+        if registry.token_server is not None:
+            # one token a run: pulling is covered by the right to push
+            assert [call[3] for call in registry.token_server.calls].count(200) == 3
+
+
+def test_creds_go_to_one_host_only(convert, registry: LocalRegistry) -> None:
+    status, line = convert("docker://a.invalid/x:1", f"docker://{registry.host}/x:1", "--creds", "u:p")
+    assert status == 2 and "--src-creds" in line
+
+
+def test_unreachable_registry(convert, image: Path) -> None:
+    status, line = convert(f"oci:{image}:t", "docker://127.0.0.1:1/x:1")
+    assert status == 1 and "refused" in line and line.count("\n") == 1
+
+
+def test_uploads_survive_faults(convert, image: Path, registry: LocalRegistry) -> None:
+    with FaultyServer(upstream=registry.host) as front:
+        front.inject("status", status=503, match="POST ")
+        front.inject("reset", match="PUT /v2/faulty/a/blobs")
+        front.inject("status", status=500, match="PUT /v2/faulty/a/manifests")
+        convert(f"oci:{image}:t", f"docker://{front.host}/faulty/a:1")
+        assert all(fault.times == 0 for fault in front.faults)
+    skopeo("inspect", "--tls-verify=false", f"docker://{registry.host}/faulty/a:1")
+
+
+def test_pulls_survive_faults(convert, image: Path, registry: LocalRegistry, tmp_path: Path) -> None:
+    skopeo("copy", "--insecure-policy", "--dest-tls-verify=false", f"oci:{image}:t",
+           f"docker://{registry.host}/pull/src:t")
+    with FaultyServer(upstream=registry.host) as front:
+        front.inject("truncate", at_bytes=100_000, match="GET /v2/pull/src/blobs", times=2)
+        front.inject("status", status=502, match="GET /v2/pull/src/manifests")
+        again = convert(f"docker://{front.host}/pull/src:t", f"oci:{tmp_path / 'out'}:x")
+        assert all(fault.times == 0 for fault in front.faults)
+    assert again["manifest_digest"] == convert(f"oci:{image}:t", f"oci:{tmp_path / 'out'}:y")["manifest_digest"]
+
+
+def test_a_flipped_byte_of_a_layer_is_found(convert, image: Path, registry: LocalRegistry, tmp_path: Path) -> None:
+    skopeo("copy", "--insecure-policy", "--dest-tls-verify=false", f"oci:{image}:t",
+           f"docker://{registry.host}/flip/src:t")
+    manifest, _ = read_layout(image, "t")
+    for layer in manifest["layers"][:2]:
+        for at_bytes in (20, layer["size"] // 2, layer["size"] - 1):
+            with FaultyServer(upstream=registry.host) as front:
+                front.inject("corrupt", at_bytes=at_bytes, match=layer["digest"], times=-1)
+                status, line = convert(f"docker://{front.host}/flip/src:t", f"oci:{tmp_path / 'out'}:x")
+                assert status == 1 and "damaged" in line, line
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_an_interrupted_run_leaves_nothing_visible(image: Path, registry: LocalRegistry, tmp_path: Path) -> None:
+    with FaultyServer(upstream=registry.host) as front:
+        front.inject("delay", seconds=60, match="PUT /v2/cut/a/blobs", times=-1)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "virtiofsd_nydus.cli.main", "convert", f"oci:{image}:t",
+             f"docker://{front.host}/cut/a:1", "--work-dir", str(tmp_path)], stderr=subprocess.PIPE,
+            env={**os.environ, "DOCKER_CONFIG": str(tmp_path)})
+        deadline = time.monotonic() + 30
+        while not any(one.method == "POST" for one in front.requests) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert any(tmp_path.iterdir())
+        process.send_signal(signal.SIGINT)
+        front.stopping.set()    # the delayed answers come: threads end
+        assert process.wait(20) == 130
+    assert list(tmp_path.iterdir()) == []
+    done = subprocess.run(["skopeo", "inspect", "--tls-verify=false", f"docker://{registry.host}/cut/a:1"],
+                          capture_output=True, text=True)
+    assert "manifest unknown" in done.stderr or "name unknown" in done.stderr
+
+
+def test_sources_that_cannot_be(convert, image: Path, tmp_path: Path) -> None:
+    out = f"oci:{tmp_path / 'out'}:x"
+    (tmp_path / "junk").write_bytes(b"junk" * 1000)
+    for source, words in ((f"oci:{tmp_path / 'none'}", "no OCI layout"), (f"oci:{image}:nope", "tags there: t"),
+                          (f"docker-archive:{tmp_path / 'none'}", "no such file"),
+                          (f"docker-archive:{tmp_path / 'junk'}", "not a docker archive")):
+        status, line = convert(source, out)
+        assert status == 1 and words in line and line.count("\n") == 1, line
+    status, line = convert("nonsense", out)
+    assert status == 2 and "docker://HOST" in line
+    status, line = convert(f"oci:{image}:t", f"docker-archive:{tmp_path / 'x'}")
+    assert status == 1 and "source only" in line
+    convert(f"oci:{image}:t", out)
+    status, line = convert(out, f"oci:{tmp_path / 'out2'}:x")
+    assert status == 1 and "Nydus image already" in line
+    write_image(tmp_path / "bad", [b"this is no tar" * 100], "none")
+    status, line = convert(f"oci:{tmp_path / 'bad'}:t", out)
+    assert status == 1 and "layer" in line
+
+
+def test_a_full_work_dir_says_so(convert, image: Path, tmp_path: Path) -> None:
+    status, line = convert(f"oci:{image}:t", f"oci:{tmp_path / 'out'}:x", "--work-dir", tmp_path / "none")
+    assert status == 1 and "--work-dir" in line
