@@ -97,7 +97,8 @@ def test_a_second_run_sends_no_blob_again(convert, image: Path, registry: LocalR
     registry.clear_log()
     result = convert(f"oci:{image}:t", f"docker://{registry.host}/again/a:2")
     assert not any(layer["pushed"] for layer in result["layers"])
-    sent = {(one.method, one.path.partition("?")[0]) for one in registry.requests() if one.method not in ("HEAD", "GET")}
+    sent = {(one.method, one.path.partition("?")[0]) for one in registry.requests()
+            if one.method not in ("HEAD", "GET")}
     assert sent == {("PUT", "/v2/again/a/manifests/2")}
 
 
