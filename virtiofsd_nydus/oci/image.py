@@ -32,14 +32,13 @@ COPY_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class NydusImage:
-    """name: the reference as a person wrote it. bootstrap: a file that holds it, named by the bootstrap layer's digest;
-    bootstrap_layer_bytes: what fetching it takes. blobs: id (hex) to size in bytes of every data blob. manifest_digest: "sha256:...". config: the image's OCI
+    """name: the reference as a person wrote it. bootstrap: a file that holds it, named by the bootstrap layer's digest.
+    blobs: id (hex) to size in bytes of every data blob. manifest_digest: "sha256:...". config: the image's OCI
     configuration (Env, Cmd and so on under "config")."""
 
     name: str
     reference: Reference
     bootstrap: Path
-    bootstrap_layer_bytes: int
     blobs: dict[str, int]
     manifest_digest: str
     config: dict[str, Any]
@@ -93,8 +92,8 @@ def resolve_image(reference: str | Reference, *, cache_dir: Path, plain_http: bo
         bootstrap = fetch_bootstrap(store, layer, cache_dir)
         config = load_json(read_document(store, manifest.config, f"{reference}: configuration"), str(reference))
         kind, settings = _describe_backend(store)
-        return NydusImage(str(reference), reference, bootstrap, layer.size,
-                          {one.hex: one.size for one in manifest.blob_layers}, manifest.descriptor.digest, config, kind, settings, layer.size)
+        return NydusImage(str(reference), reference, bootstrap, {one.hex: one.size for one in manifest.blob_layers},
+                          manifest.descriptor.digest, config, kind, settings, layer.size)
     finally:
         store.close()
 
