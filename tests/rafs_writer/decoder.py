@@ -55,15 +55,13 @@ class Bootstrap:
         self.data = bytes(data)
         assert len(data) % BLOCK == 0
         assert data[:1024] == bytes(1024)
-        (magic, checksum, compat, bits, slots, root_nid, inos, _, _, self.blocks, meta, xattr_start) = struct.unpack_from(
-            "<IIIBBHQQIIII", data, 1024
-        )
+        fields = struct.unpack_from("<IIIBBHQQIIII", data, 1024)
+        magic, checksum, compat, bits, slots, root_nid, inos, _, _, self.blocks, meta, xattr_start = fields
         assert (magic, checksum, compat, bits, slots, xattr_start) == (0xE0F5E1E2, 0, 0x40000000, 12, 0, 0)
         incompat, compression, devices, slot_offset = struct.unpack_from("<IHHH", data, 1024 + 80)
         assert (incompat, compression, slot_offset, root_nid) == (0xC, 0, 11, 128)
-        (self.flags, blob_off, blob_size, self.chunk_size, chunk_off, chunk_size, pre_off, pre_size) = struct.unpack_from(
-            "<QQIIQQQI", data, 1152
-        )
+        fields = struct.unpack_from("<QQIIQQQI", data, 1152)
+        self.flags, blob_off, blob_size, self.chunk_size, chunk_off, chunk_size, pre_off, pre_size = fields
         assert data[1152 + 56 : 1408] == bytes(200)
         assert blob_size == 256 * devices and blob_off % BLOCK == 0 and chunk_off % BLOCK == 0 and chunk_size % 80 == 0
         self.meta = meta * BLOCK

@@ -197,7 +197,7 @@ def compare_with_mount(tree: Tree, target: bytes) -> None:
         if stat.S_ISREG(entry.mode):
             assert Path(os.fsdecode(full)).read_bytes() == entry.content, path
         elif stat.S_ISLNK(entry.mode):
-            assert os.readlink(full) == entry.target, path
+            assert os.readlink(full) == entry.target, path  # noqa: PTH115
         elif stat.S_ISCHR(entry.mode) or stat.S_ISBLK(entry.mode):
             assert (os.major(status.st_rdev), os.minor(status.st_rdev)) == entry.device, path
         for name, value in entry.xattrs.items():

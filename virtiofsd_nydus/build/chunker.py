@@ -12,12 +12,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import BlobWriter
 from virtiofsd_nydus.rafs.tree import RegularFile
 
 BATCH_BYTES = 1 << 20
 BATCH_CHUNKS = 512
+# A tar of some kilobytes can claim files of terabytes that are holes; their chunk indexes end up in memory.
+REFERENCES_MAX = 1 << 26
 
 Packed = list[tuple[bytes, Any]]  # digest, payload: bytes-like, None when the chunk was known to be there already
 
@@ -36,10 +39,16 @@ class Chunker:
         self._chunks: list[bytes] = []
         self._files: list[RegularFile] = []
         self._bytes = 0
+        self._references = 0
+        self._zero_digest = b""
+        self.zeroes = bytes(writer.chunk_size)  # a hole's chunk; this very object is known without looking at it
         self.deduplicated_bytes = 0
 
     def add(self, data: bytes, file: RegularFile) -> None:
         """data, at most one chunk's worth and not empty, is the next chunk of file."""
+        self._references += 1
+        if self._references > REFERENCES_MAX:
+            raise Failure("a layer's files make too many chunks; use a larger chunk size", Cause.FORMAT)
         self._chunks.append(data)
         self._files.append(file)
         self._bytes += len(data)
@@ -67,11 +76,16 @@ class Chunker:
 
     def _pack(self, chunks: Sequence[bytes]) -> Packed:
         """Runs in the pool. The writing thread only ever adds to _index, so what is found here is found there."""
-        digest = self._digest
-        digests = [digest(data) for data in chunks]
+        digest, zeroes = self._digest, self.zeroes
+        digests = [digest(data) if data is not zeroes else self._digest_zeroes() for data in chunks]
         fresh = [key not in self._index for key in digests]  # once: the writing thread adds to it meanwhile
         payloads = iter(self._compress([data for data, new in zip(chunks, fresh, strict=True) if new]))
         return [(key, next(payloads) if new else None) for key, new in zip(digests, fresh, strict=True)]
+
+    def _digest_zeroes(self) -> bytes:
+        if not self._zero_digest:
+            self._zero_digest = self._digest(self.zeroes)
+        return self._zero_digest
 
     def _compress(self, chunks: list[bytes]) -> list[Any]:
         codec = self._writer.codec

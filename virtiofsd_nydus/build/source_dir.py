@@ -30,7 +30,6 @@ class DirectorySource:
         self._prefetch = [os.fsencode(pattern).rstrip(b"/") for pattern in prefetch]
         self._on_progress = on_progress
         self._links: dict[tuple[int, int], Inode] = {}  # st_dev, st_ino -> the inode of the first name
-        self._zeroes = bytes(chunk_size)
         self._has_xattrs: dict[int, bool] = {}  # st_dev -> whether its file system answers listxattr at all
 
     def read(self) -> Directory:
@@ -150,7 +149,7 @@ class DirectorySource:
                 except OSError:
                     hole_end = size  # no data up to the end
             if sparse and start + take <= hole_end:
-                self._chunker.add(self._zeroes[:take], file)
+                self._chunker.add(self._chunker.zeroes[:take], file)
                 continue
             data = os.pread(fd, take, start)
             while len(data) < take:

@@ -90,7 +90,6 @@ class TarSource:
         self._parent = self.root
         self._xattr_sets: dict[Xattrs, Xattrs] = {}
         self._times: dict[int, int] = {}  # equal numbers as one object: most members share their time
-        self._zeroes = bytes(chunk_size)
 
     def read(self) -> Directory:
         """The whole tar, to the end of the source."""
@@ -198,18 +197,19 @@ class TarSource:
     def _read_sparse(self, entry: TarEntry) -> Iterator[bytes]:
         """The chunks of a sparse file, holes filled with zeroes (RAFS has no holes; equal chunks are stored once)."""
         regions = iter(entry.regions or ())
+        zeroes = self._chunker.zeroes
         offset, length = next(regions, (entry.real_size, 0))
         for start in range(0, entry.real_size, self._chunk_size):
             end = min(start + self._chunk_size, entry.real_size)
             if offset >= end:
-                yield self._zeroes[: end - start] if end - start < self._chunk_size else self._zeroes
+                yield zeroes[: end - start]  # the object itself when whole
                 continue
             parts: list[bytes] = []
             position = start
             while position < end:
                 hole = min(offset, end) - position
                 if hole > 0:
-                    parts.append(self._zeroes[:hole])
+                    parts.append(zeroes[:hole])
                     position += hole
                 take = min(length, end - position)
                 if take:

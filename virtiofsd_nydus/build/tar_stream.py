@@ -15,6 +15,8 @@ from virtiofsd_nydus.rafs import layout
 
 RECORD = 512
 READ_BYTES = 256 << 10
+# zstandard gives out all that its input holds, up to 32 KiB a byte: small pieces bound the memory.
+ZSTD_FEED_BYTES = 2 << 10
 # Names and pax headers longer than this are nobody's: refuse before allocating.
 EXTENSION_BYTES_MAX = 8 << 20
 SPARSE_REGIONS_MAX = 1 << 20
@@ -90,18 +92,32 @@ def _gunzip(source: Readable, head: bytes) -> Iterator[bytes]:
 
 
 def _unzstd(source: Readable, head: bytes) -> Iterator[bytes]:
+    """The same of zstd frames. One at a time, because zstandard tells of a frame's end only so."""
     import zstandard
 
-    inflater = zstandard.ZstdDecompressor().decompressobj(read_across_frames=True)
-    data = head
-    try:
-        while data:
-            piece = inflater.decompress(data)
-            if piece:
-                yield piece
-            data = source.read(READ_BYTES)
-    except zstandard.ZstdError as error:
-        raise TarFailure(f"the zstd stream is damaged: {error}") from None
+    decompressor = zstandard.ZstdDecompressor()
+    inflater = decompressor.decompressobj()
+    data, started = head, False
+    while True:
+        for start in range(0, len(data), ZSTD_FEED_BYTES):
+            rest = data[start : start + ZSTD_FEED_BYTES]
+            while rest:
+                started = True
+                try:
+                    piece = inflater.decompress(rest)
+                except zstandard.ZstdError as error:
+                    raise TarFailure(f"the zstd stream is damaged: {error}") from None
+                if piece:
+                    yield piece
+                rest = b""
+                if inflater.eof:
+                    rest, started = inflater.unused_data, False
+                    inflater = decompressor.decompressobj()
+        data = source.read(READ_BYTES)
+        if not data:
+            if started:
+                raise TarFailure("the zstd stream ends too early")
+            return
 
 
 def _plain(source: Readable, head: bytes) -> Iterator[bytes]:
@@ -258,7 +274,10 @@ class TarStream:
                 break  # the second zero record and any padding go with drain()
             if len(header) != RECORD:
                 raise TarFailure("the tar ends in the middle of a header")
-            stored = parse_number(header[148:156], "a checksum")
+            try:
+                stored = parse_number(header[148:156], "a checksum")
+            except TarFailure:
+                stored = -1
             if sum(header) - sum(header[148:156]) + 256 != stored:
                 self._check_signed(header, stored)
             kind = header[156:157]
@@ -299,12 +318,13 @@ class TarStream:
                 self._check_regions(entry)
             yield entry
 
-    @staticmethod
-    def _check_signed(header: bytes, stored: int) -> None:
+    def _check_signed(self, header: bytes, stored: int) -> None:
         """Old tars summed signed bytes."""
         total = sum(byte - 256 if byte > 127 else byte for byte in header[:148] + b" " * 8 + header[156:])
         if total != stored:
-            raise TarFailure("a header's checksum is wrong: not a tar, or damaged")
+            if self.offset == RECORD:
+                raise TarFailure("neither a tar nor a gzip or zstd stream of one")
+            raise TarFailure(f"the header at byte {self.offset - RECORD} of the tar is damaged")
 
     @staticmethod
     def _make_entry(header: bytes, kind: bytes, size: int, long_name: bytes, long_link: bytes) -> TarEntry:
