@@ -1,0 +1,101 @@
+"""What a guest sees of an image is what unpacking the same image gives: names, bytes, modes, owners, times, links,
+device numbers and extended attributes of every entry. The judge is `umoci unpack`; the image is the demo's.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from virtiofsd_nydus.vmm.guest import Deadline
+from virtiofsd_nydus.vmm.image import prepare_image
+from virtiofsd_nydus.vmm.qemu import GuestFiles, Machine, MachineConfig, Share
+from virtiofsd_nydus.vmm.servers import NydusDaemon
+
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
+ROOT = Path(__file__).resolve().parents[2]
+WALK = Path(__file__).with_name("walk.py")
+# Python hashing 215 MB and asking 10,600 entries for everything, under TCG
+WALK_SECONDS = 400
+
+
+def run_tool(*words: str | Path) -> str:
+    return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+@pytest.fixture(scope="module")
+def image() -> str:
+    """The demo image as an OCI layout: kept in build/, made when it is not there."""
+    return run_tool(sys.executable, "scripts/make-demo-image.py").strip()
+
+
+@pytest.fixture(scope="module")
+def unpacked(image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if os.geteuid() != 0:
+        pytest.skip("unpacking owners and device nodes needs root")
+    bundle = tmp_path_factory.mktemp("unpacked") / "bundle"
+    run_tool("umoci", "unpack", "--image", image.removeprefix("oci:"), bundle)
+    return bundle / "rootfs"
+
+
+@pytest.fixture(scope="module")
+def converted(image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    target = f"oci:{tmp_path_factory.mktemp('converted')}/layout:demo"
+    run_tool(sys.executable, "-m", "virtiofsd_nydus.cli.main", "convert", image, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def daemon(converted: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NydusDaemon]:
+    cache = tmp_path_factory.mktemp("cache")
+    with prepare_image(converted, cache_dir=cache) as prepared, NydusDaemon(prepared.daemon_options) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def booted(guest_files: GuestFiles, daemon: NydusDaemon) -> Iterator[Machine]:
+    """The image as it is, no overlay, no /proc and /dev in it."""
+    with Machine(MachineConfig(guest_files, [Share(daemon.socket_path)],
+                               watches={daemon.pidfd: daemon.explain_end})) as machine:
+        deadline = Deadline(60, "the boot")
+        machine.guest.wait_hello(deadline)
+        machine.guest.mount("vfs", deadline, overlay=False, special=False)
+        yield machine
+
+
+def parse(text: str) -> dict[str, dict[str, object]]:
+    return dict(json.loads(line) for line in text.splitlines())
+
+
+def test_every_entry_of_the_image_is_what_unpacking_gives(booted: Machine, unpacked: Path) -> None:
+    expected = parse(run_tool(sys.executable, WALK, unpacked))
+    job = booted.guest.run(["python3", "-c", WALK.read_text(), "/"], Deadline(WALK_SECONDS, "the walk in the guest"))
+    assert job.status == 0, job.stderr.decode(errors="replace")
+    seen = parse(job.text)
+    assert len(expected) > 9000 and expected["/demo/original"]["links"] == 3
+    assert sorted(seen) == sorted(expected)
+    different = {path: (seen[path], expected[path]) for path in expected if seen[path] != expected[path]}
+    assert not different, list(different.items())[:5]
+
+
+def test_programs_of_the_image_run(booted: Machine, deadline: Deadline) -> None:
+    python = booted.guest.run(["python3", "-c", "import json, ssl, sqlite3; print('imported')"], deadline)
+    assert (python.text, python.status) == ("imported\n", 0)
+    listing = booted.guest.run(["dpkg", "-l"], deadline)
+    assert listing.status == 0 and "python3-minimal" in listing.text
+
+
+def test_an_image_is_read_only(booted: Machine, deadline: Deadline) -> None:
+    job = booted.guest.run(["sh", "-c", "echo x > /demo/hello.txt"], deadline)
+    assert job.status != 0 and b"Read-only file system" in job.stderr
+
+
+def test_reading_again_fetches_nothing(booted: Machine, daemon: NydusDaemon, deadline: Deadline) -> None:
+    booted.guest.run(["sha256sum", "/demo/noise"], deadline)
+    before = daemon.stats()["engine"]["fetched_bytes"]
+    booted.guest.run(["sh", "-c", "sha256sum /demo/noise /usr/bin/python3"], deadline)
+    assert daemon.stats()["engine"]["fetched_bytes"] == before
