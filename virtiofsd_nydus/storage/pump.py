@@ -23,8 +23,6 @@ PREFETCH_SLOTS = 6      # of them open to prefetch: demand always finds a free o
 VIEWS_MAX = 256         # chunks hashed and committed in one go
 FEED_BYTES = 256 * 1024     # a piece fed at once; short enough that the head of a range commits early
 WAIT_MS = 500
-DIGEST_RETRIES = 1      # a range that fails its digests is fetched anew this often before the waiters get EIO
-DIGEST_MEMORY = 1024    # ranges remembered for that
 
 
 class FetchPump:
@@ -34,7 +32,6 @@ class FetchPump:
         self.engine = engine
         self._backends: dict[int, list[Backend]] = {}
         self._lock = threading.Lock()
-        self._bad_ranges: dict[tuple[int, int], int] = {}
         self._threads = [
             threading.Thread(target=self._run, args=(slot < PREFETCH_SLOTS,), name=f"fetch-{slot}", daemon=True)
             for slot in range(slots)
@@ -82,17 +79,18 @@ class FetchPump:
     def _serve(self, worker: "_Worker") -> None:
         job = worker.job
         error, cause, text = 0, Cause.NONE, ""
+        worker.wrong = False
         try:
             if job.kind == lib.VND_JOB_VERIFY:
                 worker.settle()
             else:
                 self._fetch(worker)
+            if worker.wrong:        # C asks for such chunks once more, then fails their readers
+                error, cause, text = errno.EIO, Cause.DIGEST, f"{worker.where()}: wrong bytes"
         except Failure as failure:
             error, cause, text = errno.EIO, failure.cause, str(failure)
         except Exception as unexpected:     # a bug must not cost a thread nor leave waiters hanging
             error, cause, text = errno.EIO, Cause.IO, f"fetching failed: {type(unexpected).__name__}: {unexpected}"
-        if error and cause in (Cause.DIGEST, Cause.FORMAT) and job.kind != lib.VND_JOB_VERIFY and self._may_retry(job):
-            error = 0
         lib.vnd_job_end(self.engine.handle, job.id, error, int(cause), text.encode())
 
     def _fetch(self, worker: "_Worker") -> None:
@@ -117,25 +115,10 @@ class FetchPump:
                         fed += len(part)
                 if fed != job.clen:
                     raise Failure(f"blob {blob_id}: {fed} of {job.clen} bytes came", Cause.NETWORK)
-                with self._lock:
-                    self._bad_ranges.pop((key, job.coff), None)
                 return
             except Failure as failure:
-                if failure.cause in (Cause.DIGEST, Cause.FORMAT) or position == len(backends) - 1:
+                if failure.cause == Cause.FORMAT or position == len(backends) - 1:
                     raise
-
-    def _may_retry(self, job: "Any") -> bool:
-        """Whether a range whose bytes were wrong is worth asking for again: the wire may have been at fault."""
-        key = (int(ffi.cast("uintptr_t", job.blob)), int(job.coff))
-        with self._lock:
-            tries = self._bad_ranges.get(key, 0)
-            if tries >= DIGEST_RETRIES:
-                del self._bad_ranges[key]
-                return False
-            if len(self._bad_ranges) >= DIGEST_MEMORY:
-                self._bad_ranges.pop(next(iter(self._bad_ranges)))
-            self._bad_ranges[key] = tries + 1
-            return True
 
 
 class _Worker:
@@ -146,6 +129,7 @@ class _Worker:
         self.digest_of = digest_of
         self.job = ffi.new("vnd_job *")
         self.views = ffi.new("vnd_chunk_view[]", VIEWS_MAX)
+        self.wrong = False      # some bytes of the job were not the image's
 
     def feed(self, part: memoryview) -> bool:
         """Feeds bytes and settles what they completed. False: the rest is not wanted any more."""
@@ -154,9 +138,8 @@ class _Worker:
         if rc == -errno.ECANCELED:
             return False
         if rc == -errno.EBADMSG:
-            self.settle()
-            raise Failure(f"{self.where()}: the bytes do not decode", Cause.DIGEST)
-        if rc < 0:
+            self.wrong = True
+        elif rc < 0:
             raise Failure(f"{self.where()}: the engine refused the bytes (errno {-rc})", Cause.FORMAT)
         if rc:
             self.settle()
@@ -167,6 +150,9 @@ class _Worker:
         handle, job_id = self.engine.handle, self.job.id
         while True:
             count = lib.vnd_job_chunks(handle, job_id, self.views, VIEWS_MAX)
+            if count == -errno.EBADMSG:     # one does not decode; the next call goes on behind it
+                self.wrong = True
+                continue
             if count <= 0:
                 return
             digests = ffi.NULL
@@ -176,8 +162,8 @@ class _Worker:
                 ])
             rc = lib.vnd_job_commit(handle, job_id, digests, count)
             if rc == -errno.EBADMSG:
-                raise Failure(f"{self.where()}: a chunk does not match its digest", Cause.DIGEST)
-            if rc < 0 and rc != -errno.ENOSPC:
+                self.wrong = True
+            elif rc < 0 and rc != -errno.ENOSPC:
                 raise Failure(f"{self.where()}: cannot keep a chunk (errno {-rc})", Cause.IO)
 
     def where(self) -> str:
