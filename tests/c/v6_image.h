@@ -6,6 +6,7 @@
 #ifndef V6_IMAGE_H
 #define V6_IMAGE_H
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,9 +17,9 @@
 
 #define IMG_META 8192
 #define IMG_ROOT 128
-#define IMG_BLOCKS_OFF (48 << 10)
-#define IMG_CHUNKS_OFF (96 << 10)
-#define IMG_SIZE (100 << 10)
+#define IMG_BLOCKS_OFF (24 << 10)
+#define IMG_CHUNKS_OFF (36 << 10)
+#define IMG_SIZE (40 << 10)
 #define IMG_CHUNK 4096u
 #define IMG_BLOB_CHUNKS 64
 #define IMG_XATTR_ROOM 64
