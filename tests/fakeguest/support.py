@@ -119,14 +119,23 @@ class Load:
 
 
 class BackgroundLoad:
-    """A load on a queue from a thread of its own, until finish()."""
+    """A load on a queue from a thread of its own, while the context lasts. may_fail: its end may be any."""
 
-    def __init__(self, queue: Queue, load: Load) -> None:
-        self.queue, self.load = queue, load
+    def __init__(self, queue: Queue, load: Load, may_fail: bool = False) -> None:
+        self.queue, self.load, self.may_fail = queue, load, may_fail
         self.error: BaseException | None = None
         self.result: Any = None
         self.thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> "BackgroundLoad":
         self.thread.start()
+        return self
+
+    def __exit__(self, kind: object, value: object, trace: object) -> None:
+        self.stop()
+        if kind is None and not self.may_fail:
+            self.raise_error()
+            assert self.result.ops > 0
 
     def _run(self) -> None:
         try:
@@ -142,25 +151,18 @@ class BackgroundLoad:
         """Until that many more requests have been answered."""
         start = self.progress()
         wait_until(lambda: self.error is not None or (self.progress() - start) & 0xFFFF >= entries, "load progress")
-        self.raise_error()
+        if not self.may_fail:
+            self.raise_error()
 
     def raise_error(self) -> None:
         if self.error is not None:
             raise AssertionError(f"load: {self.error!r}") from self.error
 
-    def finish(self) -> Any:
-        """Stops, waits for what is in flight: the result. AssertionError if anything went wrong."""
-        self.stop()
-        self.raise_error()
-        assert self.result.ops > 0
-        return self.result
-
     def stop(self) -> None:
-        """Stops whatever state it is in."""
-        self.queue.stop()
-        while self.thread.is_alive():
-            self.thread.join(0.02)
+        """Stops in whatever state it is, waits for what is in flight."""
+        while self.thread.is_alive():       # a stop that comes before the loop begins is lost: say it again
             self.queue.stop()
+            self.thread.join(self.load.handle.timeout_ms / 1000 + 0.1)
 
 
 @contextlib.contextmanager
@@ -169,14 +171,10 @@ def undisturbed(daemon: NydusDaemon) -> Iterator[FakeGuest]:
     right, and the daemon must live."""
     with FakeGuest(daemon.socket_path, slot_count=2, queue_size=16) as guest:
         guest.fuse.init()
-        load = BackgroundLoad(guest.queues[1], Load(guest, block_bytes=65536, pause_us=500))
-        try:
+        with BackgroundLoad(guest.queues[1], Load(guest, block_bytes=65536, pause_us=500)) as load:
             load.wait_progress(2)
             yield guest
             assert_alive(daemon)
             load.wait_progress(5)
-        finally:
-            load.stop()
-        load.finish()
         assert guest.fuse.read_file("odd") == pattern(FILES["odd"][1], FILES["odd"][0])
         assert_alive(daemon)

@@ -53,14 +53,10 @@ def test_request_before_first_enable(daemon: NydusDaemon) -> None:
 def test_call_fd_swapped_under_load(daemon: NydusDaemon, event_idx: bool) -> None:
     with FakeGuest(daemon.socket_path, event_idx=event_idx) as guest:
         guest.fuse.init()
-        load = BackgroundLoad(guest.queues[1], Load(guest, depth=4))
-        try:
+        with BackgroundLoad(guest.queues[1], Load(guest, depth=4)) as load:
             for _ in range(40):
                 guest.swap_call(guest.queues[1])
                 load.wait_progress(5)
-        finally:
-            load.stop()
-        load.finish()
 
 
 def test_memory_table_swapped_under_load(daemon: NydusDaemon) -> None:
@@ -70,31 +66,22 @@ def test_memory_table_swapped_under_load(daemon: NydusDaemon) -> None:
         gpa, size, address, offset = whole[1]
         half = size // 2 // 4096 * 4096
         cut = [whole[0], (gpa, half, address, offset), (gpa + half, size - half, address + half, offset + half)]
-        load = BackgroundLoad(guest.queues[1], Load(guest, depth=4, block_bytes=16384))
-        try:
+        with BackgroundLoad(guest.queues[1], Load(guest, depth=4, block_bytes=16384)) as load:
             for number in range(20):
                 guest.send_memory_table(whole if number % 2 else cut)
                 load.wait_progress(5)
-        finally:
-            load.stop()
-        load.finish()
         read_odd(guest)
 
 
 def test_memory_plugged_and_unplugged_under_load(guest: FakeGuest) -> None:
-    load = BackgroundLoad(guest.queues[1], Load(guest, depth=4))
-    fd = os.memfd_create("dimm", os.MFD_CLOEXEC)
-    try:
-        os.ftruncate(fd, 2 << 20)
-        payload = vhost.pack_single_region((1 << 40, 2 << 20, 1 << 45, 0))
-        for _ in range(20):
-            guest.front.command(Request.ADD_MEM_REG, payload, [fd], True)
-            load.wait_progress(3)
-            guest.front.command(Request.REM_MEM_REG, payload, [], True)
-    finally:
-        os.close(fd)
-        load.stop()
-    load.finish()
+    payload = vhost.pack_single_region((1 << 40, 2 << 20, 1 << 45, 0))
+    with open(os.memfd_create("dimm", os.MFD_CLOEXEC), "wb") as dimm:
+        dimm.truncate(2 << 20)
+        with BackgroundLoad(guest.queues[1], Load(guest, depth=4)) as load:
+            for _ in range(20):
+                guest.front.command(Request.ADD_MEM_REG, payload, [dimm.fileno()], True)
+                load.wait_progress(3)
+                guest.front.command(Request.REM_MEM_REG, payload, [], True)
 
 
 def test_reply_lands_in_plugged_memory_only_while_plugged(daemon: NydusDaemon) -> None:
@@ -181,13 +168,12 @@ def test_reboot_under_load(guest: FakeGuest) -> None:
     """The rings stop while requests are in flight; what was fetched was answered, the rest is dropped for good."""
     queue = guest.queues[1]
     for _ in range(5):
-        load = BackgroundLoad(queue, Load(guest, depth=8, block_bytes=65536, timeout_ms=300))
-        load.wait_progress(1)
-        for each in guest.queues:
-            guest.enable(each, False)
-        base = [guest.get_base(each) for each in guest.queues][1]
-        stood = queue.used_index()
-        load.stop()
+        with BackgroundLoad(queue, Load(guest, depth=8, block_bytes=65536, timeout_ms=100), may_fail=True) as load:
+            load.wait_progress(1)
+            for each in guest.queues:
+                guest.enable(each, False)
+            base = [guest.get_base(each) for each in guest.queues][1]
+            stood = queue.used_index()
         assert queue.used_index() == stood == base
         guest.start()
         guest.fuse.init()
@@ -240,15 +226,10 @@ def test_two_request_queues_at_once(daemon: NydusDaemon) -> None:
     with FakeGuest(daemon.socket_path, request_queues=2) as guest:
         guest.fuse.init()
         loads = [Load(guest, depth=4, random_seed=seed) for seed in (1, 2)]
-        running = [BackgroundLoad(queue, load) for queue, load in zip(guest.queues[1:], loads, strict=True)]
-        try:
-            for each in running:
-                each.wait_progress(500)
-        finally:
-            for each in running:
-                each.stop()
-        for each in running:
-            each.finish()
+        first, second = (BackgroundLoad(queue, load) for queue, load in zip(guest.queues[1:], loads, strict=True))
+        with first, second:
+            first.wait_progress(500)
+            second.wait_progress(500)
 
 
 def test_interrupts_are_batched(daemon: NydusDaemon) -> None:

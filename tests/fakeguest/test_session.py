@@ -157,9 +157,10 @@ def test_changes_are_refused(guest: FakeGuest, name: str) -> None:
 def test_what_is_not_there_latches(guest: FakeGuest) -> None:
     """ENOSYS makes the kernel stop asking: no open, no flush, no statx."""
     node = guest.fuse.walk("data").nodeid
-    for opcode, body, out in ((14, bytes(8), 16), (27, bytes(8), 16), (25, bytes(24), 0), (52, bytes(24), 288)):
+    for opcode, asked, body, out in ((14, node, bytes(8), 16), (27, ROOT, bytes(8), 16), (25, node, bytes(24), 0),
+                                     (52, node, bytes(24), 288)):
         with pytest.raises(OSError) as caught:
-            guest.fuse.request(opcode, node, body, out)
+            guest.fuse.request(opcode, asked, body, out)
         assert caught.value.errno == errno.ENOSYS, opcode
 
 

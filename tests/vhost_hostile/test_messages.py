@@ -70,10 +70,10 @@ def harmless(front: VhostFrontend, request: int, payload: bytes = b"", fds: tupl
 # ---- headers
 def test_unknown_request(front: Front) -> None:
     for number in (0, 19, 99, 1 << 31, 0xFFFF_FFFF):
-        with contextlib.suppress(HungUp):
-            front.front.send(number, bytes(8), (), vhost.VERSION | vhost.NEED_REPLY)
-    with contextlib.suppress(HungUp):
-        front.front.get_u64(Request.GET_FEATURES)
+        front.front.send(number, bytes(8), (), vhost.VERSION | vhost.NEED_REPLY)
+        body, _ = front.front.receive(number)
+        assert U64.unpack(body)[0] != 0
+    assert front.front.get_u64(Request.GET_FEATURES)
 
 
 @pytest.mark.parametrize("flags", [0, 2, 3, vhost.VERSION | vhost.REPLY, 0xFFFF_FFFF])
@@ -177,9 +177,6 @@ def ring_message(request: Request, *values: int) -> Callable[[VhostFrontend], No
 BAD_RINGS = {
     "NUM of ring 16": ring_message(Request.SET_VRING_NUM, 16, 64),
     "NUM of ring 2^32-1": ring_message(Request.SET_VRING_NUM, 0xFFFF_FFFF, 64),
-    "NUM 3": ring_message(Request.SET_VRING_NUM, 0, 3),
-    "NUM 2048": ring_message(Request.SET_VRING_NUM, 0, 2048),
-    "NUM 2^31": ring_message(Request.SET_VRING_NUM, 0, 1 << 31),
     "BASE of ring 16": ring_message(Request.SET_VRING_BASE, 16, 0),
     "BASE 65536": ring_message(Request.SET_VRING_BASE, 0, 65536),
     "ENABLE of ring 16": ring_message(Request.SET_VRING_ENABLE, 16, 1),
@@ -211,16 +208,16 @@ def add_region(front: Front, gpa: int, size: int, address: int, offset: int,
 
 USER = 0x7000_0000_0000
 BAD_ADDRESSES = {
-    "outside every region": (0, 0x10000, 0x20000, USER + MEMORY),
-    "null": (0, 0, 0, 0),
-    "descriptors run past the region": (USER + MEMORY - 512, USER + 0x10000, USER + 0x20000, 0),
-    "used ring runs past the region": (USER, USER + MEMORY - 256, USER + 0x20000, 0),
-    "avail ring runs past the region": (USER, USER + 0x10000, USER + MEMORY - 64, 0),
-    "descriptors misaligned": (USER + 8, USER + 0x10000, USER + 0x20000, 0),
-    "used ring misaligned": (USER, USER + 0x10002, USER + 0x20000, 0),
-    "avail ring misaligned": (USER, USER + 0x10000, USER + 0x20001, 0),
-    "address wraps": ((1 << 64) - 16, USER + 0x10000, USER + 0x20000, 0),
-    "guest addresses instead of user addresses": (0x1000, 0x2000, 0x3000, 0),
+    "outside every region": (USER + MEMORY, USER + MEMORY + 0x10000, USER + MEMORY + 0x20000),
+    "descriptors at nothing": (0, USER + 0x10000, USER + 0x20000),
+    "descriptors run past the region": (USER + MEMORY - 512, USER + 0x10000, USER + 0x20000),
+    "used ring runs past the region": (USER, USER + MEMORY - 256, USER + 0x20000),
+    "avail ring runs past the region": (USER, USER + 0x10000, USER + MEMORY - 64),
+    "descriptors misaligned": (USER + 8, USER + 0x10000, USER + 0x20000),
+    "used ring misaligned": (USER, USER + 0x10002, USER + 0x20000),
+    "avail ring misaligned": (USER, USER + 0x10000, USER + 0x20001),
+    "address wraps": ((1 << 64) - 16, USER + 0x10000, USER + 0x20000),
+    "guest addresses instead of user addresses": (0x1000, 0x2000, 0x3000),
 }
 
 
@@ -228,15 +225,30 @@ BAD_ADDRESSES = {
 def test_ring_addresses(front: Front, name: str) -> None:
     """Refused at ADDR or when the ring is to run; no thread ever touches them."""
     add_region(front, 0, MEMORY, USER, 0)
-    desc, used, avail, _ = BAD_ADDRESSES[name]
-    kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-    front.front.send(Request.SET_VRING_NUM, VRING_STATE.pack(0, 64))
-    front.front.send(Request.SET_VRING_BASE, VRING_STATE.pack(0, 0))
     with pytest.raises((Refused, HungUp)):
-        front.front.command(Request.SET_VRING_ADDR, VRING_ADDR.pack(0, 0, desc, used, avail, 0), (), True)
-        front.front.command(Request.SET_VRING_KICK, U64.pack(0), (kick,), True)
-        front.front.command(Request.SET_VRING_ENABLE, VRING_STATE.pack(0, 1), (), True)
-    os.close(kick)
+        start_ring(front, 64, *BAD_ADDRESSES[name])
+
+
+@pytest.mark.parametrize("size", [3, 100, 2048, 65536, 1 << 31, 0xFFFF_FFFF])
+def test_ring_sizes(front: Front, size: int) -> None:
+    """Not a power of two, or larger than any ring: it does not run."""
+    add_region(front, 0, MEMORY, USER, 0)
+    with pytest.raises((Refused, HungUp)):
+        start_ring(front, size, USER, USER + 0x10000, USER + 0x20000)
+
+
+def start_ring(front: Front, size: int, desc: int, used: int, avail: int) -> None:
+    """All that makes ring 0 run; every message acknowledged."""
+    kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        for request, payload, fds in (
+            (Request.SET_VRING_NUM, VRING_STATE.pack(0, size), ()), (Request.SET_VRING_BASE, VRING_STATE.pack(0, 0), ()),
+            (Request.SET_VRING_ADDR, VRING_ADDR.pack(0, 0, desc, used, avail, 0), ()),
+            (Request.SET_VRING_KICK, U64.pack(0), (kick,)), (Request.SET_VRING_ENABLE, VRING_STATE.pack(0, 1), ()),
+        ):
+            front.front.command(request, payload, fds, True)
+    finally:
+        os.close(kick)
 
 
 def test_ring_without_addresses_or_memory(front: Front) -> None:
@@ -316,7 +328,7 @@ def test_odd_event_descriptors(bystander: FakeGuest, daemon: NydusDaemon, reques
 
 # ---- memory
 BAD_REGIONS = {
-    "no bytes": (0, 0, USER, 0),
+    "no bytes": (0, 0, USER),
     "guest address wraps": ((1 << 64) - PAGE, 2 * PAGE, USER, 0),
     "user address wraps": (0, 2 * PAGE, (1 << 64) - PAGE, 0),
     "offset wraps": (0, 2 * PAGE, USER, (1 << 64) - PAGE),
@@ -415,33 +427,21 @@ def test_removal_of_a_region_that_is_none(front: Front) -> None:
 
 def test_region_of_running_rings_removed(bystander: FakeGuest, daemon: NydusDaemon) -> None:
     """Memory goes while its rings run under load: the rings stop or the connection ends."""
-    guest = FakeGuest(daemon.socket_path)
-    try:
-        guest.connect()
-        guest.start()
+    with FakeGuest(daemon.socket_path) as guest:
         guest.fuse.init()
-        load = BackgroundLoad(guest.queues[1], Load(guest, depth=4, timeout_ms=200))
-        load.wait_progress(5)
-        with contextlib.suppress(Refused, HungUp):
-            for region in guest.memory.wire_regions():
-                guest.front.command(Request.REM_MEM_REG, vhost.pack_single_region(region), (), True)
-        load.stop()
-    finally:
-        guest.close()
+        with BackgroundLoad(guest.queues[1], Load(guest, depth=4, timeout_ms=200), may_fail=True) as load:
+            load.wait_progress(5)
+            with contextlib.suppress(Refused, HungUp):
+                for region in guest.memory.wire_regions():
+                    guest.front.command(Request.REM_MEM_REG, vhost.pack_single_region(region), (), True)
 
 
 def test_empty_table_under_load(bystander: FakeGuest, daemon: NydusDaemon) -> None:
-    guest = FakeGuest(daemon.socket_path)
-    try:
-        guest.connect()
-        guest.start()
+    with FakeGuest(daemon.socket_path) as guest:
         guest.fuse.init()
-        load = BackgroundLoad(guest.queues[1], Load(guest, depth=4, timeout_ms=200))
-        load.wait_progress(5)
-        harmless(guest.front, Request.SET_MEM_TABLE, vhost.pack_regions([]))
-        load.stop()
-    finally:
-        guest.close()
+        with BackgroundLoad(guest.queues[1], Load(guest, depth=4, timeout_ms=200), may_fail=True) as load:
+            load.wait_progress(5)
+            harmless(guest.front, Request.SET_MEM_TABLE, vhost.pack_regions([]))
 
 
 @pytest.mark.parametrize("keep", [0, 0xC0000, 0x200000], ids=["all", "all but low memory", "the end"])
@@ -507,15 +507,12 @@ def test_hang_up_after_each_message(bystander: FakeGuest, daemon: NydusDaemon) -
 def test_hang_up_under_load(bystander: FakeGuest, daemon: NydusDaemon) -> None:
     before = open_fds(daemon)
     for _ in range(10):
-        guest = FakeGuest(daemon.socket_path, slot_count=8)
-        guest.connect()
-        guest.start()
-        guest.fuse.init()
-        load = BackgroundLoad(guest.queues[1], Load(guest, depth=8, block_bytes=131072, timeout_ms=50))
-        load.wait_progress(2)
-        guest.front.close()
-        load.stop()
-        guest.close()
+        with FakeGuest(daemon.socket_path, slot_count=8) as guest:
+            guest.fuse.init()
+            load = Load(guest, depth=8, block_bytes=131072, timeout_ms=50)
+            with BackgroundLoad(guest.queues[1], load, may_fail=True) as running:
+                running.wait_progress(2)
+                guest.front.close()
     wait_until(lambda: open_fds(daemon) <= before, "the daemon closes every descriptor it was given")
 
 

@@ -88,7 +88,7 @@ def test_answered_by_an_error(bench: Bench, name: str) -> None:
     bench.assert_error(ROOM)
 
 
-@pytest.mark.parametrize("opcode", [0, 7, 19, 41, 53, 54, 99, 4096, 0x7FFF_FFFF, 0xFFFF_FFFF])
+@pytest.mark.parametrize("opcode", [0, 7, 19, 53, 54, 99, 4096, 0x7FFF_FFFF, 0xFFFF_FFFF])
 def test_unknown_opcode(bench: Bench, opcode: int) -> None:
     offer(bench, pack_request(opcode, 2, 1, bytes(64)))
     bench.assert_error(ROOM, errno.ENOSYS)

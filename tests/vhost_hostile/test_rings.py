@@ -245,16 +245,16 @@ def test_memory_changes_while_it_is_read(bystander: FakeGuest, daemon: NydusDaem
         queue = guest.queues[1]
         for _ in range(6):
             guest.fuse.init()
-            load = BackgroundLoad(queue, Load(guest, depth=4, timeout_ms=50))
-            for _ in range(400):
-                slot = queue.slot_gpa + flips.randrange(4) * lib.fg_slot_bytes(16384)
-                place = flips.choice([slot, slot + 8, slot + 12, slot + 14, slot + 16, slot + 0x2000, slot + 0x2004,
-                                      queue.desc_gpa + 16 * flips.randrange(16) + flips.choice([0, 8, 12, 14])])
-                old = guest.memory.read(place, 4)
-                guest.memory.write(place, struct.pack("=I", flips.choice([0, 1, 0xFFFF, 0xFFFFFFFF, HOLE_GPA])))
-                if flips.random() < 0.5:
-                    guest.memory.write(place, old)
-            load.stop()
+            with BackgroundLoad(queue, Load(guest, depth=4, timeout_ms=50), may_fail=True):
+                for _ in range(400):
+                    slot = queue.slot_gpa + flips.randrange(4) * lib.fg_slot_bytes(16384)
+                    desc = queue.desc_gpa + 16 * flips.randrange(16)
+                    place = flips.choice([slot, slot + 8, slot + 12, slot + 14, slot + 16, slot + 0x2000,
+                                          slot + 0x2004, desc, desc + 8, desc + 12, desc + 14])
+                    old = guest.memory.read(place, 4)
+                    guest.memory.write(place, struct.pack("=I", flips.choice([0, 1, 0xFFFF, 0xFFFFFFFF, HOLE_GPA])))
+                    if flips.random() < 0.5:
+                        guest.memory.write(place, old)
             guest.reboot()
         guest.fuse.init()
         guest.fuse.getattr(1)

@@ -90,7 +90,8 @@ class Refused(RuntimeError):
 
 
 def connect_socket(path: Path, timeout_s: float) -> socket.socket:
-    """Connects; waits a little for a server that has bound its socket and does not listen yet."""
+    """Connects; waits a little for a server that has bound its socket and does not listen yet, or has others to take
+    first."""
     deadline = time.monotonic() + LISTEN_WAIT_S
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -98,7 +99,7 @@ def connect_socket(path: Path, timeout_s: float) -> socket.socket:
         try:
             connection.connect(str(path))
             return connection
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, BlockingIOError):
             connection.close()
             if time.monotonic() > deadline:
                 raise
