@@ -242,7 +242,8 @@ def start_ring(front: Front, size: int, desc: int, used: int, avail: int) -> Non
     kick = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:
         for request, payload, fds in (
-            (Request.SET_VRING_NUM, VRING_STATE.pack(0, size), ()), (Request.SET_VRING_BASE, VRING_STATE.pack(0, 0), ()),
+            (Request.SET_VRING_NUM, VRING_STATE.pack(0, size), ()),
+            (Request.SET_VRING_BASE, VRING_STATE.pack(0, 0), ()),
             (Request.SET_VRING_ADDR, VRING_ADDR.pack(0, 0, desc, used, avail, 0), ()),
             (Request.SET_VRING_KICK, U64.pack(0), (kick,)), (Request.SET_VRING_ENABLE, VRING_STATE.pack(0, 1), ()),
         ):
@@ -328,7 +329,7 @@ def test_odd_event_descriptors(bystander: FakeGuest, daemon: NydusDaemon, reques
 
 # ---- memory
 BAD_REGIONS = {
-    "no bytes": (0, 0, USER),
+    "no bytes": (0, 0, USER, 0),
     "guest address wraps": ((1 << 64) - PAGE, 2 * PAGE, USER, 0),
     "user address wraps": (0, 2 * PAGE, (1 << 64) - PAGE, 0),
     "offset wraps": (0, 2 * PAGE, USER, (1 << 64) - PAGE),
