@@ -1,15 +1,20 @@
 """Guests for tests: kernel and initramfs by `make guest`, QEMU under TCG (never KVM: it may hang the test host)."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.peers.registry import LocalRegistry
 from virtiofsd_nydus.vmm.guest import Deadline
 from virtiofsd_nydus.vmm.qemu import GuestFiles, Machine, MachineConfig, Share
 from virtiofsd_nydus.vmm.servers import PeerVirtiofsd
 
+ROOT = Path(__file__).resolve().parents[2]
+CLI = [sys.executable, "-m", "virtiofsd_nydus.cli.main"]
 BUSYBOX = Path("/bin/busybox")
 APPLETS = ("sh", "cat", "echo", "sleep", "id", "ls", "seq", "sha256sum", "kill", "true", "touch", "stat")
 # A boot takes 2.3 s alone; a loaded machine takes many times that
@@ -51,6 +56,30 @@ def machine(guest_files: GuestFiles, peer: PeerVirtiofsd) -> Iterator[Machine]:
         booted.guest.wait_hello(deadline)
         booted.guest.mount("vfs", deadline)
         yield booted
+
+
+def run_tool(*words: str | Path) -> str:
+    return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+@pytest.fixture(scope="session")
+def demo_image() -> str:
+    """The demo image as an OCI layout: kept in build/, made when it is not there."""
+    return run_tool(sys.executable, "scripts/make-demo-image.py").strip()
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalRegistry]:
+    with LocalRegistry(tmp_path_factory.mktemp("registry")) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def nydus_image(demo_image: str, registry: LocalRegistry) -> str:
+    """The demo image, converted into the registry."""
+    target = f"docker://{registry.host}/demo:nydus"
+    run_tool(*CLI, "convert", demo_image, target)
+    return target
 
 
 @pytest.fixture

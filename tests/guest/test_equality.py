@@ -4,55 +4,37 @@ device numbers and extended attributes of every entry. The judge is `umoci unpac
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.guest.conftest import run_tool
 from virtiofsd_nydus.vmm.guest import Deadline
 from virtiofsd_nydus.vmm.image import prepare_image
 from virtiofsd_nydus.vmm.qemu import GuestFiles, Machine, MachineConfig, Share
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
-ROOT = Path(__file__).resolve().parents[2]
 WALK = Path(__file__).with_name("walk.py")
 # Python hashing 215 MB and asking 10,600 entries for everything, under TCG
 WALK_SECONDS = 400
 
 
-def run_tool(*words: str | Path) -> str:
-    return subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True, cwd=ROOT).stdout
-
-
 @pytest.fixture(scope="module")
-def image() -> str:
-    """The demo image as an OCI layout: kept in build/, made when it is not there."""
-    return run_tool(sys.executable, "scripts/make-demo-image.py").strip()
-
-
-@pytest.fixture(scope="module")
-def unpacked(image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unpacked(demo_image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if os.geteuid() != 0:
         pytest.skip("unpacking owners and device nodes needs root")
     bundle = tmp_path_factory.mktemp("unpacked") / "bundle"
-    run_tool("umoci", "unpack", "--image", image.removeprefix("oci:"), bundle)
+    run_tool("umoci", "unpack", "--image", demo_image.removeprefix("oci:"), bundle)
     return bundle / "rootfs"
 
 
 @pytest.fixture(scope="module")
-def converted(image: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    target = f"oci:{tmp_path_factory.mktemp('converted')}/layout:demo"
-    run_tool(sys.executable, "-m", "virtiofsd_nydus.cli.main", "convert", image, target)
-    return target
-
-
-@pytest.fixture(scope="module")
-def daemon(converted: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NydusDaemon]:
+def daemon(nydus_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NydusDaemon]:
     cache = tmp_path_factory.mktemp("cache")
-    with prepare_image(converted, cache_dir=cache) as prepared, NydusDaemon(prepared.daemon_options) as running:
+    with prepare_image(nydus_image, cache_dir=cache) as prepared, NydusDaemon(prepared.daemon_options) as running:
         yield running
 
 

@@ -4,7 +4,6 @@ process or directory behind."""
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.guest.conftest import CLI, ROOT
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.vmm import accel
 from virtiofsd_nydus.vmm.boot import BootOptions, TimedOut, boot_guest
@@ -20,8 +20,6 @@ from virtiofsd_nydus.vmm.qemu import GuestFiles, Machine, MachineConfig, Share
 from virtiofsd_nydus.vmm.servers import PeerVirtiofsd
 
 pytestmark = pytest.mark.guest
-CLI = [sys.executable, "-m", "virtiofsd_nydus.cli.main"]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,8 @@ must be equal. Standard library only; a guest runs it with `python3 -c`.
 
     walk.py ROOT [DIRECTORY...]     walks only these directories of the root, if any are named
 """
+# ruff: noqa: PTH115, PTH118, PTH208
+# Names are bytes here, which pathlib does not do.
 
 import hashlib
 import json
