@@ -276,3 +276,31 @@ def test_sources_that_cannot_be(convert, image: Path, tmp_path: Path) -> None:
 def test_a_full_work_dir_says_so(convert, image: Path, tmp_path: Path) -> None:
     status, line = convert(f"oci:{image}:t", f"oci:{tmp_path / 'out'}:x", "--work-dir", tmp_path / "none")
     assert status == 1 and "--work-dir" in line
+
+
+@pytest.mark.parametrize("source_kind", ["oci", "docker", "docker-archive"])
+def test_an_index_of_both_serves_everybody(convert, image: Path, registry: LocalRegistry, tmp_path: Path,
+                                           source_kind: str) -> None:
+    from virtiofsd_nydus.oci.image import resolve_image
+
+    source = f"oci:{image}:t"
+    if source_kind == "docker":
+        source = f"docker://{registry.host}/both/src:t"
+        skopeo("copy", "--insecure-policy", "--dest-tls-verify=false", f"oci:{image}:t", source)
+    if source_kind == "docker-archive":
+        source = f"docker-archive:{tmp_path / 'a.tar'}"
+        skopeo("copy", "--insecure-policy", f"oci:{image}:t", f"{source}:x:y")
+    for target in (f"docker://{registry.host}/both/a-{source_kind}:n", f"oci:{tmp_path / 'out'}:n"):
+        alone = convert(source, f"oci:{tmp_path / 'alone'}:n")
+        result = convert(source, target, "--merge-platform")
+        assert resolve_image(target, cache_dir=tmp_path / "c").manifest_digest == alone["manifest_digest"]
+        tls = ["--src-tls-verify=false"] if target.startswith("docker") else []
+        skopeo("copy", "--insecure-policy", *tls, target, f"oci:{tmp_path / 'pulled'}:p")
+        pulled, config = read_layout(tmp_path / "pulled", "p")
+        assert len(pulled["layers"]) == len(result["layers"])
+        if source_kind != "docker-archive":     # whose plain layers skopeo compresses for a layout
+            assert [one["digest"] for one in pulled["layers"]] == [one["source_digest"] for one in result["layers"]]
+        assert config["config"]["Cmd"] == ["/bin/true"]
+        # and an index can be a source: its OCI image is taken
+        again = convert(target, f"oci:{tmp_path / 'alone'}:m")
+        assert [one["blob_digest"] for one in again["layers"]] == [one["blob_digest"] for one in alone["layers"]]

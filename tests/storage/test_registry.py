@@ -141,3 +141,12 @@ def test_ca_file_that_is_none(server: FaultyServer, make, tmp_path) -> None:
     with pytest.raises(Failure, match=r"ca\.pem") as caught:
         read(make(scheme="https", ca_cert_files=[str(tmp_path / "ca.pem")]), "0" * 64, 0, 1)
     assert caught.value.cause is Cause.SCHEME
+
+
+def test_skip_verify_goes_on_in_plain_http(server: FaultyServer, make) -> None:
+    """As nydusd does: what is configured as an insecure registry may turn out not to speak TLS at all."""
+    blob = server.add(DATA)
+    assert read(make(scheme="https", skip_verify=True), blob, 0, 10) == DATA[:10]
+    with pytest.raises(Failure, match="does not speak TLS") as caught:
+        read(make(scheme="https"), blob, 0, 10)
+    assert caught.value.cause is Cause.SCHEME

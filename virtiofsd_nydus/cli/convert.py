@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="DST", help="docker://... or oci:...")
     parser.add_argument("--platform", default="", metavar="OS/ARCH[/VARIANT]",
                         help="which image of an index (this host's)")
+    parser.add_argument("--merge-platform", action="store_true",
+                        help="DST becomes an index of the Nydus image and the OCI image, for clients of both kinds")
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="where layers are spooled (TMPDIR)")
     add_registry_options(parser)
     parser.add_argument("--src-creds", default="", metavar="USER:PASSWORD", help="login for SRC alone")
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with ProgressBars(enabled=sys.stderr.isatty() and not args.json) as bars:
             result = convert_image(source, source_ref, target, target_ref, options=options, platform=platform,
-                                   work_dir=args.work_dir, progress=bars)
+                                   merge_platform=args.merge_platform, work_dir=args.work_dir, progress=bars)
     finally:
         source.close()
         target.close()

@@ -9,6 +9,7 @@ import errno
 import gzip
 import io
 import json
+import shutil
 import tarfile
 import tempfile
 import threading
@@ -28,9 +29,11 @@ from virtiofsd_nydus.oci.manifest import (
     ANNOTATION_FS_VERSION,
     LAYER_TYPES,
     MEDIA_CONFIG,
+    MEDIA_INDEX,
     MEDIA_LAYER_GZIP,
     MEDIA_MANIFEST,
     MEDIA_NYDUS_BLOB,
+    NYDUS_ARTIFACT_TYPE,
     Descriptor,
     Manifest,
     Platform,
@@ -106,12 +109,13 @@ class _Silent:
 
 
 def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore, target_ref: Reference, *,
-                  options: BuildOptions, platform: Platform | None = None, work_dir: Path | None = None,
-                  progress: Progress | None = None) -> ConvertResult:
+                  options: BuildOptions, platform: Platform | None = None, merge_platform: bool = False,
+                  work_dir: Path | None = None, progress: Progress | None = None) -> ConvertResult:
     """Converts source_ref's image of the platform (default: this host's) and makes it visible as target_ref's tag.
 
-    work_dir: where blobs are spooled (default: TMPDIR), about the size of the two largest layers. Nothing is visible at
-    the target until all of it is there. Raises Failure."""
+    merge_platform: the tag is an index of the Nydus image and the OCI image, which is copied, so that each client finds
+    what it knows. work_dir: where blobs are spooled (default: TMPDIR), about the size of the two largest layers. Nothing
+    is visible at the target until all of it is there. Raises Failure."""
     began = time.monotonic()
     if target_ref.transport == DOCKER_ARCHIVE:
         raise Failure(f"{target_ref}: a docker archive can be a source only", Cause.FORMAT)
@@ -129,7 +133,13 @@ def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore,
             new_config = make_config(config, [layer.blob_id for layer, _ in built], blobs, diff_id)
             config_descriptor = run.push_bytes(new_config, MEDIA_CONFIG, "config")
             data = make_manifest(config_descriptor, [*blobs, bootstrap], manifest.annotations)
-            target.put_manifest(data, MEDIA_MANIFEST, target_ref.tag)
+            if merge_platform:
+                run.copy_image(manifest)
+                target.put_manifest(data, MEDIA_MANIFEST, None)
+                data, media_type = make_index(manifest, data, of_platform), MEDIA_INDEX
+            else:
+                media_type = MEDIA_MANIFEST
+            target.put_manifest(data, media_type, target_ref.tag)
     except OSError as error:
         raise Failure(f"cannot work in {work_dir or tempfile.gettempdir()}: {error.strerror or error} (--work-dir)",
                       Cause.SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Cause.IO) from error
@@ -203,6 +213,23 @@ class _Conversion:
             ANNOTATION_BOOTSTRAP: "true", ANNOTATION_FS_VERSION: str(self._options.fs_version)})
         self._push(descriptor, path)
         return descriptor, diff_id
+
+    def copy_image(self, manifest: Manifest) -> None:
+        """The OCI image itself, under its digest."""
+        for blob in {one.digest: one for one in (*manifest.layers, manifest.config)}.values():
+            if self._target.has_blob(blob):
+                continue
+            path = self._folder / blob.hex
+            what = f"{self._source.name}: {blob.digest[7:19]}"
+            reader = VerifiedReader(self._source.read_blob(blob), blob, what)
+            with path.open("wb") as out:
+                shutil.copyfileobj(reader, out, 1 << 20)
+            self._push(blob, path)
+            path.unlink()
+        data, media_type = self._source.get_manifest(manifest.descriptor.digest)
+        if digest_of(data) != manifest.descriptor.digest:
+            raise Failure(f"{self._source.name}: the manifest has changed meanwhile: try again", Cause.DIGEST)
+        self._target.put_manifest(data, media_type, None)
 
     def push_bytes(self, data: bytes, media_type: str, name: str) -> Descriptor:
         path = self._folder / name
@@ -315,6 +342,18 @@ def make_manifest(config: Descriptor, layers: list[Descriptor], annotations: dic
     if annotations:
         value["annotations"] = dict(sorted(annotations.items()))
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def make_index(oci: Manifest, nydus: bytes, platform: Platform) -> bytes:
+    """An index of both images. The OCI one comes first: clients that know nothing of Nydus take the first that fits."""
+    media_type = oci.descriptor.media_type or MEDIA_MANIFEST
+    entries = [
+        {**Descriptor(media_type, oci.descriptor.digest, oci.descriptor.size).to_json(),
+         "platform": platform.to_json()},
+        {**Descriptor(MEDIA_MANIFEST, digest_of(nydus), len(nydus)).to_json(), "artifactType": NYDUS_ARTIFACT_TYPE,
+         "platform": platform.to_json()}]
+    return json.dumps({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": entries},
+                      separators=(",", ":")).encode()
 
 
 def _describe_file(path: Path, media_type: str, annotations: dict[str, str]) -> Descriptor:

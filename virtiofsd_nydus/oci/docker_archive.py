@@ -57,7 +57,7 @@ class DockerArchiveStore:
     def put_blob(self, descriptor: Descriptor, file: Path, on_bytes: OnBytes | None = None) -> None:
         raise Failure(f"{self.name}: a docker archive can be a source only", Cause.IO)
 
-    def put_manifest(self, data: bytes, media_type: str, tag: str) -> None:
+    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> None:
         raise Failure(f"{self.name}: a docker archive can be a source only", Cause.IO)
 
     def _scan(self) -> bytes:

@@ -149,6 +149,7 @@ def fetch_bootstrap(store: ImageStore, layer: Descriptor, cache_dir: Path) -> Pa
 
 
 def _extract_bootstrap(reader: VerifiedReader, out: Any, what: str) -> None:
+    import lzma
     import zlib
 
     try:
@@ -161,7 +162,7 @@ def _extract_bootstrap(reader: VerifiedReader, out: Any, what: str) -> None:
                     assert source is not None
                     _copy(source, out, member.size, what)
                     return
-    except (tarfile.TarError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError) as error:
         # Damage on the way shows here first; finish() tells it from a layer that was made wrong.
         reader.finish()
         raise Failure(f"{what}: not a tar with a bootstrap: {error}", Cause.FORMAT) from error

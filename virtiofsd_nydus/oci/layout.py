@@ -82,11 +82,13 @@ class LayoutStore:
         if on_bytes is not None:
             on_bytes(descriptor.size)
 
-    def put_manifest(self, data: bytes, media_type: str, tag: str) -> None:
+    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> None:
         with self._lock:
             digest = digest_of(data)
             with self._new_file(self.blob_dir / digest[7:]) as temporary:
                 temporary.write_bytes(data)
+            if tag is None:
+                return
             with self._new_file(self.directory / LAYOUT_FILE) as temporary:
                 temporary.write_text(json.dumps(LAYOUT))
             new = Descriptor(media_type, digest, len(data), {ANNOTATION_REF_NAME: tag} if tag else {}).to_json()

@@ -74,6 +74,10 @@ class Platform:
     architecture: str
     variant: str = ""
 
+    def to_json(self) -> dict[str, str]:
+        out = {"architecture": self.architecture, "os": self.os}
+        return {**out, "variant": self.variant} if self.variant else out
+
     def __str__(self) -> str:
         return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
 

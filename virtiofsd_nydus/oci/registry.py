@@ -118,12 +118,13 @@ class RegistryStore:
                 retry.wait(failure)
         self._remember(descriptor)
 
-    def put_manifest(self, data: bytes, media_type: str, tag: str) -> None:
+    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> None:
+        version = digest_of(data) if tag is None else tag
         retry = self._client.retry(RETRIES, None)
         while True:
             try:
-                response, _ = self._session.request("PUT", f"manifests/{tag}", f"manifest of {self.name}", push=True,
-                                                    headers={"Content-Type": media_type}, body=data,
+                response, _ = self._session.request("PUT", f"manifests/{version}", f"manifest of {self.name}",
+                                                    push=True, headers={"Content-Type": media_type}, body=data,
                                                     read_timeout_s=PUT_TIMEOUT_S)
                 told = response.headers.get("Docker-Content-Digest", "")
                 http.release(response)

@@ -47,8 +47,9 @@ class ImageStore(Protocol):
         """Stores the file, whose digest and size the descriptor tells. Ask has_blob first."""
         ...
 
-    def put_manifest(self, data: bytes, media_type: str, tag: str) -> None:
-        """Stores the document, last of all: with it the image becomes visible under the tag."""
+    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> None:
+        """Stores the document, last of all: with it the image becomes visible under the tag ("": a layout's image
+        without one). None: under its digest only, for an index that will name it."""
         ...
 
     def close(self) -> None: ...

@@ -43,13 +43,13 @@ class RetriableFailure(Failure):
         self.after_s = after_s
 
 
-def time_left(deadline: float | None, limit_s: float) -> float:
-    """Seconds one wait may last: limit_s (0 = no limit) cut to the deadline. Fails when the deadline has passed."""
+def time_left(deadline: float | None, limit_s: float, url: str) -> float:
+    """Seconds one wait for url may last: limit_s (0 = no limit) cut to the deadline. Fails when that has passed."""
     if deadline is None:
         return limit_s
     left = deadline - time.monotonic()
     if left <= 0:
-        raise Failure("the deadline passed", Cause.NETWORK)
+        raise Failure(f"{host_of(url)}: the deadline passed", Cause.NETWORK)
     return min(limit_s, left) if limit_s else left
 
 
@@ -128,8 +128,8 @@ class HttpClient:
         import urllib3
 
         read_s = self._read_timeout_s if read_timeout_s is None else read_timeout_s
-        timeout = urllib3.Timeout(connect=time_left(deadline, self._connect_timeout_s) or None,
-                                  read=time_left(deadline, read_s) or None)
+        timeout = urllib3.Timeout(connect=time_left(deadline, self._connect_timeout_s, url) or None,
+                                  read=time_left(deadline, read_s, url) or None)
         sent = {"User-Agent": self._user_agent, "Accept-Encoding": "identity", **(headers or {})}
         try:
             return self._manager().request(method, url, headers=sent, body=body, timeout=timeout, redirect=False,
