@@ -114,8 +114,8 @@ def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore,
     """Converts source_ref's image of the platform (default: this host's) and makes it visible as target_ref's tag.
 
     merge_platform: the tag is an index of the Nydus image and the OCI image, which is copied, so that each client finds
-    what it knows. work_dir: where blobs are spooled (default: TMPDIR), about the size of the two largest layers. Nothing
-    is visible at the target until all of it is there. Raises Failure."""
+    what it knows. work_dir: where blobs are spooled (default: TMPDIR), about the size of the two largest layers.
+    Nothing is visible at the target until all of it is there. Raises Failure."""
     began = time.monotonic()
     if target_ref.transport == DOCKER_ARCHIVE:
         raise Failure(f"{target_ref}: a docker archive can be a source only", Cause.FORMAT)

@@ -1,0 +1,99 @@
+"""Backend registry against docker-registry: each way of logging in, and each way of failing told apart."""
+
+import base64
+import hashlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.peers.registry import LocalRegistry
+from tests.storage.conftest import DATA, read
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.storage.factory import create_backend
+
+pytestmark = pytest.mark.peer
+
+REPO = "team/image"
+BLOB = hashlib.sha256(DATA).hexdigest()
+VARIANTS = {"plain": {}, "htpasswd": {"auth": "htpasswd"}, "token": {"auth": "token"}, "tls": {"tls": True}}
+
+
+def store_blob(registry: LocalRegistry) -> None:
+    """As the registry's file system driver has it: no client is needed to fill it."""
+    file = registry.blob_file(BLOB)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(DATA)
+    link = registry.directory / f"storage/docker/registry/v2/repositories/{REPO}/_layers/sha256/{BLOB}/link"
+    link.parent.mkdir(parents=True)
+    link.write_text(f"sha256:{BLOB}")
+
+
+@pytest.fixture(params=list(VARIANTS))
+def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalRegistry]:
+    with LocalRegistry(tmp_path / "registry", **VARIANTS[request.param]) as registry:
+        store_blob(registry)
+        yield registry
+
+
+def settings_for(registry: LocalRegistry, **changes: object) -> dict:
+    settings: dict = {"scheme": "https" if registry.tls else "http", "host": registry.host, "repo": REPO}
+    login = f"{registry.username}:{registry.password}"
+    settings["auth"] = base64.b64encode(login.encode()).decode()
+    if registry.tls:
+        settings["ca_cert_files"] = [str(registry.ca_cert)]
+    return {**settings, **changes}
+
+
+def fail(settings: dict, blob_id: str = BLOB) -> Failure:
+    backend = create_backend("registry", settings)
+    with pytest.raises(Failure) as caught:
+        read(backend, blob_id, 0, 10)
+    backend.close()
+    assert "\n" not in str(caught.value) and settings["host"] in str(caught.value)
+    return caught.value
+
+
+def test_ranges(registry: LocalRegistry) -> None:
+    backend = create_backend("registry", settings_for(registry))
+    for offset, length in ((0, len(DATA)), (0, 1), (len(DATA) - 1, 1), (12345, 300_000)):
+        assert read(backend, BLOB, offset, length) == DATA[offset:offset + length]
+    assert backend.blob_size(BLOB) == len(DATA)
+    assert [one.body_bytes for one in registry.blob_requests(BLOB)] == [len(DATA), 1, 1, 300_000]
+    assert registry.blob_bytes() == len(DATA) + 300_002
+    if registry.token_server is not None:
+        assert len(registry.token_server.calls) == 1
+    backend.close()
+
+
+def test_causes(registry: LocalRegistry) -> None:
+    assert fail(settings_for(registry), "0" * 64).cause is Cause.MISSING
+    other_scheme = fail(settings_for(registry, scheme="http" if registry.tls else "https"))
+    assert other_scheme.cause is Cause.SCHEME
+    wrong = base64.b64encode(f"{registry.username}:not-the-word".encode()).decode()
+    if "auth:" in (registry.directory / "config.yml").read_text():
+        refused = fail(settings_for(registry, auth=wrong))
+        assert refused.cause is Cause.AUTH and registry.username in str(refused)
+        assert "not-the-word" not in str(refused) and wrong not in str(refused)
+        assert fail(settings_for(registry, auth="")).cause is Cause.AUTH
+    if registry.tls:
+        untrusted = fail(settings_for(registry, ca_cert_files=[]))
+        assert untrusted.cause is Cause.SCHEME and "certificate" in str(untrusted)
+        backend = create_backend("registry", settings_for(registry, ca_cert_files=[], skip_verify=True))
+        assert read(backend, BLOB, 0, 10) == DATA[:10]
+    registry.stop(signal.SIGKILL)
+    assert fail(settings_for(registry)).cause is Cause.NETWORK
+
+
+def test_a_registry_that_comes_back(registry: LocalRegistry) -> None:
+    """Connections kept from before its death do no harm."""
+    backend = create_backend("registry", settings_for(registry))
+    assert read(backend, BLOB, 0, 10) == DATA[:10]
+    registry.stop(signal.SIGKILL)
+    with pytest.raises(Failure) as caught:
+        read(backend, BLOB, 0, 10)
+    assert caught.value.cause in (Cause.NETWORK, Cause.AUTH)
+    registry.start()
+    assert read(backend, BLOB, 5, 10) == DATA[5:15]
+    backend.close()
