@@ -6,7 +6,6 @@
 
 #include "check.h"
 #include "fake_req.h"
-#include "store_stub.h"
 #include "v6_image.h"
 #include "vfs.h"
 

@@ -5,7 +5,6 @@
 #include "check.h"
 #include "rafs.h"
 #include "rafs_int.h"
-#include "store_stub.h"
 #include "v6_image.h"
 
 #define FLAGS (0x1u | 0x4u | 0x10u | 0x20u)     /* no compression, blake3, explicit ids, xattrs */

@@ -7,7 +7,6 @@
  * generation, bits 5-7 = 7 a mount or unmount instead.
  */
 #include "../c/fake_req.h"
-#include "../c/store_stub.h"
 #include "../c/v6_image.h"
 #include "vfs.h"
 

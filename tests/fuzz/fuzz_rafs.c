@@ -2,7 +2,6 @@
  * bounded length meets. */
 #include <errno.h>
 
-#include "../c/store_stub.h"
 #include "../c/v6_image.h"
 #include "rafs_int.h"
 

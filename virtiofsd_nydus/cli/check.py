@@ -14,8 +14,13 @@ from pathlib import Path
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 from virtiofsd_nydus.rafs.reader import Bootstrap, Entry
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from virtiofsd_nydus.engine import Engine
+
 READ_BYTES = 4 << 20
 FAULTS_MAX = 1000
+ERROR_LEVEL = 40
 
 
 @dataclass
@@ -83,6 +88,9 @@ def check_data(report: Report, path: Path, blob_dir: Path, blob_id: str | None, 
     """Reads every regular file once; each chunk's digest is checked on the way in. Fills the report."""
     report.chunks, report.bytes = 0, 0
     with opened_with_data(path, blob_dir, blob_id, allow_unverified) as image:
+        report.faults += missing_blobs(image, blob_dir)
+        if report.faults:
+            return
         done: set[int] = set()
         chunks: set[tuple[int, int]] = set()
         for entry in image.walk():
@@ -93,6 +101,22 @@ def check_data(report: Report, path: Path, blob_dir: Path, blob_id: str | None, 
                 if len(report.faults) >= FAULTS_MAX:
                     break
         report.chunks = len(chunks)
+
+
+def missing_blobs(image: Bootstrap, blob_dir: Path) -> list[str]:
+    """Said once, not for every file. A blob without chunks need not be there."""
+    from virtiofsd_nydus.storage.localfs import LocalfsBackend
+
+    backend = LocalfsBackend(str(blob_dir))
+    faults = []
+    for blob in image.blobs:
+        if blob.chunk_count:
+            try:
+                backend.blob_size(blob.id)
+            except Failure as failure:
+                faults.append(str(failure))
+    backend.close()
+    return faults
 
 
 def read_file(report: Report, image: Bootstrap, entry: Entry) -> int:
@@ -112,7 +136,7 @@ def read_file(report: Report, image: Bootstrap, entry: Entry) -> int:
 
 
 @contextmanager
-def opened_with_data(path: Path, blob_dir: Path, blob_id: str | None,
+def opened_with_data(path: Path, blob_dir: Path, blob_id: str | None = None,
                      allow_unverified: bool = False) -> Iterator[Bootstrap]:
     """The image with its data, from blobs in a directory, over a cache that is thrown away: nothing that an earlier
     run found good is taken for granted. What the engine has to say (a wrong digest, a missing blob) goes to stderr."""
@@ -145,8 +169,8 @@ def opened_with_data(path: Path, blob_dir: Path, blob_id: str | None,
             engine.close()
 
 
-def say_events(engine: "object") -> None:
-    """What is waiting in the engine's event queue, warnings and worse."""
-    while (event := engine.next_event(0)) is not None:     # type: ignore[attr-defined]
-        if event.level >= 30:
+def say_events(engine: "Engine") -> None:
+    """What is waiting in the engine's event queue, if it tells why something could not be read."""
+    while (event := engine.next_event(0)) is not None:
+        if event.level >= ERROR_LEVEL:
             print(event.text, file=sys.stderr)
