@@ -251,7 +251,7 @@ static void run(struct queue *q)
                 queue_thaw(q, now_us());
             q->frozen = false;
             if (atomic_load_explicit(q->mem_lost, memory_order_relaxed))
-                queue_break(q, VND_CAUSE_IO, "a memory file of the guest was truncated");
+                queue_break(q, VND_CAUSE_IO, NULL);
             queue_run_done(q);
             if (q->first != NULL)
                 queue_expire(q, now_us());

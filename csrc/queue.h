@@ -120,7 +120,8 @@ void queue_wait(struct queue *q);
 /* queue_ring.c: the ring's life. Like all below, the queue's thread only. */
 int queue_start(struct queue *q, struct queue_conf *c);     /* 0 or -errno, line in c->err */
 int queue_resolve(struct queue *q);                         /* ring addresses in the present table */
-void queue_break(struct queue *q, int cause, const char *why);     /* the guest loses this queue */
+/* The guest loses this queue. Once memory is lost that is the reason, whatever is given. */
+void queue_break(struct queue *q, int cause, const char *why);
 void queue_flush(struct queue *q);                          /* publish what is staged, signal once */
 void queue_signal(struct queue *q);
 void queue_signal_error(struct queue *q);

@@ -52,7 +52,7 @@ void queue_flush(struct queue *q)
     if (q->vring.n_staged == 0)
         return;
     if (atomic_load_explicit(q->mem_lost, memory_order_relaxed))
-        queue_break(q, VND_CAUSE_IO, "a memory file of the guest was truncated");
+        queue_break(q, VND_CAUSE_IO, NULL);
     else
         publish(q);
 }
@@ -62,9 +62,12 @@ void queue_break(struct queue *q, int cause, const char *why)
     if (q->broken)
         return;
     q->broken = true;
-    /* What came before the fault is answered. */
-    if (!atomic_load_explicit(q->mem_lost, memory_order_relaxed))
-        publish(q);
+    if (atomic_load_explicit(q->mem_lost, memory_order_relaxed)) {
+        cause = VND_CAUSE_IO;       /* the zeroes that came in its place look like a fault of the guest */
+        why = "a memory file of the guest was truncated";
+    } else {
+        publish(q);                 /* what came before the fault is answered */
+    }
     engine_say(q->engine, 40, cause, "queue %u stopped: %s; the guest must reset its device", q->index, why);
     queue_signal_error(q);
     queue_drop_all(q);
