@@ -32,7 +32,11 @@ int cachefile_write(struct cachefile *c, uint64_t uoff, const void *buf, size_t 
 {
     const uint8_t *p = buf;
     int rc = c->data_fd < 0 || !c->writable ? -EROFS : 0;
+    struct stat st;
 
+    /* A write beyond the end of a file that was cut would turn what is missing into zeroes that look whole. */
+    if (!rc && !fstat(c->data_fd, &st) && (uint64_t)st.st_size < c->size_bytes)
+        cachefile_examine(c);
     while (!rc && len) {
         ssize_t n = pwrite(c->data_fd, p, len, (off_t)uoff);
         if (n < 0 && errno == EINTR)

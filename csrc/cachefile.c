@@ -13,6 +13,7 @@
 
 #include "claim.h"
 #include "engine.h"
+#include "sigbus.h"
 
 #define SIDE_MAGIC "VNDSIDE\1"
 #define SIDE_VERSION 1
@@ -147,12 +148,15 @@ static void map_open(struct cachefile *c)
         engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s is no chunk map: it is left alone", c->id, name);
         goto out;
     }
+    if (c->writable && claim_reserve(fd, (int64_t)len))
+        goto out;
     c->r_map = mmap(NULL, len, c->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
     if (c->r_map == MAP_FAILED) {
         c->r_map = NULL;
         goto out;
     }
     c->r_map_bytes = len;
+    c->guard_r = sigbus_add(c->r_map, up(len, 4096), 4096, NULL);
     c->r = (_Atomic uint8_t *)(c->r_map + MAP_HEADER);
 out:
     if (fd >= 0)
@@ -183,8 +187,8 @@ static int side_create(struct cachefile *c, const char *name, const struct ident
     fd = openat(c->side_dir_fd, tmp, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0644);
     if (fd < 0)
         return -errno;
-    if (ftruncate(fd, (off_t)len) || pwrite(fd, &h, sizeof h, 0) != sizeof h ||
-        renameat(c->side_dir_fd, tmp, c->side_dir_fd, name))
+    if (ftruncate(fd, (off_t)len) || claim_reserve(fd, (int64_t)bound_offset(c->n)) ||
+        pwrite(fd, &h, sizeof h, 0) != sizeof h || renameat(c->side_dir_fd, tmp, c->side_dir_fd, name))
         rc = errno ? -errno : -EIO;
     if (rc)
         unlinkat(c->side_dir_fd, tmp, 0);
@@ -253,6 +257,9 @@ static int side_map(struct cachefile *c)
     c->head = m;
     c->t = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER);
     c->d = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER + tb);
+    /* Cut under us, the pages read as zeroes: nothing is ready, nothing is wrong. */
+    if (c->side_fd >= 0 && !(c->guard_side = sigbus_add(m, up(c->side_map_bytes, 4096), 4096, NULL)))
+        return -ENOMEM;
     return 0;
 }
 
@@ -337,6 +344,8 @@ void cachefile_close(struct cachefile *c)
 {
     if (!c)
         return;
+    sigbus_remove(c->guard_side);
+    sigbus_remove(c->guard_r);
     if (c->head)
         munmap(c->head, c->side_map_bytes);
     if (c->r_map)

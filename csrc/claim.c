@@ -11,6 +11,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "sigbus.h"
+
 static int lock_set(int fd, short type, int64_t start, int64_t len)
 {
     struct flock l = { .l_type = type, .l_whence = SEEK_SET, .l_start = start, .l_len = len };
@@ -85,6 +87,17 @@ void claim_byte_release(int fd, int64_t at)
     lock_set(fd, F_UNLCK, at, 1);
 }
 
+int claim_reserve(int fd, int64_t len)
+{
+    struct stat st;
+
+    if (!fallocate(fd, 0, 0, len))
+        return 0;
+    if (errno != EOPNOTSUPP || fstat(fd, &st))
+        return -errno;
+    return st.st_size >= len || !ftruncate(fd, len) ? 0 : -errno;
+}
+
 int claim_wake_open(struct claim_wake *w, int dir_fd)
 {
     size_t len = sizeof *w->page;
@@ -93,10 +106,13 @@ int claim_wake_open(struct claim_wake *w, int dir_fd)
 
     w->page = MAP_FAILED;
     w->shared = false;
+    w->guard = NULL;
     if (fd >= 0) {
-        if (!fstat(fd, &st) && S_ISREG(st.st_mode) && (st.st_size >= 4096 || !ftruncate(fd, 4096))) {
+        if (!fstat(fd, &st) && S_ISREG(st.st_mode) && !claim_reserve(fd, 4096)) {
             w->page = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
             w->shared = w->page != MAP_FAILED;
+            if (w->shared)
+                w->guard = sigbus_add(w->page, 4096, 4096, NULL);
         }
         close(fd);
     }
@@ -107,6 +123,8 @@ int claim_wake_open(struct claim_wake *w, int dir_fd)
 
 void claim_wake_close(struct claim_wake *w)
 {
+    sigbus_remove(w->guard);
+    w->guard = NULL;
     if (w->page && w->page != MAP_FAILED)
         munmap(w->page, sizeof *w->page);
     w->page = NULL;

@@ -25,10 +25,14 @@ bool claim_foreign(int fd, uint32_t unit);
 int claim_byte(int fd, int64_t at, bool exclusive, int wait_ms);
 void claim_byte_release(int fd, int64_t at);
 
+/* Gives a mapped file's first len bytes their blocks, so that a store into it never finds the disk full. */
+int claim_reserve(int fd, int64_t len);
+
 struct claim_wake {
     struct claim_wake_page {
         _Atomic uint32_t gen, waiters;
     } *page;                            /* mapped file shared by all processes, or private memory */
+    struct sigbus_range *guard;
     bool shared;
 };
 /* dir_fd -1: private. Never fails for want of a file; -ENOMEM. */
