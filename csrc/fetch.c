@@ -540,26 +540,32 @@ int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms)
 
 /* ---------------------------------------------------------------- prefetch */
 
-int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag)
+int fetch_ahead(struct blob_core *c, uint32_t first, uint32_t end, uint64_t tag, bool head)
 {
-    struct blob_core *c = b->core;
     struct fetcher *f = c->engine->fetcher;
-    struct prefetch *p = malloc(sizeof *p), **at;
+    struct prefetch *p = malloc(sizeof *p), **at = &f->prefetch;
 
     if (!p)
         return -ENOMEM;
-    *p = (struct prefetch){ .core = c, .at = first, .end = n && n < UINT32_MAX - first ? first + n : UINT32_MAX,
-                            .tag = tag };
+    *p = (struct prefetch){ .core = c, .at = first, .end = end, .tag = tag };
     core_get(c);
     pthread_mutex_lock(&f->lock);
-    for (at = &f->prefetch; *at; at = &(*at)->next)
-        ;
+    while (*at && !head)
+        at = &(*at)->next;
+    p->next = *at;
     *at = p;
     pthread_cond_signal(&f->some);
     pthread_mutex_unlock(&f->lock);
-    if (!atomic_load_explicit(&b->table, memory_order_acquire))
-        handle_want_load(b);
     return 0;
+}
+
+int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag)
+{
+    int rc = fetch_ahead(b->core, first, n && n < UINT32_MAX - first ? first + n : UINT32_MAX, tag, false);
+
+    if (!rc && !atomic_load_explicit(&b->table, memory_order_acquire))
+        handle_want_load(b);
+    return rc;
 }
 
 void vnd_prefetch_cancel(vnd_engine *e, uint64_t tag)

@@ -103,6 +103,8 @@ void job_begin(struct job *j, uint64_t id);     /* a job that was built is hande
 void job_wipe(struct job *j);       /* frees its buffers */
 /* fetch.c */
 void fetch_release_slot(struct fetcher *f, struct job *j);
+/* Queues a range of chunks for prefetch. 0 or -ENOMEM. */
+int fetch_ahead(struct blob_core *c, uint32_t first, uint32_t end, uint64_t tag, bool head);
 void fetch_wake(struct fetcher *f); /* something changed that job_next looks at */
 
 #endif

@@ -479,10 +479,13 @@ void vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const cha
 {
     struct job *j = job_get(e, job_id);
     struct blob_core *c;
+    bool shed;
 
     if (!j)
         return;
     c = j->core;
+    shed = j->prefetch && unwanted(e->fetcher, j) && !atomic_load(&j->cancelled) && !atomic_load(&c->closed) &&
+           !atomic_load(&e->fetcher->down);
     /* First: chunks asked for again are claimed anew, maybe by another thread at once. */
     if (j->claimed)
         claim_release(c->cache->side_fd, j->claim_first, j->claim_n);
@@ -491,6 +494,9 @@ void vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const cha
         engine_say(e, j->prefetch ? 30 : 40, cause, "%s", text && *text ? text : "fetching failed");
     job_leftovers(e, j, error);
     claim_wake_all(&c->store->wake);
+    /* A prefetch that made way for a reader goes on later where it stopped. */
+    if (shed && !error && j->cursor < j->n)
+        fetch_ahead(c, j->first + j->cursor, j->first + j->n, j->tag, true);
     shrink(&j->pend, &j->pend_cap);
     shrink(&j->scratch, &j->scratch_cap);
     fetch_release_slot(e->fetcher, j);
