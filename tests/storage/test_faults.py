@@ -139,6 +139,17 @@ def test_deadline_beats_the_time_limits(server: FaultyServer, make) -> None:
     assert caught.value.cause is Cause.NETWORK
 
 
+def test_the_deadline_ends_a_wait_within_the_body(server: FaultyServer, make) -> None:
+    """Pieces at 0, 1.2 and 2.4 s: the wait for the third is cut short, though no single wait is long."""
+    blob = server.add(DATA)
+    server.inject("trickle", at_bytes=100, seconds=1.2, times=-1)
+    began = time.monotonic()
+    with pytest.raises(Failure) as caught:
+        read(make(timeout=30), blob, 0, 1000, deadline=began + 1.5)
+    assert time.monotonic() - began < 2.2
+    assert caught.value.cause is Cause.NETWORK
+
+
 def test_deadline_in_the_past_sends_nothing(server: FaultyServer, make) -> None:
     blob = server.add(DATA)
     with pytest.raises(Failure) as caught:
