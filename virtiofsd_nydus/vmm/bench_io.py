@@ -186,13 +186,13 @@ def place(subjects: Sequence[Subject], placement: str) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="rounds of each workload on each server")
-    parser.add_argument("--seconds", type=float, default=0.4, metavar="S", help="length of a round")
+    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="rounds of each workload on each server")
+    parser.add_argument("--seconds", type=float, default=0.15, metavar="S", help="length of a round")
     parser.add_argument("--files", type=int, default=10_000, metavar="N", help=f"small files, at most {TREE_MAX}")
     parser.add_argument("--data-mib", type=int, default=128, metavar="N", help="size of the file that is read")
     parser.add_argument("--wait", choices=["block", "poll"], default="block",
                         help="how the guest waits for completions: interrupts (as guests do), or spinning")
-    parser.add_argument("--placement", choices=["split", "shared", "free"], default="split",
+    parser.add_argument("--placement", choices=["split", "shared", "free"], default="shared",
                         help="guest and server on a CPU each, on one CPU, or as the kernel likes; same for both")
     parser.add_argument("--scatter", action="store_true", help="the guest's pages in a shuffled order")
     parser.add_argument("--no-peer", action="store_true", help="measure only ours; the other is QEMU's C virtiofsd "
