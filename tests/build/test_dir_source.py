@@ -97,11 +97,12 @@ def test_times_of_reading_do_not_matter(source: Path, tmp_path: Path) -> None:
 
 
 def test_prefetched_files_come_first_in_the_blob(source: Path, tmp_path: Path) -> None:
-    options = BuildOptions(chunk_size=65536, prefetch_policy="fs", prefetch_patterns=("/holes", "/d/e"))
+    options = BuildOptions(chunk_size=65536, prefetch_policy="fs", prefetch_patterns=("/d", "/holes"))
     bootstrap, blobs = build(source, tmp_path, options)
     found = bootstrap.walk()
-    assert min(index for _, index, _ in found[b"/holes"].chunks) == 0
-    assert bootstrap.prefetch == [found[b"/holes"].nid, found[b"/d/e"].nid]
+    assert [index for _, index, _ in found[b"/d/plain"].chunks] == [0, 1, 2, 3]
+    assert found[b"/holes"].chunks[0][1] == 4 < found[os.fsencode(b"/\xff!")].chunks[0][1]
+    assert bootstrap.prefetch == [found[b"/d"].nid, found[b"/holes"].nid]
     assert read_file(found[b"/holes"], bootstrap, blobs) == (source / "holes").read_bytes()
 
 

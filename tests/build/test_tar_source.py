@@ -165,6 +165,13 @@ def test_hard_links_need_a_target_in_the_layer() -> None:
     assert found["/l"] == found["/m"]
 
 
+def test_sizes_of_members_without_data_are_ignored() -> None:
+    for kind in (b"3", b"5", b"6"):
+        odd = forge_header(name=b"x", type=kind, size=b"00000007777\0")
+        found = build_and_decode(forge_header(name=b"a") + odd + forge_header(name=b"b"))
+        assert sorted(found) == ["/", "/a", "/b", "/x"]
+
+
 def test_estargz_index_files_are_left_out() -> None:
     names = ("stargz.index.json", ".prefetch.landmark", ".no.prefetch.landmark", "d/stargz.index.json")
     found = build_and_decode(make_tar(*(member(name, data=b"x") for name in names)))

@@ -241,9 +241,12 @@ class Bootstrap:
     def _check_places(self) -> None:
         self._places.sort()
         end = self.meta + BLOCK
+        self.wasted = 0  # bytes of the inode area that another inode could have had
         for start, stop in self._places:
             assert start >= end, "two things at one place"
+            self.wasted += start - (end + 31 & -32)
             end = stop
+        self.wasted += self.meta_end - (end + 31 & -32)
 
     def walk(self) -> dict[bytes, Node]:
         """Absolute path -> node, the root as b"/"."""

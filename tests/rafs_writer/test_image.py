@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import tarfile
+from array import array
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,10 @@ import pytest
 from rafs_writer.decoder import Blob, Bootstrap
 from rafs_writer.trees import Entry, Tree, build_tar, check_tree, decode_image, make_tree, write_tar
 from virtiofsd_nydus.build.image import BuildOptions, build_layer, merge_layers
+from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.rafs.bootstrap import BlobInfo, BootstrapWriter
+from virtiofsd_nydus.rafs.layout import Codec, Digester
+from virtiofsd_nydus.rafs.tree import ChunkTable, Directory, RegularFile
 
 OPTIONS = [
     BuildOptions(compressor=compressor, digester=digester, chunk_size=chunk_size)
@@ -93,6 +98,47 @@ def test_layer_without_data_has_a_blob_that_no_image_names(compressor: str) -> N
 def test_empty_tar_is_an_empty_root() -> None:
     bootstrap, _ = decode_image([build_tar(b"", SMALL)], SMALL)
     assert list(bootstrap.walk()) == [b"/"] and bootstrap.root.mode == stat.S_IFDIR | 0o755
+
+
+def test_large_chunks_that_do_not_compress() -> None:
+    options = BuildOptions(chunk_size=16 << 20)
+    tree: Tree = {b"/": Entry(stat.S_IFDIR | 0o755), b"/big": Entry(stat.S_IFREG, content=os.urandom((16 << 20) + 7))}
+    check_tree(tree, *decode_image([build_tar(write_tar(tree), options)], options))
+
+
+def test_chunk_indexes_beyond_16_bits() -> None:
+    table = ChunkTable()
+    count = 0x21_0003
+    table.digests = bytearray(count * 32)
+    table.uoffs = array("Q", range(0, count << 12, 4096))
+    table.coffs = table.uoffs[:]
+    table.csizes = table.usizes = array("I", [4096]) * count
+    info = BlobInfo(
+        blob_id="b" * 64, table=table, codec=Codec.NONE, digester=Digester.BLAKE3, chunk_size=4096, features=1,
+        compressed_size=count << 12, uncompressed_size=count << 12,
+    )  # fmt: skip
+    root = Directory()
+    file = RegularFile(stat.S_IFREG, 0, 0, 0, (), 4 * 4096, table)
+    wanted = [0xFFFF, 0x1_0000, 0x12_3456, count - 1]
+    for number, index in enumerate(wanted):
+        table.digests[32 * index] = number
+        file.add_chunk(index)
+    root.children[b"f"] = file
+    writer = BootstrapWriter(root, [info], chunk_size=4096, codec=Codec.NONE, digester=Digester.BLAKE3)
+    node = Bootstrap(writer.write()).walk()[b"/f"]
+    assert node.chunks == [(0, index, index << 12) for index in wanted]
+
+
+def test_little_of_the_inode_area_is_wasted() -> None:
+    tree = make_tree(6, 4096)
+    bootstrap, _ = decode_image([build_tar(write_tar(tree), SMALL)], SMALL)
+    assert bootstrap.wasted < (bootstrap.meta_end - bootstrap.meta) // 50 + 4096
+
+
+def test_layers_of_other_options_are_refused() -> None:
+    layer, _ = build_tar(write_tar(make_tree(2, 4096)), SMALL)
+    with pytest.raises(Failure, match="other options"):
+        merge_layers([layer], options=BuildOptions(chunk_size=8192))
 
 
 def test_prefetch_table_names_the_patterns() -> None:

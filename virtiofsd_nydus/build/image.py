@@ -161,6 +161,11 @@ def merge_layers(
     built with these options. Blobs that no file refers to are not in it."""
     if chunk_dict is not None:
         raise UsageFailure("--chunk-dict is not supported yet")
+    made = (options.chunk_size, options.codec, options.digest_kind)
+    for layer in layers:
+        info = layer.blob_info
+        if info is not None and (info.chunk_size, info.codec, info.digester) != made:
+            raise Failure(f"layer {layer.blob_id[:12]} was built with other options than this image", Cause.FORMAT)
     root = merge_trees([layer.tree for layer in layers])
     # Of two equal layers the upper replaces every file of the lower, so no blob comes into the table twice.
     present = [layer.blob_info for layer in layers if layer.blob_info is not None]

@@ -135,8 +135,6 @@ class TarSource:
                 return
         else:
             new = self._make_inode(entry)
-        if isinstance(old, (Directory, Symlink)):
-            self._parent_name = None  # it may be on the way to the remembered parent
         parent.children[name] = new
 
     def _find_link_target(self, entry: TarEntry) -> Inode:

@@ -1,6 +1,7 @@
 """`build`: one RAFS image from a directory or a tar."""
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         result = build_image(args.source, args.bootstrap, args.blob_dir, options, show_progress=not args.json)
     except OSError as error:
-        raise Failure(f"{error.filename or args.blob_dir}: {error.strerror}", Cause.IO) from error
+        cause = Cause.SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Cause.IO
+        raise Failure(f"{error.filename or args.blob_dir}: {error.strerror}", cause) from error
     result["seconds"] = round(time.monotonic() - start, 3)
     if args.json:
         print(json.dumps(result))

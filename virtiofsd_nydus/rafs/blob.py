@@ -92,9 +92,10 @@ class BlobWriter:
         if self._buffer:
             with memoryview(self._buffer) as view:
                 self._hash.update(view)
-                written = self._out.write(view)
-            if isinstance(written, int) and written != len(self._buffer):
-                raise Failure(f"the blob's output took {written} of {len(self._buffer)} bytes", Cause.IO)
+                done = 0
+                while done < len(view):  # an unbuffered file may take less than it is given
+                    written = self._out.write(view[done:])
+                    done += written if isinstance(written, int) else len(view)
             self._buffer = bytearray()
 
     def _write(self, data: bytes | bytearray | memoryview) -> None:

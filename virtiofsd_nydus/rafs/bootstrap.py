@@ -312,7 +312,6 @@ class BootstrapWriter:
 
     # ---- third walk
     def _write_inodes(self, out: bytearray, meta_start: int) -> None:
-        done: set[int] = set()  # nids of inodes with several names
         parents = {self.root.nid: self.root.nid}
         for directory in walk_directories(self.root):
             nid = directory.nid
@@ -320,11 +319,7 @@ class BootstrapWriter:
                 if isinstance(child, Directory):
                     parents[child.nid] = nid
                     continue
-                if child.nlink > 1:
-                    if child.nid in done:
-                        continue
-                    done.add(child.nid)
-                if isinstance(child, RegularFile):
+                if isinstance(child, RegularFile):  # once for each name: the same bytes at the same place
                     self._write_file(out, meta_start, child)
                 elif isinstance(child, Symlink):
                     self._write_flat(out, meta_start, child, child.target)
