@@ -55,7 +55,7 @@ void guestlog_free(struct guestlog *l);
 
 /* Bytes [gpa, gpa+len) of the guest have been written. log NULL: nobody asked. */
 void guestmem_mark(struct guestlog *log, uint64_t gpa, uint64_t len);
-/* The function that writes to the guest. Two aligned bytes (a ring index) are stored at once, with release order. */
+/* The function that writes to the guest. Two aligned bytes (a ring index) are stored at once, in release order. */
 void guestmem_write(struct guestlog *log, uint8_t *host, const void *src, uint64_t len, uint64_t gpa);
 
 #endif

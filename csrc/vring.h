@@ -1,7 +1,7 @@
 /* vring.h -- the mechanics of one split virtqueue (virtio 1.2, 2.7): no threads, no files, no FUSE.
  *
- * Everything in the ring is the guest's and changes at any time: each field is loaded once, the copy is checked, the
- * copy is used. A structural violation is -EBADMSG and ends the ring; a request whose addresses lead nowhere is
+ * Everything in the ring is the guest's and changes at any time: each field is loaded once, the copy is checked,
+ * the copy is used. A structural violation is -EBADMSG and ends the ring; a request whose addresses lead nowhere is
  * -EFAULT and ends that request.
  */
 #ifndef VND_VRING_H

@@ -1,5 +1,6 @@
-/* test_device.c -- the device as a front-end drives it, in one process: queue threads, the real store and FUSE session, a
- * guest made of the fake guest's rings. What only threads can get wrong: waking, stopping, swapping, tearing down.
+/* test_device.c -- the device as a front-end drives it, in one process: queue threads, the real store and FUSE
+ * session, a guest made of the fake guest's rings. What only threads can get wrong: waking, stopping, swapping,
+ * tearing down.
  */
 #include <sys/eventfd.h>
 
@@ -759,7 +760,7 @@ static void test_inflight(void)
     r.st = st;
     serve_now(&r, 0);
     CHECK_EQ(apply(&r), 0);
-    /* A session that was not INITed answers EIO; a keeper process hands its INIT over. What counts: all come back. */
+    /* Without INIT the answer is EIO (a keeper process would hand its INIT over): what counts is that all come. */
     for (int i = 0; i < 4; i++) {
         reap(&r, &slot, NULL);
         seen |= 1u << slot;

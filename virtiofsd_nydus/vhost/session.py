@@ -255,8 +255,7 @@ class Session:
         index, _ = m.VRING_STATE.unpack(message.payload)
         ring = self._ring(index)
         ring.started = False
-        ring.set_kick(-1)
-        ring.set_call(-1)       # the engine signals there until the ring stands still
+        ring.set_kick(-1)       # the call fd stays: some front-ends start again without a new one
         self._apply()
         return (m.VRING_STATE.pack(index, ring.base),)
 
