@@ -284,11 +284,11 @@ static enum req_verdict serve_call(struct fuse_call *c)
     const struct fuse_op *op = in->opcode < FUSE_OP_MAX && ops[in->opcode].fn ? &ops[in->opcode] : &unknown;
 
     if (!(op->flags & ANY_TIME)) {
+        if (c->r->session_gen != atomic_load_explicit(&c->s->gen, memory_order_acquire)) {
+            return op_none(c);              /* of a guest that was reset meanwhile: its memory is another's now */
+        }
         if (!atomic_load_explicit(&c->s->ready, memory_order_acquire)) {
             return fuse_reply_error(c, EIO);
-        }
-        if (c->r->session_gen != atomic_load_explicit(&c->s->gen, memory_order_acquire)) {
-            return op_none(c);
         }
     }
     if (op->fn == op_none) {
