@@ -7,6 +7,7 @@ virtio-fs server shares the directory. Rounds alternate, so that what else the m
 
 import argparse
 import json
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -192,7 +193,7 @@ def print_result(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(f"machine: {result['machine']}\ncommand: {' '.join(result['command'])}", markup=False)
+    console.print(f"machine: {result['machine']}\ncommand: {shlex.join(result['command'])}", markup=False)
     if result["full_pull"]:
         console.print(f"full pull: skopeo, umoci unpack, {result['peer']} on the directory")
     table = Table("median (min-max)", *(f"{row['side']}, {row['rounds']} rounds" for row in result["rows"]))
