@@ -76,13 +76,11 @@ static int identity_get(int fd, struct identity *id)
 
 /* ---------------------------------------------------------------- data file */
 
-/* *grown: the file existed with another size, so bytes may be gone. */
-static int data_open(struct cachefile *c, bool *grown, int *cause, char *err, size_t err_len)
+static int data_open(struct cachefile *c, int *cause, char *err, size_t err_len)
 {
     char name[VND_ID_MAX + 16];
     struct stat st;
 
-    *grown = false;
     snprintf(name, sizeof name, "%s.blob.data", c->id);
     if (c->writable)
         c->data_fd = openat(c->dir_fd, name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
@@ -105,15 +103,20 @@ static int data_open(struct cachefile *c, bool *grown, int *cause, char *err, si
         return fail_line(-EIO, err, err_len, "cache of blob %s: %s is no file of at most %llu bytes; remove it", c->id,
                          name, (unsigned long long)c->size_bytes);
     }
-    if ((uint64_t)st.st_size < c->size_bytes) {
-        *grown = true;
-        if (c->writable && ftruncate(c->data_fd, (off_t)c->size_bytes)) {
-            if (errno != ENOSPC && errno != EFBIG && errno != EDQUOT)
-                return io_fail(c, "cannot size its data file", -errno, cause, err, err_len);
-            c->writable = false;
-        }
-    }
     return 0;
+}
+
+/* Gives the data file its size. True: it had another, so bytes may be gone. With CLAIM_INIT held where there is a side
+ * file: a file that another process has just created is not one that was cut. */
+static bool data_size(struct cachefile *c)
+{
+    struct stat st;
+
+    if (c->data_fd < 0 || fstat(c->data_fd, &st) || (uint64_t)st.st_size >= c->size_bytes)
+        return false;
+    if (c->writable && ftruncate(c->data_fd, (off_t)c->size_bytes))
+        c->writable = false;    /* no room for it: bytes are kept in memory */
+    return true;
 }
 
 /* ---------------------------------------------------------------- chunk map R */
@@ -171,8 +174,9 @@ static bool side_matches(const struct cachefile *c, const struct side_header *h,
            h->dev == id->dev && h->ino == id->ino && h->btime_ns == id->btime_ns && h->size_bytes == c->size_bytes;
 }
 
-/* A fresh side file under the name, made whole before it appears. Users of an older one keep theirs. */
-static int side_create(struct cachefile *c, const char *name, const struct identity *id)
+/* A fresh side file under the name, made whole before it appears. replace: the lock of the present one is held, its
+ * other users keep it. Without, whoever is first wins. */
+static int side_create(struct cachefile *c, const char *name, const struct identity *id, bool replace)
 {
     char tmp[VND_ID_MAX + 48];
     struct side_header h = { .version = SIDE_VERSION, .n = c->n, .dev = id->dev, .ino = id->ino,
@@ -188,9 +192,12 @@ static int side_create(struct cachefile *c, const char *name, const struct ident
     if (fd < 0)
         return -errno;
     if (ftruncate(fd, (off_t)len) || claim_reserve(fd, (int64_t)bound_offset(c->n)) ||
-        pwrite(fd, &h, sizeof h, 0) != sizeof h || renameat(c->side_dir_fd, tmp, c->side_dir_fd, name))
+        pwrite(fd, &h, sizeof h, 0) != sizeof h)
         rc = errno ? -errno : -EIO;
-    if (rc)
+    else if (replace ? renameat(c->side_dir_fd, tmp, c->side_dir_fd, name) :
+             linkat(c->side_dir_fd, tmp, c->side_dir_fd, name, 0))
+        rc = errno == EEXIST ? 0 : -errno;
+    if (rc || !replace)
         unlinkat(c->side_dir_fd, tmp, 0);
     close(fd);
     return rc;
@@ -212,7 +219,7 @@ static int side_open_locked(struct cachefile *c, const char *name, const struct 
     for (int i = 0; i < 16; i++) {
         int fd = openat(c->side_dir_fd, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
         if (fd < 0 && errno == ENOENT) {
-            rc = side_create(c, name, id);
+            rc = side_create(c, name, id, false);
             if (rc)
                 return rc;
             continue;
@@ -233,7 +240,7 @@ static int side_open_locked(struct cachefile *c, const char *name, const struct 
                 c->side_fd = fd;
                 return 0;
             }
-            rc = side_create(c, name, id);      /* replaces it; waiters for this lock will see */
+            rc = side_create(c, name, id, true);    /* who waits for this lock will see */
             close(fd);
             if (rc)
                 return rc;
@@ -264,7 +271,7 @@ static int side_map(struct cachefile *c)
 }
 
 /* Opens, binds and maps the side file; on any trouble T becomes private. */
-static int side_open(struct cachefile *c, bool grown)
+static int side_open(struct cachefile *c)
 {
     char name[VND_ID_MAX + 8], boot[40];
     struct identity id;
@@ -276,6 +283,7 @@ static int side_open(struct cachefile *c, bool grown)
         if (!rc)
             rc = side_open_locked(c, name, &id);
     }
+    bool grown = data_size(c);
     if (c->side_fd < 0) {
         if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable)
             engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: no side file (%s): what is fetched now is "
@@ -283,6 +291,8 @@ static int side_open(struct cachefile *c, bool grown)
         return side_map(c);
     }
     rc = side_map(c);
+    if (!rc)
+        rc = identity_get(c->data_fd, &id);     /* sizing has changed its time */
     if (rc)
         return rc;
     boot_id_get(boot);
@@ -298,10 +308,9 @@ static int side_open(struct cachefile *c, bool grown)
         } else if (atomic_load(&c->head->epoch) & 1) {
             cachefile_take_away(c, false);
         }
-        if (atomic_load(&c->head->ctime_ns) != id.ctime_ns) {
+        if (!grown && atomic_load(&c->head->ctime_ns) != id.ctime_ns)
             cachefile_take_away(c, false);
-            atomic_store(&c->head->ctime_ns, id.ctime_ns);
-        }
+        atomic_store(&c->head->ctime_ns, id.ctime_ns);
     }
     rc = claim_byte(c->side_fd, CLAIM_ATTACH, false, INIT_WAIT_MS);
     claim_byte_release(c->side_fd, CLAIM_INIT);
@@ -311,7 +320,6 @@ static int side_open(struct cachefile *c, bool grown)
 int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int *cause, char *err, size_t err_len)
 {
     struct cachefile *c = calloc(1, sizeof *c);
-    bool grown;
     int rc;
 
     *out = NULL;
@@ -327,8 +335,8 @@ int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int 
     c->data_fd = c->side_fd = -1;
     snprintf(c->id, sizeof c->id, "%s", cfg->id);
     pthread_mutex_init(&c->lock, NULL);
-    rc = data_open(c, &grown, cause, err, err_len);
-    if (!rc && (rc = side_open(c, grown)))
+    rc = data_open(c, cause, err, err_len);
+    if (!rc && (rc = side_open(c)))
         io_fail(c, "cannot map its side file", rc, cause, err, err_len);
     if (!rc && c->data_fd >= 0)
         map_open(c);

@@ -266,7 +266,8 @@ static void claim_job(struct build *b)
     struct job *j = b->j;
 
     j->claimed = false;
-    if (b->cache->side_fd >= 0) {
+    /* Verifying needs no claim: two who do it lose nothing, and one must not wait for a stuck fetch. */
+    if (b->cache->side_fd >= 0 && !b->verify) {
         int got = claim_units(b->cache->side_fd, j->first, j->n);
         if (got >= 0 && (uint32_t)got < j->n) {
             for (uint32_t rel = (uint32_t)got; rel < j->n; rel++)
@@ -320,6 +321,11 @@ static bool build_job(struct fetcher *f, int slot, struct blob_core *c, uint32_t
     if (got != MISS_TAKEN)
         return false;
     b.verify = !force && cachefile_doubted(b.cache, index);
+    /* Another process sets T, then R: R seen after an unset T may just have been that. */
+    if (b.verify && cachefile_ready(b.cache, index)) {
+        miss_finish(c, index, 0);
+        return false;
+    }
     b.end = chunk_end(&b.t->chunk[index]);
     j->state[0] = JOB_WANT;
     merge_forward(&b);

@@ -353,6 +353,7 @@ static int settle_views(struct job *j, uint32_t from, uint32_t to, uint64_t *low
 {
     const struct blobtable *t = table_of(j);
     struct cachefile *cache = j->core->cache;
+    struct engine_counters *shared = &j->core->engine->shared;
     int rc = write_views(j, from, to), n = 0;
 
     for (uint32_t v = from; v < to; v++) {
@@ -370,6 +371,8 @@ static int settle_views(struct job *j, uint32_t from, uint32_t to, uint64_t *low
                 *low = t->chunk[i].uoff < *low ? t->chunk[i].uoff : *low;
                 *high = t->chunk[i].uoff + t->chunk[i].usize > *high ? t->chunk[i].uoff + t->chunk[i].usize : *high;
             }
+            atomic_fetch_add_explicit(j->kind == VND_JOB_VERIFY ? &shared->verified_chunks : &shared->fetched_chunks, 1,
+                                      memory_order_relaxed);
             n++;
         }
         miss_finish(j->core, i, 0);
@@ -416,8 +419,6 @@ static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digest
     memmove(j->views, j->views + count, j->views_n * sizeof *j->views);
     if (!j->views_n)
         j->scratch_len = 0;
-    atomic_fetch_add_explicit(j->kind == VND_JOB_VERIFY ? &e->shared.verified_chunks : &e->shared.fetched_chunks,
-                              (uint64_t)ready, memory_order_relaxed);
     if (!wrong)
         return j->unspaced ? -ENOSPC : ready;
     atomic_fetch_add_explicit(&e->shared.digest_failures, (uint64_t)wrong, memory_order_relaxed);

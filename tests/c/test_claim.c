@@ -1,0 +1,284 @@
+/* Several processes on one work directory: each chunk is fetched once, whoever dies or fails is replaced, contradicting
+ * images are told apart across processes too. Children are forked before this process has threads.
+ */
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+
+#include "store_fixture.h"
+
+#define N 200
+#define CHUNK 16384
+
+static const char *under;
+
+/* What processes tell each other. */
+struct board {
+    _Atomic uint64_t fetched, jobs, expected_eio;
+    _Atomic int started, go, step;
+};
+static struct board *board;
+
+static void wait_for(_Atomic int *what, int value)
+{
+    int64_t until = now_us() + 20000000;
+
+    while (atomic_load(what) < value) {
+        CHECK(now_us() < until);
+        usleep(200);
+    }
+}
+
+static pid_t child(void (*run)(const char *dir, struct fix_blob *b, int me), const char *dir, struct fix_blob *b, int me)
+{
+    pid_t pid = fork();
+
+    CHECK(pid >= 0);
+    if (pid == 0) {
+        run(dir, b, me);
+        _exit(0);
+    }
+    return pid;
+}
+
+static void reap(pid_t pid)
+{
+    int status;
+
+    CHECK(waitpid(pid, &status, 0) == pid);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+static void read_everything(const char *dir, struct fix_blob *b, int me)
+{
+    struct fix f = { 0 };
+    vnd_stats st;
+
+    f.server.feed_bytes = 5000;
+    fix_up(&f, dir, b, 2);
+    atomic_fetch_add(&board->started, 1);
+    wait_for(&board->go, 1);
+    for (uint32_t i = 0; i < N - 4; i += 3) {
+        uint32_t at = me & 1 ? N - 4 - i : i;
+        fix_check(f.h, b, (uint64_t)at * CHUNK, 2 * CHUNK + 9);
+    }
+    fix_check(f.h, b, 0, 100 * CHUNK);
+    fix_check(f.h, b, 100 * CHUNK, 99 * CHUNK);
+    fix_check(f.h, b, (N - 1) * CHUNK, 99);
+    vnd_engine_stats(f.e, &st);
+    atomic_fetch_add(&board->fetched, st.fetched_chunks);
+    CHECK_EQ(st.verified_chunks, 0);
+    fix_down(&f);
+}
+
+static void test_each_chunk_once(void)
+{
+    char dir[200];
+    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+    pid_t pid[3];
+
+    memset(board, 0, sizeof *board);
+    fix_dir_make(dir, under);
+    for (int i = 0; i < 3; i++)
+        pid[i] = child(read_everything, dir, b, i);
+    wait_for(&board->started, 3);
+    atomic_store(&board->go, 1);
+    for (int i = 0; i < 3; i++)
+        reap(pid[i]);
+    CHECK_EQ(atomic_load(&board->fetched), N);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
+/* Takes the job for chunk 10 and sits on it. */
+static void hold_job(const char *dir, struct fix_blob *b, int how)
+{
+    struct fix f = { 0 };
+    struct fix_reader r;
+    uint8_t buf[8];
+    struct extent x = { .uoff = 10 * CHUNK, .chunk = 10, .len = 8 };
+    struct iovec iov = { buf, 8 };
+    vnd_job job;
+
+    f.server.blob = b;
+    fix_up(&f, dir, b, 0);
+    x.blob = f.h;
+    fix_reader_init(&r);
+    CHECK_EQ(store_read(&r.w, &x, 1, &iov, 1), -EINPROGRESS);
+    fix_reader_wait(&r);        /* the table is there */
+    CHECK_EQ(store_read(&r.w, &x, 1, &iov, 1), -EINPROGRESS);
+    CHECK_EQ(vnd_job_next(f.e, &job, 0, 5000), 0);
+    atomic_store(&board->step, 1);
+    wait_for(&board->go, 1);
+    if (how == 1) {             /* fails: the error stays in this process */
+        vnd_job_end(f.e, job.id, EIO, VND_CAUSE_NETWORK, "gone");
+        fix_reader_wait(&r);
+        CHECK_EQ(r.w.err, EIO);
+        fix_down(&f);
+        return;
+    }
+    if (how == 2) {             /* succeeds */
+        f.server.e = f.e;
+        f.server.feed_bytes = 100000;
+        fix_serve(&f.server, &job);
+        fix_reader_wait(&r);
+        CHECK_EQ(store_read(&r.w, &x, 1, &iov, 1), 8);
+        fix_down(&f);
+        return;
+    }
+    pause();
+}
+
+static void *read_ten(void *arg)
+{
+    struct fix *f = arg;
+
+    fix_check(f->h, f->server.blob, 10 * CHUNK, 3 * CHUNK);
+    return NULL;
+}
+
+static void wait_for_holder(const char *dir, struct fix_blob *b, int how)
+{
+    struct fix f = { 0 };
+    pthread_t t;
+    vnd_stats st;
+    int64_t until = now_us() + 5000000;
+
+    wait_for(&board->step, 1);
+    fix_up(&f, dir, b, 1);
+    pthread_create(&t, NULL, read_ten, &f);
+    /* It waits as a foreign chunk, and no job is made of it. */
+    for (bool waits = false; !waits; usleep(200)) {
+        CHECK(now_us() < until);
+        pthread_mutex_lock(&f.e->fetcher->foreign_lock);
+        waits = f.e->fetcher->foreign_started;
+        pthread_mutex_unlock(&f.e->fetcher->foreign_lock);
+    }
+    CHECK_EQ(atomic_load(&f.server.jobs), 0);
+    int64_t start = now_us();
+    atomic_store(&board->step, 2);
+    pthread_join(t, NULL);
+    if (getenv("VERBOSE"))
+        fprintf(stderr, "  holder %s: served after %lld us\n", how == 0 ? "killed" : how == 1 ? "failed" : "done",
+                (long long)(now_us() - start));
+    vnd_engine_stats(f.e, &st);
+    if (how == 2)
+        CHECK_EQ(st.fetched_chunks, 0);
+    else
+        CHECK(st.fetched_chunks >= 3);
+    fix_down(&f);
+}
+
+static void test_holder(int how)
+{
+    char dir[200];
+    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+    pid_t holder, waiter;
+
+    memset(board, 0, sizeof *board);
+    fix_dir_make(dir, under);
+    holder = child(hold_job, dir, b, how);
+    waiter = child(wait_for_holder, dir, b, how);
+    wait_for(&board->step, 2);
+    if (how == 0) {
+        int status;
+        CHECK(!kill(holder, SIGKILL));
+        CHECK(waitpid(holder, &status, 0) == holder);
+    }
+    atomic_store(&board->go, 1);
+    reap(waiter);
+    if (how)
+        reap(holder);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
+/* A process whose image contradicts the one in use elsewhere gets nothing and spoils nothing. */
+static void use_true(const char *dir, struct fix_blob *b, int me)
+{
+    struct fix f = { 0 };
+
+    fix_up(&f, dir, b, 1);
+    fix_check(f.h, b, 0, 20 * CHUNK);
+    atomic_store(&board->step, 1);
+    wait_for(&board->go, 1);
+    fix_check(f.h, b, 0, 99 * CHUNK);
+    fix_down(&f);
+}
+
+static void use_false(const char *dir, struct fix_blob *b, int me)
+{
+    struct fix f = { 0 };
+    uint8_t buf[64];
+
+    wait_for(&board->step, 1);
+    b->chunk[3].digest[9] ^= 1;
+    fix_up(&f, dir, b, 1);
+    CHECK_EQ(fix_read(f.h, b, 0, 64, buf), -EIO);
+    CHECK(fix_said(f.e, VND_CAUSE_DIGEST, "another image in use"));
+    fix_down(&f);
+    /* The same with a chunk moved over another's bytes. */
+    b->chunk[3].digest[9] ^= 1;
+    b->hide_from = 4;
+    b->hide_to = 5;
+    b->chunk[3].uoff += 100;
+    fix_up(&f, dir, b, 1);
+    CHECK_EQ(fix_read(f.h, b, 0, 64, buf), -EIO);
+    CHECK(fix_said(f.e, VND_CAUSE_DIGEST, "another image in use"));
+    fix_down(&f);
+    atomic_store(&board->go, 1);
+}
+
+static void test_contradiction(void)
+{
+    char dir[200];
+    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+    pid_t a, c;
+
+    memset(board, 0, sizeof *board);
+    fix_dir_make(dir, under);
+    a = child(use_true, dir, b, 0);
+    c = child(use_false, dir, b, 1);
+    reap(c);
+    reap(a);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
+/* Locks themselves: prefix, release, freed by death. */
+static void test_locks(void)
+{
+    char dir[200], path[300];
+    int a, b;
+
+    fix_dir_make(dir, under);
+    sprintf(path, "%s/file", dir);
+    a = open(path, O_RDWR | O_CREAT, 0600);
+    b = open(path, O_RDWR);
+    CHECK_EQ(claim_units(a, 10, 5), 5);
+    CHECK_EQ(claim_units(a, 30, 5), 5);
+    CHECK_EQ(claim_units(b, 0, 40), 10);        /* the free prefix, whichever conflict the kernel names */
+    claim_release(b, 0, 10);
+    CHECK_EQ(claim_units(b, 12, 2), 0);
+    CHECK_EQ(claim_units(b, 15, 40), 15);
+    CHECK(claim_foreign(b, 12));
+    CHECK(!claim_foreign(b, 15));
+    CHECK(claim_foreign(a, 15));
+    close(b);
+    CHECK(!claim_foreign(a, 15));
+    close(a);
+    fix_dir_remove(dir);
+}
+
+int main(int argc, char **argv)
+{
+    under = argc > 1 ? argv[1] : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
+    board = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    test_locks();
+    test_each_chunk_once();
+    for (int how = 0; how < 3; how++)
+        test_holder(how);
+    test_contradiction();
+    puts("test_claim: ok");
+    return 0;
+}
