@@ -298,7 +298,9 @@ static int load_request(struct queue *q, struct queue_slot *s, const struct vrin
     rc = copy_in(s, 0, &r->in, head);
     if (rc == 0)
         rc = copy_in(s, head, r->args, r->args_len);
-    r->args[r->args_len] = 0;       /* args_nul stands behind a full args */
+    if (r->args_len < REQ_ARGS_MAX)
+        r->args[r->args_len] = 0;
+    r->args_nul = 0;
     r->session_gen = fuse_session_gen(q->session);
     return rc;
 }

@@ -148,8 +148,12 @@ def test_deadline_is_an_error(start: Callable[..., Stuck]) -> None:
     assert OUT_HEADER.unpack(reply)[1] == -5
     assert DEADLINE_MS / 1000 - 0.5 < took < DEADLINE_MS / 1000 + 2
     stuck.gate.open()
-    stuck.submit_cold()
-    stuck.assert_cold(stuck.guest.queues[1].reap()[1])
+    for _ in range(5):      # the fetch that was given up may still be in the way of the next
+        stuck.submit_cold()
+        reply = stuck.guest.queues[1].reap()[1]
+        if OUT_HEADER.unpack_from(reply)[1] == 0:
+            break
+    stuck.assert_cold(reply)
 
 
 def test_ring_stop_is_bounded_and_resumes(start: Callable[..., Stuck]) -> None:
