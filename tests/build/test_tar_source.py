@@ -235,6 +235,13 @@ def record(key: bytes, value: bytes) -> bytes:
         (pax(record(b"size", b"many")) + forge_header(), "pax header is malformed"),
         (pax(record(b"path", b"a\0b")) + forge_header(), "a NUL in the name"),
         (pax(record(b"path", b"n" * 256)) + forge_header(), "more than 255 bytes"),
+        (pax(record(b"path", b"n/" * 2100)) + forge_header(), "a name of 4200 bytes"),
+        (pax(record(b"path", b"n/" * 1500)) + forge_header(type=b"5") + pax(record(b"linkpath", b"n/" * 1500))
+         + forge_header(name=b"s", type=b"2") + pax(record(b"path", b"s/" + b"n/" * 600)) + forge_header(),
+         "more than 2048 directories deep"),
+        (pax(record(b"mtime", b"9" * 30)) + forge_header(), "malformed"),
+        (pax(b"".join(record(b"SCHILY.xattr.user.%d" % n, bytes(65000)) for n in range(5))) + forge_header(),
+         "f: the extended attributes of one inode take"),
         (pax(record(b"GNU.sparse.map", b"0,5,3,5") + record(b"GNU.sparse.size", b"9")) + forge_header(), "of order"),
         (pax(record(b"GNU.sparse.map", b"0,5") + record(b"GNU.sparse.size", b"9")) + forge_header(), "do not fit"),
         (pax(record(b"GNU.sparse.map", b"0,5,3") + record(b"GNU.sparse.size", b"9")) + forge_header(), "malformed"),

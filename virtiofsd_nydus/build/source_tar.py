@@ -7,7 +7,7 @@ from virtiofsd_nydus.build.chunker import Chunker
 from virtiofsd_nydus.build.tar_stream import Readable, TarEntry, TarFailure, TarStream, show
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.bootstrap import is_storable_xattr
+from virtiofsd_nydus.rafs.bootstrap import encode_xattrs, is_storable_xattr
 from virtiofsd_nydus.rafs.tree import ChunkTable, Directory, Inode, RegularFile, Special, Symlink, Xattrs
 
 # Index files of eStargz layers: descriptions of the tar, not content.
@@ -32,6 +32,8 @@ def split_path(name: bytes) -> list[bytes]:
         parts = kept
     if len(name) > layout.NAME_BYTES_MAX and max(map(len, parts), default=0) > layout.NAME_BYTES_MAX:
         raise TarFailure(f"{show(name)}: a name of more than {layout.NAME_BYTES_MAX} bytes")
+    if len(name) > layout.PATH_BYTES_MAX:
+        raise TarFailure(f"{show(name)}: a name of {len(name)} bytes")
     if b"\0" in name:
         raise TarFailure(f"{show(name)}: a NUL in the name")
     return parts
@@ -66,6 +68,8 @@ def resolve_directory(root: Directory, parts: list[bytes], *, create: bool) -> D
             todo += child.target.split(b"/")[::-1]
         elif isinstance(child, Directory):
             trail.append(child)
+            if len(trail) > layout.DEPTH_MAX:
+                raise TarFailure(f"{show(b'/'.join(parts))}: more than {layout.DEPTH_MAX} directories deep")
         else:
             return None
     return trail[-1]
@@ -153,6 +157,11 @@ class TarSource:
         kept = sorted(item for item in entry.xattrs if is_storable_xattr(*item))
         self.dropped_xattrs += len(entry.xattrs) - len(kept)
         key = tuple(kept)
+        if key and key not in self._xattr_sets:
+            try:
+                encode_xattrs(key)
+            except Failure as failure:
+                raise TarFailure(f"{show(entry.name)}: {failure}") from None
         return self._xattr_sets.setdefault(key, key)
 
     def _time(self, entry: TarEntry) -> int:

@@ -191,7 +191,10 @@ def parse_time(text: bytes) -> int:
     seconds, _, fraction = text.partition(b".")
     negative = seconds.startswith(b"-")
     digits = int((fraction + b"000000000")[:9]) if fraction else 0
-    return int(seconds or b"0") * 1_000_000_000 + (-digits if negative else digits)
+    whole = int(seconds or b"0")
+    if not -(1 << 62) < whole < 1 << 62:
+        raise ValueError("a time beyond the field of an inode")
+    return whole * 1_000_000_000 + (-digits if negative else digits)
 
 
 class TarStream:

@@ -148,6 +148,8 @@ BLOB_UNCOMPRESSED_MAX = 1 << 44
 FILE_BYTES_MAX = 1 << 44
 NAME_BYTES_MAX = 255
 SYMLINK_BYTES_MAX = 4095
+PATH_BYTES_MAX = 4095  # no unpacker could make, and no guest name, anything longer
+DEPTH_MAX = 2048  # of directories, as many as fit such a path
 
 
 def align_up(value: int, alignment: int) -> int:
