@@ -158,6 +158,29 @@ def test_wrong_password(server: FaultyServer, make) -> None:
     assert SECRET not in str(caught.value)
 
 
+def test_a_refused_login_is_not_hammered(server: FaultyServer, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    server.token_user = "someone:other"
+    blob = server.add(DATA)
+    backend = make(auth=AUTH)
+    for _ in range(5):
+        with pytest.raises(Failure, match="login of user 'someone' refused") as caught:
+            read(backend, blob, 0, 10)
+        assert caught.value.cause is Cause.AUTH
+    assert token_calls(server) == ["POST", "GET"]
+    now = time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 11)
+    server.token_user = f"someone:{SECRET}"
+    assert read(backend, blob, 0, 10) == DATA[:10]
+    # new credentials are tried at once
+    server.token_user, server.tokens = "someone:other", {}
+    with pytest.raises(Failure):
+        read(backend, blob, 0, 10)
+    backend.set_credentials(Credentials("someone", "other"))
+    assert read(backend, blob, 0, 10) == DATA[:10]
+
+
 def test_token_server_trouble_is_network(server: FaultyServer, make) -> None:
     server.token_user = ""
     blob = server.add(DATA)

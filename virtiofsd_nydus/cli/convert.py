@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     source = open_store(source_ref, plain_http=args.plain_http, creds=source_creds, ca_cert_files=ca_cert_files)
     target = open_store(target_ref, plain_http=args.plain_http, creds=target_creds, ca_cert_files=ca_cert_files)
     try:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)   # so that the work directory is emptied too
         with ProgressBars(enabled=sys.stderr.isatty() and not args.json) as bars:
             result = convert_image(source, source_ref, target, target_ref, options=options, platform=platform,
                                    merge_platform=args.merge_platform, work_dir=args.work_dir, progress=bars)

@@ -27,6 +27,8 @@ TOKEN_TTL_S = 60
 # A token is fetched anew this long before its end, or a tenth of its life when that is shorter.
 TOKEN_MARGIN_S = 20
 TOKEN_ANSWER_BYTES = 1 << 20
+# A refused login is not tried again for so long: every cold read would, and accounts get locked by that.
+REFUSED_FOR_S = 10.0
 # One step of WWW-Authenticate (RFC 9110 11.6.1): a scheme before its parameters, a parameter, or a scheme alone.
 CHALLENGE = re.compile(r"""([A-Za-z][\w-]*)\s+(?=[\w-]+\s*=)"""
                        r"""|([A-Za-z][\w-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))"""
@@ -144,6 +146,7 @@ class Authenticator:
         self._preset = f"Bearer {token}" if token else ""
         self._headers: dict[str, tuple[str, float]] = {}     # scope -> header, monotonic time of its end
         self._challenge: dict[str, str] | None = None
+        self._refused: dict[str, tuple[Failure, float]] = {}    # scope -> refusal, monotonic time of its end
         self._get_only = False
         self.settled = False
 
@@ -156,6 +159,7 @@ class Authenticator:
         with self._lock:
             self._credentials = credentials
             self._headers.clear()
+            self._refused.clear()
             self._preset = ""
 
     def first_request(self, deadline: float | None) -> "AbstractContextManager[None]":
@@ -179,23 +183,35 @@ class Authenticator:
             known = self._headers.get(scope)
             if known and known[0] != sent and known[1] > time.monotonic():
                 return known[0]
-            if sent and sent == self._preset:
-                self._preset = ""
-            challenges = parse_challenges(answer or "")
-            bearer = next((fields for name, fields in challenges if name == "bearer" and fields.get("realm")), None)
-            if answer is None or (bearer is None and not challenges):
-                bearer = self._challenge
-            if bearer is not None:
-                self._challenge = bearer
-                header, life_s = self._fetch_token(bearer, scope, deadline)
-                self._headers[scope] = header, time.monotonic() + life_s - min(TOKEN_MARGIN_S, life_s / 10)
-                return header
-            if any(name == "basic" for name, _ in challenges) and self._credentials is not None:
-                header = self._credentials.basic_header()
-                if header != sent:
-                    self._headers[scope] = header, float("inf")
-                    return header
-            raise self.refused(scope, 401)
+            refused = self._refused.get(scope)
+            if refused and refused[1] > time.monotonic():
+                raise Failure(str(refused[0]), refused[0].cause)
+            try:
+                header, life_s = self._renew(scope, sent, answer, deadline)
+            except Failure as failure:
+                if failure.cause is Cause.AUTH:
+                    self._refused[scope] = failure, time.monotonic() + REFUSED_FOR_S
+                raise
+            self._headers[scope] = header, time.monotonic() + life_s
+            return header
+
+    def _renew(self, scope: str, sent: str, answer: str | None, deadline: float | None) -> tuple[str, float]:
+        """A new header and for how many seconds to use it. The lock is held."""
+        if sent and sent == self._preset:
+            self._preset = ""
+        challenges = parse_challenges(answer or "")
+        bearer = next((fields for name, fields in challenges if name == "bearer" and fields.get("realm")), None)
+        if not challenges:
+            bearer = self._challenge    # a stale token need not be told what is wanted
+        if bearer is not None:
+            self._challenge = bearer
+            header, life_s = self._fetch_token(bearer, scope, deadline)
+            return header, life_s - min(TOKEN_MARGIN_S, life_s / 10)
+        if self._credentials is not None and any(name == "basic" for name, _ in challenges):
+            header = self._credentials.basic_header()
+            if header != sent:
+                return header, float("inf")
+        raise self.refused(scope, 401)
 
     def refused(self, scope: str, status: int, said: str = "") -> Failure:
         """The line for a login that did not work."""

@@ -14,12 +14,12 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
 
 from virtiofsd_nydus.build.image import BuildOptions, Layer, MergedImage, build_layer, merge_layers
 from virtiofsd_nydus.errors import Cause, Failure
@@ -45,9 +45,14 @@ from virtiofsd_nydus.oci.reference import DOCKER_ARCHIVE, Reference
 from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest, read_document
 
 LAYERS_AT_A_TIME = 2
+# How long layers under way are waited for when the run fails or is interrupted.
+LEAVE_S = 3.0
 # Who made the image, where its history is shown (the words of Nydus's own converter, which tools look for).
 CREATED_BY = "Nydus Converter"
 BOOTSTRAP_COMMENT = "Nydus Bootstrap Layer"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Progress(Protocol):
@@ -123,7 +128,8 @@ def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore,
         raise Failure(f"{target_ref}: a destination has a tag, its digest is not known before", Cause.FORMAT)
     manifest, config, of_platform = read_source(source, source_ref, platform)
     try:
-        with tempfile.TemporaryDirectory(prefix="virtiofsd-nydus-convert-", dir=work_dir) as folder:
+        with tempfile.TemporaryDirectory(prefix="virtiofsd-nydus-convert-", dir=work_dir,
+                                         ignore_cleanup_errors=True) as folder:
             run = _Conversion(source, target, options, Path(folder), progress or _Silent())
             built = run.convert_layers(manifest.layers)
             merged = merge_layers([layer for layer, _ in built], options=options)
@@ -187,23 +193,11 @@ class _Conversion:
         unique = {layer.digest: layer for layer in layers}
         for layer in unique.values():
             self._progress.start("convert", layer.digest, layer.size)
-        with ThreadPoolExecutor(LAYERS_AT_A_TIME, thread_name_prefix="layer") as pool:
-            # The largest first: the last to end is then a short one.
-            order = sorted(unique.values(), key=lambda layer: -layer.size)
-            futures: dict[str, Future[tuple[Layer, LayerResult]]] = {
-                layer.digest: pool.submit(self._convert_layer, layer) for layer in order}
-            try:
-                wait(futures.values(), return_when=FIRST_EXCEPTION)
-            finally:
-                if not all(future.done() and not future.cancelled() and future.exception() is None
-                           for future in futures.values()):
-                    self._stop.set()
-                    for future in futures.values():
-                        future.cancel()
-        failed = [error for future in futures.values() if not future.cancelled() and (error := future.exception())]
-        for error in sorted(failed, key=lambda error: isinstance(error, _Stopped)):
-            raise error
-        return [futures[layer.digest].result() for layer in layers]
+        # The largest first: the last to end is then a short one.
+        order = sorted(unique.values(), key=lambda layer: -layer.size)
+        results = run_at_a_time(self._convert_layer, order, LAYERS_AT_A_TIME, self._stop)
+        done = {layer.digest: result for layer, result in zip(order, results, strict=True)}
+        return [done[layer.digest] for layer in layers]
 
     def push_bootstrap(self, merged: MergedImage) -> tuple[Descriptor, str]:
         """The bootstrap layer's descriptor, and the digest of its tar (diff id)."""
@@ -277,6 +271,46 @@ class _Conversion:
                 raise _Stopped
             self._progress.advance(phase, digest, size)
         return count
+
+
+def run_at_a_time(work: Callable[[Item], Result], items: Sequence[Item], count: int,
+                  stop: threading.Event) -> list[Result]:
+    """work of each item, `count` at a time, results in the items' order.
+
+    The first failure sets stop, which work is to heed, and is raised. Not an executor: its threads cannot be left, and
+    a registry that is slow to answer would hold up an interrupted run for minutes. These are waited for a little."""
+    waiting = list(enumerate(items))[::-1]
+    results: dict[int, Result] = {}
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            while not stop.is_set():
+                try:
+                    index, item = waiting.pop()     # atomic, as the assignment below is
+                except IndexError:
+                    break
+                results[index] = work(item)
+            ended.put(None)
+        except BaseException as error:
+            ended.put(error)
+            stop.set()
+
+    threads = [threading.Thread(target=run, daemon=True, name=f"convert-{index}") for index in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in threads:
+            error = ended.get()
+            if error is not None:
+                raise error
+    except BaseException:
+        stop.set()
+        limit = time.monotonic() + LEAVE_S
+        for thread in threads:
+            thread.join(max(0.0, limit - time.monotonic()))
+        raise
+    return [results[index] for index in range(len(items))]
 
 
 def write_bootstrap_layer(path: Path, bootstrap: "bytes | bytearray") -> str:

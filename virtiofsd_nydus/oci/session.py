@@ -96,9 +96,11 @@ class RegistrySession:
         if self.auth.settled:
             return self._send_logged_in(send, push, deadline)
         with self.auth.first_request(deadline):
-            response = self._send_logged_in(send, push, deadline)
-            self.auth.settled = True
-            return response
+            try:
+                return self._send_logged_in(send, push, deadline)
+            finally:
+                # Whatever came of it: when the registry is down, those who wait must not go one by one.
+                self.auth.settled = True
 
     def _send_logged_in(self, send: "Callable[[str], BaseHTTPResponse]", push: bool,
                         deadline: float | None) -> "BaseHTTPResponse":
