@@ -205,3 +205,26 @@ def test_whole_blob_without_range_support(server: FaultyServer, make) -> None:
     blob = server.add(DATA)
     server.inject("ignore_range", times=-1)
     assert read(make(), blob, 0, len(DATA)) == DATA
+
+
+def test_a_dead_registry_is_found_out_by_all_at_once(server: FaultyServer, make) -> None:
+    """The first request is alone on its way, for the login's sake; those behind it do not queue up one by one."""
+    import threading
+
+    blob = server.add(DATA)
+    server.inject("delay", seconds=60, times=-1)
+    backend = make(timeout=0.5, retry_limit=1)
+    began = time.monotonic()
+
+    def run() -> None:
+        with pytest.raises(Failure) as caught:
+            read(backend, blob, 0, 10)
+        assert caught.value.cause is Cause.NETWORK
+
+    threads = [threading.Thread(target=run) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    # two attempts, after one of the first
+    assert time.monotonic() - began < 3.5

@@ -93,14 +93,15 @@ class RegistrySession:
 
         if not self.is_own(url):
             return send("")
-        if self.auth.settled:
-            return self._send_logged_in(send, push, deadline)
-        with self.auth.first_request(deadline):
-            try:
-                return self._send_logged_in(send, push, deadline)
-            finally:
-                # Whatever came of it: when the registry is down, those who wait must not go one by one.
-                self.auth.settled = True
+        if not self.auth.settled:
+            with self.auth.first_request(deadline):
+                if not self.auth.settled:
+                    try:
+                        return self._send_logged_in(send, push, deadline)
+                    finally:
+                        # Whatever came of it: when the registry is down, those who wait must not go one by one.
+                        self.auth.settled = True
+        return self._send_logged_in(send, push, deadline)
 
     def _send_logged_in(self, send: "Callable[[str], BaseHTTPResponse]", push: bool,
                         deadline: float | None) -> "BaseHTTPResponse":
