@@ -97,3 +97,14 @@ def test_a_registry_that_comes_back(registry: LocalRegistry) -> None:
     registry.start()
     assert read(backend, BLOB, 5, 10) == DATA[5:15]
     backend.close()
+
+
+def test_anonymous_token(tmp_path: Path) -> None:
+    with LocalRegistry(tmp_path / "registry", auth="token", anonymous_pull=True) as registry:
+        store_blob(registry)
+        backend = create_backend("registry", settings_for(registry, auth=""))
+        for _ in range(3):
+            assert read(backend, BLOB, 5, 10) == DATA[5:15]
+        assert registry.token_server is not None
+        assert [(call[0], call[1], call[3]) for call in registry.token_server.calls] == [("GET", "", 200)]
+        backend.close()

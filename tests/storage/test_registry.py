@@ -57,6 +57,22 @@ def test_connections_are_kept(server: FaultyServer, make, monkeypatch: pytest.Mo
     assert len(accepted) <= 8
 
 
+def test_what_is_not_read_costs_no_connection(server: FaultyServer, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HEAD, redirects, refusals and errors leave the connection in use."""
+    accepted = []
+    accept = server._server.get_request
+    monkeypatch.setattr(server._server, "get_request", lambda: accepted.append(1) or accept())
+    server.token_user = ""
+    blobs = [server.add(DATA[index:]) for index in range(3)]
+    backend = make()
+    for blob in blobs:
+        backend.blob_size(blob)
+        server.inject("redirect", match="GET /v2/")
+        server.inject("status", status=503, text="{}", match="GET /store/")
+        assert read(backend, blob, 0, 5) == server.blobs[blob][:5]
+    assert len(accepted) == 1
+
+
 def test_redirect_across_hosts_drops_the_login(server: FaultyServer, make) -> None:
     """The address a redirect names is kept, used without the login, and renewed when it goes stale."""
     blob = server.add(DATA)

@@ -169,8 +169,8 @@ def release(response: "BaseHTTPResponse") -> None:
     import urllib3
 
     try:
-        length = response.headers.get("Content-Length", "")
-        if length.isdigit() and int(length) <= ERROR_BODY_BYTES:
+        left = response.length_remaining    # 0 for HEAD, whatever Content-Length says
+        if left is not None and left <= ERROR_BODY_BYTES:
             response.drain_conn()
             response.release_conn()
             return
