@@ -66,6 +66,8 @@ def test_judge_checks_and_unpacks(tmp_path: Path, compressor: str, digester: str
     assert "metadata is valid" in run("check", "-B", whole, "-D", whole_blobs, "-v")
     tree = make_judged_tree(chunk_size)
     upper: Tree = {b"/": tree[b"/"], b"/upper": Entry(stat.S_IFREG | 0o644, content=os.urandom(chunk_size + 5))}
+    largest = max(tree.values(), key=lambda entry: len(entry.content))
+    upper[b"/copy"] = Entry(stat.S_IFREG | 0o600, content=largest.content)  # its chunks are those of the layer below
     bootstrap, blobs = write_image(tmp_path, [tree, upper], options)
     assert "metadata is valid" in run("check", "-B", bootstrap, "-D", blobs, "-v")
     run("unpack", "-B", bootstrap, "-D", blobs, "--output", tmp_path / "out.tar")

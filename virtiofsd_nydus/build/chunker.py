@@ -19,6 +19,8 @@ from virtiofsd_nydus.rafs.tree import RegularFile
 
 BATCH_BYTES = 1 << 20
 BATCH_CHUNKS = 512
+THREADS_MAX = 8  # by default; reading, hashing and writing keep one processor busy, more than eight would wait for it
+QUEUE_BYTES_MAX = 64 << 20  # of input handed over and not yet written, twice that with what it is compressed to
 # A tar of some kilobytes can claim files of terabytes that are holes; their chunk indexes end up in memory.
 REFERENCES_MAX = 1 << 26
 
@@ -31,7 +33,8 @@ class Chunker:
     def __init__(self, writer: BlobWriter, *, level: int, threads: int = 0) -> None:
         self._writer = writer
         self._level = level
-        self._threads = threads or max(2, os.cpu_count() or 1)
+        self._threads = threads or min(THREADS_MAX, max(2, len(os.sched_getaffinity(0))))
+        self._queue_max = max(2, min(self._threads + 2, QUEUE_BYTES_MAX // max(BATCH_BYTES, writer.chunk_size)))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="chunker")
         self._digest = _digest_function(writer.digester)
         self._index: dict[bytes, int] = {}  # digest -> chunk index in the blob
@@ -59,7 +62,7 @@ class Chunker:
         chunks, files = self._chunks, self._files
         self._queue.append((self._pool.submit(self._pack, chunks), chunks, files))
         self._chunks, self._files, self._bytes = [], [], 0
-        while self._queue and (len(self._queue) > self._threads + 2 or self._queue[0][0].done()):
+        while self._queue and (len(self._queue) > self._queue_max or self._queue[0][0].done()):
             self._write_next()
 
     def _write_next(self) -> None:
