@@ -107,10 +107,6 @@ int inflight_recover(struct inflight *f, uint32_t num, uint16_t used_idx, uint16
     struct found *found;
     int n = 0;
 
-    if (r->version == 0) {
-        inflight_reset(f, num, used_idx);
-        return 0;
-    }
     if (r->version != INFLIGHT_VERSION || r->desc_num < num)
         return -EINVAL;
     /* The process died after used.idx moved and before the batch was struck off: its length is the difference. */

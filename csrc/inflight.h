@@ -44,8 +44,8 @@ void inflight_stage(struct inflight *f, const struct vring_used_elem *batch, uin
 void inflight_finish(struct inflight *f, const struct vring_used_elem *batch, uint32_t n, uint16_t used_idx);
 /* A head is given up without a used entry. */
 void inflight_drop(struct inflight *f, uint16_t head);
-/* Takes over what a dead process left, for a ring of num entries whose used.idx is used_idx. Heads to serve again,
- * oldest first, are put in heads (room for num); their number. A blank region is made ready: 0. -EINVAL: not ours. */
+/* Takes over what a dead process left in a region that is not blank, for a ring of num entries whose used.idx is
+ * used_idx. Heads to serve again, oldest first, are put in heads (room for num); their number. -EINVAL: not ours. */
 int inflight_recover(struct inflight *f, uint32_t num, uint16_t used_idx, uint16_t *heads);
 
 #endif

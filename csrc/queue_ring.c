@@ -189,7 +189,7 @@ int queue_start(struct queue *q, struct queue_conf *c)
     q->vring.used_idx = q->vring.signalled_used = used;
     q->vring.n_staged = 0;
     q->n_resubmit = q->next_resubmit = 0;
-    if (c->recover) {
+    if (c->recover && q->inflight.region->version != 0) {
         rc = inflight_recover(&q->inflight, c->ring.num, used, q->resubmit);
         if (rc < 0)
             return fail_line(rc, c->err, sizeof(c->err), "ring %u: the in-flight region is of another version or "

@@ -772,6 +772,49 @@ static void test_inflight(void)
     rig_down(&r);
 }
 
+/* A blank region of the front-end: the base it sets is obeyed. */
+static void test_blank_inflight(void)
+{
+    struct rig r;
+    uint64_t size;
+    int fd = vnd_inflight_create(QUEUES, RING, &size);
+
+    rig_up(&r, 0);
+    stop_rings(&r);
+    r.st.inflight_fd = fd;
+    r.st.inflight_size_bytes = size;
+    r.st.inflight_queues = QUEUES;
+    r.st.inflight_queue_size = RING;
+    r.st.inflight_gen++;
+    set_rings(&r, false);
+    send_init(&r);                      /* lies before the base: never served */
+    r.st.rings[RQ].base = 1;
+    CHECK_EQ(apply(&r), 0);
+    CHECK_EQ(apply(&r), 0);
+    CHECK_EQ(used_idx(&r), 0);
+    stop_rings(&r);
+    CHECK_EQ(r.st.rings[RQ].base, 1);
+    close(fd);
+    rig_down(&r);
+}
+
+/* A ring that was started without a kick fd is looked at all the same. */
+static void test_no_kick_fd(void)
+{
+    struct rig r;
+    uint32_t slot;
+
+    rig_up(&r, 0);
+    stop_rings(&r);
+    set_rings(&r, false);
+    for (int i = 0; i < QUEUES; i++)
+        r.st.rings[i].kick_fd = -1;
+    CHECK_EQ(apply(&r), 0);
+    send_init(&r);
+    CHECK_EQ(reap(&r, &slot, NULL), 64);
+    rig_down(&r);
+}
+
 /* What the front-end asks for and cannot have, leaves the device as it was. */
 static void test_refused(void)
 {
@@ -859,6 +902,8 @@ int main(int argc, char **argv)
         { "hole", test_hole },
         { "truncated", test_truncated },
         { "inflight", test_inflight },
+        { "blank_inflight", test_blank_inflight },
+        { "no_kick_fd", test_no_kick_fd },
         { "refused", test_refused },
         { "races", test_races },
     };
