@@ -243,11 +243,11 @@ def print_table(result: dict[str, object]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     console.print(f"machine: {result['machine']}\ncommand: {result['command']}\nours: {result['ours']}\n"
                   f"peer: {result['peer'] or 'none'}\n{result['rounds']} rounds of {result['seconds']} s each, "
                   f"guest waits: {result['wait']}, CPUs: {result['placement']}", highlight=False)
-    table = Table("workload", "depth", "ours op/s (min-max)", "peer op/s (min-max)", "ratio", "ours CPU us/op",
+    table = Table("workload", "depth", "ours kop/s (min-max)", "peer kop/s (min-max)", "ratio", "ours CPU us/op",
                   "peer CPU us/op", "ratio", "wanted")
     rows: list[dict[str, object]] = result["rows"]  # type: ignore[assignment]
     for row in rows:
@@ -265,7 +265,8 @@ def print_table(result: dict[str, object]) -> None:
 
 
 def format_ops(side: dict[str, float]) -> str:
-    return f"{side['ops_per_s']:,.0f} ({side['ops_per_s_min']:,.0f}-{side['ops_per_s_max']:,.0f})"
+    median, low, high = (side[f"ops_per_s{part}"] / 1000 for part in ("", "_min", "_max"))
+    return f"{median:,.1f} ({low:,.1f}-{high:,.1f})"
 
 
 def format_cpu(side: dict[str, float]) -> str:
