@@ -20,6 +20,7 @@ from typing import NamedTuple, Self
 from tests.peers import token_server
 
 START_LIMIT_S = 20.0
+QUIET_S = 0.05      # between two looks at the log's size
 # Combined log format, as docker-registry writes it for each request.
 ACCESS_LINE = re.compile(r'^(\S+) \S+ \S+ \[[^]]*\] "(\S+) (\S+) [^"]*" (\d{3}) (\d+)')
 BLOB_PATH = re.compile(r"/blobs/sha256:([0-9a-f]{64})")
@@ -104,7 +105,13 @@ class LocalRegistry:
             self.token_server = None
 
     def requests(self) -> list[LoggedRequest]:
-        """Every answered request since the log was last cleared."""
+        """Every answered request since the log was last cleared.
+
+        The registry writes a line after the answer's last byte, so a client is a moment ahead of the log: it is read
+        when it has stopped growing."""
+        size = -1
+        while size != (size := self.log_path.stat().st_size):
+            time.sleep(QUIET_S)
         out = []
         for line in self.log_path.read_text(errors="replace").splitlines():
             found = ACCESS_LINE.match(line)
