@@ -80,7 +80,11 @@ struct vnd_blob {
     blob_chunks_fn chunks;
     void *ctx;
     struct store_unit meta;             /* pseudo-unit META(blob), under its shard's lock */
-    bool loading, detached;             /* under that lock too */
+    bool loading;                       /* under that lock too: a pool thread is in the image's chunks function */
+    bool fetching, detached;            /* its stored chunk table is asked for; no image holds it any more */
+    uint8_t *raw;                       /* the stored chunk table as it came, for the load that asked for it */
+    size_t raw_len;
+    uint8_t raw_tries;
     int meta_errno;                     /* why it cannot be used, 0 = not known to be unusable */
     int64_t meta_retry_us;
     pthread_cond_t load_end;            /* with that lock */
@@ -101,6 +105,8 @@ void handle_get(struct vnd_blob *b);
 void handle_put(struct vnd_blob *b);
 /* Has the handle's table loaded by a pool thread, if it is not. */
 void handle_want_load(struct vnd_blob *b);
+/* What a META job brought (taken over), or its errno. */
+void handle_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);
 /* Links w until the table is loaded. 0; 1: it is loaded; -errno: it cannot be. */
 int handle_park(struct vnd_blob *b, struct store_wait *w);
 /* ---- read.c */
@@ -139,7 +145,9 @@ struct fetch_want {
     uint32_t index;
     int64_t deadline_us;
     const void *hint;                   /* the handle that asked, compared only */
+    struct vnd_blob *meta;              /* referenced: its stored chunk table is wanted, not a chunk */
 };
+int fetch_push_meta(struct vnd_blob *b);
 int fetch_push(struct blob_core *c, uint32_t index, int64_t deadline_us, const void *hint, bool head);
 void fetch_purge(struct blob_core *c);
 void fetch_promote(struct fetcher *f, int slot, uint32_t index);

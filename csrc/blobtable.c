@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "blobmeta.h"
 #include "codec.h"
 #include "engine.h"
 
@@ -54,53 +55,65 @@ static bool is_zero(const uint8_t *p, size_t n)
     return true;
 }
 
-/* Says what is wrong with one record, NULL = nothing. */
-static const char *check_chunk(const vnd_blob_info *info, const struct blob_chunk *c)
+/* The part of the check that concerns the cache file. */
+static const char *check_space(const vnd_blob_info *info, const struct blobtable_chunk *c)
 {
-    bool compressed = c->flags & BLOBTABLE_COMPRESSED;
-
-    if (c->index >= info->chunk_count)
-        return "index beyond the blob's chunk count";
     if (c->usize == 0 || c->usize > BLOBTABLE_CHUNK_MAX)
         return "uncompressed size out of range";
+    if (c->uoff > info->uncompressed_size_bytes || c->usize > info->uncompressed_size_bytes - c->uoff)
+        return "uncompressed range beyond the blob";
+    return NULL;
+}
+
+const char *blobtable_check(const vnd_blob_info *info, const struct blobtable_chunk *c)
+{
+    bool compressed = c->flags & BLOBTABLE_COMPRESSED;
+    uint32_t decoded = c->batch ? c->batch_usize : c->usize;
+    const char *why = check_space(info, c);
+
+    if (why)
+        return why;
     if (c->csize == 0 || c->csize > BLOBTABLE_CHUNK_MAX)
         return "compressed size out of range";
     if (c->coff > info->compressed_size_bytes || c->csize > info->compressed_size_bytes - c->coff)
         return "compressed range beyond the blob";
-    if (c->uoff > info->uncompressed_size_bytes || c->usize > info->uncompressed_size_bytes - c->uoff)
-        return "uncompressed range beyond the blob";
-    if (!compressed && c->csize != c->usize)
+    if (c->batch && (decoded > BLOBTABLE_CHUNK_MAX || c->batch_at > decoded || c->usize > decoded - c->batch_at))
+        return "beyond its batch";
+    if (!compressed && c->csize != decoded)
         return "stored raw with two sizes";
     if (compressed && info->compressor == CODEC_NONE)
         return "compressed in a blob without compression";
     return NULL;
 }
 
-static int put_record(void *ctx, const struct blob_chunk *c)
+static int put_record(void *ctx, const struct blob_chunk *r)
 {
     struct build *b = ctx;
-    const char *why = check_chunk(b->info, c);
-    struct blobtable_chunk *e;
-    uint32_t flags = c->flags & BLOBTABLE_COMPRESSED;
+    struct blobtable_chunk c = { .coff = r->coff, .uoff = r->uoff, .csize = r->csize, .usize = r->usize,
+                                 .flags = r->flags & BLOBTABLE_COMPRESSED }, *e;
+    const char *why = "index beyond the blob's chunk count";
+    bool batch = r->flags & BLOBTABLE_BATCH && b->info->features & BLOBMETA_BATCH;
 
+    if (batch)     /* where it lies is not known yet; blobmeta_place brings it, checked */
+        c.coff = c.csize = c.flags = 0;
+    if (r->index < b->info->chunk_count)
+        why = batch ? check_space(b->info, &c) : blobtable_check(b->info, &c);
     if (why)
         return fail_line(-EINVAL, b->err, b->err_len, "blob %s chunk %u: %s; the image is damaged", b->info->id,
-                         c->index, why);
-    if (!is_zero(c->digest, sizeof c->digest))
-        flags |= BLOBTABLE_DIGEST;
-    e = &b->t->chunk[c->index];
+                         r->index, why);
+    if (!is_zero(r->digest, sizeof r->digest))
+        c.flags |= BLOBTABLE_DIGEST;
+    e = &b->t->chunk[r->index];
     if (e->usize) {     /* an image may name a chunk more than once, always alike */
-        if (e->coff != c->coff || e->uoff != c->uoff || e->csize != c->csize || e->usize != c->usize ||
-            e->flags != flags || memcmp(b->t->digest[c->index], c->digest, 32))
+        if (memcmp(e, &c, sizeof c) || memcmp(b->t->digest[r->index], r->digest, 32))
             return fail_line(-EINVAL, b->err, b->err_len, "blob %s chunk %u: described twice and differently; "
-                             "the image is damaged", b->info->id, c->index);
+                             "the image is damaged", b->info->id, r->index);
         return 0;
     }
-    *e = (struct blobtable_chunk){ .coff = c->coff, .uoff = c->uoff, .csize = c->csize, .usize = c->usize,
-                                   .flags = flags };
-    memcpy(b->t->digest[c->index], c->digest, 32);
+    *e = c;
+    memcpy(b->t->digest[r->index], r->digest, 32);
     b->t->known++;
-    if (flags & BLOBTABLE_DIGEST)
+    if (c.flags & BLOBTABLE_DIGEST)
         b->t->digests++;
     return 0;
 }

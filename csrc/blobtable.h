@@ -12,6 +12,7 @@
 #define BLOBTABLE_CHUNK_MAX (16u << 20)     /* bytes of a chunk: rafs-format 7.2 */
 #define BLOBTABLE_COUNT_MAX (1u << 24)      /* chunks of a blob */
 #define BLOBTABLE_COMPRESSED 1u             /* rafs-format 2.6 */
+#define BLOBTABLE_BATCH 8u
 #define BLOBTABLE_DIGEST 0x80000000u        /* ours: digest[] holds one */
 
 struct blobtable_chunk {
@@ -19,7 +20,9 @@ struct blobtable_chunk {
     uint32_t csize;
     uint32_t usize;         /* 0: the image names no such chunk */
     uint32_t flags;
-    uint32_t pad;
+    uint32_t batch;         /* 0, or 1 + the batch it is decoded with: coff and csize are the batch's */
+    uint32_t batch_at;      /* where it starts in the decoded batch */
+    uint32_t batch_usize;
 };
 
 struct blobtable {
@@ -31,9 +34,11 @@ struct blobtable {
     struct blobtable *next; /* owner's list */
 };
 
-/* Builds from a bootstrap's chunk records. 0; -ENODATA: there are none; -EINVAL with a line: malformed; -ENOMEM. */
+/* Builds from a bootstrap's chunk records; those of batched chunks lack their place (see blobmeta_place). 0; -ENODATA: there are none; -EINVAL with a line: malformed; -ENOMEM. */
 int blobtable_from_records(struct blobtable **out, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx,
                            char *err, size_t err_len);
+/* What is wrong with one chunk by itself, NULL = nothing. */
+const char *blobtable_check(const vnd_blob_info *info, const struct blobtable_chunk *c);
 /* Both know the same chunks and say the same of them. */
 bool blobtable_equal(const struct blobtable *a, const struct blobtable *b);
 /* A new table that knows what either knows. -EEXIST with a line: they contradict each other. */

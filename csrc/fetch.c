@@ -6,6 +6,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "blobmeta.h"
 #include "fetcher.h"
 
 #define VERIFY_BYTES (1u << 20)
@@ -44,6 +45,8 @@ int fetcher_new(struct vnd_engine *e)
 
 static void want_free(struct fetch_want *w)
 {
+    if (w->meta)
+        handle_put(w->meta);
     core_put(w->core);
     free(w);
 }
@@ -65,6 +68,18 @@ void fetcher_shutdown(struct vnd_engine *e)
     foreign_stop(f);
     sync_stop(f);
     miss_fail_all(f, ESHUTDOWN);
+    pthread_mutex_lock(&f->lock);
+    struct fetch_want *left = f->demand;
+    f->demand = NULL;
+    f->demand_tail = &f->demand;
+    pthread_mutex_unlock(&f->lock);
+    while (left) {
+        struct fetch_want *w = left;
+        left = w->next;
+        if (w->meta)
+            handle_raw(w->meta, NULL, 0, ESHUTDOWN);
+        want_free(w);
+    }
 }
 
 void fetcher_free(struct vnd_engine *e)
@@ -119,6 +134,28 @@ int fetch_push(struct blob_core *c, uint32_t index, int64_t deadline_us, const v
         *f->demand_tail = w;
         f->demand_tail = &w->next;
     }
+    pthread_cond_signal(&f->some);
+    pthread_mutex_unlock(&f->lock);
+    return 0;
+}
+
+/* Asks for a blob's stored chunk table, before everything else: readers of every chunk wait for it. */
+int fetch_push_meta(struct vnd_blob *b)
+{
+    struct fetcher *f = b->core->engine->fetcher;
+    struct fetch_want *w = malloc(sizeof *w);
+
+    if (!w)
+        return -ENOMEM;
+    *w = (struct fetch_want){ .core = b->core, .hint = b, .meta = b };
+    w->deadline_us = now_us() + (int64_t)f->engine->cfg.read_deadline_ms * 1000;
+    core_get(b->core);
+    handle_get(b);
+    pthread_mutex_lock(&f->lock);
+    w->next = f->demand;
+    f->demand = w;
+    if (!w->next)
+        f->demand_tail = &w->next;
     pthread_cond_signal(&f->some);
     pthread_mutex_unlock(&f->lock);
     return 0;
@@ -191,6 +228,7 @@ struct build {
     struct cachefile *cache;
     bool verify, prefetch;
     uint32_t window_bytes;
+    uint32_t batch;             /* of the last taken chunk */
     uint64_t end, bridged;      /* end of the last taken chunk; bytes of the range that nobody needs */
 };
 
@@ -210,7 +248,13 @@ static bool may_join(const struct build *b, uint32_t i, bool *speculative)
         bytes = k->uoff + k->usize - head->uoff;
         return k->uoff > head->uoff && bytes <= VERIFY_BYTES && cachefile_doubted(b->cache, i);
     }
-    if (k->coff < b->end || cachefile_doubted(b->cache, i))
+    if (cachefile_doubted(b->cache, i))
+        return false;
+    if (k->batch && k->batch == b->batch) {     /* comes with what is fetched already */
+        *speculative = true;
+        return true;
+    }
+    if (k->coff < b->end)
         return false;
     bytes = chunk_end(k) - head->coff;
     gap = k->coff - b->end;
@@ -224,9 +268,9 @@ static bool may_join(const struct build *b, uint32_t i, bool *speculative)
 static void merge_forward(struct build *b)
 {
     struct job *j = b->j;
-    uint32_t last = 0;
+    uint32_t last = j->n ? j->n - 1 : 0;
 
-    for (uint32_t rel = 1; rel < FETCH_JOB_CHUNKS && rel < b->t->n - j->first; rel++) {
+    for (uint32_t rel = last + 1; rel < FETCH_JOB_CHUNKS && rel < b->t->n - j->first; rel++) {
         uint32_t i = j->first + rel;
         const struct blobtable_chunk *k = &b->t->chunk[i];
         bool speculative, wanted = false, force = false;
@@ -253,11 +297,32 @@ static void merge_forward(struct build *b)
             break;
         }
         j->state[rel] = JOB_WANT;
-        b->bridged += b->verify ? 0 : k->coff - b->end;
+        b->bridged += b->verify || k->coff < b->end ? 0 : k->coff - b->end;
         b->end = chunk_end(k);
+        b->batch = k->batch;
         last = rel;
     }
     j->n = last + 1;
+}
+
+/* Takes the members of the first chunk's batch that come before it: they are decoded together. */
+static void merge_backward(struct build *b)
+{
+    struct job *j = b->j;
+    uint32_t index = j->first, first = index;
+    bool wanted, force;
+
+    while (first > 0 && index - first < FETCH_JOB_CHUNKS / 2 && b->t->chunk[first - 1].batch == b->batch)
+        first--;
+    for (uint32_t i = first; i < index; i++) {
+        enum miss_take got = b->t->chunk[i].usize ? miss_take(j->core, i, b->slot, true, &wanted, &force) : MISS_BUSY;
+        if (got == MISS_READY)
+            miss_finish(j->core, i, 0);
+        j->state[i - first] = got == MISS_TAKEN ? JOB_WANT : JOB_SKIP;
+    }
+    j->state[index - first] = JOB_WANT;
+    j->first = first;
+    j->n = index - first + 1;
 }
 
 /* Claims the units against other processes and drops from the job what others have or have made ready. */
@@ -327,7 +392,10 @@ static bool build_job(struct fetcher *f, int slot, struct blob_core *c, uint32_t
         return false;
     }
     b.end = chunk_end(&b.t->chunk[index]);
+    b.batch = b.t->chunk[index].batch;
     j->state[0] = JOB_WANT;
+    if (b.batch && !b.verify)
+        merge_backward(&b);
     merge_forward(&b);
     claim_job(&b);
     if (!j->n)
@@ -429,10 +497,21 @@ static int next_demand(struct fetcher *f, vnd_job *out)
     f->demand = w->next;
     if (!f->demand)
         f->demand_tail = &f->demand;
-    window = window_of(w->core, w->index);
-    pthread_mutex_unlock(&f->lock);
-    made = build_job(f, slot, w->core, w->index, false, window);
-    pthread_mutex_lock(&f->lock);
+    if (w->meta) {
+        j->core = w->core;
+        j->meta = w->meta;
+        j->kind = VND_JOB_META;
+        j->first = j->n = 0;
+        j->claimed = false;
+        j->coff = w->meta->info.ci_offset;
+        j->clen = w->meta->info.ci_csize_bytes + BLOBMETA_HEADER;
+        made = true;
+    } else {
+        window = window_of(w->core, w->index);
+        pthread_mutex_unlock(&f->lock);
+        made = build_job(f, slot, w->core, w->index, false, window);
+        pthread_mutex_lock(&f->lock);
+    }
     if (!made) {
         slot_release(f, j);
         pthread_mutex_unlock(&f->lock);
@@ -440,7 +519,8 @@ static int next_demand(struct fetcher *f, vnd_job *out)
         pthread_mutex_lock(&f->lock);
         return 0;
     }
-    w->core->window_next = j->first + j->n;
+    if (!w->meta)
+        w->core->window_next = j->first + j->n;
     j->deadline_us = w->deadline_us;
     j->tag = 0;
     job_begin(j, ++f->next_id * FETCH_SLOTS + (uint64_t)slot);

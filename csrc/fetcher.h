@@ -23,6 +23,7 @@ struct job {
     uint64_t id;                    /* 0: free or being built; under fetcher->lock */
     bool reserved;                  /* under fetcher->lock */
     struct blob_core *core;
+    struct vnd_blob *meta;          /* META job: whose table it brings; referenced */
     uint64_t tag;
     int64_t deadline_us;
     uint32_t kind, prefetch;
@@ -41,6 +42,9 @@ struct job {
     size_t pend_off, pend_len, pend_cap;
     uint8_t *scratch;               /* decoded chunks */
     size_t scratch_len, scratch_cap;
+    uint8_t *batch;                 /* the last batch that was decoded; batch_id 0: none */
+    size_t batch_cap;
+    uint32_t batch_id;
     struct { uint32_t rel, usize; size_t at; } *views;
     uint32_t views_n, views_cap;
     struct codec *codec;

@@ -28,6 +28,7 @@ void job_begin(struct job *j, uint64_t id)
     j->pend_off = j->pend_len = 0;
     j->scratch_len = 0;
     j->views_n = 0;
+    j->batch_id = 0;
 }
 
 static void shrink(uint8_t **p, size_t *cap)
@@ -46,8 +47,11 @@ void job_wipe(struct job *j)
     free(j->pend);
     free(j->scratch);
     free(j->views);
+    free(j->batch);
     codec_free(j->codec);
     pthread_mutex_destroy(&j->lock);
+    if (j->id && j->meta)
+        handle_put(j->meta);
     if (j->id && c)
         core_put(c);
 }
@@ -191,6 +195,36 @@ static int add_view(struct job *j, uint32_t rel, uint32_t usize, size_t at)
     return 0;
 }
 
+static uint32_t codec_of(const struct job *j, const struct blobtable_chunk *k)
+{
+    return k->flags & BLOBTABLE_COMPRESSED ? j->core->info.compressor : CODEC_NONE;
+}
+
+/* Decodes one chunk into scratch. 1: its bytes have not all come. */
+static int decode_chunk(struct job *j, struct input *in, const struct blobtable_chunk *k)
+{
+    uint8_t *dst = j->scratch + j->scratch_len;
+    const uint8_t *src;
+    int rc = 0;
+
+    if (!k->batch || k->batch != j->batch_id) {
+        src = take(j, in, k->csize, &rc);
+        if (!src)
+            return rc ? rc : 1;
+        if (!k->batch)
+            return codec_decode(j->codec, codec_of(j, k), src, k->csize, dst, k->usize);
+        j->batch_id = 0;
+        rc = grow(&j->batch, &j->batch_cap, k->batch_usize);
+        if (!rc)
+            rc = codec_decode(j->codec, codec_of(j, k), src, k->csize, j->batch, k->batch_usize);
+        if (rc)
+            return rc;
+        j->batch_id = k->batch;
+    }
+    memcpy(dst, j->batch + k->batch_at, k->usize);      /* blobtable_check: inside the batch */
+    return 0;
+}
+
 /* Decodes what is complete until a batch is full. -EBADMSG: a chunk does not decode (marked; the next call goes on). */
 static int decode(struct job *j, struct input *in)
 {
@@ -205,16 +239,17 @@ static int decode(struct job *j, struct input *in)
         }
         if (j->pos < k->coff)
             skip(j, in, k->coff - j->pos);
-        if (j->pos != k->coff)
+        if (j->pos < k->coff)
             break;
-        if (grow(&j->scratch, &j->scratch_cap, j->scratch_len + k->usize))
-            return -ENOMEM;
-        const uint8_t *src = take(j, in, k->csize, &rc);
-        if (!src)
-            break;
-        uint8_t *dst = j->scratch + j->scratch_len;
-        rc = codec_decode(j->codec, k->flags & BLOBTABLE_COMPRESSED ? j->core->info.compressor : CODEC_NONE, src,
-                          k->csize, dst, k->usize);
+        if (j->pos > k->coff && (!k->batch || k->batch != j->batch_id)) {
+            rc = -EBADMSG;          /* its batch did not decode */
+        } else {
+            if (grow(&j->scratch, &j->scratch_cap, j->scratch_len + k->usize))
+                return -ENOMEM;
+            rc = decode_chunk(j, in, k);
+        }
+        if (rc == 1)
+            return 0;
         if (rc == -EBADMSG) {
             j->state[j->cursor++] = JOB_BAD;
             j->bad = true;
@@ -267,6 +302,11 @@ static int job_feed(struct vnd_engine *e, struct job *j, const uint8_t *buf, siz
         return -ECANCELED;
     if (j->kind == VND_JOB_VERIFY || len > j->clen - j->fed)
         return -EINVAL;
+    if (j->kind == VND_JOB_META) {
+        j->fed += len;
+        atomic_fetch_add_explicit(&e->shared.fetched_bytes, len, memory_order_relaxed);
+        return keep(j, buf, len);
+    }
     if (!j->codec && !(j->codec = codec_new()))
         return -ENOMEM;
     j->fed += len;
@@ -302,7 +342,7 @@ int vnd_job_chunks(vnd_engine *e, uint64_t job_id, vnd_chunk_view *out, int max)
 
     if (!j)
         return -EINVAL;
-    if (!j->views_n && !unwanted(e->fetcher, j)) {
+    if (!j->views_n && j->kind != VND_JOB_META && !unwanted(e->fetcher, j)) {
         struct input none = { NULL, 0 };
         rc = j->kind == VND_JOB_VERIFY ? decode_verify(j) : decode(j, &none);
         if (rc == -EBADMSG && j->views_n)
@@ -476,6 +516,22 @@ static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
     }
 }
 
+/* Hands what a META job brought to the load that waits for it. */
+static void meta_end(struct job *j, int error)
+{
+    struct vnd_blob *b = j->meta;
+
+    if (error || j->fed != j->clen) {
+        handle_raw(b, NULL, 0, EIO);
+    } else {
+        handle_raw(b, j->pend, j->pend_len, 0);
+        j->pend = NULL;
+        j->pend_cap = 0;
+    }
+    j->meta = NULL;
+    handle_put(b);
+}
+
 void vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const char *text)
 {
     struct job *j = job_get(e, job_id);
@@ -493,13 +549,17 @@ void vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const cha
     j->claimed = false;
     if (error && !j->bad && !atomic_load(&c->closed))
         engine_say(e, j->prefetch ? 30 : 40, cause, "%s", text && *text ? text : "fetching failed");
-    job_leftovers(e, j, error);
+    if (j->kind == VND_JOB_META)
+        meta_end(j, error);
+    else
+        job_leftovers(e, j, error);
     claim_wake_all(&c->store->wake);
     /* A prefetch that made way for a reader goes on later where it stopped. */
     if (shed && !error && j->cursor < j->n)
         fetch_ahead(c, j->first + j->cursor, j->first + j->n, j->tag, true);
     shrink(&j->pend, &j->pend_cap);
     shrink(&j->scratch, &j->scratch_cap);
+    shrink(&j->batch, &j->batch_cap);
     fetch_release_slot(e->fetcher, j);
     pthread_mutex_unlock(&j->lock);
     core_put(c);

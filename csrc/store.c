@@ -1,4 +1,4 @@
-/* store.c -- stores, the registry of blobs, loading of chunk tables. Reading is in read.c. */
+/* store.c -- stores and the registry of blobs. Their tables are loaded in load.c, reading is in read.c. */
 #include "store.h"
 
 #include <errno.h>
@@ -12,12 +12,10 @@
 #include "fetcher.h"
 
 #define SIDE_DIR ".virtiofsd-nydus"
-#define META_RETRY_US (1000 * 1000)     /* an image that was refused may be looked at again after this */
 
 /* Blob features, rafs-format 4.1 */
 #define FEATURE_ZRAN 0x008u
 #define FEATURE_TARFS 0x040u
-#define FEATURE_BATCH 0x080u
 #define FEATURE_ENCRYPTED 0x100u
 #define FEATURE_EXTERNAL 0x800u
 
@@ -194,6 +192,7 @@ void handle_put(struct vnd_blob *b)
         return;
     core_put(b->core);
     pthread_cond_destroy(&b->load_end);
+    free(b->raw);
     free(b);
 }
 
@@ -210,8 +209,6 @@ static const char *feature_refused(uint32_t features)
         return "ZRAN (chunks inside a gzip layer)";
     if (features & FEATURE_ENCRYPTED)
         return "ENCRYPTED";
-    if (features & FEATURE_BATCH)
-        return "BATCH (chunks compressed together)";
     if (features & FEATURE_TARFS)
         return "TARFS";
     if (features & FEATURE_EXTERNAL)
@@ -344,162 +341,4 @@ uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total)
 
     *total = t ? t->n : 0;
     return t ? cachefile_count_ready(b->cache) : 0;
-}
-
-/* ---------------------------------------------------------------- loading a table */
-
-static int open_cache(struct blob_core *c, int *cause, char *err, size_t err_len)
-{
-    struct cachefile_cfg cfg = {
-        .engine = c->engine, .dir_fd = c->store->dir_fd, .side_dir_fd = c->store->side_dir_fd,
-        .writable = c->store->writable, .id = c->info.id, .n = c->info.chunk_count,
-        .size_bytes = c->info.uncompressed_size_bytes,
-    };
-
-    return c->cache ? 0 : cachefile_open(&c->cache, &cfg, cause, err, err_len);
-}
-
-/* Brings own into the core; on success *own is the table that the handle shall use (owned by the core). */
-static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct blobtable **own, int *cause, char *err,
-                       size_t err_len)
-{
-    struct blobtable *now = atomic_load(&c->table), *all = *own;
-    int rc;
-
-    *cause = VND_CAUSE_DIGEST;
-    if (info->chunk_count != c->info.chunk_count || info->compressor != c->info.compressor ||
-        info->digester != c->info.digester || info->uncompressed_size_bytes != c->info.uncompressed_size_bytes)
-        return fail_line(-EEXIST, err, err_len, "sizes or codecs differ from what another image in use says");
-    if (now && blobtable_equal(now, *own)) {
-        blobtable_free(*own);
-        *own = now;
-        return 0;
-    }
-    if (now && (rc = blobtable_merge(&all, now, *own, err, err_len)))
-        return rc;
-    if ((rc = open_cache(c, cause, err, err_len)))
-        goto fail;
-    *cause = VND_CAUSE_DIGEST;
-    if ((rc = cachefile_bind(c->cache, all, err, err_len)))
-        goto fail;
-    if (all != *own) {
-        (*own)->next = c->tables;
-        c->tables = *own;
-    }
-    all->next = c->tables;
-    c->tables = all;
-    atomic_store_explicit(&c->table, all, memory_order_release);
-    return 0;
-fail:
-    if (all != *own)
-        blobtable_free(all);
-    return rc;
-}
-
-static int load(struct vnd_blob *b, int *cause, char *err, size_t err_len)
-{
-    struct blob_core *c = b->core;
-    struct blobtable *own;
-    int rc;
-
-    *cause = VND_CAUSE_FORMAT;
-    rc = blobtable_from_records(&own, &b->info, b->chunks, b->ctx, err, err_len);
-    if (rc == -ENODATA)
-        return fail_line(-EIO, err, err_len, "its image lists no chunks of it");
-    if (rc)
-        return rc;
-    if (own->digests < own->known && !c->engine->cfg.allow_unverified) {
-        *cause = VND_CAUSE_DIGEST;
-        blobtable_free(own);
-        return fail_line(-EIO, err, err_len, "its image carries no chunk digests; --allow-unverified serves it all the "
-                         "same");
-    }
-    pthread_mutex_lock(&c->load_lock);
-    struct blobtable *mine = own;
-    rc = join_tables(c, &b->info, &mine, cause, err, err_len);
-    pthread_mutex_unlock(&c->load_lock);
-    if (rc) {
-        blobtable_free(own);
-        return rc;
-    }
-    b->cache = c->cache;
-    atomic_store_explicit(&b->table, mine, memory_order_release);
-    return 0;
-}
-
-struct load_task {
-    struct pool_task task;
-    struct vnd_blob *b;
-};
-
-static void load_run(struct pool_task *task)
-{
-    struct vnd_blob *b = ((struct load_task *)task)->b;
-    struct vnd_engine *e = b->core->engine;
-    struct miss_shard *s = miss_shard_of(e->fetcher, b, 0);
-    char err[VND_ERR_MAX] = "";
-    struct store_wait *list;
-    int cause = VND_CAUSE_IO, rc;
-
-    rc = load(b, &cause, err, sizeof err);
-    if (rc)
-        engine_say(e, 40, cause, "blob %s cannot be served: %s", b->info.id, err);
-    pthread_mutex_lock(&s->lock);
-    b->loading = false;
-    b->meta_errno = rc ? EIO : 0;
-    b->meta_retry_us = now_us() + META_RETRY_US;
-    list = miss_detach(&b->meta, b->meta_errno);
-    pthread_cond_broadcast(&b->load_end);
-    pthread_mutex_unlock(&s->lock);
-    miss_wake(list);
-    if (!rc) {
-        sync_start(e->fetcher);
-        fetch_wake(e->fetcher);
-    }
-    handle_put(b);
-    free(task);
-}
-
-/* With the shard's lock held. */
-static int load_start(struct vnd_blob *b)
-{
-    struct load_task *t;
-
-    if (b->loading)
-        return 0;
-    if (b->detached)
-        return -EIO;
-    if (b->meta_errno && now_us() < b->meta_retry_us)
-        return -b->meta_errno;
-    t = calloc(1, sizeof *t);
-    if (!t)
-        return -ENOMEM;
-    t->task.run = load_run;
-    t->b = b;
-    handle_get(b);
-    b->loading = true;
-    pool_submit(b->core->engine, &t->task);
-    return 0;
-}
-
-void handle_want_load(struct vnd_blob *b)
-{
-    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
-
-    pthread_mutex_lock(&s->lock);
-    if (!atomic_load(&b->table))
-        load_start(b);
-    pthread_mutex_unlock(&s->lock);
-}
-
-int handle_park(struct vnd_blob *b, struct store_wait *w)
-{
-    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
-    int rc = 1;
-
-    pthread_mutex_lock(&s->lock);
-    if (!atomic_load(&b->table) && !(rc = load_start(b)))
-        miss_link(s, &b->meta, w);
-    pthread_mutex_unlock(&s->lock);
-    return rc;
 }

@@ -218,7 +218,7 @@ struct fix_server {
     int threads, take_prefetch;
     uint32_t feed_bytes;
     _Atomic int fail_errno;             /* each job ends with it */
-    _Atomic uint64_t jobs, verify_jobs, fed_bytes;
+    _Atomic uint64_t jobs, verify_jobs, meta_jobs, fed_bytes;
     _Atomic int flip_from, flip_to;     /* jobs with these numbers get a flipped byte */
     _Atomic int hold;                   /* do not serve while set */
 };
@@ -252,6 +252,8 @@ static inline void fix_serve(struct fix_server *s, const vnd_job *job)
         vnd_job_end(s->e, job->id, rc < 0 ? EIO : 0, VND_CAUSE_DIGEST, "verify");
         return;
     }
+    if (job->kind == VND_JOB_META)
+        atomic_fetch_add(&s->meta_jobs, 1);
     CHECK(job->coff + job->clen <= s->blob->stored_len);
     while (off < job->clen && rc >= 0) {
         size_t n = job->clen - off < s->feed_bytes ? (size_t)(job->clen - off) : s->feed_bytes;

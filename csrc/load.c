@@ -1,0 +1,291 @@
+/* load.c -- loading a blob's chunk table when it is first needed: on a pool thread, from the image's own records, and
+ * where those do not say where chunks lie, from the blob's stored table (ID.blob.meta, or a META job). Readers
+ * meanwhile wait on the pseudo-unit META(blob).
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "blobmeta.h"
+#include "fetcher.h"
+
+#define META_RETRY_US (1000 * 1000)     /* an image that was refused may be looked at again after this */
+#define META_TRIES 2
+
+static int open_cache(struct blob_core *c, int *cause, char *err, size_t err_len)
+{
+    struct cachefile_cfg cfg = {
+        .engine = c->engine, .dir_fd = c->store->dir_fd, .side_dir_fd = c->store->side_dir_fd,
+        .writable = c->store->writable, .id = c->info.id, .n = c->info.chunk_count,
+        .size_bytes = c->info.uncompressed_size_bytes,
+    };
+
+    return c->cache ? 0 : cachefile_open(&c->cache, &cfg, cause, err, err_len);
+}
+
+/* Brings own into the core; on success *own is the table that the handle shall use (owned by the core). */
+static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct blobtable **own, int *cause, char *err,
+                       size_t err_len)
+{
+    struct blobtable *now = atomic_load(&c->table), *all = *own;
+    int rc;
+
+    *cause = VND_CAUSE_DIGEST;
+    if (info->chunk_count != c->info.chunk_count || info->compressor != c->info.compressor ||
+        info->digester != c->info.digester || info->uncompressed_size_bytes != c->info.uncompressed_size_bytes)
+        return fail_line(-EEXIST, err, err_len, "sizes or codecs differ from what another image in use says");
+    if (now && blobtable_equal(now, *own)) {
+        blobtable_free(*own);
+        *own = now;
+        return 0;
+    }
+    if (now && (rc = blobtable_merge(&all, now, *own, err, err_len)))
+        return rc;
+    if ((rc = open_cache(c, cause, err, err_len)))
+        goto fail;
+    *cause = VND_CAUSE_DIGEST;
+    if ((rc = cachefile_bind(c->cache, all, err, err_len)))
+        goto fail;
+    if (all != *own) {
+        (*own)->next = c->tables;
+        c->tables = *own;
+    }
+    all->next = c->tables;
+    c->tables = all;
+    atomic_store_explicit(&c->table, all, memory_order_release);
+    return 0;
+fail:
+    if (all != *own)
+        blobtable_free(all);
+    return rc;
+}
+
+/* Gives records (may be NULL: there are none) the places that a stored table states. */
+static int apply_meta(struct blobtable **records, const vnd_blob_info *info, const uint8_t *plain,
+                      const uint8_t *header, char *err, size_t err_len)
+{
+    struct blobtable *meta;
+    int rc = blobmeta_parse(&meta, info, plain, header, err, err_len);
+
+    if (rc)
+        return rc;
+    if (!*records) {
+        *records = meta;
+        return 0;
+    }
+    rc = blobmeta_place(*records, meta, info, err, err_len);
+    blobtable_free(meta);
+    return rc;
+}
+
+/* Out of the file in the work directory. Anything wrong with it only means that it is not used. */
+static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
+{
+    uint8_t header[BLOBMETA_HEADER], *plain;
+    char why[VND_ERR_MAX];
+    int rc = blobmeta_file_read(b->core->store->dir_fd, &b->info, &plain, header);
+
+    if (rc)
+        return rc;
+    rc = apply_meta(records, &b->info, plain, header, why, sizeof why);
+    if (rc)
+        engine_say(b->core->engine, 30, VND_CAUSE_FORMAT, "%s.blob.meta in the cache directory is not used: %s",
+                   b->info.id, why);
+    free(plain);
+    return rc;
+}
+
+/* Out of what a META job brought. */
+static int meta_from_raw(struct vnd_blob *b, struct blobtable **records, char *err, size_t err_len)
+{
+    const uint8_t *header = b->raw + b->info.ci_csize_bytes;
+    uint8_t *plain;
+    int rc = blobmeta_decode(&plain, &b->info, b->raw, b->raw_len, err, err_len);
+
+    if (rc)
+        return rc;
+    rc = apply_meta(records, &b->info, plain, header, err, err_len);
+    if (!rc && b->core->store->writable)
+        blobmeta_file_write(b->core->store->dir_fd, &b->info, plain, header);   /* only saves the next fetch */
+    free(plain);
+    return rc;
+}
+
+/* -EINPROGRESS: the stored table has to be fetched first. */
+static int load_table(struct vnd_blob *b, struct blobtable **own, int *cause, char *err, size_t err_len)
+{
+    bool batch = b->info.features & BLOBMETA_BATCH;
+    int rc;
+
+    *cause = VND_CAUSE_FORMAT;
+    rc = blobtable_from_records(own, &b->info, b->chunks, b->ctx, err, err_len);
+    if (rc && rc != -ENODATA)
+        return rc;
+    if (!rc && !batch)
+        return 0;
+    /* The image's own limits first: without digests nothing is worth fetching. */
+    if (rc && !b->core->engine->cfg.allow_unverified) {
+        *cause = VND_CAUSE_DIGEST;
+        return fail_line(-EIO, err, err_len, "its image lists no chunks and so no digests of it; --allow-unverified "
+                         "serves it all the same");
+    }
+    if (!blobmeta_possible(&b->info)) {
+        rc = fail_line(-EIO, err, err_len, "neither its image nor the blob says where its chunks lie");
+    } else if (b->raw) {
+        rc = meta_from_raw(b, own, err, err_len);
+        free(b->raw);
+        b->raw = NULL;
+        if (rc && rc != -ENOMEM && b->raw_tries < META_TRIES)
+            rc = -EINPROGRESS;
+        *cause = VND_CAUSE_DIGEST;
+    } else {
+        rc = meta_from_file(b, own) ? -EINPROGRESS : 0;
+    }
+    if (rc) {
+        blobtable_free(*own);
+        *own = NULL;
+    }
+    return rc;
+}
+
+static int load(struct vnd_blob *b, int *cause, char *err, size_t err_len)
+{
+    struct blob_core *c = b->core;
+    struct blobtable *own = NULL;
+    int rc = load_table(b, &own, cause, err, err_len);
+
+    if (rc)
+        return rc;
+    if (own->digests < own->known && !c->engine->cfg.allow_unverified) {
+        *cause = VND_CAUSE_DIGEST;
+        blobtable_free(own);
+        return fail_line(-EIO, err, err_len, "its image carries no chunk digests; --allow-unverified serves it all the "
+                         "same");
+    }
+    pthread_mutex_lock(&c->load_lock);
+    struct blobtable *mine = own;
+    rc = join_tables(c, &b->info, &mine, cause, err, err_len);
+    pthread_mutex_unlock(&c->load_lock);
+    if (rc) {
+        blobtable_free(own);
+        return rc;
+    }
+    b->cache = c->cache;
+    atomic_store_explicit(&b->table, mine, memory_order_release);
+    return 0;
+}
+
+/* ---------------------------------------------------------------- who waits for it */
+
+struct load_task {
+    struct pool_task task;
+    struct vnd_blob *b;
+};
+
+static void load_end(struct vnd_blob *b, int rc)
+{
+    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
+    struct store_wait *list = NULL;
+
+    pthread_mutex_lock(&s->lock);
+    b->loading = false;
+    b->fetching = rc == -EINPROGRESS;
+    if (!b->fetching) {
+        b->raw_tries = 0;
+        b->meta_errno = rc ? EIO : 0;
+        b->meta_retry_us = now_us() + META_RETRY_US;
+        list = miss_detach(&b->meta, b->meta_errno);
+    }
+    pthread_cond_broadcast(&b->load_end);
+    pthread_mutex_unlock(&s->lock);
+    miss_wake(list);
+}
+
+static void load_run(struct pool_task *task)
+{
+    struct vnd_blob *b = ((struct load_task *)task)->b;
+    struct vnd_engine *e = b->core->engine;
+    char err[VND_ERR_MAX] = "";
+    int cause = VND_CAUSE_IO, rc;
+
+    rc = load(b, &cause, err, sizeof err);
+    if (rc == -EINPROGRESS) {
+        if (err[0])
+            engine_say(e, 30, VND_CAUSE_DIGEST, "%s; it is asked for once more", err);
+        b->raw_tries++;
+        load_end(b, rc);        /* before the job can end */
+        if (fetch_push_meta(b))
+            handle_raw(b, NULL, 0, ENOMEM);
+    } else {
+        if (rc)
+            engine_say(e, 40, cause, "blob %s cannot be served: %s", b->info.id, err);
+        load_end(b, rc);
+    }
+    if (!rc) {
+        sync_start(e->fetcher);
+        fetch_wake(e->fetcher);
+    }
+    handle_put(b);
+    free(task);
+}
+
+/* With the shard's lock held. */
+static int load_start(struct vnd_blob *b)
+{
+    struct load_task *t;
+
+    if (b->loading || b->fetching)
+        return 0;
+    if (b->detached || atomic_load(&b->core->engine->fetcher->down))
+        return -EIO;
+    if (b->meta_errno && now_us() < b->meta_retry_us)
+        return -b->meta_errno;
+    t = calloc(1, sizeof *t);
+    if (!t)
+        return -ENOMEM;
+    t->task.run = load_run;
+    t->b = b;
+    handle_get(b);
+    b->loading = true;
+    pool_submit(b->core->engine, &t->task);
+    return 0;
+}
+
+void handle_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error)
+{
+    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
+    int rc = error ? -error : 0;
+
+    pthread_mutex_lock(&s->lock);
+    free(b->raw);
+    b->raw = raw;
+    b->raw_len = len;
+    b->fetching = false;
+    if (!rc)
+        rc = load_start(b);
+    pthread_mutex_unlock(&s->lock);
+    if (rc)
+        load_end(b, rc);
+}
+
+void handle_want_load(struct vnd_blob *b)
+{
+    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
+
+    pthread_mutex_lock(&s->lock);
+    if (!atomic_load(&b->table))
+        load_start(b);
+    pthread_mutex_unlock(&s->lock);
+}
+
+int handle_park(struct vnd_blob *b, struct store_wait *w)
+{
+    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
+    int rc = 1;
+
+    pthread_mutex_lock(&s->lock);
+    if (!atomic_load(&b->table) && !(rc = load_start(b)))
+        miss_link(s, &b->meta, w);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}
