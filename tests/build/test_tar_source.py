@@ -315,6 +315,13 @@ def test_xattrs_the_format_cannot_hold_are_counted_and_left_out() -> None:
     assert decode_image([layer], OPTIONS)[0].walk()[b"/a"].xattrs == {b"user.keep": b"1"}
 
 
+def test_an_empty_pax_record_takes_the_record_away() -> None:
+    info = member("a")[0]
+    info.pax_headers = {"SCHILY.xattr.user.gone": "", "SCHILY.xattr.user.kept": "v"}
+    layer = build_tar(make_tar((info, b"")), OPTIONS)
+    assert decode_image([layer], OPTIONS)[0].walk()[b"/a"].xattrs == {b"user.kept": b"v"}
+
+
 # ---- GNU tar's own sparse files
 
 
