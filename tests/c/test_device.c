@@ -852,6 +852,53 @@ static void test_refused(void)
     rig_down(&r);
 }
 
+/* A read into more ranges than a slot holds itself waits like any other; beyond the device's budget it fails, alone. */
+static void test_many_ranges(void)
+{
+    struct rig r;
+    struct fuse_read_in in = { .offset = 3 * CHUNK, .size = 60 * 1024 };
+    fg_segment seg[62];
+    uint64_t cookie;
+    uint32_t len;
+
+    rig_up(&r, 0);
+    init_session(&r);
+    uint64_t gpa = ring_config(&r, RQ).slot_gpa;
+    uint8_t *at = fg_ram_at(r.ram, gpa, 256 << 10);
+    uint32_t n = make(&r, at, FUSE_OP_READ, 1ull << 48 | FILE_INO, &in, sizeof(in));
+    seg[0] = (fg_segment){ gpa, n, 0 };
+    seg[1] = (fg_segment){ gpa + 4096, 16, 1 };
+    for (uint32_t i = 0; i < 60; i++)
+        seg[2 + i] = (fg_segment){ gpa + 8192 + 2048 * i, 1024, 1 };
+    CHECK(fg_queue_add(r.q[RQ], seg, 62, gpa + 0x40000, 1) >= 0);
+    fg_queue_publish(r.q[RQ]);
+    await_parked(&r, 1);
+    CHECK(atomic_load(&r.dev->segs_bytes) > 0);
+    serve_now(&r, 0);
+    CHECK_EQ(fg_queue_wait(r.q[RQ], WAIT_MS), 0);
+    CHECK_EQ(fg_queue_pop(r.q[RQ], &cookie, &len), 1);
+    CHECK_EQ(len, 16 + 60 * 1024);
+    for (uint32_t i = 0; i < 60; i++)
+        CHECK(memcmp(at + 8192 + 2048 * i, r.blob->plain + 3 * CHUNK + 1024 * i, 1024) == 0);
+    CHECK_EQ(atomic_load(&r.dev->segs_bytes), 0);
+
+    atomic_store(&r.fix.server.hold, 1);
+    atomic_store(&r.dev->segs_bytes, QUEUE_SEGS_BUDGET);
+    in.offset = 25 * CHUNK;
+    make(&r, at, FUSE_OP_READ, 1ull << 48 | FILE_INO, &in, sizeof(in));
+    CHECK(fg_queue_add(r.q[RQ], seg, 62, gpa + 0x40000, 1) >= 0);
+    fg_queue_publish(r.q[RQ]);
+    CHECK_EQ(fg_queue_wait(r.q[RQ], WAIT_MS), 0);
+    CHECK_EQ(fg_queue_pop(r.q[RQ], &cookie, &len), 1);
+    CHECK_EQ(len, 16);
+    struct fuse_out_header h;
+    memcpy(&h, at + 4096, sizeof(h));
+    CHECK_EQ(h.error, -EIO);
+    CHECK_EQ(atomic_load(&r.dev->segs_bytes), QUEUE_SEGS_BUDGET);
+    check_read(&r, 1, 3, 4096);
+    rig_down(&r);
+}
+
 /* Wakes race with everything that ends a request: hang-up, reset, deadline. */
 static void test_races(void)
 {
@@ -905,6 +952,7 @@ int main(int argc, char **argv)
         { "blank_inflight", test_blank_inflight },
         { "no_kick_fd", test_no_kick_fd },
         { "refused", test_refused },
+        { "many_ranges", test_many_ranges },
         { "races", test_races },
     };
 
