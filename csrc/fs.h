@@ -14,10 +14,10 @@
 
 struct fs;
 
-/* Directory listing: called per entry; non-zero = no room, the entry was not taken, stop. next_off is the cookie that
- * continues after it. For "." and ".." attr is NULL; others carry attr when want_attr was set. */
-typedef int (*fs_dir_put)(void *ctx, uint64_t ino, const char *name, size_t name_len, uint32_t type, uint64_t next_off,
-                          const vnd_attr *attr);
+/* Directory listing: called per entry; non-zero = no room, the entry was not taken, stop. next_off is the cookie
+ * that continues after it. For "." and ".." attr is NULL; others carry attr when want_attr was set. */
+typedef int (*fs_dir_put)(void *ctx, uint64_t ino, const char *name, size_t name_len, uint32_t type,
+                          uint64_t next_off, const vnd_attr *attr);
 
 struct fs_ops {
     const char *name;               /* "rafs", "pseudo", ... */
@@ -26,8 +26,10 @@ struct fs_ops {
     int (*readdir)(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, fs_dir_put put, void *ctx);
     /* Copies the target, no NUL: its length, -ERANGE if cap is less. */
     int64_t (*readlink)(struct fs *fs, uint64_t ino, char *buf, size_t cap);
-    /* Extents of file bytes [off, off+len) cut at end of file: their number (0 = at or past it); *got their bytes. */
-    int (*extents)(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max, uint32_t *got);
+    /* Extents of file bytes [off, off+len) cut at end of file: their number (0 = at or past it); *got their
+     * bytes. */
+    int (*extents)(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max,
+                   uint32_t *got);
     /* NUL-ended names; *need always gets the full length. cap 0 asks for it alone; -ERANGE if 0 < cap < *need. */
     int (*listxattr)(struct fs *fs, uint64_t ino, char *buf, size_t cap, size_t *need);
     int (*getxattr)(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap, size_t *need);
@@ -38,6 +40,7 @@ struct fs_ops {
 
 struct fs {
     const struct fs_ops *ops;
+    const char *label;              /* what people call it in log lines: the image's path; may be NULL */
 };
 
 #endif

@@ -15,6 +15,17 @@ static bool in_rafs_session(const struct fuse_call *c)
     return vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS;
 }
 
+/* A file system's own error. EIO says that its metadata is not sound, which its owner should hear of. */
+static enum req_verdict reply_fs_error(struct fuse_call *c, int rc)
+{
+    if (rc == -EIO) {
+        engine_say(c->s->engine, 30, VND_CAUSE_FORMAT, "%s: EIO to a reader: the image is malformed there (`check` "
+                   "tells where), or a guest asks for an inode that is not in it",
+                   c->node.fs->label ? c->node.fs->label : c->node.fs->ops->name);
+    }
+    return fuse_reply_error(c, -rc);
+}
+
 static void fill_attr(struct fuse_attr *a, const vnd_attr *in, uint64_t nodeid)
 {
     *a = (struct fuse_attr){
@@ -24,8 +35,8 @@ static void fill_attr(struct fuse_attr *a, const vnd_attr *in, uint64_t nodeid)
     };
 }
 
-/* How long a name in dir and the attributes of node hold. Mounts come and go under pseudo directories and nothing can
- * tell a virtio-fs kernel so; inside an image nothing ever changes. */
+/* How long a name in dir and the attributes of node hold. Mounts come and go under pseudo directories and
+ * nothing can tell a virtio-fs kernel so; inside an image nothing ever changes. */
 static void fill_entry(struct fuse_call *c, struct fuse_entry_out *e, const struct vfs_node *dir,
                        const struct vfs_node *node, const vnd_attr *attr)
 {
@@ -55,7 +66,7 @@ enum req_verdict fuse_op_lookup(struct fuse_call *c)
         return fuse_reply(c, &out, sizeof(out));
     }
     if (rc) {
-        return fuse_reply_error(c, -rc);
+        return reply_fs_error(c, rc);
     }
     fill_entry(c, &out, &c->node, &node, &attr);
     return fuse_reply(c, &out, sizeof(out));
@@ -73,7 +84,7 @@ enum req_verdict fuse_op_getattr(struct fuse_call *c)
     int rc = node_attr(&c->node, &attr);
 
     if (rc) {
-        return fuse_reply_error(c, -rc);
+        return reply_fs_error(c, rc);
     }
     out.attr_valid = c->node.serial ? FUSE_VALID_FOREVER_S : 0;
     fill_attr(&out.attr, &attr, vfs_nodeid(c->s->vfs, c->node.serial, c->node.ino));
@@ -85,7 +96,7 @@ enum req_verdict fuse_op_readlink(struct fuse_call *c)
     uint32_t room = fuse_reply_room(c, 4096);
     int64_t n = c->node.fs->ops->readlink(c->node.fs, c->node.ino, (char *)fuse_scratch(c), room);
 
-    return n < 0 ? fuse_reply_error(c, (int)-n) : fuse_reply_scratch(c, (uint32_t)n);
+    return n < 0 ? reply_fs_error(c, (int)n) : fuse_reply_scratch(c, (uint32_t)n);
 }
 
 static enum req_verdict open_node(struct fuse_call *c, bool dir)
@@ -101,7 +112,7 @@ static enum req_verdict open_node(struct fuse_call *c, bool dir)
     }
     rc = node_attr(&c->node, &attr);
     if (rc) {
-        return fuse_reply_error(c, -rc);
+        return reply_fs_error(c, rc);
     }
     if (S_ISDIR(attr.mode) != dir) {
         return fuse_reply_error(c, dir ? ENOTDIR : EISDIR);
@@ -110,7 +121,7 @@ static enum req_verdict open_node(struct fuse_call *c, bool dir)
         return fuse_reply_error(c, ENOSYS);     /* never asked again; KEEP_CACHE and CACHE_DIR are implied */
     }
     if (c->node.serial) {
-        out.open_flags = dir ? FUSE_OPEN_KEEP_CACHE | FUSE_OPEN_CACHE_DIR : FUSE_OPEN_KEEP_CACHE | FUSE_OPEN_NOFLUSH;
+        out.open_flags = FUSE_OPEN_KEEP_CACHE | (dir ? FUSE_OPEN_CACHE_DIR : FUSE_OPEN_NOFLUSH);
     }
     return fuse_reply(c, &out, sizeof(out));
 }
@@ -147,7 +158,7 @@ enum req_verdict fuse_op_read(struct fuse_call *c)
     want = in.size > FUSE_REPLY_MAX ? FUSE_REPLY_MAX + 1 : in.size;
     n = c->node.fs->ops->extents(c->node.fs, c->node.ino, in.offset, want, w->extents, STORE_EXTENTS_MAX, &got);
     if (n < 0) {
-        return fuse_reply_error(c, -n);
+        return reply_fs_error(c, n);
     }
     if (r->out_cap < sizeof(h) || got > r->out_cap - sizeof(h) || got > FUSE_REPLY_MAX) {
         return fuse_reply_error(c, EINVAL);
@@ -196,7 +207,8 @@ struct listing {
     int err;
 };
 
-/* What stands at an entry: the node itself or what is mounted on it; above a mount's root, the directory outside. */
+/* What stands at an entry: the node itself or what is mounted on it; above a mount's root, the directory
+ * outside. */
 static struct vfs_node entry_node(struct fuse_call *c, uint64_t ino, const char *name, uint32_t name_len)
 {
     struct vfs_node node = { c->node.fs, ino, c->node.serial };
@@ -264,10 +276,10 @@ static enum req_verdict list_dir(struct fuse_call *c, bool plus)
     if (!rc) {
         rc = l.err;
     }
-    /* An error after some entries is told by the next request, which starts at it. An entry that does not even fit into
-     * an empty reply is an error: no entries would mean the end. */
+    /* An error after some entries is told by the next request, which starts at it. An entry that does not even
+     * fit into an empty reply is an error: no entries would mean the end. */
     if (!l.used && (rc || l.refused)) {
-        return fuse_reply_error(c, rc ? -rc : EINVAL);
+        return rc ? reply_fs_error(c, rc) : fuse_reply_error(c, EINVAL);
     }
     return fuse_reply_scratch(c, l.used);
 }
@@ -290,7 +302,7 @@ static enum req_verdict reply_xattr(struct fuse_call *c, uint32_t size, int rc, 
     struct fuse_getxattr_out out = { 0 };
 
     if (rc) {
-        return fuse_reply_error(c, -rc);
+        return reply_fs_error(c, rc);
     }
     if (!size) {
         out.size = (uint32_t)need;
@@ -353,11 +365,11 @@ enum req_verdict fuse_op_statfs(struct fuse_call *c)
     int rc = c->node.fs->ops->statfs(c->node.fs, &out.blocks, &out.files, &out.bsize);
 
     out.frsize = out.bsize;
-    return rc ? fuse_reply_error(c, -rc) : fuse_reply(c, &out, sizeof(out));
+    return rc ? reply_fs_error(c, rc) : fuse_reply(c, &out, sizeof(out));
 }
 
-/* Not sent by kernels that check permissions themselves (virtio-fs always does). Supplementary groups are not in the
- * request, so a group's bits count for the caller's own group only. */
+/* Not sent by kernels that check permissions themselves (virtio-fs always does). Supplementary groups are not in
+ * the request, so a group's bits count for the caller's own group only. */
 enum req_verdict fuse_op_access(struct fuse_call *c)
 {
     struct fuse_access_in in;
@@ -369,7 +381,7 @@ enum req_verdict fuse_op_access(struct fuse_call *c)
     memcpy(&in, c->r->args, sizeof(in));
     rc = node_attr(&c->node, &attr);
     if (rc) {
-        return fuse_reply_error(c, -rc);
+        return reply_fs_error(c, rc);
     }
     if (in.mask & ~7u) {
         return fuse_reply_error(c, EINVAL);
@@ -400,7 +412,7 @@ enum req_verdict fuse_op_lseek(struct fuse_call *c)
     memcpy(&in, c->r->args, sizeof(in));
     rc = node_attr(&c->node, &attr);
     if (rc) {
-        return fuse_reply_error(c, -rc);
+        return reply_fs_error(c, rc);
     }
     out.offset = in.offset;
     if (in.whence == SEEK_DATA || in.whence == SEEK_HOLE) {

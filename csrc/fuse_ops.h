@@ -35,8 +35,8 @@ enum req_verdict fuse_reply_scratch(struct fuse_call *c, uint32_t len);
 enum req_verdict fuse_reply_error(struct fuse_call *c, int error);
 /* The bytes a reply may hold: what fits into the reply space, the scratch and want. */
 uint32_t fuse_reply_room(const struct fuse_call *c, uint32_t want);
-/* A NUL-ended name at args + off: 0 with pointer and length, or a positive errno. Empty, over-long, with a '/': refused;
- * "." and ".." only where dots is set. */
+/* A NUL-ended name at args + off: 0 with pointer and length, or a positive errno. Empty, over-long, with a '/':
+ * refused; "." and ".." only where dots is set. */
 int fuse_arg_name(const struct fuse_call *c, uint32_t off, bool dots, const char **name, uint32_t *len);
 
 /* fuse_session.c's scratch: header room, then payload. */

@@ -1,4 +1,5 @@
-/* fuse_session.h -- one FUSE connection: INIT state, decode, dispatch by one opcode table, encode. Transport-free. */
+/* fuse_session.h -- one FUSE connection: INIT state, decode, dispatch by one opcode table, encode.
+ * Transport-free. */
 #ifndef VND_FUSE_SESSION_H
 #define VND_FUSE_SESSION_H
 #include "engine.h"

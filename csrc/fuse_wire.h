@@ -1,5 +1,5 @@
-/* fuse_wire.h -- the FUSE protocol's structures and numbers (kernel's include/uapi/linux/fuse.h, protocol 7.45), as far as
- * a server needs them. Sizes are asserted; everything is little-endian on the hosts we build for.
+/* fuse_wire.h -- the FUSE protocol's structures and numbers (kernel's include/uapi/linux/fuse.h, protocol 7.45),
+ * as far as a server needs them. Sizes are asserted; everything is little-endian on the hosts we build for.
  */
 #ifndef VND_FUSE_WIRE_H
 #define VND_FUSE_WIRE_H

@@ -1,7 +1,7 @@
 /* pseudo.h -- the directories that exist only because mounts lie below them.
  *
- * A tree is immutable: the vfs builds a new one for each change and publishes it, so that readers take no lock. Inode
- * numbers are given once (root is 1) and never reused. Directories only; mode 0755, owner root.
+ * A tree is immutable: the vfs builds a new one for each change and publishes it, so that readers take no lock.
+ * Inode numbers are given once (root is 1) and never reused. Directories only; mode 0755, owner root.
  */
 #ifndef VND_PSEUDO_H
 #define VND_PSEUDO_H

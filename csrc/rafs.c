@@ -56,7 +56,8 @@ static bool path_stem(const char *path, char out[VND_ID_MAX + 1])
     return rafs_id_valid(out);
 }
 
-/* Puts the real id in the place of an inlined blob's own: the one given, or the name of the blob it was read from. */
+/* Puts the real id in the place of an inlined blob's own: the one given, or the name of the blob it was read
+ * from. */
 static int resolve_ids(struct vnd_rafs *r, const char *blob_id, const struct rafs_error *e)
 {
     char stem[VND_ID_MAX + 1];
@@ -106,7 +107,8 @@ int rafs_blob_chunks(void *ctx, uint32_t blob_index, int (*put)(void *put_ctx, c
         int rc;
 
         if (blob != blob_index || c.index >= b->chunk_count || c.usize == 0 || c.usize > RAFS_CHUNK_SIZE_MAX ||
-            c.csize > RAFS_CHUNK_SIZE_MAX || c.uoff > end || c.usize > end - c.uoff || c.coff > RAFS_BLOB_CSIZE_MAX) {
+            c.csize > RAFS_CHUNK_SIZE_MAX || c.uoff > end || c.usize > end - c.uoff ||
+                c.coff > RAFS_BLOB_CSIZE_MAX) {
             continue;                       /* then it has no digest, and is not served */
         }
         rc = put(put_ctx, &c);
@@ -169,8 +171,8 @@ static int open_version(struct vnd_rafs *r, const struct rafs_error *e)
     return rafs_fail(e, VND_CAUSE_FORMAT, "not a RAFS bootstrap");
 }
 
-vnd_rafs *vnd_rafs_open(vnd_engine *engine, const char *bootstrap, const char *blob_id, vnd_store *store, int *cause,
-                        char *err, size_t err_len)
+vnd_rafs *vnd_rafs_open(vnd_engine *engine, const char *bootstrap, const char *blob_id, vnd_store *store,
+                        int *cause, char *err, size_t err_len)
 {
     struct rafs_error e = { bootstrap, cause, err, err_len };
     struct vnd_rafs *r = calloc(1, sizeof(*r));
@@ -185,6 +187,7 @@ vnd_rafs *vnd_rafs_open(vnd_engine *engine, const char *bootstrap, const char *b
     r->own_uid = geteuid();
     r->own_gid = getegid();
     r->path = strdup(bootstrap);
+    r->fs.label = r->path;
     if (!r->path) {
         rafs_fail(&e, VND_CAUSE_IO, "out of memory");
     } else if (rafs_image_map(r, &e) == 0 && open_version(r, &e) == 0 && resolve_ids(r, blob_id, &e) == 0 &&

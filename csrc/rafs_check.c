@@ -1,4 +1,5 @@
-/* rafs_check.c -- faults of an image that opening does not look for, since it would cost time that grows with it. */
+/* rafs_check.c -- faults of an image that opening does not look for, since it would cost time that grows with
+ * it. */
 #include "rafs_check.h"
 
 #include <errno.h>
@@ -34,12 +35,14 @@ bool rafs_fault(struct rafs_faults *f, const char *fmt, ...)
     return ++f->count < f->max;
 }
 
-static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, uint32_t blob, const struct blob_chunk *c)
+static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, uint32_t blob,
+                         const struct blob_chunk *c)
 {
     static const uint8_t unset[32];
 
     if (blob >= r->info.blob_count) {
-        return rafs_fault(f, "chunk record %llu names blob %u of %u", (unsigned long long)i, blob, r->info.blob_count);
+        return rafs_fault(f, "chunk record %llu names blob %u of %u", (unsigned long long)i, blob,
+                          r->info.blob_count);
     }
     const vnd_blob_info *b = &r->blobs[blob].info;
     uint64_t end = (b->uncompressed_size_bytes + 4095) & ~4095ull;
@@ -58,8 +61,8 @@ static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, 
     }
     if (c->uoff > end || c->usize > end - c->uoff || c->coff > b->compressed_size_bytes ||
         c->csize > b->compressed_size_bytes - c->coff) {
-        return rafs_fault(f, "chunk record %llu (blob %u, index %u) lies outside its blob", (unsigned long long)i, blob,
-                          c->index);
+        return rafs_fault(f, "chunk record %llu (blob %u, index %u) lies outside its blob", (unsigned long long)i,
+                          blob, c->index);
     }
     if (memcmp(c->digest, unset, 32) == 0) {
         return rafs_fault(f, "chunk record %llu (blob %u, index %u) has no digest", (unsigned long long)i, blob,

@@ -1,8 +1,8 @@
 /* rafs_image.c -- finds the bootstrap in a file and maps it.
  *
- * A file is a bootstrap itself, or a data blob with one inside (rafs-format 1.2): sections back to back, each followed by
- * a tar header, so it is read from its end. There stands the table of contents, or the raw bootstrap of older blobs.
- * A compressed one is unpacked into a sealed memory file.
+ * A file is a bootstrap itself, or a data blob with one inside (rafs-format 1.2): sections back to back, each
+ * followed by a tar header, so it is read from its end. There stands the table of contents, or the raw bootstrap
+ * of older blobs. A compressed one is unpacked into a sealed memory file.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -19,11 +19,12 @@
 #define TAR_BLOCK 512
 #define TOC_ENTRY 128
 #define TOC_WINDOW 4096                     /* a table of contents and its header lie in the last so many bytes */
-#define INLINE_BOOT_MAX (1ull << 30)        /* of an unpacked bootstrap: bounds what a hostile blob can make us write */
+#define INLINE_BOOT_MAX (1ull << 30)        /* of an unpacked bootstrap: what a hostile blob can make us write */
 
 struct section { uint64_t off, csize, usize; uint32_t codec; uint8_t digest[32]; };
 
-/* Value of a numeric tar field of n bytes: octal digits, or base-256 when the first bit is set. UINT64_MAX = bad. */
+/* Value of a numeric tar field of n bytes: octal digits, or base-256 when the first bit is set. UINT64_MAX =
+ * bad. */
 static uint64_t tar_number(const uint8_t *p, int n)
 {
     uint64_t v = 0;
@@ -137,7 +138,8 @@ static int map_range(struct vnd_rafs *r, int fd, uint64_t off, uint64_t len, con
         r->map = NULL;
         return rafs_fail(e, VND_CAUSE_IO, "cannot be mapped: %s", strerror(errno));
     }
-    /* Who owns the file may cut it short under us: what is lost then reads as zeroes, which no check lets through. */
+    /* Who owns the file may cut it short under us: what is lost then reads as zeroes, which no check lets
+     * through. */
     r->guard = sigbus_add(r->map, r->map_len, page, NULL);
     if (!r->guard) {
         return rafs_fail(e, VND_CAUSE_IO, "out of memory");
@@ -245,7 +247,8 @@ int rafs_image_map(struct vnd_rafs *r, const struct rafs_error *e)
         rc = find_section(fd, (uint64_t)st.st_size, &s, e);
         r->from_blob = rc == 1;
         rc = rc == 1 ? map_section(r, fd, &s, e)
-             : rc == 0 ? rafs_fail(e, VND_CAUSE_FORMAT, "not a RAFS bootstrap, nor a data blob that holds one") : rc;
+             : rc == 0 ? rafs_fail(e, VND_CAUSE_FORMAT,
+                                   "not a RAFS bootstrap, nor a data blob that holds one") : rc;
     }
     close(fd);
     return rc;

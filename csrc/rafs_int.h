@@ -1,8 +1,8 @@
 /* rafs_int.h -- the opened bootstrap, shared by the rafs_*.c files.
  *
- * Everything is read in place from the mapping, little-endian, unaligned, and checked where it is used: opening costs
- * nothing that grows with the tree. Whoever can write to the file while it is mapped can make values change between two
- * reads, so a value is loaded once, checked, and the loaded copy used.
+ * Everything is read in place from the mapping, little-endian, unaligned, and checked where it is used: opening
+ * costs nothing that grows with the tree. Whoever can write to the file while it is mapped can make values
+ * change between two reads, so a value is loaded once, checked, and the loaded copy used.
  */
 #ifndef VND_RAFS_INT_H
 #define VND_RAFS_INT_H

@@ -243,7 +243,8 @@ static bool tool_wait_woken(struct tool_wait *t)
     return woken;
 }
 
-static int64_t read_piece(struct vnd_rafs *r, struct extent *ext, uint64_t ino, uint64_t off, uint8_t *buf, uint32_t len)
+static int64_t read_piece(struct vnd_rafs *r, struct extent *ext, uint64_t ino, uint64_t off, uint8_t *buf,
+                          uint32_t len)
 {
     struct tool_wait t;
     uint32_t got;

@@ -1,7 +1,12 @@
-/* rafs_v6.h -- decoded pieces of a v6 bootstrap, for rafs_v6.c and its checker. All are bounds-checked as they come. */
+/* rafs_v6.h -- decoded pieces of a v6 bootstrap, for rafs_v6.c and its checker. All are bounds-checked as they
+ * come. */
 #ifndef VND_RAFS_V6_H
 #define VND_RAFS_V6_H
 #include "rafs_int.h"
+
+#define V6_SB 1024                  /* bytes from the file's start: EROFS superblock, RAFS's own behind it */
+#define V6_EXT_SB 1152
+#define V6_TABLES 1408              /* nothing but superblocks lies below */
 
 enum v6_layout { V6_FLAT_PLAIN = 0, V6_FLAT_INLINE = 2, V6_CHUNKED = 4 };
 #define V6_DIRENT 12
@@ -27,6 +32,9 @@ int v6_dir_open(const struct vnd_rafs *r, uint64_t nid, struct v6_inode *n, uint
 int v6_dir_block(const struct vnd_rafs *r, const struct v6_inode *n, uint64_t b, struct v6_block *out);
 int v6_dir_entry(const struct v6_block *b, uint32_t k, struct v6_entry *out);
 int v6_chunk_at(const struct vnd_rafs *r, const struct v6_inode *n, uint64_t k, struct rafs_chunk *out);
+
+extern const struct fs_ops v6_fs_ops;       /* rafs_v6_fs.c */
+int v6_chunk(struct vnd_rafs *r, uint64_t ino, uint64_t k, struct rafs_chunk *out);
 
 void v6_check(struct vnd_rafs *r, struct rafs_faults *f);       /* rafs_check.c */
 

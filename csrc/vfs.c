@@ -255,8 +255,8 @@ static int path_normalise(const char *path, char *out, size_t cap)
     return 0;
 }
 
-static struct vfs_table *table_copy(const struct vfs_table *t, const struct vfs_mount *without, struct vfs_mount *with,
-                                    struct pseudo_fs *pseudo)
+static struct vfs_table *table_copy(const struct vfs_table *t, const struct vfs_mount *without,
+                                    struct vfs_mount *with, struct pseudo_fs *pseudo)
 {
     struct vfs_table *n = malloc(sizeof(*n) + (t->count + 1u) * sizeof(n->mounts[0]));
 

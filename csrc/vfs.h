@@ -1,8 +1,8 @@
 /* vfs.h -- the mount table: maps FUSE nodeids to (file system, inode).
  *
- * nodeid = 16-bit mount serial << 48 | 48-bit inode. Serial 0 holds the pseudo directories; FUSE root is 1. A mount at "/"
- * makes nodeid 1 mean its root. Serials are handed out once and never reused. Lookups take no lock: workers mark
- * themselves inside (fuse_worker.epoch) and umount waits for each to pass.
+ * nodeid = 16-bit mount serial << 48 | 48-bit inode. Serial 0 holds the pseudo directories; FUSE root is 1. A
+ * mount at "/" makes nodeid 1 mean its root. Serials are handed out once and never reused. Lookups take no lock:
+ * workers mark themselves inside (fuse_worker.epoch) and umount waits for each to pass.
  */
 #ifndef VND_VFS_H
 #define VND_VFS_H

@@ -1,5 +1,5 @@
-/* fake_req.h -- a transport of one request at a time: private buffers, reply memory exactly as long as told, so that a
- * sanitizer sees every byte too many. */
+/* fake_req.h -- a transport of one request at a time: private buffers, reply memory exactly as long as told, so
+ * that a sanitizer sees every byte too many. */
 #ifndef FAKE_REQ_H
 #define FAKE_REQ_H
 #include <errno.h>
@@ -60,8 +60,8 @@ static void fake_wake(struct store_wait *w)
 {
 }
 
-static inline void fake_fill(struct fake_req *f, uint32_t opcode, uint64_t nodeid, const void *body, uint32_t body_len,
-                             uint32_t out_cap)
+static inline void fake_fill(struct fake_req *f, uint32_t opcode, uint64_t nodeid, const void *body,
+                             uint32_t body_len, uint32_t out_cap)
 {
     memset(f, 0, sizeof(*f));
     f->body = malloc(body_len ? body_len : 1);

@@ -1,130 +1,8 @@
 /* test_fuse.c -- the FUSE session over a mount table: every answer that the kernel can see, without a kernel. */
 #include <dirent.h>
 #include <fcntl.h>
-#include <sched.h>
-#include <stdatomic.h>
 
-#include "check.h"
-#include "fake_req.h"
-#include "v6_image.h"
-#include "vfs.h"
-
-#define FLAGS (0x1u | 0x4u | 0x10u)
-#define FLAG_XATTR 0x20u
-#define YEAR_S (365ull * 24 * 3600)
-
-static vnd_engine *engine;
-
-/* One daemon: a mount table, a session on it, a worker, and the last reply. */
-struct rig {
-    vnd_vfs *vfs;
-    struct fuse_session *s;
-    struct fuse_worker w;
-    struct img_nids n;
-    struct fake_req f;
-    enum req_verdict verdict;
-    int32_t error;              /* errno of the reply, positive */
-    uint32_t len;               /* payload bytes */
-    const uint8_t *data;
-};
-
-static void call_filled(struct rig *g)
-{
-    struct fuse_out_header h;
-
-    g->f.r.session_gen = fuse_session_gen(g->s);
-    g->verdict = fuse_session_serve(g->s, &g->w, &g->f.r);
-    g->error = 0;
-    g->len = 0;
-    g->data = NULL;
-    if (g->verdict != REQ_REPLY) {
-        CHECK_EQ(g->f.r.out_len, 0);
-        return;
-    }
-    CHECK(g->f.r.out_len >= sizeof(h) && g->f.r.out_len <= g->f.r.out_cap);
-    memcpy(&h, g->f.out, sizeof(h));
-    CHECK_EQ(h.len, g->f.r.out_len);
-    CHECK_EQ(h.unique, 77);
-    CHECK(h.error <= 0 && h.error > -512);
-    CHECK(h.error == 0 || h.len == sizeof(h));
-    g->error = -h.error;
-    g->len = h.len - (uint32_t)sizeof(h);
-    g->data = g->f.out + sizeof(h);
-}
-
-static void call_cap(struct rig *g, uint32_t op, uint64_t nodeid, const void *body, uint32_t len, uint32_t out_cap)
-{
-    fake_done(&g->f);
-    fake_fill(&g->f, op, nodeid, body, len, out_cap);
-    call_filled(g);
-}
-
-static void call(struct rig *g, uint32_t op, uint64_t nodeid, const void *body, uint32_t len)
-{
-    call_cap(g, op, nodeid, body, len, 8192);
-}
-
-static int error_of(struct rig *g, uint32_t op, uint64_t nodeid, const void *body, uint32_t len)
-{
-    call(g, op, nodeid, body, len);
-    CHECK_EQ(g->verdict, REQ_REPLY);
-    return g->error;
-}
-
-static struct fuse_init_out init(struct rig *g, uint32_t major, uint32_t minor, uint64_t flags)
-{
-    struct fuse_init_in in = { .major = major, .minor = minor, .max_readahead = 131072, .flags = (uint32_t)flags,
-                               .flags2 = (uint32_t)(flags >> 32) };
-    struct fuse_init_out out = { 0 };
-
-    CHECK_EQ(error_of(g, FUSE_OP_INIT, 0, &in, sizeof(in)), 0);
-    memcpy(&out, g->data, g->len < sizeof(out) ? g->len : sizeof(out));
-    return out;
-}
-
-static void rig_new(struct rig *g, int kind)
-{
-    memset(g, 0, sizeof(*g));
-    g->vfs = vnd_vfs_new(engine, kind);
-    CHECK(g->vfs);
-    g->s = fuse_session_new(engine, g->vfs);
-    CHECK(g->s);
-    CHECK_EQ(fuse_worker_init(&g->w, engine, g->vfs), 0);
-}
-
-static void rig_free(struct rig *g)
-{
-    fake_done(&g->f);
-    fuse_worker_free(&g->w, g->vfs);
-    fuse_session_free(g->s);
-    vnd_vfs_free(g->vfs);
-}
-
-static vnd_rafs *open_tree(uint64_t flags, struct img_nids *n)
-{
-    char path[32], err[VND_ERR_MAX] = "";
-    struct img m;
-    int cause, fd;
-
-    img_init(&m, flags);
-    *n = img_tree(&m);
-    fd = img_fd(m.b, sizeof(m.b), path);
-    vnd_rafs *r = vnd_rafs_open(engine, path, NULL, NULL, &cause, err, sizeof(err));
-
-    close(fd);
-    CHECK(r);
-    return r;
-}
-
-static struct fuse_entry_out lookup(struct rig *g, uint64_t dir, const char *name)
-{
-    struct fuse_entry_out e = { 0 };
-
-    CHECK_EQ(error_of(g, FUSE_OP_LOOKUP, dir, name, (uint32_t)strlen(name) + 1), 0);
-    CHECK_EQ(g->len, sizeof(e));
-    memcpy(&e, g->data, sizeof(e));
-    return e;
-}
+#include "fuse_rig.h"
 
 /* ---- session life */
 
@@ -182,17 +60,6 @@ static void test_init(void)
     CHECK(out.flags & FUSE_INIT_AUTO_INVAL_DATA);
     CHECK(!(out.flags & FUSE_INIT_EXPLICIT_INVAL_DATA));
     rig_free(&g);
-}
-
-/* A rafs session on one image at "/". */
-static vnd_rafs *rig_rafs(struct rig *g, uint64_t flags)
-{
-    rig_new(g, VND_SESSION_RAFS);
-    vnd_rafs *r = open_tree(flags, &g->n);
-
-    CHECK_EQ(vnd_vfs_mount_rafs(g->vfs, "/", r), 0);
-    init(g, 7, 38, ~0ull);
-    return r;
 }
 
 static void test_malformed(void)
@@ -288,7 +155,8 @@ static void test_lookup_and_attr(void)
 
 static void test_refusals(void)
 {
-    static const uint32_t erofs[] = { FUSE_OP_SETATTR, FUSE_OP_SYMLINK, FUSE_OP_MKNOD, FUSE_OP_MKDIR, FUSE_OP_UNLINK,
+    static const uint32_t erofs[] = { FUSE_OP_SETATTR, FUSE_OP_SYMLINK, FUSE_OP_MKNOD, FUSE_OP_MKDIR,
+        FUSE_OP_UNLINK,
         FUSE_OP_RMDIR, FUSE_OP_RENAME, FUSE_OP_LINK, FUSE_OP_WRITE, FUSE_OP_SETXATTR, FUSE_OP_REMOVEXATTR,
         FUSE_OP_CREATE, FUSE_OP_FALLOCATE, FUSE_OP_RENAME2, FUSE_OP_COPY_FILE_RANGE, FUSE_OP_TMPFILE };
     struct fuse_open_in rdwr = { .flags = O_RDWR }, trunc = { .flags = O_TRUNC }, read_only = { 0 };
@@ -338,18 +206,6 @@ static void test_access_and_lseek(void)
     vnd_rafs_free(r);
 }
 
-static int xattr(struct rig *g, uint64_t nodeid, const char *name, uint32_t size)
-{
-    uint8_t body[64] = { 0 };
-    uint32_t len = name ? (uint32_t)strlen(name) + 1 : 0;
-
-    memcpy(body, &size, 4);
-    if (name) {
-        memcpy(body + 8, name, len);
-    }
-    return error_of(g, name ? FUSE_OP_GETXATTR : FUSE_OP_LISTXATTR, nodeid, body, 8 + len);
-}
-
 static void test_xattrs(void)
 {
     struct rig g;
@@ -385,50 +241,6 @@ static void test_xattrs(void)
 }
 
 /* ---- listings */
-
-struct seen { uint64_t ino, off; char name[256]; struct fuse_entry_out e; uint32_t type; };
-
-/* One reply's entries; checks padding and bounds. */
-static int parse_dir(struct rig *g, bool plus, struct seen *out, int max)
-{
-    uint32_t at = 0;
-    int n = 0;
-
-    while (at < g->len) {
-        struct fuse_dirent d;
-
-        CHECK(n < max && g->len - at >= sizeof(d) + (plus ? 128 : 0));
-        if (plus) {
-            memcpy(&out[n].e, g->data + at, sizeof(out[n].e));
-            at += 128;
-        }
-        memcpy(&d, g->data + at, sizeof(d));
-        CHECK(d.namelen >= 1 && d.namelen <= 255);
-        CHECK(g->len - at >= ((sizeof(d) + d.namelen + 7) & ~7u));
-        memcpy(out[n].name, g->data + at + sizeof(d), d.namelen);
-        out[n].name[d.namelen] = 0;
-        for (uint32_t k = at + (uint32_t)sizeof(d) + d.namelen; k % 8; k++) {
-            CHECK_EQ(g->data[k], 0);
-        }
-        out[n].ino = d.ino;
-        out[n].off = d.off;
-        out[n].type = d.type;
-        at += (uint32_t)((sizeof(d) + d.namelen + 7) & ~7u);
-        n++;
-    }
-    return n;
-}
-
-static int read_dir(struct rig *g, uint64_t nodeid, bool plus, uint64_t off, uint32_t size, struct seen *out, int max)
-{
-    struct fuse_read_in in = { .offset = off, .size = size };
-
-    if (error_of(g, plus ? FUSE_OP_READDIRPLUS : FUSE_OP_READDIR, nodeid, &in, sizeof(in))) {
-        return -g->error;
-    }
-    CHECK(g->len <= size);
-    return parse_dir(g, plus, out, max);
-}
 
 static void test_listings(void)
 {
@@ -474,42 +286,7 @@ static void test_listings(void)
     vnd_rafs_free(r);
 }
 
-/* ---- reads: a file system of zeroes, since bytes are the store's business */
-
-#define ZERO_SIZE (2u << 20)
-
-static int zero_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *x, int max, uint32_t *got)
-{
-    *got = 0;
-    if (off >= ZERO_SIZE) {
-        return 0;
-    }
-    *got = len < ZERO_SIZE - off ? len : (uint32_t)(ZERO_SIZE - off);
-    *x = (struct extent){ .len = *got };
-    return 1;
-}
-static int zero_getattr(struct fs *fs, uint64_t ino, vnd_attr *out)
-{
-    *out = (vnd_attr){ .ino = ino, .mode = ino == 5 ? S_IFDIR | 0755 : S_IFREG | 0644, .size_bytes = ZERO_SIZE };
-    return 0;
-}
-static int zero_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out)
-{
-    if (len == 2 && name[0] == '.') {
-        return zero_getattr(fs, 5, out);
-    }
-    return len == 1 && (*name == 'z' || *name == 'd') ? zero_getattr(fs, *name == 'z' ? 6 : 5, out) : -ENOENT;
-}
-static uint64_t zero_root(struct fs *fs)
-{
-    return 5;
-}
-static int zero_has_xattr(struct fs *fs)
-{
-    return 0;
-}
-static const struct fs_ops zero_ops = { .name = "zero", .getattr = zero_getattr, .lookup = zero_lookup,
-    .extents = zero_extents, .root = zero_root, .has_xattr = zero_has_xattr };
+/* ---- reads */
 
 static int read_at(struct rig *g, uint64_t nodeid, uint64_t off, uint32_t size, uint32_t out_cap)
 {
@@ -543,185 +320,6 @@ static void test_reads(void)
     rig_free(&g);
 }
 
-/* ---- mounts */
-
-static void test_pseudo_and_mixed(void)
-{
-    struct fuse_open_in read_only = { 0 };
-    struct fuse_open_out opened;
-    static struct seen d[20];
-    struct img_nids n;
-    struct rig g;
-    vnd_rafs *a = open_tree(FLAGS, &n), *b = open_tree(FLAGS, &n);
-    struct fuse_entry_out e;
-    uint64_t rafs_dir, cid, root_a, root_b, file;
-
-    rig_new(&g, VND_SESSION_MIXED);
-    init(&g, 7, 38, ~0ull);
-    CHECK_EQ(error_of(&g, FUSE_OP_LOOKUP, 1, "rafs", 5), ENOENT);       /* never cached: it may come */
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "rafs", a), -EINVAL);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs/../x", a), -EINVAL);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs//c1/lowerdir/", a), 0);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs/c1/lowerdir", b), -EEXIST);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs", b), -EBUSY);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/", b), -EBUSY);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs/c2", b), 0);
-    e = lookup(&g, 1, "rafs");
-    CHECK(e.nodeid > 1 && e.nodeid >> 48 == 0);
-    CHECK_EQ(e.entry_valid, 0);
-    CHECK_EQ(e.attr_valid, 0);
-    CHECK_EQ(e.attr.mode, S_IFDIR | 0755);
-    rafs_dir = e.nodeid;
-    cid = lookup(&g, rafs_dir, "c1").nodeid;
-    e = lookup(&g, cid, "lowerdir");
-    root_a = e.nodeid;
-    CHECK_EQ(root_a, 1ull << 48 | IMG_ROOT);
-    CHECK_EQ(e.entry_valid, 0);             /* the mount may go */
-    CHECK_EQ(e.attr_valid, YEAR_S);
-    root_b = lookup(&g, rafs_dir, "c2").nodeid;
-    CHECK_EQ(root_b, 2ull << 48 | IMG_ROOT);
-    CHECK_EQ(lookup(&g, root_a, "..").nodeid, cid);
-    CHECK_EQ(lookup(&g, cid, "..").nodeid, rafs_dir);
-    CHECK_EQ(lookup(&g, rafs_dir, "..").nodeid, 1);
-    CHECK_EQ(lookup(&g, 1, "..").nodeid, 1);
-    CHECK(lookup(&g, root_a, "file").nodeid != lookup(&g, root_b, "file").nodeid);
-
-    /* Listings show what lookups give, over mount points in both directions. */
-    CHECK_EQ(read_dir(&g, rafs_dir, true, 0, 4096, d, 20), 4);
-    CHECK(strcmp(d[2].name, "c1") == 0 && d[2].ino == cid && d[2].e.nodeid == cid && d[2].e.attr_valid == 0);
-    CHECK(strcmp(d[3].name, "c2") == 0 && d[3].ino == root_b && d[3].e.nodeid == root_b);
-    CHECK_EQ(d[3].e.attr.ino, root_b);
-    CHECK_EQ(d[3].e.attr.nlink, 4);
-    CHECK_EQ(d[3].e.entry_valid, 0);
-    CHECK_EQ(read_dir(&g, rafs_dir, true, d[2].off, 4096, d, 20), 1);
-    CHECK_EQ(read_dir(&g, root_a, false, 0, 4096, d, 20), 10);
-    CHECK_EQ(d[0].ino, root_a);
-    CHECK_EQ(d[1].ino, cid);
-    CHECK_EQ(d[5].ino, 1ull << 48 | n.file);
-
-    /* Nothing that a read-write neighbour has is ever ENOSYS. */
-    file = 1ull << 48 | n.file;
-    CHECK_EQ(error_of(&g, FUSE_OP_OPEN, file, &read_only, 8), 0);
-    memcpy(&opened, g.data, sizeof(opened));
-    CHECK(opened.open_flags & FUSE_OPEN_KEEP_CACHE);
-    CHECK_EQ(opened.fh, 0);
-    CHECK_EQ(error_of(&g, FUSE_OP_OPENDIR, root_a, &read_only, 8), 0);
-    memcpy(&opened, g.data, sizeof(opened));
-    CHECK(opened.open_flags & FUSE_OPEN_CACHE_DIR);
-    CHECK_EQ(error_of(&g, FUSE_OP_OPENDIR, rafs_dir, &read_only, 8), 0);
-    memcpy(&opened, g.data, sizeof(opened));
-    CHECK_EQ(opened.open_flags, 0);
-    CHECK_EQ(error_of(&g, FUSE_OP_OPEN, root_a, &read_only, 8), EISDIR);
-    CHECK_EQ(error_of(&g, FUSE_OP_OPENDIR, file, &read_only, 8), ENOTDIR);
-    CHECK_EQ(error_of(&g, FUSE_OP_FLUSH, file, NULL, 0), 0);
-    CHECK_EQ(error_of(&g, FUSE_OP_FSYNC, file, NULL, 0), 0);
-    CHECK_EQ(error_of(&g, FUSE_OP_FSYNCDIR, root_a, NULL, 0), 0);
-    CHECK_EQ(xattr(&g, file, "user.foo", 5), ENODATA);
-    CHECK_EQ(xattr(&g, file, NULL, 5), 0);
-    CHECK_EQ(xattr(&g, rafs_dir, "user.foo", 5), ENODATA);
-    CHECK_EQ(xattr(&g, rafs_dir, NULL, 0), 0);
-    CHECK_EQ(error_of(&g, FUSE_OP_MKDIR, rafs_dir, NULL, 0), ENOSYS);
-    CHECK_EQ(error_of(&g, FUSE_OP_MKDIR, 1, NULL, 0), ENOSYS);
-    CHECK_EQ(error_of(&g, FUSE_OP_MKDIR, root_a, NULL, 0), EROFS);
-    CHECK_EQ(error_of(&g, FUSE_OP_UNLINK, rafs_dir, NULL, 0), EROFS);
-
-    CHECK_EQ(vnd_vfs_umount(g.vfs, "/rafs/c1"), -ENOENT);
-    CHECK_EQ(vnd_vfs_umount(g.vfs, "/rafs/c1/lowerdir"), 0);
-    vnd_rafs_free(a);
-    CHECK_EQ(error_of(&g, FUSE_OP_GETATTR, file, NULL, 0), ESTALE);
-    CHECK_EQ(error_of(&g, FUSE_OP_GETATTR, cid, NULL, 0), ESTALE);      /* nothing needed it any more */
-    CHECK_EQ(error_of(&g, FUSE_OP_LOOKUP, rafs_dir, "c1", 3), ENOENT);
-    CHECK_EQ(lookup(&g, rafs_dir, "c2").nodeid, root_b);
-    a = open_tree(FLAGS, &n);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs/c1/lowerdir", a), 0);
-    cid = lookup(&g, rafs_dir, "c1").nodeid;
-    CHECK_EQ(lookup(&g, cid, "lowerdir").nodeid >> 48, 3);              /* serials are never used again */
-    rig_free(&g);
-    vnd_rafs_free(a);
-    vnd_rafs_free(b);
-}
-
-/* Mounts on directories of other mounts. */
-static void test_nested(void)
-{
-    struct fs zero = { &zero_ops };
-    static struct seen d[20];
-    struct rig g;
-    vnd_rafs *r = rig_rafs(&g, FLAGS);
-    struct fuse_entry_out e;
-    uint64_t sub = 1ull << 48 | g.n.sub;
-
-    CHECK_EQ(vfs_mount(g.vfs, "/absent", &zero), -ENOENT);
-    CHECK_EQ(vfs_mount(g.vfs, "/file", &zero), -ENOTDIR);
-    CHECK_EQ(vfs_mount(g.vfs, "/sub/deep", &zero), 0);
-    e = lookup(&g, sub, "deep");
-    CHECK_EQ(e.nodeid, 2ull << 48 | 5);
-    CHECK_EQ(e.entry_valid, 0);
-    CHECK_EQ(lookup(&g, e.nodeid, "..").nodeid, sub);
-    CHECK_EQ(read_dir(&g, sub, true, 0, 4096, d, 20), 3);
-    CHECK_EQ(d[2].e.nodeid, 2ull << 48 | 5);
-    CHECK_EQ(d[2].e.attr.size, ZERO_SIZE);
-    CHECK_EQ(vnd_vfs_umount(g.vfs, "/"), -EBUSY);
-    CHECK_EQ(vnd_vfs_umount(g.vfs, "/sub/deep"), 0);
-    CHECK_EQ(lookup(&g, sub, "deep").nodeid, 1ull << 48 | g.n.deep);
-    CHECK_EQ(vnd_vfs_umount(g.vfs, "/"), 0);
-    CHECK_EQ(vnd_vfs_umount(g.vfs, "/"), -ENOENT);
-    rig_free(&g);
-    vnd_rafs_free(r);
-}
-
-/* ---- mounts come and go under requests: under a sanitizer, a use of what was freed shows */
-
-struct racer { struct rig *g; _Atomic int *stop; uint64_t done; };
-
-static void *race(void *arg)
-{
-    struct racer *me = arg;
-    struct fuse_worker w;
-    struct fake_req f;
-
-    CHECK_EQ(fuse_worker_init(&w, engine, me->g->vfs), 0);
-    for (uint64_t nodeid = 1; !atomic_load(me->stop); nodeid = nodeid == 1 ? 2 : 1) {
-        struct fuse_read_in in = { .size = 4096 };
-
-        fake_fill(&f, FUSE_OP_READDIRPLUS, nodeid, &in, sizeof(in), 8192);
-        f.r.session_gen = fuse_session_gen(me->g->s);
-        CHECK_EQ(fuse_session_serve(me->g->s, &w, &f.r), REQ_REPLY);
-        fake_done(&f);
-        me->done++;
-    }
-    fuse_worker_free(&w, me->g->vfs);
-    return NULL;
-}
-
-static void test_mounts_under_load(void)
-{
-    _Atomic int stop = 0;
-    struct img_nids n;
-    struct rig g;
-    struct racer racers[2] = { { &g, &stop, 0 }, { &g, &stop, 0 } };
-    pthread_t threads[2];
-
-    rig_new(&g, VND_SESSION_MIXED);
-    init(&g, 7, 38, ~0ull);
-    for (int i = 0; i < 2; i++) {
-        CHECK_EQ(pthread_create(&threads[i], NULL, race, &racers[i]), 0);
-    }
-    for (int i = 0; i < 100; i++) {
-        vnd_rafs *r = open_tree(FLAGS, &n);
-
-        CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, i % 2 ? "/a" : "/a/b", r), 0);
-        sched_yield();
-        CHECK_EQ(vnd_vfs_umount(g.vfs, i % 2 ? "/a" : "/a/b"), 0);
-        vnd_rafs_free(r);
-    }
-    atomic_store(&stop, 1);
-    for (int i = 0; i < 2; i++) {
-        pthread_join(threads[i], NULL);
-    }
-    rig_free(&g);
-}
-
 int main(void)
 {
     engine = vnd_engine_new(&(vnd_engine_cfg){ 0 });
@@ -734,9 +332,6 @@ int main(void)
     test_xattrs();
     test_listings();
     test_reads();
-    test_pseudo_and_mixed();
-    test_nested();
-    test_mounts_under_load();
     vnd_engine_shutdown(engine);
     vnd_engine_free(engine);
     puts("test_fuse: ok");

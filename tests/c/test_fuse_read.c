@@ -1,4 +1,5 @@
-/* test_fuse_read.c -- READ from an image down to the blob store and back: parked, woken, failed, expired, dropped. */
+/* test_fuse_read.c -- READ from an image down to the blob store and back: parked, woken, failed, expired,
+ * dropped. */
 #include "store_fixture.h"
 
 #include "fake_req.h"

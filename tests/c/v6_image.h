@@ -1,7 +1,7 @@
 /* v6_image.h -- makes small RAFS v6 bootstraps in memory, byte by byte, for the C tests and fuzzers.
  *
- * Layout: superblocks and device slot in the first block, blob table at 4096, nid 0 at 8192, inodes from 12288 (nid 128,
- * the root), flat data blocks from BLOCKS_OFF, chunk table at CHUNKS_OFF.
+ * Layout: superblocks and device slot in the first block, blob table at 4096, nid 0 at 8192, inodes from 12288
+ * (nid 128, the root), flat data blocks from BLOCKS_OFF, chunk table at CHUNKS_OFF.
  */
 #ifndef V6_IMAGE_H
 #define V6_IMAGE_H
@@ -30,7 +30,8 @@ struct img {
 };
 struct img_name { const char *name; uint64_t nid; uint8_t type; };
 
-static inline void img_16(struct img *m, uint32_t at, uint32_t v) { uint16_t x = (uint16_t)v; memcpy(m->b + at, &x, 2); }
+static inline void img_16(struct img *m, uint32_t at, uint32_t v) { uint16_t x = (uint16_t)v; memcpy(m->b + at, &x,
+                                                                                                     2); }
 static inline void img_32(struct img *m, uint32_t at, uint32_t v) { memcpy(m->b + at, &v, 4); }
 static inline void img_64(struct img *m, uint32_t at, uint64_t v) { memcpy(m->b + at, &v, 8); }
 static inline uint32_t img_off(uint64_t nid) { return (uint32_t)(IMG_META + nid * 32); }
@@ -68,8 +69,8 @@ static inline void img_init(struct img *m, uint64_t flags)
 }
 
 /* Writes an extended inode; layout 0 plain, 2 inline, 4 chunked. */
-static inline void img_inode(struct img *m, uint64_t nid, uint32_t layout, uint32_t mode, uint32_t nlink, uint64_t size,
-                             uint32_t u)
+static inline void img_inode(struct img *m, uint64_t nid, uint32_t layout, uint32_t mode, uint32_t nlink,
+                             uint64_t size, uint32_t u)
 {
     uint32_t at = img_off(nid);
 
@@ -155,7 +156,8 @@ static inline void img_record(struct img *m, uint32_t blob, uint32_t index, uint
 }
 
 /* A file over consecutive chunks from index first on. */
-static inline void img_file(struct img *m, uint64_t nid, uint32_t nlink, uint64_t size, uint32_t first, bool records)
+static inline void img_file(struct img *m, uint64_t nid, uint32_t nlink, uint64_t size, uint32_t first,
+                            bool records)
 {
     uint32_t n = (uint32_t)((size + IMG_CHUNK - 1) / IMG_CHUNK);
 
@@ -201,7 +203,8 @@ static inline struct img_nids img_tree(struct img *m)
         { ".", root, 2 }, { "..", root, 2 }, { "big", n.big, 2 }, { "dev", n.dev, 3 }, { "empty", n.empty, 1 },
         { "file", n.file, 1 }, { "hard", n.file, 1 }, { "link", n.link, 7 }, { "sub", n.sub, 2 },
         { "xfile", n.xfile, 1 } }, 10);
-    img_dir(m, n.sub, 3, (const struct img_name[]){ { ".", n.sub, 2 }, { "..", root, 2 }, { "deep", n.deep, 2 } }, 3);
+    img_dir(m, n.sub, 3, (const struct img_name[]){ { ".", n.sub, 2 }, { "..", root, 2 }, { "deep", n.deep, 2 } },
+            3);
     img_dir(m, n.deep, 2, (const struct img_name[]){ { ".", n.deep, 2 }, { "..", n.sub, 2 } }, 2);
     many[0] = (struct img_name){ ".", n.big, 2 };
     many[1] = (struct img_name){ "..", root, 2 };

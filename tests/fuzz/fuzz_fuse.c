@@ -1,10 +1,10 @@
-/* fuzz_fuse.c -- any bytes as a conversation: requests of every opcode, length and reply room, between mounts that come and
- * go. The reply memory is exactly as long as told.
+/* fuzz_fuse.c -- any bytes as a conversation: requests of every opcode, length and reply room, between mounts
+ * that come and go. The reply memory is exactly as long as told.
  *
  * Input: byte 0 bit 0 = session kind, bit 1 = INIT first; then records of
  *   u8 opcode, u8 what (below), u16 reply room, u8 body bytes, body.
- * what: bits 0-2 choose the nodeid (6: the body's first 8 bytes, 7: nonsense), bit 3 a wrong in.len, bit 4 an old
- * generation, bits 5-7 = 7 a mount or unmount instead.
+ * what: bits 0-2 choose the nodeid (6: the body's first 8 bytes, 7: nonsense), bit 3 a wrong in.len, bit 4 an
+ * old generation, bits 5-7 = 7 a mount or unmount instead.
  */
 #include "../c/fake_req.h"
 #include "../c/v6_image.h"

@@ -1,5 +1,5 @@
-/* fuzz_rafs.c -- any bytes as a bootstrap (or a data blob that holds one): every call of the reader, on all that a walk of
- * bounded length meets. */
+/* fuzz_rafs.c -- any bytes as a bootstrap (or a data blob that holds one): every call of the reader, on all that
+ * a walk of bounded length meets. */
 #include <errno.h>
 
 #include "../c/v6_image.h"
