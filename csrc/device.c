@@ -137,7 +137,7 @@ static int post_ring(struct vnd_device *d, const vnd_device_state *st, uint32_t 
 {
     struct device_ring *r = &d->rings[i];
     struct queue_conf *c = &d->confs[i];
-    const vnd_ring_state *want = &st->rings[i];
+    const vnd_ring_state *want = &st->rings[i], before = r->state;
     bool same = same_ring(&r->state, want) && r->kick_gen == st->kick_gen[i] && r->call_gen == st->call_gen[i] &&
                 r->err_gen == st->err_gen[i];
     int rc = 0;
@@ -162,6 +162,7 @@ static int post_ring(struct vnd_device *d, const vnd_device_state *st, uint32_t 
     if (rc != 0) {
         close(c->kick_fd);
         close(c->call_fd);
+        r->state = before;
         return fail_line(rc, err, err_len, "ring %u: taking its fds: %s", i, strerror(-rc));
     }
     r->kick_gen = st->kick_gen[i];

@@ -132,13 +132,16 @@ static void take_conf(struct queue *q, struct queue_conf *c)
         swap_fds(q, c);
     }
     q->enabled = c->ring.enabled;
+    if (!c->ring.started || c->new_kick)
+        q->start_failed = false;
     q->polled = c->ring.started && q->kick_fd < 0;
     if (c->ring.started && !q->running && c->rc == 0 && is_configured(c)) {
         rc = queue_start(q, c);
-        if (rc != 0) {
+        if (rc != 0)
             c->rc = rc;
+        if (rc != 0 && !q->start_failed)
             queue_signal_error(q);
-        }
+        q->start_failed = rc != 0;
     }
     if (!q->draining)
         acknowledge(q);

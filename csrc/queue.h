@@ -80,6 +80,7 @@ struct queue {
     uint32_t mem_hint;
     bool running;                   /* started and not stopped */
     bool enabled, broken, polled;   /* polled: it was started without a kick fd */
+    bool start_failed;              /* and said so: each new memory table tries again */
     bool log_all, frozen;           /* frozen: parked requests' clocks stand still */
     bool draining;
     int64_t drain_until_us;
