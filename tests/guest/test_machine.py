@@ -149,6 +149,8 @@ def boot_cli(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     (["/x", "--initrd", "/no/such"], {}, 125, "no guest initramfs at /no/such"),
     (["/x"], {"VIRTIOFSD_NYDUS_GUEST_DIR": "/no/such"}, 125, "no guest kernel at /no/such/vmlinuz"),
     (["/x"], {"PATH": "/no/such"}, 125, "qemu-system-x86_64 is not installed: apt-get install qemu-system-x86"),
+    (["/x", "--memory", "much"], {}, 2, "'much' is no memory size"),
+    (["/x", "--memory", "4M"], {}, 2, "give it 96M at least"),
     (["/x", "--timeout", "0"], {}, 2, "must be positive"),
 ])
 def test_what_cannot_boot_is_one_line(words: list[str], env: dict[str, str], status: int, line: str) -> None:

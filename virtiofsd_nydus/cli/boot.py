@@ -81,12 +81,13 @@ def _boot(args: argparse.Namespace) -> int:
     from virtiofsd_nydus.vmm.accel import choose_accel
     from virtiofsd_nydus.vmm.boot import BootOptions, boot_guest
     from virtiofsd_nydus.vmm.image import prepare_image
-    from virtiofsd_nydus.vmm.qemu import QEMU, GuestFiles, find_program
+    from virtiofsd_nydus.vmm.qemu import QEMU, GuestFiles, check_memory, find_program
     from virtiofsd_nydus.vmm.servers import NydusDaemon
 
     started_at = time.monotonic()
     if args.timeout <= 0 or args.cpus < 1:
         raise UsageFailure("--timeout and --cpus must be positive")
+    check_memory(args.memory)
     find_program(QEMU, "qemu-system-x86")
     files = GuestFiles.find(args.kernel, args.initrd)
     accel = choose_accel(args.accel, files)

@@ -66,10 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from virtiofsd_nydus.vmm.accel import choose_accel
     from virtiofsd_nydus.vmm.boot import BootOptions
-    from virtiofsd_nydus.vmm.qemu import QEMU, GuestFiles, find_program
+    from virtiofsd_nydus.vmm.qemu import QEMU, GuestFiles, check_memory, find_program
 
     if not args.command or args.rounds < 1:
         raise UsageFailure("give a command after --, and at least one round")
+    check_memory(args.memory)
     find_program(QEMU, "qemu-system-x86")
     files = GuestFiles.find(args.kernel, args.initrd)
     options = BootOptions(files, args.command, args.memory, args.cpus, choose_accel(args.accel, files), args.timeout,
@@ -80,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
                  Side(WARM, lambda: boot_lazily(args, options, cache, empty=False))]
         if args.full_pull:
             sides.append(Side(FULL, lambda: boot_after_pull(args, options, Path(scratch))))
-        for _ in range(args.rounds):
+        for number in range(1, args.rounds + 1):
             for side in sides:
+                if sys.stderr.isatty():
+                    print(f"round {number} of {args.rounds}: {side.name}", file=sys.stderr)
                 side.rounds.append(side.measure())
     result = summarise(args, options, sides)
     if args.json:

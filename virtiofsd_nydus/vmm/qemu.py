@@ -4,6 +4,7 @@ The recipe (kernel command line, CPU, devices) is the one that booted every time
 """
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 from virtiofsd_nydus.vmm.guest import Guest
 
 if TYPE_CHECKING:
@@ -33,12 +34,13 @@ KERNEL_ARGUMENTS = ("console=ttyS0 quiet panic=-1 oops=panic reboot=t tsc=reliab
 TCG = ("-accel", "tcg,thread=multi", "-cpu", "max,-erms")
 KVM = ("-accel", "kvm", "-cpu", "host")
 EXIT_PORT = 0x501               # isa-debug-exit; vm-images/init.c writes there
-BUILD_SECONDS = 20.0            # from QEMU's start to its connection: it waits for the servers' first answers
+BUILD_SECONDS = 30.0            # from QEMU's start to its connection: it waits for the servers' first answers
 GONE_SECONDS = 5.0              # how long QEMU may take to end once its guest has ended or it was told to
 QEMU_FAILED = 1                 # its exit status for a machine it cannot build
 SERVER_GONE_SECONDS = 0.3       # by how much a server's end may come after QEMU's, when it is the cause
 # vhost-user-fs's largest, so that a read may carry 256 pages (queue size - 4 at least)
 QUEUE_SIZE = 1024
+MEMORY_MIN_MIB = 96             # the kernel unpacks itself and its initramfs into it
 SOCKET_PATH_BYTES = 107         # sizeof sun_path - 1
 
 
@@ -96,6 +98,16 @@ def find_program(name: str, package: str) -> str:
     if path is None:
         raise Failure(f"{name} is not installed: apt-get install {package}", Cause.MISSING)
     return path
+
+
+def check_memory(size: str) -> None:
+    """Raises UsageFailure for what is no size, or too small for the guest's kernel."""
+    match = re.fullmatch(r"([1-9][0-9]{0,8})([MG]?)", size)
+    if not match:
+        raise UsageFailure(f"{size!r} is no memory size: use 512M or 2G, say")
+    mib = int(match.group(1)) * (1024 if match.group(2) == "G" else 1)
+    if mib < MEMORY_MIN_MIB:
+        raise UsageFailure(f"a guest does not boot in {size}: give it {MEMORY_MIN_MIB}M at least")
 
 
 def check_socket_path(path: str | Path) -> None:
@@ -229,7 +241,9 @@ class Machine:
                 return self.config.watches[fd]()
         errors = self.errors_path.read_text(errors="replace").strip().splitlines()
         if errors:
-            return Failure(f"QEMU ended with status {status}: {errors[-1].removeprefix(QEMU + ': ')}", Cause.GUEST)
+            # Hints on the command line may follow the line that says what is wrong
+            line = next((line for line in reversed(errors) if line.startswith(QEMU)), errors[-1])
+            return Failure(f"QEMU ended with status {status}: {line.removeprefix(QEMU + ': ')}", Cause.GUEST)
         if status < 0:
             return Failure(f"QEMU was killed by {signal.Signals(-status).name}", Cause.GUEST)
         last = console.strip().splitlines()[-1:] or ["its console is empty"]

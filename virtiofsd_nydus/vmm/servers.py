@@ -141,6 +141,13 @@ class NydusDaemon(Server):
         return [sys.executable, "-m", "virtiofsd_nydus.cli.main", "virtiofs", "--fd", str(listener),
                 "--apisock", str(self.api_path), *self.options]
 
+    def explain_end(self) -> Failure:
+        """Its own line where it ended by itself: that says what, where and what to do."""
+        lines = self.log_text().strip().splitlines()
+        if self.process.wait() == 1 and lines:
+            return Failure(f"the daemon: {lines[-1].removeprefix('virtiofsd-nydus virtiofs: ')}", Cause.IO)
+        return super().explain_end()
+
     def get(self, route: str, seconds: float = 5.0) -> Any:
         """GET on the daemon's API; the JSON it answers, None for an empty body."""
         connection = _UnixConnection(self.api_path, seconds)
