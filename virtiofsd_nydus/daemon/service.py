@@ -95,7 +95,7 @@ class Service:
 
     def stop(self) -> None:
         """Ends everything in the order that leaves no pointer behind: queues, jobs, mounts, engine."""
-        self.state = "STOPPED"
+        was_running, self.state = self.state == "RUNNING", "STOPPED"
         if self._api:
             self._api.close()
         if self._vhost:
@@ -104,7 +104,8 @@ class Service:
         threads_left = not self.pump.join(STOP_TIMEOUT_S)
         if self._log_thread:
             self._log_thread.join(STOP_TIMEOUT_S)
-        self.log.say(logs.INFO, "stopped")
+        if was_running:     # a start that failed is told in one line, by whoever asked for it
+            self.log.say(logs.INFO, "stopped")
         self.log.close()
         if threads_left:
             os._exit(0)     # a fetch thread sits in a dead network: the cache is safe at any moment, so just go
