@@ -116,9 +116,9 @@ static const char *entry_v2(const uint8_t *p, const struct contexts *ctx, struct
         return "a chunk of a kind that is not supported";
     if (flags & V2_BATCH) {
         uint64_t index = w2 >> 32;
-        const uint8_t *x = ctx->at + index * CONTEXT;
         if (index >= ctx->count)
             return "a chunk in a batch that is not there";
+        const uint8_t *x = ctx->at + index * CONTEXT;
         c->csize = le32(x);
         c->batch_usize = le32(x + 4);
         c->batch_at = (uint32_t)w2;
