@@ -44,6 +44,7 @@ struct store_unit {
     bool force_fetch;                   /* what the data file holds was found wrong */
     int16_t slot;                       /* the job that has it, -1 none */
     int64_t deadline_us;
+    const void *hint;                   /* the handle that asked first, compared only: whose backend to ask */
     struct store_wait *waiters;
 };
 

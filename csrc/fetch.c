@@ -459,7 +459,7 @@ static uint32_t window_of(struct blob_core *c, uint32_t index)
     return c->window_bytes;
 }
 
-static void fill_out(struct job *j, const void *hint, vnd_job *out)
+static void fill_out(struct job *j, vnd_job *out)
 {
     struct blob_core *c = j->core;
 
@@ -477,7 +477,7 @@ static void fill_out(struct job *j, const void *hint, vnd_job *out)
     pthread_mutex_lock(&c->lock);
     out->blob = c->handles;
     for (struct vnd_blob *b = c->handles; b; b = b->next)
-        if (b == hint)
+        if (b == j->hint)
             out->blob = b;
     pthread_mutex_unlock(&c->lock);
 }
@@ -524,7 +524,8 @@ static int next_demand(struct fetcher *f, vnd_job *out)
     j->deadline_us = w->deadline_us;
     j->tag = 0;
     job_begin(j, ++f->next_id * FETCH_SLOTS + (uint64_t)slot);
-    fill_out(j, w->hint, out);
+    j->hint = w->hint;
+    fill_out(j, out);
     free(w);        /* its reference to the core is the job's now */
     return 1;
 }
@@ -561,7 +562,8 @@ static int next_prefetch(struct fetcher *f, vnd_job *out)
         j->tag = p->tag;
         job_begin(j, ++f->next_id * FETCH_SLOTS + (uint64_t)slot);
         atomic_store(&j->cancelled, p->cancelled);
-        fill_out(j, NULL, out);
+        j->hint = p->hint;
+        fill_out(j, out);
     } else {
         slot_release(f, j);
     }
@@ -626,14 +628,14 @@ int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms)
 
 /* ---------------------------------------------------------------- prefetch */
 
-int fetch_ahead(struct blob_core *c, uint32_t first, uint32_t end, uint64_t tag, bool head)
+int fetch_ahead(struct blob_core *c, uint32_t first, uint32_t end, uint64_t tag, const void *hint, bool head)
 {
     struct fetcher *f = c->engine->fetcher;
     struct prefetch *p = malloc(sizeof *p), **at = &f->prefetch;
 
     if (!p)
         return -ENOMEM;
-    *p = (struct prefetch){ .core = c, .at = first, .end = end, .tag = tag };
+    *p = (struct prefetch){ .core = c, .hint = hint, .at = first, .end = end, .tag = tag };
     core_get(c);
     pthread_mutex_lock(&f->lock);
     while (*at && !head)
@@ -647,7 +649,7 @@ int fetch_ahead(struct blob_core *c, uint32_t first, uint32_t end, uint64_t tag,
 
 int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag)
 {
-    int rc = fetch_ahead(b->core, first, n && n < UINT32_MAX - first ? first + n : UINT32_MAX, tag, false);
+    int rc = fetch_ahead(b->core, first, n && n < UINT32_MAX - first ? first + n : UINT32_MAX, tag, b, false);
 
     if (!rc && !atomic_load_explicit(&b->table, memory_order_acquire))
         handle_want_load(b);

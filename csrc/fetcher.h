@@ -23,6 +23,7 @@ struct job {
     uint64_t id;                    /* 0: free or being built; under fetcher->lock */
     bool reserved;                  /* under fetcher->lock */
     struct blob_core *core;
+    const void *hint;               /* handle whose image asked, compared only */
     struct vnd_blob *meta;          /* META job: whose table it brings; referenced */
     uint64_t tag;
     int64_t deadline_us;
@@ -53,6 +54,7 @@ struct job {
 struct prefetch {
     struct prefetch *next;
     struct blob_core *core;
+    const void *hint;
     uint32_t at, end;
     uint64_t tag;
     bool busy, cancelled;           /* a thread works on it and holds no lock: it stays in the list */
@@ -108,7 +110,7 @@ void job_wipe(struct job *j);       /* frees its buffers */
 /* fetch.c */
 void fetch_release_slot(struct fetcher *f, struct job *j);
 /* Queues a range of chunks for prefetch. 0 or -ENOMEM. */
-int fetch_ahead(struct blob_core *c, uint32_t first, uint32_t end, uint64_t tag, bool head);
+int fetch_ahead(struct blob_core *c, uint32_t first, uint32_t end, uint64_t tag, const void *hint, bool head);
 void fetch_wake(struct fetcher *f); /* something changed that job_next looks at */
 
 #endif

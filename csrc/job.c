@@ -556,7 +556,7 @@ void vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const cha
     claim_wake_all(&c->store->wake);
     /* A prefetch that made way for a reader goes on later where it stopped. */
     if (shed && !error && j->cursor < j->n)
-        fetch_ahead(c, j->first + j->cursor, j->first + j->n, j->tag, true);
+        fetch_ahead(c, j->first + j->cursor, j->first + j->n, j->tag, j->hint, true);
     shrink(&j->pend, &j->pend_cap);
     shrink(&j->scratch, &j->scratch_cap);
     shrink(&j->batch, &j->batch_cap);

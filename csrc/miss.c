@@ -144,6 +144,8 @@ int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t
         push = u->state == UNIT_QUEUED && !u->wanted;
         if (!u->deadline_us || (deadline_us && deadline_us < u->deadline_us))
             u->deadline_us = deadline_us;
+        if (!u->wanted)
+            u->hint = hint;
         u->wanted = true;
         if (u->state == UNIT_CLAIMED && u->slot >= 0)
             fetch_promote(f, u->slot, index);
@@ -204,6 +206,7 @@ bool miss_retry(struct blob_core *c, uint32_t index, int max_tries, bool counts,
     struct miss_shard *s = miss_shard_of(c->engine->fetcher, c, index);
     struct store_unit *u;
     int64_t deadline_us = 0;
+    const void *hint = NULL;
     bool again = false;
 
     pthread_mutex_lock(&s->lock);
@@ -216,10 +219,11 @@ bool miss_retry(struct blob_core *c, uint32_t index, int max_tries, bool counts,
             u->state = UNIT_QUEUED;
             u->slot = -1;
             deadline_us = u->deadline_us;
+            hint = u->hint;
         }
     }
     pthread_mutex_unlock(&s->lock);
-    if (again && fetch_push(c, index, deadline_us, NULL, true))
+    if (again && fetch_push(c, index, deadline_us, hint, true))
         again = false;
     if (!again)
         miss_finish(c, index, err);
