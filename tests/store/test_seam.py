@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from virtiofsd_nydus._engine import ffi, lib
 
 from tests.store.conftest import CHUNK_BYTES, Image
-from virtiofsd_nydus._engine import ffi, lib
 from virtiofsd_nydus.engine import Engine, Store
 from virtiofsd_nydus.errors import Cause
 from virtiofsd_nydus.rafs.reader import Bootstrap
