@@ -103,12 +103,14 @@ int rafs_blob_chunks(void *ctx, uint32_t blob_index, int (*put)(void *put_ctx, c
     const vnd_blob_info *b = &r->blobs[blob_index].info;
     uint64_t end = (b->uncompressed_size_bytes + 4095) & ~4095ull;
 
-    for (uint64_t i = 0; r->version->record(r, i, &blob, &c) == 0; i++) {
+    for (uint64_t i = 0; r->version->record(r, i, &blob, NULL) == 0; i++) {
         int rc;
 
-        if (blob != blob_index || c.index >= b->chunk_count || c.usize == 0 || c.usize > RAFS_CHUNK_SIZE_MAX ||
-            c.csize > RAFS_CHUNK_SIZE_MAX || c.uoff > end || c.usize > end - c.uoff ||
-                c.coff > RAFS_BLOB_CSIZE_MAX) {
+        if (blob != blob_index || r->version->record(r, i, &blob, &c) || blob != blob_index) {
+            continue;
+        }
+        if (c.index >= b->chunk_count || c.usize == 0 || c.usize > RAFS_CHUNK_SIZE_MAX ||
+            c.csize > RAFS_CHUNK_SIZE_MAX || c.uoff > end || c.usize > end - c.uoff || c.coff > RAFS_BLOB_CSIZE_MAX) {
             continue;                       /* then it has no digest, and is not served */
         }
         rc = put(put_ctx, &c);

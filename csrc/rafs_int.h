@@ -72,7 +72,7 @@ struct rafs_version {
     const struct fs_ops *fs_ops;
     /* Chunk k of a regular file: 1, 0 behind the last, -errno. */
     int (*chunk)(struct vnd_rafs *r, uint64_t ino, uint64_t k, struct rafs_chunk *out);
-    /* Entry i of the chunk records as stored: 0, -ENOENT behind the last. */
+    /* Entry i of the chunk records as stored: 0, -ENOENT behind the last. out NULL: only whose it is. */
     int (*record)(struct vnd_rafs *r, uint64_t i, uint32_t *blob, struct blob_chunk *out);
     int (*prefetch)(struct vnd_rafs *r, uint64_t *inos, int max);
     void (*check)(struct vnd_rafs *r, struct rafs_faults *f);

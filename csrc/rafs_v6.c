@@ -281,6 +281,9 @@ static int v6_record(struct vnd_rafs *r, uint64_t i, uint32_t *blob, struct blob
     }
     p = r->base + r->info.chunk_table_offset + i * RAFS_CHUNK_RECORD;
     *blob = rafs_le32(p + 32);
+    if (!out) {
+        return 0;
+    }
     *out = (struct blob_chunk){ .flags = rafs_le32(p + 36), .csize = rafs_le32(p + 40), .usize = rafs_le32(p + 44),
                                 .coff = rafs_le64(p + 48), .uoff = rafs_le64(p + 56), .index = rafs_le32(p + 72) };
     memcpy(out->digest, p, sizeof(out->digest));

@@ -20,7 +20,7 @@ struct walk {
     uint64_t slots;
     struct dir_job *jobs;
     size_t count, cap;
-    uint64_t names;
+    uint64_t entries_left, chunks_left;     /* as many as the image has room for: more means that they overlap */
     bool xattr_seen, stop;
 };
 
@@ -29,6 +29,18 @@ static void fault_inode(struct walk *w, uint64_t nid, const char *what)
     if (!rafs_fault(w->f, "inode %llu: %s", (unsigned long long)nid, what)) {
         w->stop = true;
     }
+}
+
+/* Takes one from a budget; says so once and stops the walk when it is spent. */
+static bool spend(struct walk *w, uint64_t *left, uint64_t nid, const char *what)
+{
+    if (*left) {
+        --*left;
+        return true;
+    }
+    fault_inode(w, nid, what);
+    w->stop = true;
+    return false;
 }
 
 static bool push_dir(struct walk *w, uint64_t nid, uint64_t parent)
@@ -57,6 +69,9 @@ static void check_file(struct walk *w, const struct v6_inode *n)
         return;
     }
     for (uint64_t k = 0; k < chunks && !w->stop; k++) {
+        if (!spend(w, &w->chunks_left, n->nid, "chunk indexes of several files overlap")) {
+            return;
+        }
         if (v6_chunk_at(w->r, n, k, &c)) {
             fault_inode(w, n->nid, "a chunk index outside the image, or naming a blob or chunk that is not there");
             return;
@@ -155,7 +170,6 @@ static void check_entry(struct walk *w, const struct dir_job *d, const struct v6
         }
         return;
     }
-    w->names++;
     if (w->links[e->nid] == 0) {
         check_inode(w, &n);
     }
@@ -192,6 +206,9 @@ static void check_dir(struct walk *w, const struct dir_job *d)
         for (uint32_t k = 0; k < b.count && !w->stop; k++) {
             int order;
 
+            if (!spend(w, &w->entries_left, d->nid, "entries of several directories overlap")) {
+                return;
+            }
             if (v6_dir_entry(&b, k, &e)) {
                 fault_inode(w, d->nid, "a malformed directory entry");
                 return;
@@ -252,7 +269,8 @@ static void check_tables(struct walk *w)
 
 void v6_check(struct vnd_rafs *r, struct rafs_faults *f)
 {
-    struct walk w = { .r = r, .f = f, .slots = r->inode_end / 32 + 1 };
+    struct walk w = { .r = r, .f = f, .slots = r->inode_end / 32 + 1,
+                      .entries_left = r->size / V6_DIRENT, .chunks_left = r->size / 8 };
     struct v6_inode root;
 
     w.links = calloc(w.slots, sizeof(*w.links));

@@ -356,6 +356,29 @@ static void test_check(void)
 #undef BREAK
 }
 
+/* Many directories over the same entries: the work would grow with their product. */
+static void test_check_is_bounded(void)
+{
+    static char names[12][4];
+    struct img_name entries[14];
+    struct img m;
+    struct img_nids n;
+    uint32_t big;
+
+    img_init(&m, FLAGS);
+    n = img_tree(&m);
+    big = img_off(n.big);
+    entries[0] = (struct img_name){ ".", n.sub, 2 };
+    entries[1] = (struct img_name){ "..", IMG_ROOT, 2 };
+    for (int i = 0; i < 12; i++) {
+        snprintf(names[i], sizeof(names[i]), "s%c", 'a' + i);
+        entries[i + 2] = (struct img_name){ names[i], img_alloc(&m, 0), 2 };
+        memcpy(m.b + img_off(entries[i + 2].nid), m.b + big, 64);
+    }
+    img_dir(&m, n.sub, 14, entries, 14);
+    check_says(&m, "entries of several directories overlap");
+}
+
 static void test_check_stops_at_max(void)
 {
     struct img m;
@@ -432,6 +455,7 @@ int main(void)
     test_chunks();
     test_refused();
     test_check();
+    test_check_is_bounded();
     test_check_stops_at_max();
     test_placeholder_id();
     test_truncated_under_us();
