@@ -164,7 +164,12 @@ class VhostServer:
                 sock.close()
                 return
             self._connections[thread] = sock
-        thread.start()
+            try:
+                thread.start()
+            except RuntimeError:
+                del self._connections[thread]
+                sock.close()
+                self._say(ERROR, "a front-end was turned away: no more threads can be started")
 
     def _serve(self, sock: socket.socket) -> None:
         session = None
