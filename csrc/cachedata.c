@@ -174,20 +174,21 @@ void cachefile_sync(struct cachefile *c, bool force)
     for (size_t i = 0; i < words; i++)
         ready[i] = atomic_load_explicit(&c->t[i], memory_order_acquire);
     atomic_fetch_sub(&c->unsynced_bytes, bytes);
+    int rc = fdatasync(c->data_fd) ? errno : 0;
     pthread_mutex_lock(&c->lock);
-    if (fdatasync(c->data_fd)) {
+    if (rc) {
         /* The kernel has marked the lost pages clean: what is not known to be durable may be gone. */
-        int rc = errno;
         cachefile_take_away(c, true);
-        engine_say(c->engine, 40, VND_CAUSE_IO, "cache of blob %s: cannot make it durable: %s; its newest chunks are "
-                   "checked again", c->id, strerror(rc));
     } else if (cachefile_epoch_holds(c, epoch)) {
         for (size_t i = 0; i < words; i++)
             atomic_fetch_or_explicit(&c->d[i], ready[i], memory_order_relaxed);
-        if (fdatasync(c->side_fd))
-            atomic_fetch_add(&c->unsynced_bytes, bytes);
     }
     pthread_mutex_unlock(&c->lock);
+    if (rc)
+        engine_say(c->engine, 40, VND_CAUSE_IO, "cache of blob %s: cannot make it durable: %s; its newest chunks are "
+                   "checked again", c->id, strerror(rc));
+    else if (fdatasync(c->side_fd))
+        atomic_fetch_add(&c->unsynced_bytes, bytes);
     free(ready);
     claim_byte_release(c->side_fd, CLAIM_SYNC);
 }

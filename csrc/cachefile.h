@@ -58,7 +58,7 @@ struct cachefile {
     _Atomic bool nowait_missing;    /* RWF_NOWAIT is not supported here */
     _Atomic uint64_t unsynced_bytes, write_behind_bytes;
     _Atomic bool space_said;
-    pthread_mutex_t lock;           /* distrust, sync */
+    pthread_mutex_t lock;           /* T is set and taken away, and D set, under it; nothing waits for a disk under it */
 };
 
 struct cachefile_cfg {
@@ -73,7 +73,7 @@ struct cachefile_cfg {
 /* 0, or -errno with cause and line. Creates what is missing. */
 int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int *cause, char *err, size_t err_len);
 void cachefile_close(struct cachefile *c);
-/* Binds T's bits to what a table says of its chunks. -EEXIST with a line: the side file is in use by somebody whose
+/* With c->lock held: binds T's bits to what a table says of its chunks. -EEXIST with a line: the side file is in use by somebody whose
  * image says otherwise. Without a shared side file: 0. */
 int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len);
 
@@ -98,7 +98,7 @@ uint64_t cachefile_count_ready(const struct cachefile *c);
 
 /* Writes bytes of chunks at uoff. 0 or -errno (-ENOSPC, -EROFS...: said once). */
 int cachefile_write(struct cachefile *c, uint64_t uoff, const void *buf, size_t len);
-/* The chunk's bytes are in the file and were checked. */
+/* With c->lock held: the chunk's bytes are in the file and were checked, all within the present epoch. */
 void cachefile_set_ready(struct cachefile *c, uint32_t i);
 /* Call once after a batch of writes in [low, high) of the data file and their set_ready. */
 void cachefile_settle(struct cachefile *c, uint64_t low, uint64_t high);

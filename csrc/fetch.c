@@ -159,12 +159,47 @@ int fetch_push_meta(struct vnd_blob *b)
     return 0;
 }
 
-/* Drops what is queued for a core, its jobs under way are told. */
+/* Drops the prefetch ranges of a core, or with c NULL of a tag; tells their jobs under way. */
+static void drop_ranges(struct fetcher *f, const struct blob_core *c, uint64_t tag)
+{
+    struct prefetch *gone = NULL;
+
+    pthread_mutex_lock(&f->lock);
+    for (struct prefetch **p = &f->prefetch; *p;) {
+        struct prefetch *r = *p;
+        bool hit = c ? r->core == c : r->tag == tag;
+        r->cancelled |= hit;
+        if (!hit || r->busy) {      /* a busy one is dropped by the thread that works on it */
+            p = &r->next;
+            continue;
+        }
+        *p = r->next;
+        r->next = gone;
+        gone = r;
+    }
+    for (int i = 0; i < FETCH_SLOTS; i++) {
+        struct job *j = &f->slots[i];
+        if (j->id && j->prefetch && (c ? j->core == c : j->tag == tag))
+            atomic_store(&j->cancelled, true);
+    }
+    pthread_mutex_unlock(&f->lock);
+    while (gone) {
+        struct prefetch *r = gone;
+        gone = r->next;
+        prefetch_free(r);
+    }
+}
+
+void fetch_drop_prefetch(struct blob_core *c)
+{
+    drop_ranges(c->engine->fetcher, c, 0);
+}
+
+/* Drops what is queued for a closed core. Its jobs see for themselves that it is closed. */
 void fetch_purge(struct blob_core *c)
 {
     struct fetcher *f = c->engine->fetcher;
     struct fetch_want *wants = NULL;
-    struct prefetch *ranges = NULL;
 
     pthread_mutex_lock(&f->lock);
     for (struct fetch_want **p = &f->demand; *p;) {
@@ -180,31 +215,13 @@ void fetch_purge(struct blob_core *c)
     f->demand_tail = &f->demand;
     while (*f->demand_tail)
         f->demand_tail = &(*f->demand_tail)->next;
-    for (struct prefetch **p = &f->prefetch; *p;) {
-        struct prefetch *r = *p;
-        r->cancelled |= r->core == c;
-        if (r->core != c || r->busy) {
-            p = &r->next;
-            continue;
-        }
-        *p = r->next;
-        r->next = ranges;
-        ranges = r;
-    }
-    for (int i = 0; i < FETCH_SLOTS; i++)
-        if (f->slots[i].id && f->slots[i].core == c)
-            atomic_store(&f->slots[i].cancelled, true);
     pthread_mutex_unlock(&f->lock);
     while (wants) {
         struct fetch_want *w = wants;
         wants = w->next;
         want_free(w);
     }
-    while (ranges) {
-        struct prefetch *r = ranges;
-        ranges = r->next;
-        prefetch_free(r);
-    }
+    fetch_drop_prefetch(c);
 }
 
 void fetch_promote(struct fetcher *f, int slot, uint32_t index)
@@ -467,30 +484,7 @@ int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag)
 
 void vnd_prefetch_cancel(vnd_engine *e, uint64_t tag)
 {
-    struct fetcher *f = e->fetcher;
-    struct prefetch *gone = NULL;
-
-    pthread_mutex_lock(&f->lock);
-    for (struct prefetch **p = &f->prefetch; *p;) {
-        struct prefetch *r = *p;
-        r->cancelled |= r->tag == tag;
-        if (r->tag != tag || r->busy) {
-            p = &r->next;
-            continue;
-        }
-        *p = r->next;
-        r->next = gone;
-        gone = r;
-    }
-    for (int i = 0; i < FETCH_SLOTS; i++)
-        if (f->slots[i].id && f->slots[i].prefetch && f->slots[i].tag == tag)
-            atomic_store(&f->slots[i].cancelled, true);
-    pthread_mutex_unlock(&f->lock);
-    while (gone) {
-        struct prefetch *r = gone;
-        gone = r->next;
-        prefetch_free(r);
-    }
+    drop_ranges(e->fetcher, NULL, tag);
 }
 
 void fetch_wake(struct fetcher *f)

@@ -112,6 +112,7 @@ void job_wipe(struct job *j);       /* frees its buffers */
 bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, bool prefetch, uint32_t window_bytes);
 /* fetch.c */
 void fetch_release_slot(struct fetcher *f, struct job *j);
+void fetch_drop_prefetch(struct blob_core *c);
 /* Queues a range of chunks for prefetch. 0 or -ENOMEM. */
 int fetch_ahead(struct blob_core *c, uint32_t first, uint32_t end, uint64_t tag, const void *hint, bool head);
 void fetch_wake(struct fetcher *f); /* something changed that job_next looks at */

@@ -360,108 +360,145 @@ int vnd_job_chunks(vnd_engine *e, uint64_t job_id, vnd_chunk_view *out, int max)
 
 /* ---------------------------------------------------------------- commit */
 
+/* What one commit goes by: taken together, so that bytes compared with one table never become ready under another. */
+struct commit {
+    struct vnd_engine *e;
+    struct job *j;
+    const struct blobtable *t;
+    uint64_t epoch;
+    uint64_t low, high;     /* span written */
+    int ready, wrong;
+};
+
 /* Whether the bytes are the chunk's. A chunk without a digest is taken only where the engine allows that. */
-static bool digest_right(struct vnd_engine *e, struct job *j, uint32_t view, const uint8_t *given)
+static bool digest_right(const struct commit *m, uint32_t view, const uint8_t *given)
 {
-    const struct blobtable *t = table_of(j);
+    struct job *j = m->j;
     uint32_t i = j->first + j->views[view].rel;
     uint8_t own[CODEC_DIGEST_BYTES];
 
-    if (!(t->chunk[i].flags & BLOBTABLE_DIGEST))
-        return e->cfg.allow_unverified;
+    if (!m->t->chunk[i].usize || m->t->chunk[i].usize != j->views[view].usize)
+        return false;       /* the table changed meanwhile */
+    if (!(m->t->chunk[i].flags & BLOBTABLE_DIGEST))
+        return m->e->cfg.allow_unverified;
     if (j->core->info.digester == CODEC_SHA256) {
         if (codec_sha256(j->scratch + j->views[view].at, j->views[view].usize, own))
             return false;
         given = own;
     }
-    return given && !memcmp(given, t->digest[i], CODEC_DIGEST_BYTES);
+    return given && !memcmp(given, m->t->digest[i], CODEC_DIGEST_BYTES);
 }
 
 /* Writes views [from, to), which touch in scratch and in the data file. */
-static int write_views(struct job *j, uint32_t from, uint32_t to)
+static int write_views(struct commit *m, uint32_t from, uint32_t to)
 {
-    const struct blobtable *t = table_of(j);
+    struct job *j = m->j;
     size_t at = j->views[from].at, end = j->views[to - 1].at + j->views[to - 1].usize;
+    uint64_t uoff = m->t->chunk[j->first + j->views[from].rel].uoff;
+    int rc;
 
     if (j->kind == VND_JOB_VERIFY)
         return 0;
-    return cachefile_write(j->core->cache, t->chunk[j->first + j->views[from].rel].uoff, j->scratch + at, end - at);
+    rc = cachefile_write(j->core->cache, uoff, j->scratch + at, end - at);
+    if (!rc) {
+        m->low = uoff < m->low ? uoff : m->low;
+        m->high = uoff + (end - at) > m->high ? uoff + (end - at) : m->high;
+    }
+    return rc;
 }
 
-/* Makes views [from, to) ready, or keeps them in memory. Number made ready. */
-static int settle_views(struct job *j, uint32_t from, uint32_t to, uint64_t *low, uint64_t *high)
+/* A chunk that is right but could not be written. */
+static void keep_unwritten(struct job *j, uint32_t view)
 {
-    const struct blobtable *t = table_of(j);
-    struct cachefile *cache = j->core->cache;
-    struct engine_counters *shared = &j->core->engine->shared;
-    int rc = write_views(j, from, to), n = 0;
+    j->unspaced = true;
+    if (j->prefetch && !atomic_load(&j->shed_after)) {
+        atomic_store(&j->cancelled, true);      /* no use in fetching ahead into nowhere */
+        fetch_drop_prefetch(j->core);
+    } else {
+        uncached_put(j->core, j->first + j->views[view].rel, j->scratch + j->views[view].at, j->views[view].usize);
+    }
+}
 
+/* Makes views [from, to) ready, or keeps them in memory. */
+static void settle_views(struct commit *m, uint32_t from, uint32_t to)
+{
+    struct job *j = m->j;
+    struct cachefile *cache = j->core->cache;
+    struct engine_counters *shared = &m->e->shared;
+    int rc = from < to ? write_views(m, from, to) : 0;
+    bool lost = false;
+
+    if (!rc) {
+        pthread_mutex_lock(&cache->lock);
+        lost = !cachefile_epoch_holds(cache, m->epoch);     /* bytes were taken away meanwhile, perhaps these */
+        for (uint32_t v = from; v < to && !lost; v++)
+            cachefile_set_ready(cache, j->first + j->views[v].rel);
+        pthread_mutex_unlock(&cache->lock);
+    }
     for (uint32_t v = from; v < to; v++) {
-        uint32_t rel = j->views[v].rel, i = j->first + rel;
+        uint32_t rel = j->views[v].rel;
+        if (lost) {
+            j->state[rel] = JOB_WANT;       /* left over at the end, so asked for again */
+            continue;
+        }
         j->state[rel] = JOB_DONE;
         if (rc) {
-            j->unspaced = true;
-            if (j->prefetch && !atomic_load(&j->shed_after))
-                atomic_store(&j->cancelled, true);      /* no use in fetching ahead into nowhere */
-            else
-                uncached_put(j->core, i, j->scratch + j->views[v].at, j->views[v].usize);
+            keep_unwritten(j, v);
         } else {
-            cachefile_set_ready(cache, i);
-            if (j->kind != VND_JOB_VERIFY) {
-                *low = t->chunk[i].uoff < *low ? t->chunk[i].uoff : *low;
-                *high = t->chunk[i].uoff + t->chunk[i].usize > *high ? t->chunk[i].uoff + t->chunk[i].usize : *high;
-            }
             atomic_fetch_add_explicit(j->kind == VND_JOB_VERIFY ? &shared->verified_chunks : &shared->fetched_chunks, 1,
                                       memory_order_relaxed);
-            n++;
+            m->ready++;
         }
-        miss_finish(j->core, i, 0);
+        miss_finish(j->core, j->first + rel, 0);
     }
-    return n;
 }
 
-static bool views_touch(const struct job *j, uint32_t v)
+static bool views_touch(const struct commit *m, uint32_t v)
 {
-    const struct blobtable *t = table_of(j);
-    const struct blobtable_chunk *a = &t->chunk[j->first + j->views[v].rel];
-    const struct blobtable_chunk *b = &t->chunk[j->first + j->views[v + 1].rel];
+    const struct job *j = m->j;
+    const struct blobtable_chunk *a = &m->t->chunk[j->first + j->views[v].rel];
+    const struct blobtable_chunk *b = &m->t->chunk[j->first + j->views[v + 1].rel];
 
     return a->uoff + a->usize == b->uoff && j->views[v].at + j->views[v].usize == j->views[v + 1].at;
 }
 
 static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digests, int n)
 {
-    uint64_t low = UINT64_MAX, high = 0;
+    struct commit m = { .e = e, .j = j, .low = UINT64_MAX };
     uint32_t from = 0, count = (uint32_t)n;
-    int ready = 0, wrong = 0;
 
     if (n < 0 || count > j->views_n || (!digests && n && j->core->info.digester != CODEC_SHA256 &&
                                         !e->cfg.allow_unverified))
         return -EINVAL;
+    if (!n)
+        return 0;
+    pthread_mutex_lock(&j->core->cache->lock);
+    m.t = table_of(j);
+    m.epoch = cachefile_epoch(j->core->cache);
+    pthread_mutex_unlock(&j->core->cache->lock);
     for (uint32_t v = 0; v < count; v++) {
-        if (!digest_right(e, j, v, digests ? digests + (size_t)v * CODEC_DIGEST_BYTES : NULL)) {
-            if (from < v)
-                ready += settle_views(j, from, v, &low, &high);
+        if (!digest_right(&m, v, digests ? digests + (size_t)v * CODEC_DIGEST_BYTES : NULL)) {
+            settle_views(&m, from, v);
             from = v + 1;
             j->state[j->views[v].rel] = JOB_BAD;
             j->bad = true;
-            wrong++;
-        } else if (v + 1 == count || !views_touch(j, v)) {
-            ready += settle_views(j, from, v + 1, &low, &high);
+            m.wrong++;
+        } else if (v + 1 == count || !views_touch(&m, v)) {
+            settle_views(&m, from, v + 1);
             from = v + 1;
         }
     }
-    if (low < high)
-        cachefile_settle(j->core->cache, low, high);
-    if (ready)
+    if (m.low < m.high)
+        cachefile_settle(j->core->cache, m.low, m.high);
+    if (m.ready)
         claim_wake_all(&j->core->store->wake);
     j->views_n -= count;
     memmove(j->views, j->views + count, j->views_n * sizeof *j->views);
     if (!j->views_n)
         j->scratch_len = 0;
-    if (!wrong)
-        return j->unspaced ? -ENOSPC : ready;
-    atomic_fetch_add_explicit(&e->shared.digest_failures, (uint64_t)wrong, memory_order_relaxed);
+    if (!m.wrong)
+        return j->unspaced ? -ENOSPC : m.ready;
+    atomic_fetch_add_explicit(&e->shared.digest_failures, (uint64_t)m.wrong, memory_order_relaxed);
     return -EBADMSG;
 }
 

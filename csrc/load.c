@@ -23,12 +23,36 @@ static int open_cache(struct blob_core *c, int *cause, char *err, size_t err_len
     return c->cache ? 0 : cachefile_open(&c->cache, &cfg, cause, err, err_len);
 }
 
+/* What the images in use now say together with own; own itself if there is no other. */
+static int live_union(struct blob_core *c, struct blobtable *own, struct blobtable **all, char *err, size_t err_len)
+{
+    int rc = 0;
+
+    *all = own;
+    pthread_mutex_lock(&c->lock);
+    for (struct vnd_blob *b = c->handles; b && !rc; b = b->next) {
+        struct blobtable *t = atomic_load_explicit(&b->table, memory_order_acquire), *more;
+        if (!t)
+            continue;
+        rc = blobtable_merge(&more, *all, t, err, err_len);
+        if (rc)
+            continue;
+        if (*all != own)
+            blobtable_free(*all);
+        *all = more;
+    }
+    pthread_mutex_unlock(&c->lock);
+    if (rc && *all != own)
+        blobtable_free(*all);
+    return rc;
+}
+
 /* Brings own into the core; on success *own is the table that the handle shall use (owned by the core). */
 static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct blobtable **own, int *cause, char *err,
                        size_t err_len)
 {
     struct blobtable *now = atomic_load(&c->table), *all = *own;
-    int rc;
+    int rc = 0;
 
     *cause = VND_CAUSE_DIGEST;
     if (info->chunk_count != c->info.chunk_count || info->compressor != c->info.compressor ||
@@ -39,23 +63,30 @@ static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct bl
         *own = now;
         return 0;
     }
-    if (now && (rc = blobtable_merge(&all, now, *own, err, err_len)))
+    if (now)
+        rc = blobtable_merge(&all, now, *own, err, err_len);
+    if (rc == -EEXIST)      /* perhaps with an image that is gone */
+        rc = live_union(c, *own, &all, err, err_len);
+    if (rc)
         return rc;
-    if ((rc = open_cache(c, cause, err, err_len)))
-        goto fail;
-    *cause = VND_CAUSE_DIGEST;
-    if ((rc = cachefile_bind(c->cache, all, err, err_len)))
-        goto fail;
-    if (all != *own) {
-        (*own)->next = c->tables;
-        c->tables = *own;
+    rc = open_cache(c, cause, err, err_len);
+    if (!rc) {
+        *cause = VND_CAUSE_DIGEST;
+        /* Binding and table change in one step for whoever commits (cachefile_take_away's rule). */
+        pthread_mutex_lock(&c->cache->lock);
+        rc = cachefile_bind(c->cache, all, err, err_len);
+        if (!rc) {
+            if (all != *own) {
+                (*own)->next = c->tables;
+                c->tables = *own;
+            }
+            all->next = c->tables;
+            c->tables = all;
+            atomic_store_explicit(&c->table, all, memory_order_release);
+        }
+        pthread_mutex_unlock(&c->cache->lock);
     }
-    all->next = c->tables;
-    c->tables = all;
-    atomic_store_explicit(&c->table, all, memory_order_release);
-    return 0;
-fail:
-    if (all != *own)
+    if (rc && all != *own)
         blobtable_free(all);
     return rc;
 }

@@ -339,6 +339,12 @@ uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total)
 {
     struct blobtable *t = atomic_load_explicit(&b->table, memory_order_acquire);
 
-    *total = t ? t->n : 0;
-    return t ? cachefile_count_ready(b->cache) : 0;
+    uint64_t ready = 0;
+
+    *total = t ? t->known : 0;
+    if (t && t->known == t->n)
+        return cachefile_count_ready(b->cache);
+    for (uint32_t i = 0; t && i < t->n; i++)    /* this image names some of the blob's chunks only */
+        ready += t->chunk[i].usize && cachefile_ready(b->cache, i);
+    return ready;
 }

@@ -194,7 +194,8 @@ int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms)
  * waiting for commit; -ECANCELED: nobody wants the rest (call job_end); -EBADMSG: will not decode; -EINVAL: too
  * many bytes. At most 1 MiB at a time keeps the head of a range fast. */
 int vnd_job_feed(vnd_engine *e, uint64_t job_id, const uint8_t *buf, size_t len);
-/* Views of the chunks decoded and not committed; their number. */
+/* Views of the chunks decoded and not committed; their number. When all are committed it decodes more of what was fed:
+ * call it and commit until it gives 0. */
 int vnd_job_chunks(vnd_engine *e, uint64_t job_id, vnd_chunk_view *out, int max);
 /* digests: n x 32 bytes for the chunks as job_chunks gave them (ignored, may be NULL, where digester is sha256).
  * C compares, writes, sets the maps and wakes. Number of chunks made ready; -EBADMSG if any digest was wrong (the
@@ -207,7 +208,8 @@ void vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const cha
 /* Asks for chunks [first, first+n) of a blob, n 0 = to its end, behind all demand. tag groups a request. */
 int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag);
 void vnd_prefetch_cancel(vnd_engine *e, uint64_t tag);
-/* Chunks of the blob that are ready and trusted; *total gets their full number (0 while its table is unknown). */
+/* Chunks that the image names of the blob and that are ready and trusted; *total gets their full number (0 while its
+ * table is unknown). */
 uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total);
 
 /* ---------------------------------------------------------------- vfs and file systems */

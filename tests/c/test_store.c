@@ -212,6 +212,22 @@ static void test_contradicting_images(void)
     fix_check(f.h, b, 0, 10 * 16384);
     fix_down(&f);
 
+    /* Also while the second image stays attached: once the first is gone it is served. */
+    memset(&f, 0, sizeof f);
+    fix_up(&f, dir, b, 2);
+    fix_check(f.h, b, 0, 10 * 16384);
+    b->chunk[5].digest[1] ^= 1;         /* what the second image says of it */
+    bad = fix_open(f.s, b);
+    CHECK_EQ(fix_read(bad, b, 0, 64, buf), -EIO);
+    blob_put(f.h, NULL);
+    f.h = bad;
+    for (int64_t until = now_us() + 10000000; fix_read(bad, b, 0, 64, buf) != 64; usleep(50000))
+        CHECK(now_us() < until);
+    CHECK_EQ(fix_read(bad, b, 5 * 16384, 64, buf), -EIO);
+    fix_check(bad, b, 6 * 16384, 64);
+    b->chunk[5].digest[1] ^= 1;
+    fix_down(&f);
+
     /* Once nobody uses it the other image may be served, and nothing of before is trusted for it. */
     memset(&f, 0, sizeof f);
     fix_up(&f, dir, evil, 1);
