@@ -1,0 +1,334 @@
+/* test_device_wait.c -- reads that miss, and what ends or outlives them: wakes, deadlines, stops, reboots, crashes,
+ * hang-ups.
+ */
+#include "device_rig.h"
+
+/* A cold read does not hold up a warm one behind it; answers go out of order. */
+static void test_cold_beside_warm(void)
+{
+    struct rig r;
+    uint32_t slot;
+
+    rig_up(&r, 0);
+    init_session(&r);
+    serve_now(&r, 0);
+    check_read(&r, 0, 0, 4096);
+    atomic_store(&r.fix.server.hold, 1);
+    usleep(60000);                      /* the server's own wait for a job ends */
+    uint64_t parked = stats(&r).parked;
+    send_read(&r, 1, 20, 4096);
+    await_parked(&r, parked + 1);
+    for (int i = 0; i < 50; i++)
+        check_read(&r, 2, 0, 4096);
+    atomic_store(&r.fix.server.hold, 0);
+    CHECK_EQ(reap(&r, &slot, NULL), 4096);
+    CHECK_EQ(slot, 1);
+    rig_down(&r);
+}
+
+/* A stop with a read that never comes: bounded, silent, and answered after the guest goes on. */
+static void test_stop_and_continue(void)
+{
+    struct rig r;
+    uint32_t slot;
+
+    rig_up(&r, 0);
+    init_session(&r);
+    send_read(&r, 2, 5, 4096);
+    send_read(&r, 3, 9, 4096);
+    await_parked(&r, 2);
+    int64_t before = now_us();
+    stop_rings(&r);
+    CHECK(now_us() - before < 1000 * (DRAIN_MS + 2000));
+    CHECK_EQ(r.st.rings[RQ].base, 3);
+    CHECK_EQ(used_idx(&r), 1);
+    serve_now(&r, 0);                   /* data comes while the guest stands still: it must not be written */
+    while (stats(&r).fetched_chunks == 0)
+        usleep(500);
+    vnd_device_state other = r.st;      /* passes through the queues' loops */
+    other.log_gen++;
+    CHECK_EQ(vnd_device_apply(r.dev, &other, DRAIN_MS, r.err, sizeof(r.err)), 0);
+    r.st.log_gen = other.log_gen;
+    CHECK_EQ(used_idx(&r), 1);
+    restart_rings(&r);
+    CHECK_EQ(reap(&r, &slot, NULL), 4096);
+    CHECK_EQ(reap(&r, &slot, NULL), 4096);
+    CHECK_EQ(fg_queue_in_flight(r.q[RQ]), 0);
+    check_read(&r, 0, 5, 4096);
+    rig_down(&r);
+}
+
+/* A reboot drops what was in flight and uses the heads anew. */
+static void test_reboot(void)
+{
+    struct rig r;
+
+    rig_up(&r, 0);
+    init_session(&r);
+    for (uint32_t i = 0; i < SLOTS; i++)
+        send_read(&r, i, i, 4096);
+    await_parked(&r, SLOTS);
+    stop_rings(&r);
+    set_rings(&r, false);
+    CHECK_EQ(apply(&r), 0);
+    init_session(&r);
+    serve_now(&r, 0);
+    for (uint32_t i = 0; i < SLOTS; i++)
+        check_read(&r, i, i, 4096);
+    rig_down(&r);
+}
+
+/* With the dirty log on, nothing can be taken along: EIO. And everything that was written is in the log. */
+static void test_stop_for_migration(void)
+{
+    struct rig r;
+    uint32_t slot;
+    uint8_t bits[RAM_BYTES / 4096 / 8];
+    int fd = memfd_create("log", MFD_CLOEXEC);
+
+    rig_up(&r, 0);
+    CHECK(ftruncate(fd, 4096) == 0);
+    init_session(&r);
+    r.st.features |= F_LOG_ALL;
+    r.st.log_fd = fd;
+    r.st.log_size_bytes = sizeof(bits);
+    r.st.log_gen++;
+    for (int i = 0; i < QUEUES; i++)
+        r.st.rings[i].flags = 1;
+    CHECK_EQ(apply(&r), 0);
+    send_read(&r, 1, 0, 4096);
+    await_parked(&r, 1);
+    stop_rings(&r);
+    CHECK_EQ(used_idx(&r), 2);
+    CHECK_EQ(reap(&r, &slot, NULL), -EIO);
+    CHECK(pread(fd, bits, sizeof(bits), 0) == sizeof(bits));
+    uint64_t header = ring_config(&r, RQ).slot_gpa + fg_slot_bytes(SLOT_DATA) + FG_SLOT_OUT;
+    CHECK(bits[header / 4096 / 8] & 1 << header / 4096 % 8);
+    CHECK(bits[0x7000 / 4096 / 8] & 1 << 0x7000 / 4096 % 8);    /* used ring of queue 1 */
+    CHECK_EQ(bits[0x10000 / 4096 / 8], 0);                      /* the other queue's requests: nothing */
+    restart_rings(&r);
+    serve_now(&r, 0);
+    CHECK(pwrite(fd, (uint8_t[64]){ 0 }, 64, 0) == 64);
+    check_read(&r, 0, 0, 4096);
+    CHECK(pread(fd, bits, sizeof(bits), 0) == sizeof(bits));
+    uint64_t data = ring_config(&r, RQ).slot_gpa + fg_page_at(r.q[RQ], 0);
+    CHECK(bits[data / 4096 / 8] & 1 << data / 4096 % 8);
+    close(fd);
+    rig_down(&r);
+}
+
+static void test_deadline(void)
+{
+    struct rig r;
+    uint32_t slot;
+
+    rig_up(&r, 80);
+    init_session(&r);
+    int64_t before = now_us();
+    for (uint32_t i = 0; i < 3; i++)
+        send_read(&r, i, i, 4096);
+    for (uint32_t i = 0; i < 3; i++)
+        CHECK_EQ(reap(&r, &slot, NULL), -EIO);
+    int64_t took = now_us() - before;
+    CHECK(took >= 80000 && took < 3000000);
+    CHECK_EQ(stats(&r).expired, 3);
+    CHECK(fix_said(r.fix.e, VND_CAUSE_DEADLINE, "EIO"));
+    serve_now(&r, 0);
+    check_read(&r, 0, 0, 4096);
+    rig_down(&r);
+}
+
+/* A deadline does not run while the guest cannot be answered. */
+static void test_deadline_frozen(void)
+{
+    struct rig r;
+    uint32_t slot;
+
+    rig_up(&r, 300);
+    init_session(&r);
+    send_read(&r, 0, 0, 4096);
+    await_parked(&r, 1);
+    r.st.rings[RQ].enabled = 0;
+    CHECK_EQ(apply(&r), 0);
+    usleep(400000);
+    serve_now(&r, 0);
+    while (stats(&r).fetched_chunks == 0)
+        usleep(500);
+    CHECK_EQ(used_idx(&r), 1);
+    r.st.rings[RQ].enabled = 1;
+    CHECK_EQ(apply(&r), 0);
+    CHECK_EQ(reap(&r, &slot, NULL), 4096);
+    rig_down(&r);
+}
+
+/* A device dies with requests in the front-end's in-flight region; the next one serves them. */
+static void test_inflight(void)
+{
+    struct rig r;
+    uint64_t size;
+    uint32_t slot, seen = 0;
+
+    rig_up(&r, 0);
+    unplug(&r);
+    int fd = vnd_inflight_create(QUEUES, RING, &size);
+    CHECK(fd >= 0);
+    plug(&r);
+    stop_rings(&r);
+    r.st.inflight_fd = fd;
+    r.st.inflight_size_bytes = size;
+    r.st.inflight_queues = QUEUES;
+    r.st.inflight_queue_size = RING;
+    r.st.inflight_gen++;
+    set_rings(&r, false);
+    CHECK_EQ(apply(&r), 0);
+    init_session(&r);
+    for (uint32_t i = 0; i < 4; i++)
+        send_read(&r, i, i, 4096);
+    await_parked(&r, 4);
+    /* As a crash would leave it: a copy of the region at this moment. */
+    int copy = vnd_inflight_create(QUEUES, RING, &size);
+    uint8_t bytes[1024];
+    CHECK(size <= sizeof(bytes) && pread(fd, bytes, size, 0) == (ssize_t)size);
+    CHECK(pwrite(copy, bytes, size, 0) == (ssize_t)size);
+    unplug(&r);
+    vnd_device_state st = r.st;
+    r.dev = vnd_device_new(r.fix.e, r.vfs, QUEUES, r.err, sizeof(r.err));
+    CHECK(r.dev);
+    st.inflight_fd = copy;
+    r.st = st;
+    serve_now(&r, 0);
+    CHECK_EQ(apply(&r), 0);
+    /* Without INIT the answer is EIO (a keeper process would hand its INIT over): what counts is that all come. */
+    for (int i = 0; i < 4; i++) {
+        reap(&r, &slot, NULL);
+        seen |= 1u << slot;
+    }
+    CHECK_EQ(seen, 15);
+    CHECK_EQ(fg_queue_in_flight(r.q[RQ]), 0);
+    close(fd);
+    close(copy);
+    rig_down(&r);
+}
+
+/* A blank region of the front-end: the base it sets is obeyed. */
+static void test_blank_inflight(void)
+{
+    struct rig r;
+    uint64_t size;
+    int fd = vnd_inflight_create(QUEUES, RING, &size);
+
+    rig_up(&r, 0);
+    stop_rings(&r);
+    r.st.inflight_fd = fd;
+    r.st.inflight_size_bytes = size;
+    r.st.inflight_queues = QUEUES;
+    r.st.inflight_queue_size = RING;
+    r.st.inflight_gen++;
+    set_rings(&r, false);
+    send_init(&r);                      /* lies before the base: never served */
+    r.st.rings[RQ].base = 1;
+    CHECK_EQ(apply(&r), 0);
+    CHECK_EQ(apply(&r), 0);
+    CHECK_EQ(used_idx(&r), 0);
+    stop_rings(&r);
+    CHECK_EQ(r.st.rings[RQ].base, 1);
+    close(fd);
+    rig_down(&r);
+}
+
+/* A read into more ranges than a slot holds waits like any other; beyond the device's budget it fails, alone. */
+static void test_many_ranges(void)
+{
+    struct rig r;
+    struct fuse_read_in in = { .offset = 3 * CHUNK, .size = 60 * 1024 };
+    fg_segment seg[62];
+    uint64_t cookie;
+    uint32_t len;
+
+    rig_up(&r, 0);
+    init_session(&r);
+    uint64_t gpa = ring_config(&r, RQ).slot_gpa;
+    uint8_t *at = fg_ram_at(r.ram, gpa, 256 << 10);
+    uint32_t n = make(&r, at, FUSE_OP_READ, 1ull << 48 | FILE_INO, &in, sizeof(in));
+    seg[0] = (fg_segment){ gpa, n, 0 };
+    seg[1] = (fg_segment){ gpa + 4096, 16, 1 };
+    for (uint32_t i = 0; i < 60; i++)
+        seg[2 + i] = (fg_segment){ gpa + 8192 + 2048 * i, 1024, 1 };
+    CHECK(fg_queue_add(r.q[RQ], seg, 62, gpa + 0x40000, 1) >= 0);
+    fg_queue_publish(r.q[RQ]);
+    await_parked(&r, 1);
+    CHECK(atomic_load(&r.dev->segs_bytes) > 0);
+    serve_now(&r, 0);
+    CHECK_EQ(fg_queue_wait(r.q[RQ], WAIT_MS), 0);
+    CHECK_EQ(fg_queue_pop(r.q[RQ], &cookie, &len), 1);
+    CHECK_EQ(len, 16 + 60 * 1024);
+    for (uint32_t i = 0; i < 60; i++)
+        CHECK(memcmp(at + 8192 + 2048 * i, r.blob->plain + 3 * CHUNK + 1024 * i, 1024) == 0);
+    CHECK_EQ(atomic_load(&r.dev->segs_bytes), 0);
+
+    atomic_store(&r.fix.server.hold, 1);
+    atomic_store(&r.dev->segs_bytes, QUEUE_SEGS_BUDGET);
+    in.offset = 25 * CHUNK;
+    make(&r, at, FUSE_OP_READ, 1ull << 48 | FILE_INO, &in, sizeof(in));
+    CHECK(fg_queue_add(r.q[RQ], seg, 62, gpa + 0x40000, 1) >= 0);
+    fg_queue_publish(r.q[RQ]);
+    CHECK_EQ(fg_queue_wait(r.q[RQ], WAIT_MS), 0);
+    CHECK_EQ(fg_queue_pop(r.q[RQ], &cookie, &len), 1);
+    CHECK_EQ(len, 16);
+    struct fuse_out_header h;
+    memcpy(&h, at + 4096, sizeof(h));
+    CHECK_EQ(h.error, -EIO);
+    CHECK_EQ(atomic_load(&r.dev->segs_bytes), QUEUE_SEGS_BUDGET);
+    check_read(&r, 1, 3, 4096);
+    rig_down(&r);
+}
+
+/* Wakes race with everything that ends a request: hang-up, reset, deadline. */
+static void test_races(void)
+{
+    struct rig r;
+    uint32_t slot;
+
+    rig_up(&r, 20);
+    serve_now(&r, EIO);                 /* chunks never come, every job wakes its readers */
+    for (int round = 0; round < 60; round++) {
+        init_session(&r);
+        for (uint32_t i = 0; i < SLOTS; i++)
+            send_read(&r, i, (i * 7 + (uint32_t)round) % CHUNKS, 4096);
+        switch (round % 3) {
+        case 0:
+            usleep((useconds_t)(round * 37 % 1000));
+            unplug(&r);
+            plug(&r);
+            break;
+        case 1:
+            for (uint32_t i = 0; i < SLOTS; i++)
+                CHECK_EQ(reap(&r, &slot, NULL), -EIO);
+            break;
+        default:
+            vnd_device_reset(r.dev);
+            stop_rings(&r);
+            set_rings(&r, false);
+            CHECK_EQ(apply(&r), 0);
+        }
+    }
+    rig_down(&r);
+}
+
+int main(int argc, char **argv)
+{
+    static const struct rig_test tests[] = {
+        { "cold_beside_warm", test_cold_beside_warm },
+        { "stop_and_continue", test_stop_and_continue },
+        { "reboot", test_reboot },
+        { "stop_for_migration", test_stop_for_migration },
+        { "deadline", test_deadline },
+        { "deadline_frozen", test_deadline_frozen },
+        { "inflight", test_inflight },
+        { "blank_inflight", test_blank_inflight },
+        { "many_ranges", test_many_ranges },
+        { "races", test_races },
+    };
+
+    return run_tests(tests, sizeof(tests) / sizeof(tests[0]), argc, argv);
+}
