@@ -137,6 +137,8 @@ def main() -> int:
     except (DemoError, OSError, RuntimeError) as failure:
         print(f"demo: {failure}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
