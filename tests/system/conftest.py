@@ -27,9 +27,15 @@ def oci_image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def expected_tree(oci_image: str, tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
-    """The records of what umoci unpacks of it."""
-    return list(tree_listing.list_tree(unpack_image(oci_image, tmp_path_factory.mktemp("unpacked") / "bundle")))
+def unpacked(oci_image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What umoci unpacks of it: what is right."""
+    return unpack_image(oci_image, tmp_path_factory.mktemp("unpacked") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def expected_tree(unpacked: Path) -> list[Record]:
+    """The records of that tree."""
+    return list(tree_listing.list_tree(unpacked))
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ READ_BYTES = 131072
 NO_XATTRS = (errno.ENODATA, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-def list_tree(fuse: FuseClient) -> Iterator[Record]:
-    """All entries from the root down. Every entry is looked up, and read whole."""
+def list_tree(fuse: FuseClient, types: bool = True) -> Iterator[Record]:
+    """All entries from the root down, files read whole. types: directories must tell what kind their entries are."""
     pending = [(b".", ROOT, fuse.getattr(ROOT))]
     while pending:
         name, node, attr = pending.pop()
@@ -28,7 +28,7 @@ def list_tree(fuse: FuseClient) -> Iterator[Record]:
                     continue
                 # Half of what a guest knows comes from READDIRPLUS, half from LOOKUP
                 found = entry.entry if entry.entry and len(below) % 2 else fuse.lookup(node, entry.name)
-                if entry.type != stat.S_IFMT(found.attr.mode) >> 12:
+                if (types or entry.type) and entry.type != stat.S_IFMT(found.attr.mode) >> 12:
                     raise AssertionError(f"{entry.name!r}: d_type {entry.type}, mode {found.attr.mode:o}")
                 path = entry.name if name == b"." else name + b"/" + entry.name
                 below.append((path, found.nodeid, found.attr))

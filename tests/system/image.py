@@ -87,7 +87,7 @@ def make_base_layer(path: Path, seed: int) -> None:
     layer.make_symlink("usr/lib/longest", LONGEST_TARGET)
     layer.make_symlink("usr/lib/one-block-less-one", "x" * 4000)
     layer.make_symlink("usr/lib/dangling", "/nowhere/at/all")
-    layer.add("usr/lib/attributes", b"y", xattrs={"user.short": "v", "user.long": "w" * 2000,
+    layer.add("usr/lib/attributes", b"y", xattrs={"user.short": "v", "user.long": "w" * 2000, "user.no-value": "",
                                                   "trusted.roots": "own", "security.capability": CAPABILITY})
     layer.add("nodes/null", kind=tarfile.CHRTYPE, mode=0o666, device=(1, 3))
     layer.add("nodes/large-numbers", kind=tarfile.CHRTYPE, mode=0o600, device=(300, 70_000))
