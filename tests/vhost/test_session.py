@@ -280,6 +280,35 @@ def test_reverse_channel_is_kept_open(backend: Backend) -> None:
     os.close(read)
 
 
+def test_in_the_order_of_cloud_hypervisor(backend: Backend, memory: int, event: int) -> None:
+    """Acknowledgements for everything, a memory table, an in-flight region before the addresses, pause by ENABLE 0."""
+    silent(backend, m.SET_OWNER)
+    assert ask(backend, m.GET_FEATURES) == u64(FEATURES)
+    wanted = m.P_MQ | m.P_REPLY_ACK | m.P_INFLIGHT_SHMFD | m.P_CONFIGURE_MEM_SLOTS
+    silent(backend, m.SET_PROTOCOL_FEATURES, u64(wanted))
+    assert ask(backend, m.GET_QUEUE_NUM) == u64(QUEUES)
+    assert acked(backend, m.SET_FEATURES, u64(FEATURES & ~m.F_LOG_ALL))
+    table = struct.pack("=II", 1, 0) + m.REGION.pack(0, MEMORY_BYTES, USER, 0)
+    assert acked(backend, m.SET_MEM_TABLE, table, (memory,))
+    for ring in range(2):
+        assert acked(backend, m.SET_VRING_NUM, m.VRING_STATE.pack(ring, 16))
+    backend.front.send(m.GET_INFLIGHT_FD, m.INFLIGHT.pack(0, 0, 2, 16), (), m.VERSION | m.NEED_REPLY)
+    body, fds = backend.front.receive(m.GET_INFLIGHT_FD)
+    assert acked(backend, m.SET_INFLIGHT_FD, body, (fds[0],))
+    for ring in range(2):
+        at = USER + ring * 4 * PAGE
+        assert acked(backend, m.SET_VRING_ADDR, m.VRING_ADDR.pack(ring, 0, at, at + 2 * PAGE, at + PAGE, 0))
+        assert acked(backend, m.SET_VRING_BASE, m.VRING_STATE.pack(ring, 0))
+        assert acked(backend, m.SET_VRING_CALL, u64(ring), (event,))
+        assert acked(backend, m.SET_VRING_KICK, u64(ring), (event,))
+    for enable in (1, 0, 1):
+        for ring in range(2):
+            assert acked(backend, m.SET_VRING_ENABLE, m.VRING_STATE.pack(ring, enable))
+    assert all(ring.started and ring.enabled for ring in backend.session.state.rings[:2])
+    os.close(fds[0])
+    assert not backend.said
+
+
 # ---- what is no message
 @pytest.mark.parametrize("request_id", [0, 5000])
 def test_unknown_request(ready: Backend, request_id: int) -> None:
