@@ -18,8 +18,8 @@
 #define IMG_META 8192
 #define IMG_ROOT 128
 #define IMG_BLOCKS_OFF (24 << 10)
-#define IMG_CHUNKS_OFF (36 << 10)
-#define IMG_SIZE (40 << 10)
+#define IMG_CHUNKS_OFF (56 << 10)
+#define IMG_SIZE (60 << 10)
 #define IMG_CHUNK 4096u
 #define IMG_BLOB_CHUNKS 64
 #define IMG_XATTR_ROOM 64
@@ -177,16 +177,23 @@ static inline void img_file(struct img *m, uint64_t nid, uint32_t nlink, uint64_
 }
 
 enum {
-    IMG_MANY = 400,                 /* names of the large directory */
+    IMG_MANY = 400,                 /* names of the large directory: five blocks */
+    IMG_NAME = 40,                  /* room for one of them */
     IMG_FILE_SIZE = 10 * 4096 + 100,
 };
+/* Name i of the large directory: 36 bytes, ascending. */
+static inline void img_many_name(char out[IMG_NAME], int i)
+{
+    snprintf(out, IMG_NAME, "n%03d-%s", i % 1000, "of-many-with-a-rather-long-name");
+}
+
 struct img_nids { uint64_t big, dev, empty, file, link, sub, deep, xfile; };
 
 /* The tree of the tests: / { big/ n000..n399, dev, empty, file, hard -> file, link, sub/ { deep/ }, xfile }. */
 static inline struct img_nids img_tree(struct img *m)
 {
     struct img_nids n;
-    static char names[IMG_MANY][16];
+    static char names[IMG_MANY][IMG_NAME];
     struct img_name *many = calloc(IMG_MANY + 2, sizeof(*many));
     uint64_t root = img_alloc(m, 1024), one;
 
@@ -209,7 +216,7 @@ static inline struct img_nids img_tree(struct img *m)
     many[0] = (struct img_name){ ".", n.big, 2 };
     many[1] = (struct img_name){ "..", root, 2 };
     for (int i = 0; i < IMG_MANY; i++) {
-        snprintf(names[i], sizeof(names[i]), "n%03d", i);
+        img_many_name(names[i], i);
         many[i + 2] = (struct img_name){ names[i], one, 1 };
     }
     img_dir(m, n.big, 2, many, IMG_MANY + 2);
