@@ -1,11 +1,13 @@
 /* blob.h -- inside of the blob store: what store.c, miss.c, fetch.c, job.c and pool.c share.
  *
- * Three layers: a blob_core per (work directory, blob id) with the cache file and the union of what the images say of
- * the blob; a vnd_blob per image that names it, with that image's own chunk table, so that no image is given bytes that
- * were checked against another image's digest; store_units, the chunks somebody waits for or is fetching.
+ * Three layers: a blob_core per (work directory, blob id) with the cache file and the union of what the images say
+ * of the blob; a vnd_blob per image that names it, with that image's own chunk table, so that no image is given
+ * bytes that were checked against another image's digest; store_units, the chunks somebody waits for or is
+ * fetching.
  *
- * Locks, in the order in which they may be held together: a job's lock; core->load_lock; engine->lock; a shard's lock
- * or fetcher->lock; store->lock; core->lock. store_wait.wake is called with no lock that a reader's thread may want.
+ * Locks, in the order in which they may be held together: a job's lock; core->load_lock; engine->lock; a shard's
+ * lock or fetcher->lock; store->lock; core->lock. store_wait.wake is called with no lock that a reader's thread may
+ * want.
  */
 #ifndef VND_BLOB_H
 #define VND_BLOB_H
@@ -111,15 +113,15 @@ void handle_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);
 /* Links w until the table is loaded. 0; 1: it is loaded; -errno: it cannot be. */
 int handle_park(struct vnd_blob *b, struct store_wait *w);
 /* ---- read.c */
-/* Reads extents whose blobs are loaded: bytes, -EAGAIN (not in the page cache, only with nowait), -ENODATA (*missing is
- * not ready), or -errno. */
+/* Reads extents whose blobs are loaded: bytes, -EAGAIN (not in the page cache, only with nowait), -ENODATA
+ * (*missing is not ready), or -errno. */
 int64_t store_serve(const struct extent *ext, int n, const struct iovec *iov, int iov_n, bool nowait, int *missing);
 
 /* ---- miss.c: units and waiters */
 struct fetcher;
 struct miss_shard *miss_shard_of(struct fetcher *f, const void *key, uint32_t index);
-/* Links w (may be NULL) on a chunk, makes the unit if need be. 1: the chunk is ready after all, w is not linked; 0; or
- * -ENOMEM, -ESHUTDOWN. */
+/* Links w (may be NULL) on a chunk, makes the unit if need be. 1: the chunk is ready after all, w is not linked; 0;
+ * or -ENOMEM, -ESHUTDOWN. */
 int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t deadline_us, const void *hint);
 /* Links w on a pseudo-unit whose shard's lock is held. */
 void miss_link(struct miss_shard *s, struct store_unit *u, struct store_wait *w);
@@ -128,7 +130,8 @@ struct store_wait *miss_detach(struct store_unit *u, int err);
 void miss_wake(struct store_wait *list);
 /* The job in slot takes the chunk. create: even if nobody asked for it. */
 enum miss_take { MISS_TAKEN, MISS_READY, MISS_BUSY, MISS_ABSENT };
-enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted, bool *force_fetch);
+enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted,
+                         bool *force_fetch);
 /* The chunk is ready (err 0) or given up: wakes its waiters, forgets the unit. */
 void miss_finish(struct blob_core *c, uint32_t index, int err);
 /* Gives a chunk back: asked for again if anybody wants it and it was tried less than max_tries times, else finished

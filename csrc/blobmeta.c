@@ -53,8 +53,8 @@ bool blobmeta_possible(const vnd_blob_info *info)
 
 static int bad(const vnd_blob_info *info, const char *what, char *err, size_t err_len)
 {
-    return fail_line(-EINVAL, err, err_len, "chunk table of blob %s: %s; the blob or the image is damaged", info->id,
-                     what);
+    return fail_line(-EINVAL, err, err_len, "chunk table of blob %s: %s; the blob or the image is damaged",
+                     info->id, what);
 }
 
 static int check_header(const vnd_blob_info *info, const uint8_t *h, char *err, size_t err_len)
@@ -62,8 +62,9 @@ static int check_header(const vnd_blob_info *info, const uint8_t *h, char *err, 
     if (le32(h) != META_MAGIC || le32(h + BLOBMETA_HEADER - 4) != META_MAGIC)
         return bad(info, "no header where it should be", err, err_len);
     /* Features are not compared: builders of several generations differ. */
-    if (le32(h + 12) != info->chunk_count || le32(h + 8) != info->ci_compressor || le64(h + 16) != info->ci_offset ||
-        le64(h + 24) != info->ci_csize_bytes || le64(h + 32) != info->ci_usize_bytes)
+    if (le32(h + 12) != info->chunk_count || le32(h + 8) != info->ci_compressor ||
+        le64(h + 16) != info->ci_offset || le64(h + 24) != info->ci_csize_bytes ||
+        le64(h + 32) != info->ci_usize_bytes)
         return bad(info, "its header and the image's blob table differ", err, err_len);
     return 0;
 }
@@ -140,7 +141,10 @@ int blobmeta_parse(struct blobtable **out, const vnd_blob_info *info, const uint
     *out = NULL;
     if (!blobmeta_possible(info))
         return bad(info, "sizes that cannot be", err, err_len);
-    if ((rc = check_header(info, header, err, err_len)) || (rc = find_contexts(info, table, header, &ctx, err, err_len)))
+    rc = check_header(info, header, err, err_len);
+    if (!rc)
+        rc = find_contexts(info, table, header, &ctx, err, err_len);
+    if (rc)
         return rc;
     t = blobtable_new(info->chunk_count);
     if (!t)
@@ -200,8 +204,8 @@ int blobmeta_place(struct blobtable *records, const struct blobtable *meta, cons
         if (r->uoff != m->uoff || r->usize != m->usize ||
             (!m->batch && (r->coff != m->coff || r->csize != m->csize ||
                            (r->flags ^ m->flags) & BLOBTABLE_COMPRESSED)))
-            return fail_line(-EINVAL, err, err_len, "chunk table of blob %s and the image differ about chunk %u; one of "
-                             "them is damaged", info->id, i);
+            return fail_line(-EINVAL, err, err_len, "chunk table of blob %s and the image differ about chunk %u; "
+                             "one of them is damaged", info->id, i);
         r->coff = m->coff;
         r->csize = m->csize;
         r->batch = m->batch;

@@ -1,5 +1,6 @@
-/* blobmeta.h -- the chunk table that a v6 blob carries at its end (rafs-format 4): needed where a bootstrap's own records
- * do not say where a chunk lies, that is for batches and for images without records. Everything in it is checked.
+/* blobmeta.h -- the chunk table that a v6 blob carries at its end (rafs-format 4): needed where a bootstrap's own
+ * records do not say where a chunk lies, that is for batches and for images without records. Everything in it is
+ * checked.
  */
 #ifndef VND_BLOBMETA_H
 #define VND_BLOBMETA_H
@@ -12,8 +13,8 @@
 
 /* Whether the sizes that the blob table states can be a chunk table's. */
 bool blobmeta_possible(const vnd_blob_info *info);
-/* Parses a decoded table (info->ci_usize_bytes bytes) under its header. 0, -EINVAL with a line, -ENOMEM. The table has
- * no digests. */
+/* Parses a decoded table (info->ci_usize_bytes bytes) under its header. 0, -EINVAL with a line, -ENOMEM. The table
+ * has no digests. */
 int blobmeta_parse(struct blobtable **out, const vnd_blob_info *info, const uint8_t *table, const uint8_t *header,
                    char *err, size_t err_len);
 /* Decodes what the blob holds at ci_offset: ci_csize_bytes of table, then the header. *plain gets malloc'ed

@@ -181,8 +181,8 @@ int blobtable_from_records(struct blobtable **out, const vnd_blob_info *info, bl
     if (!rc && !b.t->known)
         rc = -ENODATA;
     if (!rc && blobtable_overlap(b.t, &x, &y))
-        rc = fail_line(-EINVAL, err, err_len, "blob %s: chunks %u and %u share bytes; the image is damaged", info->id,
-                       x, y);
+        rc = fail_line(-EINVAL, err, err_len, "blob %s: chunks %u and %u share bytes; the image is damaged",
+                       info->id, x, y);
     if (rc) {
         blobtable_free(b.t);
         return rc < 0 ? rc : -EINVAL;

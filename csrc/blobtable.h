@@ -34,7 +34,8 @@ struct blobtable {
     struct blobtable *next; /* owner's list */
 };
 
-/* Builds from a bootstrap's chunk records; those of batched chunks lack their place (see blobmeta_place). 0; -ENODATA: there are none; -EINVAL with a line: malformed; -ENOMEM. */
+/* Builds from a bootstrap's chunk records; those of batched chunks lack their place (see blobmeta_place). 0;
+ * -ENODATA: there are none; -EINVAL with a line: malformed; -ENOMEM. */
 int blobtable_from_records(struct blobtable **out, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx,
                            char *err, size_t err_len);
 /* What is wrong with one chunk by itself, NULL = nothing. */
@@ -49,7 +50,8 @@ bool blobtable_overlap(const struct blobtable *t, uint32_t *a, uint32_t *b);
 struct blobtable *blobtable_new(uint32_t n);
 void blobtable_free(struct blobtable *t);
 
-/* Part of the ready test: the extent is what the table says of its chunk, so that T vouches for these very bytes. */
+/* Part of the ready test: the extent is what the table says of its chunk, so that T vouches for these very
+ * bytes. */
 static inline bool blobtable_covers(const struct blobtable *t, const struct extent *x)
 {
     if (x->chunk >= t->n)

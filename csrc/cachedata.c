@@ -10,7 +10,7 @@
 #include "claim.h"
 #include "engine.h"
 
-#define WRITE_BEHIND_BYTES (1u << 20)       /* starting write-out per MiB keeps fdatasync short: 1 ms after 256 MiB */
+#define WRITE_BEHIND_BYTES (1u << 20)       /* write-out per MiB keeps fdatasync short: 1 ms after 256 MiB */
 #define SYNC_BYTES (256ull << 20)
 
 bool cachefile_doubted(const struct cachefile *c, uint32_t i)
@@ -50,8 +50,8 @@ int cachefile_write(struct cachefile *c, uint64_t uoff, const void *buf, size_t 
         len -= (size_t)n;
     }
     if (rc && !atomic_exchange(&c->space_said, true))
-        engine_say(c->engine, 40, VND_CAUSE_SPACE, "cache of blob %s cannot be written (%s): its chunks are served from "
-                   "memory and fetched again; free space in the cache directory", c->id, strerror(-rc));
+        engine_say(c->engine, 40, VND_CAUSE_SPACE, "cache of blob %s cannot be written (%s): its chunks are served "
+                   "from memory and fetched again; free space in the cache directory", c->id, strerror(-rc));
     if (!rc && atomic_load_explicit(&c->space_said, memory_order_relaxed) &&
         atomic_exchange(&c->space_said, false))
         engine_say(c->engine, 20, VND_CAUSE_NONE, "cache of blob %s is written again", c->id);
@@ -87,7 +87,8 @@ void cachefile_settle(struct cachefile *c, uint64_t low, uint64_t high)
         return;
     note_ctime(c);
     atomic_fetch_add_explicit(&c->unsynced_bytes, bytes, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&c->write_behind_bytes, bytes, memory_order_relaxed) + bytes >= WRITE_BEHIND_BYTES) {
+    uint64_t behind = atomic_fetch_add_explicit(&c->write_behind_bytes, bytes, memory_order_relaxed) + bytes;
+    if (behind >= WRITE_BEHIND_BYTES) {
         atomic_store_explicit(&c->write_behind_bytes, 0, memory_order_relaxed);
         sync_file_range(c->data_fd, (off_t)low, (off_t)bytes, SYNC_FILE_RANGE_WRITE);
     }
@@ -185,8 +186,8 @@ void cachefile_sync(struct cachefile *c, bool force)
     }
     pthread_mutex_unlock(&c->lock);
     if (rc)
-        engine_say(c->engine, 40, VND_CAUSE_IO, "cache of blob %s: cannot make it durable: %s; its newest chunks are "
-                   "checked again", c->id, strerror(rc));
+        engine_say(c->engine, 40, VND_CAUSE_IO, "cache of blob %s: cannot make it durable: %s; its newest chunks "
+                   "are checked again", c->id, strerror(rc));
     else if (fdatasync(c->side_fd))
         atomic_fetch_add(&c->unsynced_bytes, bytes);
     free(ready);

@@ -100,14 +100,14 @@ static int data_open(struct cachefile *c, int *cause, char *err, size_t err_len)
         return io_fail(c, "cannot stat its data file", -errno, cause, err, err_len);
     if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size > c->size_bytes) {
         *cause = VND_CAUSE_IO;
-        return fail_line(-EIO, err, err_len, "cache of blob %s: %s is no file of at most %llu bytes; remove it", c->id,
-                         name, (unsigned long long)c->size_bytes);
+        return fail_line(-EIO, err, err_len, "cache of blob %s: %s is no file of at most %llu bytes; remove it",
+                         c->id, name, (unsigned long long)c->size_bytes);
     }
     return 0;
 }
 
-/* Gives the data file its size. True: it had another, so bytes may be gone. With CLAIM_INIT held where there is a side
- * file: a file that another process has just created is not one that was cut. */
+/* Gives the data file its size. True: it had another, so bytes may be gone. With CLAIM_INIT held where there is a
+ * side file: a file that another process has just created is not one that was cut. */
 static bool data_size(struct cachefile *c)
 {
     struct stat st;
@@ -140,15 +140,16 @@ static void map_open(struct cachefile *c)
         st.st_size = (off_t)len;
     }
     if ((uint64_t)st.st_size != len || pread(fd, have, sizeof have, 0) != sizeof have) {
-        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s has %lld bytes, not %zu: it is left alone", c->id,
-                   name, (long long)st.st_size, len);
+        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s has %lld bytes, not %zu: it is left alone",
+                   c->id, name, (long long)st.st_size, len);
         goto out;
     }
     if (!have[0] && !have[1] && !have[2] && c->writable) {      /* its creator was interrupted */
         if (pwrite(fd, head, sizeof head, 0) != sizeof head)
             goto out;
     } else if (have[0] != MAP_MAGIC || have[1] > 1) {
-        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s is no chunk map: it is left alone", c->id, name);
+        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s is no chunk map: it is left alone", c->id,
+                   name);
         goto out;
     }
     if (c->writable && claim_reserve(fd, (int64_t)len))
@@ -448,7 +449,8 @@ int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, si
         } else if (bad < c->n) {
             rc = fail_line(-EEXIST, err, err_len, "chunk %u is not what another image in use says of it", bad);
         } else {
-            rc = fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image in use", x, y);
+            rc = fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image in use", x,
+                           y);
         }
     }
     if (!rc && changed && pwrite(c->side_fd, b, len, at) != (ssize_t)len)

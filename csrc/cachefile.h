@@ -1,5 +1,6 @@
-/* cachefile.h -- one blob's bytes on this node: data file, chunk map R (Nydus's, a hint), side file with T (these bytes
- * matched their digest, in this file, this boot), D (T that survives a power loss) and what each chunk is bound to.
+/* cachefile.h -- one blob's bytes on this node: data file, chunk map R (Nydus's, a hint), side file with T (these
+ * bytes matched their digest, in this file, this boot), D (T that survives a power loss) and what each chunk is
+ * bound to.
  *
  * Files in the work directory: ID.blob.data, ID.blob.data.chunk_map (rafs-format 6); .virtiofsd-nydus/ID.vnd:
  *   0     header 4096, struct side_header
@@ -58,7 +59,7 @@ struct cachefile {
     _Atomic bool nowait_missing;    /* RWF_NOWAIT is not supported here */
     _Atomic uint64_t unsynced_bytes, write_behind_bytes;
     _Atomic bool space_said;
-    pthread_mutex_t lock;           /* T is set and taken away, and D set, under it; nothing waits for a disk under it */
+    pthread_mutex_t lock;           /* T is set and taken away, and D set, under it */
 };
 
 struct cachefile_cfg {
@@ -73,8 +74,8 @@ struct cachefile_cfg {
 /* 0, or -errno with cause and line. Creates what is missing. */
 int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int *cause, char *err, size_t err_len);
 void cachefile_close(struct cachefile *c);
-/* With c->lock held: binds T's bits to what a table says of its chunks. -EEXIST with a line: the side file is in use by somebody whose
- * image says otherwise. Without a shared side file: 0. */
+/* With c->lock held: binds T's bits to what a table says of its chunks. -EEXIST with a line: the side file is in
+ * use by somebody whose image says otherwise. Without a shared side file: 0. */
 int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len);
 
 /* The ready test. */

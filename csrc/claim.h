@@ -1,8 +1,9 @@
-/* claim.h -- who fetches what, over processes: open-file-description locks on a blob's side file, and one futex word per
- * work directory that says "something became ready" (datapath (c)).
+/* claim.h -- who fetches what, over processes: open-file-description locks on a blob's side file, and one futex
+ * word per work directory that says "something became ready" (datapath (c)).
  *
- * The locks live in offsets far beyond the file's data. They belong to the open file description, so a killed holder's
- * are free at once; they do not exclude threads that share the descriptor: the miss table does that, first.
+ * The locks live in offsets far beyond the file's data. They belong to the open file description, so a killed
+ * holder's are free at once; they do not exclude threads that share the descriptor: the miss table does that,
+ * first.
  */
 #ifndef VND_CLAIM_H
 #define VND_CLAIM_H
@@ -16,12 +17,14 @@
 #define CLAIM_SYNC ((1ll << 41) + 2)    /* makes data durable */
 #define CLAIM_EVICT ((1ll << 41) + 3)   /* takes bytes away: the epoch is odd */
 
-/* Takes units [first, first+n) or the free prefix of them: number taken, 0 = the first is taken by somebody else. */
+/* Takes units [first, first+n) or the free prefix of them: number taken, 0 = the first is taken by somebody
+ * else. */
 int claim_units(int fd, uint32_t first, uint32_t n);
 void claim_release(int fd, uint32_t first, uint32_t n);
 /* Whether another process holds a unit now. */
 bool claim_foreign(int fd, uint32_t unit);
-/* One byte; a shared one that we hold becomes exclusive only for its only holder. 0, -EAGAIN when it is taken (after waiting up to wait_ms for it), or -errno. */
+/* One byte; a shared one that we hold becomes exclusive only for its only holder. 0, -EAGAIN when it is taken
+ * (after waiting up to wait_ms for it), or -errno. */
 int claim_byte(int fd, int64_t at, bool exclusive, int wait_ms);
 void claim_byte_release(int fd, int64_t at);
 

@@ -1,4 +1,5 @@
-/* codec.h -- decoding one chunk, and SHA-256. Stateless towards the caller; a context may be kept to save allocations. */
+/* codec.h -- decoding one chunk, and SHA-256. Stateless towards the caller; a context may be kept to save
+ * allocations. */
 #ifndef VND_CODEC_H
 #define VND_CODEC_H
 #include <stddef.h>

@@ -1,5 +1,5 @@
-/* fetch.c -- what is to be fetched next: demand before prefetch (datapath (e)). What one job takes along is merge.c's,
- * jobs once handed out are job.c's.
+/* fetch.c -- what is to be fetched next: demand before prefetch (datapath (e)). What one job takes along is
+ * merge.c's, jobs once handed out are job.c's.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -308,7 +308,8 @@ static void fill_out(struct job *j, vnd_job *out)
     pthread_mutex_unlock(&c->lock);
 }
 
-/* Tries to make a job of the next wanted chunk; f->lock is held on entry and exit, not between. 1: out is filled. */
+/* Tries to make a job of the next wanted chunk; f->lock is held on entry and exit, not between. 1: out is
+ * filled. */
 static int next_demand(struct fetcher *f, vnd_job *out)
 {
     int slot = slot_reserve(f, false);

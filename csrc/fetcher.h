@@ -1,5 +1,5 @@
-/* fetcher.h -- the fetcher's own state: queues (fetch.c), merging (merge.c), jobs (job.c), miss table (miss.c), other processes (foreign.c),
- * memory for uncached chunks (uncached.c).
+/* fetcher.h -- the fetcher's own state: queues (fetch.c), merging (merge.c), jobs (job.c), miss table (miss.c),
+ * other processes (foreign.c), memory for uncached chunks (uncached.c).
  */
 #ifndef VND_FETCHER_H
 #define VND_FETCHER_H
@@ -109,7 +109,8 @@ void job_begin(struct job *j, uint64_t id);     /* a job that was built is hande
 void job_wipe(struct job *j);       /* frees its buffers */
 /* merge.c: makes slot's job out of a chunk and its neighbours. false: nothing to do for that chunk. The slot is
  * reserved by the caller. */
-bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, bool prefetch, uint32_t window_bytes);
+bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, bool prefetch,
+               uint32_t window_bytes);
 /* fetch.c */
 void fetch_release_slot(struct fetcher *f, struct job *j);
 void fetch_drop_prefetch(struct blob_core *c);

@@ -1,5 +1,5 @@
-/* foreign.c -- two slow companions of the fetcher: the thread that waits for chunks which other processes fetch, and the
- * one that makes written data durable. Both start when first needed.
+/* foreign.c -- two slow companions of the fetcher: the thread that waits for chunks which other processes fetch,
+ * and the one that makes written data durable. Both start when first needed.
  */
 #include <errno.h>
 #include <stdlib.h>

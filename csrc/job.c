@@ -225,7 +225,8 @@ static int decode_chunk(struct job *j, struct input *in, const struct blobtable_
     return 0;
 }
 
-/* Decodes what is complete until a batch is full. -EBADMSG: a chunk does not decode (marked; the next call goes on). */
+/* Decodes what is complete until a batch is full. -EBADMSG: a chunk does not decode (marked; the next call goes
+ * on). */
 static int decode(struct job *j, struct input *in)
 {
     const struct blobtable *t = table_of(j);
@@ -360,7 +361,8 @@ int vnd_job_chunks(vnd_engine *e, uint64_t job_id, vnd_chunk_view *out, int max)
 
 /* ---------------------------------------------------------------- commit */
 
-/* What one commit goes by: taken together, so that bytes compared with one table never become ready under another. */
+/* What one commit goes by: taken together, so that bytes compared with one table never become ready under
+ * another. */
 struct commit {
     struct vnd_engine *e;
     struct job *j;
@@ -424,7 +426,8 @@ static void settle_views(struct commit *m, uint32_t from, uint32_t to)
 {
     struct job *j = m->j;
     struct cachefile *cache = j->core->cache;
-    struct engine_counters *shared = &m->e->shared;
+    _Atomic uint64_t *counter = j->kind == VND_JOB_VERIFY ? &m->e->shared.verified_chunks :
+                                &m->e->shared.fetched_chunks;
     int rc = from < to ? write_views(m, from, to) : 0;
     bool lost = false;
 
@@ -445,8 +448,7 @@ static void settle_views(struct commit *m, uint32_t from, uint32_t to)
         if (rc) {
             keep_unwritten(j, v);
         } else {
-            atomic_fetch_add_explicit(j->kind == VND_JOB_VERIFY ? &shared->verified_chunks : &shared->fetched_chunks, 1,
-                                      memory_order_relaxed);
+            atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
             m->ready++;
         }
         miss_finish(j->core, j->first + rel, 0);
@@ -525,11 +527,11 @@ static void say_bad(struct vnd_engine *e, const struct job *j, uint32_t i, bool 
         engine_say(e, 30, VND_CAUSE_DIGEST, "cache of blob %s: chunk %u in the data file at %" PRIu64 " is not the "
                    "image's; it is fetched again", j->core->info.id, i, k->uoff);
     else if (again)
-        engine_say(e, 30, VND_CAUSE_DIGEST, "blob %s: chunk %u [%" PRIu64 ", +%u) came with wrong bytes; it is asked "
-                   "for once more", j->core->info.id, i, k->coff, k->csize);
+        engine_say(e, 30, VND_CAUSE_DIGEST, "blob %s: chunk %u [%" PRIu64 ", +%u) came with wrong bytes; it is "
+                   "asked for once more", j->core->info.id, i, k->coff, k->csize);
     else
-        engine_say(e, 40, VND_CAUSE_DIGEST, "blob %s: chunk %u [%" PRIu64 ", +%u) has wrong bytes: readers get EIO; "
-                   "the blob on the server or the image is damaged", j->core->info.id, i, k->coff, k->csize);
+        engine_say(e, 40, VND_CAUSE_DIGEST, "blob %s: chunk %u [%" PRIu64 ", +%u) has wrong bytes: readers get "
+                   "EIO; the blob on the server or the image is damaged", j->core->info.id, i, k->coff, k->csize);
 }
 
 /* Settles what the job leaves: asked for again, or failed. */

@@ -1,5 +1,5 @@
-/* load.c -- loading a blob's chunk table when it is first needed: on a pool thread, from the image's own records, and
- * where those do not say where chunks lie, from the blob's stored table (ID.blob.meta, or a META job). Readers
+/* load.c -- loading a blob's chunk table when it is first needed: on a pool thread, from the image's own records,
+ * and where those do not say where chunks lie, from the blob's stored table (ID.blob.meta, or a META job). Readers
  * meanwhile wait on the pseudo-unit META(blob).
  */
 #include <errno.h>
@@ -48,8 +48,8 @@ static int live_union(struct blob_core *c, struct blobtable *own, struct blobtab
 }
 
 /* Brings own into the core; on success *own is the table that the handle shall use (owned by the core). */
-static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct blobtable **own, int *cause, char *err,
-                       size_t err_len)
+static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct blobtable **own, int *cause,
+                       char *err, size_t err_len)
 {
     struct blobtable *now = atomic_load(&c->table), *all = *own;
     int rc = 0;
@@ -157,8 +157,8 @@ static int load_table(struct vnd_blob *b, struct blobtable **own, int *cause, ch
     /* The image's own limits first: without digests nothing is worth fetching. */
     if (rc && !b->core->engine->cfg.allow_unverified) {
         *cause = VND_CAUSE_DIGEST;
-        return fail_line(-EIO, err, err_len, "its image lists no chunks and so no digests of it; --allow-unverified "
-                         "serves it all the same");
+        return fail_line(-EIO, err, err_len, "its image lists no chunks and so no digests of it; "
+                         "--allow-unverified serves it all the same");
     }
     if (!blobmeta_possible(&b->info)) {
         rc = fail_line(-EIO, err, err_len, "neither its image nor the blob says where its chunks lie");
@@ -190,8 +190,8 @@ static int load(struct vnd_blob *b, int *cause, char *err, size_t err_len)
     if (own->digests < own->known && !c->engine->cfg.allow_unverified) {
         *cause = VND_CAUSE_DIGEST;
         blobtable_free(own);
-        return fail_line(-EIO, err, err_len, "its image carries no chunk digests; --allow-unverified serves it all the "
-                         "same");
+        return fail_line(-EIO, err, err_len, "its image carries no chunk digests; --allow-unverified serves it all "
+                         "the same");
     }
     pthread_mutex_lock(&c->load_lock);
     struct blobtable *mine = own;

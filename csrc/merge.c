@@ -104,7 +104,9 @@ static void merge_backward(struct build *b)
     while (first > 0 && index - first < FETCH_JOB_CHUNKS / 2 && b->t->chunk[first - 1].batch == b->batch)
         first--;
     for (uint32_t i = first; i < index; i++) {
-        enum miss_take got = b->t->chunk[i].usize ? miss_take(j->core, i, b->slot, true, &wanted, &force) : MISS_BUSY;
+        enum miss_take got = MISS_BUSY;
+        if (b->t->chunk[i].usize)
+            got = miss_take(j->core, i, b->slot, true, &wanted, &force);
         if (got == MISS_READY)
             miss_finish(j->core, i, 0);
         j->state[i - first] = got == MISS_TAKEN ? JOB_WANT : JOB_SKIP;
@@ -152,7 +154,8 @@ static void claim_job(struct build *b)
     }
 }
 
-bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, bool prefetch, uint32_t window_bytes)
+bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, bool prefetch,
+               uint32_t window_bytes)
 {
     struct job *j = &f->slots[slot];
     struct build b = { .f = f, .j = j, .slot = slot, .cache = c->cache, .prefetch = prefetch,

@@ -158,7 +158,8 @@ int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t
     return rc;
 }
 
-enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted, bool *force_fetch)
+enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted,
+                         bool *force_fetch)
 {
     struct miss_shard *s = miss_shard_of(c->engine->fetcher, c, index);
     struct store_unit **at, *u;

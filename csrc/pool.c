@@ -1,5 +1,5 @@
-/* pool.c -- a few threads for what must not run on a queue thread: reads that are not in the page cache, and loading a
- * blob's chunk table. A task's bytes go into its own buffer, never into guest memory.
+/* pool.c -- a few threads for what must not run on a queue thread: reads that are not in the page cache, and
+ * loading a blob's chunk table. A task's bytes go into its own buffer, never into guest memory.
  */
 #include <errno.h>
 #include <stdlib.h>

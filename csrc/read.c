@@ -189,8 +189,8 @@ static int park_missing(struct store_wait *w, const struct extent *ext, int n)
 
 static int64_t refuse_extent(const struct extent *x)
 {
-    engine_say(x->blob->core->engine, 40, VND_CAUSE_FORMAT, "blob %s: a file names chunk %u at %llu, its chunk table "
-               "does not: the image is damaged", x->blob->info.id, x->chunk, (unsigned long long)x->uoff);
+    engine_say(x->blob->core->engine, 40, VND_CAUSE_FORMAT, "blob %s: a file names chunk %u at %llu, its chunk "
+               "table does not: the image is damaged", x->blob->info.id, x->chunk, (unsigned long long)x->uoff);
     return -EIO;
 }
 

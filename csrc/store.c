@@ -26,7 +26,8 @@ static bool is_network_fs(int fd)
 {
     static const unsigned long magics[] = {
         0x6969 /* NFS */, 0xFF534D42 /* CIFS */, 0xFE534D42 /* SMB2 */, 0x65735546 /* FUSE */, 0x01021997 /* 9p */,
-        0x00C36400 /* Ceph */, 0x5346414F /* AFS */, 0x6B414653 /* kAFS */, 0x47504653 /* GPFS */, 0x0BD00BD0 /* Lustre */,
+        0x00C36400 /* Ceph */, 0x5346414F /* AFS */, 0x6B414653 /* kAFS */,
+        0x47504653 /* GPFS */, 0x0BD00BD0 /* Lustre */,
     };
     struct statfs st;
 
@@ -46,8 +47,8 @@ static void side_dir_open(struct vnd_store *s, const char *work_dir)
         return;
     }
     if (mkdirat(s->dir_fd, SIDE_DIR, 0700) && errno != EEXIST) {
-        engine_say(s->engine, 30, VND_CAUSE_SPACE, "cache directory %s cannot be written (%s): what is not in it is "
-                   "served from memory only", work_dir, strerror(errno));
+        engine_say(s->engine, 30, VND_CAUSE_SPACE, "cache directory %s cannot be written (%s): what is not in it "
+                   "is served from memory only", work_dir, strerror(errno));
         s->writable = !(errno == EROFS || errno == EACCES || errno == EPERM);
         return;
     }
@@ -264,8 +265,8 @@ struct vnd_blob *blob_get(vnd_store *s, const vnd_blob_info *info, blob_chunks_f
         return NULL;
     }
     if (feature) {
-        fail_line(0, err, err_len, "blob %s needs the feature %s, which is not supported; convert the image without it",
-                  info->id, feature);
+        fail_line(0, err, err_len, "blob %s needs the feature %s, which is not supported; convert the image "
+                  "without it", info->id, feature);
         return NULL;
     }
     if (!codec_known(info->compressor) || info->digester > CODEC_SHA256) {

@@ -1,5 +1,6 @@
-/* uncached.c -- chunks that were fetched and checked but could not be written (disk full, read-only): kept in memory,
- * a bounded number of bytes, newest first, so that the readers that wait for them find them. They set no bit.
+/* uncached.c -- chunks that were fetched and checked but could not be written (disk full, read-only): kept in
+ * memory, a bounded number of bytes, newest first, so that the readers that wait for them find them. They set no
+ * bit.
  */
 #include <stdlib.h>
 #include <string.h>

@@ -1,5 +1,5 @@
-/* store_fixture.h -- a blob with known chunks, its server in memory, and a fetch thread that serves the engine's jobs
- * from it, for the tests of the blob store. Digests are SHA-256, so that C does all of it.
+/* store_fixture.h -- a blob with known chunks, its server in memory, and a fetch thread that serves the engine's
+ * jobs from it, for the tests of the blob store. Digests are SHA-256, so that C does all of it.
  */
 #ifndef STORE_FIXTURE_H
 #define STORE_FIXTURE_H
@@ -23,7 +23,8 @@
 #define CHECK(x) do { if (!(x)) { fprintf(stderr, "%s:%d: %s: not so: %s\n", __FILE__, __LINE__, __func__, #x); \
                                   abort(); } } while (0)
 #define CHECK_EQ(a, b) do { long long a_ = (long long)(a), b_ = (long long)(b); if (a_ != b_) { \
-    fprintf(stderr, "%s:%d: %s: %s is %lld, not %lld\n", __FILE__, __LINE__, __func__, #a, a_, b_); abort(); } } while (0)
+        fprintf(stderr, "%s:%d: %s: %s is %lld, not %lld\n", __FILE__, __LINE__, __func__, #a, a_, b_); \
+        abort(); } } while (0)
 
 struct fix_blob {
     vnd_blob_info info;
@@ -104,7 +105,8 @@ static inline void fix_blob_free(struct fix_blob *b)
     free(b);
 }
 
-static inline int fix_chunks(void *ctx, uint32_t blob_index, int (*put)(void *, const struct blob_chunk *), void *put_ctx)
+static inline int fix_chunks(void *ctx, uint32_t blob_index, int (*put)(void *, const struct blob_chunk *),
+                             void *put_ctx)
 {
     struct fix_blob *b = ctx;
     int rc = 0;
@@ -180,7 +182,8 @@ static inline int fix_extents(struct vnd_blob *h, const struct fix_blob *b, uint
 }
 
 /* As a file system would read: blocks till done. */
-static inline int64_t fix_read(struct vnd_blob *h, const struct fix_blob *b, uint64_t off, uint32_t len, uint8_t *buf)
+static inline int64_t fix_read(struct vnd_blob *h, const struct fix_blob *b, uint64_t off, uint32_t len,
+                               uint8_t *buf)
 {
     struct extent ext[STORE_EXTENTS_MAX];
     int n = fix_extents(h, b, off, len, ext, STORE_EXTENTS_MAX);

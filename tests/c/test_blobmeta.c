@@ -1,5 +1,5 @@
-/* Chunk tables that the blob itself carries: parsing both entry forms, batches read end to end, a META job, the file in
- * the work directory, and everything in a table that can be wrong.
+/* Chunk tables that the blob itself carries: parsing both entry forms, batches read end to end, a META job, the
+ * file in the work directory, and everything in a table that can be wrong.
  */
 #include "blobmeta.h"
 #include "store_fixture.h"
@@ -265,8 +265,8 @@ static void test_refuses(void)
     blobtable_free(t);
     blobtable_free(rec);
 
-#define TRY(at, len, change, word) do { memcpy(was, at, len); change; refuse(b, table, h, word); memcpy(at, was, len); \
-    } while (0)
+#define TRY(at, len, change, word) do { \
+        memcpy(was, at, len); change; refuse(b, table, h, word); memcpy(at, was, len); } while (0)
     TRY(h, 4, h[0]++, "no header");
     TRY(h + 4092, 4, h[4092]++, "no header");
     TRY(h + 12, 4, h[12]++, "differ");
@@ -296,15 +296,17 @@ static void test_refuses(void)
     free(table);
 }
 
-/* First form: vectors from a real image (rafs-format appendix A). And an image without records, allowed unverified. */
+/* First form: vectors from a real image (rafs-format appendix A). And an image without records, allowed
+ * unverified. */
 static void test_v1(void)
 {
     static const uint8_t vectors[32] = {
         0x00, 0x00, 0x00, 0x00, 0x00, 0x20, 0x22, 0x04, 0x00, 0x00, 0x00, 0x00, 0x00, 0xb0, 0x2d, 0x01,
         0x00, 0x50, 0x00, 0x00, 0x00, 0x70, 0x45, 0x03, 0xdc, 0x12, 0x00, 0x00, 0x00, 0xd0, 0xb9, 0x00,
     };
-    vnd_blob_info info = { .id = "real", .chunk_count = 2, .compressor = CODEC_ZSTD, .features = 1, .ci_compressor = 3,
-                           .compressed_size_bytes = 7802, .uncompressed_size_bytes = 36864, .ci_offset = 7802,
+    vnd_blob_info info = { .id = "real", .chunk_count = 2, .compressor = CODEC_ZSTD, .features = 1,
+                           .ci_compressor = 3, .compressed_size_bytes = 7802, .uncompressed_size_bytes = 36864,
+                           .ci_offset = 7802,
                            .ci_csize_bytes = 30, .ci_usize_bytes = 32 };
     uint8_t h[4096] = { 0 };
     struct blobtable *t;

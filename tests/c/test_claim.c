@@ -1,5 +1,5 @@
-/* Several processes on one work directory: each chunk is fetched once, whoever dies or fails is replaced, contradicting
- * images are told apart across processes too. Children are forked before this process has threads.
+/* Several processes on one work directory: each chunk is fetched once, whoever dies or fails is replaced,
+ * contradicting images are told apart across processes too. Children are forked before this process has threads.
  */
 #include <signal.h>
 #include <sys/mman.h>
@@ -29,7 +29,8 @@ static void wait_for(_Atomic int *what, int value)
     }
 }
 
-static pid_t child(void (*run)(const char *dir, struct fix_blob *b, int me), const char *dir, struct fix_blob *b, int me)
+static pid_t child(void (*run)(const char *dir, struct fix_blob *b, int me), const char *dir, struct fix_blob *b,
+                   int me)
 {
     pid_t pid = fork();
 

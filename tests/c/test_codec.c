@@ -1,4 +1,5 @@
-/* Every codec: good, truncated, too long, too short, flipped, garbage. Nothing is written past the stated length. */
+/* Every codec: good, truncated, too long, too short, flipped, garbage. Nothing is written past the stated
+ * length. */
 #include "store_fixture.h"
 
 #define PLAIN 70000
@@ -41,8 +42,8 @@ static void test_codec(struct codec *c, uint32_t id)
     CHECK_EQ(decode(c, id, packed, 0, NULL, PLAIN), -EBADMSG);
     for (size_t cut = 1; cut < n; cut += 1 + n / 97)
         CHECK_EQ(decode(c, id, packed, n - cut, NULL, PLAIN), -EBADMSG);
-    /* A flipped bit may decode to other bytes: the digest finds that. It must not crash, nor give our bytes by a miracle
-     * of a different length. */
+    /* A flipped bit may decode to other bytes: the digest finds that. It must not crash, nor give our bytes by a
+     * miracle of a different length. */
     for (int i = 0; i < 200; i++) {
         size_t at = fix_random(&seed) % n;
         packed[at] ^= (uint8_t)(1 << (i % 8));

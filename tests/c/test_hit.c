@@ -1,5 +1,5 @@
-/* A hit takes no lock, allocates nothing, and makes one data system call per contiguous run. With the argument "bench" it
- * prints what it costs beside a plain preadv of the same bytes.
+/* A hit takes no lock, allocates nothing, and makes one data system call per contiguous run. With the argument
+ * "bench" it prints what it costs beside a plain preadv of the same bytes.
  */
 #include <dlfcn.h>
 #include <sys/uio.h>
@@ -129,7 +129,8 @@ int main(int argc, char **argv)
 {
     char dir[200];
     struct fix f = { 0 }, g = { 0 };
-    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, 10, 1 << 20), *small = fix_blob_new("small", CODEC_LZ4_BLOCK, 600, 4096);
+    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, 10, 1 << 20);
+    struct fix_blob *small = fix_blob_new("small", CODEC_LZ4_BLOCK, 600, 4096);
 
     fix_dir_make(dir, getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
     f.server.feed_bytes = g.server.feed_bytes = 1 << 20;

@@ -182,8 +182,8 @@ static void test_scattered(void)
     fix_dir_remove(dir);
 }
 
-/* Two images name one blob id. The second says otherwise of a chunk: it gets nothing, the first goes on. Images that
- * name different parts agree. */
+/* Two images name one blob id. The second says otherwise of a chunk: it gets nothing, the first goes on. Images
+ * that name different parts agree. */
 static void test_contradicting_images(void)
 {
     char dir[200];
@@ -627,7 +627,7 @@ static void test_seam_misuse(void)
     CHECK_EQ(v[3].chunk_index, 3);
     CHECK(!memcmp(v[3].data, b->plain + 3 * 16384, 16384));
     CHECK_EQ(vnd_job_commit(f.e, job.id, NULL, 3), 3);
-    vnd_job_end(f.e, job.id, 0, 0, NULL);           /* the rest was never committed: only who waits is served again */
+    vnd_job_end(f.e, job.id, 0, 0, NULL);   /* the rest was never committed: only who waits is served again */
     fix_reader_wait(&r);
     CHECK_EQ(vnd_job_next(f.e, &job, 1, 0), -ETIMEDOUT);
     /* Ended over and over without a byte: the reader gets EIO in the end, not an endless loop. */

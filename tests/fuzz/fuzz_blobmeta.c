@@ -1,4 +1,5 @@
-/* Fuzzes the chunk table that a blob carries: any header and table, the first bytes choose the image's side of it. */
+/* Fuzzes the chunk table that a blob carries: any header and table, the first bytes choose the image's side of
+ * it. */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -56,7 +57,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         /* What passed must be safe to use. */
         for (uint32_t i = 0; i < t->n; i++) {
             const struct blobtable_chunk *c = &t->chunk[i];
-            if (c->coff + c->csize > info.compressed_size_bytes || c->uoff + c->usize > info.uncompressed_size_bytes ||
+            if (c->coff + c->csize > info.compressed_size_bytes ||
+                c->uoff + c->usize > info.uncompressed_size_bytes ||
                 (c->batch && c->batch_at + c->usize > c->batch_usize))
                 abort();
         }
