@@ -200,9 +200,9 @@ int blobmeta_place(struct blobtable *records, const struct blobtable *meta, cons
         const struct blobtable_chunk *m = &meta->chunk[i];
         if (!r->usize)
             continue;
-        /* A bootstrap does not say where a batched chunk lies; of all others it does. */
+        /* A bootstrap does not say where a batched chunk lies (csize 0); of all others it does. */
         if (r->uoff != m->uoff || r->usize != m->usize ||
-            (!m->batch && (r->coff != m->coff || r->csize != m->csize ||
+            (!m->batch && r->csize && (r->coff != m->coff || r->csize != m->csize ||
                            (r->flags ^ m->flags) & BLOBTABLE_COMPRESSED)))
             return fail_line(-EINVAL, err, err_len, "chunk table of blob %s and the image differ about chunk %u; "
                              "one of them is damaged", info->id, i);

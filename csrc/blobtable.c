@@ -92,7 +92,8 @@ static int put_record(void *ctx, const struct blob_chunk *r)
     struct blobtable_chunk c = { .coff = r->coff, .uoff = r->uoff, .csize = r->csize, .usize = r->usize,
                                  .flags = r->flags & BLOBTABLE_COMPRESSED }, *e;
     const char *why = "index beyond the blob's chunk count";
-    bool batch = r->flags & BLOBTABLE_BATCH && b->info->features & BLOBMETA_BATCH;
+    /* Builders leave the place of a batched chunk 0 and do not flag it either. */
+    bool batch = (r->flags & BLOBTABLE_BATCH || !r->csize) && b->info->features & BLOBMETA_BATCH;
 
     if (batch)     /* where it lies is not known yet; blobmeta_place brings it, checked */
         c.coff = c.csize = c.flags = 0;

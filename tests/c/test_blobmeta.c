@@ -100,7 +100,7 @@ static struct fix_blob *batch_blob(uint32_t codec, uint8_t **table_out)
         } else {
             if (!in_batch)
                 from = i;
-            c->flags = 1 | 8;       /* no place: the bootstrap does not know it */
+            c->flags = 0x10;        /* no place and no mark, as real bootstraps have it */
             flags = 1 | 4;
             put64(table + i * 24 + 16, used | (uint64_t)contexts << 32);
             memcpy(buffer + used, p, c->usize);
