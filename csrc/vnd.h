@@ -272,4 +272,10 @@ int vnd_inflight_create(uint32_t nq, uint32_t qsize, uint64_t *size_bytes);
 void vnd_device_reset(vnd_device *d);
 void vnd_device_free(vnd_device *d);  /* stops everything; never writes to the guest again */
 
+/* ---------------------------------------------------------------- for those who write images */
+/* CRC-32C (Castagnoli) of len bytes: what chunk records hold beside the digest. */
+uint32_t vnd_crc32c(const uint8_t *buf, size_t len);
+/* AES-128-XTS, one data unit of len >= 16 bytes. 0 or -errno. */
+int vnd_xts_encrypt(const uint8_t key[32], const uint8_t iv[16], const uint8_t *src, size_t len, uint8_t *dst);
+
 #endif

@@ -106,8 +106,9 @@ class Store:
 class BlobInfo:
     """One entry of an image's blob table; key identifies the store's blob in jobs (0 without a store)."""
 
-    __slots__ = ("chunk_count", "chunk_size_bytes", "compressed_size_bytes", "compressor", "digester", "features",
-                 "id", "index", "key", "uncompressed_size_bytes")
+    __slots__ = ("chunk_count", "chunk_size_bytes", "ci_compressor", "ci_csize_bytes", "ci_offset", "ci_usize_bytes",
+                 "compressed_size_bytes", "compressor", "digester", "features", "id", "index", "key",
+                 "uncompressed_size_bytes")
 
     def __init__(self, raw: "Any", key: int) -> None:
         self.id = text_of(raw.id)
@@ -120,6 +121,10 @@ class BlobInfo:
         self.features: int = raw.features
         self.compressed_size_bytes: int = raw.compressed_size_bytes
         self.uncompressed_size_bytes: int = raw.uncompressed_size_bytes
+        self.ci_offset: int = raw.ci_offset     # of blob.meta in the blob, v6
+        self.ci_csize_bytes: int = raw.ci_csize_bytes
+        self.ci_usize_bytes: int = raw.ci_usize_bytes
+        self.ci_compressor: int = raw.ci_compressor
 
 
 class Rafs:

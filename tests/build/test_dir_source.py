@@ -123,7 +123,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"fs_version": 5}, "RAFS v5"),
+        ({"fs_version": 5, "batch_size": 4096}, "RAFS v5 has no batches"),
+        ({"fs_version": 5, "encrypt": True}, "RAFS v5 has no encryption"),
+        ({"aligned_chunk": True}, "aligned chunks"),
+        ({"batch_size": 5000}, "batch size 5000"),
+        ({"batch_size": 2 << 20}, "batch size"),
+        ({"prefetch_patterns": ("etc",)}, "absolute path"),
         ({"fs_version": 4}, "no RAFS version 4"),
         ({"chunk_size": 5000}, "power of two"),
         ({"chunk_size": 2048}, "power of two"),
@@ -143,7 +148,7 @@ def test_wrong_options_are_named(options: dict[str, object], match: str) -> None
 
 def run_build(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "virtiofsd_nydus.cli.main", "build", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
 
 
 def test_build_writes_bootstrap_and_blob(source: Path, tmp_path: Path) -> None:
@@ -185,8 +190,9 @@ def test_build_takes_tars(source: Path, tmp_path: Path) -> None:
     [
         (["SOURCE/absent"], 1, "absent: no such file or directory"),
         (["SOURCE/holes"], 1, "neither a tar nor"),
-        (["SOURCE", "--fs-version", "5"], 2, "RAFS v5"),
-        (["SOURCE", "--chunk-dict", "x"], 2, "--chunk-dict is not supported yet"),
+        (["SOURCE", "--fs-version", "5", "--encrypt"], 2, "RAFS v5"),
+        (["SOURCE", "--chunk-dict", "SOURCE/holes"], 1, "holes"),
+        (["SOURCE", "--prefetch-files", "x"], 2, "--prefetch-policy"),
         (["SOURCE", "--chunk-size", "3000"], 2, "power of two"),
     ],
 )

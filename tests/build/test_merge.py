@@ -90,6 +90,36 @@ def test_hard_links_count_the_names_that_survive() -> None:
     assert read_file(found[b"/c"], bootstrap, blobs) == b"one"
 
 
+LOWER_LINKS = {
+    "to a file below": ["d d\nf d/a one\nh d/b = d/a", "h e = d/a\nh d/c = d/b\nd n\nh n/x = e"],
+    "over two layers": ["f a one", "f b two", "h c = a\nh d = b", "h e = c"],
+    "to a link of a link": ["f a one", "h b = a\nh c = b"],
+    "beside a new file of the name": ["f a one\nf z old", "h b = a\nf z new", "h c = z"],
+    "through a symlink below": ["d usr\nf usr/a one\nl lib -> usr", "h b = lib/a"],
+    "to a symlink below": ["l a -> x", "h b = a"],
+}
+
+
+@pytest.mark.parametrize("name", LOWER_LINKS)
+def test_hard_links_reach_into_the_layers_below(name: str, tmp_path: Path) -> None:
+    layers = LOWER_LINKS[name]
+    bootstrap, blobs = build(layers)
+    found = bootstrap.walk()
+    target = found[b"/d/a" if b"/d/a" in found else b"/usr/a" if b"/usr/a" in found else b"/a"]
+    assert found[b"/b" if b"/d/b" not in found else b"/d/b"] is target or name == "over two layers"
+    unpack_with_umoci(layers, tmp_path)
+    assert describe_image(bootstrap, blobs) == describe_directory(tmp_path / "bundle/rootfs")
+
+
+def test_hard_links_to_nothing_name_layer_and_target() -> None:
+    layers = [build_tar(make_layer(text, number), OPTIONS)[0] for number, text in enumerate(("d d", "h b = d/a"))]
+    with pytest.raises(Failure, match="^layer: b: hard link to d/a, which is neither in this layer nor below$"):
+        merge_layers(layers, options=OPTIONS)
+    layers = [build_tar(make_layer(text, number), OPTIONS)[0] for number, text in enumerate(("d d", "h b = d"))]
+    with pytest.raises(Failure, match="hard link to d, which is a directory"):
+        merge_layers(layers, options=OPTIONS)
+
+
 def test_upper_xattrs_replace_the_lower() -> None:
     bootstrap, _ = build(["d d below\nd e below", "d d\nf e/x x"])
     found = bootstrap.walk()
@@ -221,14 +251,18 @@ def describe_image(bootstrap: Bootstrap, blobs: dict[str, Blob]) -> dict[str, tu
     return {path[1:].decode(): describe(node) for path, node in bootstrap.walk().items() if path != b"/"}
 
 
-@pytest.mark.skipif(shutil.which("umoci") is None or os.geteuid() != 0, reason="needs umoci and root")
+def unpack_with_umoci(layers: list[str], folder: Path) -> None:
+    if shutil.which("umoci") is None or os.geteuid() != 0:
+        pytest.skip("needs umoci and root")
+    write_layout(folder / "layout", [make_layer(text, number) for number, text in enumerate(layers)])
+    command = ["umoci", "unpack", "--image", f"{folder}/layout:test", str(folder / "bundle")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_merge_equals_umoci(seed: int, tmp_path: Path) -> None:
     layers = make_random_layers(seed)
-    data = [make_layer(text, number) for number, text in enumerate(layers)]
-    write_layout(tmp_path / "layout", data)
-    command = ["umoci", "unpack", "--image", f"{tmp_path}/layout:test", str(tmp_path / "bundle")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    unpack_with_umoci(layers, tmp_path)
     bootstrap, blobs = build(layers)
     assert describe_image(bootstrap, blobs) == describe_directory(tmp_path / "bundle/rootfs"), layers

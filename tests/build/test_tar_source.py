@@ -15,7 +15,7 @@ from layers import make_layer
 from rafs_writer.decoder import read_file
 from rafs_writer.trees import build_tar, check_tree, decode_image, make_tree, write_tar
 
-from virtiofsd_nydus.build.image import BuildOptions, build_layer
+from virtiofsd_nydus.build.image import BuildOptions, build_layer, merge_layers
 from virtiofsd_nydus.errors import Cause, Failure
 
 OPTIONS = BuildOptions(chunk_size=4096)
@@ -156,8 +156,11 @@ def test_a_replaced_file_keeps_its_other_names() -> None:
     assert found["/a"][1] == b"new" and found["/b"][1] == b"old"
 
 
-def test_hard_links_need_a_target_in_the_layer() -> None:
-    refuse(make_tar(member("b", tarfile.LNKTYPE, linkname="a")), "b: hard link to a, which is not in this layer")
+def test_hard_links_need_a_target_that_can_have_them() -> None:
+    layer, _ = build_tar(make_tar(member("b", tarfile.LNKTYPE, linkname="a")), OPTIONS)
+    with pytest.raises(Failure, match="^layer: b: hard link to a, which is neither in this layer nor below$"):
+        merge_layers([layer], options=OPTIONS)
+    refuse(make_tar(member("b", tarfile.LNKTYPE, linkname="/")), "hard link to the root")
     directory = member("d", tarfile.DIRTYPE)
     refuse(make_tar(directory, member("b", tarfile.LNKTYPE, linkname="d")), "hard link to the directory")
     link = member("l", tarfile.SYMTYPE, linkname="x")

@@ -108,7 +108,7 @@ class Bootstrap:
             digest, blob, flags, csize, usize, coff, uoff, _, index, crc = struct.unpack_from("<32sIIIIQQQII", data, at)
             assert (digest, blob) > last
             last = (digest, blob)
-            assert flags == (1 if csize != usize else 0) and csize <= usize <= self.chunk_size and crc == 0
+            assert flags == (0x11 if csize != usize else 0x10) and csize <= usize <= self.chunk_size and crc
             assert uoff % BLOCK == 0 and uoff + usize <= self.blobs[blob].uncompressed_size
             self.chunks[blob, index] = (digest, csize, usize, coff, uoff, flags)
 
@@ -177,8 +177,9 @@ class Bootstrap:
         return inline, end
 
     def _index(self, node: Node, at: int, i_u: int) -> int:
-        assert i_u == (self.chunk_size // BLOCK).bit_length() - 1 | 0x20
+        bits = (self.chunk_size // BLOCK).bit_length() - 1
         if not node.size:
+            assert i_u == bits | 0x20
             return at
         at = at + 7 & -8
         for number in range(-(-node.size // self.chunk_size)):
@@ -190,6 +191,14 @@ class Bootstrap:
             assert record[2] == min(self.chunk_size, node.size - number * self.chunk_size)
             node.chunks.append((blob, index, block * BLOCK))
             at += 8
+        first = node.chunks[0]
+        step = self.chunk_size // BLOCK
+        if len(node.chunks) > 1 and all(
+            blob == first[0] and uoff == first[2] + number * step * BLOCK
+            for number, (blob, _, uoff) in enumerate(node.chunks)
+        ):
+            bits = (node.size - 1).bit_length() - 12
+        assert i_u == bits | 0x20
         return at
 
     def _read_tree(self) -> None:

@@ -112,7 +112,8 @@ def test_chunk_indexes_beyond_16_bits() -> None:
     table.digests = bytearray(count * 32)
     table.uoffs = array("Q", range(0, count << 12, 4096))
     table.coffs = table.uoffs[:]
-    table.csizes = table.usizes = array("I", [4096]) * count
+    table.csizes = table.usizes = table.crcs = array("I", [4096]) * count
+    table.flags = bytearray(b"\x10") * count
     info = BlobInfo(
         blob_id="b" * 64, table=table, codec=Codec.NONE, digester=Digester.BLAKE3, chunk_size=4096, features=1,
         compressed_size=count << 12, uncompressed_size=count << 12,

@@ -5,17 +5,18 @@ input, so the blob is the same for any number of threads. Small chunks travel in
 costs more than compressing a small file does, and zstandard compresses a whole batch without coming back to Python.
 """
 
-import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import BlobWriter
-from virtiofsd_nydus.rafs.tree import RegularFile
+from virtiofsd_nydus.rafs.digest import crc32c_function, digest_function
+from virtiofsd_nydus.rafs.layout import ChunkFlag
+from virtiofsd_nydus.rafs.tree import FOREIGN_BASE, ChunkTable, RegularFile
 
 BATCH_BYTES = 1 << 20
 BATCH_CHUNKS = 512
@@ -24,28 +25,40 @@ QUEUE_BYTES_MAX = 64 << 20  # of input handed over and not yet written, twice th
 # A tar of some kilobytes can claim files of terabytes that are holes; their chunk indexes end up in memory.
 REFERENCES_MAX = 1 << 26
 
-Packed = list[tuple[bytes, Any]]  # digest, payload: bytes-like, None when the chunk was known to be there already
+DictionaryIndex = Mapping[bytes, tuple[ChunkTable, int]]
+# digest, crc, payload (bytes-like; None when the chunk was known to be there already), flags
+Packed = list[tuple[bytes, int, Any, int]]
 
 
 class Chunker:
-    """add() chunks in order, then close(). Memory: a few batches a thread, whatever the input's size."""
+    """add() chunks in order, then close(). Memory: a few batches a thread, whatever the input's size.
 
-    def __init__(self, writer: BlobWriter, *, level: int, threads: int = 0) -> None:
+    batch_size: single-chunk files under half of it are compressed together. dictionary: chunks that other blobs hold,
+    by digest; they are not written again."""
+
+    def __init__(
+        self, writer: BlobWriter, *, level: int, threads: int = 0, batch_size: int = 0,
+        dictionary: DictionaryIndex | None = None,
+    ) -> None:  # fmt: skip
         self._writer = writer
         self._level = level
+        self._small_bytes = batch_size // 2
+        self._dictionary = dictionary or {}
         self._threads = threads or min(THREADS_MAX, max(2, len(os.sched_getaffinity(0))))
         self._queue_max = max(2, min(self._threads + 2, QUEUE_BYTES_MAX // max(BATCH_BYTES, writer.chunk_size)))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="chunker")
-        self._digest = _digest_function(writer.digester)
+        self._digest = digest_function(writer.digester)
+        self._crc32c = crc32c_function()
         self._index: dict[bytes, int] = {}  # digest -> chunk index in the blob
         self._queue: deque[tuple[Future[Packed], list[bytes], list[RegularFile]]] = deque()
         self._chunks: list[bytes] = []
         self._files: list[RegularFile] = []
         self._bytes = 0
         self._references = 0
-        self._zero_digest = b""
+        self._zero_digest: tuple[bytes, int] | None = None
         self.zeroes = bytes(writer.chunk_size)  # a hole's chunk; this very object is known without looking at it
         self.deduplicated_bytes = 0
+        self.dictionary_bytes = 0  # of them, those the dictionary had
 
     def add(self, data: bytes, file: RegularFile) -> None:
         """data, at most one chunk's worth and not empty, is the next chunk of file."""
@@ -60,42 +73,73 @@ class Chunker:
 
     def _submit(self) -> None:
         chunks, files = self._chunks, self._files
-        self._queue.append((self._pool.submit(self._pack, chunks), chunks, files))
+        small = [self._is_small(data, file) for data, file in zip(chunks, files, strict=True)]
+        self._queue.append((self._pool.submit(self._pack, chunks, small), chunks, files))
         self._chunks, self._files, self._bytes = [], [], 0
         while self._queue and (len(self._queue) > self._queue_max or self._queue[0][0].done()):
             self._write_next()
 
+    def _is_small(self, data: bytes, file: RegularFile) -> bool:
+        return len(data) < self._small_bytes and len(data) == file.size
+
     def _write_next(self) -> None:
         future, chunks, files = self._queue.popleft()
-        index_of, write_chunk = self._index, self._writer.write_chunk
-        for data, file, (digest, payload) in zip(chunks, files, future.result(), strict=True):
-            index = index_of.get(digest)
+        index_of = self._index
+        for data, file, packed in zip(chunks, files, future.result(), strict=True):
+            index = index_of.get(packed[0])
             if index is None:
-                # Only bytes already in the blob are left out by _pack, so payload is there.
-                index = index_of[digest] = write_chunk(digest, payload, len(data))
+                index = index_of[packed[0]] = self._write(data, file, packed)
             else:
                 self.deduplicated_bytes += len(data)
+                if index >= FOREIGN_BASE:
+                    self.dictionary_bytes += len(data)
             file.add_chunk(index)
 
-    def _pack(self, chunks: Sequence[bytes]) -> Packed:
-        """Runs in the pool. The writing thread only ever adds to _index, so what is found here is found there."""
-        digest, zeroes = self._digest, self.zeroes
-        digests = [digest(data) if data is not zeroes else self._digest_zeroes() for data in chunks]
-        fresh = [key not in self._index for key in digests]  # once: the writing thread adds to it meanwhile
-        payloads = iter(self._compress([data for data, new in zip(chunks, fresh, strict=True) if new]))
-        return [(key, next(payloads) if new else None) for key, new in zip(digests, fresh, strict=True)]
+    def _write(self, data: bytes, file: RegularFile, packed: tuple[bytes, int, Any, int]) -> int:
+        digest, crc, payload, flags = packed
+        known = self._dictionary.get(digest)
+        if known is not None:
+            foreign = self._writer.table.foreign
+            foreign.append(known)
+            self.deduplicated_bytes += len(data)
+            self.dictionary_bytes += len(data)
+            return FOREIGN_BASE + len(foreign) - 1
+        # Only bytes already in the blob or the dictionary are left out by _pack, so payload is there.
+        if self._is_small(data, file):
+            return self._writer.write_batched(digest, crc, data)
+        return self._writer.write_chunk(digest, crc, payload, len(data), flags)
 
-    def _digest_zeroes(self) -> bytes:
-        if not self._zero_digest:
-            self._zero_digest = self._digest(self.zeroes)
+    def _pack(self, chunks: Sequence[bytes], small: Sequence[bool]) -> Packed:
+        """Runs in the pool. The writing thread only ever adds to _index, so what is found here is found there."""
+        digest, zeroes, index, dictionary = self._digest, self.zeroes, self._index, self._dictionary
+        keys = [digest(data) if data is not zeroes else self._check_zeroes()[0] for data in chunks]
+        # once: the writing thread adds to it meanwhile
+        fresh = [key not in index and key not in dictionary for key in keys]
+        wanted = [data for data, new, batched in zip(chunks, fresh, small, strict=True) if new and not batched]
+        payloads = iter(self._compress(wanted))
+        done: Packed = []
+        for data, key, new, batched in zip(chunks, keys, fresh, small, strict=True):
+            if not new:
+                done.append((key, 0, None, 0))
+                continue
+            crc = self._crc32c(data) if data is not zeroes else self._check_zeroes()[1]
+            if batched:
+                done.append((key, crc, data, 0))
+            else:
+                done.append((key, crc, *next(payloads)))
+        return done
+
+    def _check_zeroes(self) -> tuple[bytes, int]:
+        if self._zero_digest is None:
+            self._zero_digest = self._digest(self.zeroes), self._crc32c(self.zeroes)
         return self._zero_digest
 
-    def _compress(self, chunks: list[bytes]) -> list[Any]:
+    def _compress(self, chunks: list[bytes]) -> list[tuple[Any, int]]:
         codec = self._writer.codec
-        if codec is layout.Codec.NONE or not chunks:
-            return list(chunks)
         packed: list[Any]
-        if codec is layout.Codec.LZ4_BLOCK:
+        if not chunks or codec in (layout.Codec.NONE, layout.Codec.GZIP):  # gzip: data stays in the layer it is in
+            packed = list(chunks)
+        elif codec is layout.Codec.LZ4_BLOCK:
             import lz4.block
 
             packed = [lz4.block.compress(data, store_size=False) for data in chunks]
@@ -108,27 +152,27 @@ class Chunker:
                 packed = list(batch)
             else:
                 packed = [compressor.compress(data) for data in chunks]
-        return [
-            result if len(result) < len(data) else data for result, data in zip(packed, chunks, strict=True)
+        done = [
+            (result, int(ChunkFlag.COMPRESSED)) if len(result) < len(data) else (data, 0)
+            for result, data in zip(packed, chunks, strict=True)
         ]
+        cipher = self._writer.cipher
+        if cipher is None:
+            return done
+        return [(cipher.encrypt(bytes(payload)), flags | ChunkFlag.ENCRYPTED) for payload, flags in done]
 
-    def close(self) -> None:
-        """Everything that was added is in the blob when this returns."""
+    def flush(self) -> None:
+        """Everything that was added so far is in the blob when this returns."""
         if self._chunks:
             self._submit()
         while self._queue:
             self._write_next()
+
+    def close(self) -> None:
+        """Ends the pipeline; as flush."""
+        self.flush()
         self._pool.shutdown()
 
     def cancel(self) -> None:
         """Gives up: after a failure, so that no thread outlives the build."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _digest_function(digester: layout.Digester) -> Callable[[bytes], bytes]:
-    if digester is layout.Digester.SHA256:
-        sha256 = hashlib.sha256
-        return lambda data: sha256(data).digest()
-    from blake3 import blake3
-
-    return lambda data: blake3(data).digest()

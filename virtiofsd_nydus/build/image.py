@@ -4,16 +4,18 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from virtiofsd_nydus.build.chunker import Chunker
-from virtiofsd_nydus.build.merge import ChunkChoice, merge_trees
+from virtiofsd_nydus.build.dictionary import ChunkDictionary
+from virtiofsd_nydus.build.merge import ChunkChoice, list_lower_links, merge_trees
 from virtiofsd_nydus.build.options import BuildOptions
 from virtiofsd_nydus.build.tar_stream import Readable
-from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
-from virtiofsd_nydus.rafs.blob import BlobWriter, Writable
-from virtiofsd_nydus.rafs.bootstrap import BlobInfo, BootstrapStats, BootstrapWriter
-from virtiofsd_nydus.rafs.tree import Directory
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, PlainBlobWriter, Writable
+from virtiofsd_nydus.rafs.blob_v6 import InlinedBlobWriter
+from virtiofsd_nydus.rafs.bootstrap import BootstrapStats, BootstrapWriter
+from virtiofsd_nydus.rafs.tree import Directory, walk_directories
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.build.source_dir import DirectorySource
@@ -30,7 +32,10 @@ class LayerStats:
     files: int = 0
     file_bytes: int = 0
     chunks: int = 0
-    deduplicated_bytes: int = 0  # of chunks the layer already had
+    deduplicated_bytes: int = 0  # of chunks the layer or the dictionary already had
+    dictionary_bytes: int = 0  # of them, those the dictionary had
+    unique_bytes: int = 0  # of the layer's own chunks, not compressed
+    stored_bytes: int = 0  # what they take in the blob
     dropped_xattrs: int = 0  # that RAFS cannot hold
     bootstrap_bytes: int = 0  # of the layer's own bootstrap, not compressed
 
@@ -45,6 +50,7 @@ class Layer:
     blob_size: int
     blob_info: BlobInfo | None
     stats: LayerStats
+    label: str = ""  # names it in errors
 
 
 @dataclass(slots=True)
@@ -74,6 +80,7 @@ class _CountedSource:
 def build_layer(
     source: Readable | Path | str, *, options: BuildOptions, out_blob: Writable | Path | str,
     kind: Literal["dir", "tar"], on_progress: Callable[[int], None] | None = None, label: str = "",
+    dictionary: ChunkDictionary | None = None,
 ) -> Layer:  # fmt: skip
     """Reads a source once, front to end, and writes the layer's blob; its bytes depend on source and options alone.
 
@@ -85,8 +92,9 @@ def build_layer(
         try:
             with open(out_blob, "wb", buffering=0) as out:
                 return build_layer(
-                    source, options=options, out_blob=out, kind=kind, on_progress=on_progress, label=label
-                )
+                    source, options=options, out_blob=out, kind=kind, on_progress=on_progress, label=label,
+                    dictionary=dictionary,
+                )  # fmt: skip
         except BaseException:
             Path(out_blob).unlink(missing_ok=True)
             raise
@@ -95,15 +103,28 @@ def build_layer(
             with open(source, "rb", buffering=0) as stream:
                 return build_layer(
                     stream, options=options, out_blob=out_blob, kind=kind, on_progress=on_progress,
-                    label=label or str(source),
+                    label=label or str(source), dictionary=dictionary,
                 )  # fmt: skip
         except OSError as error:
             raise Failure(f"{error.filename or source}: {error.strerror}", Cause.IO) from error
 
-    writer = BlobWriter(
-        out_blob, chunk_size=options.chunk_size, codec=options.codec, digester=options.digest_kind
-    )
-    chunker = Chunker(writer, level=options.compression_level, threads=options.threads)
+    try:
+        return _build(source, options, out_blob, kind, on_progress, label, dictionary)
+    except Failure as failure:
+        if label and label not in str(failure):
+            raise Failure(f"{label}: {failure}", failure.cause) from failure
+        raise
+
+
+def _build(
+    source: Readable | Path | str, options: BuildOptions, out_blob: Writable, kind: str,
+    on_progress: Callable[[int], None] | None, label: str, dictionary: ChunkDictionary | None,
+) -> Layer:  # fmt: skip
+    writer = _make_writer(out_blob, options)
+    chunker = Chunker(
+        writer, level=options.compression_level, threads=options.threads, batch_size=options.batch_size,
+        dictionary=dictionary.index if dictionary is not None else None,
+    )  # fmt: skip
     stats = LayerStats()
     try:
         reader = _make_reader(source, chunker, writer, options, kind, on_progress, label)
@@ -114,17 +135,70 @@ def build_layer(
         raise
     stats.files, stats.file_bytes = reader.files, reader.file_bytes
     stats.dropped_xattrs, stats.deduplicated_bytes = reader.dropped_xattrs, chunker.deduplicated_bytes
+    stats.dictionary_bytes = chunker.dictionary_bytes
+    prefetch_chunks = getattr(reader, "prefetch_chunks", 0)
     del reader, chunker  # their indexes go before the bootstrap, as large again, comes
     info = writer.finish_data()
-    bootstrap = BootstrapWriter(
-        tree, [info] if info else [], chunk_size=options.chunk_size, codec=options.codec,
-        digester=options.digest_kind, prefetch=_prefetch_paths(options),
-    )  # fmt: skip
-    writer.write_bootstrap(bootstrap.write())
+    stats.stored_bytes = writer.data_size
+    stats.unique_bytes = sum(writer.table.usizes)
+    if writer.holds_bootstrap:
+        links = list_lower_links(tree)
+        for directory, name, _ in links:  # what they share is not known here
+            del directory.children[name]
+        bootstrap = _write_bootstrap(tree, [info] if info else [], options, dictionary)[0]
+        writer.write_bootstrap(bootstrap.data)
+        stats.bootstrap_bytes = bootstrap.stats.bootstrap_bytes
+        del bootstrap
+        for directory, name, link in links:
+            directory.children[name] = link
     blob_id, info = writer.finish()
-    stats.names, stats.chunks = bootstrap.stats.names, len(writer.table)
-    stats.bootstrap_bytes = bootstrap.stats.bootstrap_bytes
-    return Layer(tree, blob_id, writer.size, info, stats)
+    if info is not None and options.prefetch_policy == "blob" and prefetch_chunks:
+        info.prefetch_size = writer.table.coffs[prefetch_chunks - 1] + writer.table.csizes[prefetch_chunks - 1]
+    stats.names = 1 + sum(len(directory.children) for directory in walk_directories(tree))
+    stats.chunks = len(writer.table)
+    return Layer(tree, blob_id, writer.size, info, stats, label)
+
+
+def _make_writer(out_blob: Writable, options: BuildOptions) -> BlobWriter:
+    from virtiofsd_nydus.rafs.cipher import Cipher
+
+    common: Any = {"chunk_size": options.chunk_size, "codec": options.codec, "digester": options.digest_kind}
+    if options.fs_version == 5:
+        return PlainBlobWriter(out_blob, aligned=options.aligned_chunk, **common)
+    return InlinedBlobWriter(
+        out_blob, batch_size=options.batch_size, level=options.compression_level,
+        cipher=Cipher.make() if options.encrypt else None, **common,
+    )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Written:
+    data: bytearray
+    stats: BootstrapStats
+
+
+def _write_bootstrap(
+    root: Directory, blobs: Sequence[BlobInfo], options: BuildOptions, dictionary: ChunkDictionary | None
+) -> tuple[_Written, list[BlobInfo]]:
+    """The bootstrap of a tree, and the blobs it names: those of the layers that it needs, then the dictionary's."""
+    from virtiofsd_nydus.rafs.bootstrap_v5 import BootstrapWriterV5
+
+    known = dictionary.blobs if dictionary is not None else []
+    choice = ChunkChoice(root, [info.table for info in blobs], [info.table for info in known])
+    every = [*blobs, *known]
+    kept = [number for number, used in enumerate(choice.used) if used]
+    position = {number: index for index, number in enumerate(kept)}
+    moved = {
+        table: {chunk: (position[number], index) for chunk, (number, index) in places.items()}
+        for table, places in choice.moved.items()
+    }
+    named = [every[number] for number in kept]
+    kind = BootstrapWriterV5 if options.fs_version == 5 else BootstrapWriter
+    writer = kind(
+        root, named, chunk_size=options.chunk_size, codec=options.codec, digester=options.digest_kind, moved=moved,
+        prefetch=_prefetch_paths(options),
+    )  # fmt: skip
+    return _Written(writer.write(), writer.stats), named
 
 
 def _make_reader(
@@ -149,42 +223,30 @@ def _make_reader(
 
 
 def _prefetch_paths(options: BuildOptions) -> list[bytes]:
-    """What goes into the prefetch table: only the policy "fs" has one in RAFS v6."""
+    """What goes into the prefetch table: only the policy "fs" has one."""
     return [os.fsencode(path) for path in options.prefetch_patterns] if options.prefetch_policy == "fs" else []
 
 
 def merge_layers(
     layers: Sequence[Layer], *, options: BuildOptions, out_bootstrap: Path | str | BinaryIO | None = None,
-    chunk_dict: Path | None = None,
+    dictionary: ChunkDictionary | None = None,
 ) -> MergedImage:  # fmt: skip
     """One bootstrap of all layers, lowest first; written to out_bootstrap too when given. All layers must have been
     built with these options. Blobs that no file refers to are not in it."""
-    if chunk_dict is not None:
-        raise UsageFailure("--chunk-dict is not supported yet")
     made = (options.chunk_size, options.codec, options.digest_kind)
     for layer in layers:
         info = layer.blob_info
         if info is not None and (info.chunk_size, info.codec, info.digester) != made:
             raise Failure(f"layer {layer.blob_id[:12]} was built with other options than this image", Cause.FORMAT)
-    root = merge_trees([layer.tree for layer in layers])
+    root = merge_trees([layer.tree for layer in layers], [layer.label for layer in layers])
     # Of two equal layers the upper replaces every file of the lower, so no blob comes into the table twice.
     present = [layer.blob_info for layer in layers if layer.blob_info is not None]
-    choice = ChunkChoice(root, [info.table for info in present])
-    kept = [index for index, used in enumerate(choice.used) if used]
-    position = {layer: index for index, layer in enumerate(kept)}
-    moved = {
-        table: {chunk: (position[layer], index) for chunk, (layer, index) in places.items()}
-        for table, places in choice.moved.items()
-    }
-    writer = BootstrapWriter(
-        root, [present[index] for index in kept], chunk_size=options.chunk_size, codec=options.codec,
-        digester=options.digest_kind, moved=moved, prefetch=_prefetch_paths(options),
-    )  # fmt: skip
-    bootstrap = writer.write()
+    written, named = _write_bootstrap(root, present, options, dictionary)
+    bootstrap = written.data
     if isinstance(out_bootstrap, (str, Path)):
         Path(out_bootstrap).write_bytes(bootstrap)
     elif out_bootstrap is not None:
         out_bootstrap.write(bootstrap)
-    used_ids = {present[index].blob_id for index in kept}
+    used_ids = {info.blob_id for info in named}
     unused = [layer.blob_id for layer in layers if layer.blob_id not in used_ids]
-    return MergedImage(bootstrap, root, [present[index] for index in kept], writer.stats, unused)
+    return MergedImage(bootstrap, root, named, written.stats, unused)

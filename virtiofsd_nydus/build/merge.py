@@ -1,24 +1,58 @@
 """Layers on top of each other, as OCI images stack them: whiteouts, opaque directories, replacement."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from virtiofsd_nydus.build.source_tar import resolve_directory
-from virtiofsd_nydus.rafs.tree import ChunkTable, Directory, RegularFile, Symlink, walk_directories
+from virtiofsd_nydus.build.tar_stream import show
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.rafs.tree import (
+    FOREIGN_BASE,
+    ChunkTable,
+    Directory,
+    Inode,
+    LowerLink,
+    RegularFile,
+    Symlink,
+    walk_directories,
+)
 
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_NAME = b".wh..wh..opq"
 
 
-def merge_trees(trees: Sequence[Directory]) -> Directory:
+def merge_trees(trees: Sequence[Directory], labels: Sequence[str] = ()) -> Directory:
     """The file system that layers make, lowest first. The result shares inodes with the layers (a file keeps its hard
-    links, nothing is copied) but no directories, so the layers can be merged again with others."""
+    links, nothing is copied) but no directories, so the layers can be merged again with others. labels name the layers
+    in errors."""
     root = Directory(implied=True)
-    for tree in trees:
-        _apply_layer(root, tree)
+    for number, tree in enumerate(trees):
+        label = labels[number] if number < len(labels) and labels[number] else f"layer {number + 1}"
+        _apply_layer(root, tree, _find_lower_targets(root, tree, label))
     return root
 
 
-def _apply_layer(root: Directory, upper_root: Directory) -> None:
+def list_lower_links(tree: Directory) -> list[tuple[Directory, bytes, LowerLink]]:
+    """Every name of a layer that is a hard link into the layers below, with its directory."""
+    return [(directory, name, child) for directory in walk_directories(tree)
+            for name, child in directory.children.items() if isinstance(child, LowerLink)]  # fmt: skip
+
+
+def _find_lower_targets(root: Directory, tree: Directory, label: str) -> dict[int, Inode]:
+    """id(link) -> the inode it shares. Looked up before the layer changes anything: what the layer itself holds under
+    the target's name was looked at when the layer was read."""
+    found: dict[int, Inode] = {}
+    for _, name, link in list_lower_links(tree):
+        parent = resolve_directory(root, list(link.target[:-1]), create=False)
+        target = parent.children.get(link.target[-1]) if parent is not None else None
+        if target is None or isinstance(target, Directory):
+            why = "a directory" if target is not None else "neither in this layer nor below"
+            raise Failure(f"{label}: {show(name)}: hard link to {show(b'/'.join(link.target))}, which is {why}",
+                          Cause.FORMAT)  # fmt: skip
+        found[id(link)] = target
+    return found
+
+
+def _apply_layer(root: Directory, upper_root: Directory, linked: Mapping[int, Inode]) -> None:
     if not upper_root.implied:
         root.copy_attributes(upper_root)
     stack: list[tuple[Directory, Directory, tuple[bytes, ...]]] = [(root, upper_root, ())]
@@ -34,7 +68,7 @@ def _apply_layer(root: Directory, upper_root: Directory) -> None:
             if name.startswith(WHITEOUT_PREFIX):
                 continue
             if not isinstance(child, Directory):
-                lower.children[name] = child
+                lower.children[name] = linked.get(id(child), child)
                 continue
             target = _find_target(root, lower, child, name, path)
             if target is None:
@@ -59,35 +93,49 @@ def _find_target(
 
 
 class ChunkChoice:
-    """Which of several equal chunks an image uses: the one of the lowest layer among those its files refer to."""
+    """Which of several equal chunks an image uses: the dictionary's, else the one of the lowest layer among those its
+    files refer to."""
 
-    def __init__(self, root: Directory, tables: Sequence[ChunkTable]) -> None:
-        """tables: of the layers, lowest first. used: whether the image needs a layer's blob; moved: id(table) -> chunk
-        -> (layer, chunk) it uses instead."""
-        order = {id(table): layer for layer, table in enumerate(tables)}
-        needed = [bytearray(len(table)) for table in tables]
+    def __init__(self, root: Directory, tables: Sequence[ChunkTable], dictionary: Sequence[ChunkTable] = ()) -> None:
+        """tables: of the layers, lowest first; they count before the dictionary's in what this tells. used: whether the
+        image needs a table's blob; moved: id(table) -> chunk -> (table, chunk) it uses instead."""
+        every = [*tables, *dictionary]
+        order = {id(table): number for number, table in enumerate(every)}
+        needed = [bytearray(len(table)) for table in every]
+        foreign: set[tuple[int, int]] = set()
         for directory in walk_directories(root):
             for child in directory.children.values():
                 if isinstance(child, RegularFile) and child.chunks:
-                    marks = needed[order[id(child.table)]]
+                    number = order[id(child.table)]
+                    marks = needed[number]
                     for chunk in child.chunks:
-                        marks[chunk] = 1
-        first: dict[tuple[bytes, int], tuple[int, int]] = {}
-        self.used = [False] * len(tables)
+                        if chunk < FOREIGN_BASE:
+                            marks[chunk] = 1
+                        else:
+                            foreign.add((number, chunk))
+        self.used = [False] * len(every)
         self.moved: dict[int, dict[int, tuple[int, int]]] = {}
+        for number, chunk in foreign:
+            table, index = every[number].locate(chunk)
+            place = order[id(table)], index
+            needed[place[0]][index] = 1
+            self.moved.setdefault(id(every[number]), {})[chunk] = place
+        first: dict[tuple[bytes, int], tuple[int, int]] = {}
         several = sum(1 for marks in needed if any(marks)) > 1
-        for layer, (table, marks) in enumerate(zip(tables, needed, strict=True)):
-            if not several:
-                self.used[layer] = any(marks)
-                continue
+        for number in (*range(len(tables), len(every)), *range(len(tables))):
+            table, marks = every[number], needed[number]
+            if not several or number >= len(tables):
+                self.used[number] = any(marks)
+                if not several:
+                    continue
             moved: dict[int, tuple[int, int]] = {}
             for chunk, mark in enumerate(marks):
                 if not mark:
                     continue
-                place = first.setdefault((table.digest(chunk), table.usizes[chunk]), (layer, chunk))
-                if place[0] == layer:
-                    self.used[layer] = True
+                place = first.setdefault((table.digest(chunk), table.usizes[chunk]), (number, chunk))
+                if place[0] == number or number >= len(tables):
+                    self.used[number] = True
                 else:
                     moved[chunk] = place
             if moved:
-                self.moved[id(table)] = moved
+                self.moved.setdefault(id(table), {}).update(moved)

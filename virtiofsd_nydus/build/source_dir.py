@@ -23,6 +23,7 @@ class DirectorySource:
         self.dropped_xattrs = 0
         self.files = 0
         self.file_bytes = 0
+        self.prefetch_chunks = 0  # at the start of the blob, of the files to prefetch
         self._path = os.fsencode(path)
         self._chunker = chunker
         self._table = table
@@ -41,12 +42,20 @@ class DirectorySource:
         for path, inode in walk_names(root):
             if isinstance(inode, RegularFile):
                 files.setdefault(id(inode), (path, inode))
-        for path, file in self._order(list(files.values())):
+        ordered, wanted = self._order(list(files.values()))
+        for number, (path, file) in enumerate(ordered):
+            if number == wanted and wanted:
+                self._chunker.flush()
+                self.prefetch_chunks = len(self._table)
             self._send(self._path + path, file)
+        if wanted == len(ordered) and wanted:
+            self._chunker.flush()
+            self.prefetch_chunks = len(self._table)
         return root
 
-    def _order(self, files: list[tuple[bytes, RegularFile]]) -> list[tuple[bytes, RegularFile]]:
-        """Stable, so that the order of the tree remains within a pattern and behind all of them."""
+    def _order(self, files: list[tuple[bytes, RegularFile]]) -> tuple[list[tuple[bytes, RegularFile]], int]:
+        """Those to prefetch first, and how many they are. Stable, so that the order of the tree remains within a
+        pattern and behind all of them."""
 
         def rank(item: tuple[bytes, RegularFile]) -> int:
             for index, pattern in enumerate(self._prefetch):
@@ -54,7 +63,9 @@ class DirectorySource:
                     return index
             return len(self._prefetch)
 
-        return sorted(files, key=rank) if self._prefetch else files
+        if not self._prefetch:
+            return files, 0
+        return sorted(files, key=rank), sum(rank(item) < len(self._prefetch) for item in files)
 
     def _scan(self) -> Directory:
         root = self._make_directory(self._path, Path(os.fsdecode(self._path)).stat())

@@ -8,7 +8,7 @@ from virtiofsd_nydus.build.tar_stream import Readable, TarEntry, TarFailure, Tar
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.bootstrap import encode_xattrs, is_storable_xattr
-from virtiofsd_nydus.rafs.tree import ChunkTable, Directory, Inode, RegularFile, Special, Symlink, Xattrs
+from virtiofsd_nydus.rafs.tree import ChunkTable, Directory, Inode, LowerLink, RegularFile, Special, Symlink, Xattrs
 
 # Index files of eStargz layers: descriptions of the tar, not content.
 SKIPPED_AT_ROOT = {b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"}
@@ -146,7 +146,9 @@ class TarSource:
         parent = resolve_directory(self.root, parts[:-1], create=False) if parts else None
         target = parent.children.get(parts[-1]) if parent is not None else None
         if target is None:
-            raise TarFailure(f"{show(entry.name)}: hard link to {show(entry.link)}, which is not in this layer")
+            if not parts:
+                raise TarFailure(f"{show(entry.name)}: hard link to the root")
+            return LowerLink(tuple(parts))
         if isinstance(target, Directory):
             raise TarFailure(f"{show(entry.name)}: hard link to the directory {show(entry.link)}")
         return target

@@ -8,10 +8,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from virtiofsd_nydus.build.options import CODECS, DIGESTERS, PREFETCH_POLICIES, BuildOptions
+from virtiofsd_nydus.build.options import CODECS, DIGESTERS, FS_VERSIONS, PREFETCH_POLICIES, BuildOptions
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+
+if TYPE_CHECKING:
+    from virtiofsd_nydus.build.dictionary import ChunkDictionary
 
 
 def parse_size(text: str) -> int:
@@ -27,27 +30,62 @@ def parse_size(text: str) -> int:
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """The flags that say what kind of image is made; `convert` takes them too."""
-    parser.add_argument("--fs-version", type=int, default=6, metavar="N", help="RAFS version (6)")
+    parser.add_argument("--fs-version", type=int, default=6, choices=FS_VERSIONS, help="RAFS version (6)")
     parser.add_argument("--compressor", choices=list(CODECS), default="zstd", help="codec of the chunks (zstd)")
     parser.add_argument("--compression-level", type=int, default=3, metavar="N", help="level of zstd, 1 to 19 (3)")
     parser.add_argument("--digester", choices=list(DIGESTERS), default="blake3", help="chunk digests (blake3)")
     parser.add_argument("--chunk-size", type=parse_size, default=1 << 20, metavar="BYTES",
                         help="power of two, 4K to 16M (1M)")  # fmt: skip
+    parser.add_argument("--batch-size", type=parse_size, default=0, metavar="BYTES",
+                        help="compress files under half of it together; power of two, 4K to the chunk size (0: not)")
+    parser.add_argument("--aligned-chunk", action="store_true", help="align uncompressed chunks to 4K (v5; v6 always)")
+    parser.add_argument("--encrypt", action="store_true",
+                        help="encrypt blobs with AES-128-XTS; the keys are in the bootstrap")
     parser.add_argument("--chunk-dict", type=Path, metavar="BOOTSTRAP", help="reuse this image's chunks")
-    parser.add_argument("--prefetch-policy", choices=PREFETCH_POLICIES, default="none", help="what a mount prefetches")
+    parser.add_argument("--prefetch-policy", choices=PREFETCH_POLICIES, default="none",
+                        help="what a mount prefetches: fs: the paths below, blob: the blobs' heads, which hold them")
     parser.add_argument("--prefetch-pattern", action="append", metavar="PATH",
                         help="path in the image to prefetch, repeatable (/)")  # fmt: skip
+    parser.add_argument("--prefetch-files", metavar="FILE",
+                        help="such paths, one a line (-: standard input, which is read anyway with a policy and no paths)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="compressing threads (one a processor)")
 
 
-def make_options(args: argparse.Namespace) -> BuildOptions:
-    if args.chunk_dict is not None:
-        raise UsageFailure("--chunk-dict is not supported yet")
+def make_options(args: argparse.Namespace, *, oci_ref: bool = False) -> BuildOptions:
     return BuildOptions(
         fs_version=args.fs_version, compressor=args.compressor, digester=args.digester, chunk_size=args.chunk_size,
-        compression_level=args.compression_level, prefetch_policy=args.prefetch_policy,
-        prefetch_patterns=tuple(args.prefetch_pattern or ("/",)), threads=args.threads,
+        compression_level=args.compression_level, batch_size=args.batch_size, aligned_chunk=args.aligned_chunk,
+        encrypt=args.encrypt, oci_ref=oci_ref, prefetch_policy=args.prefetch_policy,
+        prefetch_patterns=read_patterns(args), threads=args.threads,
     )  # fmt: skip
+
+
+def read_patterns(args: argparse.Namespace) -> tuple[str, ...]:
+    """The paths to prefetch. As nydus-image does, standard input is read where a policy asks for paths and none is
+    given; a terminal is not waited for. Nothing at all stands for the whole tree."""
+    if args.prefetch_policy == "none":
+        if args.prefetch_files or args.prefetch_pattern:
+            raise UsageFailure("paths to prefetch need --prefetch-policy fs or blob")
+        return ("/",)
+    found = list(args.prefetch_pattern or ())
+    lines: list[bytes] = []
+    if args.prefetch_files not in (None, "-"):
+        try:
+            lines = Path(args.prefetch_files).read_bytes().splitlines()
+        except OSError as error:
+            raise Failure(f"{args.prefetch_files}: {error.strerror}", Cause.IO) from error
+    elif args.prefetch_files == "-" or (not found and sys.stdin is not None and not sys.stdin.isatty()):
+        lines = sys.stdin.buffer.read().splitlines()
+    found += [os.fsdecode(line.strip()) for line in lines if line.strip()]
+    return tuple(dict.fromkeys(found)) or ("/",)
+
+
+def load_chunk_dict(args: argparse.Namespace, options: BuildOptions) -> "ChunkDictionary | None":
+    if args.chunk_dict is None:
+        return None
+    from virtiofsd_nydus.build.dictionary import load_dictionary
+
+    return load_dictionary(args.chunk_dict, options)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
         raise Failure(f"{args.source}: no such file or directory", Cause.MISSING)
     start = time.monotonic()
     try:
-        result = build_image(args.source, args.bootstrap, args.blob_dir, options, show_progress=not args.json)
+        result = build_image(args.source, args.bootstrap, args.blob_dir, options, show_progress=not args.json,
+                             dictionary=load_chunk_dict(args, options))
     except OSError as error:
         cause = Cause.SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Cause.IO
         raise Failure(f"{error.filename or args.blob_dir}: {error.strerror}", cause) from error
@@ -77,7 +116,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def build_image(
-    source: Path, bootstrap: Path, blob_dir: Path, options: BuildOptions, *, show_progress: bool = False
+    source: Path, bootstrap: Path, blob_dir: Path, options: BuildOptions, *, show_progress: bool = False,
+    dictionary: "ChunkDictionary | None" = None,
 ) -> dict[str, object]:
     """Writes bootstrap and blob_dir/<blob id>; neither appears under its name before it is whole."""
     from virtiofsd_nydus.build.image import build_layer, merge_layers
@@ -89,10 +129,11 @@ def build_image(
         try:
             with _Progress(source, enabled=show_progress) as progress:
                 layer = build_layer(
-                    source, options=options, out_blob=out, kind=kind, label=str(source), on_progress=progress.advance
-                )
-            image = merge_layers([layer], options=options)
-            if image.blobs:
+                    source, options=options, out_blob=out, kind=kind, label=str(source), on_progress=progress.advance,
+                    dictionary=dictionary,
+                )  # fmt: skip
+            image = merge_layers([layer], options=options, dictionary=dictionary)
+            if any(info.blob_id == layer.blob_id for info in image.blobs):
                 temporary.chmod(0o644)
                 temporary.replace(blob_dir / layer.blob_id)
         finally:
@@ -107,13 +148,16 @@ def build_image(
         "bootstrap": str(bootstrap),
         "bootstrap_bytes": len(image.bootstrap),
         "blobs": [info.blob_id for info in image.blobs],
-        "blob_bytes": sum(info.compressed_size for info in image.blobs),
+        "blob_bytes": layer.blob_size if layer.blob_info else 0,
         "names": image.stats.names,
         "inodes": image.stats.inodes,
         "files": layer.stats.files,
         "file_bytes": layer.stats.file_bytes,
         "chunks": image.stats.chunks,
+        "unique_bytes": layer.stats.unique_bytes,
+        "stored_bytes": layer.stats.stored_bytes,
         "deduplicated_bytes": layer.stats.deduplicated_bytes,
+        "dictionary_bytes": layer.stats.dictionary_bytes,
         "dropped_xattrs": layer.stats.dropped_xattrs,
         "fs_version": options.fs_version,
         "compressor": options.compressor,

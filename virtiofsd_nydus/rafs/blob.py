@@ -1,16 +1,16 @@
-"""Writes a data blob of a RAFS v6 layer: chunk data, blob.meta, chunk digests, the layer's own bootstrap, and the table
-of contents that finds them from the blob's end.
+"""The chunk data of a blob: what every kind of blob starts with, and the plain blob of RAFS v5, which is nothing else.
 
-Each section is followed (not preceded) by a tar header, because its size is known only then: the blob is a stream, and
-its id is the sha256 of all of it.
+A blob is a stream, written from front to end, and its id is the sha256 of all of it.
 """
 
 import hashlib
+from dataclasses import dataclass
 from typing import Protocol
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.bootstrap import BlobInfo
+from virtiofsd_nydus.rafs.cipher import Cipher
+from virtiofsd_nydus.rafs.layout import ChunkFlag
 from virtiofsd_nydus.rafs.tree import ChunkTable
 
 FLUSH_BYTES = 1 << 20
@@ -22,70 +22,53 @@ class Writable(Protocol):
     def write(self, data: memoryview, /) -> object: ...
 
 
-def encode_tar_header(name: str, size: int) -> bytes:
-    """The 512-byte header behind a section; GNU magic, mode and owner left NUL as Nydus leaves them."""
-    header = bytearray(layout.TAR_HEADER_BYTES)
-    header[: len(name)] = name.encode()
-    if size < 8 << 30:
-        header[124:136] = b"%011o\0" % size
-    else:
-        header[124:136] = b"\x80" + size.to_bytes(11, "big")
-    header[136:148] = b"%011o\0" % 0
-    header[148:156] = b" " * 8
-    header[156] = ord("0")
-    header[257:265] = b"ustar  \0"
-    header[148:156] = b"%07o\0" % sum(header)
-    return bytes(header)
+@dataclass(slots=True, kw_only=True)
+class BlobInfo:
+    """One data blob as the blob table tells it. Sizes and offsets in bytes. meta_digest and meta_size: of the blob that
+    holds blob.meta, where that is another one (zran). prefetch_size: stored bytes at the blob's start that a mount is to
+    prefetch (v5, policy blob)."""
 
-
-def compress_section(data: bytes | bytearray, codec: layout.Codec, level: int = 3) -> tuple[bytes, layout.Codec]:
-    """A metadata section in the given codec, or as it is when that does not make it smaller."""
-    packed: bytes
-    if codec is layout.Codec.ZSTD:
-        import zstandard
-
-        packed = zstandard.ZstdCompressor(level=level).compress(data)
-    elif codec is layout.Codec.LZ4_BLOCK:
-        import lz4.block
-
-        packed = lz4.block.compress(data, store_size=False)
-    else:
-        packed = bytes(data)
-    if codec is layout.Codec.NONE or len(packed) >= len(data):
-        return bytes(data), layout.Codec.NONE
-    return packed, codec
-
-
-def encode_chunk_infos(table: ChunkTable) -> bytearray:
-    """blob.meta's array, v1: two words a chunk."""
-    import sys
-    from array import array
-
-    words = array("Q")
-    for uoff, usize, coff, csize in zip(table.uoffs, table.usizes, table.coffs, table.csizes, strict=True):
-        words.append(uoff | (usize - 1 & 0xFFFFF) << 44 | (usize - 1 >> 20) << 8)
-        words.append(coff | (csize - 1 & 0xFFFFF) << 44 | (csize - 1 >> 20) << 40)
-    if sys.byteorder == "big":
-        words.byteswap()
-    return bytearray(words.tobytes())
+    blob_id: str
+    table: ChunkTable
+    codec: layout.Codec
+    digester: layout.Digester
+    chunk_size: int
+    features: int
+    compressed_size: int
+    uncompressed_size: int
+    ci_codec: layout.Codec = layout.Codec.NONE
+    ci_offset: int = 0
+    ci_csize: int = 0
+    ci_usize: int = 0
+    toc_size: int = 0
+    toc_digest: bytes = bytes(32)
+    meta_digest: bytes = bytes(32)
+    meta_size: int = 0
+    prefetch_size: int = 0
+    cipher: Cipher | None = None
 
 
 class BlobWriter:
-    """Writes one blob from front to end: write_chunk for all chunks, finish_data, write_bootstrap, finish."""
+    """Takes the chunks of one blob in the order of their indexes. A subclass says what follows them: finish_data, then
+    write_bootstrap, then finish."""
+
+    alignment = layout.BLOCK_BYTES  # of uncompressed offsets
 
     def __init__(
-        self, out: Writable, *, chunk_size: int, codec: layout.Codec, digester: layout.Digester
-    ) -> None:
+        self, out: Writable, *, chunk_size: int, codec: layout.Codec, digester: layout.Digester,
+        cipher: Cipher | None = None,
+    ) -> None:  # fmt: skip
         self.table = ChunkTable()
         self.size = 0
+        self.data_size = 0  # of it, chunks; once finish_data is called
         self.codec = codec
         self.digester = digester
         self.chunk_size = chunk_size
+        self.cipher = cipher
         self.uncompressed_size = 0
         self._out = out
         self._hash = hashlib.sha256()
         self._buffer = bytearray()
-        self._toc = bytearray()
         self._info: BlobInfo | None = None
 
     def _flush(self) -> None:
@@ -104,95 +87,73 @@ class BlobWriter:
         if len(self._buffer) >= FLUSH_BYTES:
             self._flush()
 
-    def write_chunk(self, digest: bytes, payload: bytes | memoryview, usize: int) -> int:
-        """Appends a chunk, compressed iff the payload is shorter than usize; returns its index."""
+    def _add_entry(self, digest: bytes, crc: int, usize: int, coff: int, csize: int, flags: int) -> int:
         table = self.table
         index = len(table)
         if index >= layout.CHUNKS_PER_BLOB_MAX:
             raise Failure(f"a layer has more than {index} chunks; use a larger chunk size", Cause.FORMAT)
         table.digests += digest
         table.uoffs.append(self.uncompressed_size)
-        table.coffs.append(self.size)
-        table.csizes.append(len(payload))
+        table.coffs.append(coff)
+        table.csizes.append(csize)
         table.usizes.append(usize)
-        self._write(payload)
-        self.uncompressed_size += usize + (-usize & layout.BLOCK_BYTES - 1)
+        table.crcs.append(crc)
+        table.flags.append(flags | (ChunkFlag.HAS_CRC32C if crc else 0))
+        self.uncompressed_size += usize + (-usize & self.alignment - 1)
         if self.size > layout.BLOB_BYTES_MAX or self.uncompressed_size > layout.BLOB_UNCOMPRESSED_MAX:
             raise Failure("a layer is too large for one RAFS blob (1 TiB compressed, 16 TiB not)", Cause.FORMAT)
         return index
 
-    def _add_toc(self, name: str, codec: layout.Codec, digest: bytes, coff: int, csize: int, usize: int) -> None:
-        self._toc += layout.TOC_ENTRY.pack(layout.TOC_FLAG[codec], 0, name.encode(), digest, coff, csize, usize)
+    def write_chunk(self, digest: bytes, crc: int, payload: bytes | memoryview, usize: int, flags: int) -> int:
+        """Appends a chunk as it is to be stored; flags of ChunkFlag. Returns its index."""
+        index = self._add_entry(digest, crc, usize, self.size, len(payload), flags)
+        self._write(payload)
+        return index
 
-    def _write_section(
-        self, name: str, data: bytes | bytearray, codec: layout.Codec, digest: bytes, usize: int
-    ) -> None:
-        offset = self.size
-        self._write(data)
-        self._write(encode_tar_header(name, len(data)))
-        self._add_toc(name, codec, digest, offset, len(data), usize)
+    def write_batched(self, digest: bytes, crc: int, data: bytes) -> int:
+        """Appends a small chunk to the batch being collected, not compressed."""
+        raise NotImplementedError
 
     def finish_data(self) -> BlobInfo | None:
-        """Ends the chunk data and writes blob.meta and blob.digest. Returns what the layer's own bootstrap says of its
-        blob (a placeholder for an id, sizes so far); None when there are no chunks and so nothing to say."""
-        features = (
-            layout.BlobFeature.ALIGNED | layout.BlobFeature.INLINED_FS_META | layout.BlobFeature.HAS_TAR_HEADER
-            | layout.BlobFeature.HAS_TOC | layout.BlobFeature.CAP_TAR_TOC
-        )  # fmt: skip
-        if not len(self.table):
-            return None
-        features |= layout.BlobFeature.INLINED_CHUNK_DIGEST
-        data_bytes = self.size
-        self._write(encode_tar_header("image.blob", data_bytes))
-        self._flush()
-        # the one digest of the table of contents that covers a tar header too
-        self._add_toc("image.blob", layout.Codec.NONE, self._hash.digest(), 0, data_bytes, self.uncompressed_size)
-
-        infos = encode_chunk_infos(self.table)
-        packed, ci_codec = compress_section(infos, self.codec)
-        offset = self.size
-        header = layout.META_HEADER.pack(
-            layout.META_MAGIC, features, ci_codec, len(self.table), offset, len(packed), len(infos), 0, 0, 0,
-            layout.META_MAGIC,
-        )  # fmt: skip
-        self._write(packed)
-        self._write(header)
-        self._write(encode_tar_header("blob.meta", len(packed) + len(header)))
-        self._add_toc("blob.meta", ci_codec, hashlib.sha256(infos).digest(), offset, len(packed), len(infos))
-        self._add_toc(
-            "blob.meta.header", layout.Codec.NONE, hashlib.sha256(header).digest(), offset + len(packed), len(header),
-            len(header),
-        )  # fmt: skip
-        digests = self.table.digests
-        self._write_section("blob.digest", digests, layout.Codec.NONE, hashlib.sha256(digests).digest(), len(digests))
-        self._info = BlobInfo(
-            blob_id=layout.PLACEHOLDER_ID, table=self.table, codec=self.codec, digester=self.digester,
-            chunk_size=self.chunk_size, features=features, compressed_size=self.size,
-            uncompressed_size=self.uncompressed_size, ci_codec=ci_codec, ci_offset=offset, ci_csize=len(packed),
-            ci_usize=len(infos),
-        )  # fmt: skip
-        return self._info
+        """Ends the chunk data. Returns what the layer's own bootstrap says of its blob; None when there are no chunks
+        and so nothing to say."""
+        raise NotImplementedError
 
     def write_bootstrap(self, bootstrap: bytes | bytearray) -> None:
-        """The layer's own bootstrap. Always zstd where that helps, whatever the data's codec: readers know no other."""
-        packed, codec = compress_section(bootstrap, layout.Codec.ZSTD)
-        self._write_section("image.boot", packed, codec, hashlib.sha256(bootstrap).digest(), len(bootstrap))
+        """Takes the layer's own bootstrap, where the blob has a place for it."""
+
+    @property
+    def holds_bootstrap(self) -> bool:
+        return False
 
     def finish(self) -> tuple[str, BlobInfo | None]:
-        """Writes the table of contents. Returns the blob's id and what a merged bootstrap says of it, None without
-        chunks."""
-        toc = bytes(self._toc)
-        header = encode_tar_header("rafs.blob.toc", len(toc))
-        self._write(toc)
-        self._write(header)
+        """Returns the blob's id and what a merged bootstrap says of it, None without chunks."""
+        raise NotImplementedError
+
+
+class PlainBlobWriter(BlobWriter):
+    """A blob of RAFS v5: chunk data alone. Uncompressed offsets run on without gaps, unless aligned."""
+
+    def __init__(
+        self, out: Writable, *, chunk_size: int, codec: layout.Codec, digester: layout.Digester, aligned: bool = False
+    ) -> None:
+        super().__init__(out, chunk_size=chunk_size, codec=codec, digester=digester)
+        if not aligned:
+            self.alignment = 1
+
+    def finish_data(self) -> BlobInfo | None:
+        self.data_size = self.size
+        if len(self.table):
+            self._info = BlobInfo(
+                blob_id=layout.PLACEHOLDER_ID, table=self.table, codec=self.codec, digester=self.digester,
+                chunk_size=self.chunk_size, features=layout.BlobFeature.CAP_TAR_TOC, compressed_size=self.size,
+                uncompressed_size=self.uncompressed_size,
+            )  # fmt: skip
+        return self._info
+
+    def finish(self) -> tuple[str, BlobInfo | None]:
         self._flush()
         blob_id = self._hash.hexdigest()
-        info = self._info
-        if info is not None:
-            info.blob_id = blob_id
-            # true of the blob, but the merged bootstrap is not the one in it
-            info.features &= ~layout.BlobFeature.INLINED_FS_META
-            info.compressed_size = self.size
-            info.toc_size = len(toc) + len(header)
-            info.toc_digest = hashlib.sha256(toc + header).digest()
-        return blob_id, info
+        if self._info is not None:
+            self._info.blob_id = blob_id
+        return blob_id, self._info

@@ -7,11 +7,12 @@ dirent is written, so nothing is patched afterwards.
 
 import stat
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
+from virtiofsd_nydus.rafs.blob import BlobInfo
 from virtiofsd_nydus.rafs.layout import BLOCK_BYTES, CHUNK_INDEX_BYTES, INODE_BYTES, NID_BYTES, align_up
 from virtiofsd_nydus.rafs.tree import (
     ChunkTable,
@@ -33,26 +34,6 @@ FILE_TYPES = {
 
 # A chunk somewhere else: blob index, index in that blob
 ChunkPlace = tuple[int, int]
-
-
-@dataclass(slots=True, kw_only=True)
-class BlobInfo:
-    """One data blob as the blob table tells it. Sizes and offsets in bytes."""
-
-    blob_id: str
-    table: ChunkTable
-    codec: layout.Codec
-    digester: layout.Digester
-    chunk_size: int
-    features: int
-    compressed_size: int
-    uncompressed_size: int
-    ci_codec: layout.Codec = layout.Codec.NONE
-    ci_offset: int = 0
-    ci_csize: int = 0
-    ci_usize: int = 0
-    toc_size: int = 0
-    toc_digest: bytes = bytes(32)
 
 
 @dataclass(slots=True)
@@ -86,6 +67,16 @@ def is_storable_xattr(name: bytes, value: bytes) -> bool:
         return False
     return any(name == prefix if index in (2, 3) else name.startswith(prefix) and len(name) > len(prefix)
                for prefix, index in layout.XATTR_PREFIXES)  # fmt: skip
+
+
+def encode_chunk_record(table: ChunkTable, index: int, blob_index: int, file_offset: int) -> bytes:
+    """The 80 bytes that tell a chunk, in the chunk table of v6 and behind each file of v5. A batched chunk is told
+    without its place, which only blob.meta has."""
+    csize = table.csizes[index]
+    return layout.CHUNK_RECORD.pack(
+        table.digest(index), blob_index, table.flags[index], csize, table.usizes[index],
+        table.coffs[index] if csize else 0, table.uoffs[index], file_offset, index, table.crcs[index],
+    )  # fmt: skip
 
 
 class MetaArea:
@@ -212,9 +203,12 @@ class BootstrapWriter:
         out += bytes(-len(out) % BLOCK_BYTES)
 
         flags = (
-            layout.CODEC_FLAG[self.codec] | layout.DIGESTER_FLAG[self.digester]
-            | layout.SuperFlag.EXPLICIT_UID_GID | layout.SuperFlag.ENCRYPTION_NONE
-        )  # fmt: skip
+            layout.CODEC_FLAG[self.codec] | layout.DIGESTER_FLAG[self.digester] | layout.SuperFlag.EXPLICIT_UID_GID
+        )
+        if any(blob.cipher is not None for blob in self.blobs):
+            flags |= layout.SuperFlag.ENCRYPTION_AES_128_XTS
+        else:
+            flags |= layout.SuperFlag.ENCRYPTION_NONE
         if len(self._xattr_bodies) > 1:
             flags |= layout.SuperFlag.HAS_XATTR
         if all(blob.features & layout.BlobFeature.INLINED_CHUNK_DIGEST for blob in self.blobs):
@@ -381,21 +375,16 @@ class BootstrapWriter:
         return out
 
     def _write_file(self, out: bytearray, meta_start: int, inode: RegularFile) -> None:
-        i_u = self.chunk_size.bit_length() - 1 - layout.BLOCK_BITS | layout.CHUNK_FORMAT_INDEXES
+        bits = self.chunk_size.bit_length() - 1 - layout.BLOCK_BITS
+        whole = (inode.size - 1).bit_length() - layout.BLOCK_BITS if inode.size else 0
+        if len(inode.chunks) > 1 and whole <= layout.CHUNK_FORMAT_BITS and self._is_contiguous(inode):
+            bits = whole  # one chunk to the kernel, which then reads the first index alone; RAFS readers do not look
+        i_u = bits | layout.CHUNK_FORMAT_INDEXES
         offset = align_up(self._write_inode(out, meta_start, inode, layout.LAYOUT_CHUNKED, inode.size, i_u), 8)
         if not inode.size:
             return
-        own_index = self._blob_index.get(id(inode.table))
-        moved = self._moved.get(id(inode.table), {})
         pack_into, file_offset = layout.CHUNK_INDEX.pack_into, 0
-        for chunk in inode.chunks:
-            place = moved.get(chunk)
-            if place is not None:
-                blob_index, index = place
-            elif own_index is not None:
-                blob_index, index = own_index, chunk
-            else:
-                raise ValueError("a file's chunk is in no blob of the image")
+        for blob_index, index in self._places(inode):
             used = self._used[blob_index]
             if not used[index]:
                 used[index] = 1
@@ -408,6 +397,31 @@ class BootstrapWriter:
             offset += CHUNK_INDEX_BYTES
             file_offset += self.chunk_size
 
+    def _places(self, inode: RegularFile) -> Iterator[ChunkPlace]:
+        """Where each chunk of a file is."""
+        own_index = self._blob_index.get(id(inode.table))
+        moved = self._moved.get(id(inode.table), {})
+        for chunk in inode.chunks:
+            place = moved.get(chunk)
+            if place is not None:
+                yield place
+            elif own_index is not None:
+                yield own_index, chunk
+            else:
+                raise ValueError("a file's chunk is in no blob of the image")
+
+    def _is_contiguous(self, inode: RegularFile) -> bool:
+        """Whether all chunks are on one blob, one behind the other."""
+        places = self._places(inode)
+        blob_index, index = next(places)
+        uoffs = self.blobs[blob_index].table.uoffs
+        expected = uoffs[index]
+        for other, index in places:
+            expected += self.chunk_size
+            if other != blob_index or uoffs[index] != expected:
+                return False
+        return True
+
     # ---- tables
     def _list_chunks(self) -> list[bytes]:
         """Records of the chunks that files use, by digest, then blob. A record starts with the digest and the blob
@@ -417,13 +431,8 @@ class BootstrapWriter:
             table = blob.table
             for index, is_used in enumerate(used):
                 if is_used:
-                    csize, usize = table.csizes[index], table.usizes[index]
-                    flags = layout.CHUNK_FLAG_COMPRESSED if csize != usize else 0
                     file_offset = self._file_offsets.get((blob_index, index), 0)
-                    records.append(layout.CHUNK_RECORD.pack(
-                        table.digest(index), blob_index, flags, csize, usize, table.coffs[index], table.uoffs[index],
-                        file_offset, index, 0,
-                    ))  # fmt: skip
+                    records.append(encode_chunk_record(table, index, blob_index, file_offset))
         records.sort()
         self.stats.chunks = len(records)
         return records
@@ -443,5 +452,13 @@ class BootstrapWriter:
             layout.BLOB_ENTRY.pack_into(
                 out, blob_table_offset + layout.BLOB_ENTRY_BYTES * index, tag, index, blob.chunk_size, len(blob.table),
                 blob.codec, blob.digester, blob.features, blob.compressed_size, blob.uncompressed_size, blob.toc_size,
-                blob.ci_codec, blob.ci_offset, blob.ci_csize, blob.ci_usize, blob.toc_digest, b"", 0, b"", 0,
+                blob.ci_codec, blob.ci_offset, blob.ci_csize, blob.ci_usize, blob.toc_digest, *_describe_meta(blob),
             )  # fmt: skip
+
+
+def _describe_meta(blob: BlobInfo) -> tuple[bytes, int, bytes, int]:
+    """meta_digest, meta_size, cipher_iv and cipher: the first two hold the key where the blob is encrypted."""
+    if blob.cipher is None:
+        return blob.meta_digest, blob.meta_size, b"", 0
+    iv = blob.cipher.iv
+    return blob.cipher.key, int.from_bytes(iv[:8], "little"), iv[8:], layout.CIPHER_AES_128_XTS

@@ -39,9 +39,11 @@ class SuperFlag(enum.IntFlag):
     HASH_SHA256 = 0x8
     EXPLICIT_UID_GID = 0x10
     HAS_XATTR = 0x20
+    COMPRESSION_GZIP = 0x40
     COMPRESSION_ZSTD = 0x80
     INLINED_CHUNK_DIGEST = 0x100
     ENCRYPTION_NONE = 0x100_0000
+    ENCRYPTION_AES_128_XTS = 0x200_0000
 
 
 # ---- device slot: tag (blob id), blocks, mapped_blkaddr
@@ -88,11 +90,19 @@ XATTR_BODY_MAX = XATTR_HEADER_BYTES + 4 * (0xFFFF - 1)  # i_xattr_icount is 16 b
 # meta_size, cipher_iv, cipher
 BLOB_ENTRY = struct.Struct("<64sIIIIIIQQIIQQQ32s32sQ8sI36x")
 BLOB_ENTRY_BYTES = 256
+CIPHER_AES_128_XTS = 1
 PLACEHOLDER_ID = "x" * 64  # id of a blob in the bootstrap inlined in that very blob
 
 # ---- chunk table record, 80 bytes: digest, blob_index, flags, csize, usize, coff, uoff, file_offset, index, crc32
 CHUNK_RECORD = struct.Struct("<32sIIIIQQQII")
-CHUNK_FLAG_COMPRESSED = 1
+
+
+class ChunkFlag(enum.IntFlag):
+    """Flags of a chunk record."""
+
+    COMPRESSED = 0x1
+    ENCRYPTED = 0x4
+    HAS_CRC32C = 0x10
 
 
 class BlobFeature(enum.IntFlag):
@@ -100,7 +110,12 @@ class BlobFeature(enum.IntFlag):
 
     ALIGNED = 0x1
     INLINED_FS_META = 0x2
+    CHUNK_INFO_V2 = 0x4
+    ZRAN = 0x8
+    SEPARATE = 0x10
     INLINED_CHUNK_DIGEST = 0x20
+    BATCH = 0x80
+    ENCRYPTED = 0x100
     HAS_TAR_HEADER = 0x1000_0000
     HAS_TOC = 0x2000_0000
     CAP_TAR_TOC = 0x4000_0000
@@ -111,6 +126,7 @@ class Codec(enum.IntEnum):
 
     NONE = 0
     LZ4_BLOCK = 1
+    GZIP = 2
     ZSTD = 3
 
 
@@ -122,6 +138,7 @@ class Digester(enum.IntEnum):
 CODEC_FLAG = {
     Codec.NONE: SuperFlag.COMPRESSION_NONE,
     Codec.LZ4_BLOCK: SuperFlag.COMPRESSION_LZ4,
+    Codec.GZIP: SuperFlag.COMPRESSION_GZIP,
     Codec.ZSTD: SuperFlag.COMPRESSION_ZSTD,
 }
 DIGESTER_FLAG = {Digester.BLAKE3: SuperFlag.HASH_BLAKE3, Digester.SHA256: SuperFlag.HASH_SHA256}
@@ -132,6 +149,20 @@ META_HEADER_BYTES = 4096
 # magic, features, ci_compressor, entries, ci_offset, ci_csize, ci_usize, ctx_offset, ctx_size, ctx_count, magic
 META_HEADER = struct.Struct("<IIIIQQQQQI4032xI")
 CHUNK_INFO_BYTES = 16
+
+
+class InfoFlag(enum.IntFlag):
+    """Flags of a chunk info, v2."""
+
+    COMPRESSED = 0x1
+    ZRAN = 0x2
+    BATCH = 0x4
+    ENCRYPTED = 0x8
+    HAS_CRC32C = 0x10
+
+
+# zran context: in_off, out_off, dict_off, in_len, out_len, dict_len, ctx_byte, ctx_bits
+ZRAN_CONTEXT = struct.Struct("<QQQIIIBB2x")
 
 # ---- table of contents entry, 128 bytes: flags, reserved, name, digest, coff, csize, usize
 TOC_ENTRY = struct.Struct("<II16s32sQQQ48x")
@@ -159,7 +190,7 @@ def align_up(value: int, alignment: int) -> int:
 
 for _struct, _bytes in (
     (SUPER, 128), (EXT_SUPER, 256), (DEVICE_SLOT, 128), (INODE, 64), (DIRENT, 12), (CHUNK_INDEX, 8), (BLOB_ENTRY, 256),
-    (CHUNK_RECORD, 80), (META_HEADER, 4096), (TOC_ENTRY, 128),
+    (CHUNK_RECORD, 80), (ZRAN_CONTEXT, 40), (META_HEADER, 4096), (TOC_ENTRY, 128),
 ):  # fmt: skip
     if _struct.size != _bytes:
         raise ImportError(f"structure {_struct.format!r} is {_struct.size} bytes, not {_bytes}")

@@ -10,10 +10,19 @@ from collections.abc import Iterator, Sequence
 Xattrs = tuple[tuple[bytes, bytes], ...]
 
 
-class ChunkTable:
-    """The chunks of one blob, in index order, as columns. uoffs are block aligned and ascending."""
+# A file's chunk number from here on is not a chunk of its own blob: it counts in ChunkTable.foreign.
+FOREIGN_BASE = 1 << 24
 
-    __slots__ = ("coffs", "csizes", "digests", "uoffs", "usizes")
+
+class ChunkTable:
+    """The chunks of one blob, in index order, as columns. uoffs ascend (block aligned in RAFS v6).
+
+    flags: those of a chunk record (layout.ChunkFlag). contexts: of a batched or zran chunk, the number of its context,
+    and in `slices` where it lies in what that context decodes to; NO_CONTEXT for others; both empty in a blob without
+    such chunks. A batched chunk has no coff and csize of its own. foreign: chunks of other blobs that files of this
+    layer use, from the chunk dictionary."""
+
+    __slots__ = ("coffs", "contexts", "crcs", "csizes", "digests", "flags", "foreign", "slices", "uoffs", "usizes")
 
     def __init__(self) -> None:
         self.digests = bytearray()  # 32 bytes each
@@ -21,6 +30,22 @@ class ChunkTable:
         self.coffs = array("Q")
         self.csizes = array("I")
         self.usizes = array("I")
+        self.crcs = array("I")  # CRC-32C of the content; 0: not known
+        self.flags = bytearray()
+        self.contexts = array("i")
+        self.slices = array("I")
+        self.foreign: list[tuple[ChunkTable, int]] = []
+
+    def resize(self, count: int) -> None:
+        """Makes room for chunks that are set by their index."""
+        self.digests = bytearray(32 * count)
+        self.uoffs, self.coffs = array("Q", bytes(8 * count)), array("Q", bytes(8 * count))
+        self.csizes, self.usizes = array("I", bytes(4 * count)), array("I", bytes(4 * count))
+        self.crcs, self.flags = array("I", bytes(4 * count)), bytearray(count)
+
+    def locate(self, chunk: int) -> "tuple[ChunkTable, int]":
+        """The table and index a file's chunk number stands for."""
+        return self.foreign[chunk - FOREIGN_BASE] if chunk >= FOREIGN_BASE else (self, chunk)
 
     def __len__(self) -> int:
         return len(self.uoffs)
@@ -91,6 +116,17 @@ class Symlink(Inode):
 
     def __init__(self, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs, target: bytes) -> None:
         super().__init__(mode, uid, gid, mtime_ns, xattrs)
+        self.target = target
+
+
+class LowerLink(Inode):
+    """A name that shares the inode of a path in the layers below; only merging can tell which that is. target: the
+    path's components. It has no attributes of its own."""
+
+    __slots__ = ("target",)
+
+    def __init__(self, target: tuple[bytes, ...]) -> None:
+        super().__init__(0)
         self.target = target
 
 

@@ -1,0 +1,168 @@
+"""The data blob of a RAFS v6 layer: chunk data, blob.meta, chunk digests, the layer's own bootstrap, and the table of
+contents that finds them from the blob's end.
+
+Each section is followed (not preceded) by a tar header, because its size is known only then.
+"""
+
+from virtiofsd_nydus.rafs import layout
+from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, Writable
+from virtiofsd_nydus.rafs.cipher import Cipher
+from virtiofsd_nydus.rafs.layout import BlobFeature, ChunkFlag, InfoFlag
+from virtiofsd_nydus.rafs.meta import (
+    compress_section,
+    digest_section,
+    encode_batch_context,
+    encode_chunk_infos_v1,
+    encode_chunk_infos_v2,
+    encode_header,
+    encode_tar_header,
+    encode_toc_entry,
+)
+
+
+class InlinedBlobWriter(BlobWriter):
+    """A blob with all its sections. With batch_size, small chunks are compressed together, up to so many bytes."""
+
+    def __init__(
+        self, out: Writable, *, chunk_size: int, codec: layout.Codec, digester: layout.Digester, batch_size: int = 0,
+        level: int = 3, cipher: Cipher | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(out, chunk_size=chunk_size, codec=codec, digester=digester, cipher=cipher)
+        self.batch_size = batch_size
+        self._level = level
+        self._toc = bytearray()
+        self._batch = bytearray()
+        self._batched: list[int] = []  # chunks in the batch being collected
+        self._contexts = bytearray()
+        self._context_count = 0
+
+    @property
+    def holds_bootstrap(self) -> bool:
+        return True
+
+    # ---- chunk data
+    def write_chunk(self, digest: bytes, crc: int, payload: bytes | memoryview, usize: int, flags: int) -> int:
+        self._flush_batch()
+        index = super().write_chunk(digest, crc, payload, usize, flags)
+        if self.batch_size:
+            self.table.contexts.append(-1)
+            self.table.slices.append(0)
+        return index
+
+    def write_batched(self, digest: bytes, crc: int, data: bytes) -> int:
+        if len(self._batch) + len(data) >= self.batch_size:
+            self._flush_batch()
+        flags = ChunkFlag.ENCRYPTED if self.cipher else 0
+        index = self._add_entry(digest, crc, len(data), 0, 0, flags)
+        self.table.contexts.append(self._context_count)
+        self.table.slices.append(len(self._batch))
+        self._batch += data
+        self._batched.append(index)
+        return index
+
+    def _flush_batch(self) -> None:
+        if not self._batched:
+            return
+        usize = len(self._batch)
+        packed, _ = compress_section(self._batch, self.codec, self._level)
+        if self.cipher is not None:
+            packed = self.cipher.encrypt(packed)
+        for index in self._batched:
+            self.table.coffs[index] = self.size
+        self._contexts += encode_batch_context(len(packed), usize)
+        self._context_count += 1
+        self._write(packed)
+        self._batch = bytearray()
+        self._batched = []
+
+    # ---- sections
+    def _add_toc(self, name: str, codec: layout.Codec, digest: bytes, coff: int, csize: int, usize: int) -> None:
+        self._toc += encode_toc_entry(name, codec, digest, coff, csize, usize)
+
+    def _write_section(
+        self, name: str, data: bytes | bytearray, codec: layout.Codec, digest: bytes, usize: int
+    ) -> None:
+        offset = self.size
+        self._write(data)
+        self._write(encode_tar_header(name, len(data)))
+        self._add_toc(name, codec, digest, offset, len(data), usize)
+
+    def finish_data(self) -> BlobInfo | None:
+        """Ends the chunk data and writes blob.meta and blob.digest. Returns what the layer's own bootstrap says of its
+        blob (a placeholder for an id, sizes so far); None when there are no chunks and so nothing to say."""
+        self._flush_batch()
+        self.data_size = self.size
+        if not len(self.table):
+            return None
+        features = (
+            BlobFeature.ALIGNED | BlobFeature.INLINED_FS_META | BlobFeature.INLINED_CHUNK_DIGEST
+            | BlobFeature.HAS_TAR_HEADER | BlobFeature.HAS_TOC | BlobFeature.CAP_TAR_TOC
+        )  # fmt: skip
+        if self.batch_size:
+            features |= BlobFeature.CHUNK_INFO_V2 | BlobFeature.BATCH
+        if self.cipher is not None:
+            features |= BlobFeature.CHUNK_INFO_V2 | BlobFeature.ENCRYPTED
+        data_bytes = self.size
+        self._write(encode_tar_header("image.blob", data_bytes))
+        self._flush()
+        # the one digest of the table of contents that covers a tar header too
+        self._add_toc("image.blob", layout.Codec.NONE, self._hash.digest(), 0, data_bytes, self.uncompressed_size)
+        ci_codec, offset, csize, usize = self._write_meta(features)
+        digests = self.table.digests
+        self._write_section("blob.digest", digests, layout.Codec.NONE, digest_section(digests), len(digests))
+        self._info = BlobInfo(
+            blob_id=layout.PLACEHOLDER_ID, table=self.table, codec=self.codec, digester=self.digester,
+            chunk_size=self.chunk_size, features=features, compressed_size=self.size,
+            uncompressed_size=self.uncompressed_size, ci_codec=ci_codec, ci_offset=offset, ci_csize=csize,
+            ci_usize=usize, cipher=self.cipher,
+        )  # fmt: skip
+        return self._info
+
+    def _write_meta(self, features: int) -> tuple[layout.Codec, int, int, int]:
+        """Codec, offset, stored and plain size of what stands before the header. Both are encrypted where the chunks
+        are, each on its own; the table of contents tells the digests of the plain ones."""
+        if features & BlobFeature.CHUNK_INFO_V2:
+            infos = encode_chunk_infos_v2(self.table, InfoFlag.BATCH)
+        else:
+            infos = encode_chunk_infos_v1(self.table)
+        contexts = len(infos), len(self._contexts), self._context_count
+        infos += self._contexts
+        packed, codec = compress_section(infos, self.codec)
+        if self.cipher is not None:
+            packed = self.cipher.encrypt(packed)
+        offset = self.size
+        header = encode_header(
+            features, codec, len(self.table), offset, len(packed), len(infos),
+            contexts if features & BlobFeature.BATCH else (0, 0, 0),
+        )  # fmt: skip
+        self._add_toc("blob.meta", codec, digest_section(infos), offset, len(packed), len(infos))
+        self._add_toc(
+            "blob.meta.header", layout.Codec.NONE, digest_section(header), offset + len(packed), len(header),
+            len(header),
+        )  # fmt: skip
+        self._write(packed)
+        self._write(self.cipher.encrypt(header) if self.cipher is not None else header)
+        self._write(encode_tar_header("blob.meta", len(packed) + len(header)))
+        return codec, offset, len(packed), len(infos)
+
+    def write_bootstrap(self, bootstrap: bytes | bytearray) -> None:
+        """Always zstd where that helps, whatever the data's codec: readers know no other."""
+        packed, codec = compress_section(bootstrap, layout.Codec.ZSTD)
+        self._write_section("image.boot", packed, codec, digest_section(bootstrap), len(bootstrap))
+
+    def finish(self) -> tuple[str, BlobInfo | None]:
+        toc = bytes(self._toc)
+        header = encode_tar_header("rafs.blob.toc", len(toc))
+        self._write(toc)
+        self._write(header)
+        self._flush()
+        blob_id = self._hash.hexdigest()
+        info = self._info
+        if info is not None:
+            info.blob_id = blob_id
+            # true of the blob, but the merged bootstrap is not the one in it
+            info.features &= ~BlobFeature.INLINED_FS_META
+            info.compressed_size = self.size
+            info.toc_size = len(toc) + len(header)
+            info.toc_digest = digest_section(toc + header)
+        return blob_id, info

@@ -1,0 +1,104 @@
+"""blob.meta and the small structures round the chunk data of a RAFS v6 blob (rafs-format.md 1.2, 4)."""
+
+import hashlib
+import struct
+import sys
+from array import array
+
+from virtiofsd_nydus.rafs import layout
+from virtiofsd_nydus.rafs.layout import ChunkFlag, InfoFlag
+from virtiofsd_nydus.rafs.tree import ChunkTable
+
+
+def encode_tar_header(name: str, size: int) -> bytes:
+    """The 512-byte header behind a section; GNU magic, mode and owner left NUL as Nydus leaves them."""
+    header = bytearray(layout.TAR_HEADER_BYTES)
+    header[: len(name)] = name.encode()
+    if size < 8 << 30:
+        header[124:136] = b"%011o\0" % size
+    else:
+        header[124:136] = b"\x80" + size.to_bytes(11, "big")
+    header[136:148] = b"%011o\0" % 0
+    header[148:156] = b" " * 8
+    header[156] = ord("0")
+    header[257:265] = b"ustar  \0"
+    header[148:156] = b"%07o\0" % sum(header)
+    return bytes(header)
+
+
+def compress_section(
+    data: bytes | bytearray | memoryview, codec: layout.Codec, level: int = 3
+) -> tuple[bytes, layout.Codec]:
+    """A metadata section in the given codec, or as it is when that does not make it smaller."""
+    packed: bytes
+    if codec is layout.Codec.ZSTD:
+        import zstandard
+
+        packed = zstandard.ZstdCompressor(level=level).compress(data)
+    elif codec is layout.Codec.LZ4_BLOCK:
+        import lz4.block
+
+        packed = lz4.block.compress(data, store_size=False)
+    else:
+        packed = bytes(data)
+    if codec is layout.Codec.NONE or len(packed) >= len(data):
+        return bytes(data), layout.Codec.NONE
+    return packed, codec
+
+
+def encode_toc_entry(name: str, codec: layout.Codec, digest: bytes, coff: int, csize: int, usize: int) -> bytes:
+    return layout.TOC_ENTRY.pack(layout.TOC_FLAG[codec], 0, name.encode(), digest, coff, csize, usize)
+
+
+def _to_little_endian(words: "array[int]") -> bytearray:
+    if sys.byteorder == "big":
+        words.byteswap()
+    return bytearray(words.tobytes())
+
+
+def encode_chunk_infos_v1(table: ChunkTable) -> bytearray:
+    """Two words a chunk: enough where every chunk is a piece of the blob of its own."""
+    words = array("Q")
+    for uoff, usize, coff, csize in zip(table.uoffs, table.usizes, table.coffs, table.csizes, strict=True):
+        words.append(uoff | (usize - 1 & 0xFFFFF) << 44 | (usize - 1 >> 20) << 8)
+        words.append(coff | (csize - 1 & 0xFFFFF) << 44 | (csize - 1 >> 20) << 40)
+    return _to_little_endian(words)
+
+
+def encode_chunk_infos_v2(table: ChunkTable, kind: InfoFlag) -> bytearray:
+    """Three words a chunk. kind: what a chunk with a context is, batched or zran."""
+    words = array("Q")
+    for index, (uoff, usize, coff, csize, flag, crc) in enumerate(zip(
+        table.uoffs, table.usizes, table.coffs, table.csizes, table.flags, table.crcs, strict=True
+    )):  # fmt: skip
+        context = table.contexts[index] if table.contexts else -1
+        info = InfoFlag.ENCRYPTED if flag & ChunkFlag.ENCRYPTED else InfoFlag(0)
+        if context >= 0:
+            info |= kind | InfoFlag.COMPRESSED
+            data = table.slices[index] | context << 32
+        else:
+            info |= InfoFlag.COMPRESSED if flag & ChunkFlag.COMPRESSED else InfoFlag(0)
+            data = crc
+            if crc:
+                info |= InfoFlag.HAS_CRC32C
+        words.append(uoff >> layout.BLOCK_BITS | usize - 1 << 32 | int(info) << 56)
+        words.append(coff | csize << 40)
+        words.append(data)
+    return _to_little_endian(words)
+
+
+def encode_header(
+    features: int, codec: layout.Codec, entries: int, offset: int, csize: int, usize: int, contexts: tuple[int, int, int]
+) -> bytes:
+    """blob.meta's header. contexts: offset in the table, bytes, count."""
+    return layout.META_HEADER.pack(
+        layout.META_MAGIC, features, codec, entries, offset, csize, usize, *contexts, layout.META_MAGIC
+    )
+
+
+def encode_batch_context(csize: int, usize: int) -> bytes:
+    return struct.pack("<II32x", csize, usize)
+
+
+def digest_section(data: bytes | bytearray) -> bytes:
+    return hashlib.sha256(data).digest()
