@@ -113,7 +113,7 @@ def test_hard_links_reach_into_the_layers_below(name: str, tmp_path: Path) -> No
 
 def test_hard_links_to_nothing_name_layer_and_target() -> None:
     layers = [build_tar(make_layer(text, number), OPTIONS)[0] for number, text in enumerate(("d d", "h b = d/a"))]
-    with pytest.raises(Failure, match="^layer: b: hard link to d/a, which is neither in this layer nor below$"):
+    with pytest.raises(Failure, match=r"^layer: b: hard link to d/a, which is neither in this layer nor below$"):
         merge_layers(layers, options=OPTIONS)
     layers = [build_tar(make_layer(text, number), OPTIONS)[0] for number, text in enumerate(("d d", "h b = d"))]
     with pytest.raises(Failure, match="hard link to d, which is a directory"):

@@ -158,7 +158,7 @@ def test_a_replaced_file_keeps_its_other_names() -> None:
 
 def test_hard_links_need_a_target_that_can_have_them() -> None:
     layer, _ = build_tar(make_tar(member("b", tarfile.LNKTYPE, linkname="a")), OPTIONS)
-    with pytest.raises(Failure, match="^layer: b: hard link to a, which is neither in this layer nor below$"):
+    with pytest.raises(Failure, match=r"^layer: b: hard link to a, which is neither in this layer nor below$"):
         merge_layers([layer], options=OPTIONS)
     refuse(make_tar(member("b", tarfile.LNKTYPE, linkname="/")), "hard link to the root")
     directory = member("d", tarfile.DIRTYPE)

@@ -14,7 +14,8 @@ from virtiofsd_nydus.rafs.tree import ChunkTable
 
 # Blobs whose data cannot be told in another image's blob table.
 REFUSED = {
-    BlobFeature.ENCRYPTED: "encrypted", BlobFeature.ZRAN: "of a zran image", BlobFeature.SEPARATE: "without its blob.meta",
+    BlobFeature.ENCRYPTED: "encrypted", BlobFeature.ZRAN: "of a zran image",
+    BlobFeature.SEPARATE: "without its blob.meta",
 }  # fmt: skip
 
 
@@ -35,7 +36,8 @@ def load_dictionary(path: Path, options: BuildOptions) -> ChunkDictionary:
     with Bootstrap(path) as image:
         info = image.info
         for name, theirs, ours in (
-            ("RAFS version", info.fs_version, options.fs_version), ("chunk size", info.chunk_size_bytes, options.chunk_size),
+            ("RAFS version", info.fs_version, options.fs_version),
+            ("chunk size", info.chunk_size_bytes, options.chunk_size),
         ):  # fmt: skip
             if theirs != ours:
                 raise Failure(f"chunk dictionary {path}: its {name} is {theirs}, the image's {ours}", Cause.FORMAT)

@@ -47,7 +47,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefetch-pattern", action="append", metavar="PATH",
                         help="path in the image to prefetch, repeatable (/)")  # fmt: skip
     parser.add_argument("--prefetch-files", metavar="FILE",
-                        help="such paths, one a line (-: standard input, which is read anyway with a policy and no paths)")
+                        help="such paths, one a line (-: standard input, read anyway with a policy and no paths)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="compressing threads (one a processor)")
 
 

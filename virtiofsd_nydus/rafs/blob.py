@@ -24,9 +24,9 @@ class Writable(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class BlobInfo:
-    """One data blob as the blob table tells it. Sizes and offsets in bytes. meta_digest and meta_size: of the blob that
-    holds blob.meta, where that is another one (zran). prefetch_size: stored bytes at the blob's start that a mount is to
-    prefetch (v5, policy blob)."""
+    """One data blob as the blob table tells it. Sizes and offsets in bytes. meta_digest and meta_size: of the blob
+    that holds blob.meta, where that is another one (zran). prefetch_size: stored bytes at the blob's start that a mount
+    is to prefetch (v5, policy blob)."""
 
     blob_id: str
     table: ChunkTable
