@@ -1,11 +1,12 @@
-/* fakeguest.h -- the guest half of a virtio-fs device without a VM: memory, split virtqueues, FUSE requests and load loops.
+/* fakeguest.h -- the guest half of a virtio-fs device without a VM: memory, split virtqueues, FUSE requests and
+ * load loops.
  *
  * For tests and benchmarks only; never linked into the engine. The vhost-user messages are spoken by Python
  * (vmm/vhost_frontend.py). Everything that comes back from the server is checked: which head, which length, which
  * unique, the error range, and that no byte changed outside what the request let the server write.
  *
- * Threads: a queue belongs to one thread at a time, except fg_queue_set_call and fg_queue_stop. Errors are -errno or
- * one of enum fg_fault, negated; fg_queue_error says the last one in words.
+ * Threads: a queue belongs to one thread at a time, except fg_queue_set_call and fg_queue_stop. Errors are -errno
+ * or one of enum fg_fault, negated; fg_queue_error says the last one in words.
  */
 #ifndef FAKEGUEST_H
 #define FAKEGUEST_H
@@ -27,8 +28,8 @@ typedef struct fg_ram fg_ram;
 typedef struct {
     uint64_t gpa, size_bytes, file_offset;    /* page multiples */
 } fg_region;
-/* File bytes that lie in no region hold a pattern, checked by fg_ram_check_gaps. seal: forbid shrinking, as QEMU does.
- * NULL with errno. */
+/* File bytes that lie in no region hold a pattern, checked by fg_ram_check_gaps. seal: forbid shrinking, as QEMU
+ * does. NULL with errno. */
 fg_ram *fg_ram_new(const fg_region *regions, int n, int seal);
 void fg_ram_free(fg_ram *m);
 int fg_ram_fd(fg_ram *m);         /* borrowed */
@@ -64,8 +65,8 @@ uint16_t fg_queue_avail(fg_queue *q);
 uint64_t fg_queue_kicks(fg_queue *q);         /* kicks sent */
 uint64_t fg_queue_calls(fg_queue *q);         /* call signals received */
 
-/* Puts a chain into the ring and the avail ring, not yet visible. table_gpa: where its indirect table goes, 0 = direct.
- * cookie comes back from pop. Head or -errno. */
+/* Puts a chain into the ring and the avail ring, not yet visible. table_gpa: where its indirect table goes, 0 =
+ * direct. cookie comes back from pop. Head or -errno. */
 int fg_queue_add(fg_queue *q, const fg_segment *segments, int n, uint64_t table_gpa, uint64_t cookie);
 void fg_queue_publish(fg_queue *q);           /* makes them visible and kicks if the server asked for it */
 void fg_queue_kick(fg_queue *q);              /* kicks in any case */
@@ -73,20 +74,22 @@ int fg_queue_pop(fg_queue *q, uint64_t *cookie, uint32_t *len);   /* 1, 0 = none
 /* Waits for the used ring to move: 0, -ETIMEDOUT or -FG_LOST_CALL. */
 int fg_queue_wait(fg_queue *q, int timeout_ms);
 
-/* ---- one FUSE request in a slot. in: header, arguments, names, exactly as sent. Writable part: 16 bytes of header,
- * out_fixed bytes, data_bytes in pages; out_fixed < 0: no writable part at all. Header and arguments are two
- * descriptors, as Linux makes them. */
-int fg_submit(fg_queue *q, uint32_t slot, const uint8_t *in, uint32_t in_len, int out_fixed, uint32_t data_bytes);
-/* Waits for any slot, checks its reply and copies it (header first) into reply. Bytes (0 = none came) or a fault. */
+/* ---- one FUSE request in a slot. in: header, arguments, names, exactly as sent. Writable part: 16 bytes of
+ * header, out_fixed bytes, data_bytes in pages; out_fixed < 0: no writable part at all. Header and arguments are
+ * two descriptors, as Linux makes them. */
+int fg_submit(fg_queue *q, uint32_t slot, const uint8_t *in, uint32_t in_len, int out_fixed,
+              uint32_t data_bytes);
+/* Waits for any slot, checks its reply and copies it (header first) into reply. Bytes (0: none came) or fault. */
 int64_t fg_reap(fg_queue *q, uint32_t *slot, uint8_t *reply, uint64_t reply_cap, int timeout_ms);
 
 /* ---- load: keeps depth requests in flight */
 enum fg_load_kind { FG_LOAD_READ_RANDOM = 0, FG_LOAD_READ_SEQUENTIAL = 1, FG_LOAD_LOOKUP = 2 };
 typedef struct { uint64_t nodeid, fh, size_bytes, seed; } fg_file;
-typedef struct { uint64_t parent, expect_nodeid; char name[64]; } fg_name;  /* expect_nodeid 0: any but 0 */
+/* expect_nodeid 0: any but 0 */
+typedef struct { uint64_t parent, expect_nodeid; char name[64]; } fg_name;
 typedef struct {
     uint32_t kind, depth, block_bytes;
-    uint32_t check;               /* bytes of each read compared with the pattern: 0 = first and last word, 1 = all */
+    uint32_t check;               /* bytes of each read compared with the pattern: 0 = first and last, 1 = all */
     uint64_t max_ops;             /* 0 = no limit */
     uint32_t duration_ms;         /* 0 = no limit */
     uint32_t timeout_ms;          /* longest wait for any completion */
@@ -104,7 +107,7 @@ int fg_load_run(fg_queue *q, const fg_load *load, fg_load_result *out);
 /* The pattern of test files: what stands at offset (multiple of 8) of the file with that seed. */
 void fg_pattern_fill(uint8_t *buf, uint64_t len, uint64_t offset, uint64_t seed);
 int fg_pattern_check(const uint8_t *buf, uint64_t len, uint64_t offset, uint64_t seed);   /* 0 or -FG_BAD_DATA */
-/* Full fence, then a release store or acquire load of a 16-bit word in guest memory: for tests that write rings by hand. */
+/* Full fence, then a release store or acquire load of a 16-bit word in guest memory: for rings written by hand. */
 void fg_store16(uint8_t *at, uint16_t value);
 uint16_t fg_load16(const uint8_t *at);
 /* </cdef> */

@@ -47,10 +47,12 @@ int fg_slot_send(fg_queue *q, uint32_t slot, uint32_t in_len, int out_fixed, uin
     return head < 0 ? head : 0;
 }
 
-int fg_submit(fg_queue *q, uint32_t slot, const uint8_t *in, uint32_t in_len, int out_fixed, uint32_t data_bytes)
+int fg_submit(fg_queue *q, uint32_t slot, const uint8_t *in, uint32_t in_len, int out_fixed,
+              uint32_t data_bytes)
 {
     if (slot >= q->cfg.slot_count || q->slots[slot].busy || in_len == 0 || in_len > FG_SLOT_IN_MAX ||
-        out_fixed > FG_OUT_FIXED_MAX || data_bytes > q->cfg.slot_data_bytes || data_bytes / FG_PAGE > SEGMENTS_MAX - 8)
+        out_fixed > FG_OUT_FIXED_MAX || data_bytes > q->cfg.slot_data_bytes ||
+        data_bytes / FG_PAGE > SEGMENTS_MAX - 8)
         return fg_fail(q, -EINVAL, "slot %u busy, or request too large for it", slot);
     struct fg_slot *s = &q->slots[slot];
     memset(s->host, FG_FILL, FG_SLOT_DATA);

@@ -18,7 +18,7 @@ struct fg_used_elem { uint32_t id, len; };
 struct fg_used { uint16_t flags; _Atomic uint16_t idx; struct fg_used_elem ring[]; };
 enum { FG_DESC_NEXT = 1, FG_DESC_WRITE = 2, FG_DESC_INDIRECT = 4 };
 
-/* A slot in guest memory: indirect table, request, reply header and fixed part, data pages, and pages of fill between. */
+/* A slot in guest memory: indirect table, request, reply header and fixed part, data pages; fill between them. */
 enum {
     FG_SLOT_TABLE = 0, FG_SLOT_IN = 0x2000, FG_SLOT_OUT = 0x4000, FG_SLOT_DATA = 0x6000,
     FG_SLOT_IN_MAX = 0x1f00, FG_OUT_AT = 64, FG_OUT_FIXED_AT = 256, FG_OUT_FIXED_MAX = 0xe00

@@ -142,8 +142,10 @@ static int check_load(fg_queue *q, const fg_load *l)
 {
     bool read = l->kind != FG_LOAD_LOOKUP;
     if (l->depth == 0 || l->depth > q->cfg.slot_count || q->in_flight)
-        return fg_fail(q, -EINVAL, "depth %u with %u slots and %d in flight", l->depth, q->cfg.slot_count, q->in_flight);
-    if (read && (l->block_bytes == 0 || l->block_bytes % 8 || l->block_bytes > q->cfg.slot_data_bytes || !l->file_count))
+        return fg_fail(q, -EINVAL, "depth %u with %u slots and %d in flight", l->depth, q->cfg.slot_count,
+                       q->in_flight);
+    if (read && (l->block_bytes == 0 || l->block_bytes % 8 || l->block_bytes > q->cfg.slot_data_bytes ||
+                 !l->file_count))
         return fg_fail(q, -EINVAL, "block of %u bytes, %u files", l->block_bytes, l->file_count);
     for (uint32_t i = 0; read && i < l->file_count; i++)
         if (l->files[i].size_bytes < l->block_bytes)

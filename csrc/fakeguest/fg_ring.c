@@ -272,8 +272,9 @@ int fg_queue_wait(fg_queue *q, int timeout_ms)
         if (n < 0 && errno != EINTR)
             return fg_fail(q, -errno, "poll failed");
         if (n == 0)
-            return moved(q) ? fg_fail(q, -FG_LOST_CALL, "used index moved without an interrupt in %d ms", timeout_ms)
-                            : fg_fail(q, -ETIMEDOUT, "no completion in %d ms, %d in flight", timeout_ms, q->in_flight);
+            return moved(q) ? fg_fail(q, -FG_LOST_CALL, "used index moved, no interrupt in %d ms", timeout_ms)
+                            : fg_fail(q, -ETIMEDOUT, "no completion in %d ms, %d in flight", timeout_ms,
+                                      q->in_flight);
         if (n > 0 && p[1].revents && read(q->wake_fd, &count, sizeof count) > 0 && atomic_load(&q->stop))
             return 0;
         if (n > 0 && (p[0].revents & POLLIN) && read(p[0].fd, &count, sizeof count) == sizeof count) {

@@ -1,7 +1,7 @@
 /* count_malloc.c -- an LD_PRELOAD library that counts each thread's calls of the allocator while a flag is up.
  *
- * The file named by COUNT_MALLOC_FILE is mapped: a flag (set by the test) and a row a thread. Calls go on to glibc's own
- * names, so nothing here needs the dynamic linker.
+ * The file named by COUNT_MALLOC_FILE is mapped: a flag (set by the test) and a row a thread. Calls go on to
+ * glibc's own names, so nothing here needs the dynamic linker.
  */
 #include <errno.h>
 #include <fcntl.h>

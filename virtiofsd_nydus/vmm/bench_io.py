@@ -186,8 +186,8 @@ def place(subjects: Sequence[Subject], placement: str) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, default=15, metavar="N", help="rounds of each workload on each server")
-    parser.add_argument("--seconds", type=float, default=0.15, metavar="S", help="length of a round")
+    parser.add_argument("--rounds", type=int, default=41, metavar="N", help="rounds of each workload on each server")
+    parser.add_argument("--seconds", type=float, default=0.05, metavar="S", help="length of a round")
     parser.add_argument("--files", type=int, default=10_000, metavar="N", help=f"small files, at most {TREE_MAX}")
     parser.add_argument("--data-mib", type=int, default=128, metavar="N", help="size of the file that is read")
     parser.add_argument("--wait", choices=["block", "poll"], default="block",
@@ -207,15 +207,12 @@ def describe_machine() -> str:
 
 
 def summarise(series: Series) -> dict[str, float]:
-    return {
-        "ops_per_s": statistics.median(series.ops_per_s),
-        "ops_per_s_min": min(series.ops_per_s),
-        "ops_per_s_max": max(series.ops_per_s),
-        "cpu_us_per_op": statistics.median(series.cpu_us_per_op),
-        "cpu_us_per_op_min": min(series.cpu_us_per_op),
-        "cpu_us_per_op_max": max(series.cpu_us_per_op),
-        "calls_per_op": statistics.median(series.calls_per_op),
-    }
+    result = {"calls_per_op": statistics.median(series.calls_per_op)}
+    for name, values in (("ops_per_s", series.ops_per_s), ("cpu_us_per_op", series.cpu_us_per_op)):
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        result |= {name: statistics.median(values), f"{name}_q1": low, f"{name}_q3": high,
+                   f"{name}_min": min(values), f"{name}_max": max(values)}
+    return result
 
 
 def report(subjects: Sequence[Subject], args: argparse.Namespace) -> dict[str, object]:
@@ -246,8 +243,8 @@ def print_table(result: dict[str, object]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 170)
     console.print(f"machine: {result['machine']}\ncommand: {result['command']}\nours: {result['ours']}\n"
                   f"peer: {result['peer'] or 'none'}\n{result['rounds']} rounds of {result['seconds']} s each, "
-                  f"guest waits: {result['wait']}, CPUs: {result['placement']}", highlight=False)
-    table = Table("workload", "depth", "ours kop/s (min-max)", "peer kop/s (min-max)", "ratio", "ours CPU us/op",
+                  f"median (quartiles), guest waits: {result['wait']}, CPUs: {result['placement']}", highlight=False)
+    table = Table("workload", "depth", "ours kop/s", "peer kop/s", "ratio", "ours CPU us/op",
                   "peer CPU us/op", "ratio", "wanted")
     rows: list[dict[str, object]] = result["rows"]  # type: ignore[assignment]
     for row in rows:
@@ -265,12 +262,12 @@ def print_table(result: dict[str, object]) -> None:
 
 
 def format_ops(side: dict[str, float]) -> str:
-    median, low, high = (side[f"ops_per_s{part}"] / 1000 for part in ("", "_min", "_max"))
+    median, low, high = (side[f"ops_per_s{part}"] / 1000 for part in ("", "_q1", "_q3"))
     return f"{median:,.1f} ({low:,.1f}-{high:,.1f})"
 
 
 def format_cpu(side: dict[str, float]) -> str:
-    return f"{side['cpu_us_per_op']:.2f} ({side['cpu_us_per_op_min']:.2f}-{side['cpu_us_per_op_max']:.2f})"
+    return f"{side['cpu_us_per_op']:.2f} ({side['cpu_us_per_op_q1']:.2f}-{side['cpu_us_per_op_q3']:.2f})"
 
 
 def run(args: argparse.Namespace) -> int:
