@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 from virtiofsd_nydus.rafs.reader import Bootstrap, Entry
@@ -136,10 +137,11 @@ def read_file(report: Report, image: Bootstrap, entry: Entry) -> int:
 
 
 @contextmanager
-def opened_with_data(path: Path, blob_dir: Path, blob_id: str | None = None,
-                     allow_unverified: bool = False) -> Iterator[Bootstrap]:
-    """The image with its data, from blobs in a directory, over a cache that is thrown away: nothing that an earlier
-    run found good is taken for granted. What the engine has to say (a wrong digest, a missing blob) goes to stderr."""
+def opened_with_data(path: Path, blob_dir: Path | None, blob_id: str | None = None, allow_unverified: bool = False, *,
+                     backend: tuple[str, dict[str, Any]] | None = None) -> Iterator[Bootstrap]:
+    """The image with its data, from blobs in a directory or a backend (type and settings), over a cache that is thrown
+    away: nothing that an earlier run found good is taken for granted. What the engine has to say (a wrong digest, a
+    missing blob) goes to stderr."""
     from virtiofsd_nydus.engine import Engine, Store
     from virtiofsd_nydus.storage.factory import create_backend
     from virtiofsd_nydus.storage.pump import FetchPump
@@ -152,9 +154,10 @@ def opened_with_data(path: Path, blob_dir: Path, blob_id: str | None = None,
         try:
             store = Store(engine, work)
             image = Bootstrap(path, blob_id=blob_id, engine=engine, store=store)
-            backend = create_backend("localfs", {"dir": str(blob_dir)})
+            kind, settings = backend or ("localfs", {"dir": str(blob_dir)})
+            source = create_backend(kind, settings)
             for blob in image.blobs:
-                pump.add_backend(blob.key, backend)
+                pump.add_backend(blob.key, source)
             pump.start()
             yield image
         finally:

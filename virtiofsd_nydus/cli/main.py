@@ -13,6 +13,8 @@ VERBS = {
     "build": "make a Nydus image from a directory or a tar",
     "convert": "make a Nydus image from an OCI image",
     "check": "verify structure, bounds and chunk digests of an image",
+    "unpack": "write the files of an image as a tar",
+    "inspect": "tell what a bootstrap says",
     "boot": "boot a guest on an image and run a command in it",
     "bench": "measure the engine or whole guests",
 }

@@ -1,0 +1,137 @@
+"""`unpack`: the files of an image as a tar, which extracts to the tree the image shows. All data is read and verified
+by the engine, over a cache that is thrown away."""
+
+import argparse
+import errno
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+
+if TYPE_CHECKING:
+    from virtiofsd_nydus.build.tar_writer import TarWriter
+    from virtiofsd_nydus.rafs.reader import Attr, Bootstrap, Entry
+
+READ_BYTES = 4 << 20
+KINDS = {
+    stat.S_IFREG: b"0", stat.S_IFLNK: b"2", stat.S_IFCHR: b"3", stat.S_IFBLK: b"4", stat.S_IFDIR: b"5",
+    stat.S_IFIFO: b"6",
+}  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bootstrap", type=Path, metavar="BOOTSTRAP", help="bootstrap, or a data blob that holds one")
+    parser.add_argument("--blob-dir", type=Path, metavar="DIR", help="directory of the data blobs")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="nydusd's configuration: its backend has the blobs")
+    parser.add_argument("--blob-id", metavar="ID", help="id of the blob, if the bootstrap was inlined in it")
+    parser.add_argument("--output", required=True, metavar="TAR", help="tar to write; - is standard output")
+    parser.add_argument("--allow-unverified", action="store_true", help="unpack an image without chunk digests too")
+
+
+def run(args: argparse.Namespace) -> int:
+    if (args.blob_dir is None) == (args.config is None):
+        raise UsageFailure("say where the blobs are: either --blob-dir or --config")
+    kind, settings = choose_backend(args)
+    from virtiofsd_nydus.cli.check import opened_with_data
+
+    with opened_with_data(args.bootstrap, args.blob_dir, args.blob_id, args.allow_unverified,
+                          backend=(kind, settings)) as image:  # fmt: skip
+        try:
+            with open_output(args.output) as out:
+                skipped = unpack_image(image, out)
+        except BrokenPipeError:
+            raise Failure(f"{args.output}: whoever reads the tar has gone away", Cause.IO) from None
+        except OSError as error:
+            cause = Cause.SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Cause.IO
+            raise Failure(f"{args.output}: {error.strerror}", cause) from error
+    for path in skipped:
+        print(f"{path}: a socket, which a tar cannot hold, is left out", file=sys.stderr)
+    return 0
+
+
+def choose_backend(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Type and settings of the backend, as storage.factory takes them."""
+    if args.blob_dir is not None:
+        if not args.blob_dir.is_dir():
+            raise UsageFailure(f"--blob-dir {args.blob_dir}: no such directory")
+        return "localfs", {"dir": str(args.blob_dir)}
+    from virtiofsd_nydus.daemon.config import load_config
+
+    config = load_config(str(args.config))
+    return config.backend_type, config.backend_config
+
+
+@contextmanager
+def open_output(name: str) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is whole, or standard output."""
+    if name == "-":
+        yield sys.stdout.buffer
+        return
+    path = Path(name)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb", buffering=1 << 20) as out:
+            yield out
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def unpack_image(image: "Bootstrap", out: BinaryIO) -> list[str]:
+    """Writes every entry, parents first; returns the sockets' paths. Failure when something cannot be read."""
+    from virtiofsd_nydus.build.tar_writer import TarWriter
+
+    tar = TarWriter(out)
+    skipped: list[str] = []
+    first: dict[int, bytes] = {}  # inode -> the name its data came under
+    for entry in image.walk():
+        kind = KINDS.get(stat.S_IFMT(entry.attr.mode))
+        if kind is None:
+            skipped.append(entry.path)
+            continue
+        try:
+            _add_entry(image, tar, entry, kind, first)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise Failure(f"{image.path}: {entry.path} cannot be read: {error.strerror}", Cause.IO) from error
+    tar.close()
+    return skipped
+
+
+def read_time(attr: "Attr") -> int:
+    """The mtime in nanoseconds; the field is 64 bits without a sign, times before 1970 are in its upper half."""
+    return attr.mtime_ns - (1 << 64) * 1_000_000_000 if attr.mtime_s >> 63 else attr.mtime_ns
+
+
+def _add_entry(image: "Bootstrap", tar: "TarWriter", entry: "Entry", kind: bytes, first: dict[int, bytes]) -> None:
+    attr = entry.attr
+    name = os.fsencode(entry.path)[1:]
+    if kind == b"5":
+        name = name + b"/" if name else b"./"
+    link = first.get(attr.ino, b"") if kind != b"5" else b""
+    if link:
+        kind = b"1"
+    elif kind == b"2":
+        link = os.fsencode(image.readlink(attr.ino))
+    if attr.nlink > 1 and kind not in (b"1", b"5"):
+        first[attr.ino] = name
+    device = (os.major(attr.os_device), os.minor(attr.os_device)) if kind in (b"3", b"4") else (0, 0)
+    size = attr.size_bytes if kind == b"0" else 0
+    xattrs = [] if kind == b"1" else [(os.fsencode(key), value) for key, value in image.xattrs(attr.ino).items()]
+    tar.add(
+        name, kind, mode=stat.S_IMODE(attr.mode), uid=attr.uid, gid=attr.gid, mtime_ns=read_time(attr), size=size,
+        link=link, device=device, xattrs=xattrs,
+    )  # fmt: skip
+    position = 0
+    while position < size:
+        data = image.read(attr.ino, position, min(READ_BYTES, size - position))
+        if not data:
+            raise OSError(errno.EIO, f"ends at {position} of {size} bytes")
+        tar.write(data)
+        position += len(data)
