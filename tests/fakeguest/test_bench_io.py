@@ -33,6 +33,7 @@ def test_ours_alone() -> None:
         check_side(row["ours"])
 
 
+@pytest.mark.skipif("VIRTIOFSD_NYDUS_SANITIZED" in os.environ, reason="the other server does not run under a sanitizer")
 @pytest.mark.skipif(not (C_VIRTIOFSD.exists() or RUST_VIRTIOFSD.exists()) or os.geteuid() != 0,
                     reason="needs another virtio-fs server (qemu-system-common or virtiofsd) and root")
 def test_beside_the_other_server() -> None:
