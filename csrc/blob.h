@@ -137,6 +137,8 @@ void miss_finish(struct blob_core *c, uint32_t index, int err);
 /* Gives a chunk back: asked for again if anybody wants it and it was tried less than max_tries times, else finished
  * with err. bad: its bytes were wrong, force: what the data file holds is wrong. Whether it was asked for again. */
 bool miss_retry(struct blob_core *c, uint32_t index, int max_tries, bool bad, bool force, int err);
+/* Forgets a queued chunk whose deadline has passed and that nobody waits for any more. Whether it did. */
+bool miss_expired(struct blob_core *c, uint32_t index, int64_t now);
 /* Hands a chunk to the thread that waits for other processes. */
 void miss_foreign(struct blob_core *c, uint32_t index);
 void miss_fail_core(struct blob_core *c, int err);

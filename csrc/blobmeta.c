@@ -18,6 +18,7 @@
 #define ENTRY_V1 16u
 #define ENTRY_V2 24u
 #define CONTEXT 40u
+#define TABLE_MAX (128ull << 20)    /* decoded; 5 million chunks */
 #define V2_COMPRESSED 1u
 #define V2_ZRAN 2u
 #define V2_BATCH 4u
@@ -48,7 +49,7 @@ bool blobmeta_possible(const vnd_blob_info *info)
 
     return n && n <= BLOBTABLE_COUNT_MAX && info->ci_csize_bytes && info->ci_csize_bytes <= info->ci_usize_bytes &&
            info->ci_usize_bytes >= least && info->ci_usize_bytes <= least + n * CONTEXT &&
-           codec_known(info->ci_compressor) && info->ci_offset <= 1ull << 40;
+           info->ci_usize_bytes <= TABLE_MAX && codec_known(info->ci_compressor) && info->ci_offset <= 1ull << 40;
 }
 
 static int bad(const vnd_blob_info *info, const char *what, char *err, size_t err_len)

@@ -218,6 +218,8 @@ int blobtable_merge(struct blobtable **out, const struct blobtable *a, const str
         return fail_line(-ENOMEM, err, err_len, "no memory for a table of %u chunks", a->n);
     for (uint32_t i = 0; i < a->n; i++) {
         const struct blobtable *from = a->chunk[i].usize ? a : b;
+        if (!from->chunk[i].usize)
+            continue;       /* nor touches its memory */
         if (a->chunk[i].usize && b->chunk[i].usize && !same_chunk(a, b, i)) {
             blobtable_free(t);
             return fail_line(-EEXIST, err, err_len, "chunk %u differs from what another image says of it", i);

@@ -369,93 +369,151 @@ void cachefile_close(struct cachefile *c)
 
 /* ---------------------------------------------------------------- binding of chunks */
 
-/* Compares and fills in memory; *changed: there is something to write. Returns the first chunk that is bound
- * otherwise, or n. rebind: such chunks lose T and are bound anew. */
-static uint32_t bind_chunks(struct cachefile *c, const struct blobtable *t, struct side_bound *b, bool rebind,
-                            bool *changed)
+/* The bindings are walked in blocks, and holes of the side file are skipped: an image may claim 16 million chunks and
+ * name three. */
+#define BIND_BLOCK 4096u
+
+struct bind {
+    struct cachefile *c;
+    const struct blobtable *t;
+    bool rebind;                /* what is bound otherwise loses its bits and is bound anew */
+    bool sorted;                /* chunks so far lie in index order */
+    uint64_t end;               /* of the last one */
+    uint32_t bad;               /* first chunk that is bound otherwise, or n */
+    struct blobtable *spans;    /* collects all that is bound, if not NULL */
+    struct side_bound block[BIND_BLOCK];
+};
+
+static bool names_any(const struct blobtable *t, uint32_t from, uint32_t to)
 {
-    for (uint32_t i = 0; i < c->n; i++) {
-        const struct blobtable_chunk *k = &t->chunk[i];
-        if (!k->usize)
-            continue;
-        if (b[i].state && b[i].uoff == k->uoff && b[i].usize == k->usize && !memcmp(b[i].digest, t->digest[i], 32))
-            continue;
-        if (b[i].state) {
-            if (!rebind)
-                return i;
-            atomic_fetch_and(&c->t[i >> 6], ~(1ull << (i & 63)));
-            atomic_fetch_and(&c->d[i >> 6], ~(1ull << (i & 63)));
-        }
-        b[i] = (struct side_bound){ .uoff = k->uoff, .usize = k->usize, .state = 1 };
-        memcpy(b[i].digest, t->digest[i], 32);
-        *changed = true;
-    }
-    return c->n;
+    while (from < to && !t->chunk[from].usize)
+        from++;
+    return from < to;
 }
 
-/* Whether two bound chunks share bytes of the data file: then one's commit would change the other's. */
-static bool bound_overlap(const struct cachefile *c, const struct side_bound *b, uint32_t *x, uint32_t *y)
+/* One chunk: compares, binds in the block, takes note of its span. Whether the block changed. */
+static bool bind_chunk(struct bind *b, uint32_t i, struct side_bound *k)
 {
-    struct blobtable t = { .n = c->n };
-    bool hit;
+    const struct blobtable_chunk *want = &b->t->chunk[i];
+    bool changed = false;
 
-    t.chunk = calloc(c->n, sizeof *t.chunk);
-    if (!t.chunk)
-        return true;
-    for (uint32_t i = 0; i < c->n; i++) {
-        if (!b[i].state)
-            continue;
-        t.chunk[i].uoff = b[i].uoff;
-        t.chunk[i].usize = b[i].usize;
-        t.known += b[i].usize != 0;
+    if (want->usize && (!k->state || k->uoff != want->uoff || k->usize != want->usize ||
+                        memcmp(k->digest, b->t->digest[i], 32))) {
+        if (k->state && !b->rebind && b->bad == b->c->n)
+            b->bad = i;
+        *k = (struct side_bound){ .uoff = want->uoff, .usize = want->usize, .state = 1 };
+        memcpy(k->digest, b->t->digest[i], 32);
+        changed = true;
+    } else if (k->state && !want->usize && b->rebind) {
+        *k = (struct side_bound){ .state = 0 };
+        changed = true;
     }
-    hit = blobtable_overlap(&t, x, y);
-    free(t.chunk);
-    return hit;
+    if (k->state) {
+        b->sorted &= k->uoff >= b->end;
+        b->end = k->uoff + k->usize;
+        if (b->spans) {
+            b->spans->chunk[i].uoff = k->uoff;
+            b->spans->chunk[i].usize = k->usize;
+            b->spans->known++;
+        }
+    }
+    return changed;
+}
+
+/* Walks all bindings; write: stores what changed. 0 or -errno. */
+static int bind_walk(struct bind *b, bool write)
+{
+    struct cachefile *c = b->c;
+    off_t base = (off_t)bound_offset(c->n), data = base;
+
+    b->sorted = true;
+    b->end = 0;
+    b->bad = c->n;
+    for (uint32_t from = 0; from < c->n; from += BIND_BLOCK) {
+        uint32_t to = c->n - from < BIND_BLOCK ? c->n : from + BIND_BLOCK;
+        off_t at = base + (off_t)from * (off_t)sizeof *b->block;
+        size_t len = (size_t)(to - from) * sizeof *b->block;
+        bool changed = false;
+
+        if (data < at && (data = lseek(c->side_fd, at, SEEK_DATA)) < 0)
+            data = errno == ENXIO ? INT64_MAX : at;
+        if (data >= at + (off_t)len && !names_any(b->t, from, to))
+            continue;
+        if (pread(c->side_fd, b->block, len, at) != (ssize_t)len)
+            return -EIO;
+        for (uint32_t i = from; i < to; i++)
+            changed |= bind_chunk(b, i, &b->block[i - from]);
+        if (changed && write && pwrite(c->side_fd, b->block, len, at) != (ssize_t)len)
+            return errno ? -errno : -EIO;
+    }
+    return 0;
+}
+
+/* Whether chunks that would be bound together share bytes of the data file: then one's commit would change the other. */
+static int bind_overlap(struct bind *b, bool *hit, uint32_t *x, uint32_t *y)
+{
+    int rc;
+
+    *hit = false;
+    if (b->sorted)
+        return 0;
+    b->spans = blobtable_new(b->c->n);
+    if (!b->spans)
+        return -ENOMEM;
+    rc = bind_walk(b, false);
+    *hit = !rc && blobtable_overlap(b->spans, x, y);
+    blobtable_free(b->spans);
+    b->spans = NULL;
+    return rc;
+}
+
+static int bind_locked(struct bind *b, char *err, size_t err_len)
+{
+    struct cachefile *c = b->c;
+    uint32_t x = 0, y = 0;
+    bool overlap;
+    int rc = bind_walk(b, false);
+    uint32_t bad = b->bad;
+
+    if (!rc)
+        rc = bind_overlap(b, &overlap, &x, &y);
+    if (!rc && (bad < c->n || overlap)) {
+        /* Whoever bound them may be gone: then the side file is ours to bind. */
+        if (claim_byte(c->side_fd, CLAIM_ATTACH, true, 0)) {
+            if (bad < c->n)
+                return fail_line(-EEXIST, err, err_len, "chunk %u is not what another image in use says of it", bad);
+            return fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image in use",
+                             x, y);
+        }
+        b->rebind = true;
+        cachefile_take_away(c, false);
+    }
+    if (!rc)
+        rc = bind_walk(b, true);
+    if (b->rebind)
+        claim_byte(c->side_fd, CLAIM_ATTACH, false, 0);
+    return rc ? fail_line(rc, err, err_len, "cannot use its side file: %s", strerror(-rc)) : 0;
 }
 
 int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len)
 {
-    size_t len = (size_t)c->n * sizeof(struct side_bound);
-    off_t at = (off_t)bound_offset(c->n);
-    struct side_bound *b;
-    uint32_t x = 0, y = 0, bad;
-    bool changed = false, alone;
+    struct bind *b;
     int rc;
 
     if (c->side_fd < 0)
         return 0;
-    b = malloc(len);
+    b = calloc(1, sizeof *b);
     if (!b)
         return fail_line(-ENOMEM, err, err_len, "no memory");
+    b->c = c;
+    b->t = t;
     rc = claim_byte(c->side_fd, CLAIM_INIT, true, INIT_WAIT_MS);
-    if (!rc && pread(c->side_fd, b, len, at) != (ssize_t)len)
-        rc = -EIO;
     if (rc) {
-        free(b);
-        return fail_line(rc, err, err_len, "cannot read its side file: %s", strerror(-rc));
+        fail_line(rc, err, err_len, "cannot lock its side file: %s", strerror(-rc));
+    } else {
+        rc = bind_locked(b, err, err_len);
+        claim_byte_release(c->side_fd, CLAIM_INIT);
     }
-    bad = bind_chunks(c, t, b, false, &changed);
-    if (bad < c->n || bound_overlap(c, b, &x, &y)) {
-        /* Whoever bound them may be gone: then the side file is ours to bind. */
-        alone = claim_byte(c->side_fd, CLAIM_ATTACH, true, 0) == 0;
-        if (alone) {
-            atomic_fetch_or(&c->head->epoch, 1);
-            memset(b, 0, len);
-            cachefile_take_away(c, false);
-            changed = false;
-            bind_chunks(c, t, b, true, &changed);
-            claim_byte(c->side_fd, CLAIM_ATTACH, false, 0);
-        } else if (bad < c->n) {
-            rc = fail_line(-EEXIST, err, err_len, "chunk %u is not what another image in use says of it", bad);
-        } else {
-            rc = fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image in use", x,
-                           y);
-        }
-    }
-    if (!rc && changed && pwrite(c->side_fd, b, len, at) != (ssize_t)len)
-        rc = fail_line(-EIO, err, err_len, "cannot write its side file: %s", strerror(errno));
-    claim_byte_release(c->side_fd, CLAIM_INIT);
     free(b);
     return rc;
 }

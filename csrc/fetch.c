@@ -336,7 +336,13 @@ static int next_demand(struct fetcher *f, vnd_job *out)
     } else {
         window = window_of(w->core, w->index);
         pthread_mutex_unlock(&f->lock);
-        made = job_build(f, slot, w->core, w->index, false, window);
+        /* Whoever wanted it has given up: not in the way of those who have not. */
+        if (miss_expired(w->core, w->index, now_us())) {
+            fetch_ahead(w->core, w->index, w->index + 1, 0, w->hint, false);
+            made = false;
+        } else {
+            made = job_build(f, slot, w->core, w->index, false, window);
+        }
         pthread_mutex_lock(&f->lock);
     }
     if (!made) {

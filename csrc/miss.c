@@ -231,6 +231,24 @@ bool miss_retry(struct blob_core *c, uint32_t index, int max_tries, bool counts,
     return again;
 }
 
+bool miss_expired(struct blob_core *c, uint32_t index, int64_t now)
+{
+    struct miss_shard *s = miss_shard_of(c->engine->fetcher, c, index);
+    struct store_unit **at, *u;
+    bool expired;
+
+    pthread_mutex_lock(&s->lock);
+    at = unit_find(s, c, index);
+    u = *at;
+    expired = u && u->state == UNIT_QUEUED && !u->waiters && u->deadline_us && u->deadline_us < now;
+    if (expired)
+        *at = u->next;
+    pthread_mutex_unlock(&s->lock);
+    if (expired)
+        free(u);
+    return expired;
+}
+
 void miss_foreign(struct blob_core *c, uint32_t index)
 {
     struct fetcher *f = c->engine->fetcher;

@@ -244,6 +244,39 @@ static void test_contradicting_images(void)
     fix_dir_remove(dir);
 }
 
+/* An image that claims 16 million chunks and names forty costs neither time nor memory. */
+static void test_claims_many_chunks(void)
+{
+    char dir[200], line[200];
+    struct fix f = { 0 };
+    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, 40, 16384);
+    long before = 0, after = 0;
+    FILE *status;
+
+    b->info.chunk_count = 1 << 24;
+    b->hide_from = 40;
+    b->hide_to = 1 << 24;
+    fix_dir_make(dir, under);
+    for (int round = 0; round < 2; round++) {
+        status = fopen("/proc/self/status", "r");
+        while (fgets(line, sizeof line, status))
+            sscanf(line, "VmRSS: %ld", round ? &after : &before);
+        fclose(status);
+        if (round)
+            break;
+        fix_up(&f, dir, b, 1);
+        fix_check(f.h, b, 0, 39 * 16384);
+    }
+    if (getenv("VERBOSE"))
+        fprintf(stderr, "  resident %ld, then %ld KiB\n", before, after);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    CHECK(after - before < 65536);
+#endif
+    fix_down(&f);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
 /* Without digests nothing is served, unless that was asked for. */
 static void test_no_digests(void)
 {
@@ -565,6 +598,43 @@ static void test_windows(void)
     fix_dir_remove(dir);
 }
 
+/* Demand that nobody waits for any more goes behind demand that somebody does. */
+static void test_expired_demand(void)
+{
+    char dir[200];
+    struct fix f = { 0 };
+    struct fix_blob *b = fix_blob_new("blob", CODEC_NONE, 600, 16384);
+    struct fix_reader r[2];
+    vnd_job job;
+    uint8_t buf[8];
+    struct extent x = { .uoff = 100 * 16384, .chunk = 100, .len = 8 };
+    struct iovec iov = { buf, 8 };
+
+    fix_dir_make(dir, under);
+    f.server.blob = b;
+    fix_up(&f, dir, b, 0);
+    load_table(&f);
+    x.blob = f.h;
+    fix_reader_init(&r[0]);
+    r[0].w.deadline_us = now_us() - 1;
+    CHECK_EQ(store_read(&r[0].w, &x, 1, &iov, 1), -EINPROGRESS);
+    CHECK(store_wait_cancel(&r[0].w));
+    CHECK(!store_wait_cancel(&r[0].w));
+    park_on(&f, b, &r[1], 300);
+    CHECK_EQ(vnd_job_next(f.e, &job, 1, 1000), 0);
+    CHECK_EQ(job.coff, 300 * 16384);
+    serve_now(&f, &job);
+    fix_reader_wait(&r[1]);
+    CHECK_EQ(vnd_job_next(f.e, &job, 0, 0), -ETIMEDOUT);
+    CHECK_EQ(vnd_job_next(f.e, &job, 1, 1000), 0);
+    CHECK_EQ(job.prefetch, 1);
+    CHECK_EQ(job.coff, 100 * 16384);
+    serve_now(&f, &job);
+    fix_down(&f);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
 /* Never more than 8 jobs, never more than 6 of them prefetch. */
 static void test_slots(void)
 {
@@ -672,11 +742,13 @@ int main(int argc, char **argv)
     test_hostile_extents();
     test_scattered();
     test_contradicting_images();
+    test_claims_many_chunks();
     test_no_digests();
     test_refused_by_name();
     test_cancel_races();
     test_ends_wake();
     test_windows();
+    test_expired_demand();
     test_slots();
     test_seam_misuse();
     test_page_cache_miss();
