@@ -36,7 +36,7 @@ $(VENV)/.ready: pyproject.toml | deps
 venv: $(VENV)/.ready
 
 $(VENV)/.built: $(VENV)/.ready $(CSRC) $(CHDR) $(wildcard csrc/fakeguest/*) setup.py $(wildcard virtiofsd_nydus/*_build.py)
-	@$(PY) -m pip install -q --no-build-isolation --no-deps -e .
+	@$(PY) -m pip install -qq --no-build-isolation --no-deps -e .
 	@touch $@
 
 build: $(VENV)/.built

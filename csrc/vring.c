@@ -119,7 +119,8 @@ static int add_seg(struct vring_chain *c, const struct vring_desc *d, const char
     return 0;
 }
 
-static int walk_indirect(const struct guestmem *m, uint32_t *hint, const struct vring_desc *at,
+/* direct: descriptors that came before it in the ring. */
+static int walk_indirect(const struct guestmem *m, uint32_t *hint, const struct vring_desc *at, uint32_t direct,
                          struct vring_chain *c, const char **why)
 {
     uint32_t n = at->len / 16, i = 0;
@@ -128,7 +129,7 @@ static int walk_indirect(const struct guestmem *m, uint32_t *hint, const struct 
         *why = "indirect table is empty or not a multiple of 16 bytes";
         return -EBADMSG;
     }
-    if (n > VRING_CHAIN_MAX - 8) {
+    if (n > VRING_CHAIN_MAX - 8 - direct) {
         *why = "indirect table too long";
         return -EBADMSG;
     }
@@ -168,11 +169,12 @@ int vring_walk(const struct vring *v, const struct guestmem *m, uint32_t *hint, 
         int rc;
 
         if (d.flags & DESC_INDIRECT) {
-            if (d.flags & (DESC_NEXT | DESC_WRITE) || hops > 0) {
-                *why = "indirect descriptor inside a chain";
+            /* virtio 1.2, 2.7.5.3.2: the write flag here means nothing, and direct descriptors may come before. */
+            if (d.flags & DESC_NEXT) {
+                *why = "descriptors after an indirect one";
                 return -EBADMSG;
             }
-            return walk_indirect(m, hint, &d, c, why);
+            return walk_indirect(m, hint, &d, hops, c, why);
         }
         rc = add_seg(c, &d, why);
         if (rc != 0 || !(d.flags & DESC_NEXT))

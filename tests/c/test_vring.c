@@ -246,7 +246,9 @@ static void test_indirect(void)
     put_desc(&g, 0, TABLE, 48, 4 | 1, 1);
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
     put_desc(&g, 0, 0x5000, 8, 1, 1);
-    put_desc(&g, 1, TABLE, 48, 4, 0);                   /* not first */
+    put_desc(&g, 1, TABLE, 48, 4 | 2, 0);               /* not first, and its write flag means nothing */
+    CHECK(walk(&g, 0, &chain) == 0 && chain.in_bytes == 48 && chain.out_bytes == 24);
+    put_desc(&g, 1, TABLE, 16 * 1024, 4, 0);            /* with it longer than any ring */
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
     put_desc(&g, 0, TABLE, 48, 4, 0);
     put_table(&g, 1, TABLE, 48, 4, 0);                  /* a table in a table */

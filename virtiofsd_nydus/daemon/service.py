@@ -73,7 +73,8 @@ class Service:
         if bootstrap:
             assert config is not None
             self._mount(mountpoint, bootstrap, config)
-        self._vhost = VhostServer(lambda: EngineDevice(self.engine, vfs, QUEUES), path=sock, fd=fd, say=self.log.say)
+        self._vhost = VhostServer(lambda: EngineDevice(self.engine, vfs, QUEUES), path=sock, fd=fd, say=self.log.say,
+                                  ended=self.request_exit)
         if apisock:
             self._api = ApiServer(apisock, self)
         self._vhost.start()
