@@ -134,13 +134,22 @@ def test_blob_ids_that_are_no_digests(make, blob_id: str) -> None:
 
 def test_unknown_keys_are_one_warning(server: FaultyServer) -> None:
     lines: list[str] = []
-    create_backend("registry", {"host": "h", "repo": "r", "colour": 1, "proxy": {"url": "", "fallback": True},
-                                "mirrors": [{"host": "m"}], "zest": 2}, warn=lines.append)
-    assert lines == ["backend registry: keys without effect here: colour, mirrors, zest"]
+    create_backend("registry", {"host": "h", "repo": "r", "colour": 1, "proxy": {"url": "", "colour": True},
+                                "mirrors": [{"host": "m", "taste": 1}], "zest": 2, "readahead": True},
+                   warn=lines.append)
+    assert lines[0] == "backend registry: unknown keys, without effect: colour, zest"
+    assert lines[1].startswith("backend registry: readahead is no longer a key")
+    assert sorted(lines[2:]) == ["backend registry, mirrors: unknown keys, without effect: taste",
+                                 "backend, proxy: unknown keys, without effect: colour"]
 
 
 @pytest.mark.parametrize(("kind", "settings", "word"), [
-    ("oss", {}, "not supported"), ("registry", {}, "host and repo"), ("registry", {"host": "h"}, "host and repo"),
+    ("ftp", {}, "not supported"), ("oss", {}, "endpoint and bucket_name"), ("s3", {"bucket_name": "b"}, "region"),
+    ("localdisk", {}, "device_path"), ("http-proxy", {"addr": "x"}, "unix socket"),
+    ("registry", {"host": "h", "repo": "r", "proxy": {"url": "ftp://x"}}, "url must be"),
+    ("registry", {"host": "h", "repo": "r", "skip_verify": "yes"}, "true or false"),
+    ("registry", {"host": "h", "repo": "r", "mirrors": [{"host": "ftp://x"}]}, "mirrors: host"),
+    ("registry", {}, "host and repo"), ("registry", {"host": "h"}, "host and repo"),
     ("registry", {"host": 5, "repo": "r"}, "host must be a string"),
     ("registry", {"host": "h", "repo": "r", "auth": "???"}, "base64"),
     ("registry", {"host": "h", "repo": "r", "auth": base64.b64encode(b"nocolon").decode()}, "base64"),

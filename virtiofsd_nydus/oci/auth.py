@@ -18,6 +18,7 @@ from virtiofsd_nydus.storage import http
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
     from typing import Any
 
@@ -27,6 +28,15 @@ TOKEN_TTL_S = 60
 # A token is fetched anew this long before its end, or a tenth of its life when that is shorter.
 TOKEN_MARGIN_S = 20
 TOKEN_ANSWER_BYTES = 1 << 20
+# While there is traffic a token is renewed aside, this long or half its life before its margin, so that no read waits.
+RENEW_AHEAD_S = 30
+# After so long without a request the renewing rests (an image whose bytes are all here needs no login); the next
+# request wakes it.
+IDLE_S = 300.0
+# Waits after renewals that failed: doubled from the first to the last.
+RENEW_PAUSE_FIRST_S = 5.0
+RENEW_PAUSE_LAST_S = 600.0
+HELPER_LIMIT_S = 30.0
 # A refused login is not tried again for so long: every cold read would, and accounts get locked by that.
 REFUSED_FOR_S = 10.0
 # One step of WWW-Authenticate (RFC 9110 11.6.1): a scheme before its parameters, a parameter, or a scheme alone.
@@ -81,14 +91,20 @@ def parse_creds(text: str) -> Credentials:
 
 
 def find_docker_credentials(host: str) -> Credentials | None:
-    """The `auths` entry for host in docker's config.json (of $DOCKER_CONFIG, else of ~/.docker)."""
+    """The login for host by docker's config.json (of $DOCKER_CONFIG, else of ~/.docker): its credential helper
+    (credHelpers, credsStore), else its entry in `auths`."""
     import json
     from pathlib import Path
 
     folder = os.environ.get("DOCKER_CONFIG")
-    path = Path(folder) / "config.json" if folder else Path("~/.docker/config.json").expanduser()
     try:
-        auths = json.loads(path.read_bytes()).get("auths") or {}
+        path = Path(folder or "~/.docker").expanduser() / "config.json"
+    except RuntimeError:    # no home
+        return None
+    try:
+        document = json.loads(path.read_bytes())
+        auths = document.get("auths") or {}
+        helpers, store = document.get("credHelpers") or {}, str(document.get("credsStore") or "")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, AttributeError) as error:
@@ -96,6 +112,11 @@ def find_docker_credentials(host: str) -> Credentials | None:
     names = [host, f"https://{host}", f"http://{host}", f"https://{host}/v1/", f"https://{host}/v2/"]
     if host in ("docker.io", "index.docker.io", "registry-1.docker.io"):
         names += ["https://index.docker.io/v1/", "docker.io", "index.docker.io"]
+    helper = next((str(helpers[name]) for name in names if isinstance(helpers, dict) and helpers.get(name)), "")
+    for program, name in [(helper, name) for name in names[:1] if helper] + [(store, name) for name in names if store]:
+        found = _ask_helper(program, name)
+        if found is not None:
+            return found
     for name in names:
         entry = auths.get(name) if isinstance(auths, dict) else None
         if not isinstance(entry, dict):
@@ -107,6 +128,35 @@ def find_docker_credentials(host: str) -> Credentials | None:
         if entry.get("username"):
             return Credentials(str(entry["username"]), str(entry.get("password") or ""), token)
     return None
+
+
+def _ask_helper(program: str, server: str) -> Credentials | None:
+    """What `docker-credential-PROGRAM get` knows of server; None when it knows nothing."""
+    import json
+    import subprocess
+
+    name = f"docker-credential-{program}"
+    if "/" in program:
+        raise Failure(f"docker's config.json names {program!r} as credential helper: a name without / is wanted",
+                      Cause.AUTH)
+    try:
+        done = subprocess.run([name, "get"], input=server.encode(), capture_output=True, timeout=HELPER_LIMIT_S)
+    except FileNotFoundError:
+        raise Failure(f"docker's credential helper {name} is not installed (not in PATH)", Cause.AUTH) from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Failure(f"docker's credential helper {name}: {type(error).__name__}", Cause.AUTH) from error
+    if done.returncode:
+        # The protocol has one error of its own; what else it says may hold anything, so only its first words are told.
+        said = " ".join(done.stdout.decode("utf-8", "replace").split())[:120]
+        if "credentials not found" in said or not said:
+            return None
+        raise Failure(f"docker's credential helper {name} fails for {server}: {said}", Cause.AUTH)
+    try:
+        found = json.loads(done.stdout)
+        user, secret = str(found["Username"]), str(found["Secret"])
+    except (ValueError, KeyError, TypeError):
+        raise Failure(f"docker's credential helper {name} gives no login for {server}", Cause.AUTH) from None
+    return Credentials("", "", secret) if user == "<token>" else Credentials(user, secret)
 
 
 def parse_challenges(text: str) -> list[tuple[str, dict[str, str]]]:
@@ -136,8 +186,13 @@ class Authenticator:
     header() before a request, refresh() after a 401, refused() for the message when that did not help."""
 
     def __init__(self, client: http.HttpClient, host: str, credentials: Credentials | None = None,
-                 token: str = "") -> None:
-        """token: a bearer token somebody else got (nydusd's registry_token), used until it is refused."""
+                 token: str = "", *, secure: bool = False,
+                 find_credentials: "Callable[[], Credentials | None] | None" = None,
+                 say: "Callable[[str], None] | None" = None) -> None:
+        """token: a bearer token somebody else got (nydusd's registry_token), used until it is refused. secure: the
+        registry is spoken to over TLS, so the token server must be too. find_credentials: where credentials are not
+        given, asked for them at each login (they may be short-lived). say: gets one line when the login stops or
+        begins to work."""
         self._client = client
         self._host = host
         self._credentials = credentials
@@ -145,10 +200,18 @@ class Authenticator:
         self._first = threading.Lock()
         self._preset = f"Bearer {token}" if token else ""
         self._headers: dict[str, tuple[str, float]] = {}     # scope -> header, monotonic time of its end
+        self._lives_s: dict[str, float] = {}
         self._challenge: dict[str, str] | None = None
         self._refused: dict[str, tuple[Failure, float]] = {}    # scope -> refusal, monotonic time of its end
         self._get_only = False
+        self.secure = secure
+        self._find_credentials = find_credentials if credentials is None else None
+        self._not_found = ""        # why find_credentials failed
+        self._say = say
+        self._renewer: threading.Thread | None = None
+        self._last_used = 0.0
         self.settled = False
+        self.state = "unknown"      # ok, refused: what came of the last login
 
     @property
     def user(self) -> str:
@@ -157,10 +220,11 @@ class Authenticator:
     def set_credentials(self, credentials: Credentials | None) -> None:
         """New credentials for what follows (hot reload); tokens got with the old ones are dropped."""
         with self._lock:
-            self._credentials = credentials
+            self._credentials, self._find_credentials = credentials, None
             self._headers.clear()
             self._refused.clear()
             self._preset = ""
+            self.state = "unknown"
 
     def first_request(self, deadline: float | None) -> "AbstractContextManager[None]":
         """Held by the first exchange, so that a burst of readers makes one 401 and one token, not one each."""
@@ -169,7 +233,10 @@ class Authenticator:
     def header(self, scope: str, deadline: float | None = None) -> str:
         """The header to send for scope, "" for none known. Renews a token that is about to end."""
         known = self._headers.get(scope)
-        if known and known[1] > time.monotonic():
+        self._last_used = time.monotonic()
+        if known and known[1] > self._last_used:
+            if known[1] != float("inf") and self._renewer is None:
+                self._start_renewing()
             return known[0]
         if known is None or self._challenge is None:
             return self._preset
@@ -191,14 +258,66 @@ class Authenticator:
             except Failure as failure:
                 if failure.cause is Cause.AUTH:
                     self._refused[scope] = failure, time.monotonic() + REFUSED_FOR_S
+                    self._change_state("refused", str(failure))
                 raise
             self._headers[scope] = header, time.monotonic() + life_s
+            self._lives_s[scope] = life_s
+            self._change_state("ok", f"{self._host}: the login works again")
             return header
+
+    def note_refusal(self, status: int) -> None:
+        """A header that was just got was refused."""
+        self._change_state("refused", f"{self._host}: the login is refused with status {status}")
+
+    def _change_state(self, state: str, line: str) -> None:
+        before, self.state = self.state, state
+        if before != state and (before, state) != ("unknown", "ok") and self._say is not None:
+            self._say(line)
+
+    # ---- renewing ahead of time
+
+    def _start_renewing(self) -> None:
+        with self._lock:
+            if self._renewer is None:
+                self._renewer = threading.Thread(target=self._renew_ahead, name="token", daemon=True)
+                self._renewer.start()
+
+    def _renew_ahead(self) -> None:
+        """Renews each token before its end while there is traffic. Never raises: a read that needs a token that could
+        not be had tells why."""
+        pause_s = RENEW_PAUSE_FIRST_S
+        while time.monotonic() - self._last_used < IDLE_S:
+            now = time.monotonic()
+            due = [(end - self._ahead(scope), scope, header) for scope, (header, end) in list(self._headers.items())
+                   if end != float("inf")]
+            if not due:
+                break
+            at, scope, header = min(due)
+            if at > now:
+                if self._client.closing.wait(min(at - now, 5.0)):
+                    break
+                continue
+            try:
+                self.refresh(scope, header, None, now + 30)
+                pause_s = RENEW_PAUSE_FIRST_S
+            except Failure:
+                if self._client.closing.wait(pause_s):
+                    break
+                pause_s = min(pause_s * 2, RENEW_PAUSE_LAST_S)
+        self._renewer = None
+
+    def _ahead(self, scope: str) -> float:
+        return min(RENEW_AHEAD_S, self._lives_s.get(scope, 0.0) / 2)
 
     def _renew(self, scope: str, sent: str, answer: str | None, deadline: float | None) -> tuple[str, float]:
         """A new header and for how many seconds to use it. The lock is held."""
         if sent and sent == self._preset:
             self._preset = ""
+        if self._find_credentials is not None:
+            try:
+                self._credentials, self._not_found = self._find_credentials(), ""
+            except Failure as failure:
+                self._credentials, self._not_found = None, str(failure)
         challenges = parse_challenges(answer or "")
         bearer = next((fields for name, fields in challenges if name == "bearer" and fields.get("realm")), None)
         if not challenges:
@@ -219,6 +338,8 @@ class Authenticator:
         name, _, actions = what.rpartition(":")
         doing = f"{'push' if 'push' in actions else 'pull'} {name}" if name else what
         said = f" ({self._credentials.hide_in(said) if self._credentials else said})" if said else ""
+        if self._not_found:
+            said += f" ({self._not_found})"
         if self._credentials is None:
             return Failure(f"{self._host}: refused to {doing} without a login{said}: give --creds USER:PASSWORD, "
                            f"or log in with `docker login {self._host}`", Cause.AUTH)
@@ -236,6 +357,9 @@ class Authenticator:
         if realm.partition("://")[0] not in ("http", "https"):
             raise Failure(f"{self._host}: asks for a token from {realm[:80]!r}, which is no http address",
                           Cause.AUTH)
+        if self._credentials is not None and self.secure and not realm.startswith("https://"):
+            raise Failure(f"{self._host}: names a token server without TLS ({http.host_of(realm)}): the password is "
+                          "not sent there in clear; the registry's configuration must name an https realm", Cause.AUTH)
         scopes = [scope]
         wanted = challenge.get("scope", "")
         if wanted and not _covers(scope, wanted):
@@ -252,7 +376,7 @@ class Authenticator:
                     if answer is not None:
                         return answer
                 query = urlencode([*fields, ("client_id", CLIENT_ID), *(("scope", one) for one in scopes)])
-                headers = {"Authorization": who.basic_header()} if who is not None else {}
+                headers = {"Authorization": who.basic_header()} if who is not None and who.username else {}
                 answer = self._token_call("GET", f"{realm}{'&' if '?' in realm else '?'}{query}", deadline,
                                           headers=headers)
                 if answer is None:

@@ -22,13 +22,17 @@ class RegistrySession:
 
     def __init__(self, client: http.HttpClient, scheme: str, host: str, repo: str, *,
                  credentials: Credentials | None = None, token: str = "", plain_fallback: bool = False,
-                 rewrite_redirect: "Callable[[str], str] | None" = None) -> None:
+                 rewrite_redirect: "Callable[[str], str] | None" = None,
+                 find_credentials: "Callable[[], Credentials | None] | None" = None,
+                 say: "Callable[[str], None] | None" = None) -> None:
         """plain_fallback: go on in plain HTTP when the host turns out not to speak TLS (nydusd does so with
-        skip_verify). rewrite_redirect: changes the address a redirect names."""
+        skip_verify). rewrite_redirect: changes the address a redirect names. find_credentials: asked at each login when
+        credentials are not given. say: gets a line when the login stops or begins to work."""
         self.client = client
         self.host = host
         self.repo = repo
-        self.auth = Authenticator(client, host, credentials, token)
+        self.auth = Authenticator(client, host, credentials, token, secure=scheme == "https",
+                                  find_credentials=find_credentials, say=say)
         self._scheme = scheme
         self._plain_fallback = plain_fallback and scheme == "https"
         self._rewrite_redirect = rewrite_redirect
@@ -44,8 +48,10 @@ class RegistrySession:
     def request(self, method: str, target: str, what: str, *, push: bool = False,
                 headers: "Mapping[str, str] | None" = None, body: "Body | None" = None,
                 deadline: float | None = None, read_timeout_s: float | None = None,
+                through: http.Through | None = None,
                 pass_statuses: tuple[int, ...] = ()) -> "tuple[BaseHTTPResponse, str]":
         """One exchange. target: path below /v2/REPO/, or a whole URL. what: names the thing in messages.
+        through: by the client's proxy as it says.
 
         Returns the answer (status below 300, or one of pass_statuses) unread, and the address that gave it. Raises
         Failure: AUTH, MISSING, SCHEME, NETWORK (http.RetriableFailure where another try may help), IO."""
@@ -54,10 +60,11 @@ class RegistrySession:
         url = target if "://" in target else self.url(target)
         for _ in range(http.REDIRECTS_MAX + 1):
             try:
-                response = self._send(method, url, what, push, headers, body, deadline, read_timeout_s)
+                response = self._send(method, url, push, headers, body, deadline, read_timeout_s, through)
             except Failure as failure:
                 if failure.cause is Cause.SCHEME and self._plain_fallback and self.is_own(url):
                     self._scheme, self._plain_fallback = "http", False
+                    self.auth.secure = False
                     url = url.replace("https://", "http://", 1)
                     continue
                 raise
@@ -69,29 +76,25 @@ class RegistrySession:
                 http.check_status(response, url, what)
                 http.release(response)
                 raise Failure(f"{http.host_of(url)}: {what}: unexpected status {response.status}", Cause.IO)
-            location = response.headers.get("Location", "")
-            http.release(response)
-            if not location:
-                raise http.RetriableFailure(f"{http.host_of(url)}: {what}: a redirect without an address")
-            here, url = url, urljoin(url, location)
-            if not url.startswith(("http://", "https://")):
-                raise Failure(f"{http.host_of(here)}: {what}: redirected to {url[:60]!r}, which is no http address",
-                              Cause.NETWORK)
+            url = http.redirect_target(response, url, what, urljoin)
             if self._rewrite_redirect is not None and not self.is_own(url):
                 url = self._rewrite_redirect(url)
         raise Failure(f"{self.host}: {what}: more than {http.REDIRECTS_MAX} redirects, the last to "
                       f"{http.host_of(url)}", Cause.NETWORK)
 
-    def _send(self, method: str, url: str, what: str, push: bool, headers: "Mapping[str, str] | None",
-              body: "Body | None", deadline: float | None, read_timeout_s: float | None) -> "BaseHTTPResponse":
+    def _send(self, method: str, url: str, push: bool, headers: "Mapping[str, str] | None", body: "Body | None",
+              deadline: float | None, read_timeout_s: float | None,
+              through: http.Through | None) -> "BaseHTTPResponse":
+        own = self.is_own(url)
+
         def send(authorization: str) -> "BaseHTTPResponse":
             sent = dict(headers or {})
             if authorization:
                 sent["Authorization"] = authorization
             return self.client.send(method, url, headers=sent, deadline=deadline, read_timeout_s=read_timeout_s,
-                                    body=body() if callable(body) else body)
+                                    through=through, own=own, body=body() if callable(body) else body)
 
-        if not self.is_own(url):
+        if not own:
             return send("")
         if not self.auth.settled:
             with self.auth.first_request(deadline):
@@ -120,5 +123,6 @@ class RegistrySession:
                 http.release(response)
             response = send(self.auth.refresh(scope, header, challenge, deadline))
         if response.status in (401, 403):
+            self.auth.note_refusal(response.status)
             raise self.auth.refused(scope, response.status, http.error_text(response, ""))
         return response

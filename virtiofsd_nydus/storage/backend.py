@@ -9,11 +9,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 
+    from virtiofsd_nydus.storage.meter import BackendMeter
+
     class Backend(Protocol):
         """All calls may come from several threads at once. They raise errors.Failure with its cause (AUTH, SCHEME,
         NETWORK, MISSING, DIGEST never, IO) once retries are used up or the deadline has passed."""
 
         kind: str   # "registry", "localfs", ...
+        meter: BackendMeter
 
         def read_range(self, blob_id: str, offset: int, length: int, *, prefetch: bool = False,
                        deadline: float | None = None) -> Iterator[memoryview]:
@@ -24,6 +27,14 @@ if TYPE_CHECKING:
 
         def blob_size(self, blob_id: str) -> int:
             """Size of the blob in bytes."""
+            ...
+
+        def distrust(self, blob_id: str) -> None:
+            """What came of this blob was not the image's: go another way where there is one."""
+            ...
+
+        def status(self) -> dict[str, object]:
+            """Health of what is asked, for the API; no secrets."""
             ...
 
         def close(self) -> None: ...

@@ -1,5 +1,7 @@
 """From the backend section of a nydusd configuration to a Backend. Light: no network, no HTTP library."""
 
+import os
+
 from virtiofsd_nydus.errors import UsageFailure
 from virtiofsd_nydus.storage import http
 
@@ -9,36 +11,53 @@ if TYPE_CHECKING:
     from typing import Any
 
     from virtiofsd_nydus.storage.backend import Backend
+    from virtiofsd_nydus.storage.proxy import ForwardProxy
+    from virtiofsd_nydus.storage.registry import Mirror
 
-REGISTRY_KEYS = frozenset((
-    "scheme", "host", "repo", "auth", "registry_token", "blob_url_scheme", "blob_redirected_host", "skip_verify",
-    "ca_cert_files", "timeout", "connect_timeout", "retry_limit"))
-LOCALFS_KEYS = frozenset(("dir", "blob_file", "alt_dirs"))
-# Given by nydusd's clients and without effect when empty.
-QUIET_EMPTY_KEYS = frozenset(("proxy", "mirrors", "readahead", "readahead_sec"))
+    Settings = Mapping[str, Any]
+    Say = Callable[[str], None] | None
+
+HEADER_PREFIX = "NYDUS_HEADER_"
+TOKEN_CHARACTERS = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+HTTP_KEYS = frozenset(("skip_verify", "ca_cert_files", "timeout", "connect_timeout", "retry_limit", "proxy"))
+OBJECT_KEYS = HTTP_KEYS | {"scheme", "endpoint", "bucket_name", "object_prefix", "access_key_id", "access_key_secret",
+                           "session_token"}
+KEYS = {
+    "registry": HTTP_KEYS | {"scheme", "host", "repo", "auth", "registry_token", "blob_url_scheme",
+                             "blob_redirected_host", "mirrors"},
+    "s3": OBJECT_KEYS | {"region", "path_style"},
+    "oss": OBJECT_KEYS,
+    "http-proxy": HTTP_KEYS | {"addr", "path"},
+    "localfs": frozenset(("dir", "blob_file", "alt_dirs")),
+    "localdisk": frozenset(("device_path", "disable_gpt")),
+}
+PROXY_KEYS = frozenset(("url", "ping_url", "fallback", "check_interval", "use_http", "check_pause_elapsed",
+                        "dragonfly_scheduler_endpoint"))
+MIRROR_KEYS = frozenset(("host", "ping_url", "headers", "health_check_interval", "failure_limit", "auth_through"))
+# What nydusd once took and takes no more: told with the reason.
+REMOVED_KEYS = {
+    "readahead": "blob files are read ahead by the kernel",
+    "readahead_sec": "blob files are read ahead by the kernel",
+}
 
 
-def create_backend(kind: str, settings: "Mapping[str, Any]", *,
-                   warn: "Callable[[str], None] | None" = None) -> "Backend":
+def create_backend(kind: str, settings: "Settings", *, warn: "Say" = None) -> "Backend":
     """The backend of a type and its settings, as they stand in nydusd's configurations.
 
-    warn gets one line that names all keys that were not understood. Raises UsageFailure for settings that cannot be.
-    Opens nothing, so that nothing has to be up yet."""
-    known = {"registry": REGISTRY_KEYS, "localfs": LOCALFS_KEYS}.get(kind)
+    warn gets one line that names all keys that were not understood, and later lines about servers that come and go: it
+    is called from any thread. Raises UsageFailure for settings that cannot be, naming keys and never values. Opens
+    nothing, so that nothing has to be up yet."""
+    known = KEYS.get(kind)
     if known is None:
-        raise UsageFailure(f"backend type {kind!r} is not supported: registry and localfs are")
+        raise UsageFailure(f"backend type {kind!r} is not supported: {', '.join(sorted(KEYS))} are")
     if not isinstance(settings, dict):
         raise UsageFailure(f"backend {kind}: its config must be an object")
-    unknown = sorted(key for key, value in settings.items()
-                     if key not in known and not (key in QUIET_EMPTY_KEYS and not _has_effect(value)))
-    if unknown and warn is not None:
-        warn(f"backend {kind}: keys without effect here: {', '.join(unknown)}")
-    if kind == "localfs":
-        return _make_localfs(settings)
-    return _make_registry(settings)
+    _name_unknown(f"backend {kind}", settings, known, warn)
+    return MAKERS[kind](settings, warn)
 
 
-def _make_localfs(settings: "Mapping[str, Any]") -> "Backend":
+def _make_localfs(settings: "Settings", say: "Say") -> "Backend":
     from virtiofsd_nydus.storage.localfs import LocalfsBackend
 
     directory, blob_file = _text(settings, "dir"), _text(settings, "blob_file")
@@ -47,36 +66,168 @@ def _make_localfs(settings: "Mapping[str, Any]") -> "Backend":
     return LocalfsBackend(directory, blob_file, tuple(_texts(settings, "alt_dirs")))
 
 
-def _make_registry(settings: "Mapping[str, Any]") -> "Backend":
-    from virtiofsd_nydus.oci.auth import decode_basic
-    from virtiofsd_nydus.storage.registry import RETRIES, RegistryBackend
+def _make_localdisk(settings: "Settings", say: "Say") -> "Backend":
+    from virtiofsd_nydus.storage.localdisk import LocaldiskBackend
+
+    path = _text(settings, "device_path")
+    if not path:
+        raise UsageFailure("backend localdisk: device_path is needed")
+    return LocaldiskBackend(path, with_gpt=not _flag(settings, "disable_gpt"))
+
+
+def _make_registry(settings: "Settings", say: "Say") -> "Backend":
+    from virtiofsd_nydus.oci.auth import decode_basic, find_docker_credentials
+    from virtiofsd_nydus.storage.registry import RegistryBackend
 
     host, repo = _text(settings, "host"), _text(settings, "repo")
     if not host or not repo:
         raise UsageFailure("backend registry: host and repo are needed")
     auth = _text(settings, "auth")
-    skip_verify = settings.get("skip_verify") is True
-    client = http.HttpClient(
-        skip_verify=skip_verify, ca_cert_files=_texts(settings, "ca_cert_files"),
-        read_timeout_s=_number(settings, "timeout", http.READ_TIMEOUT_S),
-        connect_timeout_s=_number(settings, "connect_timeout", http.CONNECT_TIMEOUT_S))
     return RegistryBackend(
         # nydusd: anything but http is https.
-        client, "http" if _text(settings, "scheme") == "http" else "https", host, repo,
+        _make_client(settings, say), "http" if _text(settings, "scheme") == "http" else "https", host, repo,
         credentials=decode_basic(auth, "backend registry, auth") if auth else None,
-        token=_text(settings, "registry_token"), retries=int(_number(settings, "retry_limit", 0)) or RETRIES,
-        plain_fallback=skip_verify, blob_url_scheme=_text(settings, "blob_url_scheme"),
-        blob_redirected_host=_text(settings, "blob_redirected_host"))
+        token=_text(settings, "registry_token"), retries=_retries(settings),
+        plain_fallback=_flag(settings, "skip_verify"), blob_url_scheme=_text(settings, "blob_url_scheme"),
+        blob_redirected_host=_text(settings, "blob_redirected_host"), mirrors=_make_mirrors(settings, say),
+        find_credentials=lambda: find_docker_credentials(host), say=say)
 
 
-def _has_effect(value: "Any") -> bool:
-    """False for what is empty, and for a `proxy` without an address, as clients send it."""
-    if isinstance(value, dict):
-        return bool(value.get("url")) or bool(value.get("dragonfly_scheduler_endpoint"))
-    return bool(value)
+def _make_mirrors(settings: "Settings", say: "Say") -> "list[Mirror]":
+    from virtiofsd_nydus.storage import registry
+
+    found = settings.get("mirrors")
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UsageFailure("backend: mirrors must be a list of objects")
+    mirrors = []
+    for one in found:
+        _name_unknown("backend registry, mirrors", one, MIRROR_KEYS, say)
+        scheme, separator, host = _text(one, "host").rstrip("/").rpartition("://")
+        if not host or (separator and scheme not in ("http", "https")) or "/" in host:
+            raise UsageFailure("backend registry, mirrors: host must be http(s)://HOST[:PORT]")
+        headers = one.get("headers") or {}
+        if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
+            raise UsageFailure("backend registry, mirrors: headers must be an object of strings")
+        mirrors.append(registry.Mirror(
+            scheme or "https", host, ping_url=_address(one, "ping_url"), headers=headers,
+            failures_max=int(_number(one, "failure_limit", 0)) or registry.MIRROR_FAILURES_MAX,
+            check_interval_s=_number(one, "health_check_interval", 0) or registry.MIRROR_CHECK_INTERVAL_S,
+            with_login=_flag(one, "auth_through")))
+    return mirrors
 
 
-def _text(settings: "Mapping[str, Any]", key: str) -> str:
+def _make_s3(settings: "Settings", say: "Say") -> "Backend":
+    from virtiofsd_nydus.storage.objects import S3Backend
+
+    bucket, region = _text(settings, "bucket_name"), _text(settings, "region")
+    if not bucket or not region:
+        raise UsageFailure("backend s3: bucket_name and region are needed")
+    return S3Backend(
+        _make_client(settings, say), "http" if _text(settings, "scheme") == "http" else "https",
+        _text(settings, "endpoint"), bucket, _text(settings, "object_prefix"), region=region,
+        key_id=_text(settings, "access_key_id"), key_secret=_text(settings, "access_key_secret"),
+        session_token=_text(settings, "session_token"), path_style=_flag(settings, "path_style", True),
+        retries=_retries(settings), say=say)
+
+
+def _make_oss(settings: "Settings", say: "Say") -> "Backend":
+    from virtiofsd_nydus.storage.objects import OssBackend
+
+    endpoint, bucket = _text(settings, "endpoint"), _text(settings, "bucket_name")
+    if not endpoint or not bucket:
+        raise UsageFailure("backend oss: endpoint and bucket_name are needed")
+    return OssBackend(
+        _make_client(settings, say), "http" if _text(settings, "scheme") == "http" else "https", endpoint, bucket,
+        _text(settings, "object_prefix"), key_id=_text(settings, "access_key_id"),
+        key_secret=_text(settings, "access_key_secret"), session_token=_text(settings, "session_token"),
+        retries=_retries(settings), say=say)
+
+
+def _make_http_proxy(settings: "Settings", say: "Say") -> "Backend":
+    from virtiofsd_nydus.storage.httpproxy import HttpProxyBackend
+
+    address, path = _text(settings, "addr"), _text(settings, "path")
+    unix = address.startswith("/")
+    if not unix and not address.startswith(("http://", "https://")):
+        raise UsageFailure("backend http-proxy: addr must be http://..., https://... or the absolute path of a unix "
+                           "socket")
+    return HttpProxyBackend(_make_client(settings, say, unix_socket=address if unix else ""), address, path, unix=unix,
+                            retries=_retries(settings), say=say)
+
+
+MAKERS: "dict[str, Callable[[Settings, Say], Backend]]" = {
+    "registry": _make_registry, "s3": _make_s3, "oss": _make_oss, "http-proxy": _make_http_proxy,
+    "localfs": _make_localfs, "localdisk": _make_localdisk,
+}
+
+
+# ---- parts
+
+def _make_client(settings: "Settings", say: "Say", *, unix_socket: str = "") -> http.HttpClient:
+    connect_timeout_s = _number(settings, "connect_timeout", http.CONNECT_TIMEOUT_S)
+    return http.HttpClient(
+        skip_verify=_flag(settings, "skip_verify"), ca_cert_files=_texts(settings, "ca_cert_files"),
+        read_timeout_s=_number(settings, "timeout", http.READ_TIMEOUT_S), connect_timeout_s=connect_timeout_s,
+        headers=read_header_environment(say), unix_socket=unix_socket,
+        proxy=None if unix_socket else _make_proxy(settings, connect_timeout_s, say))
+
+
+def _make_proxy(settings: "Settings", connect_timeout_s: float, say: "Say") -> "ForwardProxy | None":
+    from virtiofsd_nydus.storage.proxy import ForwardProxy
+
+    proxy = settings.get("proxy")
+    if proxy is None:
+        return None
+    if not isinstance(proxy, dict):
+        raise UsageFailure("backend: proxy must be an object")
+    _name_unknown("backend, proxy", proxy, PROXY_KEYS, say)
+    url = _address(proxy, "url")
+    if _text(proxy, "dragonfly_scheduler_endpoint") and say is not None:
+        say("backend, proxy: dragonfly_scheduler_endpoint is not used: Dragonfly's peer daemon is spoken to as an HTTP "
+            f"proxy ({'by url' if url else 'give its url'})")
+    if not url:
+        return None
+    return ForwardProxy(
+        url, ping_url=_address(proxy, "ping_url"), fallback=_flag(proxy, "fallback", True),
+        check_interval_s=_number(proxy, "check_interval", 0) or 5.0, use_http=_flag(proxy, "use_http"),
+        check_pause_s=_number(proxy, "check_pause_elapsed", 0) or 300.0, connect_timeout_s=connect_timeout_s, say=say)
+
+
+def read_header_environment(say: "Say") -> dict[str, str]:
+    """Headers from NYDUS_HEADER_<Name>=<value>. What cannot be a header is named, its value is not."""
+    found: dict[str, str] = {}
+    for variable, value in sorted(os.environ.items()):
+        if not variable.startswith(HEADER_PREFIX):
+            continue
+        name = variable.removeprefix(HEADER_PREFIX)
+        if not name or not TOKEN_CHARACTERS.issuperset(name) or not (value.isascii() and value.isprintable()):
+            if say is not None:
+                say(f"{variable}: not a valid HTTP header, left out")
+            continue
+        found["User-Agent" if name.lower() == "user-agent" else name] = value
+    return found
+
+
+def _name_unknown(where: str, settings: "Settings", known: "frozenset[str] | set[str]", warn: "Say") -> None:
+    if warn is None:
+        return
+    unknown = sorted(key for key in settings if key not in known and key not in REMOVED_KEYS)
+    if unknown:
+        warn(f"{where}: unknown keys, without effect: {', '.join(unknown)}")
+    for key, reason in REMOVED_KEYS.items():
+        if key in settings and key not in known and settings[key]:
+            warn(f"{where}: {key} is no longer a key of nydusd's and without effect: {reason}")
+
+
+def _retries(settings: "Settings") -> int:
+    from virtiofsd_nydus.storage.blobs import RETRIES
+
+    return int(_number(settings, "retry_limit", 0)) or RETRIES
+
+
+def _text(settings: "Settings", key: str) -> str:
     value = settings.get(key)
     if value is None:
         return ""
@@ -85,7 +236,23 @@ def _text(settings: "Mapping[str, Any]", key: str) -> str:
     return value
 
 
-def _texts(settings: "Mapping[str, Any]", key: str) -> list[str]:
+def _address(settings: "Settings", key: str) -> str:
+    value = _text(settings, key)
+    if value and not value.startswith(("http://", "https://")):
+        raise UsageFailure(f"backend: {key} must be an http:// or https:// address")
+    return value
+
+
+def _flag(settings: "Settings", key: str, default: bool = False) -> bool:
+    value = settings.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise UsageFailure(f"backend: {key} must be true or false")
+    return value
+
+
+def _texts(settings: "Settings", key: str) -> list[str]:
     value = settings.get(key)
     if value is None:
         return []
@@ -94,8 +261,10 @@ def _texts(settings: "Mapping[str, Any]", key: str) -> list[str]:
     return value
 
 
-def _number(settings: "Mapping[str, Any]", key: str, default: float) -> float:
-    value = settings.get(key, default)
+def _number(settings: "Settings", key: str, default: float) -> float:
+    value = settings.get(key)
+    if value is None:
+        return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1 << 31:
         raise UsageFailure(f"backend: {key} must be a number of at least 0")
     return float(value)

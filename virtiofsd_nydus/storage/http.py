@@ -11,10 +11,14 @@ from virtiofsd_nydus.errors import Cause, Failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    import ssl
+    from collections.abc import Callable, Iterable, Mapping
     from typing import IO
 
     from urllib3 import BaseHTTPResponse, PoolManager
+
+    from virtiofsd_nydus.storage.connect import Resolver
+    from virtiofsd_nydus.storage.proxy import ForwardProxy
 
 # As many connections to a host as there are fetch slots (docs/architecture.md); more are closed after one use.
 POOL_SIZE = 8
@@ -32,6 +36,8 @@ REDIRECT_STATUSES = frozenset((301, 302, 303, 307, 308))
 RETRY_STATUSES = frozenset((408, 425, 429))    # and all from 500 on
 # How servers written in Go and nginx answer plain HTTP on a TLS port.
 PLAIN_TO_TLS_WORDS = ("HTTP request to an HTTPS server", "plain HTTP request was sent to HTTPS")
+# Headers that carry a secret of whoever configured them: for the backend's own server, not for where it redirects to.
+SECRET_HEADERS = frozenset(("authorization", "proxy-authorization", "cookie"))
 SPEAKS_HTTPS = "speaks HTTPS, not plain HTTP: use https (scheme, or no --plain-http)"
 
 
@@ -43,14 +49,28 @@ class RetriableFailure(Failure):
         self.after_s = after_s
 
 
+class DeadlinePassed(Failure):
+    """There was no time left to ask: it says nothing about the server."""
+
+
 def time_left(deadline: float | None, limit_s: float, url: str) -> float:
     """Seconds one wait for url may last: limit_s (0 = no limit) cut to the deadline. Fails when that has passed."""
     if deadline is None:
         return limit_s
     left = deadline - time.monotonic()
     if left <= 0:
-        raise Failure(f"{host_of(url)}: the deadline passed", Cause.NETWORK)
+        raise DeadlinePassed(f"{host_of(url)}: the deadline passed", Cause.NETWORK)
     return min(limit_s, left) if limit_s else left
+
+
+class Through:
+    """How the requests of one operation go: by the backend's proxy, if it has one, or round it."""
+
+    __slots__ = ("bypass", "prefetch")
+
+    def __init__(self, prefetch: bool = False) -> None:
+        self.prefetch = prefetch
+        self.bypass = False
 
 
 class Retry:
@@ -65,6 +85,11 @@ class Retry:
         self._deadline = deadline
         self._closing = closing
         self._backoff_s = BACKOFF_FIRST_S
+
+    @property
+    def last(self) -> bool:
+        """Whether the attempt under way is the last."""
+        return self._left <= 0
 
     def progress(self) -> None:
         """Bytes have arrived: the count starts anew, so that a long transfer may survive many cuts."""
@@ -93,14 +118,23 @@ class HttpClient:
 
     def __init__(self, *, skip_verify: bool = False, ca_cert_files: "Iterable[str]" = (),
                  read_timeout_s: float = READ_TIMEOUT_S, connect_timeout_s: float = CONNECT_TIMEOUT_S,
-                 pool_size: int = POOL_SIZE, user_agent: str = "virtiofsd-nydus") -> None:
-        """Timeouts in seconds, 0 = none. ca_cert_files: PEM files trusted beside the system's."""
+                 pool_size: int = POOL_SIZE, user_agent: str = "virtiofsd-nydus",
+                 headers: "Mapping[str, str] | None" = None, proxy: "ForwardProxy | None" = None,
+                 unix_socket: str = "") -> None:
+        """Timeouts in seconds, 0 = none. ca_cert_files: PEM files trusted beside the system's. headers: sent with every
+        request of the backend (SECRET_HEADERS only where send() is told that the server is its own). unix_socket: where
+        all plain-HTTP requests go."""
         self._skip_verify = skip_verify
         self._ca_cert_files = tuple(ca_cert_files)
         self._read_timeout_s = read_timeout_s
         self._connect_timeout_s = connect_timeout_s
-        self._pool_size = pool_size
+        self.pool_size = pool_size
         self._user_agent = user_agent
+        self._headers = dict(headers or {})
+        self._public_headers = {k: v for k, v in self._headers.items() if k.lower() not in SECRET_HEADERS}
+        self.proxy = proxy
+        self._unix_socket = unix_socket
+        self._resolver: Resolver | None = None
         self._pool: PoolManager | None = None
         self._lock = threading.Lock()
         self.closing = threading.Event()
@@ -112,16 +146,20 @@ class HttpClient:
             pool, self._pool = self._pool, None
         if pool is not None:
             pool.clear()
+        if self.proxy is not None:
+            self.proxy.close()
 
     def retry(self, retries: int, deadline: float | None) -> Retry:
         return Retry(retries, deadline, self.closing)
 
     def send(self, method: str, url: str, *, headers: "Mapping[str, str] | None" = None,
              body: "bytes | IO[bytes] | None" = None, deadline: float | None = None,
-             read_timeout_s: float | None = None) -> "BaseHTTPResponse":
+             read_timeout_s: float | None = None, through: Through | None = None,
+             own: bool = False) -> "BaseHTTPResponse":
         """One request, no redirect followed, body of the answer unread: read it to its end or release(response).
 
-        read_timeout_s: for this request instead of the client's. Raises Failure: SCHEME for TLS that does not come
+        read_timeout_s: for this request instead of the client's. through: by the proxy as it says; None: directly. own:
+        url is the server that the configuration names. Raises Failure: SCHEME for TLS that does not come
         about, NETWORK (RetriableFailure) for whatever else keeps an answer from arriving."""
         import http.client
 
@@ -130,7 +168,13 @@ class HttpClient:
         read_s = self._read_timeout_s if read_timeout_s is None else read_timeout_s
         timeout = urllib3.Timeout(connect=time_left(deadline, self._connect_timeout_s, url) or None,
                                   read=time_left(deadline, read_s, url) or None)
-        sent = {"User-Agent": self._user_agent, "Accept-Encoding": "identity", **(headers or {})}
+        sent = {"User-Agent": self._user_agent, "Accept-Encoding": "identity",
+                **(self._headers if own else self._public_headers), **(headers or {})}
+        if self.proxy is not None and through is not None and not through.bypass:
+            response = self.proxy.send(self, method, url, sent, body, timeout, through.prefetch)
+            if response is not None:
+                return response
+            time_left(deadline, 0, url)
         try:
             return self._manager().request(method, url, headers=sent, body=body, timeout=timeout, redirect=False,
                                            retries=False, preload_content=False, decode_content=False)
@@ -145,7 +189,26 @@ class HttpClient:
                 self._pool = self._make_manager()
             return self._pool
 
+    def resolver(self) -> "Resolver":
+        """The one memory of names for direct and proxied connections."""
+        from virtiofsd_nydus.storage.connect import Resolver
+
+        if self._resolver is None:
+            self._resolver = Resolver()
+        return self._resolver
+
     def _make_manager(self) -> "PoolManager":
+        import urllib3
+
+        from virtiofsd_nydus.storage import connect
+
+        if self._unix_socket:
+            return connect.make_unix_manager(self._unix_socket, self.pool_size)
+        manager = urllib3.PoolManager(num_pools=16, maxsize=self.pool_size, block=False,
+                                      ssl_context=self.make_ssl_context())
+        return connect.install(manager, self.resolver())
+
+    def make_ssl_context(self) -> "ssl.SSLContext":
         import ssl
 
         import urllib3
@@ -161,7 +224,40 @@ class HttpClient:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-        return urllib3.PoolManager(num_pools=16, maxsize=self._pool_size, block=False, ssl_context=context)
+        return context
+
+
+def request_following(client: HttpClient, method: str, url: str, what: str, headers: "Mapping[str, str]",
+                      through: Through, deadline: float | None) -> "tuple[BaseHTTPResponse, str]":
+    """One exchange with a server that knows no login, redirects followed: the answer (2xx or 416, unread) and the
+    address that gave it."""
+    from urllib.parse import urljoin
+
+    first = origin_of(url)
+    for _ in range(REDIRECTS_MAX + 1):
+        response = client.send(method, url, headers=headers, deadline=deadline, through=through,
+                               own=origin_of(url) == first)
+        if response.status < 300 or response.status == 416:
+            return response, url
+        if response.status not in REDIRECT_STATUSES:
+            check_status(response, url, what)
+            release(response)
+            raise Failure(f"{host_of(url)}: {what}: unexpected status {response.status}", Cause.IO)
+        url = redirect_target(response, url, what, urljoin)
+    raise Failure(f"{host_of(url)}: {what}: more than {REDIRECTS_MAX} redirects", Cause.NETWORK)
+
+
+def redirect_target(response: "BaseHTTPResponse", url: str, what: str, join: "Callable[[str, str], str]") -> str:
+    """Where a redirect from url leads. Ends the response."""
+    location = response.headers.get("Location", "")
+    release(response)
+    if not location:
+        raise RetriableFailure(f"{host_of(url)}: {what}: a redirect without an address")
+    target = join(url, location)
+    if not target.startswith(("http://", "https://")):
+        raise Failure(f"{host_of(url)}: {what}: redirected to {target[:60]!r}, which is no http address",
+                      Cause.NETWORK)
+    return target
 
 
 def release(response: "BaseHTTPResponse") -> None:

@@ -3,9 +3,11 @@
 import errno
 import os
 import threading
+import time
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.storage.http import PIECE_BYTES
+from virtiofsd_nydus.storage.meter import BackendMeter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,12 +27,19 @@ class LocalfsBackend:
         self._alt_dirs = alt_dirs
         self._files: dict[str, tuple[int, str]] = {}    # blob id -> descriptor kept open, path
         self._lock = threading.Lock()
+        self.meter = BackendMeter(self.kind)
 
     def close(self) -> None:
         with self._lock:
             files, self._files = self._files, {}
         for fd, _ in files.values():
             os.close(fd)
+
+    def distrust(self, blob_id: str) -> None:
+        """There is no other way to a local file."""
+
+    def status(self) -> "dict[str, object]":
+        return {}
 
     def blob_size(self, blob_id: str) -> int:
         return os.fstat(self._open(blob_id)[0]).st_size
@@ -43,20 +52,7 @@ class LocalfsBackend:
 
     def _read_range(self, blob_id: str, offset: int, length: int) -> "Iterator[memoryview]":
         fd, path = self._open(blob_id)
-        buffer = bytearray(min(PIECE_BYTES, length))
-        view = memoryview(buffer)
-        end = offset + length
-        while offset < end:
-            try:
-                got = os.preadv(fd, [view[:end - offset]], offset)
-            except OSError as error:
-                raise Failure(f"cannot read {path}: {error.strerror}", Cause.IO) from error
-            if got == 0:
-                raise Failure(f"{path} has {os.fstat(fd).st_size} bytes, the image wants {end - offset} at "
-                              f"{offset}: it is not the blob the image was made with, or was copied only in part",
-                              Cause.FORMAT)
-            offset += got
-            yield view[:got]
+        yield from read_pieces(fd, path, offset, length, self.meter)
 
     def _candidates(self, blob_id: str) -> list[str]:
         if self._blob_file:
@@ -82,3 +78,28 @@ class LocalfsBackend:
                 opened = self._files[blob_id] = fd, path
                 return opened
         raise Failure(f"no blob file {' or '.join(paths)}: is it the image's blob directory?", Cause.MISSING)
+
+
+def read_pieces(fd: int, path: str, offset: int, length: int, meter: BackendMeter) -> "Iterator[memoryview]":
+    """length bytes from offset of an open file in pieces; each is valid until the next is asked for."""
+    began_s, start = time.monotonic(), offset
+    buffer = bytearray(min(PIECE_BYTES, length))
+    view = memoryview(buffer)
+    end = offset + length
+    cause = ""
+    try:
+        while offset < end:
+            try:
+                got = os.preadv(fd, [view[:end - offset]], offset)
+            except OSError as error:
+                cause = "io"
+                raise Failure(f"cannot read {path}: {error.strerror}", Cause.IO) from error
+            if got == 0:
+                cause = "format"
+                raise Failure(f"{path} has {os.fstat(fd).st_size} bytes, the image wants {end - offset} at "
+                              f"{offset}: it is not the blob the image was made with, or was copied only in part",
+                              Cause.FORMAT)
+            offset += got
+            yield view[:got]
+    finally:
+        meter.record(began_s, length, offset - start, cause)

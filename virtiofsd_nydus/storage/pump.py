@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from virtiofsd_nydus.storage.backend import Backend
+    from virtiofsd_nydus.storage.health import RateLimit
 
 FETCH_SLOTS = 8         # jobs under way at once; loopback and WAN links alike are full before that
 PREFETCH_SLOTS = 6      # of them open to prefetch: demand always finds a free one
@@ -31,6 +32,7 @@ class FetchPump:
     def __init__(self, engine: Engine, slots: int = FETCH_SLOTS) -> None:
         self.engine = engine
         self._backends: dict[int, list[Backend]] = {}
+        self._limits: dict[int, list[RateLimit]] = {}   # blob key -> limits of its mounts' prefetch
         self._lock = threading.Lock()
         self._threads = [
             threading.Thread(target=self._run, args=(slot < PREFETCH_SLOTS,), name=f"fetch-{slot}", daemon=True)
@@ -49,13 +51,21 @@ class FetchPump:
                 thread.join(max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def add_backend(self, blob_key: int, backend: "Backend") -> None:
-        """The blob may be had from backend; the newest registered is asked first."""
+    def add_backend(self, blob_key: int, backend: "Backend", prefetch_limit: "RateLimit | None" = None) -> None:
+        """The blob may be had from backend; the newest registered is asked first. prefetch_limit: bytes a second that
+        prefetch of this blob may use, shared by the blobs of a mount."""
         with self._lock:
             self._backends.setdefault(blob_key, []).insert(0, backend)
+            if prefetch_limit is not None:
+                self._limits.setdefault(blob_key, []).insert(0, prefetch_limit)
 
-    def remove_backend(self, blob_key: int, backend: "Backend") -> None:
+    def remove_backend(self, blob_key: int, backend: "Backend", prefetch_limit: "RateLimit | None" = None) -> None:
         with self._lock:
+            limits = [one for one in self._limits.get(blob_key, ()) if one is not prefetch_limit]
+            if limits:
+                self._limits[blob_key] = limits
+            else:
+                self._limits.pop(blob_key, None)
             left = [one for one in self._backends.get(blob_key, ()) if one is not backend]
             if left:
                 self._backends[blob_key] = left
@@ -70,11 +80,19 @@ class FetchPump:
         digest_of = blake3.blake3
         worker = _Worker(self.engine, lambda data: digest_of(data).digest())
         while True:
-            rc = lib.vnd_job_next(self.engine.handle, worker.job, take_prefetch, WAIT_MS)
+            debt_s = self._prefetch_debt_s() if take_prefetch else 0.0
+            rc = lib.vnd_job_next(self.engine.handle, worker.job, take_prefetch and not debt_s,
+                                  min(WAIT_MS, int(debt_s * 1000) + 1) if debt_s else WAIT_MS)
             if rc == -errno.ESHUTDOWN:
                 return
             if rc == 0:
                 self._serve(worker)
+
+    def _prefetch_debt_s(self) -> float:
+        """Seconds for which no prefetch is taken: a limit has been used up. Demand is never held back, and no thread
+        sleeps with a job in its hands; a limited mount may delay the prefetch of others."""
+        with self._lock:
+            return max((limits[0].debt_s() for limits in self._limits.values()), default=0.0)
 
     def _serve(self, worker: "_Worker") -> None:
         job = worker.job
@@ -87,17 +105,30 @@ class FetchPump:
                 self._fetch(worker)
             if worker.wrong:        # C asks for such chunks once more, then fails their readers
                 error, cause, text = errno.EIO, Cause.DIGEST, f"{worker.where()}: wrong bytes"
+                self._distrust(worker)
         except Failure as failure:
             error, cause, text = errno.EIO, failure.cause, str(failure)
+            if worker.wrong:
+                self._distrust(worker)
         except Exception as unexpected:     # a bug must not cost a thread nor leave waiters hanging
             error, cause, text = errno.EIO, Cause.IO, f"fetching failed: {type(unexpected).__name__}: {unexpected}"
         lib.vnd_job_end(self.engine.handle, job.id, error, int(cause), text.encode())
+
+    def _distrust(self, worker: "_Worker") -> None:
+        """The next attempt is not to come by the way that gave wrong bytes."""
+        with self._lock:
+            backends = tuple(self._backends.get(int(ffi.cast("uintptr_t", worker.job.blob)), ()))
+        for backend in backends:
+            backend.distrust(ffi.string(worker.job.blob_id).decode())
 
     def _fetch(self, worker: "_Worker") -> None:
         job = worker.job
         key = int(ffi.cast("uintptr_t", job.blob))
         with self._lock:
             backends = tuple(self._backends.get(key, ()))
+            limits = self._limits.get(key)
+            if limits and job.prefetch:
+                limits[0].take(job.clen)
         blob_id = ffi.string(job.blob_id).decode()
         if not backends:
             raise Failure(f"blob {blob_id} has no backend any more", Cause.MISSING)

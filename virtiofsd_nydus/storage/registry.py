@@ -1,150 +1,125 @@
-"""Backend `registry`: blobs of a repository on an OCI registry, by ranges.
+"""Backend `registry`: blobs of a repository on an OCI registry, by ranges, from its mirrors first where it has some.
 
-Configuration as nydusd-interface.md 4.2 has it. Light: see virtiofsd_nydus.storage.http.
+Configuration as nydusd-interface.md 4.2 has it, and `mirrors` as nydusd had it once. Light: see storage.http.
 """
+
+import time
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.oci.session import RegistrySession
 from virtiofsd_nydus.storage import http
+from virtiofsd_nydus.storage.blobs import RETRIES, HttpBackend
+from virtiofsd_nydus.storage.health import Gate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Sequence
 
     from urllib3 import BaseHTTPResponse
 
     from virtiofsd_nydus.oci.auth import Credentials
 
-# Retries after the first attempt: nydusd's budget (nydusd-interface.md 4.1).
-RETRIES = 3
-PREFETCH_RETRIES = 1
+__all__ = ["RETRIES", "Mirror", "RegistryBackend", "blob_path"]
+
 # What an address that a redirect once named answers when its time is over; the registry then names another.
 STALE_STATUSES = (400, 401, 403, 404, 410)
+# nydusd's defaults for a mirror.
+MIRROR_FAILURES_MAX = 5
+MIRROR_CHECK_INTERVAL_S = 5.0
+MIRROR_LAST_PAUSE_S = 60.0
+# A blob is not asked of a mirror that lacks it, or gave a wrong or broken answer, for so long.
+WITHOUT_MISSING_S = 300.0
+WITHOUT_BROKEN_S = 30.0
 
 
-class RegistryBackend:
+class Mirror:
+    """Another registry that may have the same repository; whatever it lacks or fails at is had from the next."""
+
+    def __init__(self, scheme: str, host: str, *, ping_url: str = "", headers: "dict[str, str] | None" = None,
+                 failures_max: int = MIRROR_FAILURES_MAX, check_interval_s: float = MIRROR_CHECK_INTERVAL_S,
+                 with_login: bool = False) -> None:
+        """ping_url: asked before a mirror that failed is trusted again. with_login: the registry's own credentials may
+        be sent to it."""
+        self.scheme, self.host, self.ping_url = scheme, host, ping_url
+        self.headers = dict(headers or {})
+        self.failures_max, self.check_interval_s, self.with_login = failures_max, check_interval_s, with_login
+
+
+class _Mirrored:
+    """A mirror at work."""
+
+    def __init__(self, mirror: Mirror, session: RegistrySession, say: "Callable[[str], None] | None") -> None:
+        self.mirror = mirror
+        self.session = session
+        self.gate = Gate(f"mirror {mirror.host}", mirror.failures_max, mirror.check_interval_s,
+                         max(MIRROR_LAST_PAUSE_S, mirror.check_interval_s), say)
+        self.without: dict[str, float] = {}     # blobs it does not have or is bad at, until when
+        self.answered: dict[str, str] = {}      # blob id -> address that gave its last answer
+
+
+class RegistryBackend(HttpBackend):
     """See storage.backend.Backend."""
 
     kind = "registry"
 
     def __init__(self, client: http.HttpClient, scheme: str, host: str, repo: str, *,
                  credentials: "Credentials | None" = None, token: str = "", retries: int = RETRIES,
-                 plain_fallback: bool = False, blob_url_scheme: str = "", blob_redirected_host: str = "") -> None:
-        self._client = client
-        self._retries = retries
+                 plain_fallback: bool = False, blob_url_scheme: str = "", blob_redirected_host: str = "",
+                 mirrors: "Sequence[Mirror]" = (),
+                 find_credentials: "Callable[[], Credentials | None] | None" = None,
+                 say: "Callable[[str], None] | None" = None) -> None:
+        super().__init__(client, host, retries, say)
         self._blob_url_scheme = blob_url_scheme
         self._blob_redirected_host = blob_redirected_host
-        self.session = RegistrySession(client, scheme, host, repo, credentials=credentials, token=token,
+        self.session = RegistrySession(client, scheme, host, repo, credentials=credentials, token=token, say=say,
+                                       find_credentials=find_credentials if credentials is None else None,
                                        plain_fallback=plain_fallback, rewrite_redirect=self._rewrite_redirect)
+        self._mirrors = [
+            _Mirrored(mirror, RegistrySession(client, mirror.scheme, mirror.host, repo,
+                                              credentials=credentials if mirror.with_login else None), say)
+            for mirror in mirrors
+        ]
         self._locations: dict[str, str] = {}    # blob id -> where the registry last sent us
-        self._sizes: dict[str, int] = {}
-        self._buffers: list[bytearray] = []     # list.append and pop are atomic; a reader takes one or makes one
 
     def set_credentials(self, credentials: "Credentials | None") -> None:
         """Hot reload of the login."""
         self.session.auth.set_credentials(credentials)
+        for one in self._mirrors:
+            if one.mirror.with_login:
+                one.session.auth.set_credentials(credentials)
+        self._locations.clear()
 
-    def close(self) -> None:
-        self._client.close()
+    def status(self) -> "dict[str, object]":
+        found = super().status()
+        found["login"] = self.session.auth.state
+        if self._mirrors:
+            found["mirrors"] = {one.mirror.host: one.gate.state for one in self._mirrors}
+        return found
 
-    def blob_size(self, blob_id: str, *, deadline: float | None = None) -> int:
-        size = self._sizes.get(blob_id)
-        if size is not None:
-            return size
-        what = name_blob(blob_id)
-        retry = self._client.retry(self._retries, deadline)
-        while True:
-            try:
-                response, url = self._request("HEAD", blob_id, what, None, deadline)
-                told = response.headers.get("Content-Length", "")
-                http.release(response)
-                if told.isdecimal():
-                    return self._sizes.setdefault(blob_id, int(told))
-                raise http.RetriableFailure(f"{http.host_of(url)}: {what}: the answer tells no size")
-            except http.RetriableFailure as failure:
-                retry.wait(failure)
+    def distrust(self, blob_id: str) -> None:
+        super().distrust(blob_id)
+        self._locations.pop(blob_id, None)
 
-    def read_range(self, blob_id: str, offset: int, length: int, *, prefetch: bool = False,
-                   deadline: float | None = None) -> "Iterator[memoryview]":
-        if offset < 0 or length < 0:
-            raise ValueError(f"range of {length} bytes at {offset}")
-        return self._read_range(blob_id, offset, length, PREFETCH_RETRIES if prefetch else self._retries, deadline)
+    def _broke(self, blob_id: str, url: str, failure: Failure) -> bool:
+        answered = next((one for one in self._mirrors if one.answered.get(blob_id) == url), None)
+        if answered is not None:
+            answered.gate.failed(str(failure))
+            answered.without[blob_id] = time.monotonic() + WITHOUT_BROKEN_S
+            return True
+        return self._locations.pop(blob_id, None) == url
 
-    def _read_range(self, blob_id: str, offset: int, length: int, retries: int,
-                    deadline: float | None) -> "Iterator[memoryview]":
-        what = name_blob(blob_id)
-        retry = self._client.retry(retries, deadline)
-        buffer = self._buffers.pop() if self._buffers else bytearray(http.PIECE_BYTES)
-        view = memoryview(buffer)
-        end = offset + length
-        try:
-            while offset < end:
-                start = offset
-                try:
-                    response, url, stop = self._open_range(blob_id, offset, end - offset, what, deadline)
-                except http.RetriableFailure as failure:
-                    retry.wait(failure)
-                    continue
-                try:
-                    failed: http.RetriableFailure | None = None
-                    while offset < stop and failed is None:
-                        filled = 0
-                        want = min(len(buffer), stop - offset)
-                        try:
-                            while filled < want:
-                                piece = http.read_some(response, url, want - filled, deadline)
-                                if not piece:
-                                    raise http.RetriableFailure(f"{http.host_of(url)}: {what}: the answer ended "
-                                                                f"{stop - offset - filled} bytes early")
-                                view[filled:filled + len(piece)] = piece
-                                filled += len(piece)
-                        except http.RetriableFailure as failure:
-                            failed = failure
-                        if filled:
-                            offset += filled
-                            yield view[:filled]
-                finally:
-                    # After the last byte the connection is back in the pool already; one left half way is closed.
-                    if offset < stop:
-                        response.close()
-                    else:
-                        response.release_conn()
-                if offset - start >= http.PIECE_BYTES:
-                    retry.progress()
-                if offset < end:
-                    retry.wait(failed or http.RetriableFailure(
-                        f"{http.host_of(url)}: {what}: the answer covers {stop - start} bytes, asked for "
-                        f"{end - start}"))
-        finally:
-            view.release()
-            self._buffers.append(buffer)
-
-    def _open_range(self, blob_id: str, offset: int, length: int, what: str,
-                    deadline: float | None) -> "tuple[BaseHTTPResponse, str, int]":
-        """The checked answer to one range request, its address, and the blob offset at which it ends (at most
-        offset + length)."""
-        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
-        response, url = self._request("GET", blob_id, what, headers, deadline)
-        if response.status == 416:
-            total = response.headers.get("Content-Range", "").rpartition("/")[2]
-            http.release(response)
-            raise http.short_blob(url, what, int(total) if total.isdecimal() else -1, offset, length)
-        total_bytes = http.check_range(response, url, offset, length, what)
-        if total_bytes is not None and self._sizes.setdefault(blob_id, total_bytes) != total_bytes:
-            response.close()
-            known = self._sizes.pop(blob_id, 0)
-            raise http.RetriableFailure(f"{http.host_of(url)}: {what}: had {known} bytes, now has {total_bytes}")
-        parsed = http.parse_content_range(response.headers.get("Content-Range", ""))
-        return response, url, parsed[1] + 1 if response.status == 206 and parsed else offset + length
-
-    def _request(self, method: str, blob_id: str, what: str, headers: dict[str, str] | None,
+    def _request(self, method: str, blob_id: str, what: str, headers: dict[str, str], through: http.Through,
                  deadline: float | None) -> "tuple[BaseHTTPResponse, str]":
-        """Asks where the last redirect led, else (and when that has gone stale) the registry."""
+        """Asks mirrors, then where the last redirect led, else (and when that has gone stale) the registry."""
+        if self._mirrors and blob_id not in self._distrusted:
+            answer = self._ask_mirrors(method, blob_id, what, headers, through, deadline)
+            if answer is not None:
+                return answer
         location = self._locations.get(blob_id)
         if location is not None:
             try:
                 response, url = self.session.request(method, location, what, headers=headers, deadline=deadline,
-                                                     pass_statuses=(416, *STALE_STATUSES))
+                                                     through=through, pass_statuses=(416, *STALE_STATUSES))
             except Failure:
                 self._locations.pop(blob_id, None)
                 raise
@@ -153,11 +128,40 @@ class RegistryBackend:
             http.release(response)
             self._locations.pop(blob_id, None)
         response, url = self.session.request(method, blob_path(blob_id), what, headers=headers, deadline=deadline,
-                                             pass_statuses=(416,))
+                                             through=through, pass_statuses=(416,))
         # A signed address may be good for one method only, so that of a HEAD is not kept.
         if method == "GET" and not self.session.is_own(url):
             self._locations[blob_id] = url
         return response, url
+
+    def _ask_mirrors(self, method: str, blob_id: str, what: str, headers: dict[str, str], through: http.Through,
+                     deadline: float | None) -> "tuple[BaseHTTPResponse, str] | None":
+        """The first mirror's answer that is one; None when there is none to be had."""
+        for one in self._mirrors:
+            if one.without.get(blob_id, 0.0) > time.monotonic() or not one.gate.enter():
+                continue
+            try:
+                if one.gate.state != "open" and one.mirror.ping_url:
+                    self._ping(one, deadline)
+                response, url = one.session.request(method, blob_path(blob_id), what, deadline=deadline,
+                                                    headers={**one.mirror.headers, **headers}, through=through)
+            except Failure as failure:
+                if failure.cause is Cause.NETWORK or failure.cause is Cause.SCHEME:
+                    one.gate.failed(str(failure))
+                else:
+                    one.gate.succeeded()
+                    if failure.cause is Cause.MISSING:
+                        one.without[blob_id] = time.monotonic() + WITHOUT_MISSING_S
+                continue
+            one.gate.succeeded()
+            one.answered[blob_id] = url
+            return response, url
+        return None
+
+    def _ping(self, one: _Mirrored, deadline: float | None) -> None:
+        response = self._client.send("GET", one.mirror.ping_url, deadline=deadline)
+        http.check_status(response, one.mirror.ping_url, "health check")
+        http.release(response)
 
     def _rewrite_redirect(self, url: str) -> str:
         if self._blob_url_scheme:
@@ -173,7 +177,3 @@ def blob_path(blob_id: str) -> str:
     if len(blob_id) != 64 or not set(blob_id) <= set("0123456789abcdef"):
         raise Failure(f"blob id {blob_id[:80]!r} is no sha256 digest: no registry can hold this blob", Cause.FORMAT)
     return f"blobs/sha256:{blob_id}"
-
-
-def name_blob(blob_id: str) -> str:
-    return f"blob {blob_id[:12]}"

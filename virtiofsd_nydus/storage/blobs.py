@@ -1,0 +1,225 @@
+"""What all HTTP backends share: a range is read in pieces from checked answers, taken up again where it broke off,
+counted, and not asked for while the server is known to be dead.
+
+Light: see virtiofsd_nydus.storage.http.
+"""
+
+import time
+
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.storage import http
+from virtiofsd_nydus.storage.health import Gate
+from virtiofsd_nydus.storage.meter import BackendMeter
+from virtiofsd_nydus.storage.proxy import ProxyLimited
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from urllib3 import BaseHTTPResponse
+
+# Retries after the first attempt: nydusd's budget (nydusd-interface.md 4.1).
+RETRIES = 3
+PREFETCH_RETRIES = 1
+# The circuit breaker: so many reads in a row that failed for the network, retries and all, shut it for so long.
+BREAKER_FAILURES = 5
+BREAKER_FIRST_PAUSE_S = 1.0
+BREAKER_LAST_PAUSE_S = 15.0
+
+
+class HttpBackend:
+    """See storage.backend.Backend. A subclass says by _request() how a blob is asked for."""
+
+    kind = ""
+
+    def __init__(self, client: http.HttpClient, where: str, retries: int = RETRIES,
+                 say: "Callable[[str], None] | None" = None) -> None:
+        """where: names the server in messages. say: gets lines about servers that come and go."""
+        self._client = client
+        self._retries = retries
+        self._say = say
+        self.meter = BackendMeter(self.kind)
+        self.breaker = Gate(f"{self.kind} {where}", BREAKER_FAILURES, BREAKER_FIRST_PAUSE_S, BREAKER_LAST_PAUSE_S, say)
+        self._sizes: dict[str, int] = {}
+        self._distrusted: set[str] = set()
+        self._buffers: list[bytearray] = []     # list.append and pop are atomic; a reader takes one or makes one
+
+    # ---- for subclasses
+
+    def _request(self, method: str, blob_id: str, what: str, headers: dict[str, str], through: http.Through,
+                 deadline: float | None) -> "tuple[BaseHTTPResponse, str]":
+        """One answer (status 2xx or 416, unread) for the blob and the address that gave it. Raises Failure, and
+        http.RetriableFailure where another attempt may help."""
+        raise NotImplementedError
+
+    def _broke(self, blob_id: str, url: str, failure: Failure) -> bool:
+        """An answer from url was wrong or broke off half way. True: the next attempt goes elsewhere."""
+        return False
+
+    def distrust(self, blob_id: str) -> None:
+        """Bytes of the blob were not the image's: proxies and mirrors are left out for it from now on."""
+        self._distrusted.add(blob_id)
+
+    def status(self) -> "dict[str, object]":
+        """Health, for the API: no secrets."""
+        found: dict[str, object] = {"breaker": self.breaker.state}
+        proxy = self._client.proxy
+        if proxy is not None:
+            found["proxy"] = {"state": proxy.gate.state, "used": proxy.used, "passed_by": proxy.passed_by}
+        return found
+
+    # ---- storage.backend.Backend
+
+    def close(self) -> None:
+        self._client.close()
+
+    def blob_size(self, blob_id: str, *, deadline: float | None = None) -> int:
+        size = self._sizes.get(blob_id)
+        if size is not None:
+            return size
+        what = name_blob(blob_id)
+        with _Watch(self.breaker):
+            retry = self._client.retry(self._retries, deadline)
+            through = self._start(blob_id, False)
+            while True:
+                try:
+                    response, url = self._request("HEAD", blob_id, what, {}, through, deadline)
+                    told = response.headers.get("Content-Length", "")
+                    http.release(response)
+                    if told.isdecimal():
+                        return self._sizes.setdefault(blob_id, int(told))
+                    raise http.RetriableFailure(f"{http.host_of(url)}: {what}: the answer tells no size")
+                except http.RetriableFailure as failure:
+                    self._prepare_retry(retry, failure, through, deadline)
+
+    def read_range(self, blob_id: str, offset: int, length: int, *, prefetch: bool = False,
+                   deadline: float | None = None) -> "Iterator[memoryview]":
+        if offset < 0 or length < 0:
+            raise ValueError(f"range of {length} bytes at {offset}")
+        return self._read_range(blob_id, offset, length, prefetch, deadline)
+
+    def _read_range(self, blob_id: str, offset: int, length: int, prefetch: bool,
+                    deadline: float | None) -> "Iterator[memoryview]":
+        what = name_blob(blob_id)
+        retry = self._client.retry(PREFETCH_RETRIES if prefetch else self._retries, deadline)
+        through = self._start(blob_id, prefetch)
+        buffer = self._buffers.pop() if self._buffers else bytearray(http.PIECE_BYTES)
+        view = memoryview(buffer)
+        end = offset + length
+        try:
+            with _Watch(self.breaker):
+                while offset < end:
+                    start, began_s = offset, time.monotonic()
+                    try:
+                        response, url, stop = self._open_range(blob_id, offset, end - offset, what, through, deadline)
+                    except Failure as failure:
+                        self.meter.record(began_s, end - offset, 0, failure.cause.name.lower())
+                        self._prepare_retry(retry, failure, through, deadline)
+                        continue
+                    failed: http.RetriableFailure | None = None
+                    try:
+                        while offset < stop and failed is None:
+                            filled = 0
+                            want = min(len(buffer), stop - offset)
+                            try:
+                                while filled < want:
+                                    piece = http.read_some(response, url, want - filled, deadline)
+                                    if not piece:
+                                        raise http.RetriableFailure(
+                                            f"{http.host_of(url)}: {what}: the answer ended "
+                                            f"{stop - offset - filled} bytes early")
+                                    view[filled:filled + len(piece)] = piece
+                                    filled += len(piece)
+                            except http.RetriableFailure as failure:
+                                failed = failure
+                            if filled:
+                                offset += filled
+                                yield view[:filled]
+                    finally:
+                        # After the last byte the connection is back in the pool already; one left half way is closed.
+                        if offset < stop:
+                            response.close()
+                        else:
+                            response.release_conn()
+                        self.meter.record(began_s, end - start, offset - start, "network" if failed else "")
+                    if failed is not None:
+                        self._broke(blob_id, url, failed)
+                    if offset - start >= http.PIECE_BYTES:
+                        retry.progress()
+                    if offset < end:
+                        self._prepare_retry(retry, failed or http.RetriableFailure(
+                            f"{http.host_of(url)}: {what}: the answer covers {stop - start} bytes, asked for "
+                            f"{end - start}"), through, deadline)
+        finally:
+            view.release()
+            self._buffers.append(buffer)
+
+    def _start(self, blob_id: str, prefetch: bool) -> http.Through:
+        through = http.Through(prefetch)
+        through.bypass = blob_id in self._distrusted
+        return through
+
+    def _prepare_retry(self, retry: http.Retry, failure: Failure, through: http.Through,
+                       deadline: float | None) -> None:
+        """Waits and settles how the next attempt goes, or raises what the last one failed with."""
+        retry.wait(failure)
+        proxy = self._client.proxy
+        if proxy is None or through.prefetch or through.bypass:
+            return
+        if isinstance(failure, ProxyLimited) or retry.last:
+            pause_s = proxy.bypasses.take(1)
+            if deadline is not None and time.monotonic() + pause_s >= deadline:
+                raise Failure(f"{failure} (no time left to go round the proxy)", failure.cause) from failure
+            self._client.closing.wait(pause_s)
+            proxy.passed_by += 1
+            through.bypass = True
+
+    def _open_range(self, blob_id: str, offset: int, length: int, what: str, through: http.Through,
+                    deadline: float | None) -> "tuple[BaseHTTPResponse, str, int]":
+        """The checked answer to one range request, its address, and the blob offset at which it ends (at most
+        offset + length)."""
+        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
+        response, url = self._request("GET", blob_id, what, headers, through, deadline)
+        if response.status == 416:
+            total = response.headers.get("Content-Range", "").rpartition("/")[2]
+            http.release(response)
+            raise http.short_blob(url, what, int(total) if total.isdecimal() else -1, offset, length)
+        try:
+            total_bytes = http.check_range(response, url, offset, length, what)
+        except Failure as failure:
+            elsewhere = self._broke(blob_id, url, failure)
+            if isinstance(failure, http.RetriableFailure):
+                raise
+            if not elsewhere and (self._client.proxy is None or through.bypass):
+                raise
+            through.bypass = through.bypass or not elsewhere    # what stands between may be at fault
+            raise http.RetriableFailure(str(failure), failure.cause) from failure
+        if total_bytes is not None and self._sizes.setdefault(blob_id, total_bytes) != total_bytes:
+            response.close()
+            known = self._sizes.pop(blob_id, 0)
+            raise http.RetriableFailure(f"{http.host_of(url)}: {what}: had {known} bytes, now has {total_bytes}")
+        parsed = http.parse_content_range(response.headers.get("Content-Range", ""))
+        return response, url, parsed[1] + 1 if response.status == 206 and parsed else offset + length
+
+
+class _Watch:
+    """One operation as the circuit breaker sees it: only the network's failures count against the server."""
+
+    __slots__ = ("_gate",)
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    def __enter__(self) -> None:
+        if not self._gate.enter():
+            raise Failure(self._gate.refusal(), Cause.NETWORK)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Failure) and error.cause is Cause.NETWORK and not isinstance(error, http.DeadlinePassed):
+            self._gate.failed(str(error))
+        else:
+            self._gate.succeeded()
+
+
+def name_blob(blob_id: str) -> str:
+    return f"blob {blob_id[:12]}"

@@ -1,0 +1,151 @@
+"""Connections that keep to their time limit from the first step on: names are looked up aside, within it, and kept.
+
+urllib3 resolves by a blocking getaddrinfo that no timeout reaches. Heavy: imports urllib3; storage.http loads it late.
+"""
+
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
+
+# Registries move rarely; a short memory keeps a cold start from asking for the same name hundreds of times.
+FOUND_FOR_S = 60.0
+UNFOUND_FOR_S = 2.0
+# A lookup without any time limit of its own
+LOOKUP_LIMIT_S = 30.0
+
+Address = tuple[int, int, int, str, Any]
+
+
+class _Lookup:
+    __slots__ = ("addresses", "done", "error", "good_until")
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.addresses: list[Address] = []
+        self.error: OSError | None = None
+        self.good_until = 0.0
+
+
+class Resolver:
+    """Names to addresses: one lookup a name at a time, in a thread that callers leave when their time is over."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lookups: dict[tuple[str, int], _Lookup] = {}
+
+    def resolve(self, host: str, port: int, limit_s: float | None) -> list[Address]:
+        """Raises gaierror for a name that is not there, TimeoutError when limit_s pass."""
+        with self._lock:
+            lookup = self._lookups.get((host, port))
+            if lookup is None or (lookup.done.is_set() and lookup.good_until < time.monotonic()):
+                lookup = self._lookups[host, port] = _Lookup()
+                threading.Thread(target=self._look_up, args=(host, port, lookup), name="resolve", daemon=True).start()
+        if not lookup.done.wait(LOOKUP_LIMIT_S if limit_s is None else limit_s):
+            raise TimeoutError(f"the name {host} was not resolved in time")
+        if lookup.error is not None:
+            raise lookup.error
+        return lookup.addresses
+
+    @staticmethod
+    def _look_up(host: str, port: int, lookup: _Lookup) -> None:
+        try:
+            lookup.addresses = list(socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
+            lookup.good_until = time.monotonic() + FOUND_FOR_S
+        except OSError as error:
+            lookup.error = error
+            lookup.good_until = time.monotonic() + UNFOUND_FOR_S
+        except UnicodeError:    # a label that IDNA cannot have
+            lookup.error = socket.gaierror(socket.EAI_NONAME, "no such name")
+            lookup.good_until = time.monotonic() + UNFOUND_FOR_S
+        lookup.done.set()
+
+
+def _open(connection: Any, resolver: Resolver) -> socket.socket:
+    """A connected socket within connection.timeout, all addresses together, or one of urllib3's exceptions."""
+    limit_s = connection.timeout if isinstance(connection.timeout, int | float) else None
+    until = None if limit_s is None else time.monotonic() + limit_s
+    host = connection._dns_host.strip("[]")
+    too_late = ConnectTimeoutError(connection, f"Connection to {connection.host} timed out.")
+    try:
+        addresses = resolver.resolve(host, connection.port, limit_s)
+    except TimeoutError as error:
+        raise too_late from error
+    except OSError as error:
+        reason = error if isinstance(error, socket.gaierror) else socket.gaierror(*error.args)
+        raise NameResolutionError(connection.host, connection, reason) from error
+    last: OSError | None = None
+    for position, (family, kind, protocol, _, address) in enumerate(addresses):
+        left = None if until is None else until - time.monotonic()
+        if left is not None and left <= 0:
+            raise too_late from last
+        # An address that does not answer must leave time for the others.
+        share = left if left is None or position == len(addresses) - 1 else left / 2
+        sock = socket.socket(family, kind, protocol)
+        try:
+            for option in connection.socket_options or ():
+                sock.setsockopt(*option)
+            sock.settimeout(share)
+            sock.connect(address)
+        except OSError as error:
+            sock.close()
+            last = error
+            continue
+        sys.audit("http.client.connect", connection, connection.host, connection.port)
+        sock.settimeout(left)
+        return sock
+    if isinstance(last, TimeoutError):
+        raise too_late from last
+    raise NewConnectionError(connection, f"Failed to establish a new connection: {last}") from last
+
+
+def install(manager: urllib3.PoolManager, resolver: Resolver) -> urllib3.PoolManager:
+    """Makes the manager's connections look names up in resolver."""
+
+    class Connection(HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            return _open(self, resolver)
+
+    class SecureConnection(HTTPSConnection):
+        def _new_conn(self) -> socket.socket:
+            return _open(self, resolver)
+
+    class Pool(HTTPConnectionPool):
+        ConnectionCls = Connection
+
+    class SecurePool(HTTPSConnectionPool):
+        ConnectionCls = SecureConnection
+
+    manager.pool_classes_by_scheme = {"http": Pool, "https": SecurePool}
+    return manager
+
+
+def make_unix_manager(path: str, pool_size: int) -> urllib3.PoolManager:
+    """A manager whose plain-HTTP connections all go to the unix socket."""
+
+    class Connection(HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.settimeout(self.timeout if isinstance(self.timeout, int | float) else None)
+                sock.connect(path)
+            except TimeoutError as error:
+                sock.close()
+                raise ConnectTimeoutError(self, f"Connection to {path} timed out.") from error
+            except OSError as error:
+                sock.close()
+                raise NewConnectionError(self, f"Failed to establish a new connection: {error}") from error
+            return sock
+
+    class Pool(HTTPConnectionPool):
+        ConnectionCls = Connection
+
+    manager = urllib3.PoolManager(num_pools=4, maxsize=pool_size, block=False)
+    manager.pool_classes_by_scheme = {"http": Pool, "https": Pool}
+    return manager

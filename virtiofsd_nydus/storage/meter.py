@@ -1,0 +1,64 @@
+"""What a backend was asked for and how long it took, by the keys of nydusd's /api/v1/metrics/backend.
+
+Buckets are those of nydusd-interface.md 6: sizes up to 1K 4K 16K 64K 128K 512K 1M and more, latencies up to 1 20 50 100
+500 1000 2000 ms and more. Every attempt counts, failed ones in count and amount too, as in nydusd. Light.
+"""
+
+import threading
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+SIZE_BOUNDS_BYTES = (1 << 10, 4 << 10, 16 << 10, 64 << 10, 128 << 10, 512 << 10, 1 << 20)
+LATENCY_BOUNDS_MS = (1, 20, 50, 100, 500, 1000, 2000)
+
+
+class BackendMeter:
+    """Counters of one backend. Thread-safe."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._lock = threading.Lock()
+        self._count = self._errors = self._amount_bytes = self._latency_ms = 0
+        self._received_bytes = 0
+        self._size_latency_ms = [0] * 8
+        self._size_count = [0] * 8
+        self._size_latency_count = [[0] * 8 for _ in range(8)]
+        self._causes: dict[str, int] = {}
+
+    def record(self, began_s: float, wanted_bytes: int, received_bytes: int, cause: str = "") -> None:
+        """One attempt that began at began_s (time.monotonic()). cause: name of the errors.Cause, "" for success."""
+        took_ms = int((time.monotonic() - began_s) * 1000)
+        size = sum(wanted_bytes > bound for bound in SIZE_BOUNDS_BYTES)
+        latency = sum(took_ms > bound for bound in LATENCY_BOUNDS_MS)
+        with self._lock:
+            self._count += 1
+            self._amount_bytes += wanted_bytes
+            self._received_bytes += received_bytes
+            self._latency_ms += took_ms
+            self._size_latency_ms[size] += took_ms
+            self._size_count[size] += 1
+            self._size_latency_count[size][latency] += 1
+            if cause:
+                self._errors += 1
+                self._causes[cause] = self._causes.get(cause, 0) + 1
+
+    def nydusd_metrics(self) -> "dict[str, Any]":
+        with self._lock:
+            return {
+                "backend_type": self.kind,
+                "read_count": self._count,
+                "read_errors": self._errors,
+                "read_amount_total": self._amount_bytes,
+                "read_cumulative_latency_millis_total": self._latency_ms,
+                "read_cumulative_latency_millis_dist": list(self._size_latency_ms),
+                "read_count_block_size_dist": list(self._size_count),
+                "read_latency_sizes_dist": [list(row) for row in self._size_latency_count],
+            }
+
+    def own_metrics(self) -> "dict[str, Any]":
+        """What nydusd does not tell: bytes that really came, and failures by cause."""
+        with self._lock:
+            return {"received_bytes": self._received_bytes, "errors_by_cause": dict(self._causes)}

@@ -1,0 +1,136 @@
+"""Backends `s3` and `oss`: blobs as objects of a bucket, each request signed.
+
+s3 is signed by botocore (AWS's own signer, Signature Version 4; imported with the first request), oss by the HMAC that
+the service documents (header `Authorization: OSS id:signature`; the tests hold it against the vendor's library).
+Configuration as nydusd-interface.md 4.3 has it. Light: see storage.http.
+"""
+
+import threading
+import time
+
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.storage import http
+from virtiofsd_nydus.storage.blobs import RETRIES, HttpBackend
+from virtiofsd_nydus.storage.httpproxy import check_blob_id
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from urllib3 import BaseHTTPResponse
+
+S3_ENDPOINT = "s3.amazonaws.com"
+# Clock differences beyond this are refused by S3 (15 minutes); the answer tells the server's time.
+SKEW_WORDS = ("RequestTimeTooSkewed",)
+
+
+class ObjectBackend(HttpBackend):
+    """One bucket. See storage.backend.Backend."""
+
+    def __init__(self, client: http.HttpClient, scheme: str, endpoint: str, bucket: str, prefix: str = "", *,
+                 key_id: str = "", key_secret: str = "", session_token: str = "", path_style: bool = False,
+                 retries: int = RETRIES, say: "Callable[[str], None] | None" = None) -> None:
+        super().__init__(client, f"bucket {bucket} at {endpoint}", retries, say)
+        self._bucket = bucket
+        self._prefix = prefix
+        self._path_style = path_style
+        self._base = f"{scheme}://{endpoint}/{bucket}" if path_style else f"{scheme}://{bucket}.{endpoint}"
+        self._key_id, self._key_secret, self._session_token = key_id, key_secret, session_token
+
+    def _sign(self, method: str, url: str, key: str, headers: dict[str, str]) -> dict[str, str]:
+        """The headers with the signature's."""
+        raise NotImplementedError
+
+    def _request(self, method: str, blob_id: str, what: str, headers: dict[str, str], through: http.Through,
+                 deadline: float | None) -> "tuple[BaseHTTPResponse, str]":
+        from urllib.parse import quote
+
+        key = self._prefix + check_blob_id(blob_id)
+        url = f"{self._base}/{quote(key, safe='/~')}"
+        response = self._client.send(method, url, headers=self._sign(method, url, key, headers), deadline=deadline,
+                                     through=through, own=True)
+        if response.status < 300 or response.status == 416:
+            return response, url
+        if response.status in http.REDIRECT_STATUSES:
+            # A signature holds for one host, so a redirect is a wrong region or endpoint, not a way to go.
+            region = response.headers.get("x-amz-bucket-region", "")
+            http.release(response)
+            raise Failure(f"{http.host_of(url)}: bucket {self._bucket} is elsewhere"
+                          f"{f' (region {region})' if region else ''}: set endpoint and region to its own",
+                          Cause.NETWORK)
+        if response.status in (400, 403):
+            raise self._refused(response, url, what)
+        http.check_status(response, url, what)
+        http.release(response)
+        raise Failure(f"{http.host_of(url)}: {what}: unexpected status {response.status}", Cause.IO)
+
+    def _refused(self, response: "BaseHTTPResponse", url: str, what: str) -> Failure:
+        import re
+
+        status = response.status
+        text = http.error_text(response, url)
+        for secret in (self._key_secret, self._session_token):
+            if len(secret) >= 4:
+                text = text.replace(secret, "***")
+        code = re.search(r"<Code>\s*([A-Za-z.]{1,64})\s*</Code>", text)
+        said = f" ({code.group(1)})" if code else f" ({text[:80]})" if text else ""
+        who = f"key {self._key_id!r}" if self._key_id else "nobody (no key is configured)"
+        if code and code.group(1) in SKEW_WORDS:
+            return Failure(f"{http.host_of(url)}: the clock of this machine is wrong{said}", Cause.AUTH)
+        if status == 400 and not (code and ("Token" in code.group(1) or "Auth" in code.group(1))):
+            return Failure(f"{http.host_of(url)}: {what}: unexpected status 400{said}", Cause.IO)
+        return Failure(f"{http.host_of(url)}: {what}: refused to {who}{said}: check access_key_id and "
+                       f"access_key_secret, and what they may read of bucket {self._bucket}", Cause.AUTH)
+
+    def set_keys(self, key_id: str, key_secret: str, session_token: str = "") -> None:
+        """Hot reload of the login."""
+        self._key_id, self._key_secret, self._session_token = key_id, key_secret, session_token
+
+
+class S3Backend(ObjectBackend):
+    """Any S3-compatible service."""
+
+    kind = "s3"
+
+    def __init__(self, client: http.HttpClient, scheme: str, endpoint: str, bucket: str, prefix: str = "", *,
+                 region: str, key_id: str = "", key_secret: str = "", session_token: str = "", path_style: bool = True,
+                 retries: int = RETRIES, say: "Callable[[str], None] | None" = None) -> None:
+        super().__init__(client, scheme, endpoint or S3_ENDPOINT, bucket, prefix, key_id=key_id, key_secret=key_secret,
+                         session_token=session_token, path_style=path_style, retries=retries, say=say)
+        self._region = region
+        self._import_lock = threading.Lock()
+
+    def _sign(self, method: str, url: str, key: str, headers: dict[str, str]) -> dict[str, str]:
+        if not self._key_id:
+            return headers
+        with self._import_lock:     # one thread pays for the import, not eight at once
+            from botocore.auth import S3SigV4Auth
+            from botocore.awsrequest import AWSRequest
+            from botocore.credentials import Credentials
+
+        request = AWSRequest(method=method, url=url, headers=dict(headers))
+        S3SigV4Auth(Credentials(self._key_id, self._key_secret, self._session_token or None), "s3",
+                    self._region).add_auth(request)
+        return dict(request.headers.items())
+
+
+class OssBackend(ObjectBackend):
+    """Alibaba Cloud's Object Storage Service."""
+
+    kind = "oss"
+
+    def _sign(self, method: str, url: str, key: str, headers: dict[str, str]) -> dict[str, str]:
+        import binascii
+        import hmac
+        from email.utils import formatdate
+
+        signed = {**headers, "Date": formatdate(time.time(), usegmt=True)}
+        extra = ""
+        if self._session_token:
+            signed["x-oss-security-token"] = self._session_token
+            extra = f"x-oss-security-token:{self._session_token}\n"
+        # Always signed, even with empty keys, as nydusd does.
+        text = f"{method}\n\n\n{signed['Date']}\n{extra}/{self._bucket}/{key}"
+        mac = hmac.new(self._key_secret.encode(), text.encode(), "sha1").digest()
+        signed["Authorization"] = f"OSS {self._key_id}:{binascii.b2a_base64(mac, newline=False).decode()}"
+        return signed

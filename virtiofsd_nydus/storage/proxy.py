@@ -1,0 +1,175 @@
+"""A forward proxy between a backend and its server, such as the peer daemon of Dragonfly: used while it is well, left
+aside while it is not, and trusted again after a probe. Configuration as nydusd-interface.md 4.4 has it.
+
+Light: urllib3 is imported with the first request.
+"""
+
+import threading
+import time
+
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.storage import http
+from virtiofsd_nydus.storage.health import Gate, RateLimit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import IO
+
+    from urllib3 import BaseHTTPResponse, ProxyManager, Timeout
+
+# Failures in a row after which the proxy is left aside, and for how long (without a ping address).
+FAILURES_MAX = 3
+LAST_PAUSE_S = 60.0
+# Retries that go round a proxy that is not to be fallen back from: nydusd's budget of one a second, but a cold start
+# may have all its fetch slots at once.
+BYPASSES_PER_S = 1.0
+BYPASS_BURST = 8.0
+ERROR_TYPE_HEADER = "X-Dragonfly-Error-Type"
+PRIORITY_PREFETCH, PRIORITY_DEMAND = "3", "6"
+
+
+class ProxyLimited(http.RetriableFailure):
+    """The proxy itself (not the registry behind it) answered 429."""
+
+
+class ForwardProxy:
+    """One proxy of one backend. Thread-safe. The checks run only while there is traffic."""
+
+    def __init__(self, url: str, *, ping_url: str = "", fallback: bool = True, check_interval_s: float = 5.0,
+                 use_http: bool = False, check_pause_s: float = 300.0, connect_timeout_s: float = 5.0,
+                 say: "Callable[[str], None] | None" = None) -> None:
+        """url: http://[USER:PASSWORD@]HOST:PORT. check_pause_s: checks rest after so long without a request."""
+        self.url = url
+        self.fallback = fallback
+        self._ping_url = ping_url
+        self._check_interval_s = check_interval_s
+        self._use_http = use_http
+        self._check_pause_s = check_pause_s
+        self._connect_timeout_s = connect_timeout_s
+        self.gate = Gate(f"proxy {http.host_of(url)}", FAILURES_MAX, check_interval_s,
+                         max(LAST_PAUSE_S, check_interval_s), say)
+        self.bypasses = RateLimit(BYPASSES_PER_S, BYPASS_BURST)
+        self._lock = threading.Lock()
+        self._manager: ProxyManager | None = None
+        self._checker: threading.Thread | None = None
+        self._last_used = 0.0
+        self.used = self.passed_by = 0      # requests it answered, requests that went round it
+
+    def send(self, client: http.HttpClient, method: str, url: str, headers: "Mapping[str, str]",
+             body: "bytes | IO[bytes] | None", timeout: "Timeout", prefetch: bool) -> "BaseHTTPResponse | None":
+        """The answer by way of the proxy; None: send it directly (the proxy is unwell and fallback is on)."""
+        import http.client as http_client
+
+        import urllib3
+
+        self._note_traffic(client)
+        if not self.gate.enter():
+            self._leave_aside(http.RetriableFailure(self.gate.refusal()))
+            return None
+        if self._use_http and url.startswith("https://"):
+            url = "http://" + url.removeprefix("https://")
+        sent = {**headers, "X-Dragonfly-Use-P2P": "true",
+                "X-Dragonfly-Priority": PRIORITY_PREFETCH if prefetch else PRIORITY_DEMAND}
+        if prefetch:
+            sent["X-Dragonfly-Prefetch"] = "true"
+        try:
+            response = self._get_manager(client).request(
+                method, url, headers=sent, body=body, timeout=timeout, redirect=False, retries=False,
+                preload_content=False, decode_content=False)
+        except (urllib3.exceptions.HTTPError, http_client.HTTPException, OSError, ValueError) as error:
+            failure = http.classify_error(error, self.url)
+            told = f"by way of the proxy {failure}"
+            self.gate.failed(str(failure))
+            self._leave_aside(http.RetriableFailure(told) if failure.cause is Cause.NETWORK
+                              else Failure(told, failure.cause))
+            return None
+        own = response.headers.get(ERROR_TYPE_HEADER, "") == "proxy" or response.status == 407 \
+            or (response.status == 403 and "X-Squid-Error" in response.headers)
+        if own:
+            self._handle_own_error(response, prefetch)
+            return None
+        self.gate.succeeded()
+        if response.status >= 500 and self.fallback:
+            http.release(response)      # whoever is at fault, the origin is asked
+            self._leave_aside(None)
+            return None
+        self.used += 1
+        return response
+
+    def close(self) -> None:
+        with self._lock:
+            manager, self._manager = self._manager, None
+        if manager is not None:
+            manager.clear()
+
+    def _handle_own_error(self, response: "BaseHTTPResponse", prefetch: bool) -> None:
+        """An error that the proxy itself made: returns where the request is to go directly."""
+        status = response.status
+        said = http.error_text(response, self.url)
+        line = f"proxy {http.host_of(self.url)}: status {status}{': ' + said if said else ''}"
+        if status == 429:
+            self.gate.succeeded()
+            # Prefetch gives way; a reader goes round the proxy.
+            raise Failure(line, Cause.NETWORK) if prefetch else ProxyLimited(line)
+        if status in (403, 407):
+            self.gate.succeeded()
+            raise Failure(f"{line}: the proxy, not the registry, refuses this request", Cause.AUTH)
+        self.gate.failed(line)
+        self._leave_aside(http.RetriableFailure(line))
+
+    def _leave_aside(self, failure: Failure | None) -> None:
+        if self.fallback or failure is None:
+            self.passed_by += 1
+            return
+        raise failure
+
+    def _get_manager(self, client: http.HttpClient) -> "ProxyManager":
+        import urllib3
+
+        from virtiofsd_nydus.storage import connect
+
+        with self._lock:
+            if self._manager is None:
+                scheme, _, rest = self.url.partition("://")
+                login, at, address = rest.rpartition("@")
+                headers = urllib3.make_headers(proxy_basic_auth=login) if at else None
+                manager = urllib3.ProxyManager(
+                    f"{scheme}://{address}", proxy_headers=headers, num_pools=16, maxsize=client.pool_size,
+                    block=False, ssl_context=client.make_ssl_context())
+                connect.install(manager, client.resolver())
+                self._manager = manager
+            return self._manager
+
+    # ---- health
+
+    def _note_traffic(self, client: http.HttpClient) -> None:
+        self._last_used = time.monotonic()
+        if not self._ping_url or self._checker is not None:
+            return
+        with self._lock:
+            if self._checker is None:
+                self._checker = threading.Thread(target=self._check, args=(client,), name="proxy-check", daemon=True)
+                self._checker.start()
+
+    def _check(self, client: http.HttpClient) -> None:
+        """Pings until there has been no traffic for a while; the next request starts it anew."""
+        while time.monotonic() - self._last_used < self._check_pause_s:
+            self._ping(client)
+            if client.closing.wait(self._check_interval_s):
+                break
+        self._checker = None
+
+    def _ping(self, client: http.HttpClient) -> None:
+        try:
+            response = client.send("GET", self._ping_url, read_timeout_s=self._connect_timeout_s or 5.0)
+            status = response.status
+            http.release(response)
+        except Failure as failure:
+            if not client.closing.is_set():
+                self.gate.trip(f"its health check fails: {failure}")
+            return
+        if 200 <= status < 400:
+            self.gate.reprieve()
+        else:
+            self.gate.trip(f"its health check answers with status {status}")
