@@ -1,8 +1,10 @@
 """An HTTP server that goes wrong on request: a registry's blobs served from a directory (or from a registry behind it),
 with a fault injected into the answers a test chooses.
 
-Answers /v2/NAME/blobs/sha256:HEX (GET with ranges, HEAD) and /store/HEX?sig=N, where redirects lead. Every request is
-recorded, with its range. In front of a registry it passes everything on, so that the fault is all that differs.
+Answers every path that ends in a blob's HEX digest (GET with ranges, HEAD): /v2/NAME/blobs/sha256:HEX, a bucket's
+/BUCKET/HEX, and the whole address that a forward proxy is asked for; /store/HEX?sig=N is where redirects lead. On a
+unix socket / is its one blob. Every request is recorded, with its range. In front of a registry it passes everything
+on, so that the fault is all that differs.
 """
 
 import contextlib
@@ -19,7 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-BLOB = re.compile(r"^/(?:v2/.+/blobs/sha256:|store/)([0-9a-f]{64})")
+BLOB = re.compile(r"[/:]([0-9a-f]{64})$")
 TOKEN_PATH = "/token"
 
 
@@ -32,6 +34,7 @@ class Recorded(NamedTuple):
     last: int
     authorization: str
     status: int
+    headers: dict[str, str]
 
 
 @dataclass
@@ -87,7 +90,7 @@ class FaultyServer:
     a token is good for token_uses requests."""
 
     def __init__(self, blobs: dict[str, bytes] | None = None, *, upstream: str = "", token_user: str | None = None,
-                 token_uses: int = 1 << 30, tls: tuple[Path, Path] | None = None) -> None:
+                 token_uses: int = 1 << 30, tls: tuple[Path, Path] | None = None, unix: Path | None = None) -> None:
         self.blobs = dict(blobs or {})
         self.upstream = upstream
         self.token_user = token_user
@@ -99,7 +102,8 @@ class FaultyServer:
         self.tokens: dict[str, int] = {}
         self.signatures: dict[str, int] = {}
         self.tls = tls is not None
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self.unix = unix
+        self._server = _Server(("127.0.0.1", 0), _Handler) if unix is None else _UnixServer(str(unix), _Handler)
         self._server.faulty = self
         if tls is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -163,6 +167,18 @@ class _Server(ThreadingHTTPServer):
         """Clients that give up are what the tests are about."""
 
 
+class _UnixServer(_Server):
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = "localhost", 0
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        connection, _ = self.socket.accept()
+        return connection, ("unix", 0)
+
+
 class _Cut(Exception):
     """The connection is to end here."""
 
@@ -198,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.recorded = True
         with self.faulty.lock:
             self.faulty.requests.append(Recorded(self.command, self.path, first, last,
-                                                 self.headers.get("Authorization", ""), status))
+                                                 self.headers.get("Authorization", ""), status, dict(self.headers)))
 
     def _answer(self) -> None:
         faulty = self.faulty
@@ -216,7 +232,9 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/store/") and not self._has_signature():
             self._send(403, b"expired")
             return
-        found = BLOB.match(path)
+        found = BLOB.search(path)
+        if faulty.unix is not None and path == "/":
+            found = BLOB.search("/" + next(iter(faulty.blobs), ""))
         data = faulty.blobs.get(found.group(1)) if found else None
         if data is None and faulty.upstream:
             self._pass_on(fault)
@@ -239,7 +257,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(fault.text.encode("latin-1"))
             raise _Cut
         elif kind == "redirect":
-            digest = BLOB.match(self.path)
+            digest = BLOB.search(self.path.partition("?")[0])
             assert digest is not None
             with self.faulty.lock:
                 signature = str(len(self.faulty.signatures))
