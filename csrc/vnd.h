@@ -278,4 +278,22 @@ uint32_t vnd_crc32c(const uint8_t *buf, size_t len);
 /* AES-128-XTS, one data unit of len >= 16 bytes. 0 or -errno. */
 int vnd_xts_encrypt(const uint8_t key[32], const uint8_t iv[16], const uint8_t *src, size_t len, uint8_t *dst);
 
+/* A gzip stream (any number of members) decoded from front to end, and where its chunks can be decoded alone. */
+typedef struct vnd_zran vnd_zran;
+vnd_zran *vnd_zran_new(uint32_t chunk_size_bytes);
+void vnd_zran_free(vnd_zran *z);
+/* Decodes into out from in, of which *used bytes are taken; never beyond out_len. Bytes decoded, -EBADMSG, -ENOMEM,
+ * -EINVAL (more than 4 GiB at a time). */
+int64_t vnd_zran_read(vnd_zran *z, const uint8_t *in, size_t in_len, size_t *used, uint8_t *out, size_t out_len);
+/* 1 while a member has begun and not ended: the input may not end here. */
+int vnd_zran_in_member(const vnd_zran *z);
+/* A chunk begins at the position: number of its context, *slice its offset in what that decodes to, *in_off the
+ * position in the gzip stream. Or -errno. */
+int64_t vnd_zran_begin_chunk(vnd_zran *z, uint64_t *in_off, uint64_t *slice);
+/* It ends at the position. -E2BIG: the gzip stream has no place to begin anew near enough. */
+int vnd_zran_end_chunk(vnd_zran *z, uint64_t *in_off);
+/* The contexts (40 bytes each, *count of them) and behind them their windows, as blob.meta holds both. Bytes needed;
+ * nothing is written if out_len is less. */
+uint64_t vnd_zran_table(const vnd_zran *z, uint8_t *out, size_t out_len, uint32_t *count);
+
 #endif

@@ -13,7 +13,7 @@ from typing import Any
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.blob import BlobWriter
+from virtiofsd_nydus.rafs.blob import BlobWriter, ReferencePlace
 from virtiofsd_nydus.rafs.digest import crc32c_function, digest_function
 from virtiofsd_nydus.rafs.layout import ChunkFlag
 from virtiofsd_nydus.rafs.tree import FOREIGN_BASE, ChunkTable, RegularFile
@@ -25,6 +25,7 @@ QUEUE_BYTES_MAX = 64 << 20  # of input handed over and not yet written, twice th
 # A tar of some kilobytes can claim files of terabytes that are holes; their chunk indexes end up in memory.
 REFERENCES_MAX = 1 << 26
 
+Place = ReferencePlace | None
 DictionaryIndex = Mapping[bytes, tuple[ChunkTable, int]]
 # digest, crc, payload (bytes-like; None when the chunk was known to be there already), flags
 Packed = list[tuple[bytes, int, Any, int]]
@@ -50,9 +51,10 @@ class Chunker:
         self._digest = digest_function(writer.digester)
         self._crc32c = crc32c_function()
         self._index: dict[bytes, int] = {}  # digest -> chunk index in the blob
-        self._queue: deque[tuple[Future[Packed], list[bytes], list[RegularFile]]] = deque()
+        self._queue: deque[tuple[Future[Packed], list[bytes], list[RegularFile], list[Place]]] = deque()
         self._chunks: list[bytes] = []
         self._files: list[RegularFile] = []
+        self._places: list[Place] = []
         self._bytes = 0
         self._references = 0
         self._zero_digest: tuple[bytes, int] | None = None
@@ -60,22 +62,24 @@ class Chunker:
         self.deduplicated_bytes = 0
         self.dictionary_bytes = 0  # of them, those the dictionary had
 
-    def add(self, data: bytes, file: RegularFile) -> None:
-        """data, at most one chunk's worth and not empty, is the next chunk of file."""
+    def add(self, data: bytes, file: RegularFile, place: Place = None) -> None:
+        """data, at most one chunk's worth and not empty, is the next chunk of file. place: where the data is already,
+        of a blob that refers to a layer."""
         self._references += 1
         if self._references > REFERENCES_MAX:
             raise Failure("a layer's files make too many chunks; use a larger chunk size", Cause.FORMAT)
         self._chunks.append(data)
         self._files.append(file)
+        self._places.append(place)
         self._bytes += len(data)
         if self._bytes >= BATCH_BYTES or len(self._chunks) >= BATCH_CHUNKS:
             self._submit()
 
     def _submit(self) -> None:
-        chunks, files = self._chunks, self._files
+        chunks, files, places = self._chunks, self._files, self._places
         small = [self._is_small(data, file) for data, file in zip(chunks, files, strict=True)]
-        self._queue.append((self._pool.submit(self._pack, chunks, small), chunks, files))
-        self._chunks, self._files, self._bytes = [], [], 0
+        self._queue.append((self._pool.submit(self._pack, chunks, small), chunks, files, places))
+        self._chunks, self._files, self._places, self._bytes = [], [], [], 0
         while self._queue and (len(self._queue) > self._queue_max or self._queue[0][0].done()):
             self._write_next()
 
@@ -83,19 +87,19 @@ class Chunker:
         return len(data) < self._small_bytes and len(data) == file.size
 
     def _write_next(self) -> None:
-        future, chunks, files = self._queue.popleft()
+        future, chunks, files, places = self._queue.popleft()
         index_of = self._index
-        for data, file, packed in zip(chunks, files, future.result(), strict=True):
+        for data, file, place, packed in zip(chunks, files, places, future.result(), strict=True):
             index = index_of.get(packed[0])
             if index is None:
-                index = index_of[packed[0]] = self._write(data, file, packed)
+                index = index_of[packed[0]] = self._write(data, file, packed, place)
             else:
                 self.deduplicated_bytes += len(data)
                 if index >= FOREIGN_BASE:
                     self.dictionary_bytes += len(data)
             file.add_chunk(index)
 
-    def _write(self, data: bytes, file: RegularFile, packed: tuple[bytes, int, Any, int]) -> int:
+    def _write(self, data: bytes, file: RegularFile, packed: tuple[bytes, int, Any, int], place: Place) -> int:
         digest, crc, payload, flags = packed
         known = self._dictionary.get(digest)
         if known is not None:
@@ -105,6 +109,8 @@ class Chunker:
             self.dictionary_bytes += len(data)
             return FOREIGN_BASE + len(foreign) - 1
         # Only bytes already in the blob or the dictionary are left out by _pack, so payload is there.
+        if place is not None:
+            return self._writer.write_reference(digest, crc, len(data), place)
         if self._is_small(data, file):
             return self._writer.write_batched(digest, crc, data)
         return self._writer.write_chunk(digest, crc, payload, len(data), flags)

@@ -13,6 +13,7 @@ from virtiofsd_nydus.build.options import BuildOptions
 from virtiofsd_nydus.build.tar_stream import Readable
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, PlainBlobWriter, Writable
+from virtiofsd_nydus.rafs.blob_reference import ReferenceBlobWriter
 from virtiofsd_nydus.rafs.blob_v6 import InlinedBlobWriter
 from virtiofsd_nydus.rafs.bootstrap import BootstrapStats, BootstrapWriter
 from virtiofsd_nydus.rafs.tree import Directory, walk_directories
@@ -20,6 +21,7 @@ from virtiofsd_nydus.rafs.tree import Directory, walk_directories
 if TYPE_CHECKING:
     from virtiofsd_nydus.build.source_dir import DirectorySource
     from virtiofsd_nydus.build.source_tar import TarSource
+    from virtiofsd_nydus.build.zran import ZranIndex
 
 __all__ = ["BuildOptions", "Layer", "MergedImage", "build_layer", "merge_layers"]
 
@@ -120,14 +122,15 @@ def _build(
     source: Readable | Path | str, options: BuildOptions, out_blob: Writable, kind: str,
     on_progress: Callable[[int], None] | None, label: str, dictionary: ChunkDictionary | None,
 ) -> Layer:  # fmt: skip
-    writer = _make_writer(out_blob, options)
+    index = _make_index(source, options, on_progress) if options.oci_ref else None
+    writer = _make_writer(out_blob, options, index)
     chunker = Chunker(
         writer, level=options.compression_level, threads=options.threads, batch_size=options.batch_size,
         dictionary=dictionary.index if dictionary is not None else None,
     )  # fmt: skip
     stats = LayerStats()
     try:
-        reader = _make_reader(source, chunker, writer, options, kind, on_progress, label)
+        reader = _make_reader(source, chunker, writer, options, kind, on_progress, label, index)
         tree = reader.read()
         chunker.close()
     except BaseException:
@@ -159,9 +162,25 @@ def _build(
     return Layer(tree, blob_id, writer.size, info, stats, label)
 
 
-def _make_writer(out_blob: Writable, options: BuildOptions) -> BlobWriter:
+def _make_index(
+    source: Readable | Path | str, options: BuildOptions, on_progress: Callable[[int], None] | None
+) -> "ZranIndex":
+    from virtiofsd_nydus.build.zran import ZranIndex
+
+    if isinstance(source, (str, Path)):
+        raise Failure("only a layer can be referred to, a directory has none", Cause.FORMAT)
+    return ZranIndex(_count(source, on_progress), options.chunk_size)
+
+
+def _count(source: Readable, on_progress: Callable[[int], None] | None) -> Readable:
+    return _CountedSource(source, on_progress) if on_progress is not None else source
+
+
+def _make_writer(out_blob: Writable, options: BuildOptions, index: "ZranIndex | None") -> BlobWriter:
     from virtiofsd_nydus.rafs.cipher import Cipher
 
+    if index is not None:
+        return ReferenceBlobWriter(out_blob, index, chunk_size=options.chunk_size, digester=options.digest_kind)
     common: Any = {"chunk_size": options.chunk_size, "codec": options.codec, "digester": options.digest_kind}
     if options.fs_version == 5:
         return PlainBlobWriter(out_blob, aligned=options.aligned_chunk, **common)
@@ -203,15 +222,17 @@ def _write_bootstrap(
 
 def _make_reader(
     source: Readable | Path | str, chunker: Chunker, writer: BlobWriter, options: BuildOptions, kind: str,
-    on_progress: Callable[[int], None] | None, label: str,
+    on_progress: Callable[[int], None] | None, label: str, index: "ZranIndex | None",
 ) -> "TarSource | DirectorySource":  # fmt: skip
     if kind == "tar":
         from virtiofsd_nydus.build.source_tar import TarSource
 
         if isinstance(source, (str, Path)):
             raise TypeError("a path is opened by build_layer")
-        counted = _CountedSource(source, on_progress) if on_progress is not None else source
-        return TarSource(counted, chunker, writer.table, chunk_size=options.chunk_size, label=label or "tar")
+        return TarSource(
+            _count(source, on_progress), chunker, writer.table, chunk_size=options.chunk_size, label=label or "tar",
+            index=index,
+        )  # fmt: skip
     from virtiofsd_nydus.build.source_dir import DirectorySource
 
     if not isinstance(source, (str, Path)):

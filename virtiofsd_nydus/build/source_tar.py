@@ -2,13 +2,17 @@
 
 import stat
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from virtiofsd_nydus.build.chunker import Chunker
-from virtiofsd_nydus.build.tar_stream import Readable, TarEntry, TarFailure, TarStream, show
+from virtiofsd_nydus.build.tar_stream import Readable, TarEntry, TarFailure, TarStream, ZranTarStream, show
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.bootstrap import encode_xattrs, is_storable_xattr
 from virtiofsd_nydus.rafs.tree import ChunkTable, Directory, Inode, LowerLink, RegularFile, Special, Symlink, Xattrs
+
+if TYPE_CHECKING:
+    from virtiofsd_nydus.build.zran import ZranIndex
 
 # Index files of eStargz layers: descriptions of the tar, not content.
 SKIPPED_AT_ROOT = {b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"}
@@ -80,12 +84,15 @@ class TarSource:
 
     def __init__(
         self, source: Readable, chunker: Chunker, table: ChunkTable, *, chunk_size: int, label: str,
+        index: "ZranIndex | None" = None,
     ) -> None:  # fmt: skip
+        """index: decodes the source, which is gzip, and tells where each chunk is in it."""
         self.root = Directory(implied=True)
         self.dropped_xattrs = 0
         self.files = 0
         self.file_bytes = 0
-        self._stream = TarStream(source)
+        self._stream = TarStream(source) if index is None else ZranTarStream(index)
+        self._index = index
         self._chunker = chunker
         self._table = table
         self._chunk_size = chunk_size
@@ -192,6 +199,9 @@ class TarSource:
 
     def _send(self, entry: TarEntry, file: RegularFile) -> None:
         add, chunk_size = self._chunker.add, self._chunk_size
+        if self._index is not None:
+            self._send_places(entry, file, self._index)
+            return
         if entry.regions is not None:
             for chunk in self._read_sparse(entry):
                 add(chunk, file)
@@ -202,6 +212,17 @@ class TarSource:
             left -= chunk_size
         if left:
             add(read(left), file)
+
+    def _send_places(self, entry: TarEntry, file: RegularFile, index: "ZranIndex") -> None:
+        if entry.regions is not None:
+            raise TarFailure(f"{show(entry.name)}: sparse members cannot be read in place: convert without --oci-ref")
+        left = entry.size
+        while left:
+            size = min(left, self._chunk_size)
+            index.begin_chunk()
+            data = self._stream.read_data(size)
+            self._chunker.add(data, file, index.end_chunk())
+            left -= size
 
     def _read_sparse(self, entry: TarEntry) -> Iterator[bytes]:
         """The chunks of a sparse file, holes filled with zeroes (RAFS has no holes; equal chunks are stored once)."""

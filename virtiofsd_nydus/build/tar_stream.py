@@ -437,6 +437,34 @@ class TarStream:
         entry.regions = [region for region in entry.regions or () if region[1]]
 
 
+class ExactReader(Protocol):
+    """A source decoded no further than it is asked for."""
+
+    def read(self, size: int, /) -> bytes:
+        """size bytes, fewer only at the end."""
+        ...
+
+    def drain(self) -> None: ...
+
+
+class ZranTarStream(TarStream):
+    """Reads the tar at the pace of its consumer, so that the decoder stands where the reader does."""
+
+    def __init__(self, reader: ExactReader) -> None:
+        self._reader = reader
+        self._left = self._padding = 0
+        self._globals = {}
+        self.offset = 0
+
+    def _read(self, size: int) -> bytes:
+        data = self._reader.read(size)
+        self.offset += len(data)
+        return data
+
+    def drain(self) -> None:
+        self._reader.drain()
+
+
 def show(name: bytes) -> str:
     """A name for a message: one line, whatever bytes it holds."""
     text = ascii(name.decode("utf-8", "surrogateescape"))[1:-1]

@@ -48,6 +48,17 @@ class BlobInfo:
     cipher: Cipher | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ReferencePlace:
+    """Where a chunk is in a gzip layer: the compressed bytes round it, the context that decodes it, and its offset in
+    what that gives."""
+
+    coff: int
+    csize: int
+    context: int
+    slice: int
+
+
 class BlobWriter:
     """Takes the chunks of one blob in the order of their indexes. A subclass says what follows them: finish_data, then
     write_bootstrap, then finish."""
@@ -112,6 +123,10 @@ class BlobWriter:
 
     def write_batched(self, digest: bytes, crc: int, data: bytes) -> int:
         """Appends a small chunk to the batch being collected, not compressed."""
+        raise NotImplementedError
+
+    def write_reference(self, digest: bytes, crc: int, usize: int, place: ReferencePlace) -> int:
+        """Appends a chunk that lies in an OCI layer."""
         raise NotImplementedError
 
     def finish_data(self) -> BlobInfo | None:
