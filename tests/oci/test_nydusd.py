@@ -51,12 +51,22 @@ def mounted(image: NydusImage, directory: Path) -> Iterator[Path]:
         process.wait(20)
 
 
-@pytest.mark.parametrize("compressor", ["zstd", "lz4_block", "none"])
-def test_nydusd_serves_what_convert_pushed(convert, image: Path, tmp_path: Path, compressor: str) -> None:
+WAYS = [
+    *(f"--fs-version {version} --compressor {compressor} --digester {digester} --chunk-size {size}"
+      for version in (5, 6) for compressor in ("none", "lz4_block", "zstd") for digester in ("blake3", "sha256")
+      for size in ("64K", "1M")),
+    "--fs-version 5 --aligned-chunk", "--batch-size 64K", "--batch-size 1M --compressor lz4_block --chunk-size 2M",
+    "--encrypt", "--encrypt --compressor none", "--encrypt --batch-size 64K", "--oci-ref", "--oci-ref --chunk-size 64K",
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nydusd_serves_what_convert_pushed(convert, image: Path, tmp_path: Path, way: str) -> None:
     with LocalRegistry(tmp_path / "registry", auth="token") as registry:
         reference = f"docker://{registry.host}/judge/a:n"
         creds = f"{registry.username}:{registry.password}"
-        convert(f"oci:{image}:t", reference, "--creds", creds, "--compressor", compressor)
+        result = convert(f"oci:{image}:t", reference, "--creds", creds, *way.split())
+        assert isinstance(result, dict), result
         found = resolve_image(reference, cache_dir=tmp_path / "cache", creds=creds)
         with mounted(found, tmp_path) as root:
             assert sorted(path.name for path in (root / "etc").iterdir()) == ["hosts", "two"]

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from virtiofsd_nydus.cli.build import add_image_options, make_options
+from virtiofsd_nydus.cli.build import add_image_options, load_chunk_dict, make_options
 from virtiofsd_nydus.errors import UsageFailure
 from virtiofsd_nydus.oci.reference import DOCKER, GRAMMAR, Reference, parse_reference
 
@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="which image of an index (this host's)")
     parser.add_argument("--merge-platform", action="store_true",
                         help="DST becomes an index of the Nydus image and the OCI image, for clients of both kinds")
+    parser.add_argument("--oci-ref", action="store_true",
+                        help="no data of its own: the image reads the gzip layers of the OCI image, which DST gets too")
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="where layers are spooled (TMPDIR)")
     add_registry_options(parser)
     parser.add_argument("--src-creds", default="", metavar="USER:PASSWORD", help="login for SRC alone")
@@ -49,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from virtiofsd_nydus.oci.manifest import parse_platform
 
     source_ref, target_ref = parse_reference(args.source), parse_reference(args.target)
-    options = make_options(args)
+    options = make_options(args, oci_ref=args.oci_ref)
+    dictionary = load_chunk_dict(args, options)
     platform = parse_platform(args.platform) if args.platform else None
     source_creds, target_creds = choose_creds(args, source_ref, target_ref)
     ca_cert_files = tuple(args.ca_cert)
@@ -60,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
             signal.signal(signal.SIGTERM, signal.default_int_handler)   # so that the work directory is emptied too
         with ProgressBars(enabled=sys.stderr.isatty() and not args.json) as bars:
             result = convert_image(source, source_ref, target, target_ref, options=options, platform=platform,
-                                   merge_platform=args.merge_platform, work_dir=args.work_dir, progress=bars)
+                                   merge_platform=args.merge_platform, work_dir=args.work_dir, progress=bars,
+                                   dictionary=dictionary)
     finally:
         source.close()
         target.close()
@@ -89,6 +93,10 @@ def print_summary(result: "ConvertResult") -> None:
         print(f"layer {layer.source_digest[7:19]}  {layer.source_bytes / mib:8.1f} MiB -> "
               f"{layer.blob_bytes / mib:8.1f} MiB  {layer.chunks} chunks, "
               f"{layer.deduplicated_bytes / mib:.1f} MiB deduplicated{there}")
+    layers = {layer.source_digest: layer for layer in result.layers}.values()
+    sums = [sum(getattr(layer, name) for layer in layers) / mib
+            for name in ("file_bytes", "unique_bytes", "stored_bytes", "dictionary_bytes")]
+    print("files {:.1f} MiB, unique {:.1f} MiB, stored {:.1f} MiB, saved by the dictionary {:.1f} MiB".format(*sums))
     change = (result.target_bytes / result.source_bytes - 1) * 100 if result.source_bytes else 0.0
     print(f"{result.target} is {result.manifest_digest}\n{result.source_bytes / mib:.1f} MiB -> "
           f"{result.target_bytes / mib:.1f} MiB ({change:+.0f} %), bootstrap {result.bootstrap_bytes / mib:.1f} MiB, "
@@ -104,10 +112,17 @@ class ProgressBars:
         self._bars = None
         if enabled:
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
 
             self._bars = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
-                                  TransferSpeedColumn(), console=Console(stderr=True))
+                                  TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
 
     def __enter__(self) -> "ProgressBars":
         if self._bars is not None:

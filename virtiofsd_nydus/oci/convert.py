@@ -19,14 +19,16 @@ from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from virtiofsd_nydus.build.image import BuildOptions, Layer, MergedImage, build_layer, merge_layers
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.oci.manifest import (
     ANNOTATION_BLOB,
     ANNOTATION_BOOTSTRAP,
+    ANNOTATION_ENCRYPTED,
     ANNOTATION_FS_VERSION,
+    ANNOTATION_REF,
     LAYER_TYPES,
     MEDIA_CONFIG,
     MEDIA_INDEX,
@@ -43,6 +45,11 @@ from virtiofsd_nydus.oci.manifest import (
 )
 from virtiofsd_nydus.oci.reference import DOCKER_ARCHIVE, Reference
 from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest, read_document
+from virtiofsd_nydus.rafs.blob import BlobInfo
+from virtiofsd_nydus.rafs.layout import BlobFeature
+
+if TYPE_CHECKING:
+    from virtiofsd_nydus.build.dictionary import ChunkDictionary
 
 LAYERS_AT_A_TIME = 2
 # How long layers under way are waited for when the run fails or is interrupted.
@@ -78,7 +85,10 @@ class LayerResult:
     files: int
     file_bytes: int
     chunks: int
-    deduplicated_bytes: int
+    unique_bytes: int       # of file_bytes, what is in the layer's own chunks
+    stored_bytes: int       # what those take in the blob
+    deduplicated_bytes: int     # what is not stored again, the dictionary's chunks among it
+    dictionary_bytes: int
     pushed: bool    # False: the destination had it
     seconds: float
 
@@ -115,12 +125,17 @@ class _Silent:
 
 def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore, target_ref: Reference, *,
                   options: BuildOptions, platform: Platform | None = None, merge_platform: bool = False,
-                  work_dir: Path | None = None, progress: Progress | None = None) -> ConvertResult:
+                  work_dir: Path | None = None, progress: Progress | None = None,
+                  dictionary: "ChunkDictionary | None" = None) -> ConvertResult:
     """Converts source_ref's image of the platform (default: this host's) and makes it visible as target_ref's tag.
 
     merge_platform: the tag is an index of the Nydus image and the OCI image, which is copied, so that each client finds
-    what it knows. work_dir: where blobs are spooled (default: TMPDIR), about the size of the two largest layers.
-    Nothing is visible at the target until all of it is there. Raises Failure."""
+    what it knows; an image that refers to the OCI layers (options.oci_ref) always is, for it needs them. work_dir:
+    where blobs are spooled (default: TMPDIR), about the size of the two largest layers. dictionary: chunks of an image
+    whose blobs are at the target.
+
+    Nothing is visible at the target until all of it is there. A run that was interrupted is simply run again: the same
+    layer makes the same blob (unless encrypted), and what the target has is not pushed again. Raises Failure."""
     began = time.monotonic()
     if target_ref.transport == DOCKER_ARCHIVE:
         raise Failure(f"{target_ref}: a docker archive can be a source only", Cause.FORMAT)
@@ -130,16 +145,17 @@ def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore,
     try:
         with tempfile.TemporaryDirectory(prefix="virtiofsd-nydus-convert-", dir=work_dir,
                                          ignore_cleanup_errors=True) as folder:
-            run = _Conversion(source, target, options, Path(folder), progress or _Silent())
+            run = _Conversion(source, target, options, Path(folder), progress or _Silent(), dictionary)
+            run.require_dictionary()
             built = run.convert_layers(manifest.layers)
-            merged = merge_layers([layer for layer, _ in built], options=options)
+            merged = merge_layers([layer for layer, _ in built], options=options, dictionary=dictionary)
             bootstrap, diff_id = run.push_bootstrap(merged)
-            blobs = [Descriptor(MEDIA_NYDUS_BLOB, f"sha256:{info.blob_id}", _size_of(built, info.blob_id),
-                                {ANNOTATION_BLOB: "true"}) for info in merged.blobs]
-            new_config = make_config(config, [layer.blob_id for layer, _ in built], blobs, diff_id)
+            blobs = [describe_blob(info) for info in merged.blobs]
+            ids = [describe_blob(layer.blob_info).hex if layer.blob_info else layer.blob_id for layer, _ in built]
+            new_config = make_config(config, ids, blobs, diff_id)
             config_descriptor = run.push_bytes(new_config, MEDIA_CONFIG, "config")
             data = make_manifest(config_descriptor, [*blobs, bootstrap], manifest.annotations)
-            if merge_platform:
+            if merge_platform or options.oci_ref:
                 run.copy_image(manifest)
                 target.put_manifest(data, MEDIA_MANIFEST, None)
                 data, media_type = make_index(manifest, data, of_platform), MEDIA_INDEX
@@ -149,7 +165,7 @@ def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore,
     except OSError as error:
         raise Failure(f"cannot work in {work_dir or tempfile.gettempdir()}: {error.strerror or error} (--work-dir)",
                       Cause.SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Cause.IO) from error
-    used = {blob.hex for blob in blobs}
+    used = {info.blob_id for info in merged.blobs}
     return ConvertResult(
         str(source_ref), str(target_ref), manifest.descriptor.digest, digest_of(data), str(of_platform),
         len(merged.bootstrap), sum(layer.size for layer in manifest.layers),
@@ -180,13 +196,21 @@ class _Conversion:
     """One run: the layers under way, and what stops them all when one fails."""
 
     def __init__(self, source: ImageStore, target: ImageStore, options: BuildOptions, folder: Path,
-                 progress: Progress) -> None:
+                 progress: Progress, dictionary: "ChunkDictionary | None" = None) -> None:
         self._source = source
         self._target = target
         self._options = options
         self._folder = folder
         self._progress = progress
+        self._dictionary = dictionary
         self._stop = threading.Event()
+
+    def require_dictionary(self) -> None:
+        """The dictionary's blobs must be at the target, for the image will refer to them."""
+        for info in self._dictionary.blobs if self._dictionary is not None else ():
+            if len(info.table) and not self._target.has_blob(describe_blob(info)):
+                raise Failure(f"{self._target.name}: blob {info.blob_id[:12]} of the chunk dictionary is not there: "
+                              "push the dictionary's image to it first", Cause.MISSING)
 
     def convert_layers(self, layers: tuple[Descriptor, ...]) -> list[tuple[Layer, LayerResult]]:
         """In the image's order. A layer that occurs twice is converted once."""
@@ -239,7 +263,8 @@ class _Conversion:
         what = f"{self._source.name}: layer {layer.digest[7:19]}"
         reader = VerifiedReader(self._source.read_blob(layer), layer, what, self._count("convert", layer.digest))
         try:
-            built = build_layer(reader, options=self._options, out_blob=spool, kind="tar", label=what)
+            built = build_layer(reader, options=self._options, out_blob=spool, kind="tar", label=what,
+                                dictionary=self._dictionary)
         except Failure as failure:
             if failure.cause is Cause.FORMAT and not self._stop.is_set():
                 # A tar that cannot be read may be one that arrived damaged: then that is what to say.
@@ -249,12 +274,14 @@ class _Conversion:
         pushed = False
         descriptor = Descriptor(MEDIA_NYDUS_BLOB, f"sha256:{built.blob_id}", built.blob_size)
         if built.blob_info is not None:
+            descriptor = describe_blob(built.blob_info)
             pushed = self._push(descriptor, spool)
         spool.unlink()
         has_data = built.blob_info is not None
         return built, LayerResult(
             layer.digest, layer.size, descriptor.digest if has_data else "", built.blob_size if has_data else 0,
-            built.stats.files, built.stats.file_bytes, built.stats.chunks, built.stats.deduplicated_bytes, pushed,
+            built.stats.files, built.stats.file_bytes, built.stats.chunks, built.stats.unique_bytes,
+            built.stats.stored_bytes, built.stats.deduplicated_bytes, built.stats.dictionary_bytes, pushed,
             round(time.monotonic() - began, 3))
 
     def _push(self, descriptor: Descriptor, path: Path) -> bool:
@@ -398,5 +425,12 @@ def _describe_file(path: Path, media_type: str, annotations: dict[str, str]) -> 
     return Descriptor(media_type, f"sha256:{hashed.hexdigest()}", path.stat().st_size, annotations)
 
 
-def _size_of(built: list[tuple[Layer, LayerResult]], blob_id: str) -> int:
-    return next(layer.blob_size for layer, _ in built if layer.blob_id == blob_id)
+def describe_blob(info: BlobInfo) -> Descriptor:
+    """The blob as a layer of the manifest; of a layer that is referred to, the blob of its blob.meta."""
+    annotations = {ANNOTATION_BLOB: "true"}
+    if info.cipher is not None:
+        annotations[ANNOTATION_ENCRYPTED] = "true"
+    if info.features & BlobFeature.SEPARATE:
+        annotations[ANNOTATION_REF] = f"sha256:{info.blob_id}"
+        return Descriptor(MEDIA_NYDUS_BLOB, f"sha256:{info.meta_digest.hex()}", info.meta_size, annotations)
+    return Descriptor(MEDIA_NYDUS_BLOB, f"sha256:{info.blob_id}", info.compressed_size, annotations)

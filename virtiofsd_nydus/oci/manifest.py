@@ -30,6 +30,8 @@ LAYER_TYPES = (MEDIA_LAYER, MEDIA_LAYER_GZIP, MEDIA_LAYER_ZSTD, MEDIA_DOCKER_LAY
 ACCEPT = ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))
 
 ANNOTATION_BLOB = "containerd.io/snapshot/nydus-blob"
+ANNOTATION_ENCRYPTED = "containerd.io/snapshot/nydus-encrypted-blob"
+ANNOTATION_REF = "containerd.io/snapshot/nydus-ref"
 ANNOTATION_BOOTSTRAP = "containerd.io/snapshot/nydus-bootstrap"
 ANNOTATION_FS_VERSION = "containerd.io/snapshot/nydus-fs-version"
 ANNOTATION_REF_NAME = "org.opencontainers.image.ref.name"
