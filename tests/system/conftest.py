@@ -52,13 +52,13 @@ class Converter:
         self.oci_image, self.registry, self.cache_dir = oci_image, registry, cache_dir
         self._made: dict[str, ServedImage] = {}
 
-    def convert(self, codec: str = "zstd", digester: str = "blake3",
-                chunk_bytes: int = SMALL_CHUNK_BYTES) -> ServedImage:
-        name = f"nasty-{codec.replace('_', '-')}-{digester}-{chunk_bytes}"
+    def convert(self, codec: str = "zstd", digester: str = "blake3", chunk_bytes: int = SMALL_CHUNK_BYTES,
+                batch_bytes: int = 0) -> ServedImage:
+        name = f"nasty-{codec.replace('_', '-')}-{digester}-{chunk_bytes}-{batch_bytes}"
         if name not in self._made:
             reference = f"docker://{self.registry.host}/{name}:v1"
             run_verb("convert", f"oci:{self.oci_image}", reference, "--compressor", codec, "--digester", digester,
-                     "--chunk-size", str(chunk_bytes))
+                     "--chunk-size", str(chunk_bytes), "--batch-size", str(batch_bytes))
             self._made[name] = resolve(reference, self.cache_dir)
         return self._made[name]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from tests.rafs_writer import decoder
+from virtiofsd_nydus._engine import ffi, lib
+
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs.reader import Bootstrap, Chunk
 from virtiofsd_nydus.vmm.servers import NydusDaemon
@@ -126,4 +127,10 @@ def find_chunks(image: ServedImage, path: str) -> list[tuple[str, Chunk]]:
 
 def data_ends(image: ServedImage) -> dict[str, int]:
     """For each blob that files refer to, where its chunks end and what describes them begins."""
-    return {blob.blob_id: blob.ci_offset for blob in decoder.Bootstrap(image.bootstrap.read_bytes()).blobs}
+    raw = ffi.new("vnd_blob_info *")
+    ends = {}
+    with Bootstrap(image.bootstrap) as opened:
+        for blob in opened.blobs:
+            assert lib.vnd_rafs_blob_info(opened.image.handle, blob.index, raw) == 0
+            ends[blob.id] = int(raw.ci_offset)
+    return ends

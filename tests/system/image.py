@@ -157,6 +157,8 @@ def make_third_layer(path: Path, seed: int) -> None:
         layer.make_dir(name)
     layer.add("opt/of-the-third", b"third\n" * 10)
     layer.make_link("opt/again", "opt/of-the-third")
+    # a name for what a layer below holds
+    layer.make_link("opt/of-the-base", "sizes/4097")
     layer.add("etc/replaced", b"of the third layer\n")
     layer.delete("var/log")
     layer.make_dir("var/log", mode=0o750)

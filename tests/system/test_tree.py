@@ -31,6 +31,13 @@ def test_guest_sees_what_umoci_unpacks(converter: Converter, expected_tree: list
     assert "error" not in daemon.log_text().lower()
 
 
+@pytest.mark.parametrize("codec", ["zstd", "lz4_block"])
+def test_batched_chunks_show_the_same(converter: Converter, expected_tree: list[Record], tmp_path: Path,
+                                      codec: str) -> None:
+    with Daemon(converter.convert(codec, batch_bytes=SMALL_CHUNK_BYTES), tmp_path / "cache") as daemon:
+        assert differences(expected_tree, read_tree(daemon)) == []
+
+
 def test_localfs_shows_the_same(converter: Converter, image: ServedImage, expected_tree: list[Record],
                                 tmp_path: Path) -> None:
     blobs = tmp_path / "blobs"
