@@ -369,8 +369,8 @@ void cachefile_close(struct cachefile *c)
 
 /* ---------------------------------------------------------------- binding of chunks */
 
-/* The bindings are walked in blocks, and holes of the side file are skipped: an image may claim 16 million chunks and
- * name three. */
+/* The bindings are walked in blocks, and holes of the side file are skipped: an image may claim 16 million chunks
+ * and name three. */
 #define BIND_BLOCK 4096u
 
 struct bind {
@@ -449,7 +449,7 @@ static int bind_walk(struct bind *b, bool write)
     return 0;
 }
 
-/* Whether chunks that would be bound together share bytes of the data file: then one's commit would change the other. */
+/* Whether chunks that would be bound together share bytes of the data file: one's commit would change the other. */
 static int bind_overlap(struct bind *b, bool *hit, uint32_t *x, uint32_t *y)
 {
     int rc;
@@ -481,7 +481,8 @@ static int bind_locked(struct bind *b, char *err, size_t err_len)
         /* Whoever bound them may be gone: then the side file is ours to bind. */
         if (claim_byte(c->side_fd, CLAIM_ATTACH, true, 0)) {
             if (bad < c->n)
-                return fail_line(-EEXIST, err, err_len, "chunk %u is not what another image in use says of it", bad);
+                return fail_line(-EEXIST, err, err_len, "chunk %u is not what another image in use says of it",
+                                 bad);
             return fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image in use",
                              x, y);
         }

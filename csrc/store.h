@@ -26,7 +26,8 @@ struct extent {
 
 struct store_buf;           /* refcounted bytes for what could not come from the cache file */
 
-/* A waiter: embedded in whatever waits, owned by it. Only the store touches the fields above the line while linked. */
+/* A waiter: embedded in whatever waits, owned by it. Only the store touches the fields above the line while
+ * linked. */
 struct store_wait {
     struct store_wait *next, **prev;    /* shard list */
     struct store_unit *unit;            /* the unit it is linked on, NULL = not linked */
@@ -45,8 +46,8 @@ struct store_wait {
 /* Clears the store's part for a new request. */
 void store_wait_init(struct store_wait *w, void (*wake)(struct store_wait *), void *owner);
 
-/* Reads the extents, in order, into iov (their lengths sum to the iov's or less than it). Returns bytes read (all of
- * them), -EINPROGRESS when w was linked (will wake; then call again with the same extents and a fresh iov), or
+/* Reads the extents, in order, into iov (their lengths sum to the iov's or less than it). Returns bytes read (all
+ * of them), -EINPROGRESS when w was linked (will wake; then call again with the same extents and a fresh iov), or
  * -errno. Restartable: what an earlier attempt wrote is written again. A woken w with err fails here. */
 int64_t store_read(struct store_wait *w, const struct extent *ext, int n, const struct iovec *iov, int iov_n);
 
@@ -66,8 +67,9 @@ struct blob_chunk {         /* what a bootstrap says of one chunk */
  * from any thread, any time before close; must not block. Returns 0 or what put returned. */
 typedef int (*blob_chunks_fn)(void *ctx, uint32_t blob_index, int (*put)(void *put_ctx, const struct blob_chunk *c),
                               void *put_ctx);
-/* One per (store, blob id), shared by all images that name it. chunks/ctx are used until the matching blob_put with
- * the same ctx. Opening touches no network and does no work that grows with the blob. */
+/* One per image that names the blob. All of them share its cache file, as long as they agree on its chunks: an
+ * image that contradicts one in use gets EIO at first use, and the other goes on. chunks/ctx are used until
+ * blob_put. Opening touches no network and does no work that grows with the blob. */
 struct vnd_blob *blob_get(vnd_store *s, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx, int *cause,
                           char *err, size_t err_len);
 void blob_put(struct vnd_blob *b, void *ctx);
