@@ -334,6 +334,38 @@ static void test_no_space(void)
     fix_dir_remove(dir);
 }
 
+/* Nothing is fetched ahead that could not be kept; readers are served all the same. */
+static void test_no_space_ends_prefetch(void)
+{
+    char dir[200];
+    struct fix_blob *b = fix_blob_new("blob", CODEC_NONE, 2000, CHUNK);
+    struct fix f = { 0 };
+    struct rlimit old, none;
+    bool left = true;
+
+    fix_dir_make(dir, under);
+    f.server.feed_bytes = 1 << 20;
+    fix_up(&f, dir, b, 1);
+    fix_check(f.h, b, 0, 100);
+    getrlimit(RLIMIT_FSIZE, &old);
+    none = old;
+    none.rlim_cur = 0;
+    CHECK(!setrlimit(RLIMIT_FSIZE, &none));
+    CHECK_EQ(vnd_prefetch(f.h, 0, 0, 3), 0);
+    for (int64_t until = now_us() + 10000000; left; usleep(1000)) {
+        CHECK(now_us() < until);
+        pthread_mutex_lock(&f.e->fetcher->lock);
+        left = f.e->fetcher->prefetch || f.e->fetcher->running;
+        pthread_mutex_unlock(&f.e->fetcher->lock);
+    }
+    CHECK(atomic_load(&f.server.fed_bytes) < 8u << 20);     /* of 32 MiB */
+    fix_check(f.h, b, 1500 * CHUNK, 4 * CHUNK);
+    CHECK(!setrlimit(RLIMIT_FSIZE, &old));
+    fix_down(&f);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
 /* A work directory that cannot be written: what is in it is verified and used, the rest comes from memory. */
 static void test_read_only_dir(void)
 {
@@ -458,6 +490,7 @@ int main(int argc, char **argv)
     test_cut_while_running();
     test_maps_cut_while_running();
     test_no_space();
+    test_no_space_ends_prefetch();
     test_read_only_dir();
     test_killed_between_write_and_bit();
     test_durable();
