@@ -95,6 +95,7 @@ class FaultyServer:
         self.upstream = upstream
         self.token_user = token_user
         self.token_uses = token_uses
+        self.token_life_s = 300
         self.requests: list[Recorded] = []
         self.faults: list[Fault] = []
         self.stopping = threading.Event()
@@ -383,7 +384,7 @@ class _Handler(BaseHTTPRequestHandler):
         with self.faulty.lock:
             token = f"token{len(self.faulty.tokens)}"
             self.faulty.tokens[token] = self.faulty.token_uses
-        self._send(200, json.dumps({"token": token, "expires_in": 300}).encode())
+        self._send(200, json.dumps({"token": token, "expires_in": self.faulty.token_life_s}).encode())
 
     def _pass_on(self, fault: Fault | None) -> None:
         """To the registry behind; the fault is put into its answer's body."""

@@ -224,3 +224,144 @@ def test_docker_config(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(Failure, match=r"config\.json"):
         find_docker_credentials("a:5000")
+
+
+# ---- renewal ahead of time
+
+def test_tokens_are_renewed_while_there_is_traffic(server: FaultyServer, make,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """No read meets an old token, and without reads nothing is renewed."""
+    import time
+
+    from virtiofsd_nydus.oci import auth
+
+    server.token_user = ""
+    server.token_life_s = 2
+    monkeypatch.setattr(auth, "IDLE_S", 3.0)
+    blob = server.add(DATA)
+    backend = make(timeout=5)
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        assert read(backend, blob, 0, 10) == DATA[:10]
+        time.sleep(0.05)    # the traffic
+    assert [one.status for one in server.requests].count(401) == 1
+    assert len(token_calls(server)) >= 3
+    until = time.monotonic() + 10
+    while backend.session.auth._renewer is not None and time.monotonic() < until:
+        time.sleep(0.05)    # between two polls; the deadline decides
+    assert backend.session.auth._renewer is None
+    assert read(backend, blob, 0, 10) == DATA[:10]
+
+
+def test_a_login_that_stops_to_work_is_said_once(server: FaultyServer) -> None:
+    from virtiofsd_nydus.storage.factory import create_backend
+
+    lines: list[str] = []
+    server.token_user = f"someone:{SECRET}"
+    server.token_uses = 1
+    blob = server.add(DATA)
+    backend = create_backend("registry", {"scheme": "http", "host": server.host, "repo": "a/b", "auth": AUTH},
+                             warn=lines.append)
+    assert read(backend, blob, 0, 10) == DATA[:10]
+    assert backend.status()["login"] == "ok" and lines == []
+    server.token_user = "someone:other"
+    for _ in range(5):
+        with pytest.raises(Failure):
+            read(backend, blob, 0, 10)
+    assert backend.status()["login"] == "refused" and len(lines) == 1 and SECRET not in lines[0]
+    backend.set_credentials(Credentials("someone", "other"))
+    assert read(backend, blob, 0, 10) == DATA[:10]
+    assert backend.status()["login"] == "ok"
+    backend.close()
+
+
+def test_no_password_in_clear_beside_tls(server: FaultyServer, make, tmp_path) -> None:
+    """A registry behind TLS that names a token server without it gets neither password nor token request."""
+    from tests.peers.registry import make_certificate
+
+    make_certificate(tmp_path, "tls")
+    blob = server.add(DATA)
+    with FaultyServer({blob: DATA}, tls=(tmp_path / "tls.pem", tmp_path / "tls.key")) as secure:
+        secure.inject("status", status=401, times=-1,
+                      headers={"WWW-Authenticate": f'Bearer realm="{server.url}/token",service="s"'})
+        settings = {"scheme": "https", "host": secure.host, "ca_cert_files": [str(tmp_path / "tls.pem")], "timeout": 5}
+        with pytest.raises(Failure, match="without TLS") as caught:
+            read(make(auth=AUTH, **settings), blob, 0, 10)
+        assert caught.value.cause is Cause.AUTH
+        assert server.requests == []
+        secure.heal()
+        secure.token_user = f"someone:{SECRET}"     # its own realm is https
+        assert read(make(auth=AUTH, **settings), blob, 0, 10) == DATA[:10]
+
+
+# ---- docker's configuration
+
+@pytest.fixture
+def docker(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Writes docker's config.json and a credential helper named `test` that knows logins and notes who asks."""
+    import os
+    import sys
+
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def docker(config: dict, logins: dict | None = None, broken: str = "") -> None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        helper = tmp_path / "docker-credential-test"
+        helper.write_text(
+            f"#!{sys.executable}\nimport json, sys\nassert sys.argv[1:] == ['get']\nserver = sys.stdin.read().strip()\n"
+            f"open({str(tmp_path / 'asked')!r}, 'a').write(server + '\\n')\nlogins = {logins or {}!r}\n"
+            f"if {broken!r}:\n    print({broken!r}); sys.exit(1)\n"
+            "if server not in logins:\n    print('credentials not found in native keychain'); sys.exit(1)\n"
+            "print(json.dumps({'ServerURL': server, 'Username': logins[server][0], 'Secret': logins[server][1]}))\n")
+        helper.chmod(0o755)
+
+    return docker
+
+
+def test_credential_helpers(docker) -> None:
+    docker({"credHelpers": {"a:5000": "test"}, "auths": {"a:5000": {}, "b": {"auth": AUTH}}},
+           {"a:5000": ["me", "word"], "c": ["<token>", "tok"]})
+    found = find_docker_credentials("a:5000")
+    assert found is not None and (found.username, found.password) == ("me", "word")
+    found = find_docker_credentials("b")
+    assert found is not None and found.username == "someone"
+    docker({"credsStore": "test", "auths": {"b": {"auth": AUTH}}}, {"c": ["<token>", "tok"]})
+    found = find_docker_credentials("c")
+    assert found is not None and (found.username, found.identity_token) == ("", "tok")
+    found = find_docker_credentials("b")    # the store knows nothing: the file does
+    assert found is not None and found.username == "someone"
+    docker({"credHelpers": {"a": "missing-one"}})
+    with pytest.raises(Failure, match="docker-credential-missing-one is not installed"):
+        find_docker_credentials("a")
+    docker({"credHelpers": {"a": "../x"}})
+    with pytest.raises(Failure, match="without /"):
+        find_docker_credentials("a")
+    docker({"credHelpers": {"a": "test"}}, broken="the vault is locked")
+    with pytest.raises(Failure, match="the vault is locked"):
+        find_docker_credentials("a")
+
+
+def test_the_backend_asks_docker_at_each_login(server: FaultyServer, make, docker) -> None:
+    """Short-lived logins: what the helper gave an hour ago is not what is sent."""
+    server.token_user = f"someone:{SECRET}"
+    server.token_uses = 1
+    blob = server.add(DATA)
+    docker({"credHelpers": {server.host: "test"}}, {server.host: ["someone", SECRET]})
+    backend = make()
+    assert read(backend, blob, 0, 10) == DATA[:10]
+    server.token_user = "someone:newer"
+    docker({"credHelpers": {server.host: "test"}}, {server.host: ["someone", "newer"]})
+    assert read(backend, blob, 0, 10) == DATA[:10]
+    docker({"credHelpers": {server.host: "test"}}, broken="the vault is locked")
+    with pytest.raises(Failure, match="vault is locked") as caught:
+        read(backend, blob, 0, 10)
+    assert caught.value.cause is Cause.AUTH
+
+
+def test_docker_is_not_asked_where_the_login_is_given(server: FaultyServer, make, docker, tmp_path) -> None:
+    server.token_user = f"someone:{SECRET}"
+    blob = server.add(DATA)
+    docker({"credHelpers": {server.host: "test"}}, {server.host: ["other", "x"]})
+    assert read(make(auth=AUTH), blob, 0, 10) == DATA[:10]
+    assert not (tmp_path / "asked").exists()

@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from virtiofsd_nydus.daemon.service import Service
+    from virtiofsd_nydus.daemon.service import Mount, Service
 
 HEAD_MAX_BYTES = 16 << 10
 BODY_MAX_BYTES = 1 << 20
@@ -132,14 +132,17 @@ class ApiServer:
             return error.status, _error(str(error))
         except Failure as failure:
             return 500, _error(f'Mount(MountFilesystem(Other("{failure}")))')
-        return (204, b"") if answer is None else (200, json.dumps(answer).encode())
+        if answer is None:
+            return 204, b""
+        return 200, answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
 
     @staticmethod
     def _reply(connection: socket.socket, status: int, body: bytes, keep: bool) -> None:
         head = [f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}", "Server: Nydus API",
                 f"Connection: {'keep-alive' if keep else 'close'}"]
         if status != 204:
-            head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+            kind = "application/json" if body[:1] in (b"{", b"[") else "text/plain; version=0.0.4; charset=utf-8"
+            head += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
         connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
 
 
@@ -208,10 +211,80 @@ def get_stats(service: "Service", query: "dict[str, str]", body: bytes) -> objec
     return service.stats()
 
 
+# ---- metrics
+
+def _counted(service: "Service", query: "dict[str, str]", body: bytes, name: str) -> "Mount":
+    """The mount that the query is about. name: of the error, as nydusd gives it."""
+    _no_body(body)
+    mount = service.find_mount(query.get("id"))
+    if mount is None:
+        raise ApiError(404, f"{name}(Metrics(Stats(NoCounter)))")
+    return mount
+
+
+def get_fs_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    return service.fs_metrics(_counted(service, query, body, "GlobalMetrics"))
+
+
+def get_files_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    """Not counted per file: nothing was read, as far as is known."""
+    _counted(service, query, body, "FsFilesMetrics")
+    return [] if query.get("latest") == "true" else {}
+
+
+def get_pattern_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _counted(service, query, body, "Pattern")
+    return []
+
+
+def get_backend_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    return _counted(service, query, body, "BackendMetrics").backend.meter.nydusd_metrics()
+
+
+def get_blobcache_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    return service.blobcache_metrics(_counted(service, query, body, "BlobcacheMetrics"))
+
+
+def get_inflight_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    return service.inflight_metrics()
+
+
+def get_prometheus(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    return service.prometheus_text()
+
+
+# ---- hot changes of configuration
+
+def get_config(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    """Which keys were changed; a login is never given back."""
+    mount = _counted(service, query, body, "GetConfig")
+    return dict.fromkeys(sorted(mount.changed), "***")
+
+
+def put_config(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    changes = _object(body)
+    mount = _counted(service, query, b"", "UpdateConfig")
+    if not all(isinstance(value, str) for value in changes.values()):
+        raise ApiError(400, "ParseBody")
+    service.change_config(mount, {key: str(value) for key, value in changes.items()})
+    mount.changed.update(changes)
+    return None
+
+
 ROUTES: "dict[str, dict[str, Callable[[Service, dict[str, str], bytes], object]]]" = {
     "/api/v1/daemon": {"GET": get_daemon, "PUT": put_daemon},
     "/api/v2/daemon": {"GET": get_daemon, "PUT": put_daemon},
     "/api/v1/daemon/exit": {"PUT": put_exit},
     "/api/v1/mount": {"POST": post_mount, "DELETE": delete_mount},
+    "/api/v1/config": {"GET": get_config, "PUT": put_config},
+    "/api/v1/metrics": {"GET": get_fs_metrics},
+    "/api/v1/metrics/files": {"GET": get_files_metrics},
+    "/api/v1/metrics/pattern": {"GET": get_pattern_metrics},
+    "/api/v1/metrics/backend": {"GET": get_backend_metrics},
+    "/api/v1/metrics/blobcache": {"GET": get_blobcache_metrics},
+    "/api/v1/metrics/inflight": {"GET": get_inflight_metrics},
     "/api/ext/v1/stats": {"GET": get_stats},
+    "/api/ext/v1/metrics": {"GET": get_prometheus},
 }

@@ -11,11 +11,13 @@ import time
 
 from virtiofsd_nydus import __version__
 from virtiofsd_nydus.daemon import log as logs
+from virtiofsd_nydus.daemon import metrics
 from virtiofsd_nydus.daemon.api import ApiError, ApiServer
 from virtiofsd_nydus.daemon.config import ImageConfig, parse_config
 from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Rafs, Store, Vfs
 from virtiofsd_nydus.errors import Failure
-from virtiofsd_nydus.storage.pump import FetchPump
+from virtiofsd_nydus.storage.health import RateLimit
+from virtiofsd_nydus.storage.pump import PREFETCH_SLOTS, FetchPump
 from virtiofsd_nydus.vhost.device import EngineDevice
 from virtiofsd_nydus.vhost.server import VhostServer
 
@@ -34,13 +36,18 @@ SWITCH_INTERVAL_S = 0.0005      # a busy Python thread must not starve the fetch
 class Mount:
     """One image in the mount table."""
 
-    __slots__ = ("backend", "config", "image", "mounted_at", "path", "source", "store")
+    __slots__ = ("backend", "changed", "complete_at", "config", "image", "mounted_at", "path", "prefetch_limit",
+                 "source", "store")
 
     def __init__(self, path: str, source: str, image: Rafs, store: Store, config: ImageConfig,
                  backend: "Backend") -> None:
         self.path, self.source, self.image, self.store = path, source, image, store
         self.config, self.backend = config, backend
         self.mounted_at = time.time()
+        self.changed: set[str] = set()      # keys that a hot change gave
+        self.complete_at = 0.0      # when all chunks were first seen to be here
+        rate = config.prefetch_bandwidth_bytes_s
+        self.prefetch_limit = RateLimit(rate) if rate else None
 
 
 class Service:
@@ -54,6 +61,7 @@ class Service:
         self._exit = threading.Event()
         self._lock = threading.Lock()       # mounts and unmounts, one at a time
         self._mounts: dict[str, Mount] = {}
+        self._received_before = self._wasted_bytes = 0      # received_before: by backends that are gone
         self.engine = Engine(read_deadline_ms=read_deadline_ms, allow_unverified=allow_unverified)
         self.pump = FetchPump(self.engine)
         self._vfs: Vfs | None = None
@@ -166,14 +174,15 @@ class Service:
         except Failure:
             store.close()
             raise
+        mount = Mount(path, source, image, store, config, backend)
         for blob in image.blobs():
-            self.pump.add_backend(blob.key, backend)
+            self.pump.add_backend(blob.key, backend, mount.prefetch_limit)
         try:
             self._vfs.mount_rafs(path, image)
         except OSError as error:
-            self._release(Mount(path, source, image, store, config, backend))
+            self._release(mount)
             raise Failure(f"cannot mount at {path}: {error.strerror}") from error
-        self._mounts[path] = Mount(path, source, image, store, config, backend)
+        self._mounts[path] = mount
         if config.prefetch_all:
             for blob in image.blobs():
                 image.prefetch_blob(blob.index)
@@ -189,10 +198,11 @@ class Service:
 
     def _release(self, mount: Mount) -> None:
         for blob in mount.image.blobs():
-            self.pump.remove_backend(blob.key, mount.backend)
+            self.pump.remove_backend(blob.key, mount.backend, mount.prefetch_limit)
         mount.image.close()
         mount.store.close()
         mount.backend.close()
+        self._received_before += metrics.received_bytes((mount,))
 
     # ---- answers
 
@@ -209,10 +219,42 @@ class Service:
                 mount.path: {
                     "backend_type": "Rafs", "mountpoint": mount.path,
                     "mounted_time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(mount.mounted_at)),
-                    "config": None,
+                    "config": mount.config.public(),
                 } for mount in mounts
             },
         }
+
+    def find_mount(self, wanted: str | None) -> Mount | None:
+        """The mount that the `id` of a query names."""
+        with self._lock:
+            return metrics.find_mount(self._mounts, wanted)
+
+    def fs_metrics(self, mount: Mount) -> "dict[str, Any]":
+        return metrics.fs_metrics(mount, self.engine.stats())
+
+    def blobcache_metrics(self, mount: Mount) -> "dict[str, Any]":
+        with self._lock:
+            if self._mounts.get(mount.path) is not mount:
+                raise ApiError(404, "BlobcacheMetrics(Metrics(Stats(NoCounter)))")
+            return metrics.blobcache_metrics(mount, self.engine.stats(), PREFETCH_SLOTS)
+
+    def inflight_metrics(self) -> "list[dict[str, int]] | None":
+        return metrics.inflight_metrics(self.engine.stats())
+
+    def prometheus_text(self) -> str:
+        with self._lock:
+            stats = self.engine.stats()
+            received = self._received_before + metrics.received_bytes(self._mounts.values())
+            # An attempt is counted when it ends, so the difference may shrink for a moment; a counter may not.
+            self._wasted_bytes = max(self._wasted_bytes, received - stats["fetched_bytes"])
+            return metrics.prometheus_text(self._mounts.values(), stats, self._wasted_bytes)
+
+    def change_config(self, mount: Mount, changes: "dict[str, str]") -> None:
+        """Hot change of a mount's login or proxy, from its next request on. Raises Failure for what cannot be."""
+        from virtiofsd_nydus.storage.factory import change_backend
+
+        change_backend(mount.backend, changes)
+        self.log.say(logs.INFO, "configuration changed", mountpoint=mount.path, keys=", ".join(sorted(changes)))
 
     def stats(self) -> "dict[str, Any]":
         """Counters of the engine, and readiness of each mounted blob."""
@@ -224,4 +266,6 @@ class Service:
                     blobs[blob.id] = {"ready_chunks": ready, "chunks": total or blob.chunk_count,
                                       "compressed_bytes": blob.compressed_size_bytes,
                                       "uncompressed_bytes": blob.uncompressed_size_bytes}
-        return {"engine": self.engine.stats(), "blobs": blobs}
+            backends = {mount.path: {"type": mount.backend.kind, **mount.backend.status(),
+                                     **mount.backend.meter.own_metrics()} for mount in self._mounts.values()}
+        return {"engine": self.engine.stats(), "blobs": blobs, "backends": backends}

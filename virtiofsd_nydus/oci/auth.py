@@ -228,7 +228,7 @@ class Authenticator:
 
     def first_request(self, deadline: float | None) -> "AbstractContextManager[None]":
         """Held by the first exchange, so that a burst of readers makes one 401 and one token, not one each."""
-        return _held(self._first, deadline)
+        return _held(self._first, deadline, self._host)
 
     def header(self, scope: str, deadline: float | None = None) -> str:
         """The header to send for scope, "" for none known. Renews a token that is about to end."""
@@ -246,7 +246,7 @@ class Authenticator:
         """A header other than `sent`, which was refused with WWW-Authenticate `answer` (None: it is only old).
 
         Raises Failure AUTH when there is none to be had."""
-        with _held(self._lock, deadline):
+        with _held(self._lock, deadline, self._host):
             known = self._headers.get(scope)
             if known and known[0] != sent and known[1] > time.monotonic():
                 return known[0]
@@ -431,16 +431,17 @@ def _covers(scope: str, wanted: str) -> bool:
 class _held:
     """A lock taken until the deadline at the latest."""
 
-    __slots__ = ("_deadline", "_lock")
+    __slots__ = ("_deadline", "_host", "_lock")
 
-    def __init__(self, lock: threading.Lock, deadline: float | None) -> None:
+    def __init__(self, lock: threading.Lock, deadline: float | None, host: str) -> None:
         self._lock = lock
+        self._host = host
         self._deadline = deadline
 
     def __enter__(self) -> None:
         left = -1.0 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
         if not self._lock.acquire(timeout=left):
-            raise Failure("the deadline passed while waiting for a login", Cause.NETWORK)
+            raise http.DeadlinePassed(f"{self._host}: the deadline passed while waiting for a login", Cause.NETWORK)
 
     def __exit__(self, *exc: object) -> None:
         self._lock.release()

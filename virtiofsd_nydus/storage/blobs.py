@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from urllib3 import BaseHTTPResponse
 
+    from virtiofsd_nydus.storage.proxy import ForwardProxy
+
 # Retries after the first attempt: nydusd's budget (nydusd-interface.md 4.1).
 RETRIES = 3
 PREFETCH_RETRIES = 1
@@ -37,7 +39,7 @@ class HttpBackend:
         """where: names the server in messages. say: gets lines about servers that come and go."""
         self._client = client
         self._retries = retries
-        self._say = say
+        self.say = say
         self.meter = BackendMeter(self.kind)
         self.breaker = Gate(f"{self.kind} {where}", BREAKER_FAILURES, BREAKER_FIRST_PAUSE_S, BREAKER_LAST_PAUSE_S, say)
         self._sizes: dict[str, int] = {}
@@ -67,6 +69,10 @@ class HttpBackend:
         if proxy is not None:
             found["proxy"] = {"state": proxy.gate.state, "used": proxy.used, "passed_by": proxy.passed_by}
         return found
+
+    def set_proxy(self, proxy: "ForwardProxy | None") -> None:
+        """Hot change: what follows goes by proxy; the settings of the former one but its address hold on."""
+        self._client.set_proxy(proxy)
 
     # ---- storage.backend.Backend
 

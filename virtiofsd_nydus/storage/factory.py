@@ -35,6 +35,7 @@ KEYS = {
 PROXY_KEYS = frozenset(("url", "ping_url", "fallback", "check_interval", "use_http", "check_pause_elapsed",
                         "dragonfly_scheduler_endpoint"))
 MIRROR_KEYS = frozenset(("host", "ping_url", "headers", "health_check_interval", "failure_limit", "auth_through"))
+HOT_KEYS = ("registry_auth", "proxy_url", "dragonfly_scheduler_endpoint")
 # What nydusd once took and takes no more: told with the reason.
 REMOVED_KEYS = {
     "readahead": "blob files are read ahead by the kernel",
@@ -161,6 +162,31 @@ MAKERS: "dict[str, Callable[[Settings, Say], Backend]]" = {
     "registry": _make_registry, "s3": _make_s3, "oss": _make_oss, "http-proxy": _make_http_proxy,
     "localfs": _make_localfs, "localdisk": _make_localdisk,
 }
+
+
+def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> None:
+    """Hot change by the keys of nydusd's PUT /api/v1/config: registry_auth (base64 of USER:PASSWORD), proxy_url ("" for
+    none). Nothing is changed when one of them cannot be. Raises UsageFailure naming keys, never values."""
+    from virtiofsd_nydus.oci.auth import decode_basic
+    from virtiofsd_nydus.storage.blobs import HttpBackend
+    from virtiofsd_nydus.storage.proxy import ForwardProxy
+    from virtiofsd_nydus.storage.registry import RegistryBackend
+
+    for key in changes:
+        if key not in HOT_KEYS:
+            raise UsageFailure(f"key {key!r} cannot be changed while mounted: {', '.join(HOT_KEYS)} can")
+    login = None
+    if changes.get("registry_auth"):
+        if not isinstance(backend, RegistryBackend):
+            raise UsageFailure(f"registry_auth: the backend is {backend.kind}, not a registry")
+        login = decode_basic(changes["registry_auth"], "registry_auth")
+    if "proxy_url" in changes:
+        if not isinstance(backend, HttpBackend):
+            raise UsageFailure(f"proxy_url: backend {backend.kind} uses no proxy")
+        url = _address(changes, "proxy_url")
+        backend.set_proxy(ForwardProxy(url, say=backend.say) if url else None)
+    if isinstance(backend, RegistryBackend) and "registry_auth" in changes:
+        backend.set_credentials(login)
 
 
 # ---- parts

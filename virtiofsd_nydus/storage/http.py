@@ -149,6 +149,15 @@ class HttpClient:
         if self.proxy is not None:
             self.proxy.close()
 
+    def set_proxy(self, proxy: "ForwardProxy | None") -> None:
+        """Hot change, for requests that begin from now on. Settings of the former proxy but its address hold on."""
+        former = self.proxy
+        if former is not None and proxy is not None:
+            proxy = former.with_url(proxy.url)
+        self.proxy = proxy
+        if former is not None:
+            former.close()
+
     def retry(self, retries: int, deadline: float | None) -> Retry:
         return Retry(retries, deadline, self.closing)
 
@@ -170,8 +179,9 @@ class HttpClient:
                                   read=time_left(deadline, read_s, url) or None)
         sent = {"User-Agent": self._user_agent, "Accept-Encoding": "identity",
                 **(self._headers if own else self._public_headers), **(headers or {})}
-        if self.proxy is not None and through is not None and not through.bypass:
-            response = self.proxy.send(self, method, url, sent, body, timeout, through.prefetch)
+        proxy = self.proxy
+        if proxy is not None and through is not None and not through.bypass:
+            response = proxy.send(self, method, url, sent, body, timeout, through.prefetch)
             if response is not None:
                 return response
             time_left(deadline, 0, url)

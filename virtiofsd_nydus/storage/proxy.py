@@ -43,6 +43,8 @@ class ForwardProxy:
         self.url = url
         self.fallback = fallback
         self._ping_url = ping_url
+        self._say = say
+        self._closed = False
         self._check_interval_s = check_interval_s
         self._use_http = use_http
         self._check_pause_s = check_pause_s
@@ -97,8 +99,15 @@ class ForwardProxy:
         self.used += 1
         return response
 
+    def with_url(self, url: str) -> "ForwardProxy":
+        """The same settings for another address; the health check was of this one and stays behind."""
+        return ForwardProxy(url, fallback=self.fallback, check_interval_s=self._check_interval_s,
+                            use_http=self._use_http, check_pause_s=self._check_pause_s,
+                            connect_timeout_s=self._connect_timeout_s, say=self._say)
+
     def close(self) -> None:
         with self._lock:
+            self._closed = True
             manager, self._manager = self._manager, None
         if manager is not None:
             manager.clear()
@@ -154,7 +163,7 @@ class ForwardProxy:
 
     def _check(self, client: http.HttpClient) -> None:
         """Pings until there has been no traffic for a while; the next request starts it anew."""
-        while time.monotonic() - self._last_used < self._check_pause_s:
+        while time.monotonic() - self._last_used < self._check_pause_s and not self._closed:
             self._ping(client)
             if client.closing.wait(self._check_interval_s):
                 break

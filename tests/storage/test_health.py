@@ -1,0 +1,203 @@
+"""Circuit breaker, rate limits, names that do not resolve, headers of the environment."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from tests.peers.faulty_server import FaultyServer
+from tests.storage.conftest import DATA, read
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.storage.blobs import BREAKER_FAILURES
+from virtiofsd_nydus.storage.factory import create_backend
+from virtiofsd_nydus.storage.health import Gate, RateLimit
+
+
+class Clock:
+    """time.monotonic() that moves when told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ahead_s = 0.0
+        now = time.monotonic
+        monkeypatch.setattr(time, "monotonic", lambda: now() + self.ahead_s)
+
+
+def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    lines: list[str] = []
+    gate = Gate("mirror m", 2, 10, 15, lines.append)
+    for _ in range(3):      # a success in between: not in a row
+        assert gate.enter()
+        gate.failed("why")
+        assert gate.enter()
+        gate.succeeded()
+    assert gate.state == "open" and lines == []
+    gate.failed("why")
+    gate.failed("why else")
+    assert gate.state == "shut" and not gate.enter()
+    gate.failed("one that was on its way")
+    clock.ahead_s += 10.1
+    assert gate.state == "probing"
+    assert gate.enter() and not gate.enter()    # one probe
+    gate.failed("still")
+    assert not gate.enter()
+    clock.ahead_s += 10.1
+    assert gate.state == "shut"     # twice as long, at most 15
+    clock.ahead_s += 5
+    assert gate.enter()
+    gate.succeeded()
+    assert gate.enter() and gate.enter()
+    assert lines == ["mirror m: not asked for a while after 2 failures in a row, the last: why else",
+                     "mirror m: answers again"]
+
+
+def test_a_lost_probe_does_not_shut_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    gate = Gate("x", 1, 1, 1)
+    gate.failed("why")
+    clock.ahead_s += 1.1
+    assert gate.enter() and not gate.enter()
+    clock.ahead_s += 61
+    assert gate.enter()
+
+
+def test_health_check_decides() -> None:
+    gate = Gate("x", 3, 1, 1)
+    gate.trip("no answer")
+    assert not gate.enter() and "no answer" in gate.refusal()
+    gate.reprieve()
+    assert gate.enter() and not gate.enter()
+    gate.succeeded()
+    gate.reprieve()
+    assert gate.enter() and gate.enter()
+
+
+def test_rate_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    limit = RateLimit(100, 50)
+    assert limit.take(50) == 0
+    assert limit.take(200) == pytest.approx(2, abs=0.1)
+    clock.ahead_s += 1
+    assert limit.debt_s() == pytest.approx(1, abs=0.1)
+    clock.ahead_s += 100
+    assert limit.debt_s() == 0
+    assert limit.take(50) == 0 and limit.take(1) > 0    # no more than the burst is saved up
+
+
+def test_breaker(server: FaultyServer, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = server.add(DATA)
+    backend = make(retry_limit=1)
+    server.inject("status", status=503, times=-1)
+    for _ in range(BREAKER_FAILURES):
+        with pytest.raises(Failure, match="503"):
+            read(backend, blob, 0, 10, prefetch=True)
+    server.requests.clear()
+    with pytest.raises(Failure, match="not asked after 5 failures in a row") as caught:
+        read(backend, blob, 0, 10)
+    assert caught.value.cause is Cause.NETWORK and "503" in str(caught.value)
+    assert server.requests == [] and backend.status()["breaker"] == "shut"
+    server.heal()
+    Clock(monkeypatch).ahead_s = 1.1
+    assert read(backend, blob, 0, 10) == DATA[:10]
+    assert backend.status()["breaker"] == "open"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_server_that_answers_is_not_dead(server: FaultyServer, make, status: int) -> None:
+    blob = server.add(DATA)
+    backend = make()
+    server.inject("status", status=status, times=-1)
+    for _ in range(2 * BREAKER_FAILURES):
+        with pytest.raises(Failure):
+            read(backend, blob, 0, 10)
+    server.heal()
+    assert read(backend, blob, 0, 10) == DATA[:10]
+
+
+def test_meter(server: FaultyServer, make) -> None:
+    blob = server.add(DATA)
+    backend = make()
+    server.inject("status", status=503)
+    server.inject("truncate", at_bytes=300_000)
+    assert read(backend, blob, 0, 700_000) == DATA[:700_000]
+    found = backend.meter.nydusd_metrics()
+    assert found["backend_type"] == "registry"
+    assert (found["read_count"], found["read_errors"]) == (3, 2)
+    assert found["read_amount_total"] == 700_000 + 700_000 + 400_000
+    assert found["read_count_block_size_dist"] == [0, 0, 0, 0, 0, 1, 2, 0]
+    assert [sum(row) for row in found["read_latency_sizes_dist"]] == found["read_count_block_size_dist"]
+    assert sum(found["read_cumulative_latency_millis_dist"]) == found["read_cumulative_latency_millis_total"]
+    assert backend.meter.own_metrics() == {"received_bytes": 700_000, "errors_by_cause": {"network": 2}}
+
+
+# ---- names
+
+def test_a_lookup_that_hangs_ends_at_the_deadline(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+    asked: list[str] = []
+
+    def getaddrinfo(host, *args, **options):
+        asked.append(host)
+        released.wait(30)
+        raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    backend = make(host="registry.invalid:5000", timeout=30, connect_timeout=30)
+    began = time.monotonic()
+
+    def run() -> None:
+        with pytest.raises(Failure, match=r"registry\.invalid") as caught:
+            read(backend, "0" * 64, 0, 10, deadline=began + 0.5)
+        assert caught.value.cause is Cause.NETWORK
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert time.monotonic() - began < 3
+    assert asked == ["registry.invalid"]
+    released.set()
+
+
+def test_names_are_kept(server: FaultyServer, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo",
+                        lambda host, *rest, **more: asked.append(host) or look_up(host, *rest, **more))
+    blob = server.add(DATA)
+    server.inject("close", times=-1)
+    backend = make(host=server.host.replace("127.0.0.1", "localhost"))
+    for _ in range(5):
+        assert read(backend, blob, 0, 10) == DATA[:10]
+    assert asked == ["localhost"]
+
+
+@pytest.mark.parametrize("name", ["no-such-name.invalid", "a" * 70 + ".invalid"])
+def test_names_that_are_not_there(make, name: str) -> None:
+    with pytest.raises(Failure) as caught:
+        read(make(host=name, retry_limit=1), "0" * 64, 0, 10, prefetch=True)
+    assert caught.value.cause is Cause.NETWORK and "resolve" in str(caught.value)
+
+
+# ---- headers of the environment
+
+def test_header_environment(server: FaultyServer, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NYDUS_HEADER_X-Custom", "a value")
+    monkeypatch.setenv("NYDUS_HEADER_user-agent", "mine/1")
+    monkeypatch.setenv("NYDUS_HEADER_Cookie", "secret-cookie")
+    monkeypatch.setenv("NYDUS_HEADER_Bad", "two\nlines-secret")
+    lines: list[str] = []
+    blob = server.add(DATA)
+    with FaultyServer({blob: DATA}) as store:
+        server.signatures = store.signatures
+        server.inject("redirect", text=store.url, match="GET /v2/")
+        backend = create_backend("registry", {"scheme": "http", "host": server.host, "repo": "a/b"}, warn=lines.append)
+        assert read(backend, blob, 0, 10) == DATA[:10]
+        backend.close()
+        ours, other = server.requests[0].headers, store.requests[0].headers
+    assert ours["X-Custom"] == other["X-Custom"] == "a value"
+    assert ours["User-Agent"] == "mine/1" and ours["Cookie"] == "secret-cookie"
+    assert "Cookie" not in other
+    assert lines == ["NYDUS_HEADER_Bad: not a valid HTTP header, left out"]
