@@ -9,11 +9,9 @@
 
 #include "rafs_int.h"
 
-#define RAFS_V5_MAGIC 0x52414653u
-#define V5_VERSION 0x500u
-
-/* Its first entry that recognises the bytes opens them. */
-static const struct rafs_version *const versions[] = { &rafs_v6 };
+/* The first that recognises the bytes opens them: v5 is told by its first bytes, whatever stands at 1024
+ * (rafs-format 1.1). */
+static const struct rafs_version *const versions[] = { &rafs_v5, &rafs_v6 };
 
 int rafs_fail(const struct rafs_error *e, int cause, const char *fmt, ...)
 {
@@ -90,35 +88,36 @@ static int resolve_ids(struct vnd_rafs *r, const char *blob_id, const struct raf
     return 0;
 }
 
+struct blob_records {
+    const vnd_blob_info *info;
+    int (*put)(void *put_ctx, const struct blob_chunk *c);
+    void *put_ctx;
+};
+
+static int put_bounded(void *ctx, uint64_t number, uint32_t blob, const struct blob_chunk *c)
+{
+    struct blob_records *x = ctx;
+    uint64_t end = (x->info->uncompressed_size_bytes + 4095) & ~4095ull;
+
+    if (c->index >= x->info->chunk_count || c->usize == 0 || c->usize > RAFS_CHUNK_SIZE_MAX ||
+        c->csize > RAFS_CHUNK_SIZE_MAX || c->uoff > end || c->usize > end - c->uoff ||
+        c->coff > RAFS_BLOB_CSIZE_MAX) {
+        return 0;                           /* then it has no digest, and is not served */
+    }
+    return x->put(x->put_ctx, c);
+}
+
 int rafs_blob_chunks(void *ctx, uint32_t blob_index, int (*put)(void *put_ctx, const struct blob_chunk *c),
                      void *put_ctx)
 {
     struct vnd_rafs *r = ctx;
-    struct blob_chunk c;
-    uint32_t blob;
 
     if (blob_index >= r->info.blob_count) {
         return 0;
     }
-    const vnd_blob_info *b = &r->blobs[blob_index].info;
-    uint64_t end = (b->uncompressed_size_bytes + 4095) & ~4095ull;
+    struct blob_records x = { &r->blobs[blob_index].info, put, put_ctx };
 
-    for (uint64_t i = 0; r->version->record(r, i, &blob, NULL) == 0; i++) {
-        int rc;
-
-        if (blob != blob_index || r->version->record(r, i, &blob, &c) || blob != blob_index) {
-            continue;
-        }
-        if (c.index >= b->chunk_count || c.usize == 0 || c.usize > RAFS_CHUNK_SIZE_MAX ||
-            c.csize > RAFS_CHUNK_SIZE_MAX || c.uoff > end || c.usize > end - c.uoff || c.coff > RAFS_BLOB_CSIZE_MAX) {
-            continue;                       /* then it has no digest, and is not served */
-        }
-        rc = put(put_ctx, &c);
-        if (rc) {
-            return rc;
-        }
-    }
-    return 0;
+    return r->version->records(r, blob_index, put_bounded, &x);
 }
 
 /* Law 2: what cannot be verified is not served unless the operator says so. */
@@ -127,7 +126,8 @@ static int check_digests(const struct vnd_rafs *r, const struct rafs_error *e)
     for (uint32_t k = 0; k < r->info.blob_count; k++) {
         const vnd_blob_info *b = &r->blobs[k].info;
 
-        if (b->chunk_count && (r->info.flags & RAFS_FLAG_TARFS ||
+        /* In v5 each chunk record lies with its inode and has a digest. */
+        if (r->info.fs_version == 6 && b->chunk_count && (r->info.flags & RAFS_FLAG_TARFS ||
                                (!r->info.chunk_table_size_bytes && !(b->features & RAFS_BLOB_INLINED_DIGEST)))) {
             return rafs_fail(e, VND_CAUSE_DIGEST, "blob %u has no chunk digests, so nothing of it can be verified: "
                              "rebuild the image or give --allow-unverified", k);
@@ -155,14 +155,6 @@ static int open_blobs(struct vnd_rafs *r, const struct rafs_error *e)
 
 static int open_version(struct vnd_rafs *r, const struct rafs_error *e)
 {
-    /* Version 5 is told by its first bytes, whatever stands at 1024 (rafs-format 1.1). */
-    if (r->size >= 8 && rafs_le32(r->base) == RAFS_V5_MAGIC) {
-        uint32_t version = rafs_le32(r->base + 4);
-
-        return version == V5_VERSION
-            ? rafs_fail(e, VND_CAUSE_FORMAT, "RAFS v5 is not supported yet: convert the image to v6")
-            : rafs_fail(e, VND_CAUSE_FORMAT, "RAFS version 0x%x is not supported", version);
-    }
     for (size_t i = 0; i < sizeof(versions) / sizeof(versions[0]); i++) {
         if (versions[i]->detect(r->base, r->size)) {
             r->version = versions[i];
@@ -209,6 +201,9 @@ void vnd_rafs_free(vnd_rafs *r)
         if (r->blobs[k].blob) {
             blob_put(r->blobs[k].blob, r);
         }
+    }
+    if (r->version && r->version->close) {
+        r->version->close(r);
     }
     rafs_image_unmap(r);
     pthread_mutex_destroy(&r->index_lock);

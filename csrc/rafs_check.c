@@ -35,6 +35,8 @@ bool rafs_fault(struct rafs_faults *f, const char *fmt, ...)
     return ++f->count < f->max;
 }
 
+struct record_walk { struct vnd_rafs *r; struct rafs_faults *f; };
+
 static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, uint32_t blob,
                          const struct blob_chunk *c)
 {
@@ -71,19 +73,21 @@ static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, 
     return true;
 }
 
+static int put_record(void *ctx, uint64_t number, uint32_t blob, const struct blob_chunk *c)
+{
+    struct record_walk *w = ctx;
+
+    return !check_record(w->r, w->f, number, blob, c);
+}
+
 void rafs_check_records(struct vnd_rafs *r, struct rafs_faults *f)
 {
-    struct blob_chunk c;
-    uint32_t blob;
+    struct record_walk w = { r, f };
 
     if (r->info.flags & RAFS_FLAG_TARFS) {
         return;                             /* its chunk table means nothing, rafs-format 3.9 */
     }
-    for (uint64_t i = 0; r->version->record(r, i, &blob, &c) == 0; i++) {
-        if (!check_record(r, f, i, blob, &c)) {
-            return;
-        }
-    }
+    r->version->records(r, UINT32_MAX, put_record, &w);
 }
 
 int vnd_rafs_check(vnd_rafs *r, int max_faults, char *out, size_t out_len)

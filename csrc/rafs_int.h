@@ -25,8 +25,11 @@
 
 /* Blob features, rafs-format 4.1. */
 #define RAFS_BLOB_INLINED_FS_META 0x2u
+#define RAFS_BLOB_CHUNK_INFO_V2 0x4u
+#define RAFS_BLOB_ZRAN 0x8u
 #define RAFS_BLOB_SEPARATE 0x10u
 #define RAFS_BLOB_INLINED_DIGEST 0x20u
+#define RAFS_BLOB_TARFS 0x40u
 #define RAFS_BLOB_BATCH 0x80u
 #define RAFS_BLOB_ENCRYPTED 0x100u
 #define RAFS_BLOB_EXTERNAL 0x800u
@@ -35,6 +38,7 @@
 
 #define RAFS_CHUNK_RECORD 80                /* bytes, rafs-format 2.6 */
 #define RAFS_CHUNK_SIZE_MAX (16u << 20)
+#define RAFS_CHUNKS_PER_BLOB_MAX (1u << 24)
 #define RAFS_BLOB_CSIZE_MAX (1ull << 40)
 #define RAFS_BLOB_USIZE_MAX (1ull << 44)
 #define RAFS_FILE_MAX (16ull << 30)         /* of a bootstrap: far above any real one, keeps sums small */
@@ -57,9 +61,14 @@ struct rafs_error {
 int rafs_fail(const struct rafs_error *e, int cause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
 struct rafs_chunk {                         /* one chunk of a file, as its inode tells */
-    uint64_t uoff;
+    uint64_t uoff, file_off;
     uint32_t blob, index, size;             /* size: bytes of the file in it */
+    bool hole;                              /* zeroes, in no blob */
+    const uint8_t *record;                  /* v5: its chunk record, as stored */
 };
+
+/* Takes one chunk record, the number-th of the image. Non-zero: enough. */
+typedef int (*rafs_put_record)(void *ctx, uint64_t number, uint32_t blob, const struct blob_chunk *c);
 
 struct rafs_faults;                         /* rafs_check.c */
 
@@ -69,15 +78,21 @@ struct rafs_version {
     int (*detect)(const uint8_t *base, uint64_t size);
     /* Superblock and tables; fills info, blobs and the version's own fields. 0 or -1 with a line. */
     int (*open)(struct vnd_rafs *r, const struct rafs_error *e);
+    void (*close)(struct vnd_rafs *r);      /* frees the version's own fields; may be NULL */
     const struct fs_ops *fs_ops;
     /* Chunk k of a regular file: 1, 0 behind the last, -errno. */
     int (*chunk)(struct vnd_rafs *r, uint64_t ino, uint64_t k, struct rafs_chunk *out);
-    /* Entry i of the chunk records as stored: 0, -ENOENT behind the last. out NULL: only whose it is. */
+    /* Calls put for each chunk record of a blob, or (UINT32_MAX) of all. Returns what put returned, 0 at the
+     * end. */
+    int (*records)(struct vnd_rafs *r, uint32_t only_blob, rafs_put_record put, void *ctx);
+    /* v6: entry i of the chunk table as stored: 0, -ENOENT behind the last. */
     int (*record)(struct vnd_rafs *r, uint64_t i, uint32_t *blob, struct blob_chunk *out);
     int (*prefetch)(struct vnd_rafs *r, uint64_t *inos, int max);
     void (*check)(struct vnd_rafs *r, struct rafs_faults *f);
 };
-extern const struct rafs_version rafs_v6;
+extern const struct rafs_version rafs_v5, rafs_v6;
+
+struct v5_numbers;
 
 struct vnd_rafs {
     struct fs fs;                           /* first: the file system face */
@@ -100,6 +115,10 @@ struct vnd_rafs {
     uint64_t inos, fs_blocks;
     uint32_t root_nid;
     uint8_t blkszbits, chunk_bits;
+    /* v5 */
+    uint64_t inode_table, ext_table;        /* where they lie */
+    uint32_t slots, ext_count;              /* entries of either */
+    struct v5_numbers *numbers;             /* one a blob, NULL: the image numbers its chunks itself */
     /* The tools' index of chunk records by (blob, index), made on first use. */
     pthread_mutex_t index_lock;
     uint32_t *index;

@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-#include "rafs_int.h"
+#include "rafs_v5.h"
 
 #define NO_RECORD UINT32_MAX
 #define READ_PIECE (1u << 20)
@@ -151,6 +151,17 @@ static bool find_record(struct vnd_rafs *r, const struct rafs_chunk *c, struct b
     return lo < r->index_count && record_key(r, r->index[lo], &key, out) == 0 && key == want;
 }
 
+/* Fills in what the chunk's record says. */
+static void add_record(vnd_chunk_info *out, const struct blob_chunk *record)
+{
+    out->coff = record->coff;
+    out->csize_bytes = record->csize;
+    out->usize_bytes = record->usize;
+    out->flags = record->flags;
+    out->digest_known = 1;
+    memcpy(out->digest, record->digest, sizeof(record->digest));
+}
+
 int vnd_rafs_chunks(vnd_rafs *r, uint64_t ino, uint64_t first, vnd_chunk_info *out, int max)
 {
     int n = 0, rc = make_index(r);
@@ -158,21 +169,20 @@ int vnd_rafs_chunks(vnd_rafs *r, uint64_t ino, uint64_t first, vnd_chunk_info *o
     while (!rc && n < max) {
         struct blob_chunk record;
         struct rafs_chunk c;
+        uint32_t blob;
 
         rc = r->version->chunk(r, ino, first + (uint64_t)n, &c);
         if (rc <= 0) {
             break;
         }
         rc = 0;
-        out[n] = (vnd_chunk_info){ .file_off = (first + (uint64_t)n) * r->info.chunk_size_bytes, .uoff = c.uoff,
-                                   .blob_index = c.blob, .chunk_index = c.index, .usize_bytes = c.size };
-        if (find_record(r, &c, &record) && record.uoff == c.uoff) {
-            out[n].coff = record.coff;
-            out[n].csize_bytes = record.csize;
-            out[n].usize_bytes = record.usize;
-            out[n].flags = record.flags;
-            out[n].digest_known = 1;
-            memcpy(out[n].digest, record.digest, sizeof(record.digest));
+        out[n] = (vnd_chunk_info){ .file_off = c.file_off, .uoff = c.uoff, .blob_index = c.blob,
+                                   .chunk_index = c.index, .usize_bytes = c.size };
+        if (c.record) {
+            v5_decode_chunk(r, c.record, &blob, &record);
+            add_record(&out[n], &record);
+        } else if (find_record(r, &c, &record) && record.uoff == c.uoff) {
+            add_record(&out[n], &record);
         }
         n++;
     }

@@ -15,7 +15,6 @@
 #define EROFS_INCOMPAT_CHUNKED_FILE 0x4u
 #define EROFS_INCOMPAT_DEVICE_TABLE 0x8u
 #define BLOB_MAX 254                        /* the kernel's device mask hides the rest, rafs-format 3.6 */
-#define CHUNKS_PER_BLOB_MAX (1u << 24)
 
 /* ---- opening */
 
@@ -213,7 +212,7 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const uint8_t *b, const str
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u is encrypted, which is not supported yet", k);
     }
     if (rafs_le32(b + 64) != k || i->chunk_size_bytes != r->info.chunk_size_bytes || i->compressor > 3 ||
-        i->digester > 1 || i->ci_compressor > 3 || i->chunk_count > CHUNKS_PER_BLOB_MAX ||
+        i->digester > 1 || i->ci_compressor > 3 || i->chunk_count > RAFS_CHUNKS_PER_BLOB_MAX ||
         i->compressed_size_bytes > RAFS_BLOB_CSIZE_MAX || i->uncompressed_size_bytes > RAFS_BLOB_USIZE_MAX ||
         (!tarfs && i->ci_csize_bytes > i->ci_usize_bytes) || i->ci_offset > RAFS_BLOB_CSIZE_MAX) {
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob table entry %u (%.16s...) holds values out of range", k, i->id);
@@ -272,22 +271,40 @@ static int v6_open(struct vnd_rafs *r, const struct rafs_error *e)
 
 /* ---- tables */
 
-static int v6_record(struct vnd_rafs *r, uint64_t i, uint32_t *blob, struct blob_chunk *out)
+static void decode_record(const uint8_t *p, uint32_t *blob, struct blob_chunk *out)
 {
-    const uint8_t *p;
-
-    if (i >= r->info.chunk_table_size_bytes / RAFS_CHUNK_RECORD) {
-        return -ENOENT;
-    }
-    p = r->base + r->info.chunk_table_offset + i * RAFS_CHUNK_RECORD;
     *blob = rafs_le32(p + 32);
-    if (!out) {
-        return 0;
-    }
     *out = (struct blob_chunk){ .flags = rafs_le32(p + 36), .csize = rafs_le32(p + 40), .usize = rafs_le32(p + 44),
                                 .coff = rafs_le64(p + 48), .uoff = rafs_le64(p + 56), .index = rafs_le32(p + 72) };
     memcpy(out->digest, p, sizeof(out->digest));
+}
+
+static int v6_record(struct vnd_rafs *r, uint64_t i, uint32_t *blob, struct blob_chunk *out)
+{
+    if (i >= r->info.chunk_table_size_bytes / RAFS_CHUNK_RECORD) {
+        return -ENOENT;
+    }
+    decode_record(r->base + r->info.chunk_table_offset + i * RAFS_CHUNK_RECORD, blob, out);
     return 0;
+}
+
+static int v6_records(struct vnd_rafs *r, uint32_t only_blob, rafs_put_record put, void *ctx)
+{
+    uint64_t n = r->info.chunk_table_size_bytes / RAFS_CHUNK_RECORD;
+    int rc = 0;
+
+    for (uint64_t i = 0; i < n && !rc; i++) {
+        const uint8_t *p = r->base + r->info.chunk_table_offset + i * RAFS_CHUNK_RECORD;
+        struct blob_chunk c;
+        uint32_t blob;
+
+        if (only_blob != UINT32_MAX && rafs_le32(p + 32) != only_blob) {
+            continue;
+        }
+        decode_record(p, &blob, &c);
+        rc = only_blob == UINT32_MAX || blob == only_blob ? put(ctx, i, blob, &c) : 0;
+    }
+    return rc;
 }
 
 static int v6_prefetch(struct vnd_rafs *r, uint64_t *inos, int max)
@@ -307,6 +324,5 @@ static int v6_prefetch(struct vnd_rafs *r, uint64_t *inos, int max)
 
 const struct rafs_version rafs_v6 = {
     .name = "v6", .detect = v6_detect, .open = v6_open, .fs_ops = &v6_fs_ops, .chunk = v6_chunk,
-        .record = v6_record,
-    .prefetch = v6_prefetch, .check = v6_check,
+    .records = v6_records, .record = v6_record, .prefetch = v6_prefetch, .check = v6_check,
 };

@@ -351,6 +351,7 @@ int v6_chunk_at(const struct vnd_rafs *r, const struct v6_inode *n, uint64_t k, 
     }
     p = r->base + at;
     device = rafs_le16(p + 2);
+    *out = (struct rafs_chunk){ .file_off = start };
     out->blob = (device & 0xff) - 1;        /* 0 becomes too large */
     out->index = rafs_le16(p) | (device >> 8) << 16;
     out->uoff = (uint64_t)rafs_le32(p + 4) << r->blkszbits;
