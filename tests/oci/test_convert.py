@@ -305,3 +305,91 @@ def test_an_index_of_both_serves_everybody(convert, image: Path, registry: Local
         # and an index can be a source: its OCI image is taken
         again = convert(target, f"oci:{tmp_path / 'alone'}:m")
         assert [one["blob_digest"] for one in again["layers"]] == [one["blob_digest"] for one in alone["layers"]]
+
+
+# ---- chunk dictionary, references to the OCI layers
+
+
+def fetch_bootstrap(reference: str, folder: Path) -> Path:
+    from virtiofsd_nydus.oci.image import resolve_image
+
+    return resolve_image(reference, cache_dir=folder).bootstrap
+
+
+def test_a_dictionary_saves_what_another_image_has(convert, image: Path, registry: LocalRegistry,
+                                                   tmp_path: Path) -> None:
+    reference = f"docker://{registry.host}/dict/a:base"
+    base = convert(f"oci:{image}:t", reference)
+    bootstrap = fetch_bootstrap(reference, tmp_path / "cache")
+    write_image(tmp_path / "next", [make_tar([("copied", BIG, {}), ("new", b"something else" * 99, {})])])
+    result = convert(f"oci:{tmp_path / 'next'}", f"docker://{registry.host}/dict/a:next", "--chunk-dict", bootstrap)
+    (layer,) = result["layers"]
+    assert layer["dictionary_bytes"] == len(BIG) and layer["chunks"] == 1
+    assert layer["unique_bytes"] == 14 * 99 and layer["blob_bytes"] < 20_000
+    raw = json.loads(skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{registry.host}/dict/a:next"))
+    digests = [one["digest"] for one in raw["layers"][:-1]]
+    assert digests == [layer["blob_digest"], base["layers"][0]["blob_digest"]]
+    # a place that lacks the dictionary's blobs is told so before anything is made
+    status, line = convert(f"oci:{tmp_path / 'next'}", f"oci:{tmp_path / 'out'}:x", "--chunk-dict", bootstrap)
+    assert status == 1 and "push the dictionary's image to it first" in line
+
+
+def test_a_dictionary_of_other_chunks_is_refused(convert, image: Path, registry: LocalRegistry, tmp_path: Path) -> None:
+    reference = f"docker://{registry.host}/dict/b:base"
+    convert(f"oci:{image}:t", reference)
+    bootstrap = fetch_bootstrap(reference, tmp_path / "cache")
+    for words, line in ((("--chunk-size", "64K"), "its chunk size is"), (("--digester", "sha256"), "other digests"),
+                        (("--fs-version", "5"), "its RAFS version is 6, the image's 5")):
+        status, error = convert(f"oci:{image}:t", f"oci:{tmp_path / 'out'}:x", "--chunk-dict", bootstrap, *words)
+        assert status == 1 and line in error
+
+
+def test_a_reference_leaves_the_oci_image_as_it_is(convert, image: Path, registry: LocalRegistry,
+                                                   tmp_path: Path) -> None:
+    target = f"docker://{registry.host}/ref/a:n"
+    result = convert(f"oci:{image}:t", target, "--oci-ref")
+    index = json.loads(skopeo("inspect", "--raw", "--tls-verify=false", target))
+    oci, nydus = index["manifests"]
+    assert oci["digest"] == result["source_digest"]
+    manifest = json.loads(skopeo("inspect", "--raw", "--tls-verify=false",
+                                 f"{target.rpartition(':')[0]}@{nydus['digest']}"))
+    original, _ = read_layout(image, "t")
+    *metas, _ = manifest["layers"]
+    assert [one["annotations"]["containerd.io/snapshot/nydus-ref"] for one in metas] == [
+        one["digest"] for one in original["layers"][:2]]
+    assert sum(one["size"] for one in manifest["layers"]) < 300_000 < result["source_bytes"]
+    # whoever knows nothing of Nydus gets the very layers it got before
+    skopeo("copy", "--insecure-policy", "--src-tls-verify=false", target, f"oci:{tmp_path / 'plain'}:p")
+    copied, _ = read_layout(tmp_path / "plain", "p")
+    assert copied["layers"] == original["layers"]
+    again = convert(f"oci:{image}:t", f"docker://{registry.host}/ref/b:n", "--oci-ref")
+    assert again["manifest_digest"] == result["manifest_digest"]
+
+
+def test_references_need_gzip_layers(convert, tmp_path: Path) -> None:
+    write_image(tmp_path / "zstd", LAYERS, "zstd")
+    status, line = convert(f"oci:{tmp_path / 'zstd'}", f"oci:{tmp_path / 'out'}:x", "--oci-ref")
+    assert status == 1 and "not a gzip layer" in line and line.count("\n") == 1
+    assert not (tmp_path / "out/index.json").exists()
+
+
+@pytest.mark.parametrize("way", ["--fs-version 5", "--batch-size 64K", "--oci-ref", "--compressor lz4_block"])
+def test_threads_change_nothing(convert, image: Path, tmp_path: Path, way: str) -> None:
+    digests = {convert(f"oci:{image}:t", f"oci:{tmp_path / f'out{threads}'}:x", *way.split(), "--threads", threads)
+               ["manifest_digest"] for threads in (1, 2, 7)}
+    assert len(digests) == 1
+
+
+def test_an_interrupted_run_goes_on_where_it_was(convert, image: Path, registry: LocalRegistry, tmp_path: Path) -> None:
+    """The first run fails after its first blob is there; the second sends the others and that one no more."""
+    broken = tmp_path / "broken"
+    write_image(broken, [LAYERS[0], make_tar([("x", None, {"type": b"Z"})])])
+    status, _ = convert(f"oci:{broken}", f"docker://{registry.host}/resume/a:1")
+    assert status == 1
+    convert(f"oci:{image}:t", f"docker://{registry.host}/resume/a:0")
+    registry.clear_log()
+    write_image(tmp_path / "mended", [LAYERS[0], make_tar([("x", b"x" * 5000, {})])])
+    result = convert(f"oci:{tmp_path / 'mended'}", f"docker://{registry.host}/resume/a:1")
+    assert [layer["pushed"] for layer in result["layers"]] == [False, True]
+    sent = [one.path for one in registry.requests() if one.method == "PUT" and "/blobs/uploads/" in one.path]
+    assert not any(result["layers"][0]["blob_digest"][7:] in path for path in sent)

@@ -90,8 +90,8 @@ class ZranIndex:
         if rc == -errno.E2BIG:
             raise TarFailure("its gzip blocks are too large for reading in place: convert without --oci-ref")
         start, context, offset = self._begun
-        # What is read may have been decoded from bits of bytes that were taken before.
-        return ReferencePlace(start, max(1, self._offset[0] - start), context, offset)
+        # No bytes at all where it was decoded from bits of a byte taken before.
+        return ReferencePlace(start, self._offset[0] - start, context, offset)
 
     def encode_table(self) -> tuple[bytes, int]:
         """Contexts and windows as blob.meta holds them, and the number of contexts."""

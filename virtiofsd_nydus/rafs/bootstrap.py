@@ -72,10 +72,11 @@ def is_storable_xattr(name: bytes, value: bytes) -> bool:
 def encode_chunk_record(table: ChunkTable, index: int, blob_index: int, file_offset: int) -> bytes:
     """The 80 bytes that tell a chunk, in the chunk table of v6 and behind each file of v5. A batched chunk is told
     without its place, which only blob.meta has."""
-    csize = table.csizes[index]
+    csize, flags = table.csizes[index], table.flags[index]
+    batched = not csize and not flags & layout.ChunkFlag.COMPRESSED
     return layout.CHUNK_RECORD.pack(
-        table.digest(index), blob_index, table.flags[index], csize, table.usizes[index],
-        table.coffs[index] if csize else 0, table.uoffs[index], file_offset, index, table.crcs[index],
+        table.digest(index), blob_index, flags, csize, table.usizes[index],
+        0 if batched else table.coffs[index], table.uoffs[index], file_offset, index, table.crcs[index],
     )  # fmt: skip
 
 
