@@ -37,6 +37,20 @@ int64_t now_us(void)
     return (int64_t)ts.tv_sec * 1000000 + ts.tv_nsec / 1000;
 }
 
+struct timespec time_after_ms(int ms)
+{
+    struct timespec ts;
+
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    ts.tv_sec += ms / 1000;
+    ts.tv_nsec += (long)(ms % 1000) * 1000000;
+    if (ts.tv_nsec >= 1000000000) {
+        ts.tv_sec++;
+        ts.tv_nsec -= 1000000000;
+    }
+    return ts;
+}
+
 int fail_line(int rc, char *err, size_t err_len, const char *fmt, ...)
 {
     if (err && err_len) {
@@ -161,13 +175,7 @@ int vnd_event_next(vnd_engine *e, vnd_event *out, int timeout_ms)
     struct timespec until;
     int rc = 0;
 
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += timeout_ms / 1000;
-    until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
-    if (until.tv_nsec >= 1000000000) {
-        until.tv_sec++;
-        until.tv_nsec -= 1000000000;
-    }
+    until = time_after_ms(timeout_ms);
     pthread_mutex_lock(&ev->lock);
     while (!ev->count && !atomic_load(&e->shutdown) && rc != ETIMEDOUT)
         rc = pthread_cond_timedwait(&ev->some, &ev->lock, &until);

@@ -5,6 +5,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <time.h>
 
 #include "vnd.h"
 
@@ -39,6 +40,7 @@ void engine_say(struct vnd_engine *e, int level, int cause, const char *fmt, ...
 void engine_counters_register(struct vnd_engine *e, struct engine_counters *c);
 void engine_counters_unregister(struct vnd_engine *e, struct engine_counters *c);   /* adds them to shared */
 int64_t now_us(void);               /* CLOCK_MONOTONIC */
+struct timespec time_after_ms(int ms);  /* CLOCK_MONOTONIC too: for waits on a condition */
 /* One error line into err (may be NULL); returns rc, so that `return fail_line(...)` reads well. */
 int fail_line(int rc, char *err, size_t err_len, const char *fmt, ...) __attribute__((format(printf, 4, 5)));
 /* pthread_create with all signals blocked and a name (15 bytes). */

@@ -418,13 +418,7 @@ int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms)
     int rc = -ETIMEDOUT;
     bool late = false;
 
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_sec += timeout_ms / 1000;
-    until.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
-    if (until.tv_nsec >= 1000000000) {
-        until.tv_sec++;
-        until.tv_nsec -= 1000000000;
-    }
+    until = time_after_ms(timeout_ms);
     pthread_mutex_lock(&f->lock);
     for (;;) {
         bool tried = false;

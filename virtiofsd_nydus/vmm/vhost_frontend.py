@@ -1,7 +1,8 @@
 """The front-end's half of vhost-user: messages over the real socket, fds by SCM_RIGHTS. No device logic.
 
 For the fake guest (fakeguest.py). Anything can be sent, well-formed or not; what comes back is checked to be a
-reply as QEMU insists on: version 1, REPLY set, NEED_REPLY clear, the request's own number.
+reply as QEMU insists on: version 1, REPLY set, NEED_REPLY clear, the request's own number. Numbers and structures are
+written out here although vhost/messages.py has them: this side judges that one, and a shared mistake would pass.
 """
 
 import array
