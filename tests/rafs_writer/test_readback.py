@@ -67,10 +67,9 @@ def check_tar(path: Path, tree: Tree) -> None:
     targets: dict[bytes, bytes] = {}
     with tarfile.open(path, encoding="utf-8", errors="surrogateescape") as tar:
         for member in tar:
-            name = b"/" + member.name.encode("utf-8", "surrogateescape")
-            name = b"/" if name == b"/." else name
+            name = member.name.encode("utf-8", "surrogateescape")[1:] or b"/"
             if member.islnk():
-                targets[name] = b"/" + member.linkname.encode("utf-8", "surrogateescape")
+                targets[name] = member.linkname.encode("utf-8", "surrogateescape")[1:]
                 seen[name] = seen[targets[name]]
             else:
                 seen[name] = describe_member(tar, member)

@@ -83,13 +83,14 @@ def open_output(name: str) -> Iterator[BinaryIO]:
 
 
 def unpack_image(image: "Bootstrap", out: BinaryIO) -> list[str]:
-    """Writes every entry, parents first; returns the sockets' paths. Failure when something cannot be read."""
+    """Writes every entry, each directory right before what is in it (tar restores a directory's time when it meets the
+    first name outside); returns the sockets' paths. Failure when something cannot be read."""
     from virtiofsd_nydus.build.tar_writer import TarWriter
 
     tar = TarWriter(out)
     skipped: list[str] = []
     first: dict[int, bytes] = {}  # inode -> the name its data came under
-    for entry in image.walk():
+    for entry in walk_depth_first(image):
         kind = KINDS.get(stat.S_IFMT(entry.attr.mode))
         if kind is None:
             skipped.append(entry.path)
@@ -109,11 +110,35 @@ def read_time(attr: "Attr") -> int:
     return attr.mtime_ns - (1 << 64) * 1_000_000_000 if attr.mtime_s >> 63 else attr.mtime_ns
 
 
+def walk_depth_first(image: "Bootstrap") -> Iterator["Entry"]:
+    """Every name. Failure (FORMAT) when a directory is in the tree twice."""
+    from virtiofsd_nydus.rafs.reader import Entry
+
+    root = image.root_ino
+    yield Entry("/", image.getattr(root))
+    seen = {root}
+    stack = [("", iter(image.listdir(root)))]
+    while stack:
+        parent, names = stack[-1]
+        one = next(names, None)
+        if one is None:
+            stack.pop()
+            continue
+        path = f"{parent}/{one.name}"
+        attr = image.getattr(one.ino)
+        yield Entry(path, attr)
+        if stat.S_ISDIR(attr.mode):
+            if one.ino in seen:
+                raise Failure(f"{image.path}: directory {path} is in the tree twice", Cause.FORMAT)
+            seen.add(one.ino)
+            stack.append((path, iter(image.listdir(one.ino))))
+
+
 def _add_entry(image: "Bootstrap", tar: "TarWriter", entry: "Entry", kind: bytes, first: dict[int, bytes]) -> None:
     attr = entry.attr
-    name = os.fsencode(entry.path)[1:]
-    if kind == b"5":
-        name = name + b"/" if name else b"./"
+    name = b"." + os.fsencode(entry.path)
+    if kind == b"5" and name != b"./":
+        name += b"/"
     link = first.get(attr.ino, b"") if kind != b"5" else b""
     if link:
         kind = b"1"
