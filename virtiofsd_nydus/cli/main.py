@@ -15,6 +15,7 @@ VERBS = {
     "check": "verify structure, bounds and chunk digests of an image",
     "unpack": "write the files of an image as a tar",
     "inspect": "tell what a bootstrap says",
+    "cache": "what a cache directory holds, its left-overs, whether its bytes are right",
     "boot": "boot a guest on an image and run a command in it",
     "bench": "measure the engine or whole guests",
 }
