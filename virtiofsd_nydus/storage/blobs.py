@@ -27,6 +27,8 @@ PREFETCH_RETRIES = 1
 BREAKER_FAILURES = 5
 BREAKER_FIRST_PAUSE_S = 1.0
 BREAKER_LAST_PAUSE_S = 15.0
+# An answer that brings less than this in a read timeout is given up: a byte now and then is no progress.
+PROGRESS_BYTES = 4096
 
 
 class HttpBackend:
@@ -123,6 +125,7 @@ class HttpBackend:
                         self._prepare_retry(retry, failure, through, deadline)
                         continue
                     failed: http.RetriableFailure | None = None
+                    pace = _Pace(self._client.read_timeout_s)
                     try:
                         while offset < stop and failed is None:
                             filled = 0
@@ -136,6 +139,7 @@ class HttpBackend:
                                             f"{stop - offset - filled} bytes early")
                                     view[filled:filled + len(piece)] = piece
                                     filled += len(piece)
+                                    pace.check(len(piece), url, what)
                             except http.RetriableFailure as failure:
                                 failed = failure
                             if filled:
@@ -148,14 +152,14 @@ class HttpBackend:
                         else:
                             response.release_conn()
                         self.meter.record(began_s, end - start, offset - start, "network" if failed else "")
-                    if failed is not None:
-                        self._broke(blob_id, url, failed)
                     if offset - start >= http.PIECE_BYTES:
                         retry.progress()
                     if offset < end:
-                        self._prepare_retry(retry, failed or http.RetriableFailure(
+                        failed = failed or http.RetriableFailure(
                             f"{http.host_of(url)}: {what}: the answer covers {stop - start} bytes, asked for "
-                            f"{end - start}"), through, deadline)
+                            f"{end - start}")
+                        self._broke(blob_id, url, failed)
+                        self._prepare_retry(retry, failed, through, deadline)
         finally:
             view.release()
             self._buffers.append(buffer)
@@ -206,6 +210,26 @@ class HttpBackend:
             raise http.RetriableFailure(f"{http.host_of(url)}: {what}: had {known} bytes, now has {total_bytes}")
         parsed = http.parse_content_range(response.headers.get("Content-Range", ""))
         return response, url, parsed[1] + 1 if response.status == 206 and parsed else offset + length
+
+
+class _Pace:
+    """Whether an answer keeps coming."""
+
+    __slots__ = ("_bytes", "_limit_s", "_since_s")
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s     # 0: no limit
+        self._since_s = time.monotonic()
+        self._bytes = 0
+
+    def check(self, more_bytes: int, url: str, what: str) -> None:
+        self._bytes += more_bytes
+        if not self._limit_s or time.monotonic() - self._since_s < self._limit_s:
+            return
+        if self._bytes < PROGRESS_BYTES:
+            raise http.RetriableFailure(f"{http.host_of(url)}: {what}: the answer trickles: {self._bytes} bytes in "
+                                        f"{time.monotonic() - self._since_s:.1f} s")
+        self._since_s, self._bytes = time.monotonic(), 0
 
 
 class _Watch:

@@ -126,7 +126,7 @@ class HttpClient:
         all plain-HTTP requests go."""
         self._skip_verify = skip_verify
         self._ca_cert_files = tuple(ca_cert_files)
-        self._read_timeout_s = read_timeout_s
+        self.read_timeout_s = read_timeout_s
         self._connect_timeout_s = connect_timeout_s
         self.pool_size = pool_size
         self._user_agent = user_agent
@@ -174,7 +174,7 @@ class HttpClient:
 
         import urllib3
 
-        read_s = self._read_timeout_s if read_timeout_s is None else read_timeout_s
+        read_s = self.read_timeout_s if read_timeout_s is None else read_timeout_s
         timeout = urllib3.Timeout(connect=time_left(deadline, self._connect_timeout_s, url) or None,
                                   read=time_left(deadline, read_s, url) or None)
         sent = {"User-Agent": self._user_agent, "Accept-Encoding": "identity",

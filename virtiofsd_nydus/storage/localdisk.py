@@ -73,8 +73,7 @@ class LocaldiskBackend:
             if self._fd < 0:
                 self._open()
             if not self._with_gpt:
-                offset, size = self._blobs[""]
-                return self._fd, offset, size
+                return self._fd, 0, os.lseek(self._fd, 0, os.SEEK_END)
             found = self._blobs.get(blob_id)
         if found is None:
             raise Failure(f"{self._path}: no partition whose name and GUID are the blob id {blob_id[:64]!r}",
@@ -89,7 +88,8 @@ class LocaldiskBackend:
                           Cause.MISSING if isinstance(error, FileNotFoundError) else Cause.IO) from error
         try:
             size = os.lseek(fd, 0, os.SEEK_END)
-            self._blobs = read_gpt(fd, self._path, size) if self._with_gpt else {"": (0, size)}
+            if self._with_gpt:
+                self._blobs = read_gpt(fd, self._path, size)
         except OSError as error:
             os.close(fd)
             raise Failure(f"cannot read {self._path}: {error.strerror}", Cause.IO) from error
