@@ -210,3 +210,22 @@ def test_build_fails_in_one_line_and_leaves_nothing(
 def test_build_names_a_bootstrap_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
     done = run_build(source, "--bootstrap", tmp_path / "no/b", "--blob-dir", tmp_path / "blobs")
     assert done.returncode == 1 and "No such file or directory" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", ["stdin", "stdin named", "file", "pattern"])
+def test_paths_to_prefetch_come_from_anywhere(source: Path, tmp_path: Path, way: str) -> None:
+    """As nydus-image takes them, on standard input, or said otherwise: the table is the same."""
+    from virtiofsd_nydus.rafs.reader import Bootstrap as RafsBootstrap
+
+    names = sorted(entry.name for entry in os.scandir(source) if not entry.is_symlink())[:2]
+    lines = "".join(f"/{name}\n" for name in names) + "\n/absent\n"
+    (tmp_path / "list").write_text(lines)
+    words = {"stdin": [], "stdin named": ["--prefetch-files", "-"], "file": ["--prefetch-files", tmp_path / "list"],
+             "pattern": [word for name in names for word in ("--prefetch-pattern", f"/{name}")]}[way]  # fmt: skip
+    command = [sys.executable, "-m", "virtiofsd_nydus.cli.main", "build", source, "--bootstrap", tmp_path / "b",
+               "--blob-dir", tmp_path / "blobs", "--prefetch-policy", "fs", *words]  # fmt: skip
+    done = subprocess.run([*map(str, command)], input=lines if way.startswith("stdin") else "", text=True,
+                          capture_output=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with RafsBootstrap(tmp_path / "b") as image:
+        assert image.prefetch() == [image.resolve(f"/{name}") for name in names]

@@ -1,7 +1,10 @@
-"""Random trees, built in every way there is, read back by all who can: the engine (`unpack`), the kernel's EROFS."""
+"""Random trees, built in every way there is, read back by all who can: the engine (`unpack`), a guest on the daemon,
+the kernel's EROFS."""
 
+import hashlib
 import os
 import stat
+import struct
 import subprocess
 import tarfile
 from pathlib import Path
@@ -11,10 +14,16 @@ import pytest
 
 from rafs_writer.trees import Entry, Tree, build_tar, make_tree, write_tar
 from tests.rafs_writer import decoder
+from tests.system.daemon import Daemon, ServedImage
+from tests.system.guest_tree import Record, differences, list_tree
 from tests.system.test_kernel_erofs import mounted
+from tests.tree_listing import KINDS
 from virtiofsd_nydus.build.image import BuildOptions, merge_layers
 from virtiofsd_nydus.build.tar_stream import parse_time
 from virtiofsd_nydus.cli.main import main
+from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.rafs.reader import Bootstrap as RafsBootstrap
+from virtiofsd_nydus.vmm.fakeguest import FakeGuest
 
 CHUNK = 64 << 10
 WAYS: dict[str, dict[str, Any]] = {
@@ -118,9 +127,59 @@ def test_unpacked_tar_builds_the_same_blob(tmp_path: Path) -> None:
     assert (tmp_path / "1.tar").read_bytes() == (tmp_path / "2.tar").read_bytes()
 
 
+def list_records(tree: Tree) -> list[Record]:
+    """The tree as tests/tree_listing.py tells one."""
+    first = {}
+    for path, entry in tree.items():
+        while entry.link is not None:
+            path = entry.link
+            entry = tree[path]
+        first[path] = first.get(path, 0) + 1
+    records = []
+    for path, entry in tree.items():
+        kind = KINDS[stat.S_IFMT(entry.mode)]
+        record: Record = {
+            "path": path[1:].decode(errors="surrogateescape") or ".", "kind": kind, "mode": stat.S_IMODE(entry.mode),
+            "uid": entry.uid, "gid": entry.gid, "mtime_ns": entry.mtime_ns,
+            "xattrs": {key.decode(): value.hex() for key, value in sorted(entry.xattrs.items())},
+        }  # fmt: skip
+        if kind != "dir":
+            source = path
+            while (link := tree[source].link) is not None:
+                source = link
+            record["nlink"] = first[source]
+        if kind == "file":
+            record["size"], record["sha256"] = len(entry.content), hashlib.sha256(entry.content).hexdigest()
+        if kind == "symlink":
+            record["size"], record["target"] = len(entry.target), entry.target.decode(errors="surrogateescape")
+        if kind in ("char", "block"):
+            record["rdev"] = list(entry.device)
+        records.append(record)
+    return records
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_guest_sees_the_tree(way: str, tmp_path: Path) -> None:
+    options = BuildOptions(**{"chunk_size": CHUNK, **WAYS[way]})
+    tree = make_tree(14, options.chunk_size)
+    bootstrap, blobs = write_image(tmp_path, tree, options)
+    try:
+        RafsBootstrap(bootstrap).close()
+    except Failure as failure:
+        if any(words in str(failure) for words in NOT_YET):
+            pytest.skip(str(failure))
+        raise
+    image = ServedImage(bootstrap, "localfs", {"dir": str(blobs)}, {})
+    with Daemon(image, tmp_path / "cache") as daemon, FakeGuest(daemon.socket_path) as guest:
+        guest.fuse.init()
+        assert differences(list_records(tree), list(list_tree(guest.fuse))) == []
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize(("seed", "chunk_size"), [(21, 4096), (22, CHUNK), (23, 1 << 20)])
-def test_kernel_shows_the_tree(seed: int, chunk_size: int, tmp_path: Path) -> None:
+def test_kernel_shows_the_tree(seed: int, chunk_size: int, flat: bool, tmp_path: Path) -> None:
+    """flat: bootstrap and blob as one device, the blob where the bootstrap says that it is mapped."""
     known = "erofs" in Path("/proc/filesystems").read_text()
     if not known and subprocess.run(["modprobe", "erofs"], capture_output=True).returncode:
         pytest.skip("this kernel has no EROFS")
@@ -133,7 +192,15 @@ def test_kernel_shows_the_tree(seed: int, chunk_size: int, tmp_path: Path) -> No
     (blob,) = blobs.iterdir()
     device = tmp_path / "device"
     device.write_bytes(decoder.Blob(blob.read_bytes()).expand(0, 0))
-    with mounted(bootstrap, [device], tmp_path / "mnt") as root:
+    devices = [device]
+    if flat:
+        blocks, mapped = struct.unpack_from("<II", bootstrap.read_bytes(), 1408 + 64)
+        with bootstrap.open("r+b") as out:
+            out.seek(mapped * 4096)
+            out.write(device.read_bytes())
+            out.truncate((mapped + blocks) * 4096)
+        devices = []
+    with mounted(bootstrap, devices, tmp_path / "mnt") as root:
         names = set()
         for folder, dirs, files in os.walk(os.fsencode(root)):
             for name in (*dirs, *files):

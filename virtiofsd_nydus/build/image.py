@@ -250,16 +250,17 @@ def _prefetch_paths(options: BuildOptions) -> list[bytes]:
 
 def merge_layers(
     layers: Sequence[Layer], *, options: BuildOptions, out_bootstrap: Path | str | BinaryIO | None = None,
-    dictionary: ChunkDictionary | None = None,
+    dictionary: ChunkDictionary | None = None, keep_trees: bool = True,
 ) -> MergedImage:  # fmt: skip
     """One bootstrap of all layers, lowest first; written to out_bootstrap too when given. All layers must have been
-    built with these options. Blobs that no file refers to are not in it."""
+    built with these options. Blobs that no file refers to are not in it. keep_trees: False empties the layers' trees,
+    which takes less memory."""
     made = (options.chunk_size, options.codec, options.digest_kind)
     for layer in layers:
         info = layer.blob_info
         if info is not None and (info.chunk_size, info.codec, info.digester) != made:
             raise Failure(f"layer {layer.blob_id[:12]} was built with other options than this image", Cause.FORMAT)
-    root = merge_trees([layer.tree for layer in layers], [layer.label for layer in layers])
+    root = merge_trees([layer.tree for layer in layers], [layer.label for layer in layers], keep=keep_trees)
     # Of two equal layers the upper replaces every file of the lower, so no blob comes into the table twice.
     present = [layer.blob_info for layer in layers if layer.blob_info is not None]
     written, named = _write_bootstrap(root, present, options, dictionary)

@@ -20,14 +20,14 @@ WHITEOUT_PREFIX = b".wh."
 OPAQUE_NAME = b".wh..wh..opq"
 
 
-def merge_trees(trees: Sequence[Directory], labels: Sequence[str] = ()) -> Directory:
+def merge_trees(trees: Sequence[Directory], labels: Sequence[str] = (), *, keep: bool = True) -> Directory:
     """The file system that layers make, lowest first. The result shares inodes with the layers (a file keeps its hard
     links, nothing is copied) but no directories, so the layers can be merged again with others. labels name the layers
-    in errors."""
+    in errors. keep: False empties the layers' directories as they are taken over."""
     root = Directory(implied=True)
     for number, tree in enumerate(trees):
         label = labels[number] if number < len(labels) and labels[number] else f"layer {number + 1}"
-        _apply_layer(root, tree, _find_lower_targets(root, tree, label))
+        _apply_layer(root, tree, _find_lower_targets(root, tree, label), keep)
     return root
 
 
@@ -52,7 +52,7 @@ def _find_lower_targets(root: Directory, tree: Directory, label: str) -> dict[in
     return found
 
 
-def _apply_layer(root: Directory, upper_root: Directory, linked: Mapping[int, Inode]) -> None:
+def _apply_layer(root: Directory, upper_root: Directory, linked: Mapping[int, Inode], keep: bool) -> None:
     if not upper_root.implied:
         root.copy_attributes(upper_root)
     stack: list[tuple[Directory, Directory, tuple[bytes, ...]]] = [(root, upper_root, ())]
@@ -77,6 +77,8 @@ def _apply_layer(root: Directory, upper_root: Directory, linked: Mapping[int, In
             elif not child.implied:
                 target.copy_attributes(child)
             stack.append((target, child, (*path, name)))
+        if not keep:
+            upper.children = {}
 
 
 def _find_target(

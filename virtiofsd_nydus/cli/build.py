@@ -132,7 +132,7 @@ def build_image(
                     source, options=options, out_blob=out, kind=kind, label=str(source), on_progress=progress.advance,
                     dictionary=dictionary,
                 )  # fmt: skip
-            image = merge_layers([layer], options=options, dictionary=dictionary)
+            image = merge_layers([layer], options=options, dictionary=dictionary, keep_trees=False)
             if any(info.blob_id == layer.blob_id for info in image.blobs):
                 temporary.chmod(0o644)
                 temporary.replace(blob_dir / layer.blob_id)

@@ -148,7 +148,8 @@ def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore,
             run = _Conversion(source, target, options, Path(folder), progress or _Silent(), dictionary)
             run.require_dictionary()
             built = run.convert_layers(manifest.layers)
-            merged = merge_layers([layer for layer, _ in built], options=options, dictionary=dictionary)
+            merged = merge_layers([layer for layer, _ in built], options=options, dictionary=dictionary,
+                                  keep_trees=False)
             bootstrap, diff_id = run.push_bootstrap(merged)
             blobs = [describe_blob(info) for info in merged.blobs]
             ids = [describe_blob(layer.blob_info).hex if layer.blob_info else layer.blob_id for layer, _ in built]
@@ -352,8 +353,20 @@ def write_bootstrap_layer(path: Path, bootstrap: "bytes | bytearray") -> str:
             archive.addfile(folder)
             member = tarfile.TarInfo("image/image.boot")
             member.size, member.mode = len(bootstrap), 0o444
-            archive.addfile(member, io.BytesIO(bootstrap))
+            archive.addfile(member, _ViewReader(bootstrap))
     return f"sha256:{hashed.hash.hexdigest()}"
+
+
+class _ViewReader(io.RawIOBase):
+    """Reads what is in memory without copying all of it."""
+
+    def __init__(self, data: "bytes | bytearray") -> None:
+        self._view = memoryview(data)
+
+    def read(self, size: int = -1) -> bytes:
+        end = size if size >= 0 else len(self._view)
+        piece, self._view = bytes(self._view[:end]), self._view[end:]
+        return piece
 
 
 class _HashedWriter(io.RawIOBase):
