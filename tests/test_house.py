@@ -6,6 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import virtiofsd_nydus
 from virtiofsd_nydus.errors import Cause
 
@@ -41,3 +43,14 @@ def test_nothing_heavy_is_loaded_before_running() -> None:
     loaded = done.stdout.split()
     assert "virtiofsd_nydus._engine" in loaded
     assert [name for name in loaded if name in HEAVY] == []
+
+
+def test_version_says_the_commit_that_the_api_says(capsys: pytest.CaptureFixture[str]) -> None:
+    from virtiofsd_nydus.cli.main import main
+    from virtiofsd_nydus.version import version_info
+
+    assert main(["--version"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"virtiofsd-nydus \d", lines[0])
+    assert f"Git Commit: \t{version_info()['git_commit']}" in lines
+    assert re.fullmatch(r"[0-9a-f]{40}|unknown", version_info()["git_commit"])

@@ -50,6 +50,17 @@ def test_flipped_byte(image: tuple[Path, Path], tmp_path: Path, capsys: pytest.C
     assert "wrong bytes" in err
 
 
+def test_blobs_of_a_configuration(image: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"version": 2, "backend": {"type": "localfs", "localfs": {"dir": str(image[1])}},
+              "cache": {"type": "blobcache", "filecache": {"work_dir": str(tmp_path)}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["check", str(image[0]), "--config", str(tmp_path / "config.json")]) == 0
+    assert "471000 bytes verified: sound" in capsys.readouterr().out
+    config["backend"]["localfs"]["dir"] = str(copy_damaged(image, tmp_path / "blobs", 100_000))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["check", str(image[0]), "--config", str(tmp_path / "config.json")]) == 1
+
+
 def test_missing_blob_is_one_line(image: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (blob,) = image[1].iterdir()
     assert main(["check", str(image[0]), "--blob-dir", str(tmp_path)]) == 1

@@ -1,27 +1,19 @@
-"""`check`: is this image sound. Structure and bounds always; with --blob-dir every chunk of every blob's files is read
-through the engine, which accepts nothing whose digest is wrong. Exit 1 with one line per fault."""
+"""`check`: is this image sound. Structure and bounds always; with --blob-dir or --config every chunk of every file is
+read through the engine, which accepts nothing whose digest is wrong. Exit 1 with one line per fault."""
 
 import argparse
 import json
 import stat
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.rafs.data import Source, add_source_arguments, choose_source, opened_with_data
 from virtiofsd_nydus.rafs.reader import Bootstrap, Entry
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from virtiofsd_nydus.engine import Engine
 
 READ_BYTES = 4 << 20
 FAULTS_MAX = 1000
-ERROR_LEVEL = 40
 
 
 @dataclass
@@ -40,19 +32,15 @@ class Report:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bootstrap", type=Path, metavar="BOOTSTRAP", help="bootstrap, or a data blob that holds one")
-    parser.add_argument("--blob-dir", type=Path, metavar="DIR", help="directory of the data blobs: read and verify all")
-    parser.add_argument("--blob-id", metavar="ID", help="id of the blob, if the bootstrap was inlined in it")
-    parser.add_argument("--allow-unverified", action="store_true",
-                        help="read an image without chunk digests too: says only that its data can be decoded")
+    add_source_arguments(parser, "read and verify all of it")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.blob_dir is not None and not args.blob_dir.is_dir():
-        raise UsageFailure(f"--blob-dir {args.blob_dir}: no such directory")
+    source = choose_source(args)
     report = check_structure(args.bootstrap, args.blob_id)
-    if args.blob_dir is not None and not report.faults:
-        check_data(report, args.bootstrap, args.blob_dir, args.blob_id, args.allow_unverified)
+    if source is not None and not report.faults:
+        check_data(report, args.bootstrap, source, args.blob_id, args.allow_unverified)
     if args.json:
         print(json.dumps(asdict(report)))
     else:
@@ -85,11 +73,11 @@ def check_structure(path: Path, blob_id: str | None = None) -> Report:
         return report
 
 
-def check_data(report: Report, path: Path, blob_dir: Path, blob_id: str | None, allow_unverified: bool) -> None:
+def check_data(report: Report, path: Path, source: Source, blob_id: str | None, allow_unverified: bool) -> None:
     """Reads every regular file once; each chunk's digest is checked on the way in. Fills the report."""
     report.chunks, report.bytes = 0, 0
-    with opened_with_data(path, blob_dir, blob_id, allow_unverified) as image:
-        report.faults += missing_blobs(image, blob_dir)
+    with opened_with_data(path, source, blob_id, allow_unverified) as image:
+        report.faults += missing_blobs(image, source)
         if report.faults:
             return
         done: set[int] = set()
@@ -104,11 +92,9 @@ def check_data(report: Report, path: Path, blob_dir: Path, blob_id: str | None, 
         report.chunks = len(chunks)
 
 
-def missing_blobs(image: Bootstrap, blob_dir: Path) -> list[str]:
+def missing_blobs(image: Bootstrap, source: Source) -> list[str]:
     """Said once, not for every file. A blob without chunks need not be there."""
-    from virtiofsd_nydus.storage.localfs import LocalfsBackend
-
-    backend = LocalfsBackend(str(blob_dir))
+    backend = source.create_backend()
     faults = []
     for blob in image.blobs:
         if blob.chunk_count:
@@ -134,46 +120,3 @@ def read_file(report: Report, image: Bootstrap, entry: Entry) -> int:
             return off
         off += got
     return off
-
-
-@contextmanager
-def opened_with_data(path: Path, blob_dir: Path | None, blob_id: str | None = None, allow_unverified: bool = False, *,
-                     backend: tuple[str, dict[str, Any]] | None = None) -> Iterator[Bootstrap]:
-    """The image with its data, from blobs in a directory or a backend (type and settings), over a cache that is thrown
-    away: nothing that an earlier run found good is taken for granted. What the engine has to say (a wrong digest, a
-    missing blob) goes to stderr."""
-    from virtiofsd_nydus.engine import Engine, Store
-    from virtiofsd_nydus.storage.factory import create_backend
-    from virtiofsd_nydus.storage.pump import FetchPump
-
-    with tempfile.TemporaryDirectory(prefix="virtiofsd-nydus-check-") as work:
-        engine = Engine(allow_unverified=allow_unverified)
-        pump = FetchPump(engine)
-        store: Store | None = None
-        image: Bootstrap | None = None
-        try:
-            store = Store(engine, work)
-            image = Bootstrap(path, blob_id=blob_id, engine=engine, store=store)
-            kind, settings = backend or ("localfs", {"dir": str(blob_dir)})
-            source = create_backend(kind, settings)
-            for blob in image.blobs:
-                pump.add_backend(blob.key, source)
-            pump.start()
-            yield image
-        finally:
-            say_events(engine)
-            engine.shutdown()
-            if not pump.join(10):
-                raise Failure("a fetch thread does not end", Cause.IO)
-            if image is not None:
-                image.close()
-            if store is not None:
-                store.close()
-            engine.close()
-
-
-def say_events(engine: "Engine") -> None:
-    """What is waiting in the engine's event queue, if it tells why something could not be read."""
-    while (event := engine.next_event(0)) is not None:
-        if event.level >= ERROR_LEVEL:
-            print(event.text, file=sys.stderr)

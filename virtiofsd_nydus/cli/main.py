@@ -5,8 +5,6 @@ Exit status: 0 done, 1 failed, 2 usage (verbs may document others).
 
 import sys
 
-from virtiofsd_nydus import __version__
-
 # verb -> help line; the module is virtiofsd_nydus.cli.<verb>
 VERBS = {
     "virtiofs": "vhost-user virtio-fs daemon (nydusd's and virtiofsd's flags)",
@@ -36,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
         print_help()
         return 0 if words else 2
     if words[0] in ("-V", "--version"):
-        print(f"virtiofsd-nydus {__version__}")
+        from virtiofsd_nydus.version import version_text
+
+        print(version_text())
         return 0
     if words[0].split("=", 1)[0] in VIRTIOFS_FLAGS:
         words.insert(0, "virtiofs")

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+from virtiofsd_nydus.rafs.data import add_source_arguments, choose_source, opened_with_data
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.build.tar_writer import TarWriter
@@ -26,21 +27,15 @@ KINDS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bootstrap", type=Path, metavar="BOOTSTRAP", help="bootstrap, or a data blob that holds one")
-    parser.add_argument("--blob-dir", type=Path, metavar="DIR", help="directory of the data blobs")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="nydusd's configuration: its backend has the blobs")
-    parser.add_argument("--blob-id", metavar="ID", help="id of the blob, if the bootstrap was inlined in it")
+    add_source_arguments(parser, "unpack all of it")
     parser.add_argument("--output", required=True, metavar="TAR", help="tar to write; - is standard output")
-    parser.add_argument("--allow-unverified", action="store_true", help="unpack an image without chunk digests too")
 
 
 def run(args: argparse.Namespace) -> int:
-    if (args.blob_dir is None) == (args.config is None):
+    source = choose_source(args)
+    if source is None:
         raise UsageFailure("say where the blobs are: either --blob-dir or --config")
-    kind, settings = choose_backend(args)
-    from virtiofsd_nydus.cli.check import opened_with_data
-
-    with opened_with_data(args.bootstrap, args.blob_dir, args.blob_id, args.allow_unverified,
-                          backend=(kind, settings)) as image:  # fmt: skip
+    with opened_with_data(args.bootstrap, source, args.blob_id, args.allow_unverified) as image:
         try:
             with open_output(args.output) as out:
                 skipped = unpack_image(image, out)
@@ -52,18 +47,6 @@ def run(args: argparse.Namespace) -> int:
     for path in skipped:
         print(f"{path}: a socket, which a tar cannot hold, is left out", file=sys.stderr)
     return 0
-
-
-def choose_backend(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Type and settings of the backend, as storage.factory takes them."""
-    if args.blob_dir is not None:
-        if not args.blob_dir.is_dir():
-            raise UsageFailure(f"--blob-dir {args.blob_dir}: no such directory")
-        return "localfs", {"dir": str(args.blob_dir)}
-    from virtiofsd_nydus.daemon.config import load_config
-
-    config = load_config(str(args.config))
-    return config.backend_type, config.backend_config
 
 
 @contextmanager

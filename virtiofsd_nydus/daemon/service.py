@@ -18,6 +18,7 @@ from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Rafs, St
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.storage.health import RateLimit
 from virtiofsd_nydus.storage.pump import PREFETCH_SLOTS, FetchPump
+from virtiofsd_nydus.version import version_info
 from virtiofsd_nydus.vhost.device import EngineDevice
 from virtiofsd_nydus.vhost.server import VhostServer
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from virtiofsd_nydus.storage.backend import Backend
 
-GIT_COMMIT = "unknown"
 QUEUES = 5              # hiprio and up to four request queues; the front-end uses as many as it has
 STOP_TIMEOUT_S = 2.0    # how long a fetch thread stuck in its backend may hold up the end
 SWITCH_INTERVAL_S = 0.0005      # a busy Python thread must not starve the fetch threads
@@ -210,8 +210,7 @@ class Service:
         with self._lock:
             mounts = list(self._mounts.values())
         return {
-            "version": {"package_ver": __version__, "git_commit": GIT_COMMIT, "build_time": "", "profile": "release",
-                        "rustc": "none"},
+            "version": version_info(),
             "id": self._id,
             "supervisor": self._supervisor,
             "state": self.state,

@@ -1,0 +1,100 @@
+"""Images with their data, for tools: the engine, a cache that is thrown away, and where the blobs are."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from virtiofsd_nydus.engine import Engine, Store
+from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+from virtiofsd_nydus.rafs.reader import Bootstrap
+
+if TYPE_CHECKING:
+    from virtiofsd_nydus.storage.backend import Backend
+
+ERROR_LEVEL = 40
+STOP_SECONDS = 10
+
+
+class Source:
+    """Where blobs are: a backend's type and its settings, as a configuration has them."""
+
+    def __init__(self, kind: str, settings: dict[str, Any]) -> None:
+        self.kind, self.settings = kind, settings
+
+    def create_backend(self) -> "Backend":
+        from virtiofsd_nydus.storage.factory import create_backend
+
+        return create_backend(self.kind, self.settings)
+
+
+def directory_source(directory: Path) -> Source:
+    return Source("localfs", {"dir": str(directory)})
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """The flags that choose_source reads, and those of opened_with_data."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--blob-dir", type=Path, metavar="DIR", help=f"directory of the data blobs: {purpose}")
+    where.add_argument("-C", "--config", type=Path, metavar="FILE",
+                       help=f"nydusd configuration whose backend has them: {purpose}")
+    parser.add_argument("--blob-id", metavar="ID", help="id of the blob, if the bootstrap was inlined in it")
+    parser.add_argument("--allow-unverified", action="store_true",
+                        help="read an image without chunk digests too: says only that its data can be decoded")
+
+
+def choose_source(args: argparse.Namespace) -> Source | None:
+    """None: neither flag was given."""
+    if args.blob_dir is not None:
+        if not args.blob_dir.is_dir():
+            raise UsageFailure(f"--blob-dir {args.blob_dir}: no such directory")
+        return directory_source(args.blob_dir)
+    if args.config is not None:
+        from virtiofsd_nydus.daemon.config import load_config
+
+        config = load_config(str(args.config))
+        return Source(config.backend_type, config.backend_config)
+    return None
+
+
+@contextmanager
+def opened_with_data(path: Path, source: Source | Path, blob_id: str | None = None,
+                     allow_unverified: bool = False) -> Iterator[Bootstrap]:
+    """The image with its data, over a cache that is thrown away: nothing that an earlier run found good is taken for
+    granted. source: a path is a directory of blobs. What the engine has to say (a wrong digest, a missing blob) goes
+    to stderr."""
+    from virtiofsd_nydus.storage.pump import FetchPump
+
+    with tempfile.TemporaryDirectory(prefix="virtiofsd-nydus-") as work:
+        engine = Engine(allow_unverified=allow_unverified)
+        pump = FetchPump(engine)
+        store: Store | None = None
+        image: Bootstrap | None = None
+        try:
+            store = Store(engine, work)
+            image = Bootstrap(path, blob_id=blob_id, engine=engine, store=store)
+            backend = (source if isinstance(source, Source) else directory_source(source)).create_backend()
+            for blob in image.blobs:
+                pump.add_backend(blob.key, backend)
+            pump.start()
+            yield image
+        finally:
+            say_events(engine)
+            engine.shutdown()
+            if not pump.join(STOP_SECONDS):
+                raise Failure("a fetch thread does not end", Cause.IO)
+            if image is not None:
+                image.close()
+            if store is not None:
+                store.close()
+            engine.close()
+
+
+def say_events(engine: Engine) -> None:
+    """What is waiting in the engine's event queue, if it tells why something could not be read."""
+    while (event := engine.next_event(0)) is not None:
+        if event.level >= ERROR_LEVEL:
+            print(event.text, file=sys.stderr)
