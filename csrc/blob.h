@@ -87,6 +87,7 @@ struct vnd_blob {
     bool fetching, detached;            /* its stored chunk table is asked for; no image holds it any more */
     uint8_t *raw;                       /* the stored chunk table as it came, for the load that asked for it */
     size_t raw_len;
+    char *beside;                       /* a directory that may hold its ID.blob.meta, or NULL */
     uint8_t raw_tries;
     int meta_errno;                     /* why it cannot be used, 0 = not known to be unusable */
     int64_t meta_retry_us;

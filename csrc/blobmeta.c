@@ -10,14 +10,17 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "cipher.h"
 #include "codec.h"
 #include "engine.h"
+#include "zran.h"
 
 /* rafs-format 4.2 to 4.5 */
 #define META_MAGIC 0xB10BB10Bu
 #define ENTRY_V1 16u
 #define ENTRY_V2 24u
-#define CONTEXT 40u
+#define CONTEXT 40u             /* of a batch as of a gzip context */
+#define ZRAN_TABLE_MAX (1ull << 30)     /* with the dictionaries: 16 times that of a layer of 100 GiB */
 #define TABLE_MAX (128ull << 20)    /* decoded; 5 million chunks */
 #define V2_COMPRESSED 1u
 #define V2_ZRAN 2u
@@ -45,10 +48,13 @@ static uint32_t entry_size(const vnd_blob_info *info)
 
 bool blobmeta_possible(const vnd_blob_info *info)
 {
-    uint64_t n = info->chunk_count, least = n * entry_size(info);
+    uint64_t n = info->chunk_count, least = n * entry_size(info), most = least + n * CONTEXT;
+
+    if (info->features & BLOBMETA_ZRAN && (most += n * ZRAN_WINDOW) > ZRAN_TABLE_MAX)
+        most = ZRAN_TABLE_MAX;
 
     return n && n <= BLOBTABLE_COUNT_MAX && info->ci_csize_bytes && info->ci_csize_bytes <= info->ci_usize_bytes &&
-           info->ci_usize_bytes >= least && info->ci_usize_bytes <= least + n * CONTEXT &&
+           info->ci_usize_bytes >= least && info->ci_usize_bytes <= most &&
            info->ci_usize_bytes <= TABLE_MAX && codec_known(info->ci_compressor) && info->ci_offset <= 1ull << 40;
 }
 
@@ -70,10 +76,11 @@ static int check_header(const vnd_blob_info *info, const uint8_t *h, char *err, 
     return 0;
 }
 
-/* Where the batch contexts lie in the table; count 0: none. */
+/* Where the contexts lie in the table; count 0: none. */
 struct contexts {
     const uint8_t *at;
     uint32_t count;
+    struct zran *zran;          /* they are those of a gzip file */
 };
 
 static int find_contexts(const vnd_blob_info *info, const uint8_t *table, const uint8_t *h, struct contexts *ctx,
@@ -81,14 +88,23 @@ static int find_contexts(const vnd_blob_info *info, const uint8_t *table, const 
 {
     uint64_t offset = le64(h + 40), size = le64(h + 48), least = (uint64_t)info->chunk_count * entry_size(info);
 
-    *ctx = (struct contexts){ NULL, 0 };
-    if (!(info->features & BLOBMETA_BATCH))
+    const char *why;
+
+    *ctx = (struct contexts){ NULL, 0, NULL };
+    if (!(info->features & (BLOBMETA_BATCH | BLOBMETA_ZRAN)))
         return 0;
     ctx->count = le32(h + 56);
     if (offset < least || offset > info->ci_usize_bytes || size > info->ci_usize_bytes - offset ||
         (uint64_t)ctx->count * CONTEXT > size)
-        return bad(info, "batch contexts beyond its end", err, err_len);
+        return bad(info, "batch or gzip contexts beyond its end", err, err_len);
     ctx->at = table + offset;
+    if (!(info->features & BLOBMETA_ZRAN))
+        return 0;
+    ctx->zran = zran_new(ctx->at, ctx->count, ctx->at + (size_t)ctx->count * CONTEXT,
+                         size - (size_t)ctx->count * CONTEXT, &why);
+    if (!ctx->zran)
+        return why ? bad(info, why, err, err_len)
+                   : fail_line(-ENOMEM, err, err_len, "chunk table of blob %s: no memory", info->id);
     return 0;
 }
 
@@ -114,9 +130,22 @@ static const char *entry_v2(const uint8_t *p, const struct contexts *ctx, struct
     c->coff = w1 & 0xFFFFFFFFFFull;
     c->csize = (uint32_t)(w1 >> 40);
     c->flags = flags & V2_COMPRESSED ? BLOBTABLE_COMPRESSED : 0;
-    if (flags & (V2_ZRAN | V2_ENCRYPTED))
-        return "a chunk of a kind that is not supported";
-    if (flags & V2_BATCH) {
+    if (flags & V2_ENCRYPTED)
+        c->flags |= BLOBTABLE_ENCRYPTED;
+    if (!(flags & V2_ZRAN) != !ctx->zran)
+        return "a chunk in a gzip layer in a blob that is none, or the reverse";
+    if (flags & V2_ZRAN) {
+        uint64_t index = w2 >> 32;
+        if (index >= ctx->count)
+            return "a chunk in a gzip context that is not there";
+        const struct zran_context *x = zran_at(ctx->zran, (uint32_t)index);
+        c->coff = x->in_off;
+        c->csize = x->in_len;
+        c->batch_usize = x->out_len;
+        c->batch_at = (uint32_t)w2;
+        c->batch = (uint32_t)index + 1;
+        c->flags = BLOBTABLE_COMPRESSED;
+    } else if (flags & V2_BATCH) {
         uint64_t index = w2 >> 32;
         if (index >= ctx->count)
             return "a chunk in a batch that is not there";
@@ -125,7 +154,8 @@ static const char *entry_v2(const uint8_t *p, const struct contexts *ctx, struct
         c->batch_usize = le32(x + 4);
         c->batch_at = (uint32_t)w2;
         c->batch = (uint32_t)index + 1;
-        c->flags = c->csize != c->batch_usize ? BLOBTABLE_COMPRESSED : 0;
+        c->flags &= ~BLOBTABLE_COMPRESSED;
+        c->flags |= c->csize != c->batch_usize ? BLOBTABLE_COMPRESSED : 0;
     }
     return NULL;
 }
@@ -148,8 +178,11 @@ int blobmeta_parse(struct blobtable **out, const vnd_blob_info *info, const uint
     if (rc)
         return rc;
     t = blobtable_new(info->chunk_count);
-    if (!t)
+    if (!t) {
+        zran_put(ctx.zran);
         return fail_line(-ENOMEM, err, err_len, "chunk table of blob %s: no memory", info->id);
+    }
+    t->zran = ctx.zran;
     for (uint32_t i = 0; i < t->n && !why; i++) {
         const uint8_t *p = table + (size_t)i * size;
         struct blobtable_chunk *c = &t->chunk[i];
@@ -168,6 +201,20 @@ int blobmeta_parse(struct blobtable **out, const vnd_blob_info *info, const uint
         return bad(info, why, err, err_len);
     }
     *out = t;
+    return 0;
+}
+
+int blobmeta_decrypt(const vnd_blob_info *info, uint8_t *stored, size_t len, char *err, size_t err_len)
+{
+    size_t table_len = 0, header_len = 0;
+
+    if (len != info->ci_csize_bytes + BLOBMETA_HEADER ||
+        cipher_decrypt(info->cipher_key, info->cipher_iv, stored, info->ci_csize_bytes, stored, &table_len) ||
+        cipher_decrypt(info->cipher_key, info->cipher_iv, stored + info->ci_csize_bytes, BLOBMETA_HEADER,
+                       stored + info->ci_csize_bytes, &header_len) || table_len != info->ci_csize_bytes) {
+        bad(info, "it cannot be decrypted", err, err_len);
+        return -EBADMSG;
+    }
     return 0;
 }
 
@@ -207,6 +254,9 @@ int blobmeta_place(struct blobtable *records, const struct blobtable *meta, cons
                            (r->flags ^ m->flags) & BLOBTABLE_COMPRESSED)))
             return fail_line(-EINVAL, err, err_len, "chunk table of blob %s and the image differ about chunk %u; "
                              "one of them is damaged", info->id, i);
+        /* Only the flags of what the image itself places say whether it is encrypted. */
+        if (!r->csize)
+            r->flags |= m->flags & BLOBTABLE_ENCRYPTED;
         r->coff = m->coff;
         r->csize = m->csize;
         r->batch = m->batch;
@@ -214,6 +264,8 @@ int blobmeta_place(struct blobtable *records, const struct blobtable *meta, cons
         r->batch_usize = m->batch_usize;
         r->flags = (r->flags & ~BLOBTABLE_COMPRESSED) | (m->flags & BLOBTABLE_COMPRESSED);
     }
+    if (!records->zran)
+        records->zran = zran_get(meta->zran);
     return 0;
 }
 

@@ -9,6 +9,7 @@
 #define BLOBMETA_HEADER 4096u
 /* Blob features, rafs-format 4.1 */
 #define BLOBMETA_CHUNK_INFO_V2 0x004u
+#define BLOBMETA_ZRAN 0x008u
 #define BLOBMETA_BATCH 0x080u
 
 /* Whether the sizes that the blob table states can be a chunk table's. */
@@ -17,6 +18,8 @@ bool blobmeta_possible(const vnd_blob_info *info);
  * has no digests. */
 int blobmeta_parse(struct blobtable **out, const vnd_blob_info *info, const uint8_t *table, const uint8_t *header,
                    char *err, size_t err_len);
+/* Decrypts what an encrypted blob holds at ci_offset, table and header, in place. 0, -EBADMSG with a line. */
+int blobmeta_decrypt(const vnd_blob_info *info, uint8_t *stored, size_t len, char *err, size_t err_len);
 /* Decodes what the blob holds at ci_offset: ci_csize_bytes of table, then the header. *plain gets malloc'ed
  * ci_usize_bytes. 0, -EBADMSG with a line, -ENOMEM. */
 int blobmeta_decode(uint8_t **plain, const vnd_blob_info *info, const uint8_t *stored, size_t len, char *err,

@@ -7,8 +7,10 @@
 #include <string.h>
 
 #include "blobmeta.h"
+#include "cipher.h"
 #include "codec.h"
 #include "engine.h"
+#include "zran.h"
 
 struct build {
     struct blobtable *t;
@@ -44,6 +46,7 @@ void blobtable_free(struct blobtable *t)
         return;
     free(t->chunk);
     free(t->digest);
+    zran_put(t->zran);
     free(t);
 }
 
@@ -79,7 +82,10 @@ const char *blobtable_check(const vnd_blob_info *info, const struct blobtable_ch
         return "compressed range beyond the blob";
     if (c->batch && (decoded > BLOBTABLE_CHUNK_MAX || c->batch_at > decoded || c->usize > decoded - c->batch_at))
         return "beyond its batch";
-    if (!compressed && c->csize != decoded)
+    if (c->flags & BLOBTABLE_ENCRYPTED && (!info->cipher || c->csize < 16))
+        return "encrypted, and it cannot be";
+    if (!compressed && c->csize != decoded &&
+        !(c->flags & BLOBTABLE_ENCRYPTED && decoded < 16 && c->csize == CIPHER_PADDED))
         return "stored raw with two sizes";
     if (compressed && info->compressor == CODEC_NONE)
         return "compressed in a blob without compression";
@@ -90,10 +96,11 @@ static int put_record(void *ctx, const struct blob_chunk *r)
 {
     struct build *b = ctx;
     struct blobtable_chunk c = { .coff = r->coff, .uoff = r->uoff, .csize = r->csize, .usize = r->usize,
-                                 .flags = r->flags & BLOBTABLE_COMPRESSED }, *e;
+                                 .flags = r->flags & (BLOBTABLE_COMPRESSED | BLOBTABLE_ENCRYPTED) }, *e;
     const char *why = "index beyond the blob's chunk count";
     /* Builders leave the place of a batched chunk 0 and do not flag it either. */
-    bool batch = (r->flags & BLOBTABLE_BATCH || !r->csize) && b->info->features & BLOBMETA_BATCH;
+    bool batch = ((r->flags & BLOBTABLE_BATCH || !r->csize) && b->info->features & BLOBMETA_BATCH) ||
+                 b->info->features & BLOBMETA_ZRAN;     /* what it says of those is no place to read */
 
     if (batch)     /* where it lies is not known yet; blobmeta_place brings it, checked */
         c.coff = c.csize = c.flags = 0;
@@ -102,8 +109,12 @@ static int put_record(void *ctx, const struct blob_chunk *r)
     if (why)
         return fail_line(-EINVAL, b->err, b->err_len, "blob %s chunk %u: %s; the image is damaged", b->info->id,
                          r->index, why);
-    if (!is_zero(r->digest, sizeof r->digest))
+    if (!is_zero(r->digest, sizeof r->digest)) {
         c.flags |= BLOBTABLE_DIGEST;
+    } else if (r->flags & BLOBTABLE_CRC32 && r->crc32) {
+        c.flags |= BLOBTABLE_CRC32;
+        c.crc32 = r->crc32;
+    }
     e = &b->t->chunk[r->index];
     if (e->usize) {     /* an image may name a chunk more than once, always alike */
         if (memcmp(e, &c, sizeof c) || memcmp(b->t->digest[r->index], r->digest, 32))
@@ -199,7 +210,7 @@ static bool same_chunk(const struct blobtable *a, const struct blobtable *b, uin
 
 bool blobtable_equal(const struct blobtable *a, const struct blobtable *b)
 {
-    return a->n == b->n && a->known == b->known &&
+    return a->n == b->n && a->known == b->known && zran_equal(a->zran, b->zran) &&
            !memcmp(a->chunk, b->chunk, (size_t)a->n * sizeof *a->chunk) &&
            !memcmp(a->digest, b->digest, (size_t)a->n * sizeof *a->digest);
 }
@@ -213,9 +224,12 @@ int blobtable_merge(struct blobtable **out, const struct blobtable *a, const str
     *out = NULL;
     if (a->n != b->n)
         return fail_line(-EEXIST, err, err_len, "%u chunks, another image says %u", b->n, a->n);
+    if (!zran_equal(a->zran, b->zran))
+        return fail_line(-EEXIST, err, err_len, "its gzip contexts differ from another image's");
     t = blobtable_new(a->n);
     if (!t)
         return fail_line(-ENOMEM, err, err_len, "no memory for a table of %u chunks", a->n);
+    t->zran = zran_get(a->zran);
     for (uint32_t i = 0; i < a->n; i++) {
         const struct blobtable *from = a->chunk[i].usize ? a : b;
         if (!from->chunk[i].usize)

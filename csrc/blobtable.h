@@ -12,7 +12,9 @@
 #define BLOBTABLE_CHUNK_MAX (16u << 20)     /* bytes of a chunk: rafs-format 7.2 */
 #define BLOBTABLE_COUNT_MAX (1u << 24)      /* chunks of a blob */
 #define BLOBTABLE_COMPRESSED 1u             /* rafs-format 2.6 */
+#define BLOBTABLE_ENCRYPTED 4u
 #define BLOBTABLE_BATCH 8u
+#define BLOBTABLE_CRC32 16u                 /* kept only where there is no digest */
 #define BLOBTABLE_DIGEST 0x80000000u        /* ours: digest[] holds one */
 
 struct blobtable_chunk {
@@ -20,9 +22,10 @@ struct blobtable_chunk {
     uint32_t csize;
     uint32_t usize;         /* 0: the image names no such chunk */
     uint32_t flags;
-    uint32_t batch;         /* 0, or 1 + the batch it is decoded with: coff and csize are the batch's */
+    uint32_t batch;         /* 0, or 1 + the batch, or gzip context, it is decoded with: coff and csize are its */
     uint32_t batch_at;      /* where it starts in the decoded batch */
     uint32_t batch_usize;
+    uint32_t crc32;
 };
 
 struct blobtable {
@@ -31,6 +34,7 @@ struct blobtable {
     uint32_t digests;       /* of them with a digest */
     struct blobtable_chunk *chunk;
     uint8_t (*digest)[32];
+    struct zran *zran;      /* a gzip layer's contexts, NULL: its chunks are no parts of one */
     struct blobtable *next; /* owner's list */
 };
 

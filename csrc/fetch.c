@@ -299,7 +299,9 @@ static void fill_out(struct job *j, vnd_job *out)
     out->prefetch = j->prefetch;
     out->digester = c->info.digester;
     out->deadline_us = j->deadline_us;
-    memcpy(out->blob_id, c->info.id, sizeof out->blob_id);
+    /* The chunk table of a layer that is used as it is lies in a blob of its own. */
+    memcpy(out->blob_id, j->kind == VND_JOB_META && j->meta->info.meta_id[0] ? j->meta->info.meta_id : c->info.id,
+           sizeof out->blob_id);
     pthread_mutex_lock(&c->lock);
     out->blob = c->handles;
     for (struct vnd_blob *b = c->handles; b; b = b->next)

@@ -45,6 +45,8 @@ struct job {
     size_t scratch_len, scratch_cap;
     uint8_t *batch;                 /* the last batch that was decoded; batch_id 0: none */
     size_t batch_cap;
+    uint8_t *clear;                 /* an encrypted chunk without its cipher */
+    size_t clear_cap;
     uint32_t batch_id;
     struct { uint32_t rel, usize; size_t at; } *views;
     uint32_t views_n, views_cap;

@@ -8,7 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "cipher.h"
 #include "fetcher.h"
+#include "zran.h"
 
 #define KEEP_BYTES (4u << 20)       /* buffers up to this stay with the slot */
 
@@ -48,6 +50,7 @@ void job_wipe(struct job *j)
     free(j->scratch);
     free(j->views);
     free(j->batch);
+    free(j->clear);
     codec_free(j->codec);
     pthread_mutex_destroy(&j->lock);
     if (j->id && j->meta)
@@ -200,6 +203,31 @@ static uint32_t codec_of(const struct job *j, const struct blobtable_chunk *k)
     return k->flags & BLOBTABLE_COMPRESSED ? j->core->info.compressor : CODEC_NONE;
 }
 
+/* Decodes what is stored at a chunk's place into exactly len bytes. */
+static int decode_stored(struct job *j, const struct blobtable_chunk *k, const uint8_t *src, uint8_t *dst,
+                         size_t len)
+{
+    const struct zran *zran = table_of(j)->zran;
+    const vnd_blob_info *info = &j->core->info;
+    uint32_t codec = codec_of(j, k);
+    size_t plain = k->csize;
+    int rc;
+
+    if (k->batch && zran)           /* blobmeta_parse: the context is there, csize and len are its */
+        return zran_decode(zran, k->batch - 1, src, dst);
+    if (k->flags & BLOBTABLE_ENCRYPTED) {
+        if (grow(&j->clear, &j->clear_cap, k->csize))
+            return -ENOMEM;
+        rc = cipher_decrypt(info->cipher_key, info->cipher_iv, src, k->csize, j->clear, &plain);
+        if (rc)
+            return rc;
+        src = j->clear;
+        if (k->batch && plain == len)   /* a batch is raw where its sizes are the same */
+            codec = CODEC_NONE;
+    }
+    return codec_decode(j->codec, codec, src, plain, dst, len);
+}
+
 /* Decodes one chunk into scratch. 1: its bytes have not all come. */
 static int decode_chunk(struct job *j, struct input *in, const struct blobtable_chunk *k)
 {
@@ -212,11 +240,11 @@ static int decode_chunk(struct job *j, struct input *in, const struct blobtable_
         if (!src)
             return rc ? rc : 1;
         if (!k->batch)
-            return codec_decode(j->codec, codec_of(j, k), src, k->csize, dst, k->usize);
+            return decode_stored(j, k, src, dst, k->usize);
         j->batch_id = 0;
         rc = grow(&j->batch, &j->batch_cap, k->batch_usize);
         if (!rc)
-            rc = codec_decode(j->codec, codec_of(j, k), src, k->csize, j->batch, k->batch_usize);
+            rc = decode_stored(j, k, src, j->batch, k->batch_usize);
         if (rc)
             return rc;
         j->batch_id = k->batch;
@@ -382,7 +410,9 @@ static bool digest_right(const struct commit *m, uint32_t view, const uint8_t *g
     if (!m->t->chunk[i].usize || m->t->chunk[i].usize != j->views[view].usize)
         return false;       /* the table changed meanwhile */
     if (!(m->t->chunk[i].flags & BLOBTABLE_DIGEST))
-        return m->e->cfg.allow_unverified;
+        return m->e->cfg.allow_unverified &&
+               (!(m->t->chunk[i].flags & BLOBTABLE_CRC32) ||
+                m->t->chunk[i].crc32 == vnd_crc32c(j->scratch + j->views[view].at, j->views[view].usize));
     if (j->core->info.digester == CODEC_SHA256) {
         if (codec_sha256(j->scratch + j->views[view].at, j->views[view].usize, own))
             return false;
@@ -599,6 +629,7 @@ void vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const cha
     shrink(&j->pend, &j->pend_cap);
     shrink(&j->scratch, &j->scratch_cap);
     shrink(&j->batch, &j->batch_cap);
+    shrink(&j->clear, &j->clear_cap);
     fetch_release_slot(e->fetcher, j);
     pthread_mutex_unlock(&j->lock);
     core_put(c);

@@ -3,8 +3,10 @@
  * meanwhile wait on the pseudo-unit META(blob).
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "blobmeta.h"
 #include "fetcher.h"
@@ -56,7 +58,9 @@ static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct bl
 
     *cause = VND_CAUSE_DIGEST;
     if (info->chunk_count != c->info.chunk_count || info->compressor != c->info.compressor ||
-        info->digester != c->info.digester || info->uncompressed_size_bytes != c->info.uncompressed_size_bytes)
+        info->digester != c->info.digester || info->cipher != c->info.cipher ||
+        memcmp(info->cipher_key, c->info.cipher_key, sizeof info->cipher_key) ||
+        memcmp(info->cipher_iv, c->info.cipher_iv, sizeof info->cipher_iv) || info->uncompressed_size_bytes != c->info.uncompressed_size_bytes)
         return fail_line(-EEXIST, err, err_len, "sizes or codecs differ from what another image in use says");
     if (now && blobtable_equal(now, *own)) {
         blobtable_free(*own);
@@ -116,11 +120,17 @@ static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
     char why[VND_ERR_MAX];
     int rc = blobmeta_file_read(b->core->store->dir_fd, &b->info, &plain, header);
 
+    if (rc && b->beside) {
+        int dir_fd = open(b->beside, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        rc = dir_fd < 0 ? -errno : blobmeta_file_read(dir_fd, &b->info, &plain, header);
+        if (dir_fd >= 0)
+            close(dir_fd);
+    }
     if (rc)
         return rc;
     rc = apply_meta(records, &b->info, plain, header, why, sizeof why);
     if (rc)
-        engine_say(b->core->engine, 30, VND_CAUSE_FORMAT, "%s.blob.meta in the cache directory is not used: %s",
+        engine_say(b->core->engine, 30, VND_CAUSE_FORMAT, "%s.blob.meta in the cache directory or beside the bootstrap is not used: %s",
                    b->info.id, why);
     free(plain);
     return rc;
@@ -130,9 +140,11 @@ static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
 static int meta_from_raw(struct vnd_blob *b, struct blobtable **records, char *err, size_t err_len)
 {
     const uint8_t *header = b->raw + b->info.ci_csize_bytes;
-    uint8_t *plain;
-    int rc = blobmeta_decode(&plain, &b->info, b->raw, b->raw_len, err, err_len);
+    uint8_t *plain = NULL;
+    int rc = b->info.cipher ? blobmeta_decrypt(&b->info, b->raw, b->raw_len, err, err_len) : 0;
 
+    if (!rc)
+        rc = blobmeta_decode(&plain, &b->info, b->raw, b->raw_len, err, err_len);
     if (rc)
         return rc;
     rc = apply_meta(records, &b->info, plain, header, err, err_len);
@@ -145,7 +157,7 @@ static int meta_from_raw(struct vnd_blob *b, struct blobtable **records, char *e
 /* -EINPROGRESS: the stored table has to be fetched first. */
 static int load_table(struct vnd_blob *b, struct blobtable **own, int *cause, char *err, size_t err_len)
 {
-    bool batch = b->info.features & BLOBMETA_BATCH;
+    bool batch = b->info.features & (BLOBMETA_BATCH | BLOBMETA_ZRAN);
     int rc;
 
     *cause = VND_CAUSE_FORMAT;

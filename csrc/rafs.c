@@ -2,6 +2,7 @@
 #include "rafs.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -72,6 +73,11 @@ static int resolve_ids(struct vnd_rafs *r, const char *blob_id, const struct raf
         bool inlined = (i->features & RAFS_BLOB_INLINED_FS_META) &&
                        !(i->features & (RAFS_BLOB_SEPARATE | RAFS_BLOB_EXTERNAL));
 
+        /* The chunk table of a layer that is used as it is lies in the blob that this bootstrap was read from. */
+        if (i->features & RAFS_BLOB_SEPARATE && i->features & RAFS_BLOB_INLINED_FS_META && !i->cipher && blob_id &&
+            !i->meta_id[0]) {
+            strcpy(i->meta_id, blob_id);
+        }
         if (!id_placeholder(i->id) && !(inlined && blob_id && r->info.blob_count == 1)) {
             continue;
         }
@@ -138,9 +144,13 @@ static int check_digests(const struct vnd_rafs *r, const struct rafs_error *e)
 
 static int open_blobs(struct vnd_rafs *r, const struct rafs_error *e)
 {
+    const char *slash = strrchr(r->path, '/');
+    char dir[PATH_MAX];
+
     if (!r->store) {
         return 0;
     }
+    snprintf(dir, sizeof(dir), "%.*s", slash ? (int)(slash - r->path) + 1 : 2, slash ? r->path : "./");
     if (!r->engine->cfg.allow_unverified && check_digests(r, e)) {
         return -1;
     }
@@ -149,6 +159,7 @@ static int open_blobs(struct vnd_rafs *r, const struct rafs_error *e)
         if (!r->blobs[k].blob) {
             return -1;
         }
+        blob_meta_beside(r->blobs[k].blob, dir);
     }
     return 0;
 }

@@ -1,6 +1,7 @@
 /* rafs_check.c -- faults of an image that opening does not look for, since it would cost time that grows with
  * it. */
 #include "rafs_check.h"
+#include "cipher.h"
 
 #include <errno.h>
 #include <stdarg.h>
@@ -55,9 +56,11 @@ static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, 
     }
     /* Of a chunk inside a batch the record does not tell where it is stored: csize 0. */
     bool in_batch = (b->features & RAFS_BLOB_BATCH) && !c->csize;
+    /* Less than 16 bytes are padded before they are encrypted. */
+    bool padded = b->cipher && c->usize < 16 && c->csize == CIPHER_PADDED;
 
     if (!c->usize || c->usize > r->info.chunk_size_bytes || c->csize > RAFS_CHUNK_SIZE_MAX ||
-        (!(c->flags & 1) && !in_batch && c->csize != c->usize)) {
+        (!(c->flags & 1) && !in_batch && !padded && c->csize != c->usize)) {
         return rafs_fault(f, "chunk record %llu (blob %u, index %u) has bad sizes: %u stored, %u plain",
                           (unsigned long long)i, blob, c->index, c->csize, c->usize);
     }
@@ -66,7 +69,7 @@ static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, 
         return rafs_fault(f, "chunk record %llu (blob %u, index %u) lies outside its blob", (unsigned long long)i,
                           blob, c->index);
     }
-    if (memcmp(c->digest, unset, 32) == 0) {
+    if (memcmp(c->digest, unset, 32) == 0 && !(r->info.flags & RAFS_FLAG_TARFS)) {
         return rafs_fault(f, "chunk record %llu (blob %u, index %u) has no digest", (unsigned long long)i, blob,
                           c->index);
     }
@@ -84,9 +87,6 @@ void rafs_check_records(struct vnd_rafs *r, struct rafs_faults *f)
 {
     struct record_walk w = { r, f };
 
-    if (r->info.flags & RAFS_FLAG_TARFS) {
-        return;                             /* its chunk table means nothing, rafs-format 3.9 */
-    }
     r->version->records(r, UINT32_MAX, put_record, &w);
 }
 

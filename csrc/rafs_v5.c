@@ -205,7 +205,8 @@ void v5_decode_chunk(const struct vnd_rafs *r, const uint8_t *p, uint32_t *blob,
 {
     *blob = rafs_le32(p + 32);
     *out = (struct blob_chunk){ .flags = rafs_le32(p + 36), .csize = rafs_le32(p + 40), .usize = rafs_le32(p + 44),
-                                .coff = rafs_le64(p + 48), .uoff = rafs_le64(p + 56), .index = rafs_le32(p + 72) };
+                                .coff = rafs_le64(p + 48), .uoff = rafs_le64(p + 56), .index = rafs_le32(p + 72),
+                                .crc32 = rafs_le32(p + 76) };
     memcpy(out->digest, p, sizeof(out->digest));
     if (*blob < r->info.blob_count && r->numbers && r->numbers[*blob].uoff) {
         const struct v5_numbers *n = &r->numbers[*blob];

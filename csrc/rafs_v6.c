@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <sys/stat.h>
 
+#include "cipher.h"
 #include "rafs_v6.h"
 
 #define DEVICE_SLOTS_UNIT 128
@@ -179,6 +180,54 @@ static bool copy_id(char out[VND_ID_MAX + 1], const uint8_t *field)
     return true;
 }
 
+/* Key and tweak stand where a blob that is not encrypted names its chunk table's. */
+static int read_cipher(vnd_blob_info *i, const uint8_t *b, const struct rafs_error *e)
+{
+    static const char *const names[] = { "none", "AES-128-XTS", "AES-256-XTS", "AES-256-GCM" };
+
+    i->cipher = rafs_le32(b + 216);
+    if (i->cipher > 1) {
+        return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u is encrypted with %s, which is not supported", i->index,
+                         i->cipher < 4 ? names[i->cipher] : "an unknown cipher");
+    }
+    if (!i->cipher != !(i->features & RAFS_BLOB_ENCRYPTED)) {
+        return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u is encrypted by its features or its cipher, not by both",
+                         i->index);
+    }
+    if (!i->cipher) {
+        return 0;
+    }
+    memcpy(i->cipher_key, b + 168, sizeof(i->cipher_key));
+    memcpy(i->cipher_iv, b + 200, sizeof(i->cipher_iv));
+    if (!cipher_key_valid(i->cipher_key)) {
+        return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has a key of two equal halves", i->index);
+    }
+    return 0;
+}
+
+/* A blob that is somebody else's file (an OCI layer) has its chunk table in another, named by its digest. */
+static int read_meta_id(const struct vnd_rafs *r, vnd_blob_info *i, const uint8_t *b, const struct rafs_error *e)
+{
+    static const uint8_t unset[32];
+
+    if (i->features & RAFS_BLOB_ZRAN && !(i->features & RAFS_BLOB_CHUNK_INFO_V2)) {
+        return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u is a gzip layer without chunk infos of version 2", i->index);
+    }
+    if (!(i->features & RAFS_BLOB_SEPARATE) || i->cipher) {
+        return 0;
+    }
+    if (memcmp(b + 168, unset, sizeof(unset)) == 0) {
+        return 0;
+    }
+    for (int k = 0; k < 32; k++) {
+        static const char hex[] = "0123456789abcdef";
+
+        i->meta_id[2 * k] = hex[b[168 + k] >> 4];
+        i->meta_id[2 * k + 1] = hex[b[168 + k] & 15];
+    }
+    return 0;
+}
+
 static int read_blob(struct vnd_rafs *r, uint32_t k, const uint8_t *b, const struct rafs_error *e)
 {
     vnd_blob_info *i = &r->blobs[k].info;
@@ -208,8 +257,8 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const uint8_t *b, const str
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u needs feature 0x%x, which is unknown", k,
                          i->features & (RAFS_BLOB_UNKNOWN | RAFS_BLOB_INTERNAL));
     }
-    if (i->features & RAFS_BLOB_ENCRYPTED || rafs_le32(b + 216) != 0) {
-        return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u is encrypted, which is not supported yet", k);
+    if (read_cipher(i, b, e) || read_meta_id(r, i, b, e)) {
+        return -1;
     }
     if (rafs_le32(b + 64) != k || i->chunk_size_bytes != r->info.chunk_size_bytes || i->compressor > 3 ||
         i->digester > 1 || i->ci_compressor > 3 || i->chunk_count > RAFS_CHUNKS_PER_BLOB_MAX ||
@@ -275,7 +324,8 @@ static void decode_record(const uint8_t *p, uint32_t *blob, struct blob_chunk *o
 {
     *blob = rafs_le32(p + 32);
     *out = (struct blob_chunk){ .flags = rafs_le32(p + 36), .csize = rafs_le32(p + 40), .usize = rafs_le32(p + 44),
-                                .coff = rafs_le64(p + 48), .uoff = rafs_le64(p + 56), .index = rafs_le32(p + 72) };
+                                .coff = rafs_le64(p + 48), .uoff = rafs_le64(p + 56), .index = rafs_le32(p + 72),
+                                .crc32 = rafs_le32(p + 76) };
     memcpy(out->digest, p, sizeof(out->digest));
 }
 
@@ -293,6 +343,9 @@ static int v6_records(struct vnd_rafs *r, uint32_t only_blob, rafs_put_record pu
     uint64_t n = r->info.chunk_table_size_bytes / RAFS_CHUNK_RECORD;
     int rc = 0;
 
+    if (r->info.flags & RAFS_FLAG_TARFS) {
+        return v6_walk_chunks(r, only_blob, put, ctx);
+    }
     for (uint64_t i = 0; i < n && !rc; i++) {
         const uint8_t *p = r->base + r->info.chunk_table_offset + i * RAFS_CHUNK_RECORD;
         struct blob_chunk c;

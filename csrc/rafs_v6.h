@@ -33,6 +33,9 @@ int v6_dir_block(const struct vnd_rafs *r, const struct v6_inode *n, uint64_t b,
 int v6_dir_entry(const struct v6_block *b, uint32_t k, struct v6_entry *out);
 int v6_chunk_at(const struct vnd_rafs *r, const struct v6_inode *n, uint64_t k, struct rafs_chunk *out);
 
+/* rafs_v6_walk.c: rafs_version's records, out of the files themselves. */
+int v6_walk_chunks(struct vnd_rafs *r, uint32_t only_blob, rafs_put_record put, void *ctx);
+
 extern const struct fs_ops v6_fs_ops;       /* rafs_v6_fs.c */
 int v6_chunk(struct vnd_rafs *r, uint64_t ino, uint64_t k, struct rafs_chunk *out);
 

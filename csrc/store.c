@@ -14,9 +14,6 @@
 #define SIDE_DIR ".virtiofsd-nydus"
 
 /* Blob features, rafs-format 4.1 */
-#define FEATURE_ZRAN 0x008u
-#define FEATURE_TARFS 0x040u
-#define FEATURE_ENCRYPTED 0x100u
 #define FEATURE_EXTERNAL 0x800u
 
 /* ---------------------------------------------------------------- stores */
@@ -194,6 +191,7 @@ void handle_put(struct vnd_blob *b)
     core_put(b->core);
     pthread_cond_destroy(&b->load_end);
     free(b->raw);
+    free(b->beside);
     free(b);
 }
 
@@ -206,12 +204,6 @@ static bool id_valid(const char *id)
 
 static const char *feature_refused(uint32_t features)
 {
-    if (features & FEATURE_ZRAN)
-        return "ZRAN (chunks inside a gzip layer)";
-    if (features & FEATURE_ENCRYPTED)
-        return "ENCRYPTED";
-    if (features & FEATURE_TARFS)
-        return "TARFS";
     if (features & FEATURE_EXTERNAL)
         return "EXTERNAL";
     return NULL;
@@ -296,6 +288,12 @@ struct vnd_blob *blob_get(vnd_store *s, const vnd_blob_info *info, blob_chunks_f
     }
     *cause = VND_CAUSE_NONE;
     return b;
+}
+
+void blob_meta_beside(struct vnd_blob *b, const char *dir)
+{
+    if (!b->beside)
+        b->beside = strdup(dir);
 }
 
 void blob_put(struct vnd_blob *b, void *ctx)

@@ -60,6 +60,7 @@ void store_wait_done(struct store_wait *w);
 /* ---- for file systems that open blobs */
 struct blob_chunk {         /* what a bootstrap says of one chunk */
     uint32_t index, csize, usize, flags;    /* flags: rafs-format 2.6 */
+    uint32_t crc32;                         /* CRC-32C, if flagged */
     uint64_t coff, uoff;
     uint8_t digest[32];
 };
@@ -72,6 +73,8 @@ typedef int (*blob_chunks_fn)(void *ctx, uint32_t blob_index, int (*put)(void *p
  * blob_put. Opening touches no network and does no work that grows with the blob. */
 struct vnd_blob *blob_get(vnd_store *s, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx, int *cause,
                           char *err, size_t err_len);
+/* ID.blob.meta may lie in this directory too: beside the bootstrap, where its layer brought it. */
+void blob_meta_beside(struct vnd_blob *b, const char *dir);
 void blob_put(struct vnd_blob *b, void *ctx);
 uint64_t blob_uncompressed_size(const struct vnd_blob *b);
 

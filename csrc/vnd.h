@@ -105,6 +105,9 @@ typedef struct {                  /* one entry of the image's blob table */
     uint64_t uncompressed_size_bytes;
     uint64_t ci_offset, ci_csize_bytes, ci_usize_bytes;
     uint32_t ci_compressor;
+    uint32_t cipher;              /* 0 none, 1 AES-128-XTS */
+    uint8_t cipher_key[32], cipher_iv[16];
+    char meta_id[VND_ID_MAX + 1]; /* the blob that holds the chunk table; "" = this one */
 } vnd_blob_info;
 
 typedef struct {
@@ -174,7 +177,7 @@ enum vnd_job_kind {
 typedef struct {
     uint64_t id;
     vnd_blob *blob;
-    char blob_id[VND_ID_MAX + 1];
+    char blob_id[VND_ID_MAX + 1]; /* what to read: with META perhaps not blob's own id, see meta_id */
     uint64_t coff, clen;          /* compressed range, bytes */
     uint32_t kind;                /* enum vnd_job_kind */
     uint32_t chunk_count;         /* chunks that lie in the range */

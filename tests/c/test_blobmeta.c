@@ -286,8 +286,8 @@ static void test_refuses(void)
     TRY(table + 8, 5, memset(table + 8, 0xff, 5), "compressed range");
     TRY(table, 4, put32(table, UINT32_MAX), "uncompressed range");
     TRY(table, 4, put32(table, 1), "share bytes");
-    TRY(table + 7, 1, table[7] |= 2, "not supported");
-    TRY(table + 7, 1, table[7] |= 8, "not supported");
+    TRY(table + 7, 1, table[7] |= 2, "gzip layer");
+    TRY(table + 7, 1, table[7] |= 8, "encrypted");
     b->info.ci_usize_bytes = N * 24 - 1;
     CHECK(!blobmeta_possible(&b->info));
     b->info.ci_usize_bytes = UINT64_MAX;

@@ -315,8 +315,8 @@ static void test_refused_by_name(void)
     fix_dir_make(dir, under);
     fix_up(&f, dir, b, 1);
     bad = b->info;
-    bad.features |= 0x100;
-    CHECK(!blob_get(f.s, &bad, fix_chunks, b, &cause, err, sizeof err) && strstr(err, "ENCRYPTED"));
+    bad.features |= 0x800;
+    CHECK(!blob_get(f.s, &bad, fix_chunks, b, &cause, err, sizeof err) && strstr(err, "EXTERNAL"));
     CHECK_EQ(cause, VND_CAUSE_FORMAT);
     bad = b->info;
     strcpy(bad.id, "../../etc/passwd");
