@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 LAYERS_AT_A_TIME = 2
 # How long layers under way are waited for when the run fails or is interrupted.
 LEAVE_S = 3.0
+# Half of a large bootstrap is digests: more effort finds nothing in them.
+BOOTSTRAP_LEVEL = 6
 # Who made the image, where its history is shown (the words of Nydus's own converter, which tools look for).
 CREATED_BY = "Nydus Converter"
 BOOTSTRAP_COMMENT = "Nydus Bootstrap Layer"
@@ -345,7 +347,8 @@ def write_bootstrap_layer(path: Path, bootstrap: "bytes | bytearray") -> str:
     """Writes the tar+gzip with image/image.boot (nydusd-interface.md 7.3), the same bytes for the same bootstrap.
     Returns the digest of the tar."""
     hashed = _HashedWriter()
-    with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as compressed:
+    with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0,
+                                               compresslevel=BOOTSTRAP_LEVEL) as compressed:
         hashed.out = compressed
         with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
             folder = tarfile.TarInfo("image")

@@ -7,6 +7,7 @@ dirent is written, so nothing is patched afterwards.
 
 import stat
 import struct
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -424,19 +425,25 @@ class BootstrapWriter:
         return True
 
     # ---- tables
-    def _list_chunks(self) -> list[bytes]:
+    def _list_chunks(self) -> Iterator[bytes]:
         """Records of the chunks that files use, by digest, then blob. A record starts with the digest and the blob
-        index, which fits its lowest byte: the order of the bytes is the order of the table."""
-        records = []
+        index, which fits its lowest byte: the order of the bytes is the order of the table. Sorted in portions, by the
+        digest's first byte, so that only one portion's records are there at a time."""
+        portions = [array("Q") for _ in range(256)]
         for blob_index, (blob, used) in enumerate(zip(self.blobs, self._used, strict=True)):
-            table = blob.table
+            digests = blob.table.digests
             for index, is_used in enumerate(used):
                 if is_used:
-                    file_offset = self._file_offsets.get((blob_index, index), 0)
-                    records.append(encode_chunk_record(table, index, blob_index, file_offset))
-        records.sort()
-        self.stats.chunks = len(records)
-        return records
+                    portions[digests[32 * index]].append(blob_index << 32 | index)
+        for portion in portions:
+            self.stats.chunks += len(portion)
+            records = []
+            for place in portion:
+                blob_index, index = place >> 32, place & 0xFFFFFFFF
+                file_offset = self._file_offsets.get((blob_index, index), 0)
+                records.append(encode_chunk_record(self.blobs[blob_index].table, index, blob_index, file_offset))
+            records.sort()
+            yield from records
 
     def _write_blobs(self, out: bytearray, blob_table_offset: int) -> None:
         position = len(out)
