@@ -342,6 +342,16 @@ uint32_t fuse_session_gen(struct fuse_session *s)
     return atomic_load_explicit(&s->gen, memory_order_acquire);
 }
 
+void fuse_session_resume(struct fuse_session *s)
+{
+    atomic_store_explicit(&s->ready, 1, memory_order_release);
+}
+
+bool fuse_session_ready(struct fuse_session *s)
+{
+    return atomic_load_explicit(&s->ready, memory_order_acquire);
+}
+
 struct fuse_session *fuse_session_new(struct vnd_engine *e, struct vnd_vfs *v)
 {
     struct fuse_session *s = calloc(1, sizeof(*s));

@@ -31,5 +31,8 @@ enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *
 enum req_verdict fuse_session_fail(struct fuse_session *s, struct fuse_worker *w, struct req *r, int error);
 void fuse_session_reset(struct fuse_session *s);        /* as before INIT */
 uint32_t fuse_session_gen(struct fuse_session *s);      /* for new requests */
+/* Goes on with a connection that another process negotiated: no INIT will come. */
+void fuse_session_resume(struct fuse_session *s);
+bool fuse_session_ready(struct fuse_session *s);        /* INIT was answered */
 
 #endif

@@ -275,6 +275,27 @@ int vnd_inflight_create(uint32_t nq, uint32_t qsize, uint64_t *size_bytes);
 void vnd_device_reset(vnd_device *d);
 void vnd_device_free(vnd_device *d);  /* stops everything; never writes to the guest again */
 
+/* ---------------------------------------------------------------- /dev/fuse: the host's own mounts */
+typedef struct vnd_fusedev vnd_fusedev;
+enum vnd_fusedev_flag {
+    VND_FUSEDEV_SHARED = 1,       /* all threads read fd itself: who holds it can take over. Else clones of it */
+    VND_FUSEDEV_RESUME = 2,       /* another process has answered INIT */
+    VND_FUSEDEV_RESEND = 4        /* have the kernel send again what that one left unanswered */
+};
+/* Serves a descriptor of /dev/fuse that is mounted (it is dupped). NULL on failure. */
+vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads, uint32_t flags, char *err,
+                             size_t err_len);
+int vnd_fusedev_ready(vnd_fusedev *d);    /* 1: INIT was answered */
+/* 0: the mount is gone (or stop was called); -ETIMEDOUT. */
+int vnd_fusedev_wait(vnd_fusedev *d, int timeout_ms);
+/* Ends all threads. Requests that are parked stay unanswered: the next server's, or ended by the kernel with the last
+ * descriptor. Idempotent. */
+void vnd_fusedev_stop(vnd_fusedev *d);
+void vnd_fusedev_free(vnd_fusedev *d);
+/* mount(2) and umount2(2) as they are: 0 or -errno. */
+int vnd_mount(const char *source, const char *target, const char *type, uint64_t flags, const char *data);
+int vnd_umount(const char *target, int flags);
+
 /* ---------------------------------------------------------------- for those who write images */
 /* CRC-32C (Castagnoli) of len bytes: what chunk records hold beside the digest. */
 uint32_t vnd_crc32c(const uint8_t *buf, size_t len);

@@ -1,0 +1,1 @@
+"""Host mounts over /dev/fuse."""

@@ -1,0 +1,145 @@
+"""mount(2) for the host's own mounts, and what the kernel's table says of them. Light: the daemon imports it."""
+
+import errno
+import os
+
+from virtiofsd_nydus._engine import lib
+from virtiofsd_nydus.errors import Cause, Failure
+
+DEVICE = "/dev/fuse"
+FSTYPE, SOURCE = "fuse.nydus", "virtiofsd-nydus"
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOATIME = 1, 2, 4, 1024
+MNT_DETACH = 2
+MAX_READ_BYTES = 1 << 20
+FUSERMOUNT = "fusermount3"
+
+
+class MountEntry:
+    """One line of mountinfo: device is MAJOR:MINOR."""
+
+    __slots__ = ("device", "fstype", "source")
+
+    def __init__(self, device: str, fstype: str, source: str) -> None:
+        self.device, self.fstype, self.source = device, fstype, source
+
+
+def _unescape(word: str) -> str:
+    """mountinfo writes blanks and the like as three octal digits."""
+    first, *rest = word.split("\\")
+    return first + "".join(chr(int(piece[:3], 8)) + piece[3:] for piece in rest)
+
+
+def find_mount(path: str) -> MountEntry | None:
+    """What is mounted on exactly this (real) path, the last one where several are; None: nothing."""
+    found = None
+    with open("/proc/self/mountinfo", errors="surrogateescape") as table:
+        for line in table:
+            words = line.split()
+            if _unescape(words[4]) == path:
+                at = words.index("-", 6)
+                found = MountEntry(words[2], words[at + 1], _unescape(words[at + 2]))
+    return found
+
+
+def check_mountpoint(path: str) -> str:
+    """The real path of a directory that nothing is mounted on. Raises Failure with what to do."""
+    # Without following the last component a dead mount can still be named
+    real = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))),  # noqa: PTH100, PTH118, PTH120
+                        os.path.basename(os.path.abspath(path)))  # noqa: PTH100, PTH119
+    there = find_mount(real)
+    if there and is_dead(real):
+        raise Failure(f"{path} still holds the mount of a daemon that is gone: run umount -l {path}, then try again",
+                      Cause.IO)
+    try:
+        real = os.path.realpath(path, strict=True)
+    except OSError as error:
+        raise Failure(f"no mountpoint {path}: {error.strerror}; make the directory first", Cause.MISSING) from None
+    if not os.path.isdir(real):  # noqa: PTH112
+        raise Failure(f"mountpoint {path} is not a directory", Cause.IO)
+    there = find_mount(real)
+    if there:
+        raise Failure(f"mountpoint {path} is busy: {there.source} ({there.fstype}) is mounted there; umount it or "
+                      "choose another", Cause.IO)
+    return real
+
+
+def is_dead(path: str) -> bool:
+    """A FUSE mount whose server has gone for good."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    return False
+
+
+def mount(source: str, target: str, fstype: str, flags: int, options: str) -> None:
+    """mount(2). Raises OSError."""
+    rc: int = lib.vnd_mount(os.fsencode(source), os.fsencode(target), fstype.encode(), flags, os.fsencode(options))
+    if rc:
+        raise OSError(-rc, os.strerror(-rc), target)
+
+
+def umount(target: str) -> None:
+    """Takes what is mounted there away, at once or, while somebody is in it, as soon as it is left; no error when
+    nothing is mounted. Raises OSError."""
+    for flags in (0, MNT_DETACH):
+        rc: int = lib.vnd_umount(os.fsencode(target), flags)
+        if rc in (0, -errno.EINVAL):
+            return
+        if rc != -errno.EBUSY:
+            break
+    if rc == -errno.EPERM:
+        import subprocess
+
+        done = subprocess.run([FUSERMOUNT, "-u", "-z", "--", target], capture_output=True, text=True)
+        if done.returncode == 0 or not find_mount(target):
+            return
+    raise OSError(-rc, os.strerror(-rc), target)
+
+
+def mount_fuse(target: str, *, read_only: bool = True) -> int:
+    """Mounts on a checked directory: the descriptor to serve, the caller's. Without the right to mount(2), through
+    fusermount3; then the mount is its user's alone."""
+    uid, gid = os.geteuid(), os.getegid()
+    try:
+        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        return _mount_by_helper(target, read_only)
+    except OSError as error:
+        raise Failure(f"cannot open {DEVICE}: {error.strerror}; this kernel has no FUSE or its module is not loaded: "
+                      "run modprobe fuse, and in a container pass the device in", Cause.IO) from None
+    options = (f"fd={fd},rootmode=40000,user_id={uid},group_id={gid},allow_other,default_permissions,"
+               f"max_read={MAX_READ_BYTES}")
+    flags = MS_NOSUID | MS_NODEV | MS_NOATIME | (MS_RDONLY if read_only else 0)
+    try:
+        mount(SOURCE, target, FSTYPE, flags, options)
+    except PermissionError:
+        os.close(fd)
+        return _mount_by_helper(target, read_only)
+    except OSError as error:
+        os.close(fd)
+        raise Failure(f"cannot mount on {target}: {error.strerror}", Cause.IO) from None
+    return fd
+
+
+def _mount_by_helper(target: str, read_only: bool) -> int:
+    import shutil
+    import socket
+    import subprocess
+
+    helper = shutil.which(FUSERMOUNT)
+    if helper is None:
+        raise Failure(f"mounting on {target} needs root or {FUSERMOUNT}: install the package fuse3", Cause.MISSING)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        options = f"{'ro' if read_only else 'rw'},nosuid,nodev,default_permissions,fsname={SOURCE},subtype=nydus"
+        done = subprocess.run([helper, "-o", options, "--", target], pass_fds=[theirs.fileno()], text=True,
+                              env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}, capture_output=True)
+        theirs.close()
+        if done.returncode == 0:
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+            if fds:
+                os.set_inheritable(fds[0], False)
+                return fds[0]
+    said = done.stderr.strip().splitlines() or [f"{FUSERMOUNT} gave no descriptor"]
+    raise Failure(f"cannot mount on {target}: {said[-1].removeprefix(f'{FUSERMOUNT}: ')}", Cause.IO)
