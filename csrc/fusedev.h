@@ -8,12 +8,18 @@
 #ifndef VND_FUSEDEV_H
 #define VND_FUSEDEV_H
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 
-#include "fuse_session.h"
+#include "fuse_ops.h"
 
 #define FUSEDEV_THREADS_MAX 64
+/* The kernel wants room for its largest request: headers and max_write, 8192 at least. Untouched pages cost nothing. */
+#define FUSEDEV_IN_BYTES (FUSE_REPLY_MAX + 65536u)
+#define FUSEDEV_OUT_BYTES (FUSE_REPLY_MAX + (uint32_t)sizeof(struct fuse_out_header))
+/* Ends a blocked read. A real-time signal that nobody else has a use for. */
+#define FUSEDEV_SIGNAL_LEAVE (SIGRTMIN + 3)
 
 struct fusedev_worker;
 
@@ -66,5 +72,11 @@ struct vnd_fusedev {
     _Atomic int sleeping;
     _Atomic int wakers;             /* threads inside the wake call */
 };
+
+/* fusedev_req.c: the threads' loops; arg: a struct fusedev_worker. */
+void *fusedev_reader_main(void *arg);
+void *fusedev_finisher_main(void *arg);
+/* An eventfd that is full is readable all the same. */
+void fusedev_raise(int fd);
 
 #endif

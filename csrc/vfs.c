@@ -491,3 +491,27 @@ void vnd_vfs_free(vnd_vfs *v)
     pthread_mutex_destroy(&v->workers_lock);
     free(v);
 }
+
+uint32_t vnd_vfs_next_serial(vnd_vfs *v)
+{
+    uint32_t serial;
+
+    pthread_mutex_lock(&v->lock);
+    serial = v->next_serial;
+    pthread_mutex_unlock(&v->lock);
+    return serial;
+}
+
+int vnd_vfs_set_next_serial(vnd_vfs *v, uint32_t serial)
+{
+    int rc = 0;
+
+    pthread_mutex_lock(&v->lock);
+    if (serial < v->next_serial || serial > UINT16_MAX) {
+        rc = -EINVAL;
+    } else {
+        v->next_serial = serial;
+    }
+    pthread_mutex_unlock(&v->lock);
+    return rc;
+}

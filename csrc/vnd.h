@@ -222,6 +222,10 @@ vnd_vfs *vnd_vfs_new(vnd_engine *e, int session_kind);
 void vnd_vfs_free(vnd_vfs *v);    /* unmounts all; no device may use it */
 /* path is absolute; missing parents appear as pseudo directories. -EEXIST if mounted there already. */
 int vnd_vfs_mount_rafs(vnd_vfs *v, const char *path, vnd_rafs *r);
+/* The number that the next mount gets; inode numbers hold it. A successor that takes a live session over sets it before
+ * each of its mounts (1 to 65535; only upwards) so that what the kernel knows stays true. 0 or -EINVAL. */
+uint32_t vnd_vfs_next_serial(vnd_vfs *v);
+int vnd_vfs_set_next_serial(vnd_vfs *v, uint32_t serial);
 /* Returns once no request is inside the file system: the caller may then free it. -ENOENT. */
 int vnd_vfs_umount(vnd_vfs *v, const char *path);
 

@@ -196,6 +196,17 @@ class Vfs:
         """Returns once no request is inside it."""
         self._check(lib.vnd_vfs_umount(self.handle, path.encode()), path)
 
+    @property
+    def next_serial(self) -> int:
+        """The number the next mount gets; inode numbers hold it."""
+        serial: int = lib.vnd_vfs_next_serial(self.handle)
+        return serial
+
+    @next_serial.setter
+    def next_serial(self, serial: int) -> None:
+        if lib.vnd_vfs_set_next_serial(self.handle, serial):
+            raise Failure(f"mount number {serial} is out of order", Cause.FORMAT)
+
     @staticmethod
     def _check(rc: int, path: str) -> None:
         if rc:

@@ -8,6 +8,7 @@ import sys
 # verb -> help line; the module is virtiofsd_nydus.cli.<verb>
 VERBS = {
     "virtiofs": "vhost-user virtio-fs daemon (nydusd's and virtiofsd's flags)",
+    "fuse": "daemon for a mount on this host (nydusd's flags)",
     "build": "make a Nydus image from a directory or a tar",
     "convert": "make a Nydus image from an OCI image",
     "check": "verify structure, bounds and chunk digests of an image",
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if words[0].split("=", 1)[0] in VIRTIOFS_FLAGS:
         words.insert(0, "virtiofs")
+    elif words[0].startswith("-"):
+        words.insert(0, "fuse")     # nydusd's calling convention
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         print(f"virtiofsd-nydus: no verb {verb!r}; see virtiofsd-nydus --help", file=sys.stderr)

@@ -20,6 +20,17 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
     where.add_argument("--sock", metavar="PATH", help="listen for the VMM on this unix socket")
     where.add_argument("--socket-path", metavar="PATH", help="the same, as virtiofsd calls it")
     where.add_argument("--fd", type=int, metavar="N", help="use an inherited socket, listening or connected")
+    add_daemon_arguments(parser)
+    tolerated = parser.add_argument_group("accepted for compatibility, without effect")
+    tolerated.add_argument("--hybrid-mode", action="store_true")
+    tolerated.add_argument("--log-rotation-size", type=int, default=0)
+    tolerated.add_argument("--thread-num", "--fuse-threads", type=int)
+    tolerated.add_argument("--tag")
+    tolerated.add_argument("--print-capabilities", action="store_true", help="print what a VMM manager asks, exit 0")
+
+
+def add_daemon_arguments(parser: "argparse.ArgumentParser") -> None:
+    """What both daemons take, for guests and for host mounts."""
     image = parser.add_argument_group("image")
     image.add_argument("-B", "--bootstrap", metavar="FILE", help="RAFS metadata to mount; none: mount by the API")
     image.add_argument("-C", "--config", metavar="FILE", help="nydusd configuration, v1 JSON, v2 JSON or TOML")
@@ -39,12 +50,6 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
                         help="a guest read that cannot be had in time ends in EIO after this (default 30000)")
     daemon.add_argument("--allow-unverified", action="store_true",
                         help="serve images that carry no chunk digests: their bytes cannot be checked")
-    tolerated = parser.add_argument_group("accepted for compatibility, without effect")
-    tolerated.add_argument("--hybrid-mode", action="store_true")
-    tolerated.add_argument("--log-rotation-size", type=int, default=0)
-    tolerated.add_argument("--thread-num", "--fuse-threads", type=int)
-    tolerated.add_argument("--tag")
-    tolerated.add_argument("--print-capabilities", action="store_true", help="print what a VMM manager asks, exit 0")
 
 
 def raise_nofile(wanted: int) -> str | None:

@@ -187,7 +187,25 @@ def put_daemon(service: "Service", query: "dict[str, str]", body: bytes) -> obje
 
 def put_exit(service: "Service", query: "dict[str, str]", body: bytes) -> object:
     _no_body(body)
-    service.request_exit()
+    service.exit_by_api()
+    return None
+
+
+def put_start(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    service.start_by_api()
+    return None
+
+
+def put_sendfd(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    service.send_fd()
+    return None
+
+
+def put_takeover(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    service.take_over()
     return None
 
 
@@ -277,6 +295,9 @@ ROUTES: "dict[str, dict[str, Callable[[Service, dict[str, str], bytes], object]]
     "/api/v1/daemon": {"GET": get_daemon, "PUT": put_daemon},
     "/api/v2/daemon": {"GET": get_daemon, "PUT": put_daemon},
     "/api/v1/daemon/exit": {"PUT": put_exit},
+    "/api/v1/daemon/start": {"PUT": put_start},
+    "/api/v1/daemon/fuse/sendfd": {"PUT": put_sendfd},
+    "/api/v1/daemon/fuse/takeover": {"PUT": put_takeover},
     "/api/v1/mount": {"POST": post_mount, "DELETE": delete_mount},
     "/api/v1/config": {"GET": get_config, "PUT": put_config},
     "/api/v1/metrics": {"GET": get_fs_metrics},

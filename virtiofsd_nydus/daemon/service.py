@@ -37,12 +37,12 @@ class Mount:
     """One image in the mount table."""
 
     __slots__ = ("backend", "changed", "complete_at", "config", "image", "mounted_at", "path", "prefetch_limit",
-                 "source", "store")
+                 "serial", "source", "store")
 
-    def __init__(self, path: str, source: str, image: Rafs, store: Store, config: ImageConfig,
-                 backend: "Backend") -> None:
+    def __init__(self, path: str, source: str, image: Rafs, store: Store, config: ImageConfig, backend: "Backend",
+                 serial: int) -> None:
         self.path, self.source, self.image, self.store = path, source, image, store
-        self.config, self.backend = config, backend
+        self.config, self.backend, self.serial = config, backend, serial
         self.mounted_at = time.time()
         self.changed: set[str] = set()      # keys that a hot change gave
         self.complete_at = 0.0      # when all chunks were first seen to be here
@@ -90,23 +90,49 @@ class Service:
         if self._api:
             self._api.start()
         self.log.say(logs.INFO, "running", socket=sock or f"fd {fd}", version=__version__)
+        self._start_late()
+
+    def _start_late(self) -> None:
         self._log_thread = threading.Thread(target=self._after_start, name="log", daemon=True)
         self._log_thread.start()
 
-    def wait(self) -> None:
-        """Until SIGTERM, SIGINT or an exit request. Main thread only."""
+    def catch_signals(self) -> None:
+        """From here on SIGTERM and SIGINT end wait(), also one that comes before it. Main thread only."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._exit.set())
+
+    def wait(self) -> None:
+        """Until SIGTERM, SIGINT or an exit request. Main thread only."""
+        self.catch_signals()
         self._exit.wait()
 
     def request_exit(self) -> None:
         self._exit.set()
+
+    def exit_by_api(self) -> None:
+        """PUT exit: ends the process; host mounts stay."""
+        self.request_exit()
+
+    # What only a host mount has (daemon/host.py)
+
+    def start_by_api(self) -> None:
+        raise ApiError(400, "UnexpectedEvent(Start)")
+
+    def send_fd(self) -> None:
+        raise ApiError(501, "Unsupported")
+
+    def take_over(self) -> None:
+        raise ApiError(501, "Unsupported")
+
+    def _close_host(self) -> None:
+        pass
 
     def stop(self) -> None:
         """Ends everything in the order that leaves no pointer behind: queues, jobs, mounts, engine."""
         was_running, self.state = self.state == "RUNNING", "STOPPED"
         if self._api:
             self._api.close()
+        self._close_host()
         if self._vhost:
             self._vhost.close()
         self.engine.shutdown()
@@ -152,7 +178,8 @@ class Service:
         with self._lock:
             self._mount(path, source, config)
 
-    def _mount(self, path: str, source: str, config: ImageConfig) -> None:
+    def _mount(self, path: str, source: str, config: ImageConfig, serial: int = 0) -> None:
+        """serial: the number it had in a process that this one goes on for."""
         from virtiofsd_nydus.storage.factory import create_backend
 
         if not path.startswith("/"):
@@ -174,7 +201,9 @@ class Service:
         except Failure:
             store.close()
             raise
-        mount = Mount(path, source, image, store, config, backend)
+        if serial:
+            self._vfs.next_serial = serial
+        mount = Mount(path, source, image, store, config, backend, self._vfs.next_serial)
         for blob in image.blobs():
             self.pump.add_backend(blob.key, backend, mount.prefetch_limit)
         try:

@@ -50,8 +50,7 @@ class HostFuse:
     def adopt(self, fd: int) -> None:
         """Goes on with a mount that another process made; the descriptor becomes ours."""
         self.fd, self._mounted = fd, True
-        self.mountpoint = os.path.realpath(os.path.dirname(self.mountpoint)) + "/" + os.path.basename(  # noqa: PTH120
-            self.mountpoint)  # noqa: PTH119
+        self.mountpoint = mounts.resolve_mountpoint(self.mountpoint)
 
     def serve(self, engine: Engine, vfs: Vfs, *, on_end: "Callable[[], None]", resumed: bool = False) -> None:
         """Starts the threads and, for a new mount, returns once the kernel has it. on_end: called from a thread when

@@ -41,11 +41,15 @@ def find_mount(path: str) -> MountEntry | None:
     return found
 
 
+def resolve_mountpoint(path: str) -> str:
+    """The real path, of a dead mount too: its own directory cannot be looked at."""
+    parent, name = os.path.split(os.path.abspath(path))  # noqa: PTH100
+    return f"{os.path.realpath(parent).rstrip('/')}/{name}" if is_dead(path) else os.path.realpath(path)
+
+
 def check_mountpoint(path: str) -> str:
     """The real path of a directory that nothing is mounted on. Raises Failure with what to do."""
-    # Without following the last component a dead mount can still be named
-    real = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))),  # noqa: PTH100, PTH118, PTH120
-                        os.path.basename(os.path.abspath(path)))  # noqa: PTH100, PTH119
+    real = resolve_mountpoint(path)
     there = find_mount(real)
     if there and is_dead(real):
         raise Failure(f"{path} still holds the mount of a daemon that is gone: run umount -l {path}, then try again",

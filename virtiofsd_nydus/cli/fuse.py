@@ -1,0 +1,66 @@
+"""`fuse`: the daemon for a mount on this host. Takes nydusd's flags; without a verb they mean this one.
+
+Only what must be known before the mount is there is imported here.
+"""
+
+from virtiofsd_nydus.cli.virtiofs import add_daemon_arguments, raise_nofile
+from virtiofsd_nydus.errors import Failure, UsageFailure
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+
+def add_arguments(parser: "argparse.ArgumentParser") -> None:
+    mount = parser.add_argument_group("mount")
+    mount.add_argument("-M", "--mountpoint", metavar="DIR", required=True, help="an existing directory of this host")
+    mount.add_argument("--fuse-threads", "--thread-num", type=int, default=4, metavar="N", help="default 4")
+    mount.add_argument("--writable", action="store_true", help="mount read-write; the image itself stays read-only")
+    mount.add_argument("--sock", metavar="PATH", help="serve guests on this unix socket too, as `virtiofs` does")
+    mount.add_argument("--failover-policy", default="resend", choices=["none", "resend", "flush"],
+                       help="what becomes of requests that a dead predecessor left unanswered (default resend)")
+    mount.add_argument("--upgrade", action="store_true", help="wait in INIT until PUT fuse/takeover")
+    add_daemon_arguments(parser)
+    tolerated = parser.add_argument_group("accepted for compatibility, without effect")
+    tolerated.add_argument("--log-rotation-size", type=int, default=0)
+    tolerated.add_argument("--prefetch-files", metavar="FILE")
+
+
+def run(args: "argparse.Namespace") -> int:
+    if args.shared_dir:
+        raise UsageFailure("--shared-dir: passthrough on the host is not supported; use a bind mount")
+    if args.bootstrap and bool(args.config) == bool(args.localfs_dir):
+        raise UsageFailure("--bootstrap needs either --config or --localfs-dir")
+    if bool(args.id) != bool(args.supervisor):
+        raise UsageFailure("--id and --supervisor go together")
+
+    from virtiofsd_nydus.daemon import config as configs
+    from virtiofsd_nydus.daemon import log as logs
+    from virtiofsd_nydus.daemon.host import HostService
+    from virtiofsd_nydus.fuse.host import HostFuse
+
+    config = None
+    if args.localfs_dir:
+        config = configs.localfs_config(args.localfs_dir)
+    elif args.config:
+        config = configs.load_config(args.config)
+    fuse = HostFuse(args.mountpoint, threads=args.fuse_threads, failover_policy=args.failover_policy,
+                    writable=args.writable, supervised=args.supervisor is not None)
+    try:
+        log = logs.Log(args.log_level, args.log_file, args.log_format)
+    except OSError as error:
+        raise Failure(f"cannot write log file {args.log_file}: {error.strerror}") from error
+    clamped = raise_nofile(args.rlimit_nofile)
+    if clamped:
+        log.say(logs.WARNING, clamped)
+    service = HostService(log, fuse, instance_id=args.id, supervisor=args.supervisor,
+                          read_deadline_ms=args.read_deadline_ms, allow_unverified=args.allow_unverified)
+    try:
+        service.start_host(apisock=args.apisock, bootstrap=args.bootstrap, config=config,
+                           mountpoint=args.virtual_mountpoint, upgrade=args.upgrade, sock=args.sock)
+    except Failure:
+        service.stop()
+        raise
+    service.wait()
+    service.stop()
+    return 0
