@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fusedev.host import HostDaemon, has_fuse, umount_below
-from tests.system.conftest import (  # noqa: F401: fixtures
+from tests.system.conftest import (  # noqa: F401
     Converter,
     converter,
     expected_tree,

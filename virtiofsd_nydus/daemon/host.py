@@ -88,8 +88,12 @@ class HostService(Service):
 
     def _must_take_over(self, apisock: str | None) -> bool:
         """A predecessor died and left its mount with the supervisor."""
-        return bool(apisock and self._supervisor and mounts.find_mount(mounts.resolve_mountpoint(self._fuse.mountpoint))
-                    and has_dead_server(apisock))
+        if not apisock or not self._supervisor or not has_dead_server(apisock):
+            return False
+        try:
+            return mounts.find_mount(mounts.resolve_mountpoint(self._fuse.mountpoint)) is not None
+        except OSError:
+            return False
 
     def _mount_is_gone(self) -> None:
         self.log.say(logs.WARNING if self.state == "RUNNING" else logs.INFO,

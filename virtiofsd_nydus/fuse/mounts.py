@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 
 from virtiofsd_nydus._engine import lib
 from virtiofsd_nydus.errors import Cause, Failure
@@ -12,6 +13,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOATIME = 1, 2, 4, 1024
 MNT_DETACH = 2
 MAX_READ_BYTES = 1 << 20
 FUSERMOUNT = "fusermount3"
+ANSWER_S = 2.0
 
 
 class MountEntry:
@@ -42,38 +44,47 @@ def find_mount(path: str) -> MountEntry | None:
 
 
 def resolve_mountpoint(path: str) -> str:
-    """The real path, of a dead mount too: its own directory cannot be looked at."""
-    parent, name = os.path.split(os.path.abspath(path))  # noqa: PTH100
-    return f"{os.path.realpath(parent).rstrip('/')}/{name}" if is_dead(path) else os.path.realpath(path)
+    """The real path, without asking the file system that may be mounted there: its server may be gone. Raises
+    OSError."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
+    finally:
+        os.close(fd)
 
 
 def check_mountpoint(path: str) -> str:
     """The real path of a directory that nothing is mounted on. Raises Failure with what to do."""
-    real = resolve_mountpoint(path)
-    there = find_mount(real)
-    if there and is_dead(real):
-        raise Failure(f"{path} still holds the mount of a daemon that is gone: run umount -l {path}, then try again",
-                      Cause.IO)
     try:
-        real = os.path.realpath(path, strict=True)
+        real = resolve_mountpoint(path)
     except OSError as error:
         raise Failure(f"no mountpoint {path}: {error.strerror}; make the directory first", Cause.MISSING) from None
-    if not os.path.isdir(real):  # noqa: PTH112
-        raise Failure(f"mountpoint {path} is not a directory", Cause.IO)
     there = find_mount(real)
+    if there and there.fstype == FSTYPE and is_dead(real):
+        raise Failure(f"{path} still holds the mount of a daemon that is gone: run umount -l {path}, then try again",
+                      Cause.IO)
     if there:
         raise Failure(f"mountpoint {path} is busy: {there.source} ({there.fstype}) is mounted there; umount it or "
                       "choose another", Cause.IO)
+    if not os.path.isdir(real):  # noqa: PTH112
+        raise Failure(f"mountpoint {path} is not a directory", Cause.IO)
     return real
 
 
 def is_dead(path: str) -> bool:
-    """A FUSE mount whose server has gone for good."""
-    try:
-        os.lstat(path)
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
+    """A FUSE mount whose connection is over. One that a supervisor holds only does not answer."""
+    outcome: list[int] = []
+
+    def ask() -> None:
+        try:
+            os.statvfs(path)        # attributes would come from the kernel's memory
+        except OSError as error:
+            outcome.append(error.errno or 0)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ANSWER_S)
+    return bool(outcome) and outcome[0] in (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 def mount(source: str, target: str, fstype: str, flags: int, options: str) -> None:
