@@ -16,6 +16,7 @@
 /* A context ends once it takes in or gives out this much: a reader fetches and decodes all of one at a time. */
 #define ZRAN_IN_BYTES (512u << 10)
 #define ZRAN_OUT_BYTES (2u << 20)
+#define ZRAN_DICT_MAX (1u << 30)    /* windows of 64 GiB of layer: a bomb, or no layer for this */
 #define ZRAN_OUT_MAX (16u << 20)    /* readers refuse more */
 
 struct zran_boundary {
@@ -172,6 +173,9 @@ static int start_context(vnd_zran *z)
     const struct zran_boundary *b = &z->last;
     struct zran_context *c;
 
+    if (z->dict_len + b->window_len > ZRAN_DICT_MAX || z->count >= INT_MAX) {
+        return -E2BIG;
+    }
     if (grow((void **)&z->contexts, &z->cap, z->count + 1, sizeof(*z->contexts)) ||
         grow((void **)&z->dict, &z->dict_cap, z->dict_len + b->window_len, 1)) {
         return -ENOMEM;
@@ -202,11 +206,12 @@ int64_t vnd_zran_begin_chunk(vnd_zran *z, uint64_t *in_off, uint64_t *slice)
     if (!z->known) {
         return -EINVAL;
     }
-    if (is_due(z) && start_context(z)) {
-        return -ENOMEM;
-    }
-    if (z->count > INT_MAX) {
-        return -E2BIG;
+    if (is_due(z)) {
+        int rc = start_context(z);
+
+        if (rc) {
+            return rc;
+        }
     }
     *in_off = z->in;
     *slice = z->out - z->contexts[z->count - 1].out_off;

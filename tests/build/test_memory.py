@@ -1,0 +1,50 @@
+"""Memory stays flat whatever the bytes of a layer, and bounded by its names."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+LIMIT_MIB = 300
+BUILD = """
+import json, os, resource, sys, tarfile, threading
+from virtiofsd_nydus.build.image import BuildOptions, build_layer, merge_layers
+
+def feed(fd, files, size):
+    noise = os.urandom(1 << 20)
+    class Body:
+        def __init__(self): self.turn = 0
+        def read(self, count):
+            self.turn += 1
+            return (b"%016d" % self.turn + noise)[:count]
+    with os.fdopen(fd, "wb") as out, tarfile.open(fileobj=out, mode="w|") as tar:
+        for number in range(files):
+            entry = tarfile.TarInfo(f"d{number // 1000}/file-{number}")
+            entry.size = size
+            tar.addfile(entry, Body())
+
+read_end, write_end = os.pipe()
+files, size, options = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+threading.Thread(target=feed, args=(write_end, files, size), daemon=True).start()
+with os.fdopen(read_end, "rb") as source, open("/dev/null", "wb", buffering=0) as out:
+    options = BuildOptions(**options)
+    layer = build_layer(source, options=options, out_blob=out, kind="tar", label="layer")
+    merged = merge_layers([layer], options=options, keep_trees=False)
+print(json.dumps({"bytes": layer.stats.file_bytes, "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+"""
+
+
+@pytest.mark.parametrize(("files", "size", "options"), [
+    (2, 180 << 20, {"compressor": "none"}), (2, 180 << 20, {"compressor": "lz4_block", "chunk_size": 16 << 20}),
+    (60_000, 9, {"batch_size": 65536}),
+], ids=["large", "large chunks", "many"])  # fmt: skip
+def test_memory_is_bounded(files: int, size: int, options: dict[str, object]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, str(files), str(size), json.dumps(options)], capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["bytes"] == files * size
+    assert told["peak_kib"] < LIMIT_MIB << 10

@@ -1,0 +1,209 @@
+/* What writers of images ask of C: CRC-32C, AES-128-XTS, and the index of a gzip stream. */
+#include "check.h"
+#include "vnd.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <zlib.h>
+
+#define CHUNK 65536u
+#define PLAIN_BYTES (5u << 20)
+
+static uint32_t seed = 7;
+
+static uint32_t next_random(void)
+{
+    seed = seed * 1664525u + 1013904223u;
+    return seed >> 8;
+}
+
+static void test_crc32c(void)
+{
+    uint8_t data[64];
+
+    CHECK(vnd_crc32c((const uint8_t *)"123456789", 9) == 0xE3069283u);
+    CHECK(vnd_crc32c(data, 0) == 0);
+    memset(data, 0, 32);
+    CHECK(vnd_crc32c(data, 32) == 0x8A9136AAu);     /* RFC 3720, B.4 */
+    memset(data, 0xFF, 32);
+    CHECK(vnd_crc32c(data, 32) == 0x62A8AB43u);
+    for (int i = 0; i < 32; i++) {
+        data[i] = (uint8_t)i;
+    }
+    CHECK(vnd_crc32c(data, 32) == 0x46DD794Eu);
+}
+
+static void test_xts(void)
+{
+    /* IEEE 1619 vector 2: key 0x11.., tweak key 0x22.., unit 0x3333333333, 32 bytes of 0x44. */
+    static const uint8_t want[32] = {
+        0xc4, 0x54, 0x18, 0x5e, 0x6a, 0x16, 0x93, 0x6e, 0x39, 0x33, 0x40, 0x38, 0xac, 0xef, 0x83, 0x8b,
+        0xfb, 0x18, 0x6f, 0xff, 0x74, 0x80, 0xad, 0xc4, 0x28, 0x93, 0x82, 0xec, 0xd6, 0xd3, 0x94, 0xf0,
+    };
+    uint8_t key[32], iv[16] = { 0x33, 0x33, 0x33, 0x33, 0x33 }, in[32], out[32];
+
+    memset(key, 0x11, 16);
+    memset(key + 16, 0x22, 16);
+    memset(in, 0x44, sizeof(in));
+    CHECK(vnd_xts_encrypt(key, iv, in, sizeof(in), out) == 0);
+    CHECK(memcmp(out, want, sizeof(want)) == 0);
+    CHECK(vnd_xts_encrypt(key, iv, in, 15, out) == -EINVAL);
+    CHECK(vnd_xts_encrypt(key, iv, in, 17, out) == 0);
+}
+
+static uint8_t *make_plain(void)
+{
+    uint8_t *plain = malloc(PLAIN_BYTES);
+
+    for (uint32_t i = 0; i < PLAIN_BYTES; i++) {
+        /* text-like, with a stretch that cannot be compressed: blocks of every kind */
+        plain[i] = (uint8_t)(i / CHUNK % 8 == 3 ? next_random() :
+                             (uint32_t)"etaoin shrdlu"[next_random() % 13]);
+    }
+    return plain;
+}
+
+static size_t pack(const uint8_t *plain, size_t len, uint8_t *out, size_t room)
+{
+    z_stream z = { 0 };
+    size_t size;
+
+    CHECK(deflateInit2(&z, 6, Z_DEFLATED, 31, 8, Z_DEFAULT_STRATEGY) == Z_OK);
+    z.next_in = (uint8_t *)(uintptr_t)plain;
+    z.avail_in = (uInt)len;
+    z.next_out = out;
+    z.avail_out = (uInt)room;
+    CHECK(deflate(&z, Z_FINISH) == Z_STREAM_END);
+    size = room - z.avail_out;
+    deflateEnd(&z);
+    return size;
+}
+
+/* Reads len bytes in order; 0 or the error. Gives the decoder its input in pieces. */
+static int64_t read_all(vnd_zran *z, const uint8_t *gz, size_t gz_len, size_t *at, uint8_t *out, size_t len)
+{
+    size_t have = 0, used, piece;
+    int64_t got;
+
+    while (have < len) {
+        if (*at == gz_len) {
+            return -ENODATA;
+        }
+        piece = gz_len - *at < 10007 ? gz_len - *at : 10007;
+        got = vnd_zran_read(z, gz + *at, piece, &used, out + have, len - have);
+        if (got < 0) {
+            return got;
+        }
+        *at += used;
+        have += (size_t)got;
+    }
+    return 0;
+}
+
+static uint64_t get_le(const uint8_t *at, int bytes)
+{
+    uint64_t value = 0;
+
+    while (bytes--) {
+        value = value << 8 | at[bytes];
+    }
+    return value;
+}
+
+static void check_context(const uint8_t *c, const uint8_t *dict, const uint8_t *gz, const uint8_t *plain)
+{
+    uint64_t in_off = get_le(c, 8), out_off = get_le(c + 8, 8);
+    uint32_t in_len = (uint32_t)get_le(c + 24, 4), out_len = (uint32_t)get_le(c + 28, 4);
+    uint32_t dict_len = (uint32_t)get_le(c + 32, 4);
+    uint8_t *out = malloc(out_len);
+    z_stream z = { 0 };
+
+    CHECK(inflateInit2(&z, -15) == Z_OK);
+    if (c[37]) {
+        CHECK(inflatePrime(&z, c[37], c[36] >> (8 - c[37])) == Z_OK);
+    }
+    if (dict_len) {
+        CHECK(inflateSetDictionary(&z, dict + get_le(c + 16, 8), dict_len) == Z_OK);
+    }
+    z.next_in = (uint8_t *)(uintptr_t)(gz + in_off);
+    z.avail_in = in_len;
+    z.next_out = out;
+    z.avail_out = out_len;
+    inflate(&z, Z_SYNC_FLUSH);
+    CHECK(z.avail_out == 0);
+    CHECK(memcmp(out, plain + out_off, out_len) == 0);
+    inflateEnd(&z);
+    free(out);
+}
+
+static void test_index(void)
+{
+    uint8_t *plain = make_plain(), *gz = malloc(PLAIN_BYTES + 4096), *out = malloc(CHUNK), *table;
+    size_t gz_len = pack(plain, PLAIN_BYTES, gz, PLAIN_BYTES + 4096), at = 0;
+    vnd_zran *z = vnd_zran_new(CHUNK);
+    uint64_t in_off, slice, need;
+    uint32_t count;
+
+    CHECK(vnd_zran_begin_chunk(z, &in_off, &slice) == -EINVAL);     /* nothing read: no boundary yet */
+    CHECK(vnd_zran_end_chunk(z, &in_off) == -EINVAL);
+    CHECK(read_all(z, gz, gz_len, &at, out, 512) == 0);
+    for (uint32_t pos = 512; pos + CHUNK <= PLAIN_BYTES; pos += CHUNK) {
+        CHECK(vnd_zran_begin_chunk(z, &in_off, &slice) >= 0);
+        CHECK(read_all(z, gz, gz_len, &at, out, CHUNK) == 0);
+        CHECK(memcmp(out, plain + pos, CHUNK) == 0);
+        CHECK(vnd_zran_end_chunk(z, &in_off) == 0 && in_off <= gz_len);
+    }
+    need = vnd_zran_table(z, NULL, 0, &count);
+    CHECK(count > 3 && need >= 40ull * count);
+    table = malloc(need);
+    CHECK(vnd_zran_table(z, table, need, &count) == need);
+    for (uint32_t i = 0; i < count; i++) {
+        check_context(table + 40 * i, table + 40 * count, gz, plain);
+    }
+    vnd_zran_free(z);
+    free(table);
+    free(out);
+    free(gz);
+    free(plain);
+}
+
+/* Damage anywhere ends in an error or in other bytes, never in worse. */
+static void test_damage(void)
+{
+    uint32_t len = 200000;
+    uint8_t *plain = make_plain(), *gz = malloc(len + 4096), *out = malloc(len);
+    size_t gz_len = pack(plain, len, gz, len + 4096);
+
+    for (int round = 0; round < 200; round++) {
+        size_t hit = next_random() % gz_len, at = 0;
+        uint8_t old = gz[hit];
+        vnd_zran *z = vnd_zran_new(4096);
+        uint64_t in_off, slice;
+
+        gz[hit] ^= (uint8_t)(1 + next_random() % 255);
+        for (size_t pos = 0; pos < len; pos += 4096) {
+            vnd_zran_begin_chunk(z, &in_off, &slice);
+            if (read_all(z, gz, gz_len, &at, out, 4096)) {
+                break;
+            }
+            vnd_zran_end_chunk(z, &in_off);
+        }
+        gz[hit] = old;
+        vnd_zran_free(z);
+    }
+    free(out);
+    free(gz);
+    free(plain);
+}
+
+int main(void)
+{
+    test_crc32c();
+    test_xts();
+    test_index();
+    test_damage();
+    printf("writer: ok\n");
+    return 0;
+}
