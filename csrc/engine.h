@@ -14,6 +14,7 @@
 struct engine_counters {
     _Atomic uint64_t fuse_requests, fuse_errors, read_bytes, hits, parked, expired, pool_reads, fetch_jobs,
         fetched_bytes, fetched_chunks, verified_chunks, digest_failures, prefetch_bytes, ring_errors;
+    _Atomic uint64_t fop_hits[VND_FOPS], fop_errors[VND_FOPS], read_sizes[VND_READ_SIZES];  /* vnd_fop_stats */
     struct engine_counters *next;   /* list of registered blocks */
     _Atomic int64_t oldest_park_us; /* monotonic time of the oldest parked request of this thread, 0 = none */
 };

@@ -23,6 +23,7 @@ struct fuse_call {
     struct fuse_worker *w;
     struct req *r;
     struct vfs_node node;           /* of in.nodeid, when the operation asks for it */
+    bool failed;                    /* answered with an error that counts as one */
 };
 
 typedef enum req_verdict (*fuse_op_fn)(struct fuse_call *c);

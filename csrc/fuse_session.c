@@ -35,6 +35,7 @@ enum req_verdict fuse_reply_error(struct fuse_call *c, int error)
 
     if (error != ENOENT && error != ENODATA && error != ENOSYS) {
         fuse_count(&c->w->counters.fuse_errors, 1);
+        c->failed = true;
     }
     if (c->r->out_cap < FUSE_HDR) {
         c->r->out_len = 0;
@@ -308,6 +309,37 @@ static enum req_verdict serve_call(struct fuse_call *c)
     return op->fn(c);
 }
 
+/* Number of an operation among those of vnd_fop_stats, plus one; 0 for others. */
+static const uint8_t fop_numbers[FUSE_OP_MAX] = {
+    [FUSE_OP_GETATTR] = 1, [FUSE_OP_READLINK] = 2, [FUSE_OP_OPEN] = 3, [FUSE_OP_RELEASE] = 4, [FUSE_OP_READ] = 5,
+    [FUSE_OP_STATFS] = 6, [FUSE_OP_GETXATTR] = 7, [FUSE_OP_LISTXATTR] = 8, [FUSE_OP_OPENDIR] = 9,
+    [FUSE_OP_LOOKUP] = 10, [FUSE_OP_READDIR] = 11, [FUSE_OP_READDIRPLUS] = 12, [FUSE_OP_ACCESS] = 13,
+    [FUSE_OP_FORGET] = 14, [FUSE_OP_BATCH_FORGET] = 15,
+};
+
+static void count_op(struct fuse_call *c, enum req_verdict verdict)
+{
+    static const uint32_t kib_bounds[VND_READ_SIZES - 1] = { 1, 4, 16, 64, 128, 512, 1024 };
+    struct engine_counters *counters = &c->w->counters;
+    uint32_t opcode = c->r->in.opcode, bytes = c->r->out_len;
+    int fop = opcode < FUSE_OP_MAX ? fop_numbers[opcode] : 0, size = 0;
+
+    /* Forgets have no reply; of the rest what gets none was not answered (it waits, or its guest is gone). */
+    if (!fop || verdict == REQ_PARKED ||
+        (verdict == REQ_NOREPLY && opcode != FUSE_OP_FORGET && opcode != FUSE_OP_BATCH_FORGET)) {
+        return;
+    }
+    fuse_count(c->failed ? &counters->fop_errors[fop - 1] : &counters->fop_hits[fop - 1], 1);
+    if (opcode != FUSE_OP_READ || c->failed || bytes < FUSE_HDR) {
+        return;
+    }
+    bytes -= FUSE_HDR;
+    while (size < VND_READ_SIZES - 1 && bytes > kib_bounds[size] * 1024) {
+        size++;
+    }
+    fuse_count(&counters->read_sizes[size], 1);
+}
+
 enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *w, struct req *r)
 {
     struct fuse_call c = { .s = s, .w = w, .r = r };
@@ -315,6 +347,7 @@ enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *
 
     vfs_enter(w);
     verdict = serve_call(&c);
+    count_op(&c, verdict);
     vfs_leave(w);
     return verdict;
 }
@@ -322,11 +355,14 @@ enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *
 enum req_verdict fuse_session_fail(struct fuse_session *s, struct fuse_worker *w, struct req *r, int error)
 {
     struct fuse_call c = { .s = s, .w = w, .r = r };
+    enum req_verdict verdict;
 
     if (r->session_gen != fuse_session_gen(s)) {
         return op_none(&c);
     }
-    return fuse_reply_error(&c, error);
+    verdict = fuse_reply_error(&c, error);
+    count_op(&c, verdict);
+    return verdict;
 }
 
 void fuse_session_reset(struct fuse_session *s)

@@ -81,6 +81,18 @@ typedef struct {                  /* monotonic counters since engine start, all 
 } vnd_stats;
 void vnd_engine_stats(vnd_engine *e, vnd_stats *out);
 
+/* File operations counted, in nydusd's order: getattr readlink open release read statfs getxattr listxattr opendir
+ * lookup readdir readdirplus access forget batch_forget. Replies to READ by size: up to 1K 4K 16K 64K 128K 512K 1M,
+ * more. */
+#define VND_FOPS 15
+#define VND_READ_SIZES 8
+typedef struct {
+    uint64_t hits[VND_FOPS];      /* answered, be it with ENOENT, ENODATA or ENOSYS */
+    uint64_t errors[VND_FOPS];    /* answered with another error */
+    uint64_t read_sizes[VND_READ_SIZES];
+} vnd_fop_stats;
+void vnd_engine_fop_stats(vnd_engine *e, vnd_fop_stats *out);
+
 /* ---------------------------------------------------------------- store: one cache directory */
 typedef struct vnd_store vnd_store;
 typedef struct vnd_blob vnd_blob;

@@ -78,6 +78,12 @@ class Engine:
         lib.vnd_engine_stats(self.handle, out)
         return {name: getattr(out, name) for name in _STATS}
 
+    def fop_stats(self) -> dict[str, list[int]]:
+        """File operations since start: hits and errors by nydusd's numbers, read_sizes by nydusd's buckets."""
+        out = ffi.new("vnd_fop_stats *")
+        lib.vnd_engine_fop_stats(self.handle, out)
+        return {"hits": list(out.hits), "errors": list(out.errors), "read_sizes": list(out.read_sizes)}
+
     def shutdown(self) -> None:
         """Ends the waits of the fetch and log threads; free devices first. Idempotent."""
         lib.vnd_engine_shutdown(self.handle)

@@ -134,8 +134,11 @@ def test_keys_and_meaning(image: Image, daemon: Callable[..., Daemon]) -> None:
     assert found["files_account_enabled"] is True and found["id"] == "/"
     assert [len(found[key]) for key in ("fop_hits", "fop_errors", "block_count_read", "read_latency_dist")] == [
         15, 15, 8, 8]
-    # A resumed read is counted when it goes on: 2 reads of the file at least
-    assert found["data_read"] >= 2 * len(image.files[name])
+    assert found["data_read"] == 2 * len(image.files[name])
+    reads = -(-len(image.files[name]) // 131072)    # the fake guest asks for 128 KiB at a time
+    assert found["fop_hits"][4] == sum(found["block_count_read"]) >= 2 * reads
+    assert found["block_count_read"][4] >= 2 * (reads - 1)
+    assert found["fop_hits"][9] == 2 and found["fop_errors"] == [0] * 15     # one lookup a read
     status, found = one.call("/api/v1/metrics/backend?id=/")
     assert status == 200 and set(found) == BACKEND_KEYS
     assert found["backend_type"] == "registry" and found["read_errors"] == 0
@@ -202,6 +205,7 @@ def test_prometheus(image: Image, daemon: Callable[..., Daemon]) -> None:
     assert found["virtiofsd_nydus_needed_bytes_total"] >= len(image.files["file-11"])
     assert 0 < found["virtiofsd_nydus_fetched_bytes_total"] <= image.blob.stat().st_size
     assert found["virtiofsd_nydus_reads_waited_total"] >= 1
+    assert found['virtiofsd_nydus_file_operations_total{operation="lookup"}'] == 1
     assert found["virtiofsd_nydus_oldest_wait_seconds"] == 0
     assert found["virtiofsd_nydus_wasted_bytes_total"] == 0
     assert found[f"virtiofsd_nydus_backend_healthy{where}"] == 1
@@ -227,6 +231,7 @@ def test_a_read_that_hangs_shows(image: Image, daemon: Callable[..., Daemon]) ->
     assert prometheus(one.call("/api/ext/v1/metrics")[1])["virtiofsd_nydus_oldest_wait_seconds"] > 0
     thread.join(20)
     assert not thread.is_alive()
+    assert one.call("/api/v1/metrics")[1]["fop_errors"][4] == 1
     found = prometheus(one.call("/api/ext/v1/metrics")[1])
     assert found['virtiofsd_nydus_backend_errors_total{mountpoint="/",backend="registry",cause="network"}'] >= 1
 

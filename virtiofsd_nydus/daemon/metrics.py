@@ -1,7 +1,7 @@
 """What the daemon tells of itself in numbers: nydusd's JSON documents, and Prometheus text of our own.
 
-Keys and units are those of nydusd-interface.md 6. The engine counts per daemon, not per mount and not per kind of
-request: those keys are there and 0 (docs/operations.md names them). Light.
+Keys and units are those of nydusd-interface.md 6. The engine counts per daemon, not per mount, and measures no
+latencies: keys for these are there and 0 (docs/operations.md names them). Light.
 """
 
 import time
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
     from virtiofsd_nydus.daemon.service import Mount
 
-FOPS = 15
-READ_FOP = 4
+FOP_NAMES = ("getattr", "readlink", "open", "release", "read", "statfs", "getxattr", "listxattr", "opendir", "lookup",
+             "readdir", "readdirplus", "access", "forget", "batch_forget")
+FOPS = len(FOP_NAMES)
+OPEN_FOP, RELEASE_FOP = 2, 3
 BUCKETS = 8
 OPCODE_READ = 15        # FUSE_READ, linux/fuse.h
 PREFIX = "virtiofsd_nydus_"
@@ -30,23 +32,19 @@ def find_mount(mounts: "dict[str, Mount]", wanted: str | None) -> "Mount | None"
     return found
 
 
-def fs_metrics(mount: "Mount", stats: dict[str, int]) -> "dict[str, Any]":
-    """/api/v1/metrics."""
-    hits = [0] * FOPS
-    errors = [0] * FOPS
-    hits[READ_FOP] = stats["hits"] + stats["parked"]
-    errors[READ_FOP] = stats["expired"]
+def fs_metrics(mount: "Mount", stats: dict[str, int], fops: dict[str, list[int]]) -> "dict[str, Any]":
+    """/api/v1/metrics. nr_opens: files open now; a session of one image answers no OPEN (kernels then send none)."""
     return {
         "files_account_enabled": mount.config.iostats_files,
         "access_pattern_enabled": mount.config.access_pattern,
         "record_latest_read_files_enabled": mount.config.latest_read_files,
         "measure_latency": False,
         "id": mount.path,
-        "nr_opens": 0,
+        "nr_opens": max(0, fops["hits"][OPEN_FOP] - fops["hits"][RELEASE_FOP]),
         "data_read": stats["read_bytes"],
-        "block_count_read": [0] * BUCKETS,
-        "fop_hits": hits,
-        "fop_errors": errors,
+        "block_count_read": fops["read_sizes"],
+        "fop_hits": fops["hits"],
+        "fop_errors": fops["errors"],
         "fop_cumulative_latency_total": [0] * FOPS,
         "read_latency_dist": [0] * BUCKETS,
     }
@@ -119,7 +117,8 @@ def received_bytes(mounts: "Iterable[Mount]") -> int:
     return sum(int(mount.backend.meter.own_metrics()["received_bytes"]) for mount in mounts)
 
 
-def prometheus_text(mounts: "Iterable[Mount]", stats: dict[str, int], wasted_bytes: int) -> str:
+def prometheus_text(mounts: "Iterable[Mount]", stats: dict[str, int], fops: dict[str, list[int]],
+                    wasted_bytes: int) -> str:
     """Text format 0.0.4."""
     mounts = list(mounts)
     lines: list[str] = []
@@ -137,6 +136,10 @@ def prometheus_text(mounts: "Iterable[Mount]", stats: dict[str, int], wasted_byt
 
     for name, kind, text, key, divisor in ENGINE_METRICS:
         add(name, kind, text, [({}, stats[key] if divisor == 1 else stats[key] / divisor)])
+    add("file_operations_total", "counter", "Requests of guests answered, by operation",
+        [({"operation": name}, count) for name, count in zip(FOP_NAMES, fops["hits"], strict=True)])
+    add("file_operation_errors_total", "counter", "Requests answered with an error, by operation",
+        [({"operation": name}, count) for name, count in zip(FOP_NAMES, fops["errors"], strict=True)])
     add("wasted_bytes_total", "counter", "Bytes that arrived and were not used: asked for twice or not wanted any more",
         [({}, wasted_bytes)])
     add("mounts", "gauge", "Images mounted", [({}, len(mounts))])

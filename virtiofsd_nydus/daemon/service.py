@@ -258,7 +258,7 @@ class Service:
             return metrics.find_mount(self._mounts, wanted)
 
     def fs_metrics(self, mount: Mount) -> "dict[str, Any]":
-        return metrics.fs_metrics(mount, self.engine.stats())
+        return metrics.fs_metrics(mount, self.engine.stats(), self.engine.fop_stats())
 
     def blobcache_metrics(self, mount: Mount) -> "dict[str, Any]":
         with self._lock:
@@ -275,7 +275,7 @@ class Service:
             received = self._received_before + metrics.received_bytes(self._mounts.values())
             # An attempt is counted when it ends, so the difference may shrink for a moment; a counter may not.
             self._wasted_bytes = max(self._wasted_bytes, received - stats["fetched_bytes"])
-            return metrics.prometheus_text(self._mounts.values(), stats, self._wasted_bytes)
+            return metrics.prometheus_text(self._mounts.values(), stats, self.engine.fop_stats(), self._wasted_bytes)
 
     def change_config(self, mount: Mount, changes: "dict[str, str]") -> None:
         """Hot change of a mount's login or proxy, from its next request on. Raises Failure for what cannot be."""
