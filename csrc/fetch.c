@@ -343,7 +343,7 @@ static int next_demand(struct fetcher *f, vnd_job *out)
             fetch_ahead(w->core, w->index, w->index + 1, 0, w->hint, false);
             made = false;
         } else {
-            made = job_build(f, slot, w->core, w->index, false, window);
+            made = job_build(f, slot, w->core, w->index, UINT32_MAX, false, window);
         }
         pthread_mutex_lock(&f->lock);
     }
@@ -385,7 +385,7 @@ static int next_prefetch(struct fetcher *f, vnd_job *out)
         p->end = p->core->info.chunk_count;
     for (int looked = 0; !made && p->at < p->end && looked < PREFETCH_SCAN; looked++) {
         if (!cachefile_ready(p->core->cache, p->at))
-            made = job_build(f, slot, p->core, p->at, true, FETCH_PREFETCH_BYTES);
+            made = job_build(f, slot, p->core, p->at, p->end, true, FETCH_PREFETCH_BYTES);
         p->at = made ? j->first + j->n : p->at + 1;
     }
     if (made)
@@ -488,6 +488,20 @@ int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag)
 void vnd_prefetch_cancel(vnd_engine *e, uint64_t tag)
 {
     drop_ranges(e->fetcher, NULL, tag);
+}
+
+int vnd_prefetch_pending(vnd_engine *e, uint64_t tag)
+{
+    struct fetcher *f = e->fetcher;
+    bool some = false;
+
+    pthread_mutex_lock(&f->lock);
+    for (const struct prefetch *p = f->prefetch; p && !some; p = p->next)
+        some = p->tag == tag;
+    for (int i = 0; i < FETCH_SLOTS && !some; i++)
+        some = f->slots[i].id && f->slots[i].prefetch && f->slots[i].tag == tag;
+    pthread_mutex_unlock(&f->lock);
+    return some;
 }
 
 void fetch_wake(struct fetcher *f)

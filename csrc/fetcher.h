@@ -109,9 +109,9 @@ void uncached_free(struct fetcher *f);
 void job_init(struct job *j);
 void job_begin(struct job *j, uint64_t id);     /* a job that was built is handed out; under fetcher->lock */
 void job_wipe(struct job *j);       /* frees its buffers */
-/* merge.c: makes slot's job out of a chunk and its neighbours. false: nothing to do for that chunk. The slot is
- * reserved by the caller. */
-bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, bool prefetch,
+/* merge.c: makes slot's job out of a chunk and its neighbours before chunk end. false: nothing to do for that chunk.
+ * The slot is reserved by the caller. */
+bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool prefetch,
                uint32_t window_bytes);
 /* fetch.c */
 void fetch_release_slot(struct fetcher *f, struct job *j);

@@ -17,6 +17,7 @@ struct build {
     struct cachefile *cache;
     bool verify, prefetch;
     uint32_t window_bytes;
+    uint32_t limit;             /* chunks from here on are not taken */
     uint32_t batch;             /* of the last taken chunk */
     uint64_t end, bridged;      /* end of the last taken chunk; bytes of the range that nobody needs */
 };
@@ -59,7 +60,7 @@ static void merge_forward(struct build *b)
     struct job *j = b->j;
     uint32_t last = j->n ? j->n - 1 : 0;
 
-    for (uint32_t rel = last + 1; rel < FETCH_JOB_CHUNKS && rel < b->t->n - j->first; rel++) {
+    for (uint32_t rel = last + 1; rel < FETCH_JOB_CHUNKS && j->first + rel < b->limit; rel++) {
         uint32_t i = j->first + rel;
         const struct blobtable_chunk *k = &b->t->chunk[i];
         bool speculative, wanted = false, force = false;
@@ -154,7 +155,7 @@ static void claim_job(struct build *b)
     }
 }
 
-bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, bool prefetch,
+bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool prefetch,
                uint32_t window_bytes)
 {
     struct job *j = &f->slots[slot];
@@ -175,6 +176,7 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
         miss_finish(c, index, 0);
     if (got != MISS_TAKEN)
         return false;
+    b.limit = end < b.t->n ? end : b.t->n;
     b.verify = !force && cachefile_doubted(b.cache, index);
     /* Another process sets T, then R: R seen after an unset T may just have been that. */
     if (b.verify && cachefile_ready(b.cache, index)) {

@@ -347,3 +347,17 @@ uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total)
         ready += t->chunk[i].usize && cachefile_ready(b->cache, i);
     return ready;
 }
+
+uint64_t vnd_blob_ready_range(vnd_blob *b, uint32_t first, uint32_t n, uint64_t *total)
+{
+    struct blobtable *t = atomic_load_explicit(&b->table, memory_order_acquire);
+    uint64_t ready = 0;
+
+    *total = 0;
+    for (uint32_t i = first; t && i < t->n && i - first < n; i++)
+        if (t->chunk[i].usize) {
+            ++*total;
+            ready += cachefile_ready(b->cache, i);
+        }
+    return ready;
+}

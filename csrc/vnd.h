@@ -223,9 +223,13 @@ void vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const cha
 /* Asks for chunks [first, first+n) of a blob, n 0 = to its end, behind all demand. tag groups a request. */
 int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag);
 void vnd_prefetch_cancel(vnd_engine *e, uint64_t tag);
+/* Whether anything of that tag is still queued or being fetched: 1, 0. */
+int vnd_prefetch_pending(vnd_engine *e, uint64_t tag);
 /* Chunks that the image names of the blob and that are ready and trusted; *total gets their full number (0 while its
  * table is unknown). */
 uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total);
+/* The same of chunks [first, first+n). */
+uint64_t vnd_blob_ready_range(vnd_blob *b, uint32_t first, uint32_t n, uint64_t *total);
 
 /* ---------------------------------------------------------------- vfs and file systems */
 typedef struct vnd_vfs vnd_vfs;

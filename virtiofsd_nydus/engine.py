@@ -84,6 +84,13 @@ class Engine:
         lib.vnd_engine_fop_stats(self.handle, out)
         return {"hits": list(out.hits), "errors": list(out.errors), "read_sizes": list(out.read_sizes)}
 
+    def prefetch_pending(self, tag: int) -> bool:
+        """Whether anything of the tag is queued or being fetched."""
+        return bool(lib.vnd_prefetch_pending(self.handle, tag))
+
+    def cancel_prefetch(self, tag: int) -> None:
+        lib.vnd_prefetch_cancel(self.handle, tag)
+
     def shutdown(self) -> None:
         """Ends the waits of the fetch and log threads; free devices first. Idempotent."""
         lib.vnd_engine_shutdown(self.handle)
@@ -164,6 +171,18 @@ class Rafs:
         blob = lib.vnd_rafs_blob(self.handle, index)
         if blob != ffi.NULL:
             lib.vnd_prefetch(blob, 0, 0, tag)
+
+    def prefetch_chunks(self, index: int, first: int, count: int, tag: int) -> None:
+        """The same of chunks [first, first + count)."""
+        blob = lib.vnd_rafs_blob(self.handle, index)
+        if blob != ffi.NULL and count:
+            lib.vnd_prefetch(blob, first, count, tag)
+
+    def ready_range(self, index: int, first: int, count: int) -> tuple[int, int]:
+        """(ready, total) of chunks [first, first + count) of a blob; total is 0 while its chunk table is unknown."""
+        total = ffi.new("uint64_t *")
+        ready: int = lib.vnd_blob_ready_range(lib.vnd_rafs_blob(self.handle, index), first, count, total)
+        return ready, total[0]
 
     def ready_chunks(self, index: int) -> tuple[int, int]:
         """(ready, total) chunks of a blob; total is 0 while its chunk table is unknown."""

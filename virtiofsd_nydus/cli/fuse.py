@@ -23,7 +23,6 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
     add_daemon_arguments(parser)
     tolerated = parser.add_argument_group("accepted for compatibility, without effect")
     tolerated.add_argument("--log-rotation-size", type=int, default=0)
-    tolerated.add_argument("--prefetch-files", metavar="FILE")
 
 
 def run(args: "argparse.Namespace") -> int:
@@ -37,8 +36,10 @@ def run(args: "argparse.Namespace") -> int:
     from virtiofsd_nydus.daemon import config as configs
     from virtiofsd_nydus.daemon import log as logs
     from virtiofsd_nydus.daemon.host import HostService
+    from virtiofsd_nydus.daemon.prefetch import read_list
     from virtiofsd_nydus.fuse.host import HostFuse
 
+    prefetch_files = read_list(args.prefetch_files) if args.prefetch_files else None
     config = None
     if args.localfs_dir:
         config = configs.localfs_config(args.localfs_dir)
@@ -57,7 +58,8 @@ def run(args: "argparse.Namespace") -> int:
                           read_deadline_ms=args.read_deadline_ms, allow_unverified=args.allow_unverified)
     try:
         service.start_host(apisock=args.apisock, bootstrap=args.bootstrap, config=config,
-                           mountpoint=args.virtual_mountpoint, upgrade=args.upgrade, sock=args.sock)
+                           mountpoint=args.virtual_mountpoint, upgrade=args.upgrade, sock=args.sock,
+                           prefetch_files=prefetch_files)
     except Failure:
         service.stop()
         raise

@@ -37,6 +37,8 @@ def add_daemon_arguments(parser: "argparse.ArgumentParser") -> None:
     image.add_argument("-D", "--localfs-dir", metavar="DIR", help="blobs and cache in one directory, no configuration")
     image.add_argument("-s", "--shared-dir", metavar="DIR", help="refused: passthrough is not built in yet")
     image.add_argument("-m", "--virtual-mountpoint", metavar="PATH", default="/", help="where the image appears")
+    image.add_argument("--prefetch-files", metavar="FILE",
+                       help="fetch these first: absolute paths of files and directories, one a line")
     daemon = parser.add_argument_group("daemon")
     daemon.add_argument("-A", "--apisock", metavar="PATH", help="serve nydusd's HTTP API on this unix socket")
     daemon.add_argument("--id", metavar="ID", help="instance id, for the API")
@@ -81,8 +83,12 @@ def run(args: "argparse.Namespace") -> int:
 
     from virtiofsd_nydus.daemon import config as configs
     from virtiofsd_nydus.daemon import log as logs
+    from virtiofsd_nydus.daemon.prefetch import read_list
     from virtiofsd_nydus.daemon.service import Service
 
+    if args.prefetch_files and not args.bootstrap:
+        raise UsageFailure("--prefetch-files needs --bootstrap; for mounts by the API the list is in the request")
+    prefetch_files = read_list(args.prefetch_files) if args.prefetch_files else None
     config = None
     if args.localfs_dir:
         config = configs.localfs_config(args.localfs_dir)
@@ -99,7 +105,7 @@ def run(args: "argparse.Namespace") -> int:
                       allow_unverified=args.allow_unverified)
     try:
         service.start(sock=sock, fd=args.fd, apisock=args.apisock, bootstrap=args.bootstrap, config=config,
-                      mountpoint=args.virtual_mountpoint)
+                      mountpoint=args.virtual_mountpoint, prefetch_files=prefetch_files)
     except Failure:
         service.stop()
         raise

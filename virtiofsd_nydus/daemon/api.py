@@ -214,7 +214,10 @@ def post_mount(service: "Service", query: "dict[str, str]", body: bytes) -> obje
     command = _object(body)
     if command.get("fs_type") != "rafs":
         raise ApiError(501, "Mount(Unsupported)")
-    service.mount_rafs(mountpoint, str(command.get("source", "")), str(command.get("config", "")))
+    files = command.get("prefetch_files")
+    if files is not None and not isinstance(files, list):
+        raise ApiError(400, "ParseBody(\"prefetch_files: not a list\")")
+    service.mount_rafs(mountpoint, str(command.get("source", "")), str(command.get("config", "")), files)
     return None
 
 
@@ -273,6 +276,49 @@ def get_prometheus(service: "Service", query: "dict[str, str]", body: bytes) -> 
     return service.prometheus_text()
 
 
+# ---- prefetch
+
+def get_prefetch(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    return service.prefetch_progress()
+
+
+def _prefetched(service: "Service", query: "dict[str, str]") -> "Mount":
+    mount = service.find_mount(query.get("mountpoint"))
+    if mount is None:
+        raise ApiError(404, "Prefetch(NoSuchMount)")
+    return mount
+
+
+def put_prefetch(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    """Fetches {"files": [absolute paths]}, or without a body everything. With ?wait=SECONDS the answer comes when all
+    of it is here (200) or cannot be had in that time (503)."""
+    from virtiofsd_nydus.daemon.prefetch import check_list
+
+    files = _object(body).get("files") if body else None
+    if files is not None and not isinstance(files, list):
+        raise ApiError(400, "ParseBody(\"files: not a list\")")
+    try:
+        wait_s = float(query.get("wait") or 0)
+    except ValueError:
+        raise ApiError(400, "QueryString(\"'wait' is a number of seconds\")") from None
+    prefetch = _prefetched(service, query).prefetch
+    prefetch.start(None if files is None else check_list(files, "prefetch"), then_all=files is None)
+    if wait_s > 0:
+        prefetch.wait(wait_s)
+        try:
+            prefetch.require_done()
+        except Failure as failure:
+            raise ApiError(503, str(failure)) from None
+    return prefetch.progress()
+
+
+def delete_prefetch(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    _prefetched(service, query).prefetch.cancel()
+    return None
+
+
 # ---- hot changes of configuration
 
 def get_config(service: "Service", query: "dict[str, str]", body: bytes) -> object:
@@ -307,5 +353,6 @@ ROUTES: "dict[str, dict[str, Callable[[Service, dict[str, str], bytes], object]]
     "/api/v1/metrics/blobcache": {"GET": get_blobcache_metrics},
     "/api/v1/metrics/inflight": {"GET": get_inflight_metrics},
     "/api/ext/v1/stats": {"GET": get_stats},
+    "/api/ext/v1/prefetch": {"GET": get_prefetch, "PUT": put_prefetch, "DELETE": delete_prefetch},
     "/api/ext/v1/metrics": {"GET": get_prometheus},
 }

@@ -51,7 +51,8 @@ class HostService(Service):
         self._steps = threading.Lock()      # the API's start, sendfd and takeover, one at a time
 
     def start_host(self, *, apisock: str | None, bootstrap: str | None, config: ImageConfig | None,
-                   mountpoint: str = "/", upgrade: bool = False, sock: str | None = None) -> None:
+                   mountpoint: str = "/", upgrade: bool = False, sock: str | None = None,
+                   prefetch_files: "list[str] | None" = None) -> None:
         """Returns RUNNING, or in INIT when it waits for takeover. Raises Failure with nothing left behind but what
         stop() removes. Main thread only. mountpoint: where the image lies inside the mount."""
         import sys
@@ -70,7 +71,7 @@ class HostService(Service):
         self._vfs = vfs = Vfs(self.engine, SESSION_RAFS if bootstrap else SESSION_MIXED)
         if bootstrap:
             assert config is not None
-            self._mount(mountpoint, bootstrap, config)
+            self._mount(mountpoint, bootstrap, config, prefetch_files=prefetch_files)
         self._fuse.mount()
         self._fuse.serve(self.engine, vfs, on_end=self._mount_is_gone)
         if sock:

@@ -14,6 +14,7 @@ from virtiofsd_nydus.daemon import log as logs
 from virtiofsd_nydus.daemon import metrics
 from virtiofsd_nydus.daemon.api import ApiError, ApiServer
 from virtiofsd_nydus.daemon.config import ImageConfig, parse_config
+from virtiofsd_nydus.daemon.prefetch import Prefetch, check_list
 from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Rafs, Store, Vfs
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.storage.health import RateLimit
@@ -36,13 +37,14 @@ SWITCH_INTERVAL_S = 0.0005      # a busy Python thread must not starve the fetch
 class Mount:
     """One image in the mount table."""
 
-    __slots__ = ("backend", "changed", "complete_at", "config", "image", "mounted_at", "path", "prefetch_limit",
-                 "serial", "source", "store")
+    __slots__ = ("backend", "changed", "complete_at", "config", "image", "mounted_at", "path", "prefetch",
+                 "prefetch_files", "prefetch_limit", "serial", "source", "store")
 
     def __init__(self, path: str, source: str, image: Rafs, store: Store, config: ImageConfig, backend: "Backend",
-                 serial: int) -> None:
+                 serial: int, prefetch: Prefetch) -> None:
         self.path, self.source, self.image, self.store = path, source, image, store
-        self.config, self.backend, self.serial = config, backend, serial
+        self.config, self.backend, self.serial, self.prefetch = config, backend, serial, prefetch
+        self.prefetch_files: list[str] | None = None    # instead of what the image's table names
         self.mounted_at = time.time()
         self.changed: set[str] = set()      # keys that a hot change gave
         self.complete_at = 0.0      # when all chunks were first seen to be here
@@ -61,6 +63,8 @@ class Service:
         self._exit = threading.Event()
         self._lock = threading.Lock()       # mounts and unmounts, one at a time
         self._mounts: dict[str, Mount] = {}
+        self._prefetch_tag = 0              # of the last mount; 0 is the engine's own
+        self._late: list[Mount] | None = []     # mounts whose prefetch begins after RUNNING; None: it has begun
         self._received_before = self._wasted_bytes = 0      # received_before: by backends that are gone
         self.engine = Engine(read_deadline_ms=read_deadline_ms, allow_unverified=allow_unverified)
         self.pump = FetchPump(self.engine)
@@ -72,7 +76,8 @@ class Service:
     # ---- life
 
     def start(self, *, sock: str | None, fd: int | None, apisock: str | None, bootstrap: str | None,
-              config: ImageConfig | None, mountpoint: str = "/") -> None:
+              config: ImageConfig | None, mountpoint: str = "/",
+              prefetch_files: "list[str] | None" = None) -> None:
         """Returns RUNNING, or raises Failure with nothing left behind but what stop() removes."""
         import sys
 
@@ -80,7 +85,7 @@ class Service:
         self._vfs = vfs = Vfs(self.engine, SESSION_RAFS if bootstrap else SESSION_MIXED)
         if bootstrap:
             assert config is not None
-            self._mount(mountpoint, bootstrap, config)
+            self._mount(mountpoint, bootstrap, config, prefetch_files=prefetch_files)
         self._vhost = VhostServer(lambda: EngineDevice(self.engine, vfs, QUEUES), path=sock, fd=fd, say=self.log.say,
                                   ended=self.request_exit)
         if apisock:
@@ -135,6 +140,8 @@ class Service:
         self._close_host()
         if self._vhost:
             self._vhost.close()
+        for mount in self._mounts.values():
+            mount.prefetch.cancel()
         self.engine.shutdown()
         threads_left = not self.pump.join(STOP_TIMEOUT_S)
         if self._log_thread:
@@ -157,6 +164,10 @@ class Service:
         """What would cost start-up time: the fetch threads' imports and the log's. Then says the engine's lines."""
         self.pump.start()
         self.log.activate()
+        with self._lock:
+            late, self._late = self._late or [], None
+            for mount in late:
+                self._begin_prefetch(mount)
         while True:
             try:
                 event = self.engine.next_event(1000)
@@ -172,13 +183,16 @@ class Service:
 
     # ---- mounts
 
-    def mount_rafs(self, path: str, source: str, config_text: str) -> None:
+    def mount_rafs(self, path: str, source: str, config_text: str,
+                   prefetch_files: "list[object] | None" = None) -> None:
         """API mount. A session that began with a bootstrap is complete: its INIT answers hold for rafs only."""
         config = parse_config(config_text, f"configuration of mount {path}")
+        files = None if prefetch_files is None else check_list(prefetch_files, f"mount {path}")
         with self._lock:
-            self._mount(path, source, config)
+            self._mount(path, source, config, prefetch_files=files)
 
-    def _mount(self, path: str, source: str, config: ImageConfig, serial: int = 0) -> None:
+    def _mount(self, path: str, source: str, config: ImageConfig, serial: int = 0,
+               prefetch_files: "list[str] | None" = None) -> None:
         """serial: the number it had in a process that this one goes on for."""
         from virtiofsd_nydus.storage.factory import create_backend
 
@@ -203,7 +217,10 @@ class Service:
             raise
         if serial:
             self._vfs.next_serial = serial
-        mount = Mount(path, source, image, store, config, backend, self._vfs.next_serial)
+        self._prefetch_tag += 1
+        mount = Mount(path, source, image, store, config, backend, self._vfs.next_serial,
+                      Prefetch(self.engine, image, source, self._prefetch_tag))
+        mount.prefetch_files = prefetch_files
         for blob in image.blobs():
             self.pump.add_backend(blob.key, backend, mount.prefetch_limit)
         try:
@@ -212,9 +229,17 @@ class Service:
             self._release(mount)
             raise Failure(f"cannot mount at {path}: {error.strerror}") from error
         self._mounts[path] = mount
-        if config.prefetch_all:
-            for blob in image.blobs():
-                image.prefetch_blob(blob.index)
+        if self._late is None:
+            self._begin_prefetch(mount)
+        else:
+            self._late.append(mount)
+
+    @staticmethod
+    def _begin_prefetch(mount: Mount) -> None:
+        """What the configuration wants; a list that was given is fetched even where the configuration says nothing."""
+        config = mount.config
+        if config.prefetch or mount.prefetch_files:
+            mount.prefetch.start(mount.prefetch_files, then_all=config.prefetch_all)
 
     def umount(self, path: str) -> None:
         with self._lock:
@@ -226,6 +251,9 @@ class Service:
             self._release(mount)
 
     def _release(self, mount: Mount) -> None:
+        mount.prefetch.cancel()
+        if self._late is not None and mount in self._late:
+            self._late.remove(mount)
         for blob in mount.image.blobs():
             self.pump.remove_backend(blob.key, mount.backend, mount.prefetch_limit)
         mount.image.close()
@@ -251,6 +279,11 @@ class Service:
                 } for mount in mounts
             },
         }
+
+    def prefetch_progress(self) -> "dict[str, Any]":
+        """Mountpoint -> how far its prefetch is."""
+        with self._lock:
+            return {mount.path: mount.prefetch.progress() for mount in self._mounts.values()}
 
     def find_mount(self, wanted: str | None) -> Mount | None:
         """The mount that the `id` of a query names."""
