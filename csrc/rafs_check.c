@@ -1,6 +1,7 @@
 /* rafs_check.c -- faults of an image that opening does not look for, since it would cost time that grows with
  * it. */
 #include "rafs_check.h"
+#include "blobtable.h"
 #include "cipher.h"
 
 #include <errno.h>
@@ -34,6 +35,21 @@ bool rafs_fault(struct rafs_faults *f, const char *fmt, ...)
         f->used += len;
     }
     return ++f->count < f->max;
+}
+
+/* What only shows when all records of a blob are looked at together. */
+static void check_table(struct vnd_rafs *r, struct rafs_faults *f, uint32_t blob)
+{
+    struct blobtable *t;
+    char line[VND_ERR_MAX] = "out of memory";
+    int rc = r->blobs[blob].info.chunk_count
+        ? blobtable_from_records(&t, &r->blobs[blob].info, rafs_blob_chunks, r, line, sizeof(line)) : -ENODATA;
+
+    if (!rc) {
+        blobtable_free(t);
+    } else if (rc != -ENODATA) {
+        rafs_fault(f, "%s", line);
+    }
 }
 
 struct record_walk { struct vnd_rafs *r; struct rafs_faults *f; };
@@ -88,6 +104,9 @@ void rafs_check_records(struct vnd_rafs *r, struct rafs_faults *f)
     struct record_walk w = { r, f };
 
     r->version->records(r, UINT32_MAX, put_record, &w);
+    for (uint32_t k = 0; k < r->info.blob_count && f->count < f->max; k++) {
+        check_table(r, f, k);
+    }
 }
 
 int vnd_rafs_check(vnd_rafs *r, int max_faults, char *out, size_t out_len)

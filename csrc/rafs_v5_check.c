@@ -118,7 +118,7 @@ static void check_alias(struct walk *w, const struct v5_inode *n)
 {
     struct v5_inode first;
 
-    if (v5_inode(w->r, n->ino, &first)) {
+    if (v5_inode(w->r, n->ino, &first) || !S_ISREG(first.mode)) {
         fault_slot(w, n->slot, "another name of an inode that is malformed or none");
         return;
     }

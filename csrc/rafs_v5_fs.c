@@ -74,8 +74,13 @@ int v5_dir(const struct vnd_rafs *r, uint64_t ino, struct v5_inode *out)
 int v5_child(const struct vnd_rafs *r, const struct v5_inode *dir, uint32_t k, struct v5_inode *out)
 {
     int rc = v5_record(r, (uint64_t)dir->child_index + k, out);
+    struct v5_inode first;
 
-    return rc ? rc : out->parent == dir->ino ? 0 : -EIO;
+    if (rc || out->parent != dir->ino) {
+        return -EIO;
+    }
+    /* Only files have several names: one that leads to a directory would make a circle. */
+    return out->ino == out->slot || (v5_inode(r, out->ino, &first) == 0 && S_ISREG(first.mode)) ? 0 : -EIO;
 }
 
 static int name_compare(const char *a, size_t a_len, const struct v5_inode *b)
