@@ -1,5 +1,7 @@
 """What leaves the registry: each chunk once, for however many reads, guests and daemons."""
 
+import contextlib
+import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,6 +59,42 @@ def test_names_and_attributes_fetch_nothing(image: ServedImage, registry: LocalR
         assert daemon.counters()["fetched_chunks"] == 0
         data = data_ends(image)
         assert [one for one in proxy.ranges if one.start < data[one.blob_id]] == []
+
+
+PROCESSES = 8
+
+
+def test_eight_cold_daemons_fetch_each_chunk_once(image: ServedImage, registry: LocalRegistry,
+                                                  expected_tree: list[Record], tmp_path: Path) -> None:
+    """All read the whole image from one empty cache, each beginning somewhere else. The registry's own access log says
+    what left it."""
+    limits = data_ends(image)
+    files = [record for record in expected_tree if record["kind"] == "file" and record["path"].isprintable()]
+    together = threading.Barrier(PROCESSES)
+
+    def run(daemon: Daemon, number: int) -> list[str]:
+        at = number * len(files) // PROCESSES
+        with FakeGuest(daemon.socket_path) as guest:
+            guest.fuse.init()
+            together.wait(60)
+            return [record["path"] for record in [*files[at:], *files[:at]]
+                    if hashlib.sha256(guest.fuse.read_file(record["path"])).hexdigest() != record["sha256"]]
+
+    registry.clear_log()
+    with RangeProxy(registry.host) as proxy, ThreadPoolExecutor(PROCESSES) as pool, contextlib.ExitStack() as stack:
+        served = image.with_backend(host=proxy.host)
+        daemons = [stack.enter_context(Daemon(served, tmp_path / "cache", deadline_ms=60_000))
+                   for _ in range(PROCESSES)]
+        for wrong in pool.map(run, daemons, range(PROCESSES)):
+            assert wrong == []
+        fetched = [daemon.counters()["fetched_chunks"] for daemon in daemons]
+        assert proxy.overlaps(limits) == []
+        sent = {blob: sum(min(one.end, limits[blob]) - one.start for one in proxy.ranges
+                          if one.blob_id == blob and one.start < limits[blob]) for blob in limits}
+    assert sum(count > 0 for count in fetched) > 1, "one daemon did all the work: the test shows nothing"
+    for blob, data in sent.items():     # the log counts the chunk descriptions too, which each may need before others
+        assert data <= limits[blob]
+        assert registry.blob_bytes(blob) <= limits[blob] + PROCESSES * (image.blobs[blob] - limits[blob])
 
 
 def test_two_cold_daemons_fetch_each_chunk_once(image: ServedImage, registry: LocalRegistry,
