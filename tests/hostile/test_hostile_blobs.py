@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.images import CHUNK, build, write_source
-from virtiofsd_nydus.cli.check import opened_with_data
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.rafs.data import opened_with_data
 from virtiofsd_nydus.rafs.reader import Bootstrap
 
 ENTRY, HEADER, META_HEADER = 128, 512, 4096

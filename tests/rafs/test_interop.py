@@ -16,8 +16,9 @@ from random import Random
 
 import pytest
 
-from virtiofsd_nydus.cli.check import check_data, check_structure, opened_with_data
+from virtiofsd_nydus.cli.check import check_data, check_structure
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.rafs.data import directory_source, opened_with_data
 from virtiofsd_nydus.rafs.reader import Bootstrap
 
 NYDUS_IMAGE = os.environ.get("NYDUS_IMAGE", "")
@@ -68,7 +69,7 @@ def compare(bootstrap: Path, blobs: Path, source: Path, allow_unverified: bool =
     """check finds nothing, and names, attributes and bytes are the source's."""
     report = check_structure(bootstrap)
     assert report.faults == []
-    check_data(report, bootstrap, blobs, None, allow_unverified)
+    check_data(report, bootstrap, directory_source(blobs), None, allow_unverified)
     assert report.faults == []
     expected = {"/": source} | {f"/{path.relative_to(source)}": path for path in source.rglob("*")}
     with opened_with_data(bootstrap, blobs, None, allow_unverified) as image:

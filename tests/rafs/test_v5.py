@@ -18,8 +18,8 @@ import pytest
 from tests.rafs.test_reader import SAMPLES, compare_entry, fill_tree, names_below, needs_samples
 from virtiofsd_nydus.build.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
-from virtiofsd_nydus.cli.check import opened_with_data
 from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.rafs.data import opened_with_data
 from virtiofsd_nydus.rafs.reader import Bootstrap
 
 NYDUS_IMAGE = os.environ.get("NYDUS_IMAGE", "")
