@@ -266,3 +266,9 @@ def test_merge_equals_umoci(seed: int, tmp_path: Path) -> None:
     unpack_with_umoci(layers, tmp_path)
     bootstrap, blobs = build(layers)
     assert describe_image(bootstrap, blobs) == describe_directory(tmp_path / "bundle/rootfs"), layers
+
+
+def test_links_of_whiteouts_are_whiteouts() -> None:
+    """AUFS made its whiteouts hard links of one file."""
+    bootstrap, _ = build(["f a one\nf b two", "h .wh.a = .wh..wh.aufs"])
+    assert sorted(bootstrap.walk()) == [b"/", b"/b"]

@@ -42,7 +42,12 @@ def _find_lower_targets(root: Directory, tree: Directory, label: str) -> dict[in
     the target's name was looked at when the layer was read."""
     found: dict[int, Inode] = {}
     for _, name, link in list_lower_links(tree):
-        parent = resolve_directory(root, list(link.target[:-1]), create=False)
+        if name.startswith(WHITEOUT_PREFIX):
+            continue
+        try:
+            parent = resolve_directory(root, list(link.target[:-1]), create=False)
+        except Failure as failure:
+            raise Failure(f"{label}: {show(name)}: {failure}", failure.cause) from None
         target = parent.children.get(link.target[-1]) if parent is not None else None
         if target is None or isinstance(target, Directory):
             why = "a directory" if target is not None else "neither in this layer nor below"
