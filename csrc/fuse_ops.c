@@ -18,7 +18,7 @@ static bool in_rafs_session(const struct fuse_call *c)
 /* A file system's own error. EIO says that its metadata is not sound, which its owner should hear of. */
 static enum req_verdict reply_fs_error(struct fuse_call *c, int rc)
 {
-    if (rc == -EIO) {
+    if (rc == -EIO && !c->node.fs->ops->rw) {
         engine_say(c->s->engine, 30, VND_CAUSE_FORMAT, "%s: EIO to a reader: the image is malformed there (`check` "
                    "tells where), or a guest asks for an inode that is not in it",
                    c->node.fs->label ? c->node.fs->label : c->node.fs->ops->name);
@@ -33,17 +33,35 @@ static void fill_attr(struct fuse_attr *a, const vnd_attr *in, uint64_t nodeid)
         .ctime = in->mtime_s, .atimensec = in->mtime_nsec, .mtimensec = in->mtime_nsec, .ctimensec = in->mtime_nsec,
         .mode = in->mode, .nlink = in->nlink, .uid = in->uid, .gid = in->gid, .rdev = in->rdev, .blksize = BLKSIZE,
     };
+    if (in->blksize_bytes) {
+        a->blksize = in->blksize_bytes;
+        a->atime = in->atime_s;
+        a->atimensec = in->atime_nsec;
+        a->ctime = in->ctime_s;
+        a->ctimensec = in->ctime_nsec;
+    }
+}
+
+static void fill_valid(const struct vfs_node *node, uint64_t *seconds, uint32_t *nsec)
+{
+    const struct fs_rw_ops *rw = node->fs->ops->rw;
+
+    *seconds = !node->serial ? 0 : rw ? rw->valid_ms / 1000 : FUSE_VALID_FOREVER_S;
+    *nsec = node->serial && rw ? rw->valid_ms % 1000 * 1000000 : 0;
 }
 
 /* How long a name in dir and the attributes of node hold. Mounts come and go under pseudo directories and
- * nothing can tell a virtio-fs kernel so; inside an image nothing ever changes. */
-static void fill_entry(struct fuse_call *c, struct fuse_entry_out *e, const struct vfs_node *dir,
-                       const struct vfs_node *node, const vnd_attr *attr)
+ * nothing can tell a virtio-fs kernel so; inside an image nothing ever changes; a host directory says for itself. */
+void fuse_fill_entry(struct fuse_call *c, struct fuse_entry_out *e, const struct vfs_node *dir,
+                     const struct vfs_node *node, const vnd_attr *attr)
 {
     memset(e, 0, sizeof(*e));
     e->nodeid = vfs_nodeid(c->s->vfs, node->serial, node->ino);
-    e->entry_valid = dir->serial && node->serial == dir->serial ? FUSE_VALID_FOREVER_S : 0;
-    e->attr_valid = node->serial ? FUSE_VALID_FOREVER_S : 0;
+    e->generation = attr->generation;
+    if (dir->serial && node->serial == dir->serial) {
+        fill_valid(dir, &e->entry_valid, &e->entry_valid_nsec);
+    }
+    fill_valid(node, &e->attr_valid, &e->attr_valid_nsec);
     fill_attr(&e->attr, attr, e->nodeid);
 }
 
@@ -60,7 +78,7 @@ enum req_verdict fuse_op_lookup(struct fuse_call *c)
         return fuse_reply_error(c, rc);
     }
     rc = vfs_lookup(c->s->vfs, &c->node, name, len, &node, &attr);
-    if (rc == -ENOENT && c->node.serial) {
+    if (rc == -ENOENT && c->node.serial && !c->node.fs->ops->rw) {
         memset(&out, 0, sizeof(out));       /* nodeid 0: the absence itself is cached */
         out.entry_valid = FUSE_VALID_FOREVER_S;
         return fuse_reply(c, &out, sizeof(out));
@@ -68,7 +86,7 @@ enum req_verdict fuse_op_lookup(struct fuse_call *c)
     if (rc) {
         return reply_fs_error(c, rc);
     }
-    fill_entry(c, &out, &c->node, &node, &attr);
+    fuse_fill_entry(c, &out, &c->node, &node, &attr);
     return fuse_reply(c, &out, sizeof(out));
 }
 
@@ -77,18 +95,31 @@ static int node_attr(const struct vfs_node *n, vnd_attr *attr)
     return n->fs->ops->getattr(n->fs, n->ino, attr);
 }
 
-enum req_verdict fuse_op_getattr(struct fuse_call *c)
+enum req_verdict fuse_reply_attr(struct fuse_call *c, const vnd_attr *attr)
 {
     struct fuse_attr_out out = { 0 };
-    vnd_attr attr;
-    int rc = node_attr(&c->node, &attr);
 
-    if (rc) {
-        return reply_fs_error(c, rc);
-    }
-    out.attr_valid = c->node.serial ? FUSE_VALID_FOREVER_S : 0;
-    fill_attr(&out.attr, &attr, vfs_nodeid(c->s->vfs, c->node.serial, c->node.ino));
+    fill_valid(&c->node, &out.attr_valid, &out.attr_valid_nsec);
+    fill_attr(&out.attr, attr, vfs_nodeid(c->s->vfs, c->node.serial, c->node.ino));
     return fuse_reply(c, &out, sizeof(out));
+}
+
+enum req_verdict fuse_op_getattr(struct fuse_call *c)
+{
+    const struct fs_rw_ops *rw = c->node.fs->ops->rw;
+    struct fuse_getattr_in in = { 0 };
+    vnd_attr attr;
+    int rc;
+
+    if (c->r->args_len >= sizeof(in)) {
+        memcpy(&in, c->r->args, sizeof(in));
+    }
+    if (rw && in.flags & FUSE_GETATTR_FH) {
+        rc = rw->getattr(c->node.fs, c->node.ino, in.fh, &attr);
+    } else {
+        rc = node_attr(&c->node, &attr);
+    }
+    return rc ? reply_fs_error(c, rc) : fuse_reply_attr(c, &attr);
 }
 
 enum req_verdict fuse_op_readlink(struct fuse_call *c)
@@ -106,6 +137,9 @@ static enum req_verdict open_node(struct fuse_call *c, bool dir)
     vnd_attr attr;
     int rc;
 
+    if (c->node.fs->ops->rw) {
+        return fuse_rw_open(c, dir);
+    }
     memcpy(&in, c->r->args, sizeof(in));
     if ((in.flags & O_ACCMODE) != O_RDONLY || (in.flags & O_TRUNC)) {
         return fuse_reply_error(c, EROFS);
@@ -136,11 +170,6 @@ enum req_verdict fuse_op_opendir(struct fuse_call *c)
     return open_node(c, true);
 }
 
-enum req_verdict fuse_op_release(struct fuse_call *c)
-{
-    return fuse_reply(c, NULL, 0);
-}
-
 enum req_verdict fuse_op_read(struct fuse_call *c)
 {
     struct req *r = c->r;
@@ -152,6 +181,9 @@ enum req_verdict fuse_op_read(struct fuse_call *c)
     int n, iov_n;
     int64_t done;
 
+    if (c->node.fs->ops->rw) {
+        return fuse_rw_read(c);
+    }
     memcpy(&in, r->args, sizeof(in));
     /* One byte more than we may give, so that a reply shorter than asked for can only be the end of the file: the
      * kernel takes it for that. */
@@ -253,7 +285,7 @@ static int put_entry(void *ctx, uint64_t ino, const char *name, size_t name_len,
                 }
                 attr = &covering;
             }
-            fill_entry(l->c, &e, &l->c->node, &node, attr);
+            fuse_fill_entry(l->c, &e, &l->c->node, &node, attr);
         }
         memcpy(at, &e, sizeof(e));
     }
@@ -272,7 +304,11 @@ static enum req_verdict list_dir(struct fuse_call *c, bool plus)
 
     memcpy(&in, c->r->args, sizeof(in));
     l.cap = fuse_reply_room(c, in.size);
-    rc = c->node.fs->ops->readdir(c->node.fs, c->node.ino, in.offset, plus, put_entry, &l);
+    if (c->node.fs->ops->rw) {
+        rc = c->node.fs->ops->rw->readdir(c->node.fs, c->node.ino, in.fh, in.offset, plus, put_entry, &l);
+    } else {
+        rc = c->node.fs->ops->readdir(c->node.fs, c->node.ino, in.offset, plus, put_entry, &l);
+    }
     if (!rc) {
         rc = l.err;
     }
@@ -362,8 +398,12 @@ enum req_verdict fuse_op_listxattr(struct fuse_call *c)
 enum req_verdict fuse_op_statfs(struct fuse_call *c)
 {
     struct fuse_kstatfs out = { .namelen = 255 };
-    int rc = c->node.fs->ops->statfs(c->node.fs, &out.blocks, &out.files, &out.bsize);
+    int rc;
 
+    if (c->node.fs->ops->rw) {
+        return fuse_rw_statfs(c);
+    }
+    rc = c->node.fs->ops->statfs(c->node.fs, &out.blocks, &out.files, &out.bsize);
     out.frsize = out.bsize;
     return rc ? reply_fs_error(c, rc) : fuse_reply(c, &out, sizeof(out));
 }
@@ -386,7 +426,7 @@ enum req_verdict fuse_op_access(struct fuse_call *c)
     if (in.mask & ~7u) {
         return fuse_reply_error(c, EINVAL);
     }
-    if ((in.mask & W_OK) && (S_ISREG(attr.mode) || S_ISDIR(attr.mode) || S_ISLNK(attr.mode))) {
+    if (!c->node.fs->ops->rw && (in.mask & W_OK) && (S_ISREG(attr.mode) || S_ISDIR(attr.mode) || S_ISLNK(attr.mode))) {
         return fuse_reply_error(c, EROFS);
     }
     if (h->uid == 0) {
@@ -409,6 +449,9 @@ enum req_verdict fuse_op_lseek(struct fuse_call *c)
     vnd_attr attr;
     int rc;
 
+    if (c->node.fs->ops->rw) {
+        return fuse_rw_lseek(c);
+    }
     memcpy(&in, c->r->args, sizeof(in));
     rc = node_attr(&c->node, &attr);
     if (rc) {
@@ -428,11 +471,4 @@ enum req_verdict fuse_op_lseek(struct fuse_call *c)
         return fuse_reply_error(c, EINVAL);
     }
     return out.offset > INT64_MAX ? fuse_reply_error(c, EINVAL) : fuse_reply(c, &out, sizeof(out));
-}
-
-/* Kata's agent makes the parents of its mount points and tolerates EEXIST and ENOSYS only. MKDIR's ENOSYS is not
- * remembered by the kernel. */
-enum req_verdict fuse_op_mkdir(struct fuse_call *c)
-{
-    return fuse_reply_error(c, c->node.serial ? EROFS : ENOSYS);
 }

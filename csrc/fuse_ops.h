@@ -28,7 +28,7 @@ struct fuse_call {
 
 typedef enum req_verdict (*fuse_op_fn)(struct fuse_call *c);
 
-/* Success with len bytes of fixed reply (at most 128). */
+/* Success with len bytes of fixed reply (at most 144). */
 enum req_verdict fuse_reply(struct fuse_call *c, const void *data, uint32_t len);
 /* Success with the len bytes that stand in the worker's scratch behind room for a header. */
 enum req_verdict fuse_reply_scratch(struct fuse_call *c, uint32_t len);
@@ -66,6 +66,39 @@ enum req_verdict fuse_op_listxattr(struct fuse_call *c);
 enum req_verdict fuse_op_statfs(struct fuse_call *c);
 enum req_verdict fuse_op_access(struct fuse_call *c);
 enum req_verdict fuse_op_lseek(struct fuse_call *c);
+
+/* The name in dir that leads to node, and node's attributes, as LOOKUP tells them. */
+void fuse_fill_entry(struct fuse_call *c, struct fuse_entry_out *e, const struct vfs_node *dir,
+                     const struct vfs_node *node, const vnd_attr *attr);
+/* Success with the attributes of the call's own node. */
+enum req_verdict fuse_reply_attr(struct fuse_call *c, const vnd_attr *attr);
+
+/* fuse_write.c: on a read-only file system these answer by themselves... */
+enum req_verdict fuse_op_forget(struct fuse_call *c);
+enum req_verdict fuse_op_batch_forget(struct fuse_call *c);
+enum req_verdict fuse_op_setattr(struct fuse_call *c);
 enum req_verdict fuse_op_mkdir(struct fuse_call *c);
+enum req_verdict fuse_op_mknod(struct fuse_call *c);
+enum req_verdict fuse_op_symlink(struct fuse_call *c);
+enum req_verdict fuse_op_link(struct fuse_call *c);
+enum req_verdict fuse_op_unlink(struct fuse_call *c);
+enum req_verdict fuse_op_rmdir(struct fuse_call *c);
+enum req_verdict fuse_op_rename(struct fuse_call *c);
+enum req_verdict fuse_op_rename2(struct fuse_call *c);
+enum req_verdict fuse_op_create(struct fuse_call *c);
+enum req_verdict fuse_op_tmpfile(struct fuse_call *c);
+enum req_verdict fuse_op_write(struct fuse_call *c);
+enum req_verdict fuse_op_fallocate(struct fuse_call *c);
+enum req_verdict fuse_op_copy_file_range(struct fuse_call *c);
+enum req_verdict fuse_op_setxattr(struct fuse_call *c);
+enum req_verdict fuse_op_removexattr(struct fuse_call *c);
+enum req_verdict fuse_op_syncfs(struct fuse_call *c);
+/* ... and these are for a read-write one alone. */
+enum req_verdict fuse_rw_open(struct fuse_call *c, bool dir);
+enum req_verdict fuse_rw_read(struct fuse_call *c);
+enum req_verdict fuse_rw_flush(struct fuse_call *c);
+enum req_verdict fuse_rw_fsync(struct fuse_call *c);
+enum req_verdict fuse_rw_lseek(struct fuse_call *c);
+enum req_verdict fuse_rw_statfs(struct fuse_call *c);
 
 #endif

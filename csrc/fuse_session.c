@@ -2,7 +2,7 @@
  *
  * What each operation answers follows from two facts: the tree is immutable, and the kernel remembers ENOSYS per
  * connection. So a `rafs` session says ENOSYS where that saves requests for good (OPEN, FLUSH, ...), a `mixed` one
- * never does for anything that a read-write file system beside it has.
+ * never does for anything that a read-write file system beside it has (fuse_write.c).
  */
 #include "fuse_session.h"
 
@@ -48,7 +48,7 @@ enum req_verdict fuse_reply(struct fuse_call *c, const void *data, uint32_t len)
 {
     struct {
         struct fuse_out_header h;
-        uint8_t data[128];
+        uint8_t data[144];
     } out;
 
     if (len > sizeof(out.data) || c->r->out_cap < FUSE_HDR + len) {
@@ -121,8 +121,11 @@ static uint64_t wanted_flags(int kind)
                      FUSE_INIT_READDIRPLUS_AUTO | FUSE_INIT_ASYNC_DIO | FUSE_INIT_PARALLEL_DIROPS |
                      FUSE_INIT_MAX_PAGES | FUSE_INIT_CACHE_SYMLINKS | FUSE_INIT_INIT_EXT;
 
-    /* Immutable data is never dropped because an attribute was refreshed; a host directory's data must be. */
-    return flags | (kind == VND_SESSION_RAFS ? FUSE_INIT_EXPLICIT_INVAL_DATA : FUSE_INIT_AUTO_INVAL_DATA);
+    /* Immutable data is never dropped because an attribute was refreshed; a host directory's data must be. It is not
+     * for the guest alone, so the guest's kernel must not write back when it likes (WRITEBACK_CACHE). */
+    return flags | (kind == VND_SESSION_RAFS ? FUSE_INIT_EXPLICIT_INVAL_DATA
+                                             : FUSE_INIT_AUTO_INVAL_DATA | FUSE_INIT_ATOMIC_O_TRUNC |
+                                                   FUSE_INIT_BIG_WRITES | FUSE_INIT_HANDLE_KILLPRIV_V2);
 }
 
 static void session_begin(struct fuse_session *s)
@@ -168,16 +171,27 @@ static enum req_verdict op_init(struct fuse_call *c)
     out.flags2 = (uint32_t)(flags >> 32);
     out.max_background = 256;           /* 0 would leave the kernel's 12 */
     out.congestion_threshold = 192;
-    out.max_write = 4096;               /* nothing is written: keeps buffers of /dev/fuse small */
+    /* Where nothing is written, it keeps buffers of /dev/fuse small. */
+    out.max_write = vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? 4096 : FUSE_REPLY_MAX;
     out.time_gran = 1;
     out.max_pages = flags & FUSE_INIT_MAX_PAGES ? FUSE_REPLY_MAX / 4096 : 0;
     session_begin(c->s);
+    vfs_reset_inside(c->s->vfs);
     return fuse_reply(c, &out, out_len);
+}
+
+static void session_end(struct fuse_session *s)
+{
+    pthread_mutex_lock(&s->lock);
+    atomic_fetch_add(&s->gen, 1);
+    atomic_store(&s->ready, 0);
+    pthread_mutex_unlock(&s->lock);
 }
 
 static enum req_verdict op_destroy(struct fuse_call *c)
 {
-    fuse_session_reset(c->s);
+    session_end(c->s);
+    vfs_reset_inside(c->s->vfs);
     return fuse_reply(c, NULL, 0);
 }
 
@@ -187,16 +201,6 @@ static enum req_verdict op_none(struct fuse_call *c)
 {
     c->r->out_len = 0;
     return REQ_NOREPLY;
-}
-
-static enum req_verdict op_ok(struct fuse_call *c)
-{
-    return fuse_reply(c, NULL, 0);
-}
-
-static enum req_verdict op_erofs(struct fuse_call *c)
-{
-    return fuse_reply_error(c, EROFS);
 }
 
 static enum req_verdict op_enosys(struct fuse_call *c)
@@ -209,15 +213,19 @@ static enum req_verdict op_enotty(struct fuse_call *c)
     return fuse_reply_error(c, ENOTTY);
 }
 
-/* Nothing is ever dirty: 0 would be right in both kinds, ENOSYS ends the asking. */
+/* In an image nothing is ever dirty: 0 would be right in both kinds, ENOSYS ends the asking. */
 static enum req_verdict op_flush(struct fuse_call *c)
 {
-    return vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? op_enosys(c) : op_ok(c);
+    if (c->node.fs->ops->rw) {
+        return c->r->in.opcode == FUSE_OP_FLUSH ? fuse_rw_flush(c) : fuse_rw_fsync(c);
+    }
+    return vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? op_enosys(c) : fuse_reply(c, NULL, 0);
 }
 
 /* ---- the table */
 
-enum { NEED_NODE = 1, ANY_TIME = 2 };   /* ANY_TIME: also before INIT */
+/* ANY_TIME: also before INIT. NO_REPLY: none is due, not even for what is wrong. */
+enum { NEED_NODE = 1, ANY_TIME = 2, NO_REPLY = 4 };
 
 struct fuse_op {
     fuse_op_fn fn;
@@ -227,27 +235,27 @@ struct fuse_op {
 
 static const struct fuse_op ops[FUSE_OP_MAX] = {
     [FUSE_OP_LOOKUP] = { fuse_op_lookup, 2, NEED_NODE },
-    [FUSE_OP_FORGET] = { op_none, 0, ANY_TIME },
+    [FUSE_OP_FORGET] = { fuse_op_forget, sizeof(struct fuse_forget_in), NO_REPLY },
     [FUSE_OP_GETATTR] = { fuse_op_getattr, 0, NEED_NODE },
-    [FUSE_OP_SETATTR] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_SETATTR] = { fuse_op_setattr, 0, NEED_NODE },
     [FUSE_OP_READLINK] = { fuse_op_readlink, 0, NEED_NODE },
-    [FUSE_OP_SYMLINK] = { op_erofs, 0, NEED_NODE },
-    [FUSE_OP_MKNOD] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_SYMLINK] = { fuse_op_symlink, 0, NEED_NODE },
+    [FUSE_OP_MKNOD] = { fuse_op_mknod, 0, NEED_NODE },
     [FUSE_OP_MKDIR] = { fuse_op_mkdir, 0, NEED_NODE },
-    [FUSE_OP_UNLINK] = { op_erofs, 0, NEED_NODE },
-    [FUSE_OP_RMDIR] = { op_erofs, 0, NEED_NODE },
-    [FUSE_OP_RENAME] = { op_erofs, 0, NEED_NODE },
-    [FUSE_OP_LINK] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_UNLINK] = { fuse_op_unlink, 0, NEED_NODE },
+    [FUSE_OP_RMDIR] = { fuse_op_rmdir, 0, NEED_NODE },
+    [FUSE_OP_RENAME] = { fuse_op_rename, 0, NEED_NODE },
+    [FUSE_OP_LINK] = { fuse_op_link, 0, NEED_NODE },
     [FUSE_OP_OPEN] = { fuse_op_open, sizeof(struct fuse_open_in), NEED_NODE },
     [FUSE_OP_READ] = { fuse_op_read, sizeof(struct fuse_read_in), NEED_NODE },
-    [FUSE_OP_WRITE] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_WRITE] = { fuse_op_write, 0, NEED_NODE },
     [FUSE_OP_STATFS] = { fuse_op_statfs, 0, NEED_NODE },
     [FUSE_OP_RELEASE] = { fuse_op_release, 0, 0 },
     [FUSE_OP_FSYNC] = { op_flush, 0, NEED_NODE },
-    [FUSE_OP_SETXATTR] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_SETXATTR] = { fuse_op_setxattr, 0, NEED_NODE },
     [FUSE_OP_GETXATTR] = { fuse_op_getxattr, sizeof(struct fuse_getxattr_in) + 2, NEED_NODE },
     [FUSE_OP_LISTXATTR] = { fuse_op_listxattr, sizeof(struct fuse_getxattr_in), NEED_NODE },
-    [FUSE_OP_REMOVEXATTR] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_REMOVEXATTR] = { fuse_op_removexattr, 0, NEED_NODE },
     [FUSE_OP_FLUSH] = { op_flush, 0, NEED_NODE },
     [FUSE_OP_INIT] = { op_init, 8, ANY_TIME },
     [FUSE_OP_OPENDIR] = { fuse_op_opendir, sizeof(struct fuse_open_in), NEED_NODE },
@@ -258,23 +266,23 @@ static const struct fuse_op ops[FUSE_OP_MAX] = {
     [FUSE_OP_SETLK] = { op_enosys, 0, 0 },
     [FUSE_OP_SETLKW] = { op_enosys, 0, 0 },
     [FUSE_OP_ACCESS] = { fuse_op_access, sizeof(struct fuse_access_in), NEED_NODE },
-    [FUSE_OP_CREATE] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_CREATE] = { fuse_op_create, 0, NEED_NODE },
     [FUSE_OP_INTERRUPT] = { op_none, 0, ANY_TIME },     /* every read ends by its deadline */
     [FUSE_OP_BMAP] = { op_enosys, 0, 0 },
     [FUSE_OP_DESTROY] = { op_destroy, 0, 0 },
     [FUSE_OP_IOCTL] = { op_enotty, 0, NEED_NODE },
     [FUSE_OP_POLL] = { op_enosys, 0, 0 },
     [FUSE_OP_NOTIFY_REPLY] = { op_none, 0, ANY_TIME },
-    [FUSE_OP_BATCH_FORGET] = { op_none, 0, ANY_TIME },
-    [FUSE_OP_FALLOCATE] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_BATCH_FORGET] = { fuse_op_batch_forget, sizeof(struct fuse_batch_forget_in), NO_REPLY },
+    [FUSE_OP_FALLOCATE] = { fuse_op_fallocate, 0, NEED_NODE },
     [FUSE_OP_READDIRPLUS] = { fuse_op_readdirplus, sizeof(struct fuse_read_in), NEED_NODE },
-    [FUSE_OP_RENAME2] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_RENAME2] = { fuse_op_rename2, 0, NEED_NODE },
     [FUSE_OP_LSEEK] = { fuse_op_lseek, sizeof(struct fuse_lseek_in), NEED_NODE },
-    [FUSE_OP_COPY_FILE_RANGE] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_COPY_FILE_RANGE] = { fuse_op_copy_file_range, 0, NEED_NODE },
     [FUSE_OP_SETUPMAPPING] = { op_enosys, 0, 0 },       /* no DAX window */
     [FUSE_OP_REMOVEMAPPING] = { op_enosys, 0, 0 },
-    [FUSE_OP_SYNCFS] = { op_ok, 0, 0 },
-    [FUSE_OP_TMPFILE] = { op_erofs, 0, NEED_NODE },
+    [FUSE_OP_SYNCFS] = { fuse_op_syncfs, 0, 0 },
+    [FUSE_OP_TMPFILE] = { fuse_op_tmpfile, 0, NEED_NODE },
     [FUSE_OP_STATX] = { op_enosys, 0, 0 },              /* sent only for a birth time, which RAFS has not */
 };
 
@@ -284,6 +292,15 @@ static enum req_verdict serve_call(struct fuse_call *c)
     const struct fuse_in_header *in = &c->r->in;
     const struct fuse_op *op = in->opcode < FUSE_OP_MAX && ops[in->opcode].fn ? &ops[in->opcode] : &unknown;
 
+    if (op->flags & NO_REPLY) {
+        c->r->out_len = 0;
+        if (c->r->session_gen != atomic_load_explicit(&c->s->gen, memory_order_acquire) ||
+            !atomic_load_explicit(&c->s->ready, memory_order_acquire) || c->r->args_len < op->args_min ||
+            c->r->args_len > c->r->body_len) {
+            return REQ_NOREPLY;
+        }
+        return op->fn(c);
+    }
     if (!(op->flags & ANY_TIME)) {
         if (c->r->session_gen != atomic_load_explicit(&c->s->gen, memory_order_acquire)) {
             return op_none(c);              /* of a guest that was reset meanwhile: its memory is another's now */
@@ -367,10 +384,8 @@ enum req_verdict fuse_session_fail(struct fuse_session *s, struct fuse_worker *w
 
 void fuse_session_reset(struct fuse_session *s)
 {
-    pthread_mutex_lock(&s->lock);
-    atomic_fetch_add(&s->gen, 1);
-    atomic_store(&s->ready, 0);
-    pthread_mutex_unlock(&s->lock);
+    session_end(s);
+    vfs_reset(s->vfs);
 }
 
 uint32_t fuse_session_gen(struct fuse_session *s)

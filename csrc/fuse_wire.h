@@ -61,6 +61,33 @@ struct fuse_read_in {
 struct fuse_getxattr_in { uint32_t size, padding; };
 struct fuse_getxattr_out { uint32_t size, padding; };
 struct fuse_access_in { uint32_t mask, padding; };
+struct fuse_forget_in { uint64_t nlookup; };
+struct fuse_batch_forget_in { uint32_t count, dummy; };
+struct fuse_forget_one { uint64_t nodeid, nlookup; };
+struct fuse_setattr_in {
+    uint32_t valid, padding;
+    uint64_t fh, size, lock_owner, atime, mtime, ctime;
+    uint32_t atimensec, mtimensec, ctimensec, mode, unused4, uid, gid, unused5;
+};
+struct fuse_create_in { uint32_t flags, mode, umask, open_flags; };     /* CREATE, TMPFILE; name follows */
+struct fuse_mknod_in { uint32_t mode, rdev, umask, padding; };          /* name follows */
+struct fuse_mkdir_in { uint32_t mode, umask; };                         /* name follows */
+struct fuse_rename_in { uint64_t newdir; };                             /* two names follow */
+struct fuse_rename2_in { uint64_t newdir; uint32_t flags, padding; };   /* two names follow */
+struct fuse_link_in { uint64_t oldnodeid; };                            /* name follows */
+struct fuse_write_in {
+    uint64_t fh, offset;
+    uint32_t size, write_flags;
+    uint64_t lock_owner;
+    uint32_t flags, padding;
+};                                                                      /* data follows */
+struct fuse_write_out { uint32_t size, padding; };
+struct fuse_release_in { uint64_t fh; uint32_t flags, release_flags; uint64_t lock_owner; };
+struct fuse_flush_in { uint64_t fh; uint32_t unused, padding; uint64_t lock_owner; };
+struct fuse_fsync_in { uint64_t fh; uint32_t fsync_flags, padding; };
+struct fuse_setxattr_in { uint32_t size, flags; };                      /* name, then value follow */
+struct fuse_fallocate_in { uint64_t fh, offset, length; uint32_t mode, padding; };
+struct fuse_copy_file_range_in { uint64_t fh_in, off_in, nodeid_out, fh_out, off_out, len, flags; };
 struct fuse_lseek_in { uint64_t fh, offset; uint32_t whence, padding; };
 struct fuse_lseek_out { uint64_t offset; };
 struct fuse_kstatfs {
@@ -81,7 +108,9 @@ struct fuse_init_out {
 };
 
 #define FUSE_INIT_ASYNC_READ (1ull << 0)
+#define FUSE_INIT_ATOMIC_O_TRUNC (1ull << 3)
 #define FUSE_INIT_EXPORT_SUPPORT (1ull << 4)
+#define FUSE_INIT_BIG_WRITES (1ull << 5)
 #define FUSE_INIT_AUTO_INVAL_DATA (1ull << 12)
 #define FUSE_INIT_DO_READDIRPLUS (1ull << 13)
 #define FUSE_INIT_READDIRPLUS_AUTO (1ull << 14)
@@ -90,8 +119,19 @@ struct fuse_init_out {
 #define FUSE_INIT_MAX_PAGES (1ull << 22)
 #define FUSE_INIT_CACHE_SYMLINKS (1ull << 23)
 #define FUSE_INIT_EXPLICIT_INVAL_DATA (1ull << 25)
+#define FUSE_INIT_HANDLE_KILLPRIV_V2 (1ull << 28)
 #define FUSE_INIT_INIT_EXT (1ull << 30)
 #define FUSE_INIT_NO_EXPORT_SUPPORT (1ull << 38)
+
+#define FUSE_OPEN_KILL_SUIDGID (1u << 0)    /* in OPEN's and CREATE's request */
+#define FUSE_WRITE_CACHE (1u << 0)          /* a page of the guest's cache: its place is offset, O_APPEND or not */
+#define FUSE_WRITE_KILL_SUIDGID (1u << 2)
+#define FUSE_GETATTR_FH (1u << 0)
+#define FUSE_FSYNC_FDATASYNC (1u << 0)
+#define FUSE_SET_FH (1u << 6)               /* in SETATTR's valid; 0..5 as fs.h's, then */
+#define FUSE_SET_ATIME_NOW (1u << 7)
+#define FUSE_SET_MTIME_NOW (1u << 8)
+#define FUSE_SET_KILL_SUIDGID (1u << 11)
 
 #define FUSE_OPEN_KEEP_CACHE (1u << 1)
 #define FUSE_OPEN_CACHE_DIR (1u << 3)
@@ -103,6 +143,9 @@ static_assert(sizeof(struct fuse_attr) == 88, "attr");
 static_assert(sizeof(struct fuse_entry_out) == 128, "entry");
 static_assert(sizeof(struct fuse_attr_out) == 104, "attr_out");
 static_assert(sizeof(struct fuse_read_in) == 40, "read_in");
+static_assert(sizeof(struct fuse_setattr_in) == 88, "setattr_in");
+static_assert(sizeof(struct fuse_write_in) == 40, "write_in");
+static_assert(sizeof(struct fuse_copy_file_range_in) == 56, "copy_file_range_in");
 static_assert(sizeof(struct fuse_kstatfs) == 80, "statfs");
 static_assert(sizeof(struct fuse_init_in) == 64, "init_in");
 static_assert(sizeof(struct fuse_init_out) == 64, "init_out");

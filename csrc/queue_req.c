@@ -89,6 +89,33 @@ static int op_in_copy(struct req *r, uint32_t off, void *dst, uint32_t len)
     return copy_in(slot_of(r), off + (uint32_t)sizeof(r->in), dst, len);
 }
 
+/* The pieces of a range, adjacent ones joined: their number or -EFAULT. */
+static int collect(struct cursor *c, struct iovec *iov, int max)
+{
+    int n = 0, rc;
+
+    while ((rc = cursor_next(c)) > 0) {
+        if (n > 0 && (uint8_t *)iov[n - 1].iov_base + iov[n - 1].iov_len == c->host) {
+            iov[n - 1].iov_len += c->len;
+            continue;
+        }
+        if (n == max)
+            return -EFAULT;
+        iov[n++] = (struct iovec){ .iov_base = c->host, .iov_len = c->len };
+    }
+    return rc < 0 ? rc : n;
+}
+
+static int op_in_iov(struct req *r, uint32_t off, uint32_t len, struct iovec *iov, int max)
+{
+    struct cursor c;
+
+    if (off > r->body_len || len > r->body_len - off ||
+        !cursor_open(&c, slot_of(r), false, off + (uint32_t)sizeof(r->in), len))
+        return -EFAULT;
+    return collect(&c, iov, max);
+}
+
 static int op_out_copy(struct req *r, uint32_t off, const void *src, uint32_t len)
 {
     struct queue_slot *s = slot_of(r);
@@ -108,20 +135,10 @@ static int op_out_copy(struct req *r, uint32_t off, const void *src, uint32_t le
 static int op_out_iov(struct req *r, uint32_t off, uint32_t len, struct iovec *iov, int max)
 {
     struct cursor c;
-    int n = 0, rc;
 
     if (off > r->out_cap || len > r->out_cap - off || !cursor_open(&c, slot_of(r), true, off, len))
         return -EFAULT;
-    while ((rc = cursor_next(&c)) > 0) {
-        if (n > 0 && (uint8_t *)iov[n - 1].iov_base + iov[n - 1].iov_len == c.host) {
-            iov[n - 1].iov_len += c.len;
-            continue;
-        }
-        if (n == max)
-            return -EFAULT;
-        iov[n++] = (struct iovec){ .iov_base = c.host, .iov_len = c.len };
-    }
-    return rc < 0 ? rc : n;
+    return collect(&c, iov, max);
 }
 
 static void op_out_dirty(struct req *r, uint32_t off, uint32_t len)
@@ -137,6 +154,7 @@ static void op_out_dirty(struct req *r, uint32_t off, uint32_t len)
 
 static const struct req_ops queue_req_ops = {
     .in_copy = op_in_copy, .out_copy = op_out_copy, .out_iov = op_out_iov, .out_dirty = op_out_dirty,
+    .in_iov = op_in_iov,
 };
 
 /* ---- parked requests */

@@ -32,6 +32,9 @@ struct req_ops {
     int (*out_iov)(struct req *r, uint32_t off, uint32_t len, struct iovec *iov, int max);
     /* Bytes [off, off+len) obtained from out_iov have been written (dirty logging). */
     void (*out_dirty)(struct req *r, uint32_t off, uint32_t len);
+    /* Like out_iov, of request bytes that are handed on unread (WRITE data); offsets as in_copy's. NULL: the
+     * session copies. */
+    int (*in_iov)(struct req *r, uint32_t off, uint32_t len, struct iovec *iov, int max);
 };
 
 struct req {

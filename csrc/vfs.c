@@ -188,7 +188,8 @@ static int table_lookup(const struct vfs_table *t, const struct vfs_node *dir, c
 
     if (len == 1 && name[0] == '.') {
         *out = d;
-        return d.fs->ops->getattr(d.fs, d.ino, attr);
+        return d.fs->ops->rw ? d.fs->ops->lookup(d.fs, d.ino, name, len, attr)    /* counted, as each look-up */
+                             : d.fs->ops->getattr(d.fs, d.ino, attr);
     }
     if (len == 2 && memcmp(name, "..", 2) == 0) {
         while (d.serial && (m = mount_find(t, d.serial)) && m->root_ino == d.ino) {
@@ -224,6 +225,37 @@ int vfs_has_xattr(struct vnd_vfs *v)
         }
     }
     return t->count == 0;
+}
+
+bool vfs_rw_mount(struct vnd_vfs *v, uint32_t index, struct vfs_node *out)
+{
+    const struct vfs_table *t = table_of(v);
+
+    for (uint32_t i = 0; i < t->count; i++) {
+        const struct vfs_mount *m = t->mounts[i];
+
+        if (m->fs->ops->rw && !index--) {
+            *out = (struct vfs_node){ m->fs, m->root_ino, m->serial };
+            return true;
+        }
+    }
+    return false;
+}
+
+void vfs_reset_inside(struct vnd_vfs *v)
+{
+    struct vfs_node node;
+
+    for (uint32_t i = 0; vfs_rw_mount(v, i, &node); i++) {
+        node.fs->ops->rw->reset(node.fs);
+    }
+}
+
+void vfs_reset(struct vnd_vfs *v)
+{
+    pthread_mutex_lock(&v->lock);
+    vfs_reset_inside(v);
+    pthread_mutex_unlock(&v->lock);
 }
 
 /* ---- changes */

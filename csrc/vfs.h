@@ -30,6 +30,12 @@ bool vfs_cover(struct vnd_vfs *v, struct vfs_node *node);
 bool vfs_is_mount_root(struct vnd_vfs *v, const struct vfs_node *node);
 int vfs_has_xattr(struct vnd_vfs *v);       /* 0: something is mounted and none of it has any */
 
+/* The index-th mount of a read-write file system: its root, or false. */
+bool vfs_rw_mount(struct vnd_vfs *v, uint32_t index, struct vfs_node *out);
+/* The guest is gone: read-write file systems drop what it knew and had open. vfs_reset: not inside a request. */
+void vfs_reset_inside(struct vnd_vfs *v);
+void vfs_reset(struct vnd_vfs *v);
+
 int vfs_session_kind(struct vnd_vfs *v);
 /* Generic mount for any file system, which must outlive it; unmounted by vnd_vfs_umount. -EINVAL (path), -EEXIST
  * (mounted there), -ENOENT and -ENOTDIR (no such directory inside another mount), -EBUSY (would hide other mounts),

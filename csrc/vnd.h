@@ -152,6 +152,10 @@ void vnd_rafs_free(vnd_rafs *r);
 typedef struct {
     uint64_t ino, size_bytes, blocks, mtime_s;
     uint32_t mtime_nsec, mode, nlink, uid, gid, rdev;
+    /* Of file systems that change; zero in an image, whose times are all mtime. */
+    uint64_t generation, atime_s, ctime_s;
+    uint32_t atime_nsec, ctime_nsec;
+    uint32_t blksize_bytes;       /* non-zero: atime and ctime are given too */
 } vnd_attr;
 typedef struct {                  /* one directory entry */
     uint64_t ino, next_off;       /* next_off: pass as off to go on after this entry */
@@ -244,6 +248,25 @@ uint32_t vnd_vfs_next_serial(vnd_vfs *v);
 int vnd_vfs_set_next_serial(vnd_vfs *v, uint32_t serial);
 /* Returns once no request is inside the file system: the caller may then free it. -ENOENT. */
 int vnd_vfs_umount(vnd_vfs *v, const char *path);
+
+/* ---------------------------------------------------------------- passthrough: a host directory, read-write */
+typedef struct vnd_passthrough vnd_passthrough;
+/* A flag: nothing is made, renamed or removed in the source itself nor in its "passthrough", where Kata's runtime-rs
+ * binds what a guest may write. */
+#define VND_PASSTHROUGH_KEEP_TOP 1
+typedef struct {
+    uint64_t inodes;              /* known to the guest */
+    uint64_t files;               /* open */
+    uint64_t cached_fds;          /* held for speed alone: closed when idle for a second and by drop_idle */
+} vnd_passthrough_stats;
+/* source must be a directory. NULL on failure. */
+vnd_passthrough *vnd_passthrough_new(vnd_engine *e, const char *source, uint32_t flags, char *err, size_t err_len);
+int vnd_vfs_mount_passthrough(vnd_vfs *v, const char *path, vnd_passthrough *p);
+/* Closes every descriptor that no open file needs, so that the host can unmount what lies below. */
+void vnd_passthrough_drop_idle(vnd_passthrough *p);
+void vnd_passthrough_stats_get(vnd_passthrough *p, vnd_passthrough_stats *out);
+/* Must not be mounted any more. Waits for host calls under way. */
+void vnd_passthrough_free(vnd_passthrough *p);
 
 /* Read for tools and tests, through the same path as a guest's: blocks the caller until the bytes are there.
  * Bytes read, or -errno. */

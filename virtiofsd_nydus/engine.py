@@ -205,6 +205,32 @@ class Rafs:
             self.handle = ffi.NULL
 
 
+class Passthrough:
+    """A host directory as a read-write file system. keep_top: nothing is made or removed in it itself."""
+
+    def __init__(self, engine: Engine, source: str, *, keep_top: bool = False) -> None:
+        err = ffi.new("char[]", ERR_MAX)
+        self.handle = lib.vnd_passthrough_new(engine.handle, os.fsencode(source),
+                                              lib.VND_PASSTHROUGH_KEEP_TOP if keep_top else 0, err, ERR_MAX)
+        require(self.handle != ffi.NULL, err)
+
+    def drop_idle(self) -> None:
+        """Closes every descriptor that no open file needs: the host may want to unmount what lies below."""
+        lib.vnd_passthrough_drop_idle(self.handle)
+
+    def stats(self) -> dict[str, int]:
+        """Counts, by the names of vnd_passthrough_stats."""
+        out = ffi.new("vnd_passthrough_stats *")
+        lib.vnd_passthrough_stats_get(self.handle, out)
+        return {name: getattr(out, name) for name in ("inodes", "files", "cached_fds")}
+
+    def close(self) -> None:
+        """Frees it; it must be mounted nowhere."""
+        if self.handle != ffi.NULL:
+            lib.vnd_passthrough_free(self.handle)
+            self.handle = ffi.NULL
+
+
 class Vfs:
     """The mount table that the sessions of a daemon share. kind: SESSION_RAFS or SESSION_MIXED."""
 
@@ -216,6 +242,9 @@ class Vfs:
 
     def mount_rafs(self, path: str, image: Rafs) -> None:
         self._check(lib.vnd_vfs_mount_rafs(self.handle, path.encode(), image.handle), path)
+
+    def mount_passthrough(self, path: str, directory: Passthrough) -> None:
+        self._check(lib.vnd_vfs_mount_passthrough(self.handle, path.encode(), directory.handle), path)
 
     def umount(self, path: str) -> None:
         """Returns once no request is inside it."""
