@@ -513,8 +513,8 @@ enum req_verdict fuse_op_copy_file_range(struct fuse_call *c)
     int64_t done;
     int rc;
 
-    if (!rw_of(c)) {
-        return fuse_reply_error(c, EXDEV);      /* the kernel copies by reading and writing */
+    if (!rw_of(c)) {    /* where something else can be written: the kernel copies by reading and writing */
+        return fuse_reply_error(c, vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? EROFS : EXDEV);
     }
     if (c->r->args_len < sizeof(in) || !has_room(c, sizeof(out))) {
         return fuse_reply_error(c, EINVAL);

@@ -6,6 +6,7 @@
 
 #define IN_HEADER 40u
 #define OUT_HEADER 16u
+#define FG_WRITE_HEAD 80u       /* fuse_in_header and fuse_write_in */
 #define SEGMENTS_MAX 512
 
 uint64_t fg_slot_bytes(uint32_t data_bytes)
@@ -28,6 +29,10 @@ int fg_slot_send(fg_queue *q, uint32_t slot, uint32_t in_len, int out_fixed, uin
     seg[n++] = (fg_segment){ s->gpa + FG_SLOT_IN, header, 0 };
     if (in_len > header)
         seg[n++] = (fg_segment){ s->gpa + FG_SLOT_IN + header, in_len - header, 0 };
+    for (uint32_t at = 0, page = 0; at < s->in_data_bytes; at += FG_PAGE, page++) {
+        uint32_t len = s->in_data_bytes - at < FG_PAGE ? s->in_data_bytes - at : FG_PAGE;
+        seg[n++] = (fg_segment){ s->gpa + fg_page_at(q, page), len, 0 };
+    }
     if (out_fixed >= 0)
         seg[n++] = (fg_segment){ s->gpa + FG_SLOT_OUT + FG_OUT_AT, OUT_HEADER, 1 };
     if (out_fixed > 0)
@@ -50,14 +55,23 @@ int fg_slot_send(fg_queue *q, uint32_t slot, uint32_t in_len, int out_fixed, uin
 int fg_submit(fg_queue *q, uint32_t slot, const uint8_t *in, uint32_t in_len, int out_fixed,
               uint32_t data_bytes)
 {
+    uint32_t in_data = 0;
+    /* What does not fit beside the header goes to the data pages, as a kernel's WRITE does. */
+    if (in_len > FG_SLOT_IN_MAX && data_bytes == 0) {
+        in_data = in_len - FG_WRITE_HEAD;
+        in_len = FG_WRITE_HEAD;
+    }
     if (slot >= q->cfg.slot_count || q->slots[slot].busy || in_len == 0 || in_len > FG_SLOT_IN_MAX ||
-        out_fixed > FG_OUT_FIXED_MAX || data_bytes > q->cfg.slot_data_bytes ||
+        in_data > q->cfg.slot_data_bytes || in_data / FG_PAGE > SEGMENTS_MAX - 8 || out_fixed > FG_OUT_FIXED_MAX || data_bytes > q->cfg.slot_data_bytes ||
         data_bytes / FG_PAGE > SEGMENTS_MAX - 8)
         return fg_fail(q, -EINVAL, "slot %u busy, or request too large for it", slot);
     struct fg_slot *s = &q->slots[slot];
     memset(s->host, FG_FILL, FG_SLOT_DATA);
     memset(s->host + FG_SLOT_DATA, FG_FILL, q->cfg.slot_data_bytes + FG_PAGE);
     memcpy(s->host + FG_SLOT_IN, in, in_len);
+    for (uint32_t at = 0, page = 0; at < in_data; at += FG_PAGE, page++)
+        memcpy(s->host + fg_page_at(q, page), in + in_len + at, in_data - at < FG_PAGE ? in_data - at : FG_PAGE);
+    s->in_data_bytes = in_data;
     s->unique = 0;
     if (in_len >= 16)
         memcpy(&s->unique, in + 8, 8);
@@ -109,6 +123,8 @@ static int check_untouched(fg_queue *q, uint32_t slot, uint32_t len)
     if (!all_fill(out, FG_OUT_AT) || !all_fill(out + after_header, FG_OUT_FIXED_AT - after_header) ||
         !all_fill(out + after_fixed, FG_SLOT_DATA - FG_SLOT_OUT - after_fixed))
         return fg_fail(q, -FG_OVERRUN, "bytes beside the reply's header were written (reply %u bytes)", len);
+    if (s->in_data_bytes)
+        return 0;   /* the pages are the request's */
     uint32_t pages = q->cfg.slot_data_bytes / FG_PAGE;
     for (uint32_t i = 0; i < pages; i++) {
         uint64_t from = (uint64_t)i * FG_PAGE, mine = left > from ? left - from : 0;

@@ -30,6 +30,7 @@ struct fg_slot {
     bool busy;
     uint64_t unique;
     uint32_t in_len, data_bytes, table_bytes;
+    uint32_t in_data_bytes;             /* of the request, in the data pages */
     int out_fixed;
     uint32_t target;            /* load: which file or name */
     uint64_t offset;            /* load: where in the file */

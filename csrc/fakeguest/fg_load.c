@@ -45,6 +45,7 @@ static uint64_t next_random(struct run *r)
 static void write_header(struct fg_slot *s, uint32_t len, uint32_t opcode, uint64_t nodeid)
 {
     struct in_header h = { len, opcode, s->unique, nodeid, 0, 0, 1, 0, 0 };
+    s->in_data_bytes = 0;
     memcpy(s->host + FG_SLOT_IN, &h, sizeof h);
 }
 

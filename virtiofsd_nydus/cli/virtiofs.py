@@ -35,7 +35,7 @@ def add_daemon_arguments(parser: "argparse.ArgumentParser") -> None:
     image.add_argument("-B", "--bootstrap", metavar="FILE", help="RAFS metadata to mount; none: mount by the API")
     image.add_argument("-C", "--config", metavar="FILE", help="nydusd configuration, v1 JSON, v2 JSON or TOML")
     image.add_argument("-D", "--localfs-dir", metavar="DIR", help="blobs and cache in one directory, no configuration")
-    image.add_argument("-s", "--shared-dir", metavar="DIR", help="refused: passthrough is not built in yet")
+    image.add_argument("-s", "--shared-dir", metavar="DIR", help="a host directory to share, read-write")
     image.add_argument("-m", "--virtual-mountpoint", metavar="PATH", default="/", help="where the image appears")
     image.add_argument("--prefetch-files", metavar="FILE",
                        help="fetch these first: absolute paths of files and directories, one a line")
@@ -76,8 +76,8 @@ def run(args: "argparse.Namespace") -> int:
     sock = args.sock or args.socket_path
     if (sock is None) == (args.fd is None):
         raise UsageFailure("give either --sock PATH or --fd N")
-    if args.shared_dir:
-        raise UsageFailure("--shared-dir: passthrough is not supported by this version")
+    if args.shared_dir and (args.bootstrap or args.config or args.localfs_dir):
+        raise UsageFailure("--shared-dir shares a host directory: it takes no --bootstrap, --config or --localfs-dir")
     if args.bootstrap and bool(args.config) == bool(args.localfs_dir):
         raise UsageFailure("--bootstrap needs either --config or --localfs-dir")
 
@@ -105,7 +105,7 @@ def run(args: "argparse.Namespace") -> int:
                       allow_unverified=args.allow_unverified)
     try:
         service.start(sock=sock, fd=args.fd, apisock=args.apisock, bootstrap=args.bootstrap, config=config,
-                      mountpoint=args.virtual_mountpoint, prefetch_files=prefetch_files)
+                      mountpoint=args.virtual_mountpoint, prefetch_files=prefetch_files, shared_dir=args.shared_dir)
     except Failure:
         service.stop()
         raise

@@ -131,7 +131,7 @@ class ApiServer:
         except ApiError as error:
             return error.status, _error(str(error))
         except Failure as failure:
-            return 500, _error(f'Mount(MountFilesystem(Other("{failure}")))')
+            return 500, _error(f"Mount(MountFilesystem(Other({quoted(str(failure))})))")
         if answer is None:
             return 204, b""
         return 200, answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
@@ -148,6 +148,11 @@ class ApiServer:
 
 def _error(message: str) -> bytes:
     return json.dumps({"code": "UNDEFINED", "message": message}).encode()
+
+
+def quoted(text: str) -> str:
+    """As Rust's Debug shows a string."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
 def _no_body(body: bytes) -> None:
@@ -209,15 +214,42 @@ def put_takeover(service: "Service", query: "dict[str, str]", body: bytes) -> ob
     return None
 
 
-def post_mount(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+PASSTHROUGH_TYPES = ("passthrough", "passthroughfs", "passthrough_fs")
+MOUNT_KEYS = ("source", "fs_type", "config")
+
+
+def _mount_command(query: "dict[str, str]", body: bytes) -> "tuple[str, str, str, str]":
+    """(mount point, file system type, source, configuration text)."""
     mountpoint = _mountpoint(query)
     command = _object(body)
-    if command.get("fs_type") != "rafs":
-        raise ApiError(501, "Mount(Unsupported)")
-    files = command.get("prefetch_files")
+    for key in MOUNT_KEYS:
+        if not isinstance(command.get(key, "" if key == "fs_type" else None), str):
+            raise ApiError(400, f"ParseBody(Error({quoted(f'missing field `{key}`')}, line: 1, column: {len(body)}))")
+    kind = str(command.get("fs_type", ""))
+    if kind != "rafs" and kind not in PASSTHROUGH_TYPES:
+        raise Failure(f"invalid argument `only 'rafs' and 'passthrough_fs' are supported, but {kind} was specified`")
+    return mountpoint, kind, str(command["source"]), str(command["config"])
+
+
+def _prefetch_files(body: bytes) -> "list[object] | None":
+    files = _object(body).get("prefetch_files")
     if files is not None and not isinstance(files, list):
         raise ApiError(400, "ParseBody(\"prefetch_files: not a list\")")
-    service.mount_rafs(mountpoint, str(command.get("source", "")), str(command.get("config", "")), files)
+    return files
+
+
+def post_mount(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    mountpoint, kind, source, config = _mount_command(query, body)
+    if kind == "rafs":
+        service.mount_rafs(mountpoint, source, config, _prefetch_files(body))
+    else:
+        service.mount_share(mountpoint, source)
+    return None
+
+
+def put_mount(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    mountpoint, _, source, config = _mount_command(query, body)
+    service.remount(mountpoint, source, config, _prefetch_files(body))
     return None
 
 
@@ -344,7 +376,7 @@ ROUTES: "dict[str, dict[str, Callable[[Service, dict[str, str], bytes], object]]
     "/api/v1/daemon/start": {"PUT": put_start},
     "/api/v1/daemon/fuse/sendfd": {"PUT": put_sendfd},
     "/api/v1/daemon/fuse/takeover": {"PUT": put_takeover},
-    "/api/v1/mount": {"POST": post_mount, "DELETE": delete_mount},
+    "/api/v1/mount": {"POST": post_mount, "PUT": put_mount, "DELETE": delete_mount},
     "/api/v1/config": {"GET": get_config, "PUT": put_config},
     "/api/v1/metrics": {"GET": get_fs_metrics},
     "/api/v1/metrics/files": {"GET": get_files_metrics},

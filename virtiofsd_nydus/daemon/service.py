@@ -15,7 +15,7 @@ from virtiofsd_nydus.daemon import metrics
 from virtiofsd_nydus.daemon.api import ApiError, ApiServer
 from virtiofsd_nydus.daemon.config import ImageConfig, parse_config
 from virtiofsd_nydus.daemon.prefetch import Prefetch, check_list
-from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Rafs, Store, Vfs
+from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Passthrough, Rafs, Store, Vfs
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.storage.health import RateLimit
 from virtiofsd_nydus.storage.pump import PREFETCH_SLOTS, FetchPump
@@ -29,9 +29,16 @@ if TYPE_CHECKING:
 
     from virtiofsd_nydus.storage.backend import Backend
 
+# nydusd's words, which clients match on
+ALREADY_MOUNTED = "object or filesystem already exists"
+NOT_MOUNTED = "object or filesystem doesn't exist"
 QUEUES = 5              # hiprio and up to four request queues; the front-end uses as many as it has
 STOP_TIMEOUT_S = 2.0    # how long a fetch thread stuck in its backend may hold up the end
 SWITCH_INTERVAL_S = 0.0005      # a busy Python thread must not starve the fetch threads
+
+
+def _iso_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 class Mount:
@@ -52,6 +59,16 @@ class Mount:
         self.prefetch_limit = RateLimit(rate) if rate else None
 
 
+class Share:
+    """One host directory in the mount table."""
+
+    __slots__ = ("directory", "mounted_at", "path", "source")
+
+    def __init__(self, path: str, source: str, directory: Passthrough) -> None:
+        self.path, self.source, self.directory = path, source, directory
+        self.mounted_at = time.time()
+
+
 class Service:
     """The daemon. Construct, start(), wait(), stop()."""
 
@@ -65,6 +82,7 @@ class Service:
         self._mounts: dict[str, Mount] = {}
         self._prefetch_tag = 0              # of the last mount; 0 is the engine's own
         self._late: list[Mount] | None = []     # mounts whose prefetch begins after RUNNING; None: it has begun
+        self._shares: dict[str, Share] = {}
         self._received_before = self._wasted_bytes = 0      # received_before: by backends that are gone
         self.engine = Engine(read_deadline_ms=read_deadline_ms, allow_unverified=allow_unverified)
         self.pump = FetchPump(self.engine)
@@ -76,8 +94,8 @@ class Service:
     # ---- life
 
     def start(self, *, sock: str | None, fd: int | None, apisock: str | None, bootstrap: str | None,
-              config: ImageConfig | None, mountpoint: str = "/",
-              prefetch_files: "list[str] | None" = None) -> None:
+              config: ImageConfig | None, mountpoint: str = "/", prefetch_files: "list[str] | None" = None,
+              shared_dir: str | None = None) -> None:
         """Returns RUNNING, or raises Failure with nothing left behind but what stop() removes."""
         import sys
 
@@ -86,6 +104,8 @@ class Service:
         if bootstrap:
             assert config is not None
             self._mount(mountpoint, bootstrap, config, prefetch_files=prefetch_files)
+        if shared_dir:
+            self._mount_share(mountpoint, shared_dir)
         self._vhost = VhostServer(lambda: EngineDevice(self.engine, vfs, QUEUES), path=sock, fd=fd, say=self.log.say,
                                   ended=self.request_exit)
         if apisock:
@@ -158,6 +178,9 @@ class Service:
             mount.store.close()
             mount.backend.close()
         self._mounts.clear()
+        for share in self._shares.values():
+            share.directory.close()
+        self._shares.clear()
         self.engine.close()
 
     def _after_start(self) -> None:
@@ -198,8 +221,8 @@ class Service:
 
         if not path.startswith("/"):
             raise Failure(f"mountpoint {path!r} is not absolute")
-        if path in self._mounts:
-            raise Failure(f"mountpoint {path} is in use; unmount it first")
+        if path in self._mounts or path in self._shares:
+            raise Failure(ALREADY_MOUNTED)
         assert self._vfs is not None
         for line in config.warnings:
             self.log.say(logs.WARNING, line)
@@ -241,14 +264,69 @@ class Service:
         if config.prefetch or mount.prefetch_files:
             mount.prefetch.start(mount.prefetch_files, then_all=config.prefetch_all)
 
+    def remount(self, path: str, source: str, config_text: str,
+                prefetch_files: "list[object] | None" = None) -> None:
+        """A changed image or configuration at the same place. What the guest has open of another image goes stale."""
+        config = parse_config(config_text, f"configuration of mount {path}")
+        files = None if prefetch_files is None else check_list(prefetch_files, f"mount {path}")
+        with self._lock:
+            if path in self._shares:
+                raise Failure("filesystem type mismatch, expect RAFS")
+            old = self._mounts.get(path)
+            if old is None:
+                raise Failure(NOT_MOUNTED)
+            assert self._vfs is not None
+            Rafs(self.engine, source).close()       # what cannot be opened must not cost the guest what it has
+            self._vfs.umount(path)
+            del self._mounts[path]
+            try:
+                self._mount(path, source, config, prefetch_files=files)
+            except (Failure, OSError):
+                self._vfs.mount_rafs(path, old.image)
+                self._mounts[path] = old
+                raise
+            self._release(old)
+
+    def mount_share(self, path: str, source: str) -> None:
+        """API mount of a host directory, read-write. Refused where the session's answers hold for images only."""
+        with self._lock:
+            self._mount_share(path, source)
+
+    def _mount_share(self, path: str, source: str) -> None:
+        assert self._vfs is not None
+        if self._vfs.kind != SESSION_MIXED:
+            raise ApiError(501, "Mount(MountFilesystem(Unsupported))")
+        if path in self._mounts or path in self._shares:
+            raise Failure(ALREADY_MOUNTED)
+        # Kata's runtime-rs gives its writable directory of host mounts: the guest has no business at its top
+        kata_top = path == "/containers" and source.rstrip("/").endswith("/rw")
+        directory = Passthrough(self.engine, source, keep_top=kata_top)
+        try:
+            self._vfs.mount_passthrough(path, directory)
+        except OSError as error:
+            directory.close()
+            raise Failure(f"cannot mount at {path}: {error.strerror}") from error
+        self._shares[path] = Share(path, source, directory)
+        self.log.say(logs.INFO, "host directory mounted", mountpoint=path, source=source)
+
     def umount(self, path: str) -> None:
         with self._lock:
-            mount = self._mounts.pop(path, None)
-            if mount is None:
-                raise ApiError(500, f'Mount(UmountFilesystem(Other("{path} is not mounted")))')
             assert self._vfs is not None
-            self._vfs.umount(path)
-            self._release(mount)
+            mount, share = self._mounts.get(path), self._shares.get(path)
+            if mount is None and share is None:
+                raise Failure(NOT_MOUNTED)
+            try:
+                self._vfs.umount(path)
+            except OSError as error:
+                raise Failure(f"cannot unmount {path}: {error.strerror}") from error
+            if mount is not None:
+                del self._mounts[path]
+                self._release(mount)
+            if share is not None:
+                del self._shares[path]
+                share.directory.close()
+            for left in self._shares.values():      # the host unmounts the container's directories next
+                left.directory.drop_idle()
 
     def _release(self, mount: Mount) -> None:
         mount.prefetch.cancel()
@@ -266,6 +344,7 @@ class Service:
     def daemon_info(self) -> "dict[str, Any]":
         with self._lock:
             mounts = list(self._mounts.values())
+            shares = list(self._shares.values())
         return {
             "version": version_info(),
             "id": self._id,
@@ -273,10 +352,14 @@ class Service:
             "state": self.state,
             "backend_collection": {
                 mount.path: {
-                    "backend_type": "Rafs", "mountpoint": mount.path,
-                    "mounted_time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(mount.mounted_at)),
+                    "backend_type": "Rafs", "mountpoint": mount.path, "mounted_time": _iso_time(mount.mounted_at),
                     "config": mount.config.public(),
                 } for mount in mounts
+            } | {
+                share.path: {
+                    "backend_type": "PassthroughFs", "mountpoint": share.path,
+                    "mounted_time": _iso_time(share.mounted_at), "config": None,
+                } for share in shares
             },
         }
 
@@ -329,4 +412,5 @@ class Service:
                                       "uncompressed_bytes": blob.uncompressed_size_bytes}
             backends = {mount.path: {"type": mount.backend.kind, **mount.backend.status(),
                                      **mount.backend.meter.own_metrics()} for mount in self._mounts.values()}
-        return {"engine": self.engine.stats(), "blobs": blobs, "backends": backends}
+            shares = {share.path: share.directory.stats() for share in self._shares.values()}
+        return {"engine": self.engine.stats(), "blobs": blobs, "backends": backends, "shares": shares}

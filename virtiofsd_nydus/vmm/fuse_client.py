@@ -12,12 +12,21 @@ ENTRY = struct.Struct("=QQQQII")
 DIRENT = struct.Struct("=QQII")
 READ_IN = struct.Struct("=QQIIQII")
 STATFS = struct.Struct("=QQQQQIIII24x")
+SETATTR_IN = struct.Struct("=IIQQQQQQIIIIIIII")
+WRITE_IN = struct.Struct("=QQIIQII")
 INIT_IN = struct.Struct("=IIIII44x")
 INIT_OUT = struct.Struct("=IIIIHHIIHHIIH22x")
 
 LOOKUP, FORGET, GETATTR, READLINK, OPEN, READ, STATFS_OP, RELEASE = 1, 2, 3, 5, 14, 15, 17, 18
 GETXATTR, LISTXATTR, FLUSH, INIT, OPENDIR, READDIR, RELEASEDIR = 22, 23, 25, 26, 27, 28, 29
 ACCESS, DESTROY, BATCH_FORGET, READDIRPLUS, LSEEK = 34, 38, 42, 44, 46
+SETATTR, SYMLINK, MKNOD, MKDIR, UNLINK, RMDIR, RENAME, LINK, WRITE = 4, 6, 8, 9, 10, 11, 12, 13, 16
+FSYNC, SETXATTR, REMOVEXATTR, FSYNCDIR, CREATE, FALLOCATE, RENAME2 = 20, 21, 24, 30, 35, 43, 45
+COPY_FILE_RANGE, SYNCFS, TMPFILE = 47, 50, 51
+# valid bits of SETATTR
+SET_MODE, SET_UID, SET_GID, SET_SIZE, SET_ATIME, SET_MTIME, SET_FH = 1, 2, 4, 8, 16, 32, 64
+SET_ATIME_NOW, SET_MTIME_NOW, SET_KILL_SUIDGID = 128, 256, 2048
+WRITE_CACHE, WRITE_KILL_SUIDGID = 1, 4
 
 ROOT = 1
 INIT_EXT = 1 << 30
@@ -81,10 +90,11 @@ class Channel(Protocol):
     def call(self, request: bytes, out_fixed: int, data_bytes: int) -> bytes: ...
 
 
-def pack_request(opcode: int, unique: int, nodeid: int, body: bytes = b"", length: int | None = None) -> bytes:
+def pack_request(opcode: int, unique: int, nodeid: int, body: bytes = b"", length: int | None = None, uid: int = 0,
+                 gid: int = 0) -> bytes:
     """A whole request; length overrides what the header claims."""
     size = IN_HEADER.size + len(body) if length is None else length
-    return IN_HEADER.pack(size, opcode, unique, nodeid, 0, 0, 1, 0, 0) + body
+    return IN_HEADER.pack(size, opcode, unique, nodeid, uid, gid, 1, 0, 0) + body
 
 
 def parse_entry(data: bytes) -> Entry:
@@ -108,7 +118,9 @@ def parse_dirents(data: bytes, plus: bool) -> list[DirEntry]:
 
 
 class FuseClient:
-    """Requests raise OSError with the server's errno. unique numbers are even, as the kernel's."""
+    """Requests raise OSError with the server's errno. unique numbers are even, as the kernel's. uid, gid: who asks."""
+
+    uid = gid = 0
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -118,7 +130,8 @@ class FuseClient:
                 data_bytes: int = 0) -> bytes:
         """Reply without its header."""
         self.unique += 2
-        reply = self.channel.call(pack_request(opcode, self.unique, nodeid, body), out_fixed, data_bytes)
+        request = pack_request(opcode, self.unique, nodeid, body, uid=self.uid, gid=self.gid)
+        reply = self.channel.call(request, out_fixed, data_bytes)
         if not reply:
             raise OSError(5, f"no reply to opcode {opcode}")
         error = OUT_HEADER.unpack_from(reply)[1]
@@ -182,9 +195,11 @@ class FuseClient:
             body = READ_IN.pack(handle, offset, size, 0, 0, 0, 0)
             entries = parse_dirents(self.request(READDIRPLUS if plus else READDIR, nodeid, body, 0, size), plus)
             if not entries:
-                return
+                break
             yield from entries
             offset = entries[-1].next_off
+        if handle:
+            self.release(nodeid, handle, directory=True)
 
     def getxattr(self, nodeid: int, name: bytes, size: int = 4096) -> bytes:
         return self.request(GETXATTR, nodeid, struct.pack("=II", size, 0) + name + b"\0", 0 if size else 8, size)
@@ -217,3 +232,85 @@ class FuseClient:
 
     def read_file(self, path: str) -> bytes:
         return self.read_all(self.walk(path).nodeid)
+
+    # ---- on a read-write mount: names are one component, below the node of a directory
+
+    def open_flags(self, nodeid: int, flags: int, kill: bool = False, directory: bool = False) -> int:
+        reply = self.request(OPENDIR if directory else OPEN, nodeid, struct.pack("=II", flags, int(kill)), 16)
+        handle: int = struct.unpack_from("=Q", reply)[0]
+        return handle
+
+    def release(self, nodeid: int, handle: int, directory: bool = False) -> None:
+        self.request(RELEASEDIR if directory else RELEASE, nodeid, struct.pack("=QIIQ", handle, 0, 0, 0))
+
+    def flush(self, nodeid: int, handle: int) -> None:
+        self.request(FLUSH, nodeid, struct.pack("=QIIQ", handle, 0, 0, 0))
+
+    def fsync(self, nodeid: int, handle: int, data_only: bool = False, directory: bool = False) -> None:
+        self.request(FSYNCDIR if directory else FSYNC, nodeid, struct.pack("=QII", handle, int(data_only), 0))
+
+    def syncfs(self) -> None:
+        self.request(SYNCFS, ROOT, bytes(8))
+
+    def write(self, nodeid: int, handle: int, offset: int, data: bytes, flags: int = 0, write_flags: int = 0) -> int:
+        head = WRITE_IN.pack(handle, offset, len(data), write_flags, 0, flags, 0)
+        written: int = struct.unpack_from("=I", self.request(WRITE, nodeid, head + data, 8))[0]
+        return written
+
+    def create(self, parent: int, name: bytes, mode: int = 0o644, flags: int = 2, kill: bool = False,
+               opcode: int = CREATE) -> tuple[Entry, int]:
+        """The new entry and its open file."""
+        body = struct.pack("=IIII", flags, mode | 0o100000, 0, int(kill)) + name + b"\0"
+        reply = self.request(opcode, parent, body, ENTRY.size + ATTR.size + 16)
+        return parse_entry(reply), struct.unpack_from("=Q", reply, ENTRY.size + ATTR.size)[0]
+
+    def mkdir(self, parent: int, name: bytes, mode: int = 0o755) -> Entry:
+        return self._entry(MKDIR, parent, struct.pack("=II", mode, 0) + name + b"\0")
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int = 0) -> Entry:
+        return self._entry(MKNOD, parent, struct.pack("=IIII", mode, rdev, 0, 0) + name + b"\0")
+
+    def symlink(self, parent: int, name: bytes, target: bytes) -> Entry:
+        return self._entry(SYMLINK, parent, name + b"\0" + target + b"\0")
+
+    def link(self, nodeid: int, parent: int, name: bytes) -> Entry:
+        return self._entry(LINK, parent, struct.pack("=Q", nodeid) + name + b"\0")
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        self.request(UNLINK, parent, name + b"\0")
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        self.request(RMDIR, parent, name + b"\0")
+
+    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int | None = None) -> None:
+        """RENAME; RENAME2 with flags."""
+        names = name + b"\0" + new_name + b"\0"
+        if flags is None:
+            self.request(RENAME, parent, struct.pack("=Q", new_parent) + names)
+        else:
+            self.request(RENAME2, parent, struct.pack("=QII", new_parent, flags, 0) + names)
+
+    def setattr(self, nodeid: int, valid: int, *, mode: int = 0, uid: int = 0, gid: int = 0, size: int = 0,
+                atime_ns: int = 0, mtime_ns: int = 0, handle: int = 0) -> Attr:
+        second = 1_000_000_000
+        body = SETATTR_IN.pack(valid | (SET_FH if handle else 0), 0, handle, size, 0, atime_ns // second,
+                               mtime_ns // second, 0, atime_ns % second, mtime_ns % second, 0, mode, 0, uid, gid, 0)
+        return Attr(*ATTR.unpack_from(self.request(SETATTR, nodeid, body, 16 + ATTR.size), 16))
+
+    def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        self.request(SETXATTR, nodeid, struct.pack("=II", len(value), flags) + name + b"\0" + value)
+
+    def removexattr(self, nodeid: int, name: bytes) -> None:
+        self.request(REMOVEXATTR, nodeid, name + b"\0")
+
+    def fallocate(self, nodeid: int, handle: int, mode: int, offset: int, length: int) -> None:
+        self.request(FALLOCATE, nodeid, struct.pack("=QQQII", handle, offset, length, mode, 0))
+
+    def copy_file_range(self, nodeid: int, handle: int, offset: int, to_node: int, to_handle: int, to_offset: int,
+                        length: int) -> int:
+        body = struct.pack("=QQQQQQQ", handle, offset, to_node, to_handle, to_offset, length, 0)
+        copied: int = struct.unpack_from("=I", self.request(COPY_FILE_RANGE, nodeid, body, 8))[0]
+        return copied
+
+    def _entry(self, opcode: int, parent: int, body: bytes) -> Entry:
+        return parse_entry(self.request(opcode, parent, body, ENTRY.size + ATTR.size))
