@@ -58,7 +58,8 @@ def test_the_manifest_is_what_nydus_tools_expect(convert, image: Path, registry:
         assert boot is not None
         data = boot.read()
     assert [(one.name, one.mode, one.isdir(), one.mtime, one.uid) for one in members] == [
-        ("image", 0o755, True, 0, 0), ("image/image.boot", 0o444, False, 0, 0)]
+        ("image", 0o755, True, 0, 0), ("image/image.boot", 0o444, False, 0, 0),
+        *((f"image/{one['digest'][7:]}.blob.meta", 0o444, False, 0, 0) for one in blobs)]
     assert data[1024:1028] == bytes.fromhex("e2e1f5e0")     # EROFS
     assert len(data) == result["bootstrap_bytes"]
     import gzip

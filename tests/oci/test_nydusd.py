@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,3 +76,17 @@ def test_nydusd_serves_what_convert_pushed(convert, image: Path, tmp_path: Path,
             assert [(root / f"small{index}").read_bytes() for index in range(len(SMALL))] == SMALL
             assert (root / "link").readlink() == Path("etc/hosts")
             assert (root / "copy").stat().st_mode & 0o777 == 0o600
+            check_metas(registry, result, tmp_path / "work")
+
+
+def check_metas(registry: LocalRegistry, result: dict, work_dir: Path) -> None:
+    """What lies beside the bootstrap is what nydusd has made of the blobs themselves."""
+    manifest = json.loads(registry.blob_file(result["manifest_digest"][7:]).read_bytes())
+    if "manifests" in manifest:
+        manifest = json.loads(registry.blob_file(manifest["manifests"][1]["digest"][7:]).read_bytes())
+    with tarfile.open(registry.blob_file(manifest["layers"][-1]["digest"][7:])) as archive:
+        metas = {Path(one.name).name: archive.extractfile(one).read()   # type: ignore[union-attr]
+                 for one in archive if one.name.endswith(".blob.meta")}
+    assert bool(metas) == (manifest["layers"][-1]["annotations"]["containerd.io/snapshot/nydus-fs-version"] == "6")
+    for name, data in metas.items():
+        assert (work_dir / name).read_bytes() == data

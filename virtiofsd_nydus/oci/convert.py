@@ -45,8 +45,9 @@ from virtiofsd_nydus.oci.manifest import (
 )
 from virtiofsd_nydus.oci.reference import DOCKER_ARCHIVE, Reference
 from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest, read_document
-from virtiofsd_nydus.rafs.blob import BlobInfo
+from virtiofsd_nydus.rafs.blob import BlobInfo, StoredMeta
 from virtiofsd_nydus.rafs.layout import BlobFeature
+from virtiofsd_nydus.rafs.meta import decode_cache_file
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.build.dictionary import ChunkDictionary
@@ -56,6 +57,8 @@ LAYERS_AT_A_TIME = 2
 LEAVE_S = 3.0
 # Half of a large bootstrap is digests: more effort finds nothing in them.
 BOOTSTRAP_LEVEL = 6
+# A packed blob.meta of more is not put beside the bootstrap.
+META_BYTES_MAX = 8 << 20
 # Who made the image, where its history is shown (the words of Nydus's own converter, which tools look for).
 CREATED_BY = "Nydus Converter"
 BOOTSTRAP_COMMENT = "Nydus Bootstrap Layer"
@@ -229,7 +232,9 @@ class _Conversion:
     def push_bootstrap(self, merged: MergedImage) -> tuple[Descriptor, str]:
         """The bootstrap layer's descriptor, and the digest of its tar (diff id)."""
         path = self._folder / "bootstrap.tar.gz"
-        diff_id = write_bootstrap_layer(path, merged.bootstrap)
+        metas = [(info.blob_id, info.meta) for info in merged.blobs
+                 if info.meta is not None and len(info.meta.packed) <= META_BYTES_MAX]
+        diff_id = write_bootstrap_layer(path, merged.bootstrap, metas)
         descriptor = _describe_file(path, MEDIA_LAYER_GZIP, {
             ANNOTATION_BOOTSTRAP: "true", ANNOTATION_FS_VERSION: str(self._options.fs_version)})
         self._push(descriptor, path)
@@ -343,9 +348,10 @@ def run_at_a_time(work: Callable[[Item], Result], items: Sequence[Item], count: 
     return [results[index] for index in range(len(items))]
 
 
-def write_bootstrap_layer(path: Path, bootstrap: "bytes | bytearray") -> str:
-    """Writes the tar+gzip with image/image.boot (nydusd-interface.md 7.3), the same bytes for the same bootstrap.
-    Returns the digest of the tar."""
+def write_bootstrap_layer(path: Path, bootstrap: "bytes | bytearray",
+                          metas: "Sequence[tuple[str, StoredMeta]]" = ()) -> str:
+    """Writes the tar+gzip with image/image.boot (nydusd-interface.md 7.3) and beside it blob.meta of the blobs (by id),
+    so that nobody has to ask for those; the same bytes for the same image. Returns the digest of the tar."""
     hashed = _HashedWriter()
     with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0,
                                                compresslevel=BOOTSTRAP_LEVEL) as compressed:
@@ -357,6 +363,11 @@ def write_bootstrap_layer(path: Path, bootstrap: "bytes | bytearray") -> str:
             member = tarfile.TarInfo("image/image.boot")
             member.size, member.mode = len(bootstrap), 0o444
             archive.addfile(member, _ViewReader(bootstrap))
+            for blob_id, meta in metas:
+                data = decode_cache_file(meta)
+                member = tarfile.TarInfo(f"image/{blob_id}.blob.meta")
+                member.size, member.mode = len(data), 0o444
+                archive.addfile(member, _ViewReader(data))
     return f"sha256:{hashed.hash.hexdigest()}"
 
 

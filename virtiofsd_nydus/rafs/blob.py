@@ -22,6 +22,16 @@ class Writable(Protocol):
     def write(self, data: memoryview, /) -> object: ...
 
 
+@dataclass(frozen=True, slots=True)
+class StoredMeta:
+    """A blob's blob.meta, kept packed (never encrypted): what goes beside the bootstrap."""
+
+    packed: bytes
+    codec: layout.Codec
+    usize: int
+    header: bytes
+
+
 @dataclass(slots=True, kw_only=True)
 class BlobInfo:
     """One data blob as the blob table tells it. Sizes and offsets in bytes. meta_digest and meta_size: of the blob
@@ -45,6 +55,7 @@ class BlobInfo:
     meta_digest: bytes = bytes(32)
     meta_size: int = 0
     prefetch_size: int = 0
+    meta: StoredMeta | None = None
     cipher: Cipher | None = None
 
 

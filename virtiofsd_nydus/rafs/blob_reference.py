@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, ReferencePlace, Writable
+from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, ReferencePlace, StoredMeta, Writable
 from virtiofsd_nydus.rafs.layout import BlobFeature, ChunkFlag, InfoFlag
 from virtiofsd_nydus.rafs.meta import compress_section, encode_chunk_infos_v2, encode_header
 
@@ -43,16 +43,18 @@ class ReferenceBlobWriter(BlobWriter):
         contexts, count = self._index.encode_table()
         table = bytes(infos) + contexts
         packed, codec = compress_section(table, layout.Codec.ZSTD)
-        self._write(packed)
-        self._write(encode_header(
+        header = encode_header(
             features, codec, len(self.table), 0, len(packed), len(table), (len(infos), len(contexts), count)
-        ))  # fmt: skip
+        )
+        self._write(packed)
+        self._write(header)
         self._flush()
         self._info = BlobInfo(
             blob_id=self._index.layer_id, table=self.table, codec=self.codec, digester=self.digester,
             chunk_size=self.chunk_size, features=features, compressed_size=self._index.size,
             uncompressed_size=self.uncompressed_size, ci_codec=codec, ci_csize=len(packed), ci_usize=len(table),
             meta_digest=self._hash.digest(), meta_size=self.size,
+            meta=StoredMeta(packed, codec, len(table), header),
         )  # fmt: skip
         return self._info
 

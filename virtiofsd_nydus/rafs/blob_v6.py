@@ -5,7 +5,7 @@ Each section is followed (not preceded) by a tar header, because its size is kno
 """
 
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, Writable
+from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, StoredMeta, Writable
 from virtiofsd_nydus.rafs.cipher import Cipher
 from virtiofsd_nydus.rafs.layout import BlobFeature, ChunkFlag, InfoFlag
 from virtiofsd_nydus.rafs.meta import (
@@ -35,6 +35,7 @@ class InlinedBlobWriter(BlobWriter):
         self._batched: list[int] = []  # chunks in the batch being collected
         self._contexts = bytearray()
         self._context_count = 0
+        self._meta: StoredMeta | None = None
 
     @property
     def holds_bootstrap(self) -> bool:
@@ -114,7 +115,7 @@ class InlinedBlobWriter(BlobWriter):
             blob_id=layout.PLACEHOLDER_ID, table=self.table, codec=self.codec, digester=self.digester,
             chunk_size=self.chunk_size, features=features, compressed_size=self.size,
             uncompressed_size=self.uncompressed_size, ci_codec=ci_codec, ci_offset=offset, ci_csize=csize,
-            ci_usize=usize, cipher=self.cipher,
+            ci_usize=usize, cipher=self.cipher, meta=self._meta,
         )  # fmt: skip
         return self._info
 
@@ -128,6 +129,7 @@ class InlinedBlobWriter(BlobWriter):
         contexts = len(infos), len(self._contexts), self._context_count
         infos += self._contexts
         packed, codec = compress_section(infos, self.codec)
+        plain = packed
         if self.cipher is not None:
             packed = self.cipher.encrypt(packed)
         offset = self.size
@@ -135,6 +137,7 @@ class InlinedBlobWriter(BlobWriter):
             features, codec, len(self.table), offset, len(packed), len(infos),
             contexts if features & BlobFeature.BATCH else (0, 0, 0),
         )  # fmt: skip
+        self._meta = StoredMeta(plain, codec, len(infos), header)
         self._add_toc("blob.meta", codec, digest_section(infos), offset, len(packed), len(infos))
         self._add_toc(
             "blob.meta.header", layout.Codec.NONE, digest_section(header), offset + len(packed), len(header),

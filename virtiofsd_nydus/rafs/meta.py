@@ -6,6 +6,7 @@ import sys
 from array import array
 
 from virtiofsd_nydus.rafs import layout
+from virtiofsd_nydus.rafs.blob import StoredMeta
 from virtiofsd_nydus.rafs.layout import ChunkFlag, InfoFlag
 from virtiofsd_nydus.rafs.tree import ChunkTable
 
@@ -95,6 +96,22 @@ def encode_header(
     return layout.META_HEADER.pack(
         layout.META_MAGIC, features, codec, entries, offset, csize, usize, *contexts, layout.META_MAGIC
     )
+
+
+def decode_cache_file(meta: StoredMeta) -> bytes:
+    """blob.meta as readers keep it in their cache: the table, zeroes to a whole block, the header."""
+    table: bytes
+    if meta.codec is layout.Codec.ZSTD:
+        import zstandard
+
+        table = zstandard.ZstdDecompressor().decompress(meta.packed, max_output_size=meta.usize)
+    elif meta.codec is layout.Codec.LZ4_BLOCK:
+        import lz4.block
+
+        table = lz4.block.decompress(meta.packed, uncompressed_size=meta.usize)
+    else:
+        table = meta.packed
+    return table + bytes(-len(table) % layout.BLOCK_BYTES) + meta.header
 
 
 def encode_batch_context(csize: int, usize: int) -> bytes:
