@@ -174,6 +174,26 @@ def test_names_are_kept(server: FaultyServer, make, monkeypatch: pytest.MonkeyPa
     assert asked == ["localhost"]
 
 
+def test_a_server_that_moved_is_looked_up_again(server: FaultyServer, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = int(server.host.rpartition(":")[2])
+    found = [("127.0.0.2", 1), ("127.0.0.1", port)]
+    answers = [[found[0]], found]
+    asked: list[str] = []
+
+    def getaddrinfo(host, *args, **options):
+        asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", one) for one in answers.pop(0)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    blob = server.add(DATA)
+    server.inject("close", times=-1)
+    backend = make(host="registry.invalid", retry_limit=1)
+    assert read(backend, blob, 0, 10) == DATA[:10]      # refused once, looked up anew, had from the second address
+    lookup = backend._client.resolver()._lookups["registry.invalid", 80]
+    assert lookup.addresses[0][4] == ("127.0.0.1", port)
+    assert asked == ["registry.invalid"] * 2
+
+
 @pytest.mark.parametrize("name", ["no-such-name.invalid", "a" * 70 + ".invalid"])
 def test_names_that_are_not_there(make, name: str) -> None:
     with pytest.raises(Failure) as caught:

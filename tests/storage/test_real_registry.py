@@ -103,6 +103,29 @@ def test_a_registry_that_comes_back(registry: LocalRegistry) -> None:
     backend.close()
 
 
+def test_mirror(tmp_path: Path) -> None:
+    """Two real registries: the mirror has one of two blobs, dies, and comes back."""
+    with LocalRegistry(tmp_path / "registry", auth="htpasswd") as registry, \
+            LocalRegistry(tmp_path / "mirror") as mirror:
+        store_blob(registry)
+        store_blob(mirror)
+        backend = create_backend("registry", settings_for(registry, mirrors=[
+            {"host": f"http://{mirror.host}", "ping_url": f"http://{mirror.host}/v2/", "failure_limit": 1,
+             "health_check_interval": 0.2}]))
+        assert read(backend, BLOB, 5, 10) == DATA[5:15]
+        assert (len(mirror.blob_requests()), len(registry.blob_requests())) == (1, 0)
+        mirror.stop(signal.SIGKILL)
+        for _ in range(3):
+            assert read(backend, BLOB, 5, 10) == DATA[5:15]
+        assert len(registry.blob_requests()) == 3
+        mirror.start()
+        deadline = time.monotonic() + 20
+        while len(mirror.blob_requests()) < 2:
+            assert read(backend, BLOB, 5, 10) == DATA[5:15]
+            assert time.monotonic() < deadline
+        backend.close()
+
+
 def test_anonymous_token(tmp_path: Path) -> None:
     with LocalRegistry(tmp_path / "registry", auth="token", anonymous_pull=True) as registry:
         store_blob(registry)

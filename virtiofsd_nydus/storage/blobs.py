@@ -26,7 +26,7 @@ PREFETCH_RETRIES = 1
 # The circuit breaker: so many reads in a row that failed for the network, retries and all, shut it for so long.
 BREAKER_FAILURES = 5
 BREAKER_FIRST_PAUSE_S = 1.0
-BREAKER_LAST_PAUSE_S = 15.0
+BREAKER_LAST_PAUSE_S = 5.0     # a reader is refused that long at most after the server is back
 # An answer that brings less than this in a read timeout is given up: a byte now and then is no progress.
 PROGRESS_BYTES = 4096
 

@@ -53,6 +53,20 @@ class Resolver:
             raise lookup.error
         return lookup.addresses
 
+    def prefer(self, host: str, port: int, address: Address) -> None:
+        """This address answered: it is tried first from now on."""
+        with self._lock:
+            lookup = self._lookups.get((host, port))
+            if lookup is not None and address in lookup.addresses:
+                lookup.addresses = [address, *(one for one in lookup.addresses if one != address)]
+
+    def forget(self, host: str, port: int) -> None:
+        """None of its addresses answered: the server may have moved."""
+        with self._lock:
+            lookup = self._lookups.get((host, port))
+            if lookup is not None and lookup.done.is_set():
+                del self._lookups[host, port]
+
     @staticmethod
     def _look_up(host: str, port: int, lookup: _Lookup) -> None:
         try:
@@ -81,9 +95,10 @@ def _open(connection: Any, resolver: Resolver) -> socket.socket:
         reason = error if isinstance(error, socket.gaierror) else socket.gaierror(*error.args)
         raise NameResolutionError(connection.host, connection, reason) from error
     last: OSError | None = None
-    for position, (family, kind, protocol, _, address) in enumerate(addresses):
+    for position, (family, kind, protocol, name, address) in enumerate(addresses):
         left = None if until is None else until - time.monotonic()
         if left is not None and left <= 0:
+            resolver.forget(host, connection.port)
             raise too_late from last
         # An address that does not answer must leave time for the others.
         share = left if left is None or position == len(addresses) - 1 else left / 2
@@ -97,9 +112,12 @@ def _open(connection: Any, resolver: Resolver) -> socket.socket:
             sock.close()
             last = error
             continue
+        if position:
+            resolver.prefer(host, connection.port, (family, kind, protocol, name, address))
         sys.audit("http.client.connect", connection, connection.host, connection.port)
         sock.settimeout(left)
         return sock
+    resolver.forget(host, connection.port)
     if isinstance(last, TimeoutError):
         raise too_late from last
     raise NewConnectionError(connection, f"Failed to establish a new connection: {last}") from last

@@ -1,0 +1,145 @@
+"""The fetch threads: a bandwidth limit holds back prefetch alone; wrong bytes are asked for by another way."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.peers.faulty_server import FaultyServer
+from virtiofsd_nydus.build.options import BuildOptions
+from virtiofsd_nydus.cli.build import build_image
+from virtiofsd_nydus.engine import Engine, Rafs, Store
+from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.storage.factory import create_backend
+from virtiofsd_nydus.storage.health import RateLimit
+from virtiofsd_nydus.storage.localfs import LocalfsBackend
+from virtiofsd_nydus.storage.pump import PREFETCH_SLOTS, FetchPump
+
+MIB = 1 << 20
+SIZE = 24 * MIB
+JOB_BYTES = 2 * MIB     # what one prefetch job asks for at most (csrc/fetcher.h)
+
+
+class Counting(LocalfsBackend):
+    """Notes when what was asked for, and by whom."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(directory)
+        self.asked: list[tuple[float, int, bool]] = []
+        self.lock = threading.Lock()
+
+    def read_range(self, blob_id, offset, length, *, prefetch=False, deadline=None):
+        with self.lock:
+            self.asked.append((time.monotonic(), length, prefetch))
+        return super().read_range(blob_id, offset, length, prefetch=prefetch, deadline=deadline)
+
+
+class Setup:
+    def __init__(self, directory: Path) -> None:
+        source = directory / "source"
+        source.mkdir(parents=True)
+        self.data = Random(7).randbytes(SIZE)
+        (source / "big").write_bytes(self.data)
+        self.bootstrap = directory / "image.boot"
+        build_image(source, self.bootstrap, directory / "blobs", BuildOptions(compressor="none", chunk_size=64 << 10))
+        self.blobs = directory / "blobs"
+        with Bootstrap(self.bootstrap) as opened:
+            self.ino = opened.lookup(opened.root_ino, "big")
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    return Setup(tmp_path_factory.mktemp("image"))
+
+
+class Opened:
+    def __init__(self, setup: Setup, work_dir: Path, backend, limit: RateLimit | None = None) -> None:
+        work_dir.mkdir()
+        self.engine = Engine(read_deadline_ms=10_000)
+        self.store = Store(self.engine, str(work_dir))
+        self.rafs = Rafs(self.engine, str(setup.bootstrap), self.store)
+        self.pump = FetchPump(self.engine)
+        (blob,) = self.rafs.blobs()
+        self.pump.add_backend(blob.key, backend, limit)
+        self.pump.start()
+
+    def close(self) -> None:
+        self.engine.shutdown()
+        self.pump.join(20)
+        self.rafs.close()
+        self.store.close()
+        self.engine.close()
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            ready, total = self.rafs.ready_chunks(0)
+            if total and ready == total:
+                return
+            assert time.monotonic() < deadline
+            time.sleep(0.01)    # between two polls; the deadline decides
+
+
+@pytest.fixture
+def backend(setup: Setup) -> Iterator[Counting]:
+    backend = Counting(str(setup.blobs))
+    yield backend
+    backend.close()
+
+
+def test_prefetch_keeps_to_its_limit(setup: Setup, backend: Counting, tmp_path: Path) -> None:
+    rate = 6 * MIB
+    limit = RateLimit(rate)
+    opened = Opened(setup, tmp_path / "cache", backend, limit)
+    try:
+        began = time.monotonic()
+        opened.rafs.prefetch_blob(0)
+        deadline = began + 20
+        while not limit.debt_s():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)   # between two polls; the deadline decides
+        # In debt: a reader is served at once nevertheless.
+        at = time.monotonic()
+        assert opened.rafs.read(setup.ino, SIZE - 100_000, 100_000) == setup.data[-100_000:]
+        assert time.monotonic() - at < 1.0
+        opened.wait_ready()
+    finally:
+        opened.close()
+    sent = 0
+    for at, length, prefetch in backend.asked:
+        if prefetch:
+            # A second's worth is free at the start, and each slot may have one job more.
+            assert sent <= rate + (at - began) * rate + PREFETCH_SLOTS * JOB_BYTES
+            sent += length
+    assert sent > 2 * rate
+    # What is left after the first second's worth and the last jobs takes its time.
+    assert backend.asked[-1][0] - began >= (sent - rate - PREFETCH_SLOTS * JOB_BYTES) / rate * 0.9
+
+
+def test_without_a_limit_it_does_not_wait(setup: Setup, backend: Counting, tmp_path: Path) -> None:
+    opened = Opened(setup, tmp_path / "cache", backend)
+    try:
+        opened.rafs.prefetch_blob(0)
+        opened.wait_ready()
+    finally:
+        opened.close()
+    assert sum(length for _, length, prefetch in backend.asked if prefetch) >= SIZE
+
+
+def test_a_proxy_that_corrupts_costs_one_attempt(setup: Setup, tmp_path: Path) -> None:
+    (blob,) = [path for path in setup.blobs.iterdir() if not path.name.startswith(".")]
+    served = {blob.name: blob.read_bytes()}
+    with FaultyServer(served) as registry, FaultyServer(served) as proxy:
+        proxy.inject("corrupt", at_bytes=10, times=-1)
+        backend = create_backend("registry", {"scheme": "http", "host": registry.host, "repo": "a/b",
+                                              "proxy": {"url": proxy.url}})
+        opened = Opened(setup, tmp_path / "cache", backend)
+        try:
+            assert opened.rafs.read(setup.ino, 0, SIZE) == setup.data
+        finally:
+            opened.close()
+            backend.close()
+        assert registry.ranges() and 1 <= len(proxy.ranges()) <= 8     # as many as were under way at once
