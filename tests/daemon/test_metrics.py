@@ -207,7 +207,7 @@ def test_prometheus(image: Image, daemon: Callable[..., Daemon]) -> None:
     assert found["virtiofsd_nydus_reads_waited_total"] >= 1
     assert found['virtiofsd_nydus_file_operations_total{operation="lookup"}'] == 1
     assert found["virtiofsd_nydus_oldest_wait_seconds"] == 0
-    assert found["virtiofsd_nydus_wasted_bytes_total"] == 0
+    assert found["virtiofsd_nydus_wasted_bytes_total"] == 0     # bytes count on arrival, before the reader has them
     assert found[f"virtiofsd_nydus_backend_healthy{where}"] == 1
     assert found[f"virtiofsd_nydus_backend_login_refused{where}"] == 0
     assert found[f"virtiofsd_nydus_backend_received_bytes_total{where}"] >= found["virtiofsd_nydus_fetched_bytes_total"]

@@ -112,9 +112,9 @@ ENGINE_METRICS = (
 )
 
 
-def received_bytes(mounts: "Iterable[Mount]") -> int:
-    """Bytes that came from the backends of mounts."""
-    return sum(int(mount.backend.meter.own_metrics()["received_bytes"]) for mount in mounts)
+def settled_bytes(mounts: "Iterable[Mount]") -> int:
+    """Bytes that came from the backends of mounts and were used or dropped."""
+    return sum(mount.backend.meter.settled_bytes for mount in mounts)
 
 
 def prometheus_text(mounts: "Iterable[Mount]", stats: dict[str, int], fops: dict[str, list[int]],

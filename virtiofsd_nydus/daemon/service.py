@@ -83,7 +83,7 @@ class Service:
         self._prefetch_tag = 0              # of the last mount; 0 is the engine's own
         self._late: list[Mount] | None = []     # mounts whose prefetch begins after RUNNING; None: it has begun
         self._shares: dict[str, Share] = {}
-        self._received_before = self._wasted_bytes = 0      # received_before: by backends that are gone
+        self._settled_before = self._wasted_bytes = 0      # settled_before: by backends that are gone
         self.engine = Engine(read_deadline_ms=read_deadline_ms, allow_unverified=allow_unverified)
         self.pump = FetchPump(self.engine)
         self._vfs: Vfs | None = None
@@ -337,7 +337,7 @@ class Service:
         mount.image.close()
         mount.store.close()
         mount.backend.close()
-        self._received_before += metrics.received_bytes((mount,))
+        self._settled_before += metrics.settled_bytes((mount,))
 
     # ---- answers
 
@@ -388,9 +388,9 @@ class Service:
     def prometheus_text(self) -> str:
         with self._lock:
             stats = self.engine.stats()
-            received = self._received_before + metrics.received_bytes(self._mounts.values())
-            # An attempt is counted when it ends, so the difference may shrink for a moment; a counter may not.
-            self._wasted_bytes = max(self._wasted_bytes, received - stats["fetched_bytes"])
+            settled = self._settled_before + metrics.settled_bytes(self._mounts.values())
+            # An attempt settles when it ends: the difference may shrink for a moment, a counter may not.
+            self._wasted_bytes = max(self._wasted_bytes, settled - stats["fetched_bytes"])
             return metrics.prometheus_text(self._mounts.values(), stats, self.engine.fop_stats(), self._wasted_bytes)
 
     def change_config(self, mount: Mount, changes: "dict[str, str]") -> None:

@@ -144,6 +144,7 @@ class HttpBackend:
                                 failed = failure
                             if filled:
                                 offset += filled
+                                self.meter.receive(filled)
                                 yield view[:filled]
                     finally:
                         # After the last byte the connection is back in the pool already; one left half way is closed.

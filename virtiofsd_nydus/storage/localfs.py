@@ -100,6 +100,7 @@ def read_pieces(fd: int, path: str, offset: int, length: int, meter: BackendMete
                               f"{offset}: it is not the blob the image was made with, or was copied only in part",
                               Cause.FORMAT)
             offset += got
+            meter.receive(got)
             yield view[:got]
     finally:
         meter.record(began_s, length, offset - start, cause)

@@ -22,21 +22,27 @@ class BackendMeter:
         self.kind = kind
         self._lock = threading.Lock()
         self._count = self._errors = self._amount_bytes = self._latency_ms = 0
-        self._received_bytes = 0
+        self._received_bytes = self._settled_bytes = 0
         self._size_latency_ms = [0] * 8
         self._size_count = [0] * 8
         self._size_latency_count = [[0] * 8 for _ in range(8)]
         self._causes: dict[str, int] = {}
 
+    def receive(self, count: int) -> None:
+        """So many bytes have arrived."""
+        with self._lock:
+            self._received_bytes += count
+
     def record(self, began_s: float, wanted_bytes: int, received_bytes: int, cause: str = "") -> None:
-        """One attempt that began at began_s (time.monotonic()). cause: name of the errors.Cause, "" for success."""
+        """The end of one attempt that began at began_s (time.monotonic()). cause: name of the errors.Cause, "" for
+        success."""
         took_ms = int((time.monotonic() - began_s) * 1000)
         size = sum(wanted_bytes > bound for bound in SIZE_BOUNDS_BYTES)
         latency = sum(took_ms > bound for bound in LATENCY_BOUNDS_MS)
         with self._lock:
             self._count += 1
             self._amount_bytes += wanted_bytes
-            self._received_bytes += received_bytes
+            self._settled_bytes += received_bytes
             self._latency_ms += took_ms
             self._size_latency_ms[size] += took_ms
             self._size_count[size] += 1
@@ -44,6 +50,11 @@ class BackendMeter:
             if cause:
                 self._errors += 1
                 self._causes[cause] = self._causes.get(cause, 0) + 1
+
+    @property
+    def settled_bytes(self) -> int:
+        """What attempts that have ended received: whoever asked has taken or dropped it."""
+        return self._settled_bytes
 
     def nydusd_metrics(self) -> "dict[str, Any]":
         with self._lock:
