@@ -358,7 +358,7 @@ def test_a_reference_leaves_the_oci_image_as_it_is(convert, image: Path, registr
     *metas, _ = manifest["layers"]
     assert [one["annotations"]["containerd.io/snapshot/nydus-ref"] for one in metas] == [
         one["digest"] for one in original["layers"][:2]]
-    assert sum(one["size"] for one in manifest["layers"]) < 300_000 < result["source_bytes"]
+    assert sum(one["size"] for one in manifest["layers"]) < result["source_bytes"] / 4
     # whoever knows nothing of Nydus gets the very layers it got before
     skopeo("copy", "--insecure-policy", "--src-tls-verify=false", target, f"oci:{tmp_path / 'plain'}:p")
     copied, _ = read_layout(tmp_path / "plain", "p")
