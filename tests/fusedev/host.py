@@ -44,7 +44,8 @@ class HostDaemon:
                  env: Mapping[str, str] | None = None) -> None:
         self.image, self.mountpoint, self.run, self.state = image, mountpoint, run, state
         run.mkdir(exist_ok=True)
-        mountpoint.mkdir(exist_ok=True) if not os.path.lexists(mountpoint) else None
+        if find_mount(str(mountpoint)) is None:     # else not to be touched: perhaps nobody serves it
+            mountpoint.mkdir(exist_ok=True)
         cache.mkdir(exist_ok=True, parents=True)
         self.api_path = run / f"api{number}.sock"
         self.log_path = run / f"log{number}"

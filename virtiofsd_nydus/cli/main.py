@@ -16,6 +16,8 @@ VERBS = {
     "inspect": "tell what a bootstrap says",
     "cache": "what a cache directory holds, its left-overs, whether its bytes are right",
     "boot": "boot a guest on an image and run a command in it",
+    "mount": "an image on a directory of this host",
+    "umount": "take such a mount away",
     "bench": "measure the engine or whole guests",
 }
 # First arguments that mean `virtiofs` when no verb is given (virtiofsd's own calling convention)

@@ -1,0 +1,66 @@
+"""`mount IMAGE DIR`: an image on this host, served by a daemon in the background until `umount DIR`."""
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from virtiofsd_nydus.errors import Cause, Failure
+
+if TYPE_CHECKING:
+    from virtiofsd_nydus.fuse.background import BackgroundMount
+
+READY_SECONDS = 30.0
+POLL_SECONDS = 0.01
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from virtiofsd_nydus.cli.convert import add_registry_options
+
+    parser.add_argument("image", metavar="IMAGE", help="docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], or a "
+                        "bootstrap file with --blob-dir")
+    parser.add_argument("directory", metavar="DIR", help="where; an existing directory")
+    parser.add_argument("--blob-dir", type=Path, metavar="DIR", help="where a bootstrap's blobs lie")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="nydusd configuration for a bootstrap, instead")
+    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where fetched chunks are kept; default "
+                        "/var/cache/virtiofsd-nydus, or $XDG_CACHE_HOME/virtiofsd-nydus without root")
+    add_registry_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from virtiofsd_nydus.fuse.background import BackgroundMount
+    from virtiofsd_nydus.fuse.mounts import check_mountpoint
+    from virtiofsd_nydus.vmm.image import prepare_image
+
+    target = check_mountpoint(args.directory)
+    place = BackgroundMount(target)
+    with prepare_image(args.image, blob_dir=args.blob_dir, config=args.config, cache_dir=args.cache_dir,
+                       plain_http=args.plain_http, creds=args.creds, ca_cert_files=tuple(args.ca_cert)) as image:
+        place.make()
+        with place.log.open("wb") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "virtiofsd_nydus.cli.main", "fuse", "--mountpoint", target, "--apisock",
+                 str(place.api), *image.daemon_options],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        try:
+            _wait_ready(process, place)
+        except BaseException:
+            process.terminate()     # it unmounts
+            process.wait()
+            place.remove()
+            raise
+    print(f"{args.image} is on {target}; its daemon (process {process.pid}) writes {place.log}")
+    return 0
+
+
+def _wait_ready(process: "subprocess.Popen[bytes]", place: "BackgroundMount") -> None:
+    end = time.monotonic() + READY_SECONDS
+    while not place.is_running():
+        if process.poll() is not None:
+            said = place.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            raise Failure(said[-1].removeprefix("virtiofsd-nydus fuse: "), Cause.IO)
+        if time.monotonic() > end:
+            raise Failure(f"the daemon is not ready after {READY_SECONDS:.0f} s", Cause.DEADLINE)
+        time.sleep(POLL_SECONDS)    # between two looks; the deadline decides
