@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from tests.system.daemon import WAIT_SECONDS, ServedImage, wait_until
 from virtiofsd_nydus.fuse.mounts import find_mount
-from virtiofsd_nydus.vmm.servers import _UnixConnection
+from virtiofsd_nydus.vmm.servers import UnixConnection
 
 VERB = (sys.executable, "-m", "virtiofsd_nydus.cli.main")
 
@@ -85,7 +85,7 @@ class HostDaemon:
 
     def request(self, method: str, route: str, body: object = None) -> tuple[int, Any]:
         """Status and what the answer's body says (None: empty). OSError when nobody answers."""
-        connection = _UnixConnection(self.api_path, WAIT_SECONDS)
+        connection = UnixConnection(self.api_path, WAIT_SECONDS)
         try:
             connection.request(method, route, None if body is None else json.dumps(body))
             answer = connection.getresponse()

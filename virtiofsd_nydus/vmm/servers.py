@@ -113,7 +113,9 @@ class PeerVirtiofsd(Server):
         return [*words, f"--shared-dir={self.shared}", "--cache=always", "--sandbox=chroot"]
 
 
-class _UnixConnection(http.client.HTTPConnection):
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP to a unix socket."""
+
     def __init__(self, path: Path, seconds: float) -> None:
         super().__init__("localhost", timeout=seconds)
         self._path = str(path)
@@ -150,7 +152,7 @@ class NydusDaemon(Server):
 
     def get(self, route: str, seconds: float = 5.0) -> Any:
         """GET on the daemon's API; the JSON it answers, None for an empty body."""
-        connection = _UnixConnection(self.api_path, seconds)
+        connection = UnixConnection(self.api_path, seconds)
         try:
             connection.request("GET", route)
             answer = connection.getresponse()
