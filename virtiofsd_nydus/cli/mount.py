@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="nydusd configuration for a bootstrap, instead")
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where fetched chunks are kept; default "
                         "/var/cache/virtiofsd-nydus, or $XDG_CACHE_HOME/virtiofsd-nydus without root")
+    parser.add_argument("--kernel", action="store_true", help="fetch the whole image, then have the kernel's EROFS "
+                        "read the cache itself: no daemon")
     add_registry_options(parser)
 
 
@@ -38,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
     place = BackgroundMount(target)
     with prepare_image(args.image, blob_dir=args.blob_dir, config=args.config, cache_dir=args.cache_dir,
                        plain_http=args.plain_http, creds=args.creds, ca_cert_files=tuple(args.ca_cert)) as image:
+        if args.kernel:
+            return _mount_kernel(args.image, image.daemon_options, target)
         place.make()
         with place.log.open("wb") as log:
             process = subprocess.Popen(
@@ -52,6 +56,21 @@ def run(args: argparse.Namespace) -> int:
             place.remove()
             raise
     print(f"{args.image} is on {target}; its daemon (process {process.pid}) writes {place.log}")
+    return 0
+
+
+def _mount_kernel(name: str, daemon_options: list[str], target: str) -> int:
+    from virtiofsd_nydus.daemon.config import load_config
+    from virtiofsd_nydus.fuse.kernel import mount_kernel
+
+    options = dict(zip(daemon_options[::2], daemon_options[1::2], strict=True))
+
+    def show(ready: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{ready} of {total} chunks ", end="", file=sys.stderr, flush=True)
+
+    mount_kernel(Path(options["--bootstrap"]).resolve(), load_config(options["--config"]), target, progress=show)
+    print(f"{name} is on {target}; the kernel reads the cache itself, there is no daemon")
     return 0
 
 

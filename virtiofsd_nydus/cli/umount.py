@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise Failure(f"no directory {args.directory}: {error.strerror}", Cause.MISSING) from None
     there = mounts.find_mount(target)
-    if there is None or there.fstype != mounts.FSTYPE:
+    if there is None or there.fstype not in (mounts.FSTYPE, "erofs"):
         raise Failure(f"no image of ours is mounted on {args.directory}"
                       + (f", but {there.source} ({there.fstype})" if there else ""), Cause.MISSING)
     try:
