@@ -114,7 +114,8 @@ class Sandbox:
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "virtiofsd_nydus.cli.main", "virtiofs", *hybrid, "--log-level", "info",
-                 "--apisock", str(self.api), "--sock", str(self.sock)], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                 "--apisock", str(self.api), "--sock", str(self.sock)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._stack.callback(self._stop_daemon)
         self._wait_running()
         self.say("3 passthrough at /containers")
