@@ -163,10 +163,10 @@ def test_enosys_never_latches_for_a_neighbour(api: Api, tmp_path: Path) -> None:
         fuse.init()
         nodes = [ROOT, fuse.walk("a").nodeid, fuse.walk("a/which").nodeid]
         operations = [fc.LOOKUP, fc.GETATTR, fc.SETATTR, fc.READLINK, fc.SYMLINK, fc.MKNOD, fc.UNLINK, fc.RMDIR,
-                      fc.RENAME, fc.LINK, fc.OPEN, fc.READ, fc.WRITE, fc.STATFS_OP, fc.RELEASE, fc.FSYNC, fc.SETXATTR, fc.GETXATTR,
-                      fc.LISTXATTR, fc.REMOVEXATTR, fc.FLUSH, fc.OPENDIR, fc.READDIR, fc.RELEASEDIR, fc.FSYNCDIR,
-                      fc.ACCESS, fc.CREATE, fc.FALLOCATE, fc.READDIRPLUS, fc.RENAME2, fc.LSEEK, fc.COPY_FILE_RANGE,
-                      fc.SYNCFS, fc.TMPFILE]
+                      fc.RENAME, fc.LINK, fc.OPEN, fc.READ, fc.WRITE, fc.STATFS_OP, fc.RELEASE, fc.FSYNC,
+                      fc.SETXATTR, fc.GETXATTR, fc.LISTXATTR, fc.REMOVEXATTR, fc.FLUSH, fc.OPENDIR, fc.READDIR,
+                      fc.RELEASEDIR, fc.FSYNCDIR, fc.ACCESS, fc.CREATE, fc.FALLOCATE, fc.READDIRPLUS,
+                      fc.RENAME2, fc.LSEEK, fc.COPY_FILE_RANGE, fc.SYNCFS, fc.TMPFILE]
         for node in nodes:
             for operation in operations:
                 for body in (b"", bytes(56), bytes(16) + b"name\0other\0" + bytes(80)):

@@ -1,0 +1,274 @@
+/* The passthrough from several threads at once, as queues serve it, while descriptors are dropped and the session ends. */
+#include <fcntl.h>
+#include <ftw.h>
+#include <pthread.h>
+#include <sys/resource.h>
+
+#include "fuse_rig.h"
+
+#define THREADS 3
+#define ROUNDS 200
+#define NAMES 12
+
+static char source[] = "/tmp/vnd-passthrough-XXXXXX";
+
+struct client {
+    struct rig rig;         /* shares vfs and session with the others */
+    struct fake_req f;
+    _Atomic int woken;
+    unsigned int seed;
+    pthread_t thread;
+    _Atomic int *stop;
+};
+
+static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
+{
+    return remove(path);
+}
+
+static void client_wake(struct store_wait *w)
+{
+    struct client *c = (struct client *)((char *)w->owner - offsetof(struct client, f));
+
+    atomic_store(&c->woken, 1);
+}
+
+/* One request to its end: its errno. */
+static int ask(struct client *c, uint32_t op, uint64_t nodeid, const void *body, uint32_t len)
+{
+    struct fuse_out_header h;
+    enum req_verdict v;
+
+    fake_done(&c->f);
+    fake_fill(&c->f, op, nodeid, body, len, 16384);
+    c->f.r.session_gen = fuse_session_gen(c->rig.s);
+    c->f.r.wait.wake = client_wake;
+    for (;;) {
+        atomic_store(&c->woken, 0);
+        v = fuse_session_serve(c->rig.s, &c->rig.w, &c->f.r);
+        if (v != REQ_PARKED) {
+            break;
+        }
+        while (!atomic_load(&c->woken)) {
+            sched_yield();
+        }
+    }
+    if (v == REQ_NOREPLY) {
+        return 0;
+    }
+    memcpy(&h, c->f.out, sizeof(h));
+    return -h.error;
+}
+
+static const uint8_t *answer(struct client *c)
+{
+    return c->f.out + sizeof(struct fuse_out_header);
+}
+
+static uint32_t with_name(uint8_t *body, const void *head, uint32_t head_len, const char *name)
+{
+    memcpy(body, head, head_len);
+    memcpy(body + head_len, name, strlen(name) + 1);
+    return head_len + (uint32_t)strlen(name) + 1;
+}
+
+static void forget(struct client *c, uint64_t nodeid, uint64_t n)
+{
+    ask(c, FUSE_OP_FORGET, nodeid, &n, sizeof(n));
+}
+
+static void use_file(struct client *c, const char *name)
+{
+    struct fuse_create_in in = { .flags = O_RDWR, .mode = S_IFREG | 0644 };
+    struct fuse_entry_out e;
+    struct fuse_open_out open;
+    struct { struct fuse_write_in in; uint8_t data[5000]; } write = { .in = { .size = 5000 } };
+    struct fuse_read_in read = { .size = 8192 };
+    struct fuse_fsync_in sync = { 0 };
+    struct fuse_release_in release = { 0 };
+    uint8_t body[512];
+
+    c->rig.f.r.in.uid = 0;
+    if (ask(c, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), name))) {
+        return;
+    }
+    memcpy(&e, answer(c), sizeof(e));
+    memcpy(&open, answer(c) + sizeof(e), sizeof(open));
+    write.in.fh = read.fh = sync.fh = release.fh = open.fh;
+    memset(write.data, 'w', sizeof(write.data));
+    ask(c, FUSE_OP_WRITE, e.nodeid, &write, sizeof(write));
+    ask(c, FUSE_OP_READ, e.nodeid, &read, sizeof(read));
+    if (rand_r(&c->seed) % 16 == 0) {
+        ask(c, FUSE_OP_FSYNC, e.nodeid, &sync, sizeof(sync));
+    }
+    ask(c, FUSE_OP_GETATTR, e.nodeid, NULL, 0);
+    ask(c, FUSE_OP_RELEASE, e.nodeid, &release, sizeof(release));
+    forget(c, e.nodeid, 1);
+}
+
+static void list(struct client *c)
+{
+    struct fuse_open_in in = { 0 };
+    struct fuse_open_out open;
+    struct fuse_read_in read = { .size = 4096 };
+    struct fuse_release_in release = { 0 };
+
+    if (ask(c, FUSE_OP_OPENDIR, 1, &in, sizeof(in))) {
+        return;
+    }
+    memcpy(&open, answer(c), sizeof(open));
+    read.fh = release.fh = open.fh;
+    if (ask(c, FUSE_OP_READDIRPLUS, 1, &read, sizeof(read)) == 0) {
+        uint8_t copy[16384];
+        uint32_t len = c->f.r.out_len - (uint32_t)sizeof(struct fuse_out_header), at = 0;
+
+        memcpy(copy, answer(c), len);
+        while (at < len) {
+            struct fuse_entry_out e;
+            struct fuse_dirent d;
+
+            memcpy(&e, copy + at, sizeof(e));
+            memcpy(&d, copy + at + sizeof(e), sizeof(d));
+            if (e.nodeid) {
+                forget(c, e.nodeid, 1);
+            }
+            at += (uint32_t)((sizeof(e) + sizeof(d) + d.namelen + 7) & ~7ull);
+        }
+    }
+    ask(c, FUSE_OP_RELEASEDIR, 1, &release, sizeof(release));
+}
+
+static void *client_run(void *arg)
+{
+    struct client *c = arg;
+
+    for (int i = 0; i < ROUNDS; i++) {
+        char name[16], other[16];
+        uint8_t body[64];
+        uint32_t len;
+        struct fuse_rename_in to = { .newdir = 1 };
+
+        snprintf(name, sizeof(name), "f%d", rand_r(&c->seed) % NAMES);
+        snprintf(other, sizeof(other), "f%d", rand_r(&c->seed) % NAMES);
+        switch (rand_r(&c->seed) % 5) {
+        case 0:
+            ask(c, FUSE_OP_UNLINK, 1, name, (uint32_t)strlen(name) + 1);
+            break;
+        case 1:
+            len = with_name(body, &to, sizeof(to), name);
+            memcpy(body + len, other, strlen(other) + 1);
+            ask(c, FUSE_OP_RENAME, 1, body, len + (uint32_t)strlen(other) + 1);
+            break;
+        case 2:
+            list(c);
+            break;
+        case 3:
+            if (ask(c, FUSE_OP_LOOKUP, 1, name, (uint32_t)strlen(name) + 1) == 0) {
+                struct fuse_entry_out e;
+
+                memcpy(&e, answer(c), sizeof(e));
+                ask(c, FUSE_OP_GETATTR, e.nodeid, NULL, 0);
+                forget(c, e.nodeid, 1);
+            }
+            break;
+        default:
+            use_file(c, name);
+        }
+    }
+    return NULL;
+}
+
+/* Ends without a node or a file left, whatever was interleaved. */
+static void test_threads(void)
+{
+    struct client clients[THREADS];
+    vnd_passthrough_stats stats;
+    char err[VND_ERR_MAX];
+    struct rig first;
+    vnd_passthrough *p = vnd_passthrough_new(engine, source, 0, err, sizeof(err));
+
+    CHECK(p);
+    rig_new(&first, VND_SESSION_MIXED);
+    CHECK_EQ(vnd_vfs_mount_passthrough(first.vfs, "/", p), 0);
+    init(&first, 7, 38, ~0ull);
+    for (unsigned int i = 0; i < THREADS; i++) {
+        memset(&clients[i], 0, sizeof(clients[i]));
+        clients[i].rig.vfs = first.vfs;
+        clients[i].rig.s = first.s;
+        clients[i].seed = i + 1;
+        CHECK_EQ(fuse_worker_init(&clients[i].rig.w, engine, first.vfs), 0);
+        CHECK_EQ(pthread_create(&clients[i].thread, NULL, client_run, &clients[i]), 0);
+    }
+    for (int i = 0; i < 200; i++) {
+        vnd_passthrough_drop_idle(p);
+        sched_yield();
+    }
+    for (int i = 0; i < THREADS; i++) {
+        pthread_join(clients[i].thread, NULL);
+        fake_done(&clients[i].f);
+        fuse_worker_free(&clients[i].rig.w, first.vfs);
+    }
+    vnd_passthrough_stats_get(p, &stats);
+    CHECK_EQ(stats.files, 0);
+    CHECK_EQ(stats.inodes, 1);
+    vnd_passthrough_drop_idle(p);
+    vnd_passthrough_stats_get(p, &stats);
+    CHECK_EQ(stats.cached_fds, 0);
+    CHECK_EQ(vnd_vfs_umount(first.vfs, "/"), 0);
+    vnd_passthrough_free(p);
+    rig_free(&first);
+}
+
+/* What a guest leaves behind goes with its session. */
+static void test_reset(void)
+{
+    struct fuse_create_in in = { .flags = O_RDWR, .mode = S_IFREG | 0644 };
+    vnd_passthrough_stats stats;
+    char err[VND_ERR_MAX];
+    uint8_t body[64];
+    struct rig g;
+    vnd_passthrough *p = vnd_passthrough_new(engine, source, 0, err, sizeof(err));
+
+    CHECK(p);
+    CHECK(!vnd_passthrough_new(engine, "/nonexistent", 0, err, sizeof(err)));
+    CHECK(strstr(err, "/nonexistent"));
+    rig_new(&g, VND_SESSION_MIXED);
+    CHECK_EQ(vnd_vfs_mount_passthrough(g.vfs, "/", p), 0);
+    init(&g, 7, 38, ~0ull);
+    for (int i = 0; i < 100; i++) {
+        char name[16];
+
+        snprintf(name, sizeof(name), "r%d", i);
+        CHECK_EQ(error_of(&g, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), name)), 0);
+    }
+    vnd_passthrough_stats_get(p, &stats);
+    CHECK_EQ(stats.files, 100);
+    CHECK_EQ(stats.inodes, 101);
+    /* No room for the answer: nothing is made. */
+    call_cap(&g, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), "no"), 100);
+    CHECK_EQ(g.error, EINVAL);
+    CHECK_EQ(error_of(&g, FUSE_OP_LOOKUP, 1, "no", 3), ENOENT);
+    fuse_session_reset(g.s);
+    vnd_passthrough_stats_get(p, &stats);
+    CHECK_EQ(stats.files, 0);
+    CHECK_EQ(stats.inodes, 1);
+    CHECK_EQ(vnd_vfs_umount(g.vfs, "/"), 0);
+    vnd_passthrough_free(p);
+    rig_free(&g);
+}
+
+int main(void)
+{
+    vnd_engine_cfg cfg = { 0 };
+
+    CHECK(mkdtemp(source));
+    engine = vnd_engine_new(&cfg);
+    CHECK(engine);
+    test_threads();
+    test_reset();
+    vnd_engine_shutdown(engine);
+    vnd_engine_free(engine);
+    nftw(source, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+    puts("test_passthrough: ok");
+    return 0;
+}
