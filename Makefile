@@ -18,10 +18,10 @@ CTESTS := $(patsubst tests/c/%.c,%,$(sort $(wildcard tests/c/test_*.c)))
 FUZZERS := $(patsubst tests/fuzz/%.c,%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 SAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: help deps venv build guest demo test check ctest asan tsan fuzz bench bench-cold-start clean
+.PHONY: help deps venv build guest demo test check ctest asan tsan fuzz fuzz-coverage bench bench-cold-start clean
 
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "make build check ctest asan tsan fuzz bench bench-cold-start clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "make build check ctest asan tsan fuzz fuzz-coverage bench bench-cold-start clean"
 
 deps:
 	@scripts/install-packages
@@ -54,7 +54,7 @@ $(BUILD)/tsan/%: tests/c/%.c $(CSRC) $(CHDR)
 	@mkdir -p $(@D)
 	@$(CC) $(CSTD) $(CWARN) -Wno-tsan -O1 -g -fsanitize=thread $(CSRC) $< -o $@ $(CLIBS)
 
-$(BUILD)/fuzz/%: tests/fuzz/%.c $(CSRC) $(CHDR)
+$(BUILD)/fuzz/%: tests/fuzz/%.c $(CSRC) $(CHDR) $(wildcard tests/fuzz/*.h)
 	@mkdir -p $(@D)
 	@$(CLANG) $(CSTD) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $(CSRC) $< -o $@ $(CLIBS)
 
@@ -82,6 +82,10 @@ fuzz: $(addprefix $(BUILD)/fuzz/,$(FUZZERS))
 			-artifact_prefix=$(BUILD)/corpus/ $(BUILD)/corpus/$$f tests/fuzz/corpus/$$f || exit 1; \
 		echo "$$f: clean for $(FUZZ_SECONDS) s"; \
 	done
+
+# Lines of its files that each image target's kept corpus covers
+fuzz-coverage:
+	@scripts/fuzz-coverage
 
 # ---- the two commands of the README, and what they stand on
 check: build

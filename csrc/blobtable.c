@@ -203,6 +203,8 @@ int blobtable_from_records(struct blobtable **out, const vnd_blob_info *info, bl
     return 0;
 }
 
+_Static_assert(sizeof(struct blobtable_chunk) == 48, "chunks are compared as bytes, so none may be padding");
+
 static bool same_chunk(const struct blobtable *a, const struct blobtable *b, uint32_t i)
 {
     return !memcmp(&a->chunk[i], &b->chunk[i], sizeof a->chunk[i]) && !memcmp(a->digest[i], b->digest[i], 32);

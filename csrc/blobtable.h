@@ -26,6 +26,7 @@ struct blobtable_chunk {
     uint32_t batch_at;      /* where it starts in the decoded batch */
     uint32_t batch_usize;
     uint32_t crc32;
+    uint32_t pad;           /* 0: chunks are compared as bytes */
 };
 
 struct blobtable {

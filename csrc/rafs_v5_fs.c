@@ -204,13 +204,14 @@ static int64_t v5_readlink(struct fs *fs, uint64_t ino, char *buf, size_t cap)
 int v5_xattr_next(const struct v5_inode *n, uint64_t *at, struct v5_xattr *out)
 {
     uint64_t left = n->xattr_len - *at;
-    const uint8_t *p = n->xattr + *at;
+    const uint8_t *p;
     uint32_t len;
     size_t name;
 
     if (!left) {
         return 0;
     }
+    p = n->xattr + *at;
     if (left < 4 || (len = rafs_le32(p)) > left - 4) {
         return -EIO;
     }

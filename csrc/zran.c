@@ -84,6 +84,8 @@ void zran_put(struct zran *z)
     free(z);
 }
 
+_Static_assert(sizeof(struct zran_context) == 32, "contexts are compared as bytes, so none may be padding");
+
 bool zran_equal(const struct zran *a, const struct zran *b)
 {
     if (a == b)

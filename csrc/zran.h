@@ -17,6 +17,7 @@ struct zran_context {
     uint64_t dict_off;                  /* in struct zran's dicts */
     uint32_t dict_len;
     uint8_t byte, bits;                 /* the byte before in_off, and how many of its bits belong to it */
+    uint16_t pad;                       /* 0: contexts are compared as bytes */
 };
 
 struct zran;                            /* the contexts of one blob; immutable, counted */
