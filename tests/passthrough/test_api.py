@@ -219,3 +219,35 @@ def test_passthrough_needs_a_session_for_it(tmp_path: Path) -> None:
         with FakeGuest(daemon.socket_path, queue_size=64) as guest:
             guest.fuse.init()
         assert Api(daemon).mount("/containers", "passthrough_fs", tmp_path)[0] == 501
+
+
+def test_other_routes(api: Api, tmp_path: Path) -> None:
+    assert api.mount("/a", "rafs", *make_image(tmp_path, "image", "one"))[0] == 204
+    status, facts = api.call("GET", "/api/v1/daemon/backend?mountpoint=/a")
+    assert status == 200 and facts["magic"] == 0xE0F5E1E2 and facts["chunk_size"] >= 4096
+    assert api.call("GET", "/api/v1/daemon/backend?mountpoint=/b")[1]["message"] == (
+        "FsBackendInfo(Metrics(Daemon(Other(\"object or filesystem doesn't exist\"))))")
+    status, events = api.call("GET", "/api/v1/daemon/events")
+    assert status == 200 and events["errors"] == [] and events["max_errors"] == 500
+    for method, target, body in (("PUT", "/api/v2/blobs", "{}"), ("DELETE", "/api/v2/blobs?domain_id=x", None),
+                                 ("PUT", "/api/v1/daemon/fuse/sendfd", None)):
+        assert api.call(method, target, body)[0] == 501
+
+
+OPENAPI = Path(__file__).resolve().parents[2] / "docs" / "api.json"
+
+
+def test_own_routes_are_described(api: Api) -> None:
+    """docs/api.json has every route and method of ours, and no other; what GET answers has the described keys."""
+    from virtiofsd_nydus.daemon.api import ROUTES
+
+    described = json.loads(OPENAPI.read_text())["paths"]
+    ours = {path: {method.lower() for method in methods} for path, methods in ROUTES.items()
+            if path.startswith("/api/ext/v1/")}
+    assert {path: set(methods) for path, methods in described.items()} == ours
+    for path, methods in described.items():
+        content = methods["get"]["responses"]["200"]["content"] if "get" in methods else {}
+        if "application/json" in content and not methods["get"].get("parameters"):
+            keys = content["application/json"]["schema"].get("required", [])
+            status, answer = api.call("GET", path)
+            assert status == 200 and set(answer) == set(keys), path

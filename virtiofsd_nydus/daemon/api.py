@@ -369,6 +369,28 @@ def put_config(service: "Service", query: "dict[str, str]", body: bytes) -> obje
     return None
 
 
+# ---- what else nydusd has
+
+def get_events(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    return service.events()
+
+
+def get_backend_info(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    mountpoint = _mountpoint(query)
+    try:
+        return service.superblock(mountpoint)
+    except Failure as failure:
+        raise ApiError(500, f"FsBackendInfo(Metrics(Daemon(Other({quoted(str(failure))}))))") from None
+
+
+def refuse_blobs(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    """Of nydusd's singleton mode, the kernel's on-demand cache, alone."""
+    name = "CreateBlobObject" if body else "DeleteBlobObject" if "domain_id" in query else "DeleteBlobFile"
+    raise ApiError(501, f"{name}(DaemonAbnormal(Unsupported))")
+
+
 ROUTES: "dict[str, dict[str, Callable[[Service, dict[str, str], bytes], object]]]" = {
     "/api/v1/daemon": {"GET": get_daemon, "PUT": put_daemon},
     "/api/v2/daemon": {"GET": get_daemon, "PUT": put_daemon},
@@ -376,6 +398,9 @@ ROUTES: "dict[str, dict[str, Callable[[Service, dict[str, str], bytes], object]]
     "/api/v1/daemon/start": {"PUT": put_start},
     "/api/v1/daemon/fuse/sendfd": {"PUT": put_sendfd},
     "/api/v1/daemon/fuse/takeover": {"PUT": put_takeover},
+    "/api/v1/daemon/events": {"GET": get_events},
+    "/api/v1/daemon/backend": {"GET": get_backend_info},
+    "/api/v2/blobs": {"PUT": refuse_blobs, "DELETE": refuse_blobs},
     "/api/v1/mount": {"POST": post_mount, "PUT": put_mount, "DELETE": delete_mount},
     "/api/v1/config": {"GET": get_config, "PUT": put_config},
     "/api/v1/metrics": {"GET": get_fs_metrics},

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # nydusd's words, which clients match on
 ALREADY_MOUNTED = "object or filesystem already exists"
 NOT_MOUNTED = "object or filesystem doesn't exist"
+ERRORS_MAX, ERRORS_MAX_BYTES = 500, 51200      # nydusd's bounds of its error events
 QUEUES = 5              # hiprio and up to four request queues; the front-end uses as many as it has
 STOP_TIMEOUT_S = 2.0    # how long a fetch thread stuck in its backend may hold up the end
 SWITCH_INTERVAL_S = 0.0005      # a busy Python thread must not starve the fetch threads
@@ -83,6 +84,8 @@ class Service:
         self._prefetch_tag = 0              # of the last mount; 0 is the engine's own
         self._late: list[Mount] | None = []     # mounts whose prefetch begins after RUNNING; None: it has begun
         self._shares: dict[str, Share] = {}
+        self._errors: list[str] = []        # the last ERRORS_MAX, of _error_count
+        self._error_count = 0
         self._settled_before = self._wasted_bytes = 0      # settled_before: by backends that are gone
         self.engine = Engine(read_deadline_ms=read_deadline_ms, allow_unverified=allow_unverified)
         self.pump = FetchPump(self.engine)
@@ -197,6 +200,8 @@ class Service:
             except EOFError:
                 return
             if event is not None:
+                if event.level >= logs.ERROR:
+                    self._note_error(event.text)
                 fields: dict[str, object] = {}
                 if event.cause:
                     fields["cause"] = event.cause.name.lower()
@@ -340,6 +345,40 @@ class Service:
         self._settled_before += metrics.settled_bytes((mount,))
 
     # ---- answers
+
+    def _note_error(self, text: str) -> None:
+        self._error_count += 1
+        self._errors.append(time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()) + f" - {text}")
+        del self._errors[:-ERRORS_MAX]
+
+    def events(self) -> "dict[str, Any]":
+        errors = list(self._errors)
+        return {"max_errors": ERRORS_MAX, "total_errors": self._error_count, "max_size": ERRORS_MAX_BYTES,
+                "total_size": sum(map(len, errors)), "errors": errors}
+
+    def superblock(self, path: str) -> "dict[str, Any]":
+        """The facts of the image there, by nydusd's names. Raises Failure where none is mounted."""
+        with self._lock:
+            if path in self._shares:
+                raise Failure("filesystem type mismatch, expect RAFS")
+            mount = self._mounts.get(path)
+            if mount is None:
+                raise Failure(NOT_MOUNTED)
+            info = mount.image.info()
+        v6 = info["fs_version"] == 6
+        forever = {"secs": 365 * 24 * 3600, "nanos": 0}
+        return {
+            "magic": 0xE0F5E1E2 if v6 else 0x52414653, "version": 0x600 if v6 else 0x500,
+            "sb_size": 128 + 1024 if v6 else 8192, "root_inode": info["root_ino"],
+            "chunk_size": info["chunk_size_bytes"], "batch_size": 0, "inodes_count": info["inode_count"],
+            "flags": info["flags"], "inode_table_entries": 0, "inode_table_offset": 0,
+            "blob_table_size": info["blob_table_size_bytes"], "blob_table_offset": info["blob_table_offset"],
+            "extended_blob_table_offset": 0, "extended_blob_table_entries": 0, "blob_device_table_count": 0,
+            "blob_device_table_offset": 0, "prefetch_table_offset": info["prefetch_table_offset"],
+            "prefetch_table_entries": info["prefetch_count"], "attr_timeout": forever, "entry_timeout": forever,
+            "is_chunk_dict": False, "meta_blkaddr": info["meta_blkaddr"], "root_nid": info["root_ino"] & 0xFFFF,
+            "chunk_table_offset": info["chunk_table_offset"], "chunk_table_size": info["chunk_table_size_bytes"],
+        }
 
     def daemon_info(self) -> "dict[str, Any]":
         with self._lock:
