@@ -152,3 +152,29 @@ def test_flipped_chunk_costs_its_readers_only(batched: Path, tmp_path: Path) -> 
             image.read(image.resolve("/d/y"))
         assert image.read(image.resolve("/d/x")) == b"x" * 9000
         assert image.read(image.resolve("/a")).startswith(b"000000000\n")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_table_beside_the_bootstrap(batched: Path, tmp_path: Path, damaged: bool) -> None:
+    """It is used, so a blob whose own table is damaged can be read; unless it is damaged itself: then the blob's is
+    asked for."""
+    (blob,) = (batched.parent / "blobs").iterdir()
+    with Bootstrap(batched) as image:
+        info = image.blobs[0]
+    content = bytearray(blob.read_bytes())
+    end = info.ci_offset + info.ci_csize_bytes
+    table, header = content[info.ci_offset:end], bytes(content[end:end + META_HEADER])
+    content[info.ci_offset:end] = bytes(len(table))
+    if damaged:
+        put(table, batch_member(table) + 20, "<I", 99)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / blob.name).write_bytes(content)
+    (tmp_path / "boot").write_bytes(batched.read_bytes())
+    (tmp_path / f"{info.id}.blob.meta").write_bytes(bytes(table).ljust(-(-len(table) // 4096) * 4096, b"\0") + header)
+    with opened_with_data(tmp_path / "boot", tmp_path / "blobs") as image:
+        ino = image.resolve("/d/x")
+        if damaged:
+            with pytest.raises(OSError, match="Input/output error"):
+                image.read(ino)
+        else:
+            assert image.read(ino) == b"x" * 9000
