@@ -117,6 +117,32 @@ static void merge_backward(struct build *b)
     j->n = index - first + 1;
 }
 
+/* Somebody reads backwards: what follows is here already, what comes before is not. Takes up to a small window of it,
+ * for the wanted chunk is now the last to arrive. */
+static void reach_back(struct build *b)
+{
+    struct job *j = b->j;
+    uint32_t index = j->first, first = index;
+    const struct blobtable_chunk *k = &b->t->chunk[index];
+    bool wanted, force;
+
+    if (index + 1 < b->t->n && b->t->chunk[index + 1].usize && !cachefile_ready(b->cache, index + 1))
+        return;
+    while (first > 0 && index - first < FETCH_JOB_CHUNKS / 2) {
+        const struct blobtable_chunk *before = &b->t->chunk[first - 1];
+        if (!before->usize || before->batch || chunk_end(before) != b->t->chunk[first].coff ||
+            chunk_end(k) - before->coff > FETCH_WINDOW_MIN || cachefile_ready(b->cache, first - 1) ||
+            cachefile_doubted(b->cache, first - 1))
+            break;
+        if (miss_take(j->core, first - 1, b->slot, true, &wanted, &force) != MISS_TAKEN)
+            break;
+        first--;
+    }
+    memset(j->state, JOB_WANT, index - first + 1);
+    j->first = first;
+    j->n = index - first + 1;
+}
+
 /* Claims the units against other processes and drops from the job what others have or have made ready. */
 static void claim_job(struct build *b)
 {
@@ -188,6 +214,8 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
     j->state[0] = JOB_WANT;
     if (b.batch && !b.verify)
         merge_backward(&b);
+    else if (!b.verify && !prefetch)
+        reach_back(&b);
     merge_forward(&b);
     claim_job(&b);
     if (!j->n)

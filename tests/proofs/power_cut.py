@@ -6,10 +6,13 @@ only if no block was written meanwhile. It is attached to the same loop device, 
 by number, and read under another boot id. Needs root and loop devices.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -24,6 +27,9 @@ DISK_BYTES = 40 << 20
 CUTS_PER_FILL = 10
 FILL_S = 11.0           # how long cache_worker fills
 WORKER = [sys.executable, "-m", "tests.proofs.cache_worker"]
+LOOP_CTL_ADD = 0x4C80   # linux/loop.h
+LOOP_FIRST = 100
+BUSY_MAX_S = 60.0
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
 
 
@@ -103,11 +109,25 @@ def make_disk(path: Path) -> None:
                     str(path)], check=True, capture_output=True)
 
 
+def make_device() -> str:
+    """A loop device of our own, out of the way of those who take the first free one."""
+    number = LOOP_FIRST + os.getpid() % 800
+    with open("/dev/loop-control", "rb") as control, contextlib.suppress(FileExistsError):
+        fcntl.ioctl(control, LOOP_CTL_ADD, number)
+    device = f"/dev/loop{number}"
+    if not Path(device).exists():
+        os.mknod(device, 0o600 | stat.S_IFBLK, os.makedev(7, number))
+    return device
+
+
 @contextmanager
 def attached(disk: Path, device: str = "") -> Iterator[str]:
-    where = [device] if device else ["-f", "--show"]
-    done = subprocess.run(["losetup", *where, str(disk)], check=True, capture_output=True, text=True)
-    device = device or done.stdout.strip()
+    device = device or make_device()
+    until = time.monotonic() + BUSY_MAX_S
+    while (done := subprocess.run(["losetup", device, str(disk)], capture_output=True, text=True)).returncode:
+        # Letting go of what was attached before ends some time after losetup -d
+        assert time.monotonic() < until, done.stderr
+        time.sleep(0.05)
     try:
         yield device
     finally:
