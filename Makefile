@@ -68,7 +68,7 @@ $(BUILD)/asan-tree/.built: $(VENV)/.ready $(CSRC) $(CHDR) $(wildcard csrc/fakegu
 
 asan: $(addprefix $(BUILD)/asan/,$(CTESTS)) $(BUILD)/asan-tree/.built
 	@for t in $(addprefix $(BUILD)/asan/,$(CTESTS)); do $$t || exit 1; done
-	@scripts/run-sanitized $(PY) $(BUILD)/asan-tree -q -m "not guest" tests/fakeguest tests/vhost tests/vhost_hostile tests/passthrough
+	@scripts/run-sanitized $(PY) $(BUILD)/asan-tree -q -m "not guest" tests/fakeguest tests/vhost tests/vhost_hostile tests/fusedev/test_mount.py tests/passthrough
 
 tsan: $(addprefix $(BUILD)/tsan/,$(CTESTS))
 	@for t in $^; do $$t || exit 1; done

@@ -255,5 +255,8 @@ def test_states_and_refusals(start_host: StartHost, supervisor: Supervisor) -> N
     supervisor.state, supervisor.fd = b"not ours", os.open("/dev/null", os.O_RDONLY)
     with supervisor.sending():
         assert waiting.request("PUT", "/api/v1/daemon/fuse/takeover")[0] == 500
+    supervisor.state = b'{"version": 1, "kind": 0, "mounts": [{"path": "/"}], "next_serial": 2}'
+    with supervisor.sending():
+        assert waiting.request("PUT", "/api/v1/daemon/fuse/takeover")[0] == 500
     assert waiting.api_state() == "INIT" and host.api_state() == "RUNNING"
     assert (host.mountpoint / "etc/passwd").read_bytes()

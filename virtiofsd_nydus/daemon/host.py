@@ -116,6 +116,8 @@ class HostService(Service):
                 raise ApiError(400, "UnexpectedEvent: no --supervisor")
             if not self._fuse.ready:
                 raise ApiError(503, "NotReady")
+            if self._shares:
+                raise Failure("host directories are mounted: a successor could not go on with files open in them")
             supervisors.send_state(self._supervisor, self._state_to_send(), self._fuse.fd)
 
     def _state_to_send(self) -> "dict[str, Any]":
@@ -144,9 +146,22 @@ class HostService(Service):
                     self._mount(str(entry["path"]), str(entry["source"]), config, int(entry["serial"]))
                 self._vfs.next_serial = int(state["next_serial"])
             except (KeyError, TypeError, ValueError) as error:
+                self._undo_takeover()
                 raise Failure(f"the state of the predecessor is damaged: {error!r}", Cause.FORMAT) from None
+            except Failure:
+                self._undo_takeover()
+                raise
             self.state = "READY"
             self.log.say(logs.INFO, "took over", mountpoint=self._fuse.mountpoint, mounts=len(state["mounts"]))
+
+    def _undo_takeover(self) -> None:
+        """As before it, so that it can be tried again."""
+        for path in list(self._mounts):
+            self.umount(path)
+        if self._vfs:
+            self._vfs.close()
+            self._vfs = None
+        self._fuse.forget()
 
     def start_by_api(self) -> None:
         with self._steps:

@@ -52,6 +52,12 @@ class HostFuse:
         self.fd, self._mounted = fd, True
         self.mountpoint = mounts.resolve_mountpoint(self.mountpoint)
 
+    def forget(self) -> None:
+        """Undoes adopt()."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd, self._mounted = -1, False
+
     def serve(self, engine: Engine, vfs: Vfs, *, on_end: "Callable[[], None]", resumed: bool = False) -> None:
         """Starts the threads and, for a new mount, returns once the kernel has it. on_end: called from a thread when
         the mount goes away under us."""
