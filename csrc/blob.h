@@ -138,6 +138,9 @@ void miss_finish(struct blob_core *c, uint32_t index, int err);
 /* Gives a chunk back: asked for again if anybody wants it and it was tried less than max_tries times, else finished
  * with err. bad: its bytes were wrong, force: what the data file holds is wrong. Whether it was asked for again. */
 bool miss_retry(struct blob_core *c, uint32_t index, int max_tries, bool bad, bool force, int err);
+/* A fetch that had until deadline_us failed: fails the waiters whose own deadline is no later and asks anew for the others,
+ * who came to it when its time was nearly over. */
+void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err);
 /* Forgets a queued chunk whose deadline has passed and that nobody waits for any more. Whether it did. */
 bool miss_expired(struct blob_core *c, uint32_t index, int64_t now);
 /* Hands a chunk to the thread that waits for other processes. */

@@ -580,7 +580,7 @@ static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
             else if (!error || j->prefetch || verify)
                 miss_retry(j->core, i, FETCH_TRIES, true, false, EIO);
             else
-                miss_finish(j->core, i, EIO);
+                miss_fail(j->core, i, j->deadline_us, EIO);
         }
     }
 }

@@ -202,6 +202,45 @@ void miss_finish(struct blob_core *c, uint32_t index, int err)
     miss_wake(list);
 }
 
+void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err)
+{
+    struct miss_shard *s = miss_shard_of(c->engine->fetcher, c, index);
+    struct store_unit **at, *u;
+    struct store_wait *list = NULL, *w, *next;
+    const void *hint = NULL;
+    int64_t later_us = 0;
+
+    pthread_mutex_lock(&s->lock);
+    at = unit_find(s, c, index);
+    u = *at;
+    for (w = u ? u->waiters : NULL; w; w = next) {
+        next = w->next;
+        if (w->deadline_us > deadline_us) {
+            if (!later_us || w->deadline_us < later_us)
+                later_us = w->deadline_us;
+            continue;
+        }
+        unlink_wait(w);
+        w->err = err;
+        w->next = list;
+        list = w;
+    }
+    if (later_us) {
+        u->state = UNIT_QUEUED;
+        u->slot = -1;
+        u->deadline_us = later_us;
+        hint = u->hint;
+        u = NULL;           /* it stays */
+    } else if (u) {
+        *at = u->next;
+    }
+    pthread_mutex_unlock(&s->lock);
+    free(u);
+    miss_wake(list);
+    if (later_us && fetch_push(c, index, later_us, hint, true))
+        miss_finish(c, index, ENOMEM);
+}
+
 bool miss_retry(struct blob_core *c, uint32_t index, int max_tries, bool counts, bool force, int err)
 {
     struct miss_shard *s = miss_shard_of(c->engine->fetcher, c, index);

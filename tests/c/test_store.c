@@ -635,6 +635,46 @@ static void test_expired_demand(void)
     fix_dir_remove(dir);
 }
 
+/* A fetch that fails at the deadline of who asked first fails him alone: who came later has time left, and is served by
+ * another fetch. */
+static void test_late_comers(void)
+{
+    char dir[200];
+    struct fix f = { 0 };
+    struct fix_blob *b = fix_blob_new("blob", CODEC_NONE, 600, 16384);
+    struct fix_reader r[2];
+    vnd_job job;
+    uint8_t buf[2][8];
+    struct extent x = { .uoff = 100 * 16384, .chunk = 100, .len = 8 };
+
+    fix_dir_make(dir, under);
+    f.server.blob = b;
+    fix_up(&f, dir, b, 0);
+    load_table(&f);
+    x.blob = f.h;
+    for (int i = 0; i < 2; i++) {
+        struct iovec iov = { buf[i], 8 };
+        fix_reader_init(&r[i]);
+        r[i].w.deadline_us = now_us() + (1 + i) * 30000000ll;
+        CHECK_EQ(store_read(&r[i].w, &x, 1, &iov, 1), -EINPROGRESS);
+    }
+    CHECK_EQ(vnd_job_next(f.e, &job, 0, 1000), 0);
+    CHECK_EQ(job.deadline_us, r[0].w.deadline_us);
+    vnd_job_end(f.e, job.id, EIO, VND_CAUSE_NETWORK, "the server hangs");
+    fix_reader_wait(&r[0]);
+    CHECK_EQ(r[0].w.err, EIO);
+    CHECK_EQ(r[1].woken, 0);
+    CHECK_EQ(vnd_job_next(f.e, &job, 0, 1000), 0);
+    CHECK_EQ(job.coff, 100 * 16384);
+    CHECK_EQ(job.deadline_us, r[1].w.deadline_us);
+    serve_now(&f, &job);
+    fix_reader_wait(&r[1]);
+    CHECK_EQ(r[1].w.err, 0);
+    fix_down(&f);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
 /* Never more than 8 jobs, never more than 6 of them prefetch. */
 static void test_slots(void)
 {
@@ -775,6 +815,7 @@ int main(int argc, char **argv)
     test_ends_wake();
     test_windows();
     test_expired_demand();
+    test_late_comers();
     test_slots();
     test_seam_misuse();
     test_page_cache_miss();
