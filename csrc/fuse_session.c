@@ -128,14 +128,21 @@ static uint64_t wanted_flags(int kind)
                                                    FUSE_INIT_BIG_WRITES | FUSE_INIT_HANDLE_KILLPRIV_V2);
 }
 
-static void session_begin(struct fuse_session *s)
+/* True: no other guest is on the mount table, so what read-write file systems know is of one that is gone. */
+static bool session_begin(struct fuse_session *s)
 {
+    bool alone;
+
     pthread_mutex_lock(&s->lock);
     if (atomic_load(&s->ready)) {
         atomic_fetch_add(&s->gen, 1);   /* no DESTROY came: the guest was reset under us */
+        alone = vfs_sessions(s->vfs, 0) == 1;
+    } else {
+        alone = vfs_sessions(s->vfs, 1) == 1;
     }
     atomic_store(&s->ready, 1);
     pthread_mutex_unlock(&s->lock);
+    return alone;
 }
 
 static enum req_verdict op_init(struct fuse_call *c)
@@ -175,23 +182,29 @@ static enum req_verdict op_init(struct fuse_call *c)
     out.max_write = vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? 4096 : FUSE_REPLY_MAX;
     out.time_gran = 1;
     out.max_pages = flags & FUSE_INIT_MAX_PAGES ? FUSE_REPLY_MAX / 4096 : 0;
-    session_begin(c->s);
-    vfs_reset_inside(c->s->vfs);
+    if (session_begin(c->s)) {
+        vfs_reset_inside(c->s->vfs);
+    }
     return fuse_reply(c, &out, out_len);
 }
 
-static void session_end(struct fuse_session *s)
+/* True: it was the last on the mount table. */
+static bool session_end(struct fuse_session *s)
 {
+    bool last;
+
     pthread_mutex_lock(&s->lock);
     atomic_fetch_add(&s->gen, 1);
-    atomic_store(&s->ready, 0);
+    last = atomic_exchange(&s->ready, 0) && vfs_sessions(s->vfs, -1) == 0;
     pthread_mutex_unlock(&s->lock);
+    return last;
 }
 
 static enum req_verdict op_destroy(struct fuse_call *c)
 {
-    session_end(c->s);
-    vfs_reset_inside(c->s->vfs);
+    if (session_end(c->s)) {
+        vfs_reset_inside(c->s->vfs);
+    }
     return fuse_reply(c, NULL, 0);
 }
 
@@ -384,8 +397,9 @@ enum req_verdict fuse_session_fail(struct fuse_session *s, struct fuse_worker *w
 
 void fuse_session_reset(struct fuse_session *s)
 {
-    session_end(s);
-    vfs_reset(s->vfs);
+    if (session_end(s)) {
+        vfs_reset(s->vfs);
+    }
 }
 
 uint32_t fuse_session_gen(struct fuse_session *s)
@@ -395,7 +409,9 @@ uint32_t fuse_session_gen(struct fuse_session *s)
 
 void fuse_session_resume(struct fuse_session *s)
 {
-    atomic_store_explicit(&s->ready, 1, memory_order_release);
+    if (!atomic_exchange(&s->ready, 1)) {
+        vfs_sessions(s->vfs, 1);
+    }
 }
 
 bool fuse_session_ready(struct fuse_session *s)
@@ -418,6 +434,7 @@ struct fuse_session *fuse_session_new(struct vnd_engine *e, struct vnd_vfs *v)
 void fuse_session_free(struct fuse_session *s)
 {
     if (s) {
+        fuse_session_reset(s);
         pthread_mutex_destroy(&s->lock);
         free(s);
     }

@@ -37,6 +37,7 @@ struct vnd_vfs {
     struct pseudo_fs pseudo;
     _Atomic(struct vfs_table *) table;
     uint32_t next_serial;
+    _Atomic int sessions;
     pthread_mutex_t lock;           /* mount and umount */
     pthread_mutex_t workers_lock;
     struct fuse_worker *workers;
@@ -240,6 +241,11 @@ bool vfs_rw_mount(struct vnd_vfs *v, uint32_t index, struct vfs_node *out)
         }
     }
     return false;
+}
+
+int vfs_sessions(struct vnd_vfs *v, int change)
+{
+    return atomic_fetch_add(&v->sessions, change) + change;
 }
 
 void vfs_reset_inside(struct vnd_vfs *v)

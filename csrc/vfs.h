@@ -32,7 +32,10 @@ int vfs_has_xattr(struct vnd_vfs *v);       /* 0: something is mounted and none 
 
 /* The index-th mount of a read-write file system: its root, or false. */
 bool vfs_rw_mount(struct vnd_vfs *v, uint32_t index, struct vfs_node *out);
-/* The guest is gone: read-write file systems drop what it knew and had open. vfs_reset: not inside a request. */
+/* Counts the guests that are past INIT: the number after adding change. Several may share a read-write file system, which
+ * then keeps what any of them knew until the last is gone. */
+int vfs_sessions(struct vnd_vfs *v, int change);
+/* The last guest is gone: read-write file systems drop what it knew and had open. vfs_reset: not inside a request. */
 void vfs_reset_inside(struct vnd_vfs *v);
 void vfs_reset(struct vnd_vfs *v);
 

@@ -251,3 +251,19 @@ def test_own_routes_are_described(api: Api) -> None:
             keys = content["application/json"]["schema"].get("required", [])
             status, answer = api.call("GET", path)
             assert status == 200 and set(answer) == set(keys), path
+
+
+def test_guests_share_a_directory(api: Api, tmp_path: Path) -> None:
+    """A second guest's start and end take nothing from the first; when the last is gone, so is what they knew."""
+    assert api.mount("/containers", "passthrough_fs", tmp_path)[0] == 204
+    with FakeGuest(api.daemon.socket_path, queue_size=64) as first:
+        first.fuse.init()
+        entry, handle = first.fuse.create(first.fuse.walk("containers").nodeid, b"file")
+        with FakeGuest(api.daemon.socket_path, queue_size=64) as second:
+            second.fuse.init()
+            assert second.fuse.walk("containers/file").nodeid == entry.nodeid
+        assert first.fuse.write(entry.nodeid, handle, 0, b"still") == 5
+    share = {}
+    while share.get("files") != 0:      # the hang-up is noticed by itself; the test's time limit ends this
+        share = api.daemon.stats()["shares"]["/containers"]
+    assert share["inodes"] == 1
