@@ -41,44 +41,49 @@ $(VENV)/.built: $(VENV)/.ready $(CSRC) $(CHDR) $(wildcard csrc/fakeguest/*) setu
 
 build: $(VENV)/.built
 
-# ---- C tests and fuzzers: no Python needed
-$(BUILD)/c/%: tests/c/%.c $(CSRC) $(CHDR)
-	@mkdir -p $(@D)
-	@$(CC) $(CSTD) $(CWARN) -O1 -g $(CSRC) $< -o $@ $(CLIBS)
+# ---- C tests and fuzzers: no Python needed. Each kind has its own objects of csrc/, made once.
+# $(1) kind, $(2) compiler, $(3) flags of objects, $(4) flags of programs, $(5) where the programs' sources are
+define kind
+$(BUILD)/$(1)/obj/%.o: csrc/%.c
+	@mkdir -p $$(@D)
+	@$(2) $(CSTD) $(3) -MMD -MP -c $$< -o $$@
+$(BUILD)/$(1)/%: $(5)/%.c $(patsubst csrc/%.c,$(BUILD)/$(1)/obj/%.o,$(CSRC)) $(CHDR) $(wildcard $(5)/*.h)
+	@$(2) $(CSTD) $(4) $$(filter %.c %.o,$$^) -o $$@ $(CLIBS)
+-include $(wildcard $(BUILD)/$(1)/obj/*.d)
+endef
+$(eval $(call kind,c,$(CC),$(CWARN) -O1 -g,$(CWARN) -O1 -g,tests/c))
+$(eval $(call kind,asan,$(CC),$(CWARN) -O1 -g $(SAN),$(CWARN) -O1 -g $(SAN),tests/c))
+$(eval $(call kind,tsan,$(CC),$(CWARN) -Wno-tsan -O1 -g -fsanitize=thread,$(CWARN) -Wno-tsan -O1 -g -fsanitize=thread,tests/c))
+$(eval $(call kind,fuzz,$(CLANG),-O1 -g $(SAN) -fsanitize=fuzzer-no-link,-O1 -g $(SAN) -fsanitize=fuzzer,tests/fuzz))
+# Objects are kept between runs
+.SECONDARY:
+JOBS := $(shell nproc)
 
-$(BUILD)/asan/%: tests/c/%.c $(CSRC) $(CHDR)
-	@mkdir -p $(@D)
-	@$(CC) $(CSTD) $(CWARN) -O1 -g $(SAN) $(CSRC) $< -o $@ $(CLIBS)
-
-$(BUILD)/tsan/%: tests/c/%.c $(CSRC) $(CHDR)
-	@mkdir -p $(@D)
-	@$(CC) $(CSTD) $(CWARN) -Wno-tsan -O1 -g -fsanitize=thread $(CSRC) $< -o $@ $(CLIBS)
-
-$(BUILD)/fuzz/%: tests/fuzz/%.c $(CSRC) $(CHDR) $(wildcard tests/fuzz/*.h)
-	@mkdir -p $(@D)
-	@$(CLANG) $(CSTD) -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all $(CSRC) $< -o $@ $(CLIBS)
-
-ctest: $(addprefix $(BUILD)/c/,$(CTESTS))
-	@for t in $^; do $$t || exit 1; done
+ctest:
+	@$(MAKE) --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/c/,$(CTESTS))
+	@for t in $(CTESTS); do $(BUILD)/c/$$t || exit 1; done
 
 # ---- sanitizers: the C tests, then the Python tests that drive the engine, with the engine built to match
 $(BUILD)/asan-tree/.built: $(VENV)/.ready $(CSRC) $(CHDR) $(wildcard csrc/fakeguest/*) setup.py
 	@scripts/build-sanitized $(PY) $(BUILD)/asan-tree "$(SAN)"
 	@touch $@
 
-asan: $(addprefix $(BUILD)/asan/,$(CTESTS)) $(BUILD)/asan-tree/.built
+asan: $(BUILD)/asan-tree/.built
+	@$(MAKE) --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/asan/,$(CTESTS))
 	@for t in $(addprefix $(BUILD)/asan/,$(CTESTS)); do $$t || exit 1; done
 	@scripts/run-sanitized $(PY) $(BUILD)/asan-tree -q -m "not guest" tests/fakeguest tests/vhost tests/vhost_hostile tests/fusedev/test_mount.py tests/passthrough
 
-tsan: $(addprefix $(BUILD)/tsan/,$(CTESTS))
-	@for t in $^; do $$t || exit 1; done
+tsan:
+	@$(MAKE) --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/tsan/,$(CTESTS))
+	@for t in $(CTESTS); do $(BUILD)/tsan/$$t || exit 1; done
 
 # ---- fuzzers: FUZZ_SECONDS each, from the kept corpus
 FUZZ_SECONDS ?= 20
-fuzz: $(addprefix $(BUILD)/fuzz/,$(FUZZERS))
+fuzz:
+	@$(MAKE) --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/fuzz/,$(FUZZERS))
 	@for f in $(FUZZERS); do \
 		mkdir -p $(BUILD)/corpus/$$f tests/fuzz/corpus/$$f; \
-		$(BUILD)/fuzz/$$f -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -verbosity=0 \
+		$(BUILD)/fuzz/$$f -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -verbosity=0 -print_final_stats=0 \
 			-artifact_prefix=$(BUILD)/corpus/ $(BUILD)/corpus/$$f tests/fuzz/corpus/$$f || exit 1; \
 		echo "$$f: clean for $(FUZZ_SECONDS) s"; \
 	done
