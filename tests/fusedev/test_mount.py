@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -154,7 +155,7 @@ as_user() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
 where=$1 file=$2; shift 2
 setpriv --reuid=65534 --regid=65534 --clear-groups "$@" >&2 & daemon=$!
 for _ in $(seq 500); do mountpoint -q "$where" && break; sleep 0.02; done
-as_user cat "$where/$file" || exit 1
+as_user cat "$where/$file" || { kill $daemon; exit 1; }
 kill $daemon; wait $daemon || exit 1
 ! mountpoint -q "$where"
 """
@@ -167,22 +168,25 @@ def is_for_all(python: Path) -> bool:
         parent.stat().st_mode & 0o001 for parent in python.resolve().parents)
 
 
-def test_unprivileged_through_fusermount(image: ServedImage, tmp_path_factory: pytest.TempPathFactory,
-                                         unpacked: Path) -> None:
+@pytest.fixture
+def open_dir() -> Iterator[Path]:
+    """A directory that everybody reaches: pytest keeps its own to its user, and says so again whenever it starts."""
+    with tempfile.TemporaryDirectory(prefix="virtiofsd-nydus-test-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_unprivileged_through_fusermount(image: ServedImage, open_dir: Path, unpacked: Path) -> None:
     if "VIRTIOFSD_NYDUS_SANITIZED" in os.environ:
         pytest.skip("set-user-id programs load no sanitizer")
     helper = Path("/usr/bin/fusermount3")
     if not helper.exists() or not helper.stat().st_mode & 0o4000:
         pytest.skip("no fusermount3 with the set-user-id bit")
-    base = tmp_path_factory.mktemp("user")
-    base.chmod(0o755)
-    base.parent.chmod(0o755)
-    base.parent.parent.chmod(0o755)
-    where, boot, cache = base / "m", base / "image.boot", base / "cache"
+    where, boot, cache = open_dir / "m", open_dir / "image.boot", open_dir / "cache"
     boot.write_bytes(image.bootstrap.read_bytes())
     cache.mkdir()
     where.mkdir()
-    config = image.write_config(base / "config.json", cache)
+    config = image.write_config(open_dir / "config.json", cache)
     for path in (where, cache, boot, config):
         os.chown(path, 65534, 65534)
     python = next((path for path in (sys.executable, "/usr/bin/python3") if is_for_all(Path(path))), None)
