@@ -15,6 +15,8 @@
 #include "fuse_ops.h"
 
 #define FUSEDEV_THREADS_MAX 64
+/* Interrupts that came before the request they are for had parked, or after it was answered; uniques do not come back. */
+#define FUSEDEV_EARLY_MAX 64
 /* The kernel wants room for its largest request: headers and max_write, 8192 at least. Untouched pages cost nothing. */
 #define FUSEDEV_IN_BYTES (FUSE_REPLY_MAX + 65536u)
 #define FUSEDEV_OUT_BYTES (FUSE_REPLY_MAX + (uint32_t)sizeof(struct fuse_out_header))
@@ -68,6 +70,8 @@ struct vnd_fusedev {
     pthread_mutex_t lock;
     struct fusedev_slot *first, *last, *free;
     uint32_t n_parked;
+    uint64_t early[FUSEDEV_EARLY_MAX];  /* a ring of uniques */
+    uint32_t early_at;
     _Alignas(64) _Atomic(struct store_wait *) done;     /* stack, newest first */
     _Atomic int sleeping;
     _Atomic int wakers;             /* threads inside the wake call */

@@ -159,14 +159,24 @@ static void fail_slot(struct fusedev_worker *w, struct fusedev_slot *s, int erro
         write_reply(w, s);
 }
 
-/* False: it was woken in the meantime and must be served again. */
-static bool park_slot(struct vnd_fusedev *d, struct fusedev_slot *s)
+/* Under the lock. */
+static bool is_early(const struct vnd_fusedev *d, uint64_t unique)
+{
+    for (uint32_t i = 0; i < FUSEDEV_EARLY_MAX; i++)
+        if (d->early[i] == unique)
+            return true;
+    return false;
+}
+
+/* False: it was woken in the meantime and must be served again. *interrupted: its interrupt is here already. */
+static bool park_slot(struct vnd_fusedev *d, struct fusedev_slot *s, bool *interrupted)
 {
     bool listed, first;
 
     pthread_mutex_lock(&d->lock);
     listed = !s->woken;
     first = d->first == NULL;
+    *interrupted = listed && is_early(d, s->req.in.unique);
     s->woken = false;
     if (listed)
         list_slot(d, s);
@@ -176,10 +186,35 @@ static bool park_slot(struct vnd_fusedev *d, struct fusedev_slot *s)
     return listed;
 }
 
-/* True: the slot is free again; false: it is parked. */
+/* The reader wants its read ended: at once if nothing is under way for it. */
+static void interrupt_request(struct fusedev_worker *w, uint64_t unique)
+{
+    struct vnd_fusedev *d = w->dev;
+    struct fusedev_slot *s;
+
+    pthread_mutex_lock(&d->lock);
+    for (s = d->first; s != NULL; s = s->next)
+        if (s->req.in.unique == unique)
+            break;
+    if (s != NULL && s->state == FUSEDEV_PARKED && store_wait_cancel(&s->req.wait)) {
+        unlist_slot(d, s);
+    } else {                    /* not parked yet, or woken and about to be served, which may park it again */
+        d->early[d->early_at++ % FUSEDEV_EARLY_MAX] = unique;
+        s = NULL;
+    }
+    pthread_mutex_unlock(&d->lock);
+    if (s != NULL) {
+        fail_slot(w, s, EINTR);
+        give_slot(s);
+    }
+}
+
+/* True: the slot is free again; false: it is parked, or another's. */
 static bool serve_slot(struct fusedev_worker *w, struct fusedev_slot *s)
 {
+    uint64_t unique = s->req.in.unique;
     enum req_verdict verdict;
+    bool interrupted;
 
     do {
         s->at = w;
@@ -190,29 +225,10 @@ static bool serve_slot(struct fusedev_worker *w, struct fusedev_slot *s)
             return true;
         if (s->parked_us == 0)
             s->parked_us = s->deadline_us - w->dev->deadline_us;
-    } while (!park_slot(w->dev, s));
+    } while (!park_slot(w->dev, s, &interrupted));
+    if (interrupted)
+        interrupt_request(w, unique);
     return false;
-}
-
-/* The reader wants its read ended: at once if nothing is under way for it. An unknown one was answered already. */
-static void interrupt_request(struct fusedev_worker *w, uint64_t unique)
-{
-    struct vnd_fusedev *d = w->dev;
-    struct fusedev_slot *s;
-
-    pthread_mutex_lock(&d->lock);
-    for (s = d->first; s != NULL; s = s->next)
-        if (s->req.in.unique == unique && s->state == FUSEDEV_PARKED)
-            break;
-    if (s != NULL && store_wait_cancel(&s->req.wait))
-        unlist_slot(d, s);
-    else
-        s = NULL;
-    pthread_mutex_unlock(&d->lock);
-    if (s != NULL) {
-        fail_slot(w, s, EINTR);
-        give_slot(s);
-    }
 }
 
 /* True: the slot is free again. */

@@ -185,6 +185,23 @@ static void test_interrupt(struct rig *g)
     rig_free(g);
 }
 
+/* Two readers: the interrupt may be read before the request that it is for has parked, or even been read. */
+static void test_early_interrupt(struct rig *g)
+{
+    rig_new(g, 2, 30000);
+    for (uint64_t u = 10; u < 210; u += 2) {
+        uint64_t interrupt = u | 1;
+
+        send_read(g, u, 0, 4096);
+        send_request(g, interrupt, FUSE_OP_INTERRUPT, 0, &u, sizeof(u));
+        struct answer a = receive(g);
+        CHECK_EQ(a.h.unique, u);
+        CHECK_EQ(a.h.error, -EINTR);
+    }
+    CHECK(is_silent(g));
+    rig_free(g);
+}
+
 static void test_deadline(struct rig *g)
 {
     rig_new(g, 2, 200);
@@ -280,6 +297,7 @@ int main(void)
     CHECK(g);
     test_cold_beside_warm(g);
     test_interrupt(g);
+    test_early_interrupt(g);
     test_deadline(g);
     test_stop_and_resume(g);
     test_end_of_mount(g);
