@@ -25,9 +25,13 @@ struct vnd_store {
     struct vnd_store *next;             /* engine's list, under its lock */
     struct vnd_engine *engine;
     uint32_t refs;                      /* under the engine's lock */
-    int dir_fd, side_dir_fd;            /* side -1: nothing can be shared */
-    bool writable;
-    uint64_t dev, ino;
+    char *path;
+    int dir_fd;                         /* its number stays when the directory is exchanged */
+    _Atomic int side_dir_fd;            /* likewise; -1: nothing can be shared */
+    _Atomic bool writable;
+    bool network;                       /* on a network file system */
+    uint64_t dev, ino;                  /* under the engine's lock */
+    bool gone_said, side_said;          /* upkeep.c's */
     pthread_mutex_t lock;
     struct blob_core *cores;
     struct claim_wake wake;
@@ -103,6 +107,9 @@ struct store_buf *store_buf_new(size_t len);
 void store_buf_put(struct store_buf *b);
 
 /* ---- store.c */
+/* Whether the work directory is there. If it, or what lies in it for all blobs, was removed and made anew, that is what is
+ * used from now on. retry: what could not be had is tried again. One thread at a time. */
+bool store_follow(struct vnd_store *s, bool retry);
 void core_get(struct blob_core *c);
 void core_put(struct blob_core *c);
 void handle_get(struct vnd_blob *b);
@@ -113,6 +120,8 @@ void handle_want_load(struct vnd_blob *b);
 void handle_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);
 /* Links w until the table is loaded. 0; 1: it is loaded; -errno: it cannot be. */
 int handle_park(struct vnd_blob *b, struct store_wait *w);
+/* ---- load.c */
+void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg);
 /* ---- read.c */
 /* Reads extents whose blobs are loaded: bytes, -EAGAIN (not in the page cache, only with nowait), -ENODATA
  * (*missing is not ready), or -errno. */

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "cachefile.h"
@@ -15,7 +16,7 @@
 
 bool cachefile_doubted(const struct cachefile *c, uint32_t i)
 {
-    return c->r && c->data_fd >= 0 &&
+    return c->data_fd >= 0 &&
            (atomic_load_explicit(&c->r[i >> 3], memory_order_acquire) & (0x80 >> (i & 7)));
 }
 
@@ -28,6 +29,55 @@ uint64_t cachefile_count_ready(const struct cachefile *c)
     return sum;
 }
 
+const char *cachefile_cure(int err)
+{
+    switch (err) {
+    case ENOSPC:
+        return "free space in the cache directory";
+    case EDQUOT:
+        return "free space in the cache directory or raise its owner's quota";
+    case EFBIG:
+        return "raise the file size limit (ulimit -f)";
+    case EROFS:
+        return "mount its file system read-write, and look in the kernel's log why it is not";
+    case EACCES:
+    case EPERM:
+        return "give the daemon's user the right to write there";
+    default:
+        return "look in the kernel's log for errors of its disk";
+    }
+}
+
+/* A write is announced in the side file, and its change time noted there, so that a later start can tell whether somebody
+ * else wrote meanwhile, and a process that died in between from a stranger. */
+static void write_begin(struct cachefile *c)
+{
+    struct timespec ts;
+
+    clock_gettime(CLOCK_REALTIME, &ts);
+    atomic_store(&c->head->write_ns, (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec);
+    atomic_fetch_add(&c->head->writing, 1);
+}
+
+static void write_end(struct cachefile *c)
+{
+    struct stat st;
+    uint64_t now, had;
+    uint32_t writing;
+
+    pthread_mutex_lock(&c->lock);       /* of this file in this file's header */
+    if (!fstat(c->data_fd, &st)) {
+        now = (uint64_t)st.st_ctim.tv_sec * 1000000000u + (uint64_t)st.st_ctim.tv_nsec;
+        had = atomic_load(&c->head->ctime_ns);
+        while (had < now && !atomic_compare_exchange_weak(&c->head->ctime_ns, &had, now))
+            ;
+    }
+    writing = atomic_load(&c->head->writing);       /* 0: the files were exchanged meanwhile */
+    while (writing && !atomic_compare_exchange_weak(&c->head->writing, &writing, writing - 1))
+        ;
+    pthread_mutex_unlock(&c->lock);
+}
+
 int cachefile_write(struct cachefile *c, uint64_t uoff, const void *buf, size_t len)
 {
     const uint8_t *p = buf;
@@ -37,6 +87,9 @@ int cachefile_write(struct cachefile *c, uint64_t uoff, const void *buf, size_t 
     /* A write beyond the end of a file that was cut would turn what is missing into zeroes that look whole. */
     if (!rc && !fstat(c->data_fd, &st) && (uint64_t)st.st_size < c->size_bytes)
         cachefile_examine(c);
+    bool begun = !rc;
+    if (begun)
+        write_begin(c);
     while (!rc && len) {
         ssize_t n = pwrite(c->data_fd, p, len, (off_t)uoff);
         if (n < 0 && errno == EINTR)
@@ -49,9 +102,11 @@ int cachefile_write(struct cachefile *c, uint64_t uoff, const void *buf, size_t 
         uoff += (uint64_t)n;
         len -= (size_t)n;
     }
+    if (begun)
+        write_end(c);
     if (rc && !atomic_exchange(&c->space_said, true))
-        engine_say(c->engine, 40, VND_CAUSE_SPACE, "cache of blob %s cannot be written (%s): its chunks are served "
-                   "from memory and fetched again; free space in the cache directory", c->id, strerror(-rc));
+        engine_say(c->engine, 40, VND_CAUSE_SPACE, "cache of blob %s: %s.blob.data cannot be written (%s): its chunks "
+                   "are served from memory and fetched again; %s", c->id, c->id, strerror(-rc), cachefile_cure(-rc));
     if (!rc && atomic_load_explicit(&c->space_said, memory_order_relaxed) &&
         atomic_exchange(&c->space_said, false))
         engine_say(c->engine, 20, VND_CAUSE_NONE, "cache of blob %s is written again", c->id);
@@ -61,22 +116,8 @@ int cachefile_write(struct cachefile *c, uint64_t uoff, const void *buf, size_t 
 void cachefile_set_ready(struct cachefile *c, uint32_t i)
 {
     atomic_fetch_or_explicit(&c->t[i >> 6], 1ull << (i & 63), memory_order_release);
-    if (c->r && c->writable)
+    if (c->writable)
         atomic_fetch_or_explicit(&c->r[i >> 3], (uint8_t)(0x80 >> (i & 7)), memory_order_release);
-}
-
-/* The change time of our last write, so that a later start can tell that nobody else wrote meanwhile. */
-static void note_ctime(struct cachefile *c)
-{
-    struct stat st;
-    uint64_t now, had;
-
-    if (c->side_fd < 0 || fstat(c->data_fd, &st))
-        return;
-    now = (uint64_t)st.st_ctim.tv_sec * 1000000000u + (uint64_t)st.st_ctim.tv_nsec;
-    had = atomic_load(&c->head->ctime_ns);
-    while (had < now && !atomic_compare_exchange_weak(&c->head->ctime_ns, &had, now))
-        ;
 }
 
 void cachefile_settle(struct cachefile *c, uint64_t low, uint64_t high)
@@ -85,7 +126,6 @@ void cachefile_settle(struct cachefile *c, uint64_t low, uint64_t high)
 
     if (!bytes)
         return;
-    note_ctime(c);
     atomic_fetch_add_explicit(&c->unsynced_bytes, bytes, memory_order_relaxed);
     uint64_t behind = atomic_fetch_add_explicit(&c->write_behind_bytes, bytes, memory_order_relaxed) + bytes;
     if (behind >= WRITE_BEHIND_BYTES) {

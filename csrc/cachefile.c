@@ -19,6 +19,8 @@
 #define SIDE_VERSION 1
 #define SIDE_HEADER 4096u
 #define INIT_WAIT_MS 5000
+#define WRITE_LAG_NS 20000000u          /* died_writing: a write takes at most so long */
+#define WRITE_NS 1000000000u
 /* rafs-format 6.2 */
 #define MAP_MAGIC 0x424D4150u
 #define MAP_MAGIC2 0x434D4150u
@@ -103,6 +105,7 @@ static int data_open(struct cachefile *c, int *cause, char *err, size_t err_len)
         return fail_line(-EIO, err, err_len, "cache of blob %s: %s is no file of at most %llu bytes; remove it",
                          c->id, name, (unsigned long long)c->size_bytes);
     }
+    c->data_at = (struct cachefile_at){ st.st_dev, st.st_ino };
     return 0;
 }
 
@@ -125,6 +128,7 @@ static void map_open(struct cachefile *c)
 {
     char name[VND_ID_MAX + 32];
     size_t len = MAP_HEADER + (c->n + 7) / 8;
+    void *m;
     uint32_t head[4] = { MAP_MAGIC, 1, MAP_MAGIC2, 0 }, have[4];
     struct stat st;
     int fd;
@@ -154,17 +158,27 @@ static void map_open(struct cachefile *c)
     }
     if (c->writable && claim_reserve(fd, (int64_t)len))
         goto out;
-    c->r_map = mmap(NULL, len, c->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
-    if (c->r_map == MAP_FAILED) {
-        c->r_map = NULL;
-        goto out;
-    }
-    c->r_map_bytes = len;
-    c->guard_r = sigbus_add(c->r_map, up(len, 4096), 4096, NULL);
-    c->r = (_Atomic uint8_t *)(c->r_map + MAP_HEADER);
+    /* Over the private memory: whoever cannot have the file has that. */
+    m = mmap(c->r_map, len, c->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
+    if (m != MAP_FAILED)
+        c->map_at = (struct cachefile_at){ st.st_dev, st.st_ino };
 out:
     if (fd >= 0)
         close(fd);
+}
+
+static int map_reserve(struct cachefile *c)
+{
+    size_t len = MAP_HEADER + (c->n + 7) / 8;
+    void *m = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (m == MAP_FAILED)
+        return -errno;
+    c->r_map = m;
+    c->r_map_bytes = len;
+    c->r = (_Atomic uint8_t *)(c->r_map + MAP_HEADER);
+    c->guard_r = sigbus_add(c->r_map, up(len, 4096), 4096, NULL);
+    return c->guard_r ? 0 : -ENOMEM;
 }
 
 /* ---------------------------------------------------------------- side file */
@@ -239,6 +253,7 @@ static int side_open_locked(struct cachefile *c, const char *name, const struct 
             if (!fstat(fd, &st) && (uint64_t)st.st_size == len && pread(fd, &h, sizeof h, 0) == sizeof h &&
                 side_matches(c, &h, id)) {
                 c->side_fd = fd;
+                c->side_at = (struct cachefile_at){ st.st_dev, st.st_ino };
                 return 0;
             }
             rc = side_create(c, name, id, true);    /* who waits for this lock will see */
@@ -266,9 +281,17 @@ static int side_map(struct cachefile *c)
     c->t = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER);
     c->d = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER + tb);
     /* Cut under us, the pages read as zeroes: nothing is ready, nothing is wrong. */
-    if (c->side_fd >= 0 && !(c->guard_side = sigbus_add(m, up(c->side_map_bytes, 4096), 4096, NULL)))
-        return -ENOMEM;
-    return 0;
+    c->guard_side = sigbus_add(m, up(c->side_map_bytes, 4096), 4096, NULL);
+    return c->guard_side ? 0 : -ENOMEM;
+}
+
+/* Whether a change time that was not noted is that of a write of ours whose process died over it: it only went to a chunk
+ * that was not trusted. Coarse clocks of file systems lag a tick behind. */
+static bool died_writing(const struct cachefile *c, uint64_t ctime_ns)
+{
+    uint64_t began = atomic_load(&c->head->write_ns);
+
+    return atomic_load(&c->head->writing) && ctime_ns + WRITE_LAG_NS >= began && ctime_ns <= began + WRITE_NS;
 }
 
 /* Opens, binds and maps the side file; on any trouble T becomes private. */
@@ -309,9 +332,10 @@ static int side_open(struct cachefile *c)
         } else if (atomic_load(&c->head->epoch) & 1) {
             cachefile_take_away(c, false);
         }
-        if (!grown && atomic_load(&c->head->ctime_ns) != id.ctime_ns)
+        if (!grown && atomic_load(&c->head->ctime_ns) != id.ctime_ns && !died_writing(c, id.ctime_ns))
             cachefile_take_away(c, false);
         atomic_store(&c->head->ctime_ns, id.ctime_ns);
+        atomic_store(&c->head->writing, 0);
     }
     rc = claim_byte(c->side_fd, CLAIM_ATTACH, false, INIT_WAIT_MS);
     claim_byte_release(c->side_fd, CLAIM_INIT);
@@ -339,6 +363,8 @@ int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int 
     rc = data_open(c, cause, err, err_len);
     if (!rc && (rc = side_open(c)))
         io_fail(c, "cannot map its side file", rc, cause, err, err_len);
+    if (!rc && (rc = map_reserve(c)))
+        io_fail(c, "no memory for its chunk map", rc, cause, err, err_len);
     if (!rc && c->data_fd >= 0)
         map_open(c);
     if (rc) {

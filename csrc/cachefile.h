@@ -36,7 +36,13 @@ struct side_header {
     uint64_t dev, ino, btime_ns, size_bytes;    /* of the data file */
     _Atomic uint64_t epoch;                     /* odd: bytes are being taken away */
     _Atomic uint64_t ctime_ns;                  /* of the data file after the last write of ours */
-    uint32_t retired, pad;
+    uint32_t retired;
+    _Atomic uint32_t writing;                   /* writes of ours under way, and those that somebody died over */
+    _Atomic uint64_t write_ns;                  /* wall clock when the latest of them began */
+};
+
+struct cachefile_at {       /* which file a name led to when it was opened; all 0: none */
+    uint64_t dev, ino;
 };
 
 struct cachefile {
@@ -44,15 +50,19 @@ struct cachefile {
     char id[VND_ID_MAX + 1];
     int dir_fd;                     /* borrowed */
     int side_dir_fd;                /* borrowed, -1: T is private */
-    int data_fd;                    /* -1: nothing on disk, bytes live in memory only */
-    int side_fd;                    /* -1: T is private */
-    bool writable;
+    /* A descriptor's number and a map's address stay when the files behind them are exchanged (cachemove.c). */
+    _Atomic int data_fd;            /* -1: nothing on disk, bytes live in memory only */
+    _Atomic int side_fd;            /* -1: T is private */
+    _Atomic bool writable;
+    struct cachefile_at data_at, side_at, map_at;   /* for cachefile_open and the one thread that moves */
+    bool stray_said;                /* likewise */
+    _Atomic uint64_t moves;         /* odd: files are being exchanged */
     uint32_t n;
     uint64_t size_bytes;
     struct side_header *head;
     size_t side_map_bytes;
     _Atomic uint64_t *t, *d;
-    _Atomic uint8_t *r;             /* NULL: none */
+    _Atomic uint8_t *r;             /* private memory where there is no file */
     uint8_t *r_map;
     size_t r_map_bytes;
     struct sigbus_range *guard_side, *guard_r;
@@ -83,20 +93,25 @@ static inline bool cachefile_ready(const struct cachefile *c, uint32_t i)
 {
     return atomic_load_explicit(&c->t[i >> 6], memory_order_acquire) >> (i & 63) & 1;
 }
+/* Changes when bytes are taken away (the side file's epoch, all processes) and when the files themselves are exchanged
+ * (moves, ours alone: another side file may well have the same epoch). Odd: do not trust. */
 static inline uint64_t cachefile_epoch(const struct cachefile *c)
 {
-    return atomic_load_explicit(&c->head->epoch, memory_order_acquire);
+    uint64_t moves = atomic_load_explicit(&c->moves, memory_order_acquire);
+    return (atomic_load_explicit(&c->head->epoch, memory_order_acquire) + (moves << 32)) | (moves & 1);
 }
 /* After the bytes were read: they may be given out only if the epoch is still the (even) one from before. */
 static inline bool cachefile_epoch_holds(const struct cachefile *c, uint64_t epoch)
 {
     atomic_thread_fence(memory_order_acquire);
-    return !(epoch & 1) && atomic_load_explicit(&c->head->epoch, memory_order_relaxed) == epoch;
+    return !(epoch & 1) && cachefile_epoch(c) == epoch;
 }
 /* R's bit: somebody, perhaps not us, says the chunk is in the data file. */
 bool cachefile_doubted(const struct cachefile *c, uint32_t i);
 uint64_t cachefile_count_ready(const struct cachefile *c);
 
+/* What to do about an errno of the cache's disk, as the end of a line. */
+const char *cachefile_cure(int err);
 /* Writes bytes of chunks at uoff. 0 or -errno (-ENOSPC, -EROFS...: said once). */
 int cachefile_write(struct cachefile *c, uint64_t uoff, const void *buf, size_t len);
 /* With c->lock held: the chunk's bytes are in the file and were checked, all within the present epoch. */
@@ -114,5 +129,18 @@ void cachefile_take_away(struct cachefile *c, bool keep_durable);
 void cachefile_examine(struct cachefile *c);
 /* Makes what is trusted durable, if there is enough of it or force. */
 void cachefile_sync(struct cachefile *c, bool force);
+
+/* ---- cachemove.c: somebody removes or replaces the files */
+enum cachefile_stray { CACHEFILE_IN_PLACE, CACHEFILE_DATA_STRAYED, CACHEFILE_SIDE_STRAYED, CACHEFILE_MAP_STRAYED };
+/* Which of the names in cfg's directories no longer leads to the file that is open. A few fstatat; one thread at a
+ * time. */
+enum cachefile_stray cachefile_find_stray(const struct cachefile *c, const struct cachefile_cfg *cfg);
+/* Whether something could not be had when it was opened, for want of space or rights. */
+bool cachefile_lacks(const struct cachefile *c, const struct cachefile_cfg *cfg);
+/* Opens what the names lead to now, made anew where nothing is there, binds it to t, and exchanges the files under c.
+ * Readers of c go on meanwhile: each read is of one file and what its maps say, or is done again. only_better: not
+ * unless that has what c lacks. 0: exchanged; 1: not; -errno with cause and line: c stays as it is. */
+int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const struct blobtable *t, bool only_better,
+                   int *cause, char *err, size_t err_len);
 
 #endif

@@ -98,27 +98,54 @@ int claim_reserve(int fd, int64_t len)
     return st.st_size >= len || !ftruncate(fd, len) ? 0 : -errno;
 }
 
-int claim_wake_open(struct claim_wake *w, int dir_fd)
+/* Maps the file; MAP_FAILED without. */
+static void *wake_map(struct claim_wake *w, int dir_fd)
 {
-    size_t len = sizeof *w->page;
-    struct stat st;
     int fd = dir_fd < 0 ? -1 : openat(dir_fd, "wake", O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
+    void *page = MAP_FAILED;
+    struct stat st;
 
-    w->page = MAP_FAILED;
-    w->shared = false;
-    w->guard = NULL;
     if (fd >= 0) {
-        if (!fstat(fd, &st) && S_ISREG(st.st_mode) && !claim_reserve(fd, 4096)) {
-            w->page = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-            w->shared = w->page != MAP_FAILED;
-            if (w->shared)
-                w->guard = sigbus_add(w->page, 4096, 4096, NULL);
+        if (!fstat(fd, &st) && S_ISREG(st.st_mode) && !claim_reserve(fd, 4096))
+            page = mmap(NULL, sizeof *w->page, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        if (page != MAP_FAILED) {
+            w->dev = st.st_dev;
+            w->ino = st.st_ino;
         }
         close(fd);
     }
+    return page;
+}
+
+int claim_wake_open(struct claim_wake *w, int dir_fd)
+{
+    w->page = wake_map(w, dir_fd);
+    w->shared = w->page != MAP_FAILED;
+    if (!w->shared)
+        w->page = mmap(NULL, sizeof *w->page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (w->page == MAP_FAILED)
-        w->page = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    return w->page == MAP_FAILED ? -ENOMEM : 0;
+        return -ENOMEM;
+    w->guard = sigbus_add(w->page, 4096, 4096, NULL);
+    return 0;
+}
+
+void claim_wake_follow(struct claim_wake *w, int dir_fd)
+{
+    size_t len = sizeof *w->page;
+    struct stat st;
+    void *page;
+
+    if (dir_fd < 0 || (w->shared && !fstatat(dir_fd, "wake", &st, AT_SYMLINK_NOFOLLOW) && st.st_dev == w->dev &&
+                       st.st_ino == w->ino))
+        return;
+    page = wake_map(w, dir_fd);
+    if (page == MAP_FAILED)
+        return;
+    /* Exchanged in one step. Who waits on the old one wakes by time. */
+    if (mremap(page, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, w->page) == w->page)
+        w->shared = true;
+    else
+        munmap(page, len);
 }
 
 void claim_wake_close(struct claim_wake *w)
@@ -150,7 +177,11 @@ uint32_t claim_wake_enter(struct claim_wake *w)
 
 void claim_wake_leave(struct claim_wake *w)
 {
-    atomic_fetch_sub(&w->page->waiters, 1);
+    uint32_t had = atomic_load(&w->page->waiters);
+
+    /* Not below 0: the page may have been exchanged since we entered. */
+    while (had && !atomic_compare_exchange_weak(&w->page->waiters, &had, had - 1))
+        ;
 }
 
 void claim_wake_wait(struct claim_wake *w, uint32_t gen, int timeout_ms)

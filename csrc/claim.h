@@ -37,10 +37,13 @@ struct claim_wake {
     } *page;                            /* mapped file shared by all processes, or private memory */
     struct sigbus_range *guard;
     bool shared;
+    uint64_t dev, ino;                  /* of the file */
 };
 /* dir_fd -1: private. Never fails for want of a file; -ENOMEM. */
 int claim_wake_open(struct claim_wake *w, int dir_fd);
 void claim_wake_close(struct claim_wake *w);
+/* If the file was removed or could not be had: the one that is there now, made anew if need be. One thread at a time. */
+void claim_wake_follow(struct claim_wake *w, int dir_fd);
 /* After maps were set. */
 void claim_wake_all(struct claim_wake *w);
 /* Waits until the generation is no longer gen, at most timeout_ms. */

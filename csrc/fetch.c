@@ -29,8 +29,8 @@ int fetcher_new(struct vnd_engine *e)
     pthread_cond_init(&f->some, &attr);
     pthread_mutex_init(&f->foreign_lock, NULL);
     pthread_cond_init(&f->foreign_some, &attr);
-    pthread_mutex_init(&f->sync_lock, NULL);
-    pthread_cond_init(&f->sync_some, &attr);
+    pthread_mutex_init(&f->upkeep_lock, NULL);
+    pthread_cond_init(&f->upkeep_some, &attr);
     pthread_mutex_init(&f->uncached_lock, NULL);
     pthread_condattr_destroy(&attr);
     for (int i = 0; i < FETCH_SHARDS; i++)
@@ -64,7 +64,7 @@ void fetcher_shutdown(struct vnd_engine *e)
     pthread_cond_broadcast(&f->some);
     pthread_mutex_unlock(&f->lock);
     foreign_stop(f);
-    sync_stop(f);
+    upkeep_stop(f);
     miss_fail_all(f, ESHUTDOWN);
     pthread_mutex_lock(&f->lock);
     struct fetch_want *left = f->demand;
@@ -102,10 +102,10 @@ void fetcher_free(struct vnd_engine *e)
         pthread_mutex_destroy(&f->shards[i].lock);
     pthread_cond_destroy(&f->some);
     pthread_cond_destroy(&f->foreign_some);
-    pthread_cond_destroy(&f->sync_some);
+    pthread_cond_destroy(&f->upkeep_some);
     pthread_mutex_destroy(&f->lock);
     pthread_mutex_destroy(&f->foreign_lock);
-    pthread_mutex_destroy(&f->sync_lock);
+    pthread_mutex_destroy(&f->upkeep_lock);
     pthread_mutex_destroy(&f->uncached_lock);
     free(f);
     e->fetcher = NULL;

@@ -35,6 +35,8 @@ struct job {
     bool claimed;                   /* units [claim_first, + claim_n) are locked against other processes */
     uint32_t claim_first, claim_n;
     bool unspaced;                  /* a chunk could not be written */
+    bool lost;                      /* bytes were taken away while chunks were being committed */
+    uint64_t verify_epoch;          /* VERIFY: of the data file's bytes that the views show */
     bool bad;
     uint64_t coff, clen, fed;       /* compressed range and how much of it came */
     uint64_t pos;                   /* blob offset of the next byte to decode */
@@ -91,18 +93,19 @@ struct fetcher {
     pthread_mutex_t uncached_lock;
     struct uncached_chunk *uncached, *uncached_last;    /* newest first */
     size_t uncached_bytes;
-    /* sync, in foreign.c */
-    pthread_mutex_t sync_lock;
-    pthread_cond_t sync_some;
-    bool sync_started, sync_down;
-    pthread_t sync_thread;
+    /* upkeep.c */
+    pthread_mutex_t upkeep_lock;
+    pthread_cond_t upkeep_some;
+    bool upkeep_started, upkeep_down;
+    pthread_t upkeep_thread;
 };
 
 /* foreign.c */
 void foreign_add(struct fetcher *f, struct blob_core *c, uint32_t index);
 void foreign_stop(struct fetcher *f);
-void sync_start(struct fetcher *f);
-void sync_stop(struct fetcher *f);
+/* upkeep.c */
+void upkeep_start(struct fetcher *f);
+void upkeep_stop(struct fetcher *f);
 /* uncached.c */
 void uncached_free(struct fetcher *f);
 /* job.c */

@@ -1,6 +1,4 @@
-/* foreign.c -- two slow companions of the fetcher: the thread that waits for chunks which other processes fetch,
- * and the one that makes written data durable. Both start when first needed.
- */
+/* foreign.c -- the thread that waits for chunks which other processes fetch. It starts when first needed. */
 #include <errno.h>
 #include <stdlib.h>
 #include <time.h>
@@ -8,7 +6,6 @@
 #include "fetcher.h"
 
 #define TICK_MS 10      /* a dead holder, and a real nydusd that fills without our locks, are noticed within this */
-#define SYNC_LOOK_MS 1000
 
 /* Whether the thread has nothing more to do for the chunk. */
 static bool foreign_settled(const struct foreign *x, bool tick)
@@ -125,79 +122,4 @@ void foreign_stop(struct fetcher *f)
         core_put(x->core);
         free(x);
     }
-}
-
-/* ---------------------------------------------------------------- durability */
-
-/* One round over all blobs. force: the interval has passed, so little is worth it too. */
-static void sync_all(struct vnd_engine *e, bool force)
-{
-    for (int skip = 0;; skip++) {
-        struct blob_core *c = NULL;
-        int at = 0;
-
-        /* Walks by position: lists change under us, a blob missed or met twice does no harm. */
-        pthread_mutex_lock(&e->lock);
-        for (struct vnd_store *s = e->stores; s && !c; s = s->next) {
-            pthread_mutex_lock(&s->lock);
-            for (struct blob_core *k = s->cores; k && !c; k = k->next)
-                if (at++ == skip) {
-                    c = k;
-                    c->refs++;
-                }
-            pthread_mutex_unlock(&s->lock);
-        }
-        pthread_mutex_unlock(&e->lock);
-        if (!c)
-            return;
-        if (atomic_load_explicit(&c->table, memory_order_acquire))
-            cachefile_sync(c->cache, force);
-        core_put(c);
-    }
-}
-
-static void *sync_run(void *arg)
-{
-    struct fetcher *f = arg;
-    int64_t last = now_us();
-
-    pthread_mutex_lock(&f->sync_lock);
-    while (!f->sync_down) {
-        struct timespec until;
-        clock_gettime(CLOCK_MONOTONIC, &until);
-        until.tv_sec += SYNC_LOOK_MS / 1000;
-        pthread_cond_timedwait(&f->sync_some, &f->sync_lock, &until);
-        if (f->sync_down)
-            break;
-        bool force = now_us() - last >= (int64_t)f->engine->cfg.sync_interval_ms * 1000;
-        pthread_mutex_unlock(&f->sync_lock);
-        sync_all(f->engine, force);
-        if (force)
-            last = now_us();
-        pthread_mutex_lock(&f->sync_lock);
-    }
-    pthread_mutex_unlock(&f->sync_lock);
-    return NULL;
-}
-
-void sync_start(struct fetcher *f)
-{
-    pthread_mutex_lock(&f->sync_lock);
-    if (!f->sync_started && !f->sync_down)
-        f->sync_started = !thread_start(&f->sync_thread, "vnd-sync", sync_run, f);
-    pthread_mutex_unlock(&f->sync_lock);
-}
-
-void sync_stop(struct fetcher *f)
-{
-    bool join;
-
-    pthread_mutex_lock(&f->sync_lock);
-    join = f->sync_started;
-    f->sync_down = true;
-    f->sync_started = false;
-    pthread_cond_signal(&f->sync_some);
-    pthread_mutex_unlock(&f->sync_lock);
-    if (join)
-        pthread_join(f->sync_thread, NULL);
 }

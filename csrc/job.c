@@ -22,7 +22,7 @@ void job_begin(struct job *j, uint64_t id)
 {
     j->id = id;
     atomic_store(&j->cancelled, false);
-    j->unspaced = j->bad = false;
+    j->unspaced = j->bad = j->lost = false;
     j->fed = 0;
     j->pos = j->coff;
     j->cursor = 0;
@@ -180,6 +180,7 @@ static void settle_views(struct commit *m, uint32_t from, uint32_t to)
         uint32_t rel = j->views[v].rel;
         if (lost) {
             j->state[rel] = JOB_WANT;       /* left over at the end, so asked for again */
+            j->lost = true;
             continue;
         }
         j->state[rel] = JOB_DONE;
@@ -214,7 +215,7 @@ static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digest
         return 0;
     pthread_mutex_lock(&j->core->cache->lock);
     m.t = job_table(j);
-    m.epoch = cachefile_epoch(j->core->cache);
+    m.epoch = j->kind == VND_JOB_VERIFY ? j->verify_epoch : cachefile_epoch(j->core->cache);
     pthread_mutex_unlock(&j->core->cache->lock);
     for (uint32_t v = 0; v < count; v++) {
         if (!digest_right(&m, v, digests ? digests + (size_t)v * CODEC_DIGEST_BYTES : NULL)) {
@@ -283,7 +284,7 @@ static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
             bool again = miss_retry(j->core, i, verify ? 255 : FETCH_TRIES, !verify, verify, EIO);
             say_bad(e, j, i, again);
         } else if (j->state[rel] == JOB_WANT || j->state[rel] == JOB_DECODED) {
-            if (j->bad || dropped)              /* not reached, through no fault of its own */
+            if (j->bad || j->lost || dropped)   /* not reached, through no fault of its own */
                 miss_retry(j->core, i, 255, false, false, EIO);
             else if (!error || j->prefetch || verify)
                 miss_retry(j->core, i, FETCH_TRIES, true, false, EIO);

@@ -209,6 +209,7 @@ static int decode_verify(struct job *j)
     const struct blobtable *t = job_table(j);
     int rc = 0;
 
+    j->verify_epoch = cachefile_epoch(j->core->cache);      /* before the bytes are read, of which they must be */
     while (!rc && j->cursor < j->n && j->scratch_len < FETCH_BATCH_BYTES) {
         const struct blobtable_chunk *k = &t->chunk[j->first + j->cursor];
         if (j->state[j->cursor] != JOB_WANT) {

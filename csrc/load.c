@@ -14,14 +14,20 @@
 #define META_RETRY_US (1000 * 1000)     /* an image that was refused may be looked at again after this */
 #define META_TRIES 2
 
-static int open_cache(struct blob_core *c, int *cause, char *err, size_t err_len)
+void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg)
 {
-    struct cachefile_cfg cfg = {
+    *cfg = (struct cachefile_cfg){
         .engine = c->engine, .dir_fd = c->store->dir_fd, .side_dir_fd = c->store->side_dir_fd,
         .writable = c->store->writable, .id = c->info.id, .n = c->info.chunk_count,
         .size_bytes = c->info.uncompressed_size_bytes,
     };
+}
 
+static int open_cache(struct blob_core *c, int *cause, char *err, size_t err_len)
+{
+    struct cachefile_cfg cfg;
+
+    core_cache_cfg(c, &cfg);
     return c->cache ? 0 : cachefile_open(&c->cache, &cfg, cause, err, err_len);
 }
 
@@ -265,7 +271,7 @@ static void load_run(struct pool_task *task)
         load_end(b, rc);
     }
     if (!rc) {
-        sync_start(e->fetcher);
+        upkeep_start(e->fetcher);
         fetch_wake(e->fetcher);
     }
     handle_put(b);

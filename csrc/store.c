@@ -36,20 +36,73 @@ static bool is_network_fs(int fd)
     return false;
 }
 
-static void side_dir_open(struct vnd_store *s, const char *work_dir)
+/* Sets side_dir_fd and writable; says once what is in the way. */
+static void side_dir_open(struct vnd_store *s)
 {
-    if (is_network_fs(s->dir_fd)) {
-        engine_say(s->engine, 30, VND_CAUSE_NONE, "cache directory %s is on a network file system: fetches are not "
-                   "shared between daemons and everything is verified once per start", work_dir);
+    int fd;
+
+    if (s->network)
         return;
-    }
     if (mkdirat(s->dir_fd, SIDE_DIR, 0700) && errno != EEXIST) {
-        engine_say(s->engine, 30, VND_CAUSE_SPACE, "cache directory %s cannot be written (%s): what is not in it "
-                   "is served from memory only", work_dir, strerror(errno));
+        if (!s->side_said)
+            engine_say(s->engine, 30, VND_CAUSE_SPACE, "cache directory %s cannot be written (%s): what is not in it "
+                       "is served from memory only and fetched again; %s", s->path, strerror(errno), cachefile_cure(errno));
+        s->side_said = true;
         s->writable = !(errno == EROFS || errno == EACCES || errno == EPERM);
         return;
     }
-    s->side_dir_fd = openat(s->dir_fd, SIDE_DIR, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    fd = openat(s->dir_fd, SIDE_DIR, O_RDONLY | O_DIRECTORY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0)
+        return;
+    s->writable = true;
+    s->side_said = false;
+    if (s->side_dir_fd < 0) {
+        s->side_dir_fd = fd;
+        return;
+    }
+    while (dup3(fd, s->side_dir_fd, O_CLOEXEC) < 0 && (errno == EINTR || errno == EBUSY))
+        ;
+    close(fd);
+}
+
+static bool leads_to(int dir_fd, const char *name, int fd)
+{
+    struct stat a, b;
+
+    return !fstat(fd, &a) && !fstatat(dir_fd, name, &b, 0) && a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+}
+
+bool store_follow(struct vnd_store *s, bool retry)
+{
+    struct stat st;
+    int fd;
+
+    if (!leads_to(AT_FDCWD, s->path, s->dir_fd)) {
+        fd = open(s->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        if (fd < 0 || fstat(fd, &st)) {
+            if (!s->gone_said)
+                engine_say(s->engine, 40, VND_CAUSE_IO, "cache directory %s is gone (%s): this daemon alone goes on "
+                           "with the removed files; make it anew", s->path, strerror(errno));
+            s->gone_said = true;
+            if (fd >= 0)
+                close(fd);
+            return false;
+        }
+        while (dup3(fd, s->dir_fd, O_CLOEXEC) < 0 && (errno == EINTR || errno == EBUSY))
+            ;
+        close(fd);
+        pthread_mutex_lock(&s->engine->lock);
+        s->dev = st.st_dev;
+        s->ino = st.st_ino;
+        pthread_mutex_unlock(&s->engine->lock);
+        s->network = is_network_fs(s->dir_fd);
+        s->gone_said = false;
+        retry = true;
+    }
+    if (s->side_dir_fd < 0 ? retry : !leads_to(s->dir_fd, SIDE_DIR, s->side_dir_fd))
+        side_dir_open(s);
+    claim_wake_follow(&s->wake, s->side_dir_fd);
+    return true;
 }
 
 static struct vnd_store *store_find(vnd_engine *e, const struct stat *st)
@@ -96,8 +149,13 @@ vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, char *err, size_t
     s->dev = st.st_dev;
     s->ino = st.st_ino;
     pthread_mutex_init(&s->lock, NULL);
-    side_dir_open(s, work_dir);
-    if (claim_wake_open(&s->wake, s->side_dir_fd)) {
+    s->path = strdup(work_dir);
+    s->network = is_network_fs(fd);
+    if (s->network)
+        engine_say(e, 30, VND_CAUSE_NONE, "cache directory %s is on a network file system: fetches are not shared "
+                   "between daemons and everything is verified once per start", work_dir);
+    side_dir_open(s);
+    if (!s->path || claim_wake_open(&s->wake, s->side_dir_fd)) {
         fail_line(0, err, err_len, "cache directory %s: no memory", work_dir);
         vnd_store_free(s);
         return NULL;
@@ -139,6 +197,7 @@ void vnd_store_free(vnd_store *s)
         close(s->side_dir_fd);
     close(s->dir_fd);
     pthread_mutex_destroy(&s->lock);
+    free(s->path);
     free(s);
 }
 

@@ -456,6 +456,43 @@ static void test_killed_between_write_and_bit(void)
     fix_dir_remove(dir);
 }
 
+/* Killed in the middle of a write: what was trusted stays so. A file that changed without such a write, or later, is
+ * verified. */
+static void test_killed_while_writing(void)
+{
+    for (int how = 0; how < 3; how++) {
+        char dir[200], path[300];
+        struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+        struct side_header h;
+        struct timespec now;
+        uint64_t fetches, verifies;
+        int fd;
+
+        fix_dir_make(dir, under);
+        fill_cache(dir, b);
+        path_of(path, dir, ".virtiofsd-nydus/blob.vnd");
+        fd = open(path, O_RDWR);
+        CHECK(pread(fd, &h, sizeof h, 0) == sizeof h);
+        CHECK_EQ(atomic_load(&h.writing), 0);
+        clock_gettime(CLOCK_REALTIME, &now);
+        atomic_store(&h.writing, how != 1);
+        atomic_store(&h.write_ns, ((uint64_t)now.tv_sec - (how == 2 ? 5 : 0)) * 1000000000u + (uint64_t)now.tv_nsec);
+        CHECK(pwrite(fd, &h, sizeof h, 0) == sizeof h);
+        close(fd);
+        path_of(path, dir, "blob.blob.data");
+        fd = open(path, O_RDWR);
+        CHECK(pwrite(fd, b->plain, 100, (N - 1) * CHUNK + 7) == 100);
+        close(fd);
+        read_all(dir, b, &fetches, &verifies);
+        CHECK_EQ(fetches, 0);
+        CHECK_EQ(verifies > 0, how != 0);
+        read_all(dir, b, &fetches, &verifies);
+        CHECK_EQ(fetches + verifies, 0);
+        fix_blob_free(b);
+        fix_dir_remove(dir);
+    }
+}
+
 /* D: what was synced survives a reboot without verification. */
 static void test_durable(void)
 {
@@ -493,6 +530,7 @@ int main(int argc, char **argv)
     test_no_space_ends_prefetch();
     test_read_only_dir();
     test_killed_between_write_and_bit();
+    test_killed_while_writing();
     test_durable();
     puts("test_cachefile: ok");
     return 0;

@@ -48,10 +48,11 @@ def counted(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def engine_threads(daemon: NydusDaemon) -> dict[int, str]:
-    """Threads of the C engine: id -> name. Queues are vnd-q, readers of what left the page cache vnd-pool."""
+    """Threads of the C engine that serve: id -> name. Queues are vnd-q, readers of what left the page cache vnd-pool.
+    Not vnd-upkeep, which looks after the cache's files once a second, whatever is read."""
     tasks = Path(f"/proc/{daemon.process.pid}/task")
     names = {int(task.name): (task / "comm").read_text().strip() for task in tasks.iterdir()}
-    return {thread: name for thread, name in names.items() if name.startswith("vnd-")}
+    return {thread: name for thread, name in names.items() if name.startswith("vnd-") and name != "vnd-upkeep"}
 
 
 def read_counts(counts: mmap.mmap) -> dict[int, tuple[int, int]]:

@@ -1,0 +1,328 @@
+/* Cache files that vanish or are replaced under readers (nydus-snapshotter's garbage collection, people): every read is
+ * right at every moment, and a moment later the files are shared again.
+ */
+#include <signal.h>
+
+#include "store_fixture.h"
+
+#define N 24
+#define CHUNK 16384
+#define ROUNDS 40
+#define READERS 3
+
+static const char *under;
+
+/* Looks at once rather than within the second, until the file at path is the one that c has open. */
+static void follow(struct fix *f, const char *path, _Atomic int *fd)
+{
+    struct stat a, b;
+
+    for (int64_t until = now_us() + 20000000;; usleep(500)) {
+        if (!stat(path, &a) && *fd >= 0 && !fstat(*fd, &b) && a.st_ino == b.st_ino)
+            return;
+        CHECK(now_us() < until);
+        pthread_mutex_lock(&f->e->fetcher->upkeep_lock);
+        pthread_cond_signal(&f->e->fetcher->upkeep_some);
+        pthread_mutex_unlock(&f->e->fetcher->upkeep_lock);
+    }
+}
+
+struct paths {
+    char data[300], map[300], side[300], side_dir[300], wake[300], other[300];
+};
+
+static void paths_of(struct paths *p, const char *dir)
+{
+    sprintf(p->data, "%s/blob.blob.data", dir);
+    sprintf(p->map, "%s/blob.blob.data.chunk_map", dir);
+    sprintf(p->side_dir, "%s/.virtiofsd-nydus", dir);
+    sprintf(p->side, "%s/.virtiofsd-nydus/blob.vnd", dir);
+    sprintf(p->wake, "%s/.virtiofsd-nydus/wake", dir);
+    sprintf(p->other, "%s/other", dir);
+}
+
+static void remove_tree(const char *dir)
+{
+    char cmd[400];
+
+    snprintf(cmd, sizeof cmd, "rm -rf '%s'", dir);
+    CHECK(system(cmd) == 0);
+}
+
+static void put_file(const char *path, size_t len, uint8_t fill)
+{
+    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0644);
+    uint8_t *p = malloc(len);
+
+    memset(p, fill, len);
+    CHECK(fd >= 0 && write(fd, p, len) == (ssize_t)len);
+    free(p);
+    close(fd);
+}
+
+/* What is not trusted after a look: fetched (jobs) or found right on disk (verify jobs). */
+static void expect_jobs(struct fix *f, struct fix_blob *b, bool fetches, bool verifies)
+{
+    uint64_t jobs = atomic_load(&f->server.jobs), verify = atomic_load(&f->server.verify_jobs);
+
+    fix_check(f->h, b, 0, (N - 1) * CHUNK);
+    verify = atomic_load(&f->server.verify_jobs) - verify;
+    jobs = atomic_load(&f->server.jobs) - jobs - verify;
+    CHECK_EQ(jobs > 0, fetches);
+    CHECK_EQ(verify > 0, verifies);
+}
+
+/* Another process comes, shares what there is and fetches nothing. */
+static void expect_shared(const char *dir, struct fix_blob *b)
+{
+    struct fix g = { 0 };
+
+    fix_up(&g, dir, b, 1);
+    fix_check(g.h, b, 0, (N - 1) * CHUNK);
+    CHECK_EQ(atomic_load(&g.server.jobs), 0);
+    fix_down(&g);
+}
+
+static void test_data_removed(void)
+{
+    char dir[200];
+    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+    struct fix f = { 0 };
+    struct paths p;
+
+    fix_dir_make(dir, under);
+    paths_of(&p, dir);
+    fix_up(&f, dir, b, 1);
+    fix_check(f.h, b, 0, (N - 1) * CHUNK);
+    /* As the snapshotter does it: the map first. */
+    CHECK(!unlink(p.map) && !unlink(p.data));
+    expect_jobs(&f, b, false, false);           /* not looked yet: the open file serves on */
+    follow(&f, p.data, &f.h->cache->data_fd);
+    CHECK(fix_said(f.e, VND_CAUSE_IO, "data file was removed"));
+    expect_jobs(&f, b, true, false);
+    expect_jobs(&f, b, false, false);
+    expect_shared(dir, b);
+    /* Another file is put in its place, with the map that says all is there. */
+    put_file(p.other, 5 * CHUNK, 0xa5);
+    CHECK(!rename(p.other, p.data));
+    follow(&f, p.data, &f.h->cache->data_fd);
+    expect_jobs(&f, b, true, true);
+    expect_shared(dir, b);
+    fix_down(&f);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
+/* A file that cannot be the blob's: said once, the old one is read on, and left as soon as that is mended. */
+static void test_data_replaced_by_a_stranger(void)
+{
+    char dir[200];
+    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+    struct fix f = { 0 };
+    struct paths p;
+    struct stat st;
+
+    fix_dir_make(dir, under);
+    paths_of(&p, dir);
+    fix_up(&f, dir, b, 1);
+    fix_check(f.h, b, 0, 5 * CHUNK);
+    put_file(p.other, (size_t)b->plain_len + 1, 0xa5);
+    CHECK(!rename(p.other, p.data));
+    for (int64_t until = now_us() + 20000000; !fix_said(f.e, VND_CAUSE_IO, "blob.blob.data is no file of"); usleep(500)) {
+        CHECK(now_us() < until);
+        pthread_cond_signal(&f.e->fetcher->upkeep_some);
+    }
+    fix_check(f.h, b, 0, (N - 1) * CHUNK);
+    CHECK(!stat(p.data, &st) && st.st_size == (off_t)b->plain_len + 1);
+    CHECK(!unlink(p.data));
+    follow(&f, p.data, &f.h->cache->data_fd);
+    fix_check(f.h, b, 0, (N - 1) * CHUNK);
+    expect_shared(dir, b);
+    fix_down(&f);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
+static void test_maps_removed(void)
+{
+    char dir[200];
+    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+    struct fix f = { 0 };
+    struct paths p;
+    struct stat st;
+    uint8_t bits[3];
+    int fd;
+
+    fix_dir_make(dir, under);
+    paths_of(&p, dir);
+    fix_up(&f, dir, b, 1);
+    fix_check(f.h, b, 0, (N - 1) * CHUNK);
+    /* The chunk map alone: made anew with what we know. */
+    CHECK(!unlink(p.map));
+    for (int64_t until = now_us() + 20000000; !fix_said(f.e, VND_CAUSE_IO, "chunk map was removed"); usleep(500)) {
+        CHECK(now_us() < until);
+        pthread_cond_signal(&f.e->fetcher->upkeep_some);
+    }
+    fd = open(p.map, O_RDONLY);
+    CHECK(fd >= 0 && !fstat(fd, &st) && st.st_size == 4096 + (N + 7) / 8);
+    CHECK(pread(fd, bits, sizeof bits, 4096) == sizeof bits);
+    CHECK(bits[0] == 0xff && bits[1] == 0xff && (bits[2] & 0xfe) == 0xfe);
+    close(fd);
+    expect_jobs(&f, b, false, false);
+    /* Our own alone: what is there is verified, not fetched. */
+    CHECK(!unlink(p.side));
+    follow(&f, p.side, &f.h->cache->side_fd);
+    expect_jobs(&f, b, false, true);
+    expect_jobs(&f, b, false, false);
+    /* All that is ours. */
+    remove_tree(p.side_dir);
+    follow(&f, p.side, &f.h->cache->side_fd);
+    expect_jobs(&f, b, false, true);
+    CHECK(!stat(p.wake, &st) && st.st_ino == f.s->wake.ino);
+    expect_shared(dir, b);
+    fix_down(&f);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
+static void test_directory_removed(void)
+{
+    char dir[200];
+    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+    struct fix f = { 0 };
+    struct paths p;
+    struct stat st;
+
+    fix_dir_make(dir, under);
+    paths_of(&p, dir);
+    fix_up(&f, dir, b, 1);
+    fix_check(f.h, b, 0, 5 * CHUNK);
+    remove_tree(dir);
+    for (int64_t until = now_us() + 20000000; !fix_said(f.e, VND_CAUSE_IO, "is gone"); usleep(500)) {
+        CHECK(now_us() < until);
+        pthread_cond_signal(&f.e->fetcher->upkeep_some);
+    }
+    fix_check(f.h, b, 0, 10 * CHUNK);       /* what is fetched now goes to the removed file */
+    CHECK(stat(dir, &st));                  /* and no directory comes from nowhere: a disk may be about to be mounted */
+    CHECK(!mkdir(dir, 0700));
+    follow(&f, p.data, &f.h->cache->data_fd);
+    expect_jobs(&f, b, true, false);
+    expect_shared(dir, b);
+    fix_down(&f);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
+/* ---------------------------------------------------------------- live reads */
+
+struct reader {
+    struct fix *f;
+    struct fix_blob *b;
+    uint32_t seed;
+    pthread_t thread;
+    _Atomic bool *stop;
+    _Atomic uint64_t reads;
+};
+
+static void *read_on(void *arg)
+{
+    struct reader *r = arg;
+
+    while (!atomic_load(r->stop)) {
+        uint32_t at = fix_random(&r->seed) % ((N - 2) * CHUNK), len = 1 + fix_random(&r->seed) % CHUNK;
+        fix_check(r->f->h, r->b, at, len);
+        atomic_fetch_add(&r->reads, 1);
+    }
+    return NULL;
+}
+
+static void vanish(struct paths *p, const char *dir, uint32_t how)
+{
+    switch (how % 8) {
+    case 0:
+        unlink(p->map);
+        /* fallthrough */
+    case 1:
+        unlink(p->data);
+        break;
+    case 2:
+        unlink(p->map);
+        break;
+    case 3:
+        unlink(p->side);
+        break;
+    case 4:
+        put_file(p->other, 3 * CHUNK, 0x5a);
+        CHECK(!rename(p->other, p->data));
+        break;
+    case 5:
+        remove_tree(p->side_dir);
+        break;
+    case 6:
+        put_file(p->other, N * CHUNK, 0x5a);        /* looks whole */
+        CHECK(!rename(p->other, p->data));
+        break;
+    default:
+        remove_tree(dir);
+        CHECK(!mkdir(dir, 0700));
+    }
+}
+
+/* Two users of one directory, as two processes are, with readers that compare every byte while files vanish. */
+static void test_under_readers(void)
+{
+    char dir[200];
+    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+    struct fix f = { 0 }, g = { 0 };
+    struct reader r[2 * READERS];
+    _Atomic bool stop = false;
+    struct paths p;
+    uint32_t seed = 5;
+
+    fix_dir_make(dir, under);
+    paths_of(&p, dir);
+    fix_up(&f, dir, b, 2);
+    fix_up(&g, dir, b, 2);
+    fix_check(f.h, b, 0, 100);
+    fix_check(g.h, b, 0, 100);
+    for (int i = 0; i < 2 * READERS; i++) {
+        r[i] = (struct reader){ .f = i & 1 ? &g : &f, .b = b, .seed = (uint32_t)i, .stop = &stop };
+        CHECK(!pthread_create(&r[i].thread, NULL, read_on, &r[i]));
+    }
+    for (uint32_t round = 0; round < ROUNDS; round++) {
+        vanish(&p, dir, round < 8 ? round : fix_random(&seed));
+        if (round & 1) {            /* else the next thing goes while this one is being followed */
+            follow(&f, p.data, &f.h->cache->data_fd);
+            follow(&g, p.data, &g.h->cache->data_fd);
+        }
+        usleep(fix_random(&seed) % 3000);
+    }
+    for (int settled = 0; settled < 3; settled++) {     /* each may yet replace what the other has just made */
+        follow(&f, p.side, &f.h->cache->side_fd);
+        follow(&g, p.side, &g.h->cache->side_fd);
+    }
+    atomic_store(&stop, true);
+    for (int i = 0; i < 2 * READERS; i++) {
+        CHECK(!pthread_join(r[i].thread, NULL));
+        CHECK(atomic_load(&r[i].reads) > 0);
+    }
+    fix_check(f.h, b, 0, (N - 1) * CHUNK);
+    fix_check(g.h, b, 0, (N - 1) * CHUNK);
+    expect_shared(dir, b);
+    fix_down(&f);
+    fix_down(&g);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
+int main(int argc, char **argv)
+{
+    under = argc > 1 ? argv[1] : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
+    test_data_removed();
+    test_data_replaced_by_a_stranger();
+    test_maps_removed();
+    test_directory_removed();
+    test_under_readers();
+    puts("test_follow: ok");
+    return 0;
+}
