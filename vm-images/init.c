@@ -166,9 +166,14 @@ static int open_port(void)
     /* The port appears a moment after its driver, from a work queue; no event tells of it before udev's time. */
     struct timespec pause_1ms = {0, 1000000};
     for (int i = 0; i < 5000; i++) {
-        int fd = open("/dev/vport0p1", O_RDWR | O_CLOEXEC);
-        if (fd >= 0)
-            return fd;
+        /* vportNp1: N counts all virtio devices, in the order of their slots */
+        for (int number = 0; number < 8; number++) {
+            char path[32];
+            snprintf(path, sizeof path, "/dev/vport%dp1", number);
+            int fd = open(path, O_RDWR | O_CLOEXEC);
+            if (fd >= 0)
+                return fd;
+        }
         nanosleep(&pause_1ms, NULL);
     }
     return -1;

@@ -18,6 +18,8 @@ APPLETS = ("sh", "cat", "echo", "rm", "mv", "mkdir", "mknod", "ln", "ls", "touch
            "test", "sync", "seq", "cp")
 # Every step ends the command where it goes wrong
 SCRIPT = """
+cat /etc/hostname; test "$(cat /etc/resolv.conf)" = "nameserver 127.0.0.1"
+test "$(cat /etc/hosts | grep -c localhost)" = 1; ! rm /etc/hosts 2>/dev/null
 echo more >> /etc/conf; test "$(cat /etc/conf)" = "hello
 more"
 rm /d/gone; test ! -e /d/gone
@@ -63,11 +65,12 @@ def test_two_containers(image: Path, tmp_path: Path, layout: str) -> None:
     keep = tmp_path / "uppers"
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "kata-launch"), str(image / "image.boot"), "--blob-dir", str(image),
-         "--cache-dir", str(tmp_path / "cache"), "--layout", layout, "--keep-upper", str(keep),
+         "--cache-dir", str(tmp_path / "cache"), "--layout", layout, "--keep-upper", str(keep), "--add-memory", "256",
          "--", "/bin/sh", "-ec", SCRIPT],
         capture_output=True, text=True, timeout=LAUNCH_SECONDS, env={**os.environ, "VENV": sys.prefix}, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.split() == ["4755", "4755"]
+    assert done.stdout.split() == ["c1", "4755", "c2", "4755"]
+    assert "256 MiB more memory" in done.stderr
     for cid in ("c1", "c2"):
         upper = keep / cid / "fs"
         whiteout = (upper / "d" / "gone").lstat()

@@ -11,14 +11,13 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 from virtiofsd_nydus.vmm.guest import Guest
+from virtiofsd_nydus.vmm.lifetime import Lifetime
 
 if TYPE_CHECKING:
     import asyncio
@@ -42,6 +41,7 @@ SERVER_GONE_SECONDS = 0.3       # by how much a server's end may come after QEMU
 QUEUE_SIZE = 1024
 MEMORY_MIN_MIB = 96             # the kernel unpacks itself and its initramfs into it
 SOCKET_PATH_BYTES = 107         # sizeof sun_path - 1
+CONSOLE, MONITOR, CONTROL = "console.log", "monitor", "control"     # in a machine's directory
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,9 @@ class MachineConfig:
     accel: str = "tcg"          # tcg or kvm: accel.py has chosen
     kernel_arguments: str = ""  # added to KERNEL_ARGUMENTS
     extra: Sequence[str] = ()   # words added to QEMU's command line
+    # (this, a directory for its sockets) -> QEMU's words for the machine: processors, memory with share=on, kernel,
+    # shares, and one virtio-serial bus with port 1 free; None: machine_words
+    words: "Callable[[MachineConfig, Path], list[str]] | None" = None
     die_with_parent: bool = False   # SIGKILL to QEMU when the *thread* that starts it ends
     # pidfds -> what their ending means: end every wait for the guest
     watches: Mapping[int, Callable[[], Failure]] = field(default_factory=dict)
@@ -116,65 +119,61 @@ def check_socket_path(path: str | Path) -> None:
                       f"{path}")
 
 
-def command_line(config: MachineConfig, control: Path, monitor: Path, console: Path) -> list[str]:
-    """QEMU's words for this machine."""
-    words = [find_program(QEMU, "qemu-system-x86"), "-machine", "q35", *(KVM if config.accel == "kvm" else TCG),
-             "-smp", str(config.cpus), "-m", config.memory,
+def machine_words(config: MachineConfig, directory: Path) -> list[str]:
+    """The machine as our own guests have it. See MachineConfig.words."""
+    words = ["-machine", "q35", *(KVM if config.accel == "kvm" else TCG), "-smp", str(config.cpus), "-m", config.memory,
              "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
              "-kernel", str(config.files.kernel), "-initrd", str(config.files.initrd),
              "-append", f"{KERNEL_ARGUMENTS} {config.kernel_arguments}".strip(),
-             "-chardev", f"file,id=console,path={console}", "-serial", "chardev:console",
-             "-chardev", f"socket,id=monitor,path={monitor},server=on,wait=off",
-             "-mon", "chardev=monitor,mode=control",
-             "-device", f"isa-debug-exit,iobase={EXIT_PORT:#x},iosize=1",
              # vhost-user needs guest memory that another process can map
              "-object", f"memory-backend-memfd,id=memory,size={config.memory},share=on",
-             "-numa", "node,memdev=memory",
-             "-chardev", f"socket,id=control,path={control}", "-device", "virtio-serial-pci",
-             "-device", "virtserialport,chardev=control,name=control"]
+             "-numa", "node,memdev=memory", "-device", "virtio-serial-pci"]
     for number, share in enumerate(config.shares):
-        check_socket_path(share.socket_path)
-        path = str(share.socket_path).replace(",", ",,")
-        words += ["-chardev", f"socket,id=share{number},path={path}", "-device",
+        words += ["-chardev", f"socket,id=share{number},path={escape(share.socket_path)}", "-device",
                   f"vhost-user-fs-pci,chardev=share{number},tag={share.tag},queue-size={share.queue_size}"]
-    return [*words, *config.extra]
+    return words
 
 
-class Machine:
-    """One QEMU process and the guest in it. A context manager: leaving it ends QEMU whatever has happened, and
-    removes the machine's temporary directory. Used by one thread."""
+def escape(path: str | Path) -> str:
+    """A path as a value among QEMU's comma-separated ones."""
+    return str(path).replace(",", ",,")
+
+
+def command_line(config: MachineConfig, directory: Path) -> list[str]:
+    """QEMU's words: the machine, and what connects it with its Machine, whose files lie in `directory`."""
+    for share in config.shares:
+        check_socket_path(share.socket_path)
+    return [find_program(QEMU, "qemu-system-x86"), *(config.words or machine_words)(config, directory),
+            "-chardev", f"file,id=console,path={directory / CONSOLE}", "-serial", "chardev:console",
+            "-chardev", f"socket,id=monitor,path={directory / MONITOR},server=on,wait=off",
+            "-mon", "chardev=monitor,mode=control",
+            "-device", f"isa-debug-exit,iobase={EXIT_PORT:#x},iosize=1",
+            "-chardev", f"socket,id=control,path={directory / CONTROL}",
+            "-device", "virtserialport,chardev=control,name=control", *config.extra]
+
+
+class Machine(Lifetime):
+    """One QEMU process and the guest in it. Leaving it ends QEMU whatever has happened, and removes the machine's
+    temporary directory. Used by one thread."""
 
     guest: Guest
 
     def __init__(self, config: MachineConfig) -> None:
+        super().__init__()
         self.config = config
-        self._stack = ExitStack()
         self._runner: asyncio.Runner | None = None
         self._qmp: QMPClient | None = None
 
-    def __enter__(self) -> Self:
-        try:
-            self._start()
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self._stack.close()
-
     def _start(self) -> None:
         directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vnd-vm-")))
-        self.console_path, self.errors_path = directory / "console.log", directory / "qemu.err"
-        self.monitor_path = directory / "monitor"
-        control = directory / "control"
-        words = command_line(self.config, control, self.monitor_path, self.console_path)
+        self.console_path, self.errors_path = directory / CONSOLE, directory / "qemu.err"
+        self.monitor_path = directory / MONITOR
+        words = command_line(self.config, directory)
         check_socket_path(self.monitor_path)
         if self.config.die_with_parent:
             words = [find_program("setpriv", "util-linux"), "--pdeathsig", "KILL", *words]
         with socket.socket(socket.AF_UNIX) as listener, self.errors_path.open("wb") as errors:
-            listener.bind(str(control))
+            listener.bind(str(directory / CONTROL))
             listener.listen(1)
             # A process group of its own: an interrupt from the terminal reaches us alone, and we end QEMU in order
             self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,

@@ -12,12 +12,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.vmm.lifetime import Lifetime
 from virtiofsd_nydus.vmm.qemu import check_socket_path, find_program
 
 STOP_SECONDS = 5.0
@@ -26,7 +25,7 @@ C_VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
 RUST_VIRTIOFSD = Path("/usr/libexec/virtiofsd")
 
 
-class Server:
+class Server(Lifetime):
     """A vhost-user-fs server process. socket_path: where QEMU connects. pidfd: readable once it has ended.
 
     The socket is ours and listens before the process starts, so QEMU can be started at once, beside the server.
@@ -36,39 +35,30 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def __init__(self, *, die_with_parent: bool = False) -> None:
+        super().__init__()
         self.die_with_parent = die_with_parent
-        self._stack = ExitStack()
 
     def command(self, listener: int) -> list[str]:
         """The words to start it with; `listener` is the descriptor of the listening socket it inherits."""
         raise NotImplementedError
 
-    def __enter__(self) -> Self:
-        try:
-            self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vnd-fs-")))
-            self.socket_path = self.directory / "fs.sock"
-            self.errors_path = self.directory / "log"
-            check_socket_path(self.socket_path)
-            # Our copy of the socket is closed once the server has its own: when it dies, QEMU is hung up on
-            with socket.socket(socket.AF_UNIX) as listener, self.errors_path.open("wb") as errors:
-                listener.bind(str(self.socket_path))
-                listener.listen(1)
-                words = self.command(listener.fileno())
-                if self.die_with_parent:
-                    words = [find_program("setpriv", "util-linux"), "--pdeathsig", "KILL", *words]
-                self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
-                                                process_group=0, pass_fds=[listener.fileno()])
-            self._stack.callback(self.stop)
-            self.pidfd = os.pidfd_open(self.process.pid)
-            self._stack.callback(os.close, self.pidfd)
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self._stack.close()
+    def _start(self) -> None:
+        self.directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vnd-fs-")))
+        self.socket_path = self.directory / "fs.sock"
+        self.errors_path = self.directory / "log"
+        check_socket_path(self.socket_path)
+        # Our copy of the socket is closed once the server has its own: when it dies, QEMU is hung up on
+        with socket.socket(socket.AF_UNIX) as listener, self.errors_path.open("wb") as errors:
+            listener.bind(str(self.socket_path))
+            listener.listen(1)
+            words = self.command(listener.fileno())
+            if self.die_with_parent:
+                words = [find_program("setpriv", "util-linux"), "--pdeathsig", "KILL", *words]
+            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
+                                            process_group=0, pass_fds=[listener.fileno()])
+        self._stack.callback(self.stop)
+        self.pidfd = os.pidfd_open(self.process.pid)
+        self._stack.callback(os.close, self.pidfd)
 
     def check_alive(self) -> None:
         if self.process.poll() is not None:
