@@ -71,7 +71,7 @@ $(BUILD)/asan-tree/.built: $(VENV)/.ready $(CSRC) $(CHDR) $(wildcard csrc/fakegu
 asan: $(BUILD)/asan-tree/.built
 	@$(MAKE) --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/asan/,$(CTESTS))
 	@for t in $(addprefix $(BUILD)/asan/,$(CTESTS)); do $$t || exit 1; done
-	@scripts/run-sanitized $(PY) $(BUILD)/asan-tree -q -m "not guest" tests/fakeguest tests/vhost tests/vhost_hostile tests/fusedev/test_mount.py tests/passthrough
+	@scripts/run-sanitized $(PY) $(BUILD)/asan-tree -q -m "not guest" tests/fakeguest tests/vhost tests/vhost_hostile tests/fusedev/test_mount.py tests/fusedev/test_passthrough.py tests/passthrough
 
 tsan:
 	@$(MAKE) --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/tsan/,$(CTESTS))

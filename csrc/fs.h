@@ -41,6 +41,9 @@ struct fs_ops {
     int (*statfs)(struct fs *fs, uint64_t *blocks, uint64_t *files, uint32_t *bsize);
     uint64_t (*root)(struct fs *fs);
     int (*has_xattr)(struct fs *fs);    /* 0: no inode of it has any */
+    /* A descriptor, the caller's, that the kernel may read the file's own bytes from at the same offsets, for as long as it
+     * likes; -errno: not now. NULL: never. */
+    int (*backing_fd)(struct fs *fs, uint64_t ino);
     const struct fs_rw_ops *rw;         /* NULL: read-only and immutable */
 };
 

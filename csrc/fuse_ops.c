@@ -151,6 +151,11 @@ static enum req_verdict open_node(struct fuse_call *c, bool dir)
     if (S_ISDIR(attr.mode) != dir) {
         return fuse_reply_error(c, dir ? ENOTDIR : EISDIR);
     }
+    if (!dir && S_ISREG(attr.mode) && atomic_load_explicit(&c->s->passthrough, memory_order_relaxed)) {
+        out.backing_id = backing_open(c->s->backing, c->r->in.nodeid, c->node.fs, c->node.ino);
+        out.open_flags = FUSE_OPEN_NOFLUSH | (out.backing_id ? FUSE_OPEN_PASSTHROUGH : FUSE_OPEN_KEEP_CACHE);
+        return fuse_reply(c, &out, sizeof(out));
+    }
     if (in_rafs_session(c)) {
         return fuse_reply_error(c, ENOSYS);     /* never asked again; KEEP_CACHE and CACHE_DIR are implied */
     }

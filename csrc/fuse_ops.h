@@ -1,6 +1,7 @@
 /* fuse_ops.h -- between fuse_session.c (INIT, dispatch, replies) and fuse_ops.c (the operations). */
 #ifndef VND_FUSE_OPS_H
 #define VND_FUSE_OPS_H
+#include "backing.h"
 #include "fuse_session.h"
 #include "vfs.h"
 
@@ -15,6 +16,8 @@ struct fuse_session {
     pthread_mutex_t lock;           /* INIT and reset against each other */
     _Atomic uint32_t gen;
     _Atomic int ready;              /* INIT is done and DESTROY is not */
+    struct backing *backing;        /* NULL: none was asked for */
+    _Atomic bool passthrough;       /* the kernel took it: every open of an image's files is counted */
 };
 
 /* One request being served. */

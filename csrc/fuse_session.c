@@ -172,7 +172,11 @@ static enum req_verdict op_init(struct fuse_call *c)
     if (flags & FUSE_INIT_INIT_EXT) {
         flags |= (uint64_t)in.flags2 << 32;
     }
-    flags &= wanted_flags(vfs_session_kind(c->s->vfs));
+    flags &= wanted_flags(vfs_session_kind(c->s->vfs)) | (c->s->backing ? FUSE_INIT_PASSTHROUGH : 0);
+    if (flags & FUSE_INIT_PASSTHROUGH) {
+        out.max_stack_depth = 1;        /* so that overlayfs fits on top (linux/fs.h: 2 in all) */
+    }
+    atomic_store(&c->s->passthrough, (flags & FUSE_INIT_PASSTHROUGH) != 0);
     out.max_readahead = in.max_readahead;
     out.flags = (uint32_t)flags;
     out.flags2 = (uint32_t)(flags >> 32);
@@ -412,6 +416,11 @@ void fuse_session_resume(struct fuse_session *s)
     if (!atomic_exchange(&s->ready, 1)) {
         vfs_sessions(s->vfs, 1);
     }
+}
+
+void fuse_session_set_backing(struct fuse_session *s, struct backing *b)
+{
+    s->backing = b;
 }
 
 bool fuse_session_ready(struct fuse_session *s)

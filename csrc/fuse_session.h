@@ -22,6 +22,8 @@ struct fuse_worker {
 int fuse_worker_init(struct fuse_worker *w, struct vnd_engine *e, struct vnd_vfs *v);
 void fuse_worker_free(struct fuse_worker *w, struct vnd_vfs *v);
 
+struct backing;
+
 struct fuse_session *fuse_session_new(struct vnd_engine *e, struct vnd_vfs *v);
 void fuse_session_free(struct fuse_session *s);
 /* Serves one request; also re-runs a woken one (same struct, wait.err or wait.buf set by the store). Requests of an
@@ -33,6 +35,8 @@ void fuse_session_reset(struct fuse_session *s);        /* as before INIT */
 uint32_t fuse_session_gen(struct fuse_session *s);      /* for new requests */
 /* Goes on with a connection that another process negotiated: no INIT will come. */
 void fuse_session_resume(struct fuse_session *s);
+/* Before INIT: offers passthrough (backing.h); b must outlive the session. */
+void fuse_session_set_backing(struct fuse_session *s, struct backing *b);
 bool fuse_session_ready(struct fuse_session *s);        /* INIT was answered */
 
 #endif

@@ -121,6 +121,7 @@ struct fuse_init_out {
 #define FUSE_INIT_EXPLICIT_INVAL_DATA (1ull << 25)
 #define FUSE_INIT_HANDLE_KILLPRIV_V2 (1ull << 28)
 #define FUSE_INIT_INIT_EXT (1ull << 30)
+#define FUSE_INIT_PASSTHROUGH (1ull << 37)
 #define FUSE_INIT_NO_EXPORT_SUPPORT (1ull << 38)
 
 #define FUSE_OPEN_KILL_SUIDGID (1u << 0)    /* in OPEN's and CREATE's request */
@@ -136,6 +137,7 @@ struct fuse_init_out {
 #define FUSE_OPEN_KEEP_CACHE (1u << 1)
 #define FUSE_OPEN_CACHE_DIR (1u << 3)
 #define FUSE_OPEN_NOFLUSH (1u << 5)
+#define FUSE_OPEN_PASSTHROUGH (1u << 7)
 
 static_assert(sizeof(struct fuse_in_header) == 40, "in header");
 static_assert(sizeof(struct fuse_out_header) == 16, "out header");

@@ -363,6 +363,8 @@ enum req_verdict fuse_op_release(struct fuse_call *c)
     if (c->r->args_len >= sizeof(in) && vfs_resolve(c->s->vfs, c->r->in.nodeid, &c->node) == 0 && rw_of(c)) {
         memcpy(&in, c->r->args, sizeof(in));
         rw_of(c)->release(c->node.fs, in.fh);
+    } else if (c->r->in.opcode == FUSE_OP_RELEASE && atomic_load_explicit(&c->s->passthrough, memory_order_relaxed)) {
+        backing_release(c->s->backing, c->r->in.nodeid);
     }
     return fuse_reply(c, NULL, 0);
 }

@@ -9,7 +9,6 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
-#include <sys/mount.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -136,6 +135,9 @@ vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads
         vnd_fusedev_free(d);
         return NULL;
     }
+    if (flags & VND_FUSEDEV_PASSTHROUGH)
+        d->backing = backing_new(d->fd);
+    fuse_session_set_backing(d->session, d->backing);
     if (flags & VND_FUSEDEV_RESUME)
         fuse_session_resume(d->session);
     if (start_threads(d, threads, err, err_len) != 0) {
@@ -201,6 +203,7 @@ void vnd_fusedev_free(vnd_fusedev *d)
         free(s);
     }
     fuse_session_free(d->session);
+    backing_free(d->backing);
     if (d->fd >= 0)
         close(d->fd);
     if (d->wake_fd >= 0)
@@ -209,14 +212,4 @@ void vnd_fusedev_free(vnd_fusedev *d)
         close(d->ended_fd);
     pthread_mutex_destroy(&d->lock);
     free(d);
-}
-
-int vnd_mount(const char *source, const char *target, const char *type, uint64_t flags, const char *data)
-{
-    return mount(source, target, type, (unsigned long)flags, data) == 0 ? 0 : -errno;
-}
-
-int vnd_umount(const char *target, int flags)
-{
-    return umount2(target, flags) == 0 ? 0 : -errno;
 }

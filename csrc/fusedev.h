@@ -61,6 +61,7 @@ struct vnd_fusedev {
     struct vnd_engine *engine;
     struct vnd_vfs *vfs;
     struct fuse_session *session;
+    struct backing *backing;        /* NULL: no passthrough */
     int fd, wake_fd, ended_fd;
     bool clones;                    /* readers have descriptors of their own */
     int64_t deadline_us;            /* a request's time to live */

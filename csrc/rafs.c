@@ -187,6 +187,7 @@ vnd_rafs *vnd_rafs_open(vnd_engine *engine, const char *bootstrap, const char *b
         return NULL;
     }
     pthread_mutex_init(&r->index_lock, NULL);
+    r->map_fd = -1;
     r->engine = engine;
     r->store = store;
     r->own_uid = geteuid();
@@ -196,7 +197,7 @@ vnd_rafs *vnd_rafs_open(vnd_engine *engine, const char *bootstrap, const char *b
     if (!r->path) {
         rafs_fail(&e, VND_CAUSE_IO, "out of memory");
     } else if (rafs_image_map(r, &e) == 0 && open_version(r, &e) == 0 && resolve_ids(r, blob_id, &e) == 0 &&
-               open_blobs(r, &e) == 0) {
+               open_blobs(r, &e) == 0 && rafs_backing_new(r) == 0) {
         return r;
     }
     vnd_rafs_free(r);
@@ -216,6 +217,7 @@ void vnd_rafs_free(vnd_rafs *r)
     if (r->version && r->version->close) {
         r->version->close(r);
     }
+    rafs_backing_free(r);
     rafs_image_unmap(r);
     pthread_mutex_destroy(&r->index_lock);
     free(r->index);

@@ -138,6 +138,11 @@ static int map_range(struct vnd_rafs *r, int fd, uint64_t off, uint64_t len, con
         r->map = NULL;
         return rafs_fail(e, VND_CAUSE_IO, "cannot be mapped: %s", strerror(errno));
     }
+    r->map_off = off;
+    r->map_fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (r->map_fd < 0) {
+        return rafs_fail(e, VND_CAUSE_IO, "out of descriptors: %s", strerror(errno));
+    }
     /* Who owns the file may cut it short under us: what is lost then reads as zeroes, which no check lets
      * through. */
     r->guard = sigbus_add(r->map, r->map_len, page, NULL);
@@ -260,5 +265,9 @@ void rafs_image_unmap(struct vnd_rafs *r)
         sigbus_remove(r->guard);
         munmap(r->map, r->map_len);
         r->map = NULL;
+    }
+    if (r->map_fd >= 0) {
+        close(r->map_fd);
+        r->map_fd = -1;
     }
 }

@@ -102,6 +102,9 @@ struct vnd_rafs {
     uint64_t size;
     void *map;
     size_t map_len;
+    int map_fd;                             /* what is mapped, from map_off on */
+    uint64_t map_off;
+    struct rafs_backing *backing;           /* rafs_backing.c */
     struct sigbus_range *guard;
     int from_blob;                          /* found inside a data blob */
     char *path;
@@ -150,6 +153,10 @@ static inline const uint8_t *rafs_at(const struct vnd_rafs *r, uint64_t off, uin
 /* ---- rafs_image.c: finds and maps the bootstrap of a file, be it one or a data blob that holds one. */
 int rafs_image_map(struct vnd_rafs *r, const struct rafs_error *e);
 void rafs_image_unmap(struct vnd_rafs *r);
+
+/* ---- rafs_backing.c */
+int rafs_backing_new(struct vnd_rafs *r);   /* 0 or -ENOMEM */
+void rafs_backing_free(struct vnd_rafs *r);
 
 /* ---- rafs.c */
 bool rafs_id_valid(const char *id);

@@ -39,6 +39,8 @@ int v6_walk_chunks(struct vnd_rafs *r, uint32_t only_blob, rafs_put_record put, 
 extern const struct fs_ops v6_fs_ops;       /* rafs_v6_fs.c */
 int v6_chunk(struct vnd_rafs *r, uint64_t ino, uint64_t k, struct rafs_chunk *out);
 
+int v6_backing_fd(struct fs *fs, uint64_t nid);                 /* rafs_backing.c */
+
 void v6_check(struct vnd_rafs *r, struct rafs_faults *f);       /* rafs_check.c */
 
 #endif

@@ -457,5 +457,5 @@ static int v6_has_xattr(struct fs *fs)
 const struct fs_ops v6_fs_ops = {
     .name = "rafs", .getattr = v6_getattr, .lookup = v6_lookup, .readdir = v6_readdir, .readlink = v6_readlink,
     .extents = v6_extents, .listxattr = v6_listxattr, .getxattr = v6_getxattr, .statfs = v6_statfs, .root = v6_root,
-    .has_xattr = v6_has_xattr,
+    .has_xattr = v6_has_xattr, .backing_fd = v6_backing_fd,
 };

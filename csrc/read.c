@@ -257,3 +257,23 @@ int64_t store_read(struct store_wait *w, const struct extent *ext, int n, const 
             return -EIO;
     }
 }
+
+bool store_ready(const struct extent *ext, int n)
+{
+    for (int i = 0; i < n; i++) {
+        if (!ext[i].blob)
+            continue;
+        if (!atomic_load_explicit(&ext[i].blob->table, memory_order_acquire) ||
+            !cachefile_ready(ext[i].blob->cache, ext[i].chunk))
+            return false;
+    }
+    return true;
+}
+
+int blob_cache_fd(const struct vnd_blob *b, uint64_t *epoch)
+{
+    if (!b || !atomic_load_explicit(&b->table, memory_order_acquire))
+        return -1;
+    *epoch = cachefile_epoch(b->cache);
+    return *epoch & 1 ? -1 : b->cache->data_fd;
+}

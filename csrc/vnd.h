@@ -323,7 +323,9 @@ typedef struct vnd_fusedev vnd_fusedev;
 enum vnd_fusedev_flag {
     VND_FUSEDEV_SHARED = 1,       /* all threads read fd itself: who holds it can take over. Else clones of it */
     VND_FUSEDEV_RESUME = 2,       /* another process has answered INIT */
-    VND_FUSEDEV_RESEND = 4        /* have the kernel send again what that one left unanswered */
+    VND_FUSEDEV_RESEND = 4,       /* have the kernel send again what that one left unanswered */
+    VND_FUSEDEV_PASSTHROUGH = 8   /* have the kernel read files by itself that are wholly in the cache. Not with SHARED: a
+                                   * successor would not know which files are open how */
 };
 /* Serves a descriptor of /dev/fuse that is mounted (it is dupped). NULL on failure. */
 vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads, uint32_t flags, char *err,

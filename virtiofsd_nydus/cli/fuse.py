@@ -19,6 +19,8 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
     mount.add_argument("--sock", metavar="PATH", help="serve guests on this unix socket too, as `virtiofs` does")
     mount.add_argument("--failover-policy", default="resend", choices=["none", "resend", "flush"],
                        help="what becomes of requests that a dead predecessor left unanswered (default resend)")
+    mount.add_argument("--fuse-passthrough", default="auto", choices=["auto", "off"],
+                       help="have the kernel read files by itself that are wholly in the cache (auto: where it can)")
     mount.add_argument("--upgrade", action="store_true", help="wait in INIT until PUT fuse/takeover")
     add_daemon_arguments(parser)
     tolerated = parser.add_argument_group("accepted for compatibility, without effect")
@@ -46,7 +48,8 @@ def run(args: "argparse.Namespace") -> int:
     elif args.config:
         config = configs.load_config(args.config)
     fuse = HostFuse(args.mountpoint, threads=args.fuse_threads, failover_policy=args.failover_policy,
-                    writable=args.writable, supervised=args.supervisor is not None)
+                    writable=args.writable, supervised=args.supervisor is not None,
+                    passthrough=args.fuse_passthrough == "auto")
     try:
         log = logs.Log(args.log_level, args.log_file, args.log_format)
     except OSError as error:

@@ -72,6 +72,8 @@ class HostService(Service):
         if bootstrap:
             assert config is not None
             self._mount(mountpoint, bootstrap, config, prefetch_files=prefetch_files)
+            # Without it nobody asks for OPEN: version 5 keeps that
+            self._fuse.passthrough &= all(mount.image.info()["fs_version"] == 6 for mount in self._mounts.values())
         self._fuse.mount()
         self._fuse.serve(self.engine, vfs, on_end=self._mount_is_gone)
         if sock:

@@ -26,10 +26,11 @@ class HostFuse:
 
     supervisor: where another process keeps the descriptor, so that a successor can go on after our death; all
     threads then read the one descriptor, because the kernel fails what a clone has read when the clone is closed.
+    passthrough: have the kernel read files by itself that are wholly in the cache, where it can.
     """
 
     def __init__(self, mountpoint: str, *, threads: int = THREADS_DEFAULT, failover_policy: str = "resend",
-                 writable: bool = False, supervised: bool = False) -> None:
+                 writable: bool = False, supervised: bool = False, passthrough: bool = False) -> None:
         if not 1 <= threads <= 1024:
             raise UsageFailure("--fuse-threads: 1 to 1024")
         self.mountpoint = mountpoint
@@ -37,6 +38,7 @@ class HostFuse:
         self.fd = -1
         self._threads = min(threads, THREADS_MAX)
         self._writable, self._supervised = writable, supervised
+        self.passthrough = passthrough and not supervised
         self._handle = ffi.NULL
         self._mounted = False
         self._watcher: threading.Thread | None = None
@@ -62,6 +64,8 @@ class HostFuse:
         """Starts the threads and, for a new mount, returns once the kernel has it. on_end: called from a thread when
         the mount goes away under us."""
         flags = lib.VND_FUSEDEV_SHARED if self._supervised else 0
+        if self.passthrough and mounts.can_pass_through():
+            flags |= lib.VND_FUSEDEV_PASSTHROUGH
         if resumed:
             flags |= lib.VND_FUSEDEV_RESUME
             if self.failover_policy != "none":
