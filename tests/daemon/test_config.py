@@ -132,6 +132,7 @@ def test_unknown_keys_are_one_warning() -> None:
 @pytest.mark.parametrize(("document", "path", "value", "word"), [
     (V1, "rafs_type", "x", "image itself"), (V1, "fs_prefetch.prefetch_files", "/x", "--prefetch-files"),
     (V1, "device.external_backends", [{"type": "x"}], "external_backends"),
+    (V1, "device.cache.type", "", "without cache"), (V1, "device.cache.type", "dummycache", "without cache"),
     (V2, "overlay", {"upper_dir": "/u"}, "writable layer"), (V2, "rafs.prefetch.stream_prefetch", True, "ranges")])
 def test_what_has_no_effect_is_explained(document: dict, path: str, value: object, word: str) -> None:
     (line,) = parse_config(changed(document, path, value)).warnings
@@ -140,8 +141,8 @@ def test_what_has_no_effect_is_explained(document: dict, path: str, value: objec
 
 @pytest.mark.parametrize(("document", "path", "value", "word"), [
     (V1, "device.backend", None, "backend is missing"), (V1, "device.backend.type", None, "type is missing"),
-    (V1, "device.backend.config", [], "must be an object"), (V1, "device.cache.type", "", "must be blobcache"),
-    (V1, "device.cache.type", "dummycache", "must be blobcache"), (V1, "device.cache.type", "fscache", "fscache"),
+    (V1, "device.backend.config", [], "must be an object"),
+    (V1, "device.cache", {"type": "dummycache"}, "must be blobcache"), (V1, "device.cache.type", "fscache", "fscache"),
     (V1, "device.cache.type", "x", "unknown"), (V1, "device.cache.config.work_dir", 5, "work_dir"),
     (V1, "device.cache.config.enable_encryption", True, "encrypted"), (V1, "mode", "x", "direct or cached"),
     (V1, "amplify_io", 0x10000001, "amplify_io"), (V1, "amplify_io", "1", "amplify_io"),

@@ -138,6 +138,31 @@ def test_remount(api: Api, tmp_path: Path) -> None:
         assert guest.fuse.read_file("a/which") == b"other"
 
 
+def test_remount_of_the_same_image(api: Api, tmp_path: Path) -> None:
+    """What the guest holds stays good while only the configuration changes, also with a copy of the bootstrap."""
+    bootstrap, config = make_image(tmp_path, "one", "one")
+    copy, changed = tmp_path / "copy.boot", json.loads(config)
+    copy.write_bytes(bootstrap.read_bytes())
+    changed["device"]["backend"]["config"]["alt_dirs"] = [str(tmp_path)]
+    assert api.mount("/a", "rafs", bootstrap, config)[0] == 204
+    with FakeGuest(api.daemon.socket_path, queue_size=64) as guest:
+        guest.fuse.init()
+        held = guest.fuse.walk("a/which").nodeid
+        for source in (bootstrap, copy):
+            assert api.mount("/a", "rafs", source, json.dumps(changed), "PUT")[0] == 204
+            assert guest.fuse.walk("a/which").nodeid == held
+            assert guest.fuse.read(held, 0, 100) == b"one"
+        shown = api.call("GET", "/api/v1/daemon")[1]["backend_collection"]["/a"]["config"]
+        assert shown["backend"]["localfs"]["alt_dirs"] == [str(tmp_path)]
+        # A file that was overwritten is another image, whatever its name
+        copy.write_bytes(make_image(tmp_path, "other", "other")[0].read_bytes())
+        other = json.loads(config)
+        other["device"]["backend"]["config"]["dir"] = str(tmp_path / "other")
+        assert api.mount("/a", "rafs", copy, json.dumps(other), "PUT")[0] == 204
+        assert guest.fuse.walk("a/which").nodeid != held
+        assert guest.fuse.read_file("a/which") == b"other"
+
+
 def test_idle_connections_delay_nobody(api: Api) -> None:
     idle = []
     for _ in range(50):
@@ -229,7 +254,8 @@ def test_other_routes(api: Api, tmp_path: Path) -> None:
         "FsBackendInfo(Metrics(Daemon(Other(\"object or filesystem doesn't exist\"))))")
     status, events = api.call("GET", "/api/v1/daemon/events")
     assert status == 200 and events["errors"] == [] and events["max_errors"] == 500
-    for method, target, body in (("PUT", "/api/v2/blobs", "{}"), ("DELETE", "/api/v2/blobs?domain_id=x", None),
+    for method, target, body in (("PUT", "/api/v2/blobs", '{"type": "bootstrap", "id": "x"}'),
+                                 ("DELETE", "/api/v2/blobs?domain_id=x", None),
                                  ("PUT", "/api/v1/daemon/fuse/sendfd", None)):
         assert api.call(method, target, body)[0] == 501
 

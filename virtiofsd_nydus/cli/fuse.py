@@ -25,6 +25,7 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
     add_daemon_arguments(parser)
     tolerated = parser.add_argument_group("accepted for compatibility, without effect")
     tolerated.add_argument("--log-rotation-size", type=int, default=0)
+    tolerated.add_argument("--dedup-db", metavar="PATH", help="nydusd's chunk database; not used")
 
 
 def run(args: "argparse.Namespace") -> int:
@@ -45,7 +46,7 @@ def run(args: "argparse.Namespace") -> int:
     config = None
     if args.localfs_dir:
         config = configs.localfs_config(args.localfs_dir)
-    elif args.config:
+    elif args.config and args.bootstrap:      # else mounts by the API bring theirs; nydusd does not read it then
         config = configs.load_config(args.config)
     fuse = HostFuse(args.mountpoint, threads=args.fuse_threads, failover_policy=args.failover_policy,
                     writable=args.writable, supervised=args.supervisor is not None,

@@ -24,6 +24,7 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
     tolerated = parser.add_argument_group("accepted for compatibility, without effect")
     tolerated.add_argument("--hybrid-mode", action="store_true")
     tolerated.add_argument("--log-rotation-size", type=int, default=0)
+    tolerated.add_argument("--dedup-db", metavar="PATH", help="nydusd's chunk database; not used")
     tolerated.add_argument("--thread-num", "--fuse-threads", type=int)
     tolerated.add_argument("--tag")
     tolerated.add_argument("--print-capabilities", action="store_true", help="print what a VMM manager asks, exit 0")
@@ -92,7 +93,7 @@ def run(args: "argparse.Namespace") -> int:
     config = None
     if args.localfs_dir:
         config = configs.localfs_config(args.localfs_dir)
-    elif args.config:
+    elif args.config and args.bootstrap:      # else mounts by the API bring theirs; nydusd does not read it then
         config = configs.load_config(args.config)
     try:
         log = logs.Log(args.log_level, args.log_file, args.log_format)

@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import threading
-import urllib.parse
 
 from virtiofsd_nydus.errors import Failure
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from virtiofsd_nydus.daemon.service import Mount, Service
 
 HEAD_MAX_BYTES = 16 << 10
+CONNECTIONS_MAX = 1000  # a thread each; clients keep theirs idle for ten seconds
 BODY_MAX_BYTES = 1 << 20
 SUN_PATH_MAX = 107      # sizeof sockaddr_un.sun_path less the NUL
 REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error",
@@ -26,11 +26,25 @@ REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 404: "Not Found", 5
 
 
 class ApiError(Exception):
-    """An answer other than success: status and the message that nydusd would give."""
+    """An answer other than success: status and the message that nydusd would give. wrapped: the message is the inner
+    one, put into the route's WRAPPERS entry."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, *, wrapped: bool = False) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.wrapped = status, wrapped
+
+
+def unexpected(event: str) -> ApiError:
+    """The daemon is in a state in which this cannot be."""
+    return ApiError(400, f"UnexpectedEvent({quoted(event)})", wrapped=True)
+
+
+def unsupported() -> ApiError:
+    return ApiError(501, "Unsupported", wrapped=True)
+
+
+def not_ready() -> ApiError:
+    return ApiError(503, "NotReady", wrapped=True)
 
 
 class ApiServer:
@@ -53,6 +67,7 @@ class ApiServer:
             self._socket.close()
             raise Failure(f"cannot listen on API socket {path}: {error.strerror}") from error
         self._socket.listen(128)
+        self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
 
     def start(self) -> None:
         threading.Thread(target=self._accept, name="api", daemon=True).start()
@@ -75,9 +90,22 @@ class ApiServer:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            threading.Thread(target=self._converse, args=(connection,), name="api-client", daemon=True).start()
+            if not self._slots.acquire(blocking=False):
+                connection.close()
+                continue
+            try:
+                threading.Thread(target=self._converse, args=(connection,), name="api-client", daemon=True).start()
+            except RuntimeError:        # no thread to be had
+                self._slots.release()
+                connection.close()
 
     def _converse(self, connection: socket.socket) -> None:
+        try:
+            self._serve(connection)
+        finally:
+            self._slots.release()
+
+    def _serve(self, connection: socket.socket) -> None:
         pending = b""
         with connection:
             try:
@@ -118,20 +146,28 @@ class ApiServer:
         if len(words) != 3:
             return 400, _error("BadRequest")
         method, target, _ = words
-        url = urllib.parse.urlsplit(target)
-        query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-        methods = ROUTES.get(url.path)
+        if target.startswith("http://"):
+            target = "/" + target[len("http://"):].partition("/")[2]
+        path, _, query_text = target.partition("?")
+        methods = ROUTES.get(path)
         if methods is None:
             return 404, _error("NoRoute")
-        handler = methods.get(method)
-        if handler is None:
-            return 400, _error("BadRequest")
+        wrapper = WRAPPERS.get(path, "Configure(DaemonAbnormal({}))")
         try:
+            query = parse_query(query_text)
+            if path == MOUNT_ROUTE:
+                _mountpoint(query)      # nydusd looks at it before the method
+            handler = methods.get(method)
+            if handler is None:
+                return 400, _error("BadRequest")
             answer = handler(self._service, query, body)
         except ApiError as error:
-            return error.status, _error(str(error))
+            return error.status, _error(wrapper.format(error) if error.wrapped else str(error))
         except Failure as failure:
-            return 500, _error(f"Mount(MountFilesystem(Other({quoted(str(failure))})))")
+            return 500, _error(wrapper.format(f"Other({quoted(str(failure))})"))
+        except Exception as error:      # a fault of ours must not leave the client without an answer
+            self._service.note_fault(f"{method} {path}: {error!r}")
+            return 500, _error(wrapper.format(f"Other({quoted(f'internal error: {type(error).__name__}')})"))
         if answer is None:
             return 204, b""
         return 200, answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
@@ -155,19 +191,94 @@ def quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
 
 
+def parse_query(text: str) -> "dict[str, str]":
+    """A form's query; of a name that comes twice the first counts."""
+    query: dict[str, str] = {}
+    for part in text.split("&"):
+        if part:
+            name, _, value = part.partition("=")
+            query.setdefault(_unescaped(name), _unescaped(value))
+    return query
+
+
+def _unescaped(text: str) -> str:
+    """Percent-encoded UTF-8; urllib.parse would cost start-up 4 ms."""
+    head, *rest = text.replace("+", " ").encode("latin-1").split(b"%")
+    for part in rest:
+        try:
+            head += bytes((int(part[:2], 16),)) + part[2:] if len(part) > 1 else b"%" + part
+        except ValueError:
+            head += b"%" + part
+    return head.decode("utf-8", "replace")
+
+
 def _no_body(body: bytes) -> None:
     if body:
         raise ApiError(400, "BadRequest")
 
 
-def _object(body: bytes) -> "dict[str, object]":
+# Python's words for a fault of JSON -> nydusd's, where there is more text and at its end
+PARSE_FAULTS = {
+    "Expecting value": ("expected value", "EOF while parsing a value"),
+    "Extra data": ("trailing characters", "trailing characters"),
+    "Expecting property name enclosed in double quotes": ("key must be a string", "EOF while parsing an object"),
+    "Expecting ':' delimiter": ("expected `:`", "EOF while parsing an object"),
+    "Expecting ',' delimiter": ("expected `,` or `}`", "EOF while parsing an object"),
+    "Unterminated string starting at": ("EOF while parsing a string", "EOF while parsing a string"),
+}
+
+
+def _fault(text: str, line: int, column: int) -> ApiError:
+    return ApiError(400, f"ParseBody(Error({quoted(text)}, line: {line}, column: {column}))")
+
+
+def _parsed(body: bytes) -> object:
+    """The document that a body holds. A body without a byte is none at all."""
+    if not body:
+        raise ApiError(400, "BadRequest")
     try:
-        document = json.loads(body)
-    except ValueError as error:
-        raise ApiError(400, f"ParseBody({str(error)!r})") from None
+        return json.loads(body)
+    except json.JSONDecodeError as error:
+        ended = error.pos >= len(error.doc.rstrip())
+        text = PARSE_FAULTS.get(error.msg, ("expected value",) * 2)[ended]
+        column = error.colno
+        if ended:
+            column -= 1
+        elif text == "expected value" and error.doc[error.pos] in "ntf":
+            text, column = "expected ident", column + 1     # null, true or false was begun
+        raise _fault(text, error.lineno, column) from None
+    except ValueError:
+        raise _fault("invalid unicode code point", 1, 1) from None
+
+
+def _kind(value: object) -> str:
+    """A JSON value as nydusd names it when it is of the wrong type."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"boolean `{str(value).lower()}`"
+    if isinstance(value, (int, float)):
+        return f"{'integer' if isinstance(value, int) else 'floating point'} `{value}`"
+    if isinstance(value, str):
+        return f"string {quoted(value)}"
+    return "map" if isinstance(value, dict) else "sequence"
+
+
+def _object(body: bytes, expected: str = "a map") -> "dict[str, object]":
+    document = _parsed(body)
     if not isinstance(document, dict):
-        raise ApiError(400, "ParseBody")
+        raise _fault(f"invalid type: {_kind(document)}, expected {expected}", 1, len(body))
     return document
+
+
+def _require_texts(document: "dict[str, object]", names: "tuple[str, ...]", body: bytes) -> None:
+    """Those keys are there and hold strings. The column told is the body's end: it is for people."""
+    for name in names:
+        if name in document and not isinstance(document[name], str):
+            raise _fault(f"invalid type: {_kind(document[name])}, expected a string", 1, len(body))
+    for name in names:
+        if name not in document:
+            raise _fault(f"missing field `{name}`", 1, len(body))
 
 
 def _mountpoint(query: "dict[str, str]") -> str:
@@ -181,12 +292,19 @@ def get_daemon(service: "Service", query: "dict[str, str]", body: bytes) -> obje
     return service.daemon_info()
 
 
+def get_daemon_v2(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    """Without the mounts, as nydusd's second version gives it."""
+    _no_body(body)
+    return {**service.daemon_info(), "backend_collection": None}
+
+
 def put_daemon(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    level = _object(body).get("log_level")
+    document = _object(body, "struct DaemonConf")
+    _require_texts(document, ("log_level",), body)
     try:
-        service.log.set_level(str(level))
+        service.log.set_level(str(document["log_level"]))
     except KeyError:
-        raise ApiError(400, "BadRequest") from None
+        raise ApiError(500, "Configure(ResponsePayloadType)") from None
     return None
 
 
@@ -218,38 +336,31 @@ PASSTHROUGH_TYPES = ("passthrough", "passthroughfs", "passthrough_fs")
 MOUNT_KEYS = ("source", "fs_type", "config")
 
 
-def _mount_command(query: "dict[str, str]", body: bytes) -> "tuple[str, str, str, str]":
-    """(mount point, file system type, source, configuration text)."""
-    mountpoint = _mountpoint(query)
-    command = _object(body)
-    for key in MOUNT_KEYS:
-        if not isinstance(command.get(key, "" if key == "fs_type" else None), str):
-            raise ApiError(400, f"ParseBody(Error({quoted(f'missing field `{key}`')}, line: 1, column: {len(body)}))")
+def _mount_command(query: "dict[str, str]", body: bytes) -> "tuple[str, str, str, str, list[object] | None]":
+    """(mount point, file system type, source, configuration text, files to prefetch)."""
+    command = _object(body, "struct ApiMountCmd")
+    _require_texts({"fs_type": "", **command}, MOUNT_KEYS, body)
+    files = command.get("prefetch_files")
+    if files is not None and not isinstance(files, list):
+        raise _fault(f"invalid type: {_kind(files)}, expected a sequence", 1, len(body))
     kind = str(command.get("fs_type", ""))
     if kind != "rafs" and kind not in PASSTHROUGH_TYPES:
         raise Failure(f"invalid argument `only 'rafs' and 'passthrough_fs' are supported, but {kind} was specified`")
-    return mountpoint, kind, str(command["source"]), str(command["config"])
-
-
-def _prefetch_files(body: bytes) -> "list[object] | None":
-    files = _object(body).get("prefetch_files")
-    if files is not None and not isinstance(files, list):
-        raise ApiError(400, "ParseBody(\"prefetch_files: not a list\")")
-    return files
+    return _mountpoint(query), kind, str(command["source"]), str(command["config"]), files
 
 
 def post_mount(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    mountpoint, kind, source, config = _mount_command(query, body)
+    mountpoint, kind, source, config, files = _mount_command(query, body)
     if kind == "rafs":
-        service.mount_rafs(mountpoint, source, config, _prefetch_files(body))
+        service.mount_rafs(mountpoint, source, config, files)
     else:
         service.mount_share(mountpoint, source)
     return None
 
 
 def put_mount(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    mountpoint, _, source, config = _mount_command(query, body)
-    service.remount(mountpoint, source, config, _prefetch_files(body))
+    mountpoint, _, source, config, files = _mount_command(query, body)
+    service.remount(mountpoint, source, config, files)
     return None
 
 
@@ -354,18 +465,15 @@ def delete_prefetch(service: "Service", query: "dict[str, str]", body: bytes) ->
 # ---- hot changes of configuration
 
 def get_config(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    """Which keys were changed; a login is never given back."""
-    mount = _counted(service, query, body, "GetConfig")
-    return dict.fromkeys(sorted(mount.changed), "***")
+    """What was changed since start, values and all, as nydusd answers: whoever may ask may also change it."""
+    _no_body(body)
+    return service.changed_config(query.get("id"))
 
 
 def put_config(service: "Service", query: "dict[str, str]", body: bytes) -> object:
     changes = _object(body)
-    mount = _counted(service, query, b"", "UpdateConfig")
-    if not all(isinstance(value, str) for value in changes.values()):
-        raise ApiError(400, "ParseBody")
-    service.change_config(mount, {key: str(value) for key, value in changes.items()})
-    mount.changed.update(changes)
+    _require_texts(changes, tuple(changes), body)
+    service.change_config(query.get("id"), {key: str(value) for key, value in changes.items()})
     return None
 
 
@@ -378,30 +486,51 @@ def get_events(service: "Service", query: "dict[str, str]", body: bytes) -> obje
 
 def get_backend_info(service: "Service", query: "dict[str, str]", body: bytes) -> object:
     _no_body(body)
-    mountpoint = _mountpoint(query)
-    try:
-        return service.superblock(mountpoint)
-    except Failure as failure:
-        raise ApiError(500, f"FsBackendInfo(Metrics(Daemon(Other({quoted(str(failure))}))))") from None
+    return service.superblock(_mountpoint(query))
 
 
-def refuse_blobs(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    """Of nydusd's singleton mode, the kernel's on-demand cache, alone."""
-    name = "CreateBlobObject" if body else "DeleteBlobObject" if "domain_id" in query else "DeleteBlobFile"
-    raise ApiError(501, f"{name}(DaemonAbnormal(Unsupported))")
+# nydusd's singleton mode, the kernel's on-demand cache, alone has these
+
+def put_blobs(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _require_texts(_object(body, "struct BlobCacheEntry"), ("type", "id"), body)
+    raise ApiError(501, "CreateBlobObject(DaemonAbnormal(Unsupported))")
 
 
+def delete_blobs(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    if "domain_id" in query:
+        raise ApiError(501, "DeleteBlobObject(DaemonAbnormal(Unsupported))")
+    if "blob_id" in query:
+        return None         # in all domains, of which there is none
+    raise ApiError(400, "BadRequest")
+
+
+def get_blobs(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+    _no_body(body)
+    if "domain_id" not in query:
+        raise ApiError(400, "BadRequest")
+    raise ApiError(501, "GetBlobObjects(DaemonAbnormal(Unsupported))")      # of which nydusd dies
+
+
+MOUNT_ROUTE = "/api/v1/mount"
+# How nydusd wraps a route's failures
+WRAPPERS = {
+    MOUNT_ROUTE: "Mount(MountFilesystem({}))",
+    "/api/v1/daemon/fuse/sendfd": "Upgrade(DaemonAbnormal({}))",
+    "/api/v1/daemon/fuse/takeover": "Upgrade(DaemonAbnormal({}))",
+    "/api/v1/daemon/backend": "FsBackendInfo(Metrics(Daemon({})))",
+}
 ROUTES: "dict[str, dict[str, Callable[[Service, dict[str, str], bytes], object]]]" = {
     "/api/v1/daemon": {"GET": get_daemon, "PUT": put_daemon},
-    "/api/v2/daemon": {"GET": get_daemon, "PUT": put_daemon},
+    "/api/v2/daemon": {"GET": get_daemon_v2, "PUT": put_daemon},
     "/api/v1/daemon/exit": {"PUT": put_exit},
     "/api/v1/daemon/start": {"PUT": put_start},
     "/api/v1/daemon/fuse/sendfd": {"PUT": put_sendfd},
     "/api/v1/daemon/fuse/takeover": {"PUT": put_takeover},
     "/api/v1/daemon/events": {"GET": get_events},
     "/api/v1/daemon/backend": {"GET": get_backend_info},
-    "/api/v2/blobs": {"PUT": refuse_blobs, "DELETE": refuse_blobs},
-    "/api/v1/mount": {"POST": post_mount, "PUT": put_mount, "DELETE": delete_mount},
+    "/api/v2/blobs": {"GET": get_blobs, "PUT": put_blobs, "DELETE": delete_blobs},
+    MOUNT_ROUTE: {"POST": post_mount, "PUT": put_mount, "DELETE": delete_mount},
     "/api/v1/config": {"GET": get_config, "PUT": put_config},
     "/api/v1/metrics": {"GET": get_fs_metrics},
     "/api/v1/metrics/files": {"GET": get_files_metrics},

@@ -23,6 +23,7 @@ THREADS_MAX = 1024
 AMPLIFY_DEFAULT_BYTES = 1 << 20
 CACHE_TYPES = ("blobcache", "filecache")
 NO_CACHE_TYPES = ("dummycache", "")
+BACKEND_TYPES = ("localdisk", "localfs", "oss", "s3", "registry", "http-proxy")
 
 CACHE_CONFIG: "Schema" = {"work_dir": None, "disable_indexed_map": None, "enable_encryption": None,
                           "enable_convergent_encryption": None, "encryption_key": None}
@@ -38,8 +39,7 @@ V2_PREFETCH: "Schema" = {"enable": None, "threads": None, "batch_size": None, "b
                          "prefetch_all": None, "stream_prefetch": None}
 V2_SCHEMA: "Schema" = {
     "version": None, "id": None,
-    "backend": {"type": None, "localdisk": None, "localfs": None, "oss": None, "s3": None, "registry": None,
-                "http-proxy": None},
+    "backend": {"type": None, **dict.fromkeys(BACKEND_TYPES)},
     "external_backends": None,
     "cache": {"type": None, "compressed": None, "validate": None, "prefetch": V2_PREFETCH, "filecache": CACHE_CONFIG,
               "fscache": {"work_dir": None}},
@@ -87,21 +87,28 @@ class ImageConfig:
         self.warnings: list[str] = []
 
     def public(self) -> "dict[str, Any]":
-        """The configuration in v2's form without secrets, for answers of the API."""
+        """The configuration as nydusd shows it: v2's form, every key, nothing secret."""
+        prefetch = {"enable": self.prefetch, "threads": self.prefetch_threads, "batch_size": self.prefetch_batch_bytes,
+                    "bandwidth_limit": self.prefetch_bandwidth_bytes_s, "prefetch_all": self.prefetch_all,
+                    "stream_prefetch": self.prefetch_stream}
+        backend = hide_secrets(self.backend_config)
+        if self.backend_type == "localfs":
+            backend = {"blob_file": "", "dir": "", "alt_dirs": [], **backend}
         return {
             "version": 2, "id": self.id,
-            "backend": {"type": self.backend_type, self.backend_type: hide_secrets(self.backend_config)},
+            "backend": {"type": self.backend_type, **dict.fromkeys(BACKEND_TYPES), self.backend_type: backend},
+            "external_backends": [],
             "cache": {"type": "blobcache", "compressed": self.cache_compressed, "validate": self.cache_validate,
-                      "filecache": {"work_dir": self.work_dir}},
+                      "prefetch": prefetch, "fscache": None,
+                      "filecache": {"work_dir": self.work_dir, "disable_indexed_map": False, "enable_encryption": False,
+                                    "enable_convergent_encryption": False, "encryption_key": ""}},
             "rafs": {
-                "mode": self.mode, "batch_size": self.amplify_bytes, "enable_xattr": self.enable_xattr,
-                "iostats_files": self.iostats_files, "access_pattern": self.access_pattern,
-                "latest_read_files": self.latest_read_files,
-                "prefetch": {"enable": self.prefetch, "threads": self.prefetch_threads,
-                             "batch_size": self.prefetch_batch_bytes,
-                             "bandwidth_limit": self.prefetch_bandwidth_bytes_s, "prefetch_all": self.prefetch_all,
-                             "stream_prefetch": self.prefetch_stream},
+                "mode": self.mode, "batch_size": self.amplify_bytes, "validate": self.cache_validate,
+                "enable_xattr": self.enable_xattr, "iostats_files": self.iostats_files,
+                "access_pattern": self.access_pattern, "latest_read_files": self.latest_read_files,
+                "prefetch": prefetch,
             },
+            "overlay": None,
         }
 
 
@@ -229,6 +236,8 @@ def _read_cache(config: ImageConfig, cache: "dict[str, Any]", settings: "dict[st
                            "file system instead")
     if config.cache_compressed:
         config.warnings.append(f"{where}: a compressed cache is not supported; the cache is kept uncompressed")
+    if cache.get("type", "") in NO_CACHE_TYPES:
+        config.warnings.append(f"{where}: there is no mode without cache; {config.work_dir} is the cache")
 
 
 def _read_prefetch(config: ImageConfig, prefetch: "dict[str, Any]", where: str, threads: str, batch: str, limit: str, *,
@@ -326,11 +335,11 @@ def _number(table: "dict[str, Any]", key: str, where: str, default: int, most: i
 
 
 def _cache_dir(kind: object, settings: "dict[str, Any]", where: str) -> str:
-    if kind in NO_CACHE_TYPES or kind is None:
-        raise UsageFailure(f"{where}: the cache type must be blobcache; RAFS v6 needs a cache directory")
+    if (kind in NO_CACHE_TYPES or kind is None) and not settings.get("work_dir"):
+        raise UsageFailure(f"{where}: the cache type must be blobcache, or name a work_dir: nothing is served uncached")
     if kind == "fscache":
         raise UsageFailure(f"{where}: cache type fscache belongs to the kernel's EROFS over fscache; use blobcache")
-    if kind not in CACHE_TYPES:
+    if kind not in CACHE_TYPES and kind not in NO_CACHE_TYPES:
         raise UsageFailure(f"{where}: the cache type is unknown; use blobcache")
     work_dir = settings.get("work_dir")
     if work_dir is None:

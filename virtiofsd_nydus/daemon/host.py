@@ -12,7 +12,7 @@ import threading
 from virtiofsd_nydus import __version__
 from virtiofsd_nydus.daemon import log as logs
 from virtiofsd_nydus.daemon import supervisor as supervisors
-from virtiofsd_nydus.daemon.api import ApiError, ApiServer
+from virtiofsd_nydus.daemon.api import ApiServer, not_ready, unexpected, unsupported
 from virtiofsd_nydus.daemon.config import ImageConfig
 from virtiofsd_nydus.daemon.service import QUEUES, SWITCH_INTERVAL_S, Service
 from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Vfs
@@ -115,9 +115,9 @@ class HostService(Service):
     def send_fd(self) -> None:
         with self._steps:
             if self._supervisor is None:
-                raise ApiError(400, "UnexpectedEvent: no --supervisor")
-            if not self._fuse.ready:
-                raise ApiError(503, "NotReady")
+                raise unsupported()
+            if not self._fuse.ready and self.state != "READY":
+                raise not_ready()
             if self._shares:
                 raise Failure("host directories are mounted: a successor could not go on with files open in them")
             supervisors.send_state(self._supervisor, self._state_to_send(), self._fuse.fd)
@@ -136,7 +136,7 @@ class HostService(Service):
     def take_over(self) -> None:
         with self._steps:
             if self.state != "INIT" or self._supervisor is None:
-                raise ApiError(400, "UnexpectedEvent(Takeover)")
+                raise unexpected("Takeover")
             state, fd = supervisors.receive_state(self._supervisor)
             self._fuse.adopt(fd)
             try:
@@ -168,7 +168,7 @@ class HostService(Service):
     def start_by_api(self) -> None:
         with self._steps:
             if self.state != "READY":
-                raise ApiError(400, "UnexpectedEvent(Start)")
+                raise unexpected("Start")
             assert self._vfs is not None
             self._fuse.serve(self.engine, self._vfs, on_end=self._mount_is_gone, resumed=True)
             self._keep_mount = False

@@ -12,7 +12,7 @@ import time
 from virtiofsd_nydus import __version__
 from virtiofsd_nydus.daemon import log as logs
 from virtiofsd_nydus.daemon import metrics
-from virtiofsd_nydus.daemon.api import ApiError, ApiServer
+from virtiofsd_nydus.daemon.api import ApiError, ApiServer, not_ready, unexpected, unsupported
 from virtiofsd_nydus.daemon.config import ImageConfig, parse_config
 from virtiofsd_nydus.daemon.prefetch import Prefetch, check_list
 from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Passthrough, Rafs, Store, Vfs
@@ -38,14 +38,15 @@ STOP_TIMEOUT_S = 2.0    # how long a fetch thread stuck in its backend may hold 
 SWITCH_INTERVAL_S = 0.0005      # a busy Python thread must not starve the fetch threads
 
 
-def _iso_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+def _shown_time(seconds: float) -> str:
+    """As nydusd writes a time."""
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(seconds))}.{int(seconds % 1 * 1e9):09d} +00:00:00"
 
 
 class Mount:
     """One image in the mount table."""
 
-    __slots__ = ("backend", "changed", "complete_at", "config", "image", "mounted_at", "path", "prefetch",
+    __slots__ = ("_identity", "backend", "complete_at", "config", "image", "mounted_at", "path", "prefetch",
                  "prefetch_files", "prefetch_limit", "serial", "source", "store")
 
     def __init__(self, path: str, source: str, image: Rafs, store: Store, config: ImageConfig, backend: "Backend",
@@ -53,11 +54,31 @@ class Mount:
         self.path, self.source, self.image, self.store = path, source, image, store
         self.config, self.backend, self.serial, self.prefetch = config, backend, serial, prefetch
         self.prefetch_files: list[str] | None = None    # instead of what the image's table names
+        self._identity = _identity(source)
         self.mounted_at = time.time()
-        self.changed: set[str] = set()      # keys that a hot change gave
         self.complete_at = 0.0      # when all chunks were first seen to be here
-        rate = config.prefetch_bandwidth_bytes_s
-        self.prefetch_limit = RateLimit(rate) if rate else None
+        self.prefetch_limit = _rate_limit(config)
+
+    def is_of(self, source: str) -> bool:
+        """Whether that bootstrap is the one mounted here, in this file or in another of the same bytes."""
+        import filecmp
+
+        try:
+            if _identity(self.source) != self._identity:
+                return False        # overwritten since: what is mounted cannot be compared any more
+            return _identity(source) == self._identity or filecmp.cmp(self.source, source, shallow=False)
+        except OSError:
+            return False
+
+
+def _identity(path: str) -> "tuple[int, ...]":
+    found = os.stat(path)  # noqa: PTH116
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _rate_limit(config: ImageConfig) -> RateLimit | None:
+    rate = config.prefetch_bandwidth_bytes_s
+    return RateLimit(rate) if rate else None
 
 
 class Share:
@@ -84,6 +105,7 @@ class Service:
         self._prefetch_tag = 0              # of the last mount; 0 is the engine's own
         self._late: list[Mount] | None = []     # mounts whose prefetch begins after RUNNING; None: it has begun
         self._shares: dict[str, Share] = {}
+        self._changes: dict[str, dict[str, str]] = {}      # by mount point, what hot changes gave
         self._errors: list[str] = []        # the last ERRORS_MAX, of _error_count
         self._error_count = 0
         self._settled_before = self._wasted_bytes = 0      # settled_before: by backends that are gone
@@ -144,13 +166,13 @@ class Service:
     # What only a host mount has (daemon/host.py)
 
     def start_by_api(self) -> None:
-        raise ApiError(400, "UnexpectedEvent(Start)")
+        raise unexpected("Start")
 
     def send_fd(self) -> None:
-        raise ApiError(501, "Unsupported")
+        raise unsupported()
 
     def take_over(self) -> None:
-        raise ApiError(501, "Unsupported")
+        raise unexpected("Takeover")
 
     def _close_host(self) -> None:
         pass
@@ -222,17 +244,13 @@ class Service:
     def _mount(self, path: str, source: str, config: ImageConfig, serial: int = 0,
                prefetch_files: "list[str] | None" = None) -> None:
         """serial: the number it had in a process that this one goes on for."""
-        from virtiofsd_nydus.storage.factory import create_backend
-
         if not path.startswith("/"):
             raise Failure(f"mountpoint {path!r} is not absolute")
         if path in self._mounts or path in self._shares:
             raise Failure(ALREADY_MOUNTED)
-        assert self._vfs is not None
-        for line in config.warnings:
-            self.log.say(logs.WARNING, line)
-        backend = create_backend(config.backend_type, config.backend_config,
-                                 warn=lambda line: self.log.say(logs.WARNING, line))
+        if self._vfs is None:
+            raise not_ready()       # it waits for a predecessor's mounts
+        backend = self._make_backend(config)
         try:
             os.makedirs(config.work_dir, exist_ok=True)  # noqa: PTH103
         except OSError as error:
@@ -257,10 +275,24 @@ class Service:
             self._release(mount)
             raise Failure(f"cannot mount at {path}: {error.strerror}") from error
         self._mounts[path] = mount
+        kept = self._changes.get(path) or (self._changes.get(config.id) if config.id else None)
+        if kept:
+            self._change_backend(mount, kept)
+        self._schedule_prefetch(mount)
+
+    def _schedule_prefetch(self, mount: Mount) -> None:
         if self._late is None:
             self._begin_prefetch(mount)
         else:
             self._late.append(mount)
+
+    def _make_backend(self, config: ImageConfig) -> "Backend":
+        from virtiofsd_nydus.storage.factory import create_backend
+
+        for line in config.warnings:
+            self.log.say(logs.WARNING, line)
+        return create_backend(config.backend_type, config.backend_config,
+                              warn=lambda line: self.log.say(logs.WARNING, line))
 
     @staticmethod
     def _begin_prefetch(mount: Mount) -> None:
@@ -271,7 +303,8 @@ class Service:
 
     def remount(self, path: str, source: str, config_text: str,
                 prefetch_files: "list[object] | None" = None) -> None:
-        """A changed image or configuration at the same place. What the guest has open of another image goes stale."""
+        """A changed image or configuration at the same place. With the image that is there the guest notices nothing;
+        what it has open of another goes stale."""
         config = parse_config(config_text, f"configuration of mount {path}")
         files = None if prefetch_files is None else check_list(prefetch_files, f"mount {path}")
         with self._lock:
@@ -282,6 +315,9 @@ class Service:
                 raise Failure(NOT_MOUNTED)
             assert self._vfs is not None
             Rafs(self.engine, source).close()       # what cannot be opened must not cost the guest what it has
+            if config.work_dir == old.config.work_dir and old.is_of(source):
+                self._reconfigure(old, source, config, files)
+                return
             self._vfs.umount(path)
             del self._mounts[path]
             try:
@@ -292,15 +328,33 @@ class Service:
                 raise
             self._release(old)
 
+    def _reconfigure(self, mount: Mount, source: str, config: ImageConfig, prefetch_files: "list[str] | None") -> None:
+        """Same image, same cache: only where its blobs come from and what is prefetched change."""
+        backend, limit = self._make_backend(config), _rate_limit(config)
+        for blob in mount.image.blobs():
+            self.pump.add_backend(blob.key, backend, limit)
+            self.pump.remove_backend(blob.key, mount.backend, mount.prefetch_limit)
+        old, mount.backend, mount.prefetch_limit = mount.backend, backend, limit
+        old.close()
+        self._settled_before += old.meter.settled_bytes
+        mount.source, mount.config, mount.prefetch_files = source, config, prefetch_files
+        mount.mounted_at, mount.complete_at = time.time(), 0.0
+        mount.prefetch.cancel()
+        self._prefetch_tag += 1
+        mount.prefetch = Prefetch(self.engine, mount.image, source, self._prefetch_tag)
+        if self._late is None or mount not in self._late:
+            self._schedule_prefetch(mount)
+
     def mount_share(self, path: str, source: str) -> None:
         """API mount of a host directory, read-write. Refused where the session's answers hold for images only."""
         with self._lock:
             self._mount_share(path, source)
 
     def _mount_share(self, path: str, source: str) -> None:
-        assert self._vfs is not None
+        if self._vfs is None:
+            raise not_ready()
         if self._vfs.kind != SESSION_MIXED:
-            raise ApiError(501, "Mount(MountFilesystem(Unsupported))")
+            raise unsupported()
         if path in self._mounts or path in self._shares:
             raise Failure(ALREADY_MOUNTED)
         # Kata's runtime-rs gives its writable directory of host mounts: the guest has no business at its top
@@ -316,16 +370,17 @@ class Service:
 
     def umount(self, path: str) -> None:
         with self._lock:
-            assert self._vfs is not None
             mount, share = self._mounts.get(path), self._shares.get(path)
             if mount is None and share is None:
                 raise Failure(NOT_MOUNTED)
+            assert self._vfs is not None
             try:
                 self._vfs.umount(path)
             except OSError as error:
                 raise Failure(f"cannot unmount {path}: {error.strerror}") from error
             if mount is not None:
                 del self._mounts[path]
+                self._changes.pop(path, None)
                 self._release(mount)
             if share is not None:
                 del self._shares[path]
@@ -345,6 +400,11 @@ class Service:
         self._settled_before += metrics.settled_bytes((mount,))
 
     # ---- answers
+
+    def note_fault(self, text: str) -> None:
+        """A fault of this program's own, for the log and the API's events."""
+        self._note_error(text)
+        self.log.say(logs.ERROR, text)
 
     def _note_error(self, text: str) -> None:
         self._error_count += 1
@@ -371,7 +431,7 @@ class Service:
             "magic": 0xE0F5E1E2 if v6 else 0x52414653, "version": 0x600 if v6 else 0x500,
             "sb_size": 128 + 1024 if v6 else 8192, "root_inode": info["root_ino"],
             "chunk_size": info["chunk_size_bytes"], "batch_size": 0, "inodes_count": info["inode_count"],
-            "flags": info["flags"], "inode_table_entries": 0, "inode_table_offset": 0,
+            "flags": {"bits": info["flags"]}, "inode_table_entries": 0, "inode_table_offset": 0,
             "blob_table_size": info["blob_table_size_bytes"], "blob_table_offset": info["blob_table_offset"],
             "extended_blob_table_offset": 0, "extended_blob_table_entries": 0, "blob_device_table_count": 0,
             "blob_device_table_offset": 0, "prefetch_table_offset": info["prefetch_table_offset"],
@@ -391,13 +451,13 @@ class Service:
             "state": self.state,
             "backend_collection": {
                 mount.path: {
-                    "backend_type": "Rafs", "mountpoint": mount.path, "mounted_time": _iso_time(mount.mounted_at),
+                    "backend_type": "Rafs", "mountpoint": mount.path, "mounted_time": _shown_time(mount.mounted_at),
                     "config": mount.config.public(),
                 } for mount in mounts
             } | {
                 share.path: {
                     "backend_type": "PassthroughFs", "mountpoint": share.path,
-                    "mounted_time": _iso_time(share.mounted_at), "config": None,
+                    "mounted_time": _shown_time(share.mounted_at), "config": None,
                 } for share in shares
             },
         }
@@ -432,12 +492,31 @@ class Service:
             self._wasted_bytes = max(self._wasted_bytes, settled - stats["fetched_bytes"])
             return metrics.prometheus_text(self._mounts.values(), stats, self.engine.fop_stats(), self._wasted_bytes)
 
-    def change_config(self, mount: Mount, changes: "dict[str, str]") -> None:
-        """Hot change of a mount's login or proxy, from its next request on. Raises Failure for what cannot be."""
+    def change_config(self, wanted: str | None, changes: "dict[str, str]") -> None:
+        """Hot change of a mount's login or proxy, from its next request on. What names no mount is kept for one that
+        comes. Raises ApiError or Failure for what cannot be; nothing is changed then."""
+        from virtiofsd_nydus.storage.factory import HOT_KEYS
+
+        if not all(key in HOT_KEYS for key in changes):
+            raise ApiError(500, "Configure(ResponsePayloadType)")
+        with self._lock:
+            mount = metrics.find_mount(self._mounts, wanted)
+            if mount is not None:
+                self._change_backend(mount, changes)
+            self._changes.setdefault(mount.path if mount else wanted or "", {}).update(changes)
+
+    def _change_backend(self, mount: Mount, changes: "dict[str, str]") -> None:
         from virtiofsd_nydus.storage.factory import change_backend
 
-        change_backend(mount.backend, changes)
-        self.log.say(logs.INFO, "configuration changed", mountpoint=mount.path, keys=", ".join(sorted(changes)))
+        unused = change_backend(mount.backend, changes)
+        self.log.say(logs.INFO, "configuration changed", mountpoint=mount.path, keys=", ".join(sorted(changes)),
+                     **{"without effect": ", ".join(unused)} if unused else {})
+
+    def changed_config(self, wanted: str | None) -> "dict[str, str]":
+        """Key -> value that change_config gave."""
+        with self._lock:
+            mount = metrics.find_mount(self._mounts, wanted)
+            return dict(self._changes.get(mount.path if mount else wanted or "", {}))
 
     def stats(self) -> "dict[str, Any]":
         """Counters of the engine, and readiness of each mounted blob."""

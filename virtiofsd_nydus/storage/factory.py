@@ -164,9 +164,10 @@ MAKERS: "dict[str, Callable[[Settings, Say], Backend]]" = {
 }
 
 
-def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> None:
+def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> list[str]:
     """Hot change by the keys of nydusd's PUT /api/v1/config: registry_auth (base64 of USER:PASSWORD), proxy_url ("" for
-    none). Nothing is changed when one of them cannot be. Raises UsageFailure naming keys, never values."""
+    none). Nothing is changed when one of them cannot be: UsageFailure naming keys, never values. Returns the keys that
+    mean nothing to this backend."""
     from virtiofsd_nydus.oci.auth import decode_basic
     from virtiofsd_nydus.storage.blobs import HttpBackend
     from virtiofsd_nydus.storage.proxy import ForwardProxy
@@ -175,18 +176,20 @@ def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> None:
     for key in changes:
         if key not in HOT_KEYS:
             raise UsageFailure(f"key {key!r} cannot be changed while mounted: {', '.join(HOT_KEYS)} can")
-    login = None
-    if changes.get("registry_auth"):
-        if not isinstance(backend, RegistryBackend):
-            raise UsageFailure(f"registry_auth: the backend is {backend.kind}, not a registry")
-        login = decode_basic(changes["registry_auth"], "registry_auth")
+    unused = ["dragonfly_scheduler_endpoint"] if "dragonfly_scheduler_endpoint" in changes else []
+    login = decode_basic(changes["registry_auth"], "registry_auth") if changes.get("registry_auth") else None
     if "proxy_url" in changes:
-        if not isinstance(backend, HttpBackend):
-            raise UsageFailure(f"proxy_url: backend {backend.kind} uses no proxy")
         url = _address(changes, "proxy_url")
-        backend.set_proxy(ForwardProxy(url, say=backend.say) if url else None)
-    if isinstance(backend, RegistryBackend) and "registry_auth" in changes:
-        backend.set_credentials(login)
+        if isinstance(backend, HttpBackend):
+            backend.set_proxy(ForwardProxy(url, say=backend.say) if url else None)
+        else:
+            unused.append("proxy_url")
+    if "registry_auth" in changes:
+        if isinstance(backend, RegistryBackend):
+            backend.set_credentials(login)
+        else:
+            unused.append("registry_auth")
+    return unused
 
 
 # ---- parts
