@@ -35,6 +35,7 @@ NOT_MOUNTED = "object or filesystem doesn't exist"
 ERRORS_MAX, ERRORS_MAX_BYTES = 500, 51200      # nydusd's bounds of its error events
 QUEUES = 5              # hiprio and up to four request queues; the front-end uses as many as it has
 STOP_TIMEOUT_S = 2.0    # how long a fetch thread stuck in its backend may hold up the end
+LATE_TIMEOUT_S = 10.0   # how long what is loaded after RUNNING may, on a busy machine
 SWITCH_INTERVAL_S = 0.0005      # a busy Python thread must not starve the fetch threads
 
 
@@ -188,9 +189,11 @@ class Service:
         for mount in self._mounts.values():
             mount.prefetch.cancel()
         self.engine.shutdown()
-        threads_left = not self.pump.join(STOP_TIMEOUT_S)
-        if self._log_thread:
-            self._log_thread.join(STOP_TIMEOUT_S)
+        threads_left = False
+        if self._log_thread:        # first: it may be about to start fetch threads
+            self._log_thread.join(LATE_TIMEOUT_S)
+            threads_left = self._log_thread.is_alive()
+        threads_left |= not self.pump.join(STOP_TIMEOUT_S)
         if was_running:     # a start that failed is told in one line, by whoever asked for it
             self.log.say(logs.INFO, "stopped")
         self.log.close()
