@@ -277,3 +277,25 @@ int blob_cache_fd(const struct vnd_blob *b, uint64_t *epoch)
     *epoch = cachefile_epoch(b->cache);
     return *epoch & 1 ? -1 : b->cache->data_fd;
 }
+
+int store_want(struct store_wait *w, const struct extent *ext, int n)
+{
+    for (int tries = 0;; tries++) {
+        bool lacks = false;
+        int rc = -w->err;
+
+        store_wait_done(w);
+        w->err = 0;
+        for (int i = 0; i < n && !lacks; i++)
+            lacks = !cachefile_ready(ext[i].blob->cache, ext[i].chunk);
+        if (rc || !lacks)
+            return rc;
+        rc = park_missing(w, ext, n);
+        if (rc <= 0)
+            return rc ? rc : -EINPROGRESS;
+        if (any_uncached(ext, n))
+            return -ENOSPC;
+        if (tries > 64)     /* chunks come and go faster than they can be looked at */
+            return -EIO;
+    }
+}

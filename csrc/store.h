@@ -51,6 +51,10 @@ void store_wait_init(struct store_wait *w, void (*wake)(struct store_wait *), vo
  * -errno. Restartable: what an earlier attempt wrote is written again. A woken w with err fails here. */
 int64_t store_read(struct store_wait *w, const struct extent *ext, int n, const struct iovec *iov, int iov_n);
 
+/* The same without bytes: 0 when every chunk is ready in its cache file, for whoever reads that itself; -ENOSPC: one is
+ * here and could not be written. The blobs' tables are loaded. */
+int store_want(struct store_wait *w, const struct extent *ext, int n);
+
 /* Unlinks a waiter (deadline, hang-up). true: it was linked and will not be woken; false: wake has been or is being
  * called. Also drops w->buf. */
 bool store_wait_cancel(struct store_wait *w);

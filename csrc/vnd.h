@@ -341,6 +341,41 @@ void vnd_fusedev_free(vnd_fusedev *d);
 int vnd_mount(const char *source, const char *target, const char *type, uint64_t flags, const char *data);
 int vnd_umount(const char *target, int flags);
 
+/* ---------------------------------------------------------------- pre-content events: the kernel reads our cache files */
+typedef struct vnd_precontent vnd_precontent;
+/* A fanotify group; fds below are the caller's. fd or -errno: -EPERM without CAP_SYS_ADMIN, -EINVAL: no such class. */
+int vnd_precontent_group(void);
+/* A private clone of the mount that a file lies on, with that file as its root; opened again by /proc/self/fd/N. */
+int vnd_precontent_clone(const char *path);
+/* reads 1: reads, opens and closes through the clone raise events; 0: reads no more. 0, -EINVAL: the kernel is older than
+ * 6.14; -EOPNOTSUPP: the file system has no such events. */
+int vnd_precontent_mark(int group_fd, int clone_fd, int reads);
+/* A memfd with what the processes that hold a group share. */
+int vnd_precontent_state(void);
+/* First of all in a process that goes on for a dead one: takes the descriptor numbers of events that it left unanswered.
+ * How many, or -errno. */
+int vnd_precontent_reserve(int state_fd);
+/* e NULL: only to refuse. Both fds are borrowed. */
+vnd_precontent *vnd_precontent_new(vnd_engine *e, int group_fd, int state_fd, char *err, size_t err_len);
+/* Before start, every blob of the image in its order, in each process. Blocks until the chunk table is here. fd: the file
+ * that the kernel reads (dupped), -1: the cache's present one. */
+int vnd_precontent_add(vnd_precontent *p, vnd_blob *b, int fd, char *err, size_t err_len);
+/* That file, borrowed. Whoever opens it by name instead may get another. */
+int vnd_precontent_fd(vnd_precontent *p, uint32_t index);
+/* 1: all that the image names of the blob is in that file. */
+int vnd_precontent_complete(vnd_precontent *p, uint32_t index);
+int vnd_precontent_start(vnd_precontent *p);
+/* Readable once the file system has closed its devices: it is gone. */
+int vnd_precontent_ended_fd(vnd_precontent *p);
+int vnd_precontent_ended(vnd_precontent *p);
+void vnd_precontent_set_ended(vnd_precontent *p);
+/* Fails, with EIO, every reader that waits. Their number. Never while it is started, here or in another process. */
+int vnd_precontent_refuse(vnd_precontent *p);
+/* What is unanswered stays so. Before the images of its blobs are freed and before the engine is shut down. */
+void vnd_precontent_free(vnd_precontent *p);
+/* The number that no other mount ever had or will have until the next boot, of what is mounted at path; or -errno. */
+int64_t vnd_mount_id(const char *path);
+
 /* ---------------------------------------------------------------- for those who write images */
 /* CRC-32C (Castagnoli) of len bytes: what chunk records hold beside the digest. */
 uint32_t vnd_crc32c(const uint8_t *buf, size_t len);

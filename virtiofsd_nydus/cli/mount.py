@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.fuse.background import BackgroundMount
@@ -26,8 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="nydusd configuration for a bootstrap, instead")
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where fetched chunks are kept; default "
                         "/var/cache/virtiofsd-nydus, or $XDG_CACHE_HOME/virtiofsd-nydus without root")
-    parser.add_argument("--kernel", action="store_true", help="fetch the whole image, then have the kernel's EROFS "
-                        "read the cache itself: no daemon")
+    parser.add_argument("--kernel", action="store_true", help="have the kernel's EROFS read the cache itself; what is "
+                        "not in it is fetched when it is read (Linux 6.14), and once all is there no daemon stays")
+    parser.add_argument("--fetch-all", action="store_true", help="with --kernel: fetch the whole image first (Linux "
+                        "6.12)")
     add_registry_options(parser)
 
 
@@ -36,12 +38,14 @@ def run(args: argparse.Namespace) -> int:
     from virtiofsd_nydus.fuse.mounts import check_mountpoint
     from virtiofsd_nydus.vmm.image import prepare_image
 
+    if args.fetch_all and not args.kernel:
+        raise UsageFailure("--fetch-all goes with --kernel")
     target = check_mountpoint(args.directory)
     place = BackgroundMount(target)
     with prepare_image(args.image, blob_dir=args.blob_dir, config=args.config, cache_dir=args.cache_dir,
                        plain_http=args.plain_http, creds=args.creds, ca_cert_files=tuple(args.ca_cert)) as image:
         if args.kernel:
-            return _mount_kernel(args.image, image.daemon_options, target)
+            return _mount_kernel(args.image, image.daemon_options, target, fetch_all=args.fetch_all)
         place.make()
         with place.log.open("wb") as log:
             process = subprocess.Popen(
@@ -59,18 +63,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _mount_kernel(name: str, daemon_options: list[str], target: str) -> int:
+def _mount_kernel(name: str, daemon_options: list[str], target: str, *, fetch_all: bool) -> int:
     from virtiofsd_nydus.daemon.config import load_config
-    from virtiofsd_nydus.fuse.kernel import mount_kernel
+    from virtiofsd_nydus.kernelmount.launch import mount_lazy, mount_whole
 
     options = dict(zip(daemon_options[::2], daemon_options[1::2], strict=True))
+    bootstrap, config = Path(options["--bootstrap"]).resolve(), load_config(options["--config"])
 
     def show(ready: int, total: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{ready} of {total} chunks ", end="", file=sys.stderr, flush=True)
 
-    mount_kernel(Path(options["--bootstrap"]).resolve(), load_config(options["--config"]), target, progress=show)
-    print(f"{name} is on {target}; the kernel reads the cache itself, there is no daemon")
+    if fetch_all:
+        mount_whole(bootstrap, config, target, progress=show)
+        pid = 0
+    else:
+        pid = mount_lazy(bootstrap, config, target)
+    print(f"{name} is on {target}; " + (
+        f"process {pid} fetches what the kernel reads and is not in the cache" if pid else
+        "the kernel reads the cache itself, there is no daemon"))
     return 0
 
 

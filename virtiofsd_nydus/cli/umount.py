@@ -12,15 +12,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from virtiofsd_nydus.fuse import mounts
     from virtiofsd_nydus.fuse.background import BackgroundMount
+    from virtiofsd_nydus.kernelmount.erofs import FSTYPE as KERNEL_FSTYPE
+    from virtiofsd_nydus.kernelmount.launch import umount_kernel
+    from virtiofsd_nydus.kernelmount.record import is_ours
 
     try:
         target = mounts.resolve_mountpoint(args.directory)
     except OSError as error:
         raise Failure(f"no directory {args.directory}: {error.strerror}", Cause.MISSING) from None
     there = mounts.find_mount(target)
-    if there is None or there.fstype not in (mounts.FSTYPE, "erofs"):
+    kernel = there is not None and there.fstype == KERNEL_FSTYPE and is_ours(target)
+    if there is None or not (kernel or there.fstype == mounts.FSTYPE):
         raise Failure(f"no image of ours is mounted on {args.directory}"
                       + (f", but {there.source} ({there.fstype})" if there else ""), Cause.MISSING)
+    if kernel:
+        line = umount_kernel(target, args.directory)
+        if line:
+            print(line)
+        return 0
     try:
         mounts.umount(target)
     except OSError as error:
