@@ -68,6 +68,21 @@ def test_nothing_stays_once_all_is_fetched(kernel_mount: KernelMount, expected_t
     assert not BackgroundMount(str(second)).directory.exists()
 
 
+def test_cache_files_removed_under_the_mount(kernel_mount: KernelMount, unpacked: Path) -> None:
+    """The kernel keeps the files it has; what comes later comes into others, and from there into these."""
+    files = [path for path in kernel_mount.cache.rglob("*") if path.is_file()]
+    data = [path for path in files if path.name.endswith(".blob.data")]
+    assert data
+    for path in files:
+        path.unlink()
+    wait_until(lambda: all(path.exists() for path in data), "the cache's new files")
+    for path in ("large/random", "large/text"):
+        assert (kernel_mount.target / path).read_bytes() == (unpacked / path).read_bytes()
+    kernel_mount.kill("worker")
+    assert (kernel_mount.target / "large/second").read_bytes() == (unpacked / "large/second").read_bytes()
+    assert kernel_mount.is_lazy()
+
+
 def test_in_use_elsewhere(kernel_mount: KernelMount, unpacked: Path, tmp_path: Path, mounts_dir: Path) -> None:
     """An overlay outlives the mount below it: reads go on, and the processes end with it."""
     merged = mounts_dir / "merged"
@@ -132,6 +147,7 @@ def test_without_the_right_to_it_is_refused_in_a_line(image: ServedImage, mounts
     """As in a container: root, but without CAP_SYS_ADMIN."""
     for options in ((), ("--fetch-all",)):
         words = KernelMount.prepare(image, mounts_dir / "k", tmp_path, *options)
-        done = subprocess.run(["setpriv", "--bounding-set", "-sys_admin", *VERB, *words], capture_output=True, text=True)
+        done = subprocess.run(["setpriv", "--bounding-set", "-sys_admin", *VERB, *words], capture_output=True,
+                              text=True)
         assert done.returncode == 1 and "needs root" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not BackgroundMount(str(mounts_dir / "k")).directory.exists()

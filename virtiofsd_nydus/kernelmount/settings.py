@@ -16,11 +16,12 @@ MODULES = {"worker": "virtiofsd_nydus.kernelmount.worker", "guard": "virtiofsd_n
 
 
 class Settings:
-    """group, state, log, lock: descriptors; files: of the blobs' data; clones: of their mounts, -1 where it needed none. The
-    file behind lock is locked for as long as any process of the mount lives. The memfd may hold a login and is nowhere on a disk."""
+    """group, state, log, lock: descriptors. files: of the blobs' data; clones: of their mounts, -1 if none. The
+    file behind lock is locked for as long as any process of the mount lives. The memfd may hold a login and is
+    nowhere on a disk."""
 
-    __slots__ = ("bootstrap", "clones", "config", "directory", "fd", "files", "group", "lock", "log", "mount_id", "state",
-                 "target")
+    __slots__ = ("bootstrap", "clones", "config", "directory", "fd", "files", "group", "lock", "log", "mount_id",
+                 "state", "target")
 
     def __init__(self, *, target: str, directory: str, bootstrap: str, config: "dict[str, Any]", log: int,
                  lock: int) -> None:

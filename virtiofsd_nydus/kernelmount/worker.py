@@ -98,7 +98,8 @@ class Worker:
             raise Failure(text_of(err), Cause.IO)
         for blob in image.blobs:
             file = settings.files[blob.index] if settings.files else -1
-            if lib.vnd_precontent_add(self.events, lib.vnd_rafs_blob(image.rafs.handle, blob.index), file, err, ERR_MAX):
+            handle = lib.vnd_rafs_blob(image.rafs.handle, blob.index)
+            if lib.vnd_precontent_add(self.events, handle, file, err, ERR_MAX):
                 raise image.last_error(Failure(text_of(err), Cause.IO))
 
     def mount(self, image: KernelImage) -> bool:
@@ -123,12 +124,13 @@ class Worker:
         return lazy
 
     def _mark(self, file: int, work_dir: str) -> int:
-        clone = check(lib.vnd_precontent_clone(f"/proc/self/fd/{file}".encode()), f"cannot clone the mount of {work_dir}",
-                      {errno.EPERM: "that needs root"})
-        check(lib.vnd_precontent_mark(self.settings.group, clone, 1), f"the kernel cannot wait for bytes in {work_dir}", {
-            errno.EOPNOTSUPP: f"its file system has no pre-content events (ext4, xfs, btrfs do); choose another "
-                              f"--cache-dir, or {WHOLE}",
-            errno.EINVAL: f"pre-content events came with Linux 6.14; {WHOLE}"})
+        clone = check(lib.vnd_precontent_clone(f"/proc/self/fd/{file}".encode()),
+                      f"cannot clone the mount of {work_dir}", {errno.EPERM: "that needs root"})
+        check(lib.vnd_precontent_mark(self.settings.group, clone, 1),
+              f"the kernel cannot wait for bytes in {work_dir}", {
+                  errno.EOPNOTSUPP: f"its file system has no pre-content events (ext4, xfs, btrfs do); choose another "
+                                    f"--cache-dir, or {WHOLE}",
+                  errno.EINVAL: f"pre-content events came with Linux 6.14; {WHOLE}"})
         return clone
 
     def serve(self) -> None:
