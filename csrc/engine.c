@@ -223,28 +223,6 @@ void engine_counters_unregister(struct vnd_engine *e, struct engine_counters *c)
                               memory_order_relaxed);
     COUNTERS(X)
 #undef X
-    for (int i = 0; i < VND_FOPS; i++) {
-        atomic_fetch_add_explicit(&e->shared.fop_hits[i], c->fop_hits[i], memory_order_relaxed);
-        atomic_fetch_add_explicit(&e->shared.fop_errors[i], c->fop_errors[i], memory_order_relaxed);
-    }
-    for (int i = 0; i < VND_READ_SIZES; i++)
-        atomic_fetch_add_explicit(&e->shared.read_sizes[i], c->read_sizes[i], memory_order_relaxed);
-    pthread_mutex_unlock(&e->lock);
-}
-
-void vnd_engine_fop_stats(vnd_engine *e, vnd_fop_stats *out)
-{
-    memset(out, 0, sizeof *out);
-    pthread_mutex_lock(&e->lock);
-    e->shared.next = e->counters;
-    for (struct engine_counters *c = &e->shared; c; c = c->next) {
-        for (int i = 0; i < VND_FOPS; i++) {
-            out->hits[i] += atomic_load_explicit(&c->fop_hits[i], memory_order_relaxed);
-            out->errors[i] += atomic_load_explicit(&c->fop_errors[i], memory_order_relaxed);
-        }
-        for (int i = 0; i < VND_READ_SIZES; i++)
-            out->read_sizes[i] += atomic_load_explicit(&c->read_sizes[i], memory_order_relaxed);
-    }
     pthread_mutex_unlock(&e->lock);
 }
 
@@ -268,6 +246,21 @@ void vnd_engine_stats(vnd_engine *e, vnd_stats *out)
         int64_t age = now_us() - oldest;
         out->oldest_wait_us = age > 0 ? (uint64_t)age : 0;
     }
+}
+
+int vnd_engine_waiting(vnd_engine *e, vnd_waiting *out, int max)
+{
+    int64_t now = now_us();
+    int n = 0;
+
+    pthread_mutex_lock(&e->lock);
+    for (struct engine_counters *c = e->counters; c && n < max; c = c->next) {
+        int (*waiting)(struct engine_counters *, vnd_waiting *, int, int64_t) = atomic_load(&c->waiting);
+        if (waiting)
+            n += waiting(c, out + n, max - n, now);
+    }
+    pthread_mutex_unlock(&e->lock);
+    return n;
 }
 
 /* ---------------------------------------------------------------- life cycle */

@@ -14,9 +14,11 @@
 struct engine_counters {
     _Atomic uint64_t fuse_requests, fuse_errors, read_bytes, hits, parked, expired, pool_reads, fetch_jobs,
         fetched_bytes, fetched_chunks, verified_chunks, digest_failures, prefetch_bytes, ring_errors;
-    _Atomic uint64_t fop_hits[VND_FOPS], fop_errors[VND_FOPS], read_sizes[VND_READ_SIZES];  /* vnd_fop_stats */
     struct engine_counters *next;   /* list of registered blocks */
     _Atomic int64_t oldest_park_us; /* monotonic time of the oldest parked request of this thread, 0 = none */
+    /* The requests that wait at the block's owner, oldest first: their number, at most max. NULL: it keeps none. Called
+     * under the engine's lock. */
+    int (*_Atomic waiting)(struct engine_counters *c, vnd_waiting *out, int max, int64_t now);
 };
 
 struct engine_events;
@@ -32,6 +34,7 @@ struct vnd_engine {
     pthread_mutex_t lock;
     struct engine_counters *counters;   /* list of blocks, under lock */
     struct engine_counters shared;      /* for threads without a block of their own */
+    uint64_t metrics_shards;            /* taken: metrics.h, under lock */
     _Atomic int shutdown;
 };
 

@@ -39,6 +39,7 @@ struct job {
     uint64_t verify_epoch;          /* VERIFY: of the data file's bytes that the views show */
     bool bad;
     uint64_t coff, clen, fed;       /* compressed range and how much of it came */
+    uint64_t wasted;                /* part of fed that was of no use */
     uint64_t pos;                   /* blob offset of the next byte to decode */
     uint32_t cursor;                /* next chunk to decode, relative to first */
     uint8_t *pend;                  /* bytes that came and are not decoded */

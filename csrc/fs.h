@@ -17,6 +17,7 @@
 
 struct fs;
 struct fs_rw_ops;
+struct fs_metrics;
 struct statvfs;
 
 /* Directory listing: called per entry; non-zero = no room, the entry was not taken, stop. next_off is the cookie
@@ -104,6 +105,7 @@ struct fs_rw_ops {
 struct fs {
     const struct fs_ops *ops;
     const char *label;              /* what people call it in log lines: the image's path; may be NULL */
+    struct fs_metrics *metrics;     /* NULL: its operations are counted by the engine alone */
 };
 
 #endif

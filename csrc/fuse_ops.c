@@ -218,6 +218,7 @@ enum req_verdict fuse_op_read(struct fuse_call *c)
     if (done != (int64_t)got) {
         return fuse_reply_error(c, done < 0 ? (int)-done : EIO);
     }
+    c->waited = parked_before;
     if (!parked_before) {
         fuse_count(&w->counters.hits, 1);
     }

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "fuse_ops.h"
+#include "metrics.h"
 
 #define FUSE_HDR ((uint32_t)sizeof(struct fuse_out_header))
 
@@ -351,27 +352,33 @@ static const uint8_t fop_numbers[FUSE_OP_MAX] = {
     [FUSE_OP_FORGET] = 14, [FUSE_OP_BATCH_FORGET] = 15,
 };
 
+/* Inside enter/leave: the file system may go as soon as nobody is. */
 static void count_op(struct fuse_call *c, enum req_verdict verdict)
 {
-    static const uint32_t kib_bounds[VND_READ_SIZES - 1] = { 1, 4, 16, 64, 128, 512, 1024 };
-    struct engine_counters *counters = &c->w->counters;
-    uint32_t opcode = c->r->in.opcode, bytes = c->r->out_len;
-    int fop = opcode < FUSE_OP_MAX ? fop_numbers[opcode] : 0, size = 0;
+    uint32_t opcode = c->r->in.opcode;
+    int fop = opcode < FUSE_OP_MAX ? fop_numbers[opcode] : 0;
+    struct metrics_op op = { .failed = c->failed, .waited = c->waited };
 
     /* Forgets have no reply; of the rest what gets none was not answered (it waits, or its guest is gone). */
     if (!fop || verdict == REQ_PARKED ||
         (verdict == REQ_NOREPLY && opcode != FUSE_OP_FORGET && opcode != FUSE_OP_BATCH_FORGET)) {
         return;
     }
-    fuse_count(c->failed ? &counters->fop_errors[fop - 1] : &counters->fop_hits[fop - 1], 1);
-    if (opcode != FUSE_OP_READ || c->failed || bytes < FUSE_HDR) {
+    if (!c->node.fs && vfs_resolve(c->s->vfs, c->r->in.nodeid, &c->node)) {
         return;
     }
-    bytes -= FUSE_HDR;
-    while (size < VND_READ_SIZES - 1 && bytes > kib_bounds[size] * 1024) {
-        size++;
+    if (!c->node.fs->metrics) {
+        return;
     }
-    fuse_count(&counters->read_sizes[size], 1);
+    op.fop = (uint32_t)fop - 1;
+    op.read = opcode == FUSE_OP_READ && !c->failed && c->r->out_len >= FUSE_HDR;
+    op.bytes = op.read ? c->r->out_len - FUSE_HDR : 0;
+    if (op.bytes) {
+        c->w->now_us = now_us();
+        op.took_us = c->w->now_us > c->r->began_us ? c->w->now_us - c->r->began_us : 0;
+    }
+    op.ino = c->node.ino;
+    metrics_count(c->node.fs->metrics, c->w->metrics_shard, &op);
 }
 
 enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *w, struct req *r)
@@ -379,6 +386,9 @@ enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *
     struct fuse_call c = { .s = s, .w = w, .r = r };
     enum req_verdict verdict;
 
+    if (!r->began_us) {
+        r->began_us = w->now_us ? w->now_us : now_us();
+    }
     vfs_enter(w);
     verdict = serve_call(&c);
     count_op(&c, verdict);
@@ -395,7 +405,9 @@ enum req_verdict fuse_session_fail(struct fuse_session *s, struct fuse_worker *w
         return op_none(&c);
     }
     verdict = fuse_reply_error(&c, error);
+    vfs_enter(w);
     count_op(&c, verdict);
+    vfs_leave(w);
     return verdict;
 }
 
@@ -459,6 +471,9 @@ int fuse_worker_init(struct fuse_worker *w, struct vnd_engine *e, struct vnd_vfs
         return -ENOMEM;
     }
     engine_counters_register(e, &w->counters);
+    pthread_mutex_lock(&e->lock);
+    w->metrics_shard = metrics_take_shard(&e->metrics_shards);
+    pthread_mutex_unlock(&e->lock);
     vfs_worker_add(v, w);
     return 0;
 }
@@ -467,6 +482,9 @@ void fuse_worker_free(struct fuse_worker *w, struct vnd_vfs *v)
 {
     vfs_worker_remove(v, w);
     engine_counters_unregister(w->engine, &w->counters);
+    pthread_mutex_lock(&w->engine->lock);
+    metrics_give_shard(&w->engine->metrics_shards, w->metrics_shard);
+    pthread_mutex_unlock(&w->engine->lock);
     free(w->scratch);
     w->scratch = NULL;
 }

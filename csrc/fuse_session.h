@@ -11,6 +11,8 @@ struct fuse_session;
 struct fuse_worker {
     struct vnd_engine *engine;
     struct engine_counters counters;
+    uint32_t metrics_shard;         /* metrics.h */
+    int64_t now_us;                 /* CLOCK_MONOTONIC when the thread last looked: where its next request begins */
     struct extent extents[STORE_EXTENTS_MAX];
     struct iovec iov[REQ_IOV_MAX];
     _Atomic uint64_t epoch;         /* vfs quiescence: odd while inside serve */

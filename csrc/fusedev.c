@@ -85,6 +85,8 @@ static int start_threads(struct vnd_fusedev *d, uint32_t threads, char *err, siz
     int rc = worker_init(d, &d->finisher, -1, false);
 
     if (rc == 0)
+        atomic_store(&d->finisher.fuse.counters.waiting, fusedev_list_waiting);
+    if (rc == 0)
         rc = thread_start(&d->finisher.thread, "vnd-fuse-done", fusedev_finisher_main, &d->finisher);
     d->finisher.started = rc == 0;
     for (uint32_t i = 0; i < threads && rc == 0; i++) {

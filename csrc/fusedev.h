@@ -81,6 +81,8 @@ struct vnd_fusedev {
 /* fusedev_req.c: the threads' loops; arg: a struct fusedev_worker. */
 void *fusedev_reader_main(void *arg);
 void *fusedev_finisher_main(void *arg);
+/* Of the finisher's counters; any thread. */
+int fusedev_list_waiting(struct engine_counters *c, vnd_waiting *out, int max, int64_t now);
 /* An eventfd that is full is readable all the same. */
 void fusedev_raise(int fd);
 

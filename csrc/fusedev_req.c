@@ -93,6 +93,20 @@ static void unlist_slot(struct vnd_fusedev *d, struct fusedev_slot *s)
     note_oldest(d);
 }
 
+int fusedev_list_waiting(struct engine_counters *c, vnd_waiting *out, int max, int64_t now)
+{
+    struct vnd_fusedev *d = (struct vnd_fusedev *)(void *)((char *)c - offsetof(struct vnd_fusedev,
+                                                                               finisher.fuse.counters));
+    int n = 0;
+
+    pthread_mutex_lock(&d->lock);
+    for (const struct fusedev_slot *s = d->first; s != NULL && n < max; s = s->next)
+        out[n++] = (vnd_waiting){ .nodeid = s->req.in.nodeid, .unique = s->req.in.unique, .opcode = s->req.in.opcode,
+                                  .wait_us = now > s->parked_us ? (uint64_t)(now - s->parked_us) : 0 };
+    pthread_mutex_unlock(&d->lock);
+    return n;
+}
+
 /* ---- the request's memory: buffers of the thread that serves it */
 
 static struct fusedev_slot *slot_of(struct req *r)
@@ -264,7 +278,9 @@ static bool take_request(struct fusedev_worker *w, struct fusedev_slot *s, uint3
     s->state = FUSEDEV_SERVING;
     s->woken = false;
     s->parked_us = 0;
-    s->deadline_us = now_us() + d->deadline_us;
+    w->fuse.now_us = now_us();
+    r->began_us = 0;
+    s->deadline_us = w->fuse.now_us + d->deadline_us;
     r->wait.deadline_us = s->deadline_us;
     return serve_slot(w, s);
 }

@@ -23,7 +23,7 @@ void job_begin(struct job *j, uint64_t id)
     j->id = id;
     atomic_store(&j->cancelled, false);
     j->unspaced = j->bad = j->lost = false;
-    j->fed = 0;
+    j->fed = j->wasted = 0;
     j->pos = j->coff;
     j->cursor = 0;
     j->pend_off = j->pend_len = 0;
@@ -223,6 +223,7 @@ static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digest
             from = v + 1;
             j->state[j->views[v].rel] = JOB_BAD;
             j->bad = true;
+            j->wasted += j->kind == VND_JOB_VERIFY ? 0 : m.t->chunk[j->first + j->views[v].rel].csize;
             m.wrong++;
         } else if (v + 1 == count || !views_touch(&m, v)) {
             settle_views(&m, from, v + 1);
@@ -310,15 +311,17 @@ static void meta_end(struct job *j, int error)
     handle_put(b);
 }
 
-void vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const char *text)
+uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const char *text)
 {
     struct job *j = job_get(e, job_id);
     struct blob_core *c;
+    uint64_t wasted;
     bool shed;
 
     if (!j)
-        return;
+        return 0;
     c = j->core;
+    wasted = j->wasted < j->fed ? j->wasted : j->fed;
     shed = j->prefetch && job_unwanted(e->fetcher, j) && !atomic_load(&j->cancelled) && !atomic_load(&c->closed) &&
            !atomic_load(&e->fetcher->down);
     /* First: chunks asked for again are claimed anew, maybe by another thread at once. */
@@ -342,4 +345,5 @@ void vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const cha
     fetch_release_slot(e->fetcher, j);
     pthread_mutex_unlock(&j->lock);
     core_put(c);
+    return wasted;
 }

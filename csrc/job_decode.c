@@ -54,11 +54,13 @@ static void skip(struct job *j, struct input *in, uint64_t n)
 
     j->pend_off += a;
     j->pos += a;
+    j->wasted += a;
     n -= a;
     a = in->len < n ? in->len : (size_t)n;
     in->p += a;
     in->len -= a;
     j->pos += a;
+    j->wasted += a;
 }
 
 /* n bytes at the read position in one piece; NULL: they have not all come (what did is kept), or -ENOMEM in *rc. */
@@ -191,6 +193,7 @@ static int decode(struct job *j, struct input *in)
         if (rc == -EBADMSG) {
             j->state[j->cursor++] = JOB_BAD;
             j->bad = true;
+            j->wasted += k->csize;
             break;
         }
         if (!rc)

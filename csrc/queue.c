@@ -176,7 +176,7 @@ static bool fetch(struct queue *q)
     int n;
 
     if (q->next_resubmit < q->n_resubmit) {
-        now = now_us();
+        now = q->worker.now_us = now_us();
         for (n = 0; n < FETCH_BUDGET && q->next_resubmit < q->n_resubmit && !q->broken; n++)
             queue_fetch_head(q, q->resubmit[q->next_resubmit++], true, now);
         return true;
@@ -189,7 +189,7 @@ static bool fetch(struct queue *q)
         return false;
     }
     vring_disarm(&q->vring);
-    now = now_us();
+    now = q->worker.now_us = now_us();
     for (n = n < FETCH_BUDGET ? n : FETCH_BUDGET; n > 0 && !q->broken; n--) {
         if (vring_next(&q->vring, &head) != 0)
             queue_break(q, VND_CAUSE_GUEST, "a head beyond the ring was offered");
@@ -307,9 +307,11 @@ int queue_init(struct queue *q, struct vnd_engine *e, struct vnd_vfs *v, struct 
     q->kick_fd = q->call_fd = q->err_fd = q->epoll_fd = q->wake_fd = -1;
     pthread_mutex_init(&q->lock, NULL);
     pthread_cond_init(&q->acked, NULL);
+    pthread_mutex_init(&q->parked_lock, NULL);
     rc = fuse_worker_init(&q->worker, e, v);
     if (rc != 0)
         return rc;
+    atomic_store(&q->worker.counters.waiting, queue_list_waiting);
     q->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     q->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (q->epoll_fd < 0 || q->wake_fd < 0 || epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, q->wake_fd, &ev) != 0) {
@@ -361,5 +363,6 @@ void queue_free(struct queue *q, struct vnd_vfs *v)
     close_fd(&q->epoll_fd);
     close_fd(&q->wake_fd);
     pthread_mutex_destroy(&q->lock);
+    pthread_mutex_destroy(&q->parked_lock);
     pthread_cond_destroy(&q->acked);
 }

@@ -90,6 +90,7 @@ struct queue {
     struct queue_slot *slots;
     uint32_t n_slots;
     uint32_t n_parked, n_zombies;
+    pthread_mutex_t parked_lock;        /* the thread changes the list under it, others read it under it */
     struct queue_slot *first, *last;    /* parked */
     struct store_wait *todo;        /* taken from done, oldest first */
     uint16_t *resubmit;             /* heads of a dead process, oldest first */
@@ -139,5 +140,6 @@ void queue_fail_parked(struct queue *q);                    /* EIO to all, those
 void queue_release(struct queue *q, struct queue_slot *s);
 void queue_unpark(struct queue *q, struct queue_slot *s);
 void queue_wake(struct store_wait *w);                      /* any thread */
+int queue_list_waiting(struct engine_counters *c, vnd_waiting *out, int max, int64_t now);  /* any thread */
 
 #endif

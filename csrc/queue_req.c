@@ -167,6 +167,7 @@ static void note_oldest(struct queue *q)
 
 static void link_parked(struct queue *q, struct queue_slot *s)
 {
+    pthread_mutex_lock(&q->parked_lock);
     s->prev = q->last;
     s->next = NULL;
     if (q->last != NULL)
@@ -174,12 +175,14 @@ static void link_parked(struct queue *q, struct queue_slot *s)
     else
         q->first = s;
     q->last = s;
+    pthread_mutex_unlock(&q->parked_lock);
     q->n_parked++;
     note_oldest(q);
 }
 
 void queue_unpark(struct queue *q, struct queue_slot *s)
 {
+    pthread_mutex_lock(&q->parked_lock);
     if (s->prev != NULL)
         s->prev->next = s->next;
     else
@@ -189,8 +192,22 @@ void queue_unpark(struct queue *q, struct queue_slot *s)
     else
         q->last = s->prev;
     s->prev = s->next = NULL;
+    pthread_mutex_unlock(&q->parked_lock);
     q->n_parked--;
     note_oldest(q);
+}
+
+int queue_list_waiting(struct engine_counters *c, vnd_waiting *out, int max, int64_t now)
+{
+    struct queue *q = (struct queue *)(void *)((char *)c - offsetof(struct queue, worker.counters));
+    int n = 0;
+
+    pthread_mutex_lock(&q->parked_lock);
+    for (const struct queue_slot *s = q->first; s != NULL && n < max; s = s->next)
+        out[n++] = (vnd_waiting){ .nodeid = s->req.in.nodeid, .unique = s->req.in.unique, .opcode = s->req.in.opcode,
+                                  .wait_us = now > s->parked_us ? (uint64_t)(now - s->parked_us) : 0 };
+    pthread_mutex_unlock(&q->parked_lock);
+    return n;
 }
 
 static void free_segs(struct queue_slot *s)
@@ -311,6 +328,7 @@ static int load_request(struct queue *q, struct queue_slot *s, const struct vrin
     r->args_len = r->body_len < REQ_ARGS_MAX ? r->body_len : REQ_ARGS_MAX;
     r->out_cap = c->out_bytes;
     r->out_len = 0;
+    r->began_us = 0;
     r->ops = &queue_req_ops;
     store_wait_init(&r->wait, queue_wake, s);
     rc = copy_in(s, 0, &r->in, head);

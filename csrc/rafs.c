@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "metrics.h"
 #include "rafs_int.h"
 
 /* The first that recognises the bytes opens them: v5 is told by its first bytes, whatever stands at 1024
@@ -198,7 +199,11 @@ vnd_rafs *vnd_rafs_open(vnd_engine *engine, const char *bootstrap, const char *b
         rafs_fail(&e, VND_CAUSE_IO, "out of memory");
     } else if (rafs_image_map(r, &e) == 0 && open_version(r, &e) == 0 && resolve_ids(r, blob_id, &e) == 0 &&
                open_blobs(r, &e) == 0 && rafs_backing_new(r) == 0) {
-        return r;
+        r->fs.metrics = metrics_new(r->info.inode_count);
+        if (r->fs.metrics) {
+            return r;
+        }
+        rafs_fail(&e, VND_CAUSE_IO, "out of memory");
     }
     vnd_rafs_free(r);
     return NULL;
@@ -219,6 +224,7 @@ void vnd_rafs_free(vnd_rafs *r)
     }
     rafs_backing_free(r);
     rafs_image_unmap(r);
+    metrics_free(r->fs.metrics);
     pthread_mutex_destroy(&r->index_lock);
     free(r->index);
     free(r->blobs);
@@ -243,6 +249,26 @@ int vnd_rafs_blob_info(vnd_rafs *r, uint32_t index, vnd_blob_info *out)
 vnd_blob *vnd_rafs_blob(vnd_rafs *r, uint32_t index)
 {
     return index < r->info.blob_count ? r->blobs[index].blob : NULL;
+}
+
+void vnd_rafs_stats(vnd_rafs *r, vnd_mount_stats *out)
+{
+    metrics_sum(r->fs.metrics, out);
+}
+
+void vnd_rafs_count_files(vnd_rafs *r, int on)
+{
+    metrics_keep(r->fs.metrics, on);
+}
+
+uint64_t vnd_rafs_file_stats(vnd_rafs *r, vnd_file_stats *out, uint64_t max)
+{
+    return metrics_files(r->fs.metrics, out, max);
+}
+
+uint64_t vnd_rafs_latest_read(vnd_rafs *r, uint64_t *inos, uint64_t max)
+{
+    return metrics_latest(r->fs.metrics, inos, max);
 }
 
 struct fs *rafs_fs(vnd_rafs *r)

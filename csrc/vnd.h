@@ -82,7 +82,7 @@ typedef struct {                  /* monotonic counters since engine start, all 
 void vnd_engine_stats(vnd_engine *e, vnd_stats *out);
 
 /* File operations counted, in nydusd's order: getattr readlink open release read statfs getxattr listxattr opendir
- * lookup readdir readdirplus access forget batch_forget. Replies to READ by size: up to 1K 4K 16K 64K 128K 512K 1M,
+ * lookup readdir readdirplus access forget batch_forget. Replies to READ by size: below 1K 4K 16K 64K 128K 512K 1M,
  * more. */
 #define VND_FOPS 15
 #define VND_READ_SIZES 8
@@ -91,7 +91,13 @@ typedef struct {
     uint64_t errors[VND_FOPS];    /* answered with another error */
     uint64_t read_sizes[VND_READ_SIZES];
 } vnd_fop_stats;
-void vnd_engine_fop_stats(vnd_engine *e, vnd_fop_stats *out);
+
+/* Requests that wait for data, of all transports: their number, at most max. */
+typedef struct {
+    uint64_t nodeid, unique, wait_us;
+    uint32_t opcode;
+} vnd_waiting;
+int vnd_engine_waiting(vnd_engine *e, vnd_waiting *out, int max);
 
 /* ---------------------------------------------------------------- store: one cache directory */
 typedef struct vnd_store vnd_store;
@@ -145,6 +151,27 @@ void vnd_rafs_info_get(vnd_rafs *r, vnd_rafs_info *out);
 int vnd_rafs_blob_info(vnd_rafs *r, uint32_t index, vnd_blob_info *out);
 /* The store's blob of that index, borrowed; NULL without a store. Python keys its backends by it. */
 vnd_blob *vnd_rafs_blob(vnd_rafs *r, uint32_t index);
+/* What guests did with this image, since it was opened. A read counts in all but fops if it gave bytes. */
+#define VND_LATENCIES 8
+typedef struct {
+    vnd_fop_stats fops;           /* forgets, which name many inodes at once, are the engine's alone */
+    uint64_t read_latencies[VND_LATENCIES];   /* reads by time: up to 200 us, 1 20 50 500 ms, 1 2 s, more */
+    uint64_t read_latency_us;     /* of all */
+    uint64_t read_bytes;
+    uint64_t reads_at_once, reads_waited;
+} vnd_mount_stats;
+void vnd_rafs_stats(vnd_rafs *r, vnd_mount_stats *out);
+/* Whether single inodes are counted too, from now on. */
+void vnd_rafs_count_files(vnd_rafs *r, int on);
+typedef struct {                  /* of an inode that an operation succeeded on; one inode may have several of these */
+    uint64_t ino, data_read, reads, first_read_s;     /* CLOCK_REALTIME */
+    uint32_t first_read_ns;
+    uint32_t hits[VND_FOPS], errors[VND_FOPS], read_sizes[VND_READ_SIZES];
+} vnd_file_stats;
+/* How many there are; the first max of them are copied. */
+uint64_t vnd_rafs_file_stats(vnd_rafs *r, vnd_file_stats *out, uint64_t max);
+/* Inodes read since they were last given by this: their number; call again until it is 0. One may come twice. */
+uint64_t vnd_rafs_latest_read(vnd_rafs *r, uint64_t *inos, uint64_t max);
 /* Must not be mounted any more. */
 void vnd_rafs_free(vnd_rafs *r);
 
@@ -221,8 +248,9 @@ int vnd_job_chunks(vnd_engine *e, uint64_t job_id, vnd_chunk_view *out, int max)
  * right ones are kept), -ENOSPC when kept in memory only. */
 int vnd_job_commit(vnd_engine *e, uint64_t job_id, const uint8_t *digests, int n);
 /* Ends the job whatever its state. error 0 or a positive errno with its cause and one line for the log. Chunks of
- * the range that are not ready fail their waiters (error != 0) or are asked for anew (error == 0). */
-void vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const char *text);
+ * the range that are not ready fail their waiters (error != 0) or are asked for anew (error == 0). Gives the bytes
+ * that were fed and of no use: chunks that were here already or had a wrong digest. */
+uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const char *text);
 
 /* Asks for chunks [first, first+n) of a blob, n 0 = to its end, behind all demand. tag groups a request. */
 int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag);

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 ERR_MAX: int = lib.VND_ERR_MAX
 SESSION_RAFS: int = lib.VND_SESSION_RAFS
 SESSION_MIXED: int = lib.VND_SESSION_MIXED
+WAITING_MAX = 1024
+FILES_SLACK = 64
+INODES_AT_ONCE = 4096
 
 _STATS = ("fuse_requests", "fuse_errors", "read_bytes", "hits", "parked", "expired", "pool_reads", "fetch_jobs",
           "fetched_bytes", "fetched_chunks", "verified_chunks", "digest_failures", "prefetch_bytes", "ring_errors",
@@ -33,6 +36,34 @@ def require(ok: object, err: "Any", cause: "Cause" = Cause.IO) -> None:
     """Raises the engine's own error line unless ok."""
     if not ok:
         raise Failure(text_of(err) or "the engine is out of memory", cause)
+
+
+class MountStats:
+    """vnd_mount_stats: what guests did with one image. Lists are by nydusd's numbers and buckets."""
+
+    __slots__ = ("errors", "hits", "read_bytes", "read_latencies", "read_latency_us", "read_sizes", "reads_at_once",
+                 "reads_waited")
+
+    def __init__(self, raw: "Any") -> None:
+        self.hits, self.errors = list(raw.fops.hits), list(raw.fops.errors)
+        self.read_sizes, self.read_latencies = list(raw.fops.read_sizes), list(raw.read_latencies)
+        self.read_latency_us: int = raw.read_latency_us
+        self.read_bytes: int = raw.read_bytes
+        self.reads_at_once: int = raw.reads_at_once
+        self.reads_waited: int = raw.reads_waited
+
+
+class FileStats:
+    """vnd_file_stats: what one inode was asked for. first_read: seconds and nanoseconds since 1970."""
+
+    __slots__ = ("data_read", "errors", "first_read", "hits", "ino", "read_sizes", "reads")
+
+    def __init__(self, raw: "Any") -> None:
+        self.ino: int = raw.ino
+        self.data_read: int = raw.data_read
+        self.reads: int = raw.reads
+        self.first_read: tuple[int, int] = (raw.first_read_s, raw.first_read_ns)
+        self.hits, self.errors, self.read_sizes = list(raw.hits), list(raw.errors), list(raw.read_sizes)
 
 
 class Event:
@@ -78,11 +109,11 @@ class Engine:
         lib.vnd_engine_stats(self.handle, out)
         return {name: getattr(out, name) for name in _STATS}
 
-    def fop_stats(self) -> dict[str, list[int]]:
-        """File operations since start: hits and errors by nydusd's numbers, read_sizes by nydusd's buckets."""
-        out = ffi.new("vnd_fop_stats *")
-        lib.vnd_engine_fop_stats(self.handle, out)
-        return {"hits": list(out.hits), "errors": list(out.errors), "read_sizes": list(out.read_sizes)}
+    def waiting(self) -> "list[tuple[int, int, int, int]]":
+        """Requests that wait for data: (nodeid, opcode, unique, microseconds so far), WAITING_MAX at most."""
+        out = ffi.new("vnd_waiting[]", WAITING_MAX)
+        count: int = lib.vnd_engine_waiting(self.handle, out, WAITING_MAX)
+        return [(one.nodeid, one.opcode, one.unique, one.wait_us) for one in out[0:count]]
 
     def prefetch_pending(self, tag: int) -> bool:
         """Whether anything of the tag is queued or being fetched."""
@@ -164,6 +195,32 @@ class Rafs:
             if lib.vnd_rafs_blob_info(self.handle, index, raw) == 0:
                 key = int(ffi.cast("uintptr_t", lib.vnd_rafs_blob(self.handle, index)))
                 found.append(BlobInfo(raw, key))
+        return found
+
+    def stats(self) -> "MountStats":
+        """What guests did with it, since it was opened."""
+        out = ffi.new("vnd_mount_stats *")
+        lib.vnd_rafs_stats(self.handle, out)
+        return MountStats(out)
+
+    def count_files(self, on: bool) -> None:
+        """Whether single inodes are counted too, from now on."""
+        lib.vnd_rafs_count_files(self.handle, on)
+
+    def file_stats(self) -> "list[FileStats]":
+        """Of each inode that an operation succeeded on; an inode may have several, one a thread that served it."""
+        count: int = lib.vnd_rafs_file_stats(self.handle, ffi.NULL, 0)
+        room = count + FILES_SLACK      # what is new meanwhile
+        out = ffi.new("vnd_file_stats[]", room)
+        count = min(room, lib.vnd_rafs_file_stats(self.handle, out, room))
+        return [FileStats(one) for one in out[0:count]]
+
+    def latest_read(self) -> set[int]:
+        """Inodes that were read since the last call."""
+        found: set[int] = set()
+        out = ffi.new("uint64_t[]", INODES_AT_ONCE)
+        while count := lib.vnd_rafs_latest_read(self.handle, out, INODES_AT_ONCE):
+            found.update(out[0:count])
         return found
 
     def prefetch_blob(self, index: int, tag: int = 0) -> None:

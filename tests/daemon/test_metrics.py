@@ -1,26 +1,18 @@
-"""Metrics over the API: every key of nydusd's documents with its meaning, Prometheus text, hot changes of the login."""
+"""Metrics over the API: every key of nydusd's documents, mount by mount; hot changes of the login."""
 
 import base64
-import http.client
-import json
 import re
-import socket
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+import shutil
+import threading
+import time
+from collections.abc import Callable
 
 import pytest
 
+from tests.daemon.conftest import Daemon
 from tests.peers.faulty_server import FaultyServer
 from tests.store.conftest import Image
 from tests.system.daemon import wait_until
-from virtiofsd_nydus.daemon.config import parse_config
-from virtiofsd_nydus.daemon.log import Log
-from virtiofsd_nydus.daemon.service import Service
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
-
-SECRET = "the-secret-word"
-AUTH = base64.b64encode(f"someone:{SECRET}".encode()).decode()
 
 GLOBAL_KEYS = {
     "files_account_enabled", "access_pattern_enabled", "record_latest_read_files_enabled", "measure_latency", "id",
@@ -30,146 +22,172 @@ BACKEND_KEYS = {
     "backend_type", "read_count", "read_errors", "read_amount_total", "read_cumulative_latency_millis_total",
     "read_cumulative_latency_millis_dist", "read_count_block_size_dist", "read_latency_sizes_dist"}
 BLOBCACHE_KEYS = {
-    "id", "underlying_files", "store_path", "partial_hits", "whole_hits", "total", "entries_count",
+    "underlying_files", "store_path", "partial_hits", "whole_hits", "total", "entries_count",
     "prefetch_data_amount", "prefetch_requests_count", "prefetch_workers", "prefetch_unmerged_chunks",
     "prefetch_cumulative_time_millis", "prefetch_begin_time_secs", "prefetch_begin_time_millis",
     "prefetch_end_time_secs", "prefetch_end_time_millis", "buffered_backend_size", "data_all_ready"}
-
-
-@pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    return Image(tmp_path_factory.mktemp("image"), "zstd", "blake3")
-
-
-class Daemon:
-    """A service with the image behind a faulty registry that wants a token, and its API."""
-
-    def __init__(self, image: Image, directory: Path, server: FaultyServer) -> None:
-        self.image, self.server, self.directory = image, server, directory
-        self.api = directory / "api.sock"
-        self.log = directory / "log"
-        self.service = Service(Log("info", str(self.log)), read_deadline_ms=3000)
-
-    def config(self, identity: str, work_dir: str, **prefetch: object) -> str:
-        return json.dumps({
-            "version": 2, "id": identity,
-            "backend": {"type": "registry", "registry": {
-                "scheme": "http", "host": self.server.host, "repo": "a/b", "auth": AUTH, "timeout": 1}},
-            "cache": {"type": "blobcache", "filecache": {"work_dir": str(self.directory / work_dir)}},
-            "rafs": {"iostats_files": True, "prefetch": prefetch}})
-
-    def start(self, with_image: bool = True, **prefetch: object) -> None:
-        if not with_image:
-            self.service.start(sock=str(self.directory / "fs.sock"), fd=None, apisock=str(self.api), bootstrap=None,
-                               config=None)
-            return
-        self.service.start(sock=str(self.directory / "fs.sock"), fd=None, apisock=str(self.api),
-                           bootstrap=str(self.image.bootstrap), mountpoint="/",
-                           config=parse_config(self.config("conf-1", "cache", **prefetch)))
-
-    def call(self, path: str, method: str = "GET", body: object = None) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("localhost", timeout=20)
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.connect(str(self.api))
-        connection.request(method, path, body=json.dumps(body) if body is not None else None)
-        answer = connection.getresponse()
-        raw = answer.read()
-        connection.close()
-        assert SECRET.encode() not in raw and AUTH.encode() not in raw
-        if answer.headers.get("Content-Type") == "application/json":
-            return answer.status, json.loads(raw)
-        return answer.status, raw.decode()
-
-    def read(self, name: str) -> bytes:
-        """Reads a file as a guest that has just booted."""
-        with FakeGuest(self.directory / "fs.sock") as guest:
-            guest.fuse.init()
-            return guest.fuse.read_file(name)
-
-
-@pytest.fixture
-def daemon(image: Image, tmp_path: Path) -> Iterator[Callable[..., Daemon]]:
-    made: list[Daemon] = []
-    with FaultyServer() as server:
-        server.blobs[image.blob.name] = image.blob.read_bytes()
-        server.token_user = f"someone:{SECRET}"
-
-        def daemon(**how: Any) -> Daemon:
-            one = Daemon(image, tmp_path, server)
-            made.append(one)
-            one.start(**how)
-            return one
-
-        yield daemon
-        for one in made:
-            one.service.stop()
-            text = one.log.read_text()
-            assert SECRET not in text and AUTH not in text
-
-
-def prometheus(text: str) -> dict[str, float]:
-    """Samples by name with labels; the text is checked line by line."""
-    found: dict[str, float] = {}
-    typed: set[str] = set()
-    for line in text.splitlines():
-        if line.startswith("# "):
-            match = re.fullmatch(r"# (?:HELP (\w+) \S.*|TYPE (\w+) (?:counter|gauge))", line)
-            assert match, line
-            typed.add(match.group(1) or match.group(2))
-            continue
-        match = re.fullmatch(r'((\w+)(?:\{(?:\w+="[^"\n]*",?)+\})?) (-?[0-9.]+)', line)
-        assert match and match.group(2) in typed, line
-        found[match.group(1)] = float(match.group(3))
-    assert text.endswith("\n")
-    return found
+FILE_KEYS = {"total_fops", "data_read", "block_count_read", "fop_hits", "fop_errors"}
+GETATTR, READ, LOOKUP = 0, 4, 9
+READ_BYTES = 131072     # what the fake guest asks for at a time
 
 
 def test_keys_and_meaning(image: Image, daemon: Callable[..., Daemon]) -> None:
     one = daemon()
     name = "file-11"
-    assert one.read(name) == image.files[name]
-    assert one.read(name) == image.files[name]
+    size = len(image.files[name])
+    for _ in range(2):
+        assert one.read(name) == image.files[name]
     status, found = one.call("/api/v1/metrics")
     assert status == 200 and set(found) == GLOBAL_KEYS
-    assert found["files_account_enabled"] is True and found["id"] == "/"
+    assert found["files_account_enabled"] is found["measure_latency"] is True and found["id"] == "/"
     assert [len(found[key]) for key in ("fop_hits", "fop_errors", "block_count_read", "read_latency_dist")] == [
         15, 15, 8, 8]
-    assert found["data_read"] == 2 * len(image.files[name])
-    reads = -(-len(image.files[name]) // 131072)    # the fake guest asks for 128 KiB at a time
-    assert found["fop_hits"][4] == sum(found["block_count_read"]) >= 2 * reads
-    assert found["block_count_read"][4] >= 2 * (reads - 1)
-    assert found["fop_hits"][9] == 2 and found["fop_errors"] == [0] * 15     # one lookup a read
-    status, found = one.call("/api/v1/metrics/backend?id=/")
+    assert found["data_read"] == 2 * size
+    full, rest = divmod(size, READ_BYTES)
+    # Buckets begin at 0, 1K, 4K, 16K, 64K, 128K, 512K, 1M. The fake guest reads until nothing comes
+    sizes = [0] * 8
+    sizes[5] = 2 * full
+    sizes[sum(rest >= bound << 10 for bound in (1, 4, 16, 64, 128, 512, 1024))] += 2
+    ends = sum(found["block_count_read"]) - sum(sizes)
+    sizes[0] += ends
+    assert found["block_count_read"] == sizes and ends in (0, 2)
+    assert found["fop_hits"][READ] == 2 * (full + 1) + ends
+    assert found["fop_hits"][LOOKUP] == 2 and found["fop_errors"] == [0] * 15     # one lookup a read
+    assert sum(found["read_latency_dist"]) == 2 * (full + 1)    # of those that gave bytes
+    latencies = found["fop_cumulative_latency_total"]
+    assert latencies[READ] > 0 and sum(latencies) == latencies[READ]
+    asked = len(one.server.ranges(image.blob.name)) - 1         # less the one that was answered 401
+    status, found = wait_until(lambda: (answer := one.call("/api/v1/metrics/backend?id=/"))[1]["read_count"] == asked
+                               and answer, "the last attempt is over")     # which its reader does not wait for
     assert status == 200 and set(found) == BACKEND_KEYS
     assert found["backend_type"] == "registry" and found["read_errors"] == 0
-    assert found["read_count"] == len(one.server.ranges(image.blob.name)) - 1     # less the one that was answered 401
     assert sum(found["read_count_block_size_dist"]) == found["read_count"]
     assert 0 < found["read_amount_total"] <= image.blob.stat().st_size
     status, found = one.call("/api/v1/metrics/blobcache?id=conf-1")
     assert status == 200 and set(found) == BLOBCACHE_KEYS
-    assert found["underlying_files"] == [image.blob.name] and found["store_path"] == str(one.directory / "cache")
+    assert found["underlying_files"] == [f"{image.blob.name}.blob.data"]
+    assert found["store_path"] == str(one.directory / "cache")
     assert found["entries_count"] > 0 and found["data_all_ready"] is False
-    assert found["total"] >= found["whole_hits"] > 0
-    assert found["prefetch_data_amount"] == found["prefetch_workers"] == 0
-    assert one.call("/api/v1/metrics/files") == (200, {})
-    assert one.call("/api/v1/metrics/files?latest=true") == (200, [])
-    assert one.call("/api/v1/metrics/pattern") == (200, [])
+    assert found["total"] == 2 * (full + 1) > found["partial_hits"] >= full + 1
+    assert found["whole_hits"] == found["buffered_backend_size"] == 0
+    assert not [key for key in found if key.startswith("prefetch_") and found[key]]
     assert one.call("/api/v1/metrics/inflight") == (204, "")
 
 
+def test_a_slow_read_shows_in_the_latencies(image: Image, daemon: Callable[..., Daemon]) -> None:
+    """It begins when the guest asks, not when the bytes are there."""
+    one = daemon()
+    one.server.inject("delay", seconds=0.6, match="/blobs/")
+    assert one.read("file-01") == image.files["file-01"]
+    found = one.call("/api/v1/metrics")[1]
+    assert sum(found["read_latency_dist"]) == 1 and not sum(found["read_latency_dist"][:5])    # over 500 ms
+    assert found["fop_cumulative_latency_total"][READ] >= 600_000
+
+
+def test_single_files(image: Image, daemon: Callable[..., Daemon]) -> None:
+    one = daemon()
+    before = time.time()
+    with one.guest() as guest:
+        guest.fuse.init()
+        inos = {}
+        for name in ("file-01", "file-02", "file-03"):
+            inos[name] = guest.fuse.walk(name).nodeid & (1 << 48) - 1
+        for name, times in (("file-01", 3), ("file-02", 1)):
+            for _ in range(times):
+                assert guest.fuse.read_file(name) == image.files[name]
+        with pytest.raises(OSError):
+            guest.fuse.getattr(guest.fuse.walk("file-01").nodeid + (1 << 40))       # no such inode
+    status, files = one.call("/api/v1/metrics/files")
+    assert status == 200 and all(set(of_file) == FILE_KEYS for of_file in files.values())
+    first, second = files[str(inos["file-01"])], files[str(inos["file-02"])]
+    assert str(inos["file-03"]) not in files        # only looked up, which is its directory's
+    assert len(files) == 3
+    assert first["data_read"] == 3 * len(image.files["file-01"]) and first["fop_hits"][READ] >= 3
+    assert second["data_read"] == len(image.files["file-02"])
+    assert sum(first["block_count_read"]) == first["fop_hits"][READ]
+    assert first["total_fops"] == sum(first["fop_hits"]) + sum(first["fop_errors"])
+    status, patterns = one.call("/api/v1/metrics/pattern")
+    assert status == 200
+    by_ino = {one.pop("ino"): one for one in patterns}
+    assert set(by_ino) == {inos["file-01"], inos["file-02"]}
+    assert by_ino[inos["file-01"]]["nr_read"] == first["fop_hits"][READ]
+    times = [by_ino[inos[name]]["first_access_time_secs"] + by_ino[inos[name]]["first_access_time_nanos"] / 1e9
+             for name in ("file-01", "file-02")]
+    assert before <= times[0] <= times[1] <= time.time()
+    status, latest = one.call("/api/v1/metrics/files?latest=true")
+    shown = {ino for one in latest for ino in range(one[0], one[-1] + 1)}
+    assert status == 200 and shown == {inos["file-01"], inos["file-02"]}
+    assert one.call("/api/v1/metrics/files?latest=true") == (200, [])       # told once
+    assert one.read("file-02") == image.files["file-02"]
+    assert one.call("/api/v1/metrics/files?latest=true") == (200, [[inos["file-02"]]])
+
+
+def test_single_files_only_where_asked(image: Image, daemon: Callable[..., Daemon]) -> None:
+    one = daemon(rafs={"access_pattern": True})
+    assert one.read("file-01") == image.files["file-01"]
+    assert one.call("/api/v1/metrics/files") == (200, {})
+    assert one.call("/api/v1/metrics/files?latest=true") == (200, [])
+    assert len(one.call("/api/v1/metrics/pattern")[1]) == 1
+
+
+def test_each_mount_counts_for_itself(image: Image, daemon: Callable[..., Daemon]) -> None:
+    one = daemon(with_image=False)
+    for name, rafs in (("first", None), ("second", {})):
+        one.service.mount_rafs(f"/{name}", str(image.bootstrap), one.config(f"conf-{name}", name, rafs))
+    assert one.read("first/file-05") == image.files["file-05"]
+    first, second = (one.call(f"/api/v1/metrics?id=/{name}")[1] for name in ("first", "second"))
+    assert first["id"] == "/first" and second["id"] == "/second"
+    assert first["data_read"] == len(image.files["file-05"])
+    assert second["data_read"] == sum(second["fop_hits"]) == sum(second["read_latency_dist"]) == 0
+    assert first["fop_hits"][LOOKUP] == 1       # of file-05; /first is not in the image
+    for name, nothing in (("first", False), ("second", True)):
+        cache = one.call(f"/api/v1/metrics/blobcache?id=conf-{name}")[1]
+        assert (cache["total"] == 0) is (cache["entries_count"] == 0) is nothing
+        assert cache["store_path"] == str(one.directory / name)
+        assert (one.call(f"/api/v1/metrics/files?id=/{name}")[1] == {}) is nothing
+        assert (one.call(f"/api/v1/metrics/pattern?id=/{name}")[1] == []) is nothing
+        assert bool(one.service.find_mount(f"/{name}").backend.meter.own_metrics()["received_bytes"]) is not nothing
+    assert one.read("second/file-05") == image.files["file-05"]
+    assert one.call("/api/v1/metrics?id=/second")[1]["data_read"] == len(image.files["file-05"])
+    assert one.call("/api/v1/metrics?id=/first")[1] == first
+
+
+def test_chunks_found_in_the_cache_are_whole_hits(image: Image, daemon: Callable[..., Daemon]) -> None:
+    """Another tool's cache, or ours without our own map: verified first, not fetched."""
+    one = daemon()
+    assert one.read("file-11") == image.files["file-11"]
+    kept = one.call("/api/v1/metrics/blobcache")[1]["entries_count"]
+    one.stop()
+    shutil.rmtree(one.directory / "cache" / ".virtiofsd-nydus")
+    again = daemon()
+    assert again.read("file-11") == image.files["file-11"]
+    found = wait_until(lambda: (answer := again.call("/api/v1/metrics/blobcache")[1])["whole_hits"] and answer,
+                       "chunks were verified")
+    assert 0 < found["whole_hits"] <= kept
+    assert again.call("/api/v1/metrics/backend")[1]["read_count"] == 0
+
+
 def test_prefetch_numbers(image: Image, daemon: Callable[..., Daemon]) -> None:
+    began = time.time()
     one = daemon(enable=True, prefetch_all=True)
-    found = wait_until(lambda: (answer := one.call("/api/v1/metrics/blobcache")[1])["data_all_ready"] and answer,
-                       "everything fetched")
-    assert found["prefetch_data_amount"] >= image.blob.stat().st_size * 0.9
+    chunks = sum(blob.chunk_count for blob in one.service.find_mount("/").image.blobs())
+    found = wait_until(lambda: (answer := one.call("/api/v1/metrics/blobcache")[1])["data_all_ready"]
+                       and answer["prefetch_unmerged_chunks"] >= chunks and answer, "everything fetched")
+    size = image.blob.stat().st_size
+    assert 0.9 * size < found["prefetch_data_amount"] <= size
+    assert found["prefetch_unmerged_chunks"] == chunks == found["entries_count"]
+    assert 1 <= found["prefetch_requests_count"] <= chunks
     assert found["prefetch_workers"] > 0
-    assert found["prefetch_end_time_secs"] >= found["prefetch_begin_time_secs"] > 1_600_000_000
+    first, last = (found[f"prefetch_{name}_time_secs"] + found[f"prefetch_{name}_time_millis"] / 1000
+                   for name in ("begin", "end"))
+    assert int(began) <= first <= last <= time.time()
+    taken_ms = found["prefetch_cumulative_time_millis"]
+    assert taken_ms / 1000 <= (last - first + 0.01) * found["prefetch_workers"]
+    assert found["total"] == 0      # nobody has read
 
 
 def test_bandwidth_limit_of_prefetch(image: Image, daemon: Callable[..., Daemon]) -> None:
     """A tenth of the blob a second: prefetch keeps to it in the long run while a reader is served at once."""
-    import time
-
     size = image.blob.stat().st_size
     began = time.monotonic()
     one = daemon(enable=True, prefetch_all=True, bandwidth_limit=size // 10)
@@ -192,48 +210,43 @@ def test_which_instance(image: Image, daemon: Callable[..., Daemon]) -> None:
     one.service.mount_rafs("/second", str(image.bootstrap), one.config("conf-2", "cache-2"))
     assert one.call("/api/v1/metrics")[0] == 404      # which of the two?
     assert one.call("/api/v1/metrics?id=/second")[1]["id"] == "/second"
-    assert one.call("/api/v1/metrics/blobcache?id=conf-2")[1]["id"] == "conf-2"
+    assert one.call("/api/v1/metrics/blobcache?id=conf-2")[1]["store_path"].endswith("cache-2")
 
 
-def test_prometheus(image: Image, daemon: Callable[..., Daemon]) -> None:
-    one = daemon()
-    assert one.read("file-11") == image.files["file-11"]
-    status, text = one.call("/api/ext/v1/metrics")
-    found = prometheus(text)
-    assert status == 200
-    where = '{mountpoint="/",backend="registry"}'
-    assert found["virtiofsd_nydus_needed_bytes_total"] >= len(image.files["file-11"])
-    assert 0 < found["virtiofsd_nydus_fetched_bytes_total"] <= image.blob.stat().st_size
-    assert found["virtiofsd_nydus_reads_waited_total"] >= 1
-    assert found['virtiofsd_nydus_file_operations_total{operation="lookup"}'] == 1
-    assert found["virtiofsd_nydus_oldest_wait_seconds"] == 0
-    assert found["virtiofsd_nydus_wasted_bytes_total"] == 0     # bytes count on arrival, before the reader has them
-    assert found[f"virtiofsd_nydus_backend_healthy{where}"] == 1
-    assert found[f"virtiofsd_nydus_backend_login_refused{where}"] == 0
-    assert found[f"virtiofsd_nydus_backend_received_bytes_total{where}"] >= found["virtiofsd_nydus_fetched_bytes_total"]
-
-
-def test_a_read_that_hangs_shows(image: Image, daemon: Callable[..., Daemon]) -> None:
-    import threading
-
-    one = daemon()
+def test_reads_that_hang_show(image: Image, daemon: Callable[..., Daemon]) -> None:
+    """Each of them, with what nydusd's clients look at; and each mount's oldest."""
+    one = daemon(with_image=False)
+    for name in ("first", "second"):
+        one.service.mount_rafs(f"/{name}", str(image.bootstrap), one.config(name, name))
     one.server.inject("delay", seconds=30, times=-1)
 
-    def run() -> None:
+    def run(name: str) -> None:
         with pytest.raises(OSError):
-            one.read("file-11")
+            one.read(f"first/{name}")
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    status, found = wait_until(lambda: (answer := one.call("/api/v1/metrics/inflight"))[0] == 200 and answer,
-                               "the read is in flight")
-    assert status == 200 and found[0]["opcode"] == 15 and found[0]["timestamp_secs"] > 1_600_000_000
-    assert prometheus(one.call("/api/ext/v1/metrics")[1])["virtiofsd_nydus_oldest_wait_seconds"] > 0
-    thread.join(20)
-    assert not thread.is_alive()
-    assert one.call("/api/v1/metrics")[1]["fop_errors"][4] == 1
-    found = prometheus(one.call("/api/ext/v1/metrics")[1])
-    assert found['virtiofsd_nydus_backend_errors_total{mountpoint="/",backend="registry",cause="network"}'] >= 1
+    threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in ("file-05", "file-11")]
+    for thread in threads:
+        thread.start()
+    found = wait_until(lambda: len(answer := one.call("/api/v1/metrics/inflight")[1]) == 2 and answer,
+                       "both reads are in flight")
+    assert all(set(read) == {"inode", "opcode", "unique", "timestamp_secs"} for read in found)
+    assert {read["opcode"] for read in found} == {15}
+    assert len({read["inode"] for read in found}) == 2
+    assert all(0 <= time.time() - read["timestamp_secs"] < 20 for read in found)
+    text = wait_until(lambda: one.call("/api/ext/v1/metrics")[1], "the text")
+    waits = {match[1]: float(match[2]) for match in
+             re.finditer(r'oldest_wait_seconds\{mountpoint="(.*)"\} (.*)', text)}
+    assert waits["/first"] > 0 and waits["/second"] == 0
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert one.call("/api/v1/metrics/inflight") == (204, "")
+    found = one.call("/api/v1/metrics?id=/first")[1]
+    assert found["fop_errors"][READ] == 2 and found["data_read"] == 0
+    assert sum(found["read_latency_dist"]) == 0
+    assert one.call("/api/v1/metrics?id=/second")[1]["fop_errors"] == [0] * 15
+    assert re.search(r'backend_errors_total\{mountpoint="/first",backend="registry",cause="network"\} [1-9]',
+                     one.call("/api/ext/v1/metrics")[1])
 
 
 def test_login_changed_while_mounted(image: Image, daemon: Callable[..., Daemon]) -> None:

@@ -128,7 +128,9 @@ def test_meter(server: FaultyServer, make) -> None:
     assert found["read_count_block_size_dist"] == [0, 0, 0, 0, 0, 1, 2, 0]
     assert [sum(row) for row in found["read_latency_sizes_dist"]] == found["read_count_block_size_dist"]
     assert sum(found["read_cumulative_latency_millis_dist"]) == found["read_cumulative_latency_millis_total"]
-    assert backend.meter.own_metrics() == {"received_bytes": 700_000, "errors_by_cause": {"network": 2}}
+    own = backend.meter.own_metrics()
+    assert own.pop("received_bytes") == 700_000 and own.pop("errors_by_cause") == {"network": 2}
+    assert not any(own.values())        # what became of the bytes is for whoever asked for them to say
 
 
 # ---- names

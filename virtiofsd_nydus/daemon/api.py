@@ -377,36 +377,33 @@ def get_stats(service: "Service", query: "dict[str, str]", body: bytes) -> objec
 
 # ---- metrics
 
-def _counted(service: "Service", query: "dict[str, str]", body: bytes, name: str) -> "Mount":
-    """The mount that the query is about. name: of the error, as nydusd gives it."""
+def _metrics(service: "Service", query: "dict[str, str]", body: bytes, kind: str, name: str) -> object:
+    """kind: of metrics.DOCUMENTS; name: of the error, as nydusd gives it."""
     _no_body(body)
-    mount = service.find_mount(query.get("id"))
-    if mount is None:
-        raise ApiError(404, f"{name}(Metrics(Stats(NoCounter)))")
-    return mount
+    try:
+        return service.mount_metrics(kind, query.get("id"))
+    except LookupError:
+        raise ApiError(404, f"{name}(Metrics(Stats(NoCounter)))") from None
 
 
 def get_fs_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    return service.fs_metrics(_counted(service, query, body, "GlobalMetrics"))
+    return _metrics(service, query, body, "fs", "GlobalMetrics")
 
 
 def get_files_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    """Not counted per file: nothing was read, as far as is known."""
-    _counted(service, query, body, "FsFilesMetrics")
-    return [] if query.get("latest") == "true" else {}
+    return _metrics(service, query, body, "latest" if query.get("latest") == "true" else "files", "FsFilesMetrics")
 
 
 def get_pattern_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _counted(service, query, body, "Pattern")
-    return []
+    return _metrics(service, query, body, "pattern", "Pattern")
 
 
 def get_backend_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    return _counted(service, query, body, "BackendMetrics").backend.meter.nydusd_metrics()
+    return _metrics(service, query, body, "backend", "BackendMetrics")
 
 
 def get_blobcache_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    return service.blobcache_metrics(_counted(service, query, body, "BlobcacheMetrics"))
+    return _metrics(service, query, body, "blobcache", "BlobcacheMetrics")
 
 
 def get_inflight_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:

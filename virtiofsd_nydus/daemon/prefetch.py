@@ -67,6 +67,7 @@ class Prefetch:
         self._state, self._error = "", ""
         self._ranges: Ranges = []
         self._unknown: list[str] = []
+        self.began_at = 0.0                 # seconds since 1970 when it was first started
         self._known: set[int] = set()       # blobs whose chunk table is here
 
     def start(self, paths: "Sequence[str] | None", *, then_all: bool) -> None:
@@ -75,6 +76,7 @@ class Prefetch:
         with self._lock:
             self._end()
             self._stop, self._ended = threading.Event(), threading.Event()
+            self.began_at = self.began_at or time.time()
             self._state, self._error, self._ranges, self._unknown = RUNNING, "", [], []
             self._thread = threading.Thread(target=self._run, args=(paths, then_all, self._stop, self._ended),
                                             name="prefetch", daemon=True)

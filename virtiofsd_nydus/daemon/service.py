@@ -18,7 +18,7 @@ from virtiofsd_nydus.daemon.prefetch import Prefetch, check_list
 from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Passthrough, Rafs, Store, Vfs
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.storage.health import RateLimit
-from virtiofsd_nydus.storage.pump import PREFETCH_SLOTS, FetchPump
+from virtiofsd_nydus.storage.pump import FetchPump
 from virtiofsd_nydus.version import version_info
 from virtiofsd_nydus.vhost.device import EngineDevice
 from virtiofsd_nydus.vhost.server import VhostServer
@@ -47,7 +47,7 @@ def _shown_time(seconds: float) -> str:
 class Mount:
     """One image in the mount table."""
 
-    __slots__ = ("_identity", "backend", "complete_at", "config", "image", "mounted_at", "path", "prefetch",
+    __slots__ = ("_identity", "backend", "config", "image", "mounted_at", "path", "prefetch",
                  "prefetch_files", "prefetch_limit", "serial", "source", "store")
 
     def __init__(self, path: str, source: str, image: Rafs, store: Store, config: ImageConfig, backend: "Backend",
@@ -57,7 +57,6 @@ class Mount:
         self.prefetch_files: list[str] | None = None    # instead of what the image's table names
         self._identity = _identity(source)
         self.mounted_at = time.time()
-        self.complete_at = 0.0      # when all chunks were first seen to be here
         self.prefetch_limit = _rate_limit(config)
 
     def is_of(self, source: str) -> bool:
@@ -109,7 +108,6 @@ class Service:
         self._changes: dict[str, dict[str, str]] = {}      # by mount point, what hot changes gave
         self._errors: list[str] = []        # the last ERRORS_MAX, of _error_count
         self._error_count = 0
-        self._settled_before = self._wasted_bytes = 0      # settled_before: by backends that are gone
         self.engine = Engine(read_deadline_ms=read_deadline_ms, allow_unverified=allow_unverified)
         self.pump = FetchPump(self.engine)
         self._vfs: Vfs | None = None
@@ -270,6 +268,7 @@ class Service:
         mount = Mount(path, source, image, store, config, backend, self._vfs.next_serial,
                       Prefetch(self.engine, image, source, self._prefetch_tag))
         mount.prefetch_files = prefetch_files
+        image.count_files(metrics.counts_files(mount))
         for blob in image.blobs():
             self.pump.add_backend(blob.key, backend, mount.prefetch_limit)
         try:
@@ -339,9 +338,9 @@ class Service:
             self.pump.remove_backend(blob.key, mount.backend, mount.prefetch_limit)
         old, mount.backend, mount.prefetch_limit = mount.backend, backend, limit
         old.close()
-        self._settled_before += old.meter.settled_bytes
         mount.source, mount.config, mount.prefetch_files = source, config, prefetch_files
-        mount.mounted_at, mount.complete_at = time.time(), 0.0
+        mount.mounted_at = time.time()
+        mount.image.count_files(metrics.counts_files(mount))
         mount.prefetch.cancel()
         self._prefetch_tag += 1
         mount.prefetch = Prefetch(self.engine, mount.image, source, self._prefetch_tag)
@@ -400,7 +399,6 @@ class Service:
         mount.image.close()
         mount.store.close()
         mount.backend.close()
-        self._settled_before += metrics.settled_bytes((mount,))
 
     # ---- answers
 
@@ -475,25 +473,23 @@ class Service:
         with self._lock:
             return metrics.find_mount(self._mounts, wanted)
 
-    def fs_metrics(self, mount: Mount) -> "dict[str, Any]":
-        return metrics.fs_metrics(mount, self.engine.stats(), self.engine.fop_stats())
-
-    def blobcache_metrics(self, mount: Mount) -> "dict[str, Any]":
-        with self._lock:
-            if self._mounts.get(mount.path) is not mount:
-                raise ApiError(404, "BlobcacheMetrics(Metrics(Stats(NoCounter)))")
-            return metrics.blobcache_metrics(mount, self.engine.stats(), PREFETCH_SLOTS)
+    def mount_metrics(self, kind: str, wanted: str | None) -> object:
+        """A document of nydusd's metrics: kind is one of metrics.DOCUMENTS, wanted the `id` of the query. Raises
+        LookupError where that names no mount."""
+        with self._lock:        # an image that is being unmounted has no numbers any more
+            mount = metrics.find_mount(self._mounts, wanted)
+            if mount is None:
+                raise LookupError(wanted)
+            return metrics.DOCUMENTS[kind](mount)
 
     def inflight_metrics(self) -> "list[dict[str, int]] | None":
-        return metrics.inflight_metrics(self.engine.stats())
+        return metrics.inflight_metrics(self.engine.waiting())
 
     def prometheus_text(self) -> str:
+        from virtiofsd_nydus.daemon.prometheus import prometheus_text
+
         with self._lock:
-            stats = self.engine.stats()
-            settled = self._settled_before + metrics.settled_bytes(self._mounts.values())
-            # An attempt settles when it ends: the difference may shrink for a moment, a counter may not.
-            self._wasted_bytes = max(self._wasted_bytes, settled - stats["fetched_bytes"])
-            return metrics.prometheus_text(self._mounts.values(), stats, self.engine.fop_stats(), self._wasted_bytes)
+            return prometheus_text(self._mounts.values(), self.engine.stats(), self.engine.waiting())
 
     def change_config(self, wanted: str | None, changes: "dict[str, str]") -> None:
         """Hot change of a mount's login or proxy, from its next request on. What names no mount is kept for one that

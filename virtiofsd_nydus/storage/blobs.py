@@ -121,7 +121,7 @@ class HttpBackend:
                     try:
                         response, url, stop = self._open_range(blob_id, offset, end - offset, what, through, deadline)
                     except Failure as failure:
-                        self.meter.record(began_s, end - offset, 0, failure.cause.name.lower())
+                        self.meter.record(began_s, end - offset, failure.cause.name.lower())
                         self._prepare_retry(retry, failure, through, deadline)
                         continue
                     failed: http.RetriableFailure | None = None
@@ -152,7 +152,7 @@ class HttpBackend:
                             response.close()
                         else:
                             response.release_conn()
-                        self.meter.record(began_s, end - start, offset - start, "network" if failed else "")
+                        self.meter.record(began_s, end - start, "network" if failed else "")
                     if offset - start >= http.PIECE_BYTES:
                         retry.progress()
                     if offset < end:

@@ -82,7 +82,7 @@ class LocalfsBackend:
 
 def read_pieces(fd: int, path: str, offset: int, length: int, meter: BackendMeter) -> "Iterator[memoryview]":
     """length bytes from offset of an open file in pieces; each is valid until the next is asked for."""
-    began_s, start = time.monotonic(), offset
+    began_s = time.monotonic()
     buffer = bytearray(min(PIECE_BYTES, length))
     view = memoryview(buffer)
     end = offset + length
@@ -103,4 +103,4 @@ def read_pieces(fd: int, path: str, offset: int, length: int, meter: BackendMete
             meter.receive(got)
             yield view[:got]
     finally:
-        meter.record(began_s, length, offset - start, cause)
+        meter.record(began_s, length, cause)

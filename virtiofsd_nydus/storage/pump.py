@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from virtiofsd_nydus.storage.backend import Backend
     from virtiofsd_nydus.storage.health import RateLimit
+    from virtiofsd_nydus.storage.meter import BackendMeter
 
 FETCH_SLOTS = 8         # jobs under way at once; loopback and WAN links alike are full before that
 PREFETCH_SLOTS = 6      # of them open to prefetch: demand always finds a free one
@@ -97,10 +98,13 @@ class FetchPump:
     def _serve(self, worker: "_Worker") -> None:
         job = worker.job
         error, cause, text = 0, Cause.NONE, ""
-        worker.wrong = False
+        worker.wrong, worker.meter = False, None
+        began_s = time.monotonic()
         try:
             if job.kind == lib.VND_JOB_VERIFY:
                 worker.settle()
+                for backend in self._backends_of(job)[:1]:
+                    backend.meter.verify(worker.right)
             else:
                 self._fetch(worker)
             if worker.wrong:        # C asks for such chunks once more, then fails their readers
@@ -112,13 +116,19 @@ class FetchPump:
                 self._distrust(worker)
         except Exception as unexpected:     # a bug must not cost a thread nor leave waiters hanging
             error, cause, text = errno.EIO, Cause.IO, f"fetching failed: {type(unexpected).__name__}: {unexpected}"
-        lib.vnd_job_end(self.engine.handle, job.id, error, int(cause), text.encode())
+        wasted = lib.vnd_job_end(self.engine.handle, job.id, error, int(cause), text.encode())
+        if worker.meter is not None:
+            worker.meter.waste(wasted)
+            if job.prefetch:
+                worker.meter.record_prefetch(began_s, job.clen, job.chunk_count)
+
+    def _backends_of(self, job: "Any") -> "tuple[Backend, ...]":
+        with self._lock:
+            return tuple(self._backends.get(int(ffi.cast("uintptr_t", job.blob)), ()))
 
     def _distrust(self, worker: "_Worker") -> None:
         """The next attempt is not to come by the way that gave wrong bytes."""
-        with self._lock:
-            backends = tuple(self._backends.get(int(ffi.cast("uintptr_t", worker.job.blob)), ()))
-        for backend in backends:
+        for backend in self._backends_of(worker.job):
             backend.distrust(ffi.string(worker.job.blob_id).decode())
 
     def _fetch(self, worker: "_Worker") -> None:
@@ -141,7 +151,8 @@ class FetchPump:
                 for piece in pieces:
                     for start in range(0, len(piece), FEED_BYTES):
                         part = piece[start:start + FEED_BYTES]
-                        if not worker.feed(part):
+                        if not worker.feed(part, backend.meter):
+                            backend.meter.waste(len(piece) - start)
                             return
                         fed += len(part)
                 if fed != job.clen:
@@ -161,9 +172,19 @@ class _Worker:
         self.job = ffi.new("vnd_job *")
         self.views = ffi.new("vnd_chunk_view[]", VIEWS_MAX)
         self.wrong = False      # some bytes of the job were not the image's
+        self.right = 0          # chunks that the last settle() made ready
+        self.meter: BackendMeter | None = None      # of the backend that gave the job's last bytes
 
-    def feed(self, part: memoryview) -> bool:
-        """Feeds bytes and settles what they completed. False: the rest is not wanted any more."""
+    def feed(self, part: memoryview, meter: "BackendMeter") -> bool:
+        """Feeds bytes that a backend gave and settles what they completed. False: the rest is not wanted any more."""
+        self.meter = meter
+        meter.buffer(len(part), bool(self.job.prefetch))
+        try:
+            return self._feed(part)
+        finally:
+            meter.settle(len(part))
+
+    def _feed(self, part: memoryview) -> bool:
         with ffi.from_buffer(part) as raw:
             rc = lib.vnd_job_feed(self.engine.handle, self.job.id, raw, len(part))
         if rc == -errno.ECANCELED:
@@ -179,6 +200,7 @@ class _Worker:
     def settle(self) -> None:
         """Hashes and commits all that waits for it."""
         handle, job_id = self.engine.handle, self.job.id
+        self.right = 0
         while True:
             count = lib.vnd_job_chunks(handle, job_id, self.views, VIEWS_MAX)
             if count == -errno.EBADMSG:     # one does not decode; the next call goes on behind it
@@ -196,6 +218,7 @@ class _Worker:
                 self.wrong = True
             elif rc < 0 and rc != -errno.ENOSPC:
                 raise Failure(f"{self.where()}: cannot keep a chunk (errno {-rc})", Cause.IO)
+            self.right += max(0, rc)
 
     def where(self) -> str:
         job = self.job
