@@ -48,8 +48,8 @@ struct fs_ops {
     const struct fs_rw_ops *rw;         /* NULL: read-only and immutable */
 };
 
-/* Who asks, as the guest kernel says it. */
-struct fs_caller { uint32_t uid, gid; };
+/* Who asks, as the guest kernel says it. umask: of what it makes. */
+struct fs_caller { uint32_t uid, gid, umask; };
 
 /* What setattr changes: bits of fs_setattr.valid. */
 enum {
@@ -85,8 +85,8 @@ struct fs_rw_ops {
                    vnd_attr *out);
     int (*link)(struct fs *fs, uint64_t ino, uint64_t dir, const char *name, vnd_attr *out);
     int (*unlink)(struct fs *fs, uint64_t dir, const char *name, bool is_dir);
-    int (*rename)(struct fs *fs, uint64_t dir, const char *name, uint64_t new_dir, const char *new_name,
-                  uint32_t flags);
+    int (*rename)(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint64_t new_dir,
+                  const char *new_name, uint32_t flags);
     int64_t (*read)(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n,
                     struct store_wait *w);          /* -EINPROGRESS: w will be woken, call again */
     int64_t (*write)(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n,
@@ -97,7 +97,8 @@ struct fs_rw_ops {
                      struct store_wait *w);
     int64_t (*copy)(struct fs *fs, uint64_t fh_in, uint64_t off_in, uint64_t fh_out, uint64_t off_out, uint64_t len);
     int64_t (*lseek)(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, uint32_t whence);
-    int (*setxattr)(struct fs *fs, uint64_t ino, const char *name, const void *value, size_t len, uint32_t flags);
+    int (*setxattr)(struct fs *fs, const struct fs_caller *who, uint64_t ino, const char *name, const void *value,
+                    size_t len, uint32_t flags);
     int (*removexattr)(struct fs *fs, uint64_t ino, const char *name);
     int (*statvfs)(struct fs *fs, uint64_t ino, struct statvfs *out);
 };

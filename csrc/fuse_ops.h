@@ -56,6 +56,28 @@ static inline void fuse_count(_Atomic uint64_t *counter, uint64_t n)
     atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
 }
 
+/* NULL: the call's node is of a read-only file system. */
+static inline const struct fs_rw_ops *fuse_rw_of(const struct fuse_call *c)
+{
+    return c->node.fs->ops->rw;
+}
+
+static inline struct fs_caller fuse_caller_of(const struct fuse_call *c)
+{
+    return (struct fs_caller){ c->r->in.uid, c->r->in.gid, 0 };
+}
+
+/* A reply of len bytes after its header fits. */
+static inline bool fuse_has_room(const struct fuse_call *c, size_t len)
+{
+    return c->r->out_cap >= sizeof(struct fuse_out_header) + len;
+}
+
+static inline enum req_verdict fuse_reply_rc(struct fuse_call *c, int rc)
+{
+    return rc ? fuse_reply_error(c, -rc) : fuse_reply(c, NULL, 0);
+}
+
 enum req_verdict fuse_op_lookup(struct fuse_call *c);
 enum req_verdict fuse_op_getattr(struct fuse_call *c);
 enum req_verdict fuse_op_readlink(struct fuse_call *c);
@@ -77,7 +99,7 @@ void fuse_fill_entry(struct fuse_call *c, struct fuse_entry_out *e, const struct
 /* Success with the attributes of the call's own node. */
 enum req_verdict fuse_reply_attr(struct fuse_call *c, const vnd_attr *attr);
 
-/* fuse_write.c: on a read-only file system these answer by themselves... */
+/* fuse_write.c and fuse_names.c: on a read-only file system these answer by themselves... */
 enum req_verdict fuse_op_forget(struct fuse_call *c);
 enum req_verdict fuse_op_batch_forget(struct fuse_call *c);
 enum req_verdict fuse_op_setattr(struct fuse_call *c);

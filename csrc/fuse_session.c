@@ -123,10 +123,13 @@ static uint64_t wanted_flags(int kind)
                      FUSE_INIT_MAX_PAGES | FUSE_INIT_CACHE_SYMLINKS | FUSE_INIT_INIT_EXT;
 
     /* Immutable data is never dropped because an attribute was refreshed; a host directory's data must be. It is not
-     * for the guest alone, so the guest's kernel must not write back when it likes (WRITEBACK_CACHE). */
+     * for the guest alone, so the guest's kernel must not write back when it likes (WRITEBACK_CACHE). Its ACLs are
+     * obeyed by the guest's kernel; where a directory has a default one, the umask does not count, which only the host
+     * knows in time. */
     return flags | (kind == VND_SESSION_RAFS ? FUSE_INIT_EXPLICIT_INVAL_DATA
                                              : FUSE_INIT_AUTO_INVAL_DATA | FUSE_INIT_ATOMIC_O_TRUNC |
-                                                   FUSE_INIT_BIG_WRITES | FUSE_INIT_HANDLE_KILLPRIV_V2);
+                                                   FUSE_INIT_BIG_WRITES | FUSE_INIT_HANDLE_KILLPRIV_V2 |
+                                                   FUSE_INIT_POSIX_ACL | FUSE_INIT_DONT_MASK);
 }
 
 /* True: no other guest is on the mount table, so what read-write file systems know is of one that is gone. */

@@ -14,46 +14,6 @@
 #define XATTR_VALUE_MAX 65536
 #define FORGETS_AT_ONCE 32
 
-static const struct fs_rw_ops *rw_of(const struct fuse_call *c)
-{
-    return c->node.fs->ops->rw;
-}
-
-static struct fs_caller caller_of(const struct fuse_call *c)
-{
-    return (struct fs_caller){ c->r->in.uid, c->r->in.gid };
-}
-
-static bool has_room(const struct fuse_call *c, size_t len)
-{
-    return c->r->out_cap >= sizeof(struct fuse_out_header) + len;
-}
-
-static enum req_verdict reply_rc(struct fuse_call *c, int rc)
-{
-    return rc ? fuse_reply_error(c, -rc) : fuse_reply(c, NULL, 0);
-}
-
-static struct fuse_entry_out entry_of(struct fuse_call *c, const vnd_attr *attr)
-{
-    struct vfs_node node = { c->node.fs, attr->ino, c->node.serial };
-    struct fuse_entry_out e;
-
-    fuse_fill_entry(c, &e, &c->node, &node, attr);
-    return e;
-}
-
-static enum req_verdict reply_entry(struct fuse_call *c, int rc, const vnd_attr *attr)
-{
-    struct fuse_entry_out e;
-
-    if (rc) {
-        return fuse_reply_error(c, -rc);
-    }
-    e = entry_of(c, attr);
-    return fuse_reply(c, &e, sizeof(e));
-}
-
 /* ---- what the guest forgets */
 
 static void forget_one(struct fuse_call *c, uint64_t nodeid, uint64_t n)
@@ -116,10 +76,10 @@ enum req_verdict fuse_op_setattr(struct fuse_call *c)
     vnd_attr attr;
     int rc;
 
-    if (!rw_of(c)) {
+    if (!fuse_rw_of(c)) {
         return fuse_reply_error(c, EROFS);
     }
-    if (c->r->args_len < sizeof(in) || !has_room(c, sizeof(struct fuse_attr_out))) {
+    if (c->r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(struct fuse_attr_out))) {
         return fuse_reply_error(c, EINVAL);
     }
     memcpy(&in, c->r->args, sizeof(in));
@@ -129,215 +89,8 @@ enum req_verdict fuse_op_setattr(struct fuse_call *c)
     for (size_t i = 0; i < sizeof(bits) / sizeof(bits[0]); i++) {
         set.valid |= in.valid & bits[i].wire ? bits[i].ours : 0;
     }
-    rc = rw_of(c)->setattr(c->node.fs, c->node.ino, in.valid & FUSE_SET_FH ? in.fh : 0, &set, &attr);
+    rc = fuse_rw_of(c)->setattr(c->node.fs, c->node.ino, in.valid & FUSE_SET_FH ? in.fh : 0, &set, &attr);
     return rc ? fuse_reply_error(c, -rc) : fuse_reply_attr(c, &attr);
-}
-
-/* ---- making and removing */
-
-/* A name at off in a request on a read-write file system whose answer of out bytes has room; else the error. */
-static int get_name(struct fuse_call *c, size_t off, size_t out, const char **name)
-{
-    uint32_t len;
-
-    if (!rw_of(c)) {
-        return EROFS;
-    }
-    if (c->r->args_len < off || !has_room(c, out)) {
-        return EINVAL;
-    }
-    return fuse_arg_name(c, (uint32_t)off, false, name, &len);
-}
-
-enum req_verdict fuse_op_mkdir(struct fuse_call *c)
-{
-    struct fs_caller who = caller_of(c);
-    struct fuse_mkdir_in in;
-    const char *name;
-    vnd_attr attr;
-    int rc;
-
-    /* Kata's agent makes the parents of its mount points and tolerates EEXIST and ENOSYS only. MKDIR's ENOSYS is not
-     * remembered by the kernel. */
-    if (!c->node.serial) {
-        return fuse_reply_error(c, ENOSYS);
-    }
-    rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
-    if (rc) {
-        return fuse_reply_error(c, rc);
-    }
-    memcpy(&in, c->r->args, sizeof(in));
-    rc = rw_of(c)->mknod(c->node.fs, &who, c->node.ino, name, S_IFDIR | (in.mode & 07777), 0, &attr);
-    return reply_entry(c, rc, &attr);
-}
-
-enum req_verdict fuse_op_mknod(struct fuse_call *c)
-{
-    struct fs_caller who = caller_of(c);
-    struct fuse_mknod_in in;
-    const char *name;
-    vnd_attr attr;
-    int rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
-
-    if (rc) {
-        return fuse_reply_error(c, rc);
-    }
-    memcpy(&in, c->r->args, sizeof(in));
-    if (S_ISDIR(in.mode) || S_ISLNK(in.mode)) {
-        return fuse_reply_error(c, EINVAL);
-    }
-    rc = rw_of(c)->mknod(c->node.fs, &who, c->node.ino, name, in.mode, in.rdev, &attr);
-    return reply_entry(c, rc, &attr);
-}
-
-enum req_verdict fuse_op_symlink(struct fuse_call *c)
-{
-    struct fs_caller who = caller_of(c);
-    char *target = (char *)fuse_scratch(c);
-    uint32_t off, len;
-    const char *name;
-    vnd_attr attr;
-    int rc = get_name(c, 0, sizeof(struct fuse_entry_out), &name);
-
-    if (rc) {
-        return fuse_reply_error(c, rc);
-    }
-    off = (uint32_t)strlen(name) + 1;
-    len = c->r->body_len - off;
-    if (len > 4096) {
-        return fuse_reply_error(c, ENAMETOOLONG);
-    }
-    if (!len || c->r->ops->in_copy(c->r, off, target, len) || !memchr(target, 0, len)) {
-        return fuse_reply_error(c, EINVAL);
-    }
-    rc = rw_of(c)->symlink(c->node.fs, &who, c->node.ino, name, target, &attr);
-    return reply_entry(c, rc, &attr);
-}
-
-enum req_verdict fuse_op_link(struct fuse_call *c)
-{
-    struct fuse_link_in in;
-    struct vfs_node old;
-    const char *name;
-    vnd_attr attr;
-    int rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
-
-    if (rc) {
-        return fuse_reply_error(c, rc);
-    }
-    memcpy(&in, c->r->args, sizeof(in));
-    rc = vfs_resolve(c->s->vfs, in.oldnodeid, &old);
-    if (!rc && old.fs != c->node.fs) {
-        rc = -EXDEV;
-    }
-    if (!rc) {
-        rc = rw_of(c)->link(c->node.fs, old.ino, c->node.ino, name, &attr);
-    }
-    return reply_entry(c, rc, &attr);
-}
-
-static enum req_verdict remove_name(struct fuse_call *c, bool dir)
-{
-    const char *name;
-    int rc = get_name(c, 0, 0, &name);
-
-    if (rc) {
-        return fuse_reply_error(c, rc);
-    }
-    return reply_rc(c, rw_of(c)->unlink(c->node.fs, c->node.ino, name, dir));
-}
-
-enum req_verdict fuse_op_unlink(struct fuse_call *c)
-{
-    return remove_name(c, false);
-}
-
-enum req_verdict fuse_op_rmdir(struct fuse_call *c)
-{
-    return remove_name(c, true);
-}
-
-static enum req_verdict rename_name(struct fuse_call *c, size_t args, uint64_t new_dir, uint32_t flags)
-{
-    const char *name, *new_name;
-    struct vfs_node to;
-    uint32_t len;
-    int rc = get_name(c, args, 0, &name);
-
-    if (!rc) {
-        rc = fuse_arg_name(c, (uint32_t)(args + strlen(name) + 1), false, &new_name, &len);
-    }
-    if (rc) {
-        return fuse_reply_error(c, rc);
-    }
-    rc = vfs_resolve(c->s->vfs, new_dir, &to);
-    if (!rc && to.fs != c->node.fs) {
-        rc = -EXDEV;
-    }
-    if (!rc) {
-        rc = rw_of(c)->rename(c->node.fs, c->node.ino, name, to.ino, new_name, flags);
-    }
-    return reply_rc(c, rc);
-}
-
-enum req_verdict fuse_op_rename(struct fuse_call *c)
-{
-    struct fuse_rename_in in = { 0 };
-
-    memcpy(&in, c->r->args, c->r->args_len < sizeof(in) ? c->r->args_len : sizeof(in));
-    return rename_name(c, sizeof(in), in.newdir, 0);
-}
-
-enum req_verdict fuse_op_rename2(struct fuse_call *c)
-{
-    struct fuse_rename2_in in = { 0 };
-
-    memcpy(&in, c->r->args, c->r->args_len < sizeof(in) ? c->r->args_len : sizeof(in));
-    return rename_name(c, sizeof(in), in.newdir, in.flags);
-}
-
-static enum req_verdict make_file(struct fuse_call *c, bool tmpfile)
-{
-    struct fs_caller who = caller_of(c);
-    struct {
-        struct fuse_entry_out entry;
-        struct fuse_open_out open;
-    } out = { 0 };
-    struct fuse_create_in in;
-    const char *name = "";
-    vnd_attr attr;
-    int rc;
-
-    if (tmpfile) {      /* its name is a "/" that means nothing */
-        rc = !rw_of(c) ? EROFS : c->r->args_len < sizeof(in) || !has_room(c, sizeof(out)) ? EINVAL : 0;
-    } else {
-        rc = get_name(c, sizeof(in), sizeof(out), &name);
-    }
-    if (rc) {
-        return fuse_reply_error(c, rc);
-    }
-    memcpy(&in, c->r->args, sizeof(in));
-    if (tmpfile) {
-        rc = rw_of(c)->tmpfile(c->node.fs, &who, c->node.ino, in.flags, in.mode, &attr, &out.open.fh);
-    } else {
-        rc = rw_of(c)->create(c->node.fs, &who, c->node.ino, name, in.flags, in.mode,
-                              in.open_flags & FUSE_OPEN_KILL_SUIDGID, &attr, &out.open.fh);
-    }
-    if (rc) {
-        return fuse_reply_error(c, -rc);
-    }
-    out.entry = entry_of(c, &attr);
-    return fuse_reply(c, &out, sizeof(out));
-}
-
-enum req_verdict fuse_op_create(struct fuse_call *c)
-{
-    return make_file(c, false);
-}
-
-enum req_verdict fuse_op_tmpfile(struct fuse_call *c)
-{
-    return make_file(c, true);
 }
 
 /* ---- open files */
@@ -348,11 +101,11 @@ enum req_verdict fuse_rw_open(struct fuse_call *c, bool dir)
     struct fuse_open_in in;
     int rc;
 
-    if (!has_room(c, sizeof(out))) {
+    if (!fuse_has_room(c, sizeof(out))) {
         return fuse_reply_error(c, EINVAL);
     }
     memcpy(&in, c->r->args, sizeof(in));
-    rc = rw_of(c)->open(c->node.fs, c->node.ino, in.flags, dir, in.open_flags & FUSE_OPEN_KILL_SUIDGID, &out.fh);
+    rc = fuse_rw_of(c)->open(c->node.fs, c->node.ino, in.flags, dir, in.open_flags & FUSE_OPEN_KILL_SUIDGID, &out.fh);
     return rc ? fuse_reply_error(c, -rc) : fuse_reply(c, &out, sizeof(out));
 }
 
@@ -360,9 +113,9 @@ enum req_verdict fuse_op_release(struct fuse_call *c)
 {
     struct fuse_release_in in;
 
-    if (c->r->args_len >= sizeof(in) && vfs_resolve(c->s->vfs, c->r->in.nodeid, &c->node) == 0 && rw_of(c)) {
+    if (c->r->args_len >= sizeof(in) && vfs_resolve(c->s->vfs, c->r->in.nodeid, &c->node) == 0 && fuse_rw_of(c)) {
         memcpy(&in, c->r->args, sizeof(in));
-        rw_of(c)->release(c->node.fs, in.fh);
+        fuse_rw_of(c)->release(c->node.fs, in.fh);
     } else if (c->r->in.opcode == FUSE_OP_RELEASE && atomic_load_explicit(&c->s->passthrough, memory_order_relaxed)) {
         backing_release(c->s->backing, c->r->in.nodeid);
     }
@@ -377,7 +130,7 @@ enum req_verdict fuse_rw_flush(struct fuse_call *c)
         return fuse_reply_error(c, EINVAL);
     }
     memcpy(&in, c->r->args, sizeof(in));
-    return reply_rc(c, rw_of(c)->flush(c->node.fs, in.fh));
+    return fuse_reply_rc(c, fuse_rw_of(c)->flush(c->node.fs, in.fh));
 }
 
 /* Of what may park. */
@@ -387,7 +140,7 @@ static enum req_verdict reply_waited(struct fuse_call *c, int rc)
         return REQ_PARKED;
     }
     store_wait_done(&c->r->wait);
-    return reply_rc(c, rc);
+    return fuse_reply_rc(c, rc);
 }
 
 enum req_verdict fuse_rw_fsync(struct fuse_call *c)
@@ -401,7 +154,7 @@ enum req_verdict fuse_rw_fsync(struct fuse_call *c)
     if (!in.fh) {
         return fuse_reply_error(c, EBADF);
     }
-    return reply_waited(c, rw_of(c)->sync(c->node.fs, c->node.ino, in.fh, in.fsync_flags & FUSE_FSYNC_FDATASYNC,
+    return reply_waited(c, fuse_rw_of(c)->sync(c->node.fs, c->node.ino, in.fh, in.fsync_flags & FUSE_FSYNC_FDATASYNC,
                                           &c->r->wait));
 }
 
@@ -427,14 +180,14 @@ enum req_verdict fuse_rw_read(struct fuse_call *c)
     int n;
 
     memcpy(&in, r->args, sizeof(in));
-    if (in.size > FUSE_REPLY_MAX || in.offset > INT64_MAX || !has_room(c, in.size)) {
+    if (in.size > FUSE_REPLY_MAX || in.offset > INT64_MAX || !fuse_has_room(c, in.size)) {
         return fuse_reply_error(c, EINVAL);
     }
     n = in.size ? r->ops->out_iov(r, sizeof(h), in.size, w->iov, REQ_IOV_MAX) : 0;
     if (n < 0) {
         return fuse_reply_error(c, -n);
     }
-    got = rw_of(c)->read(c->node.fs, c->node.ino, in.fh, in.offset, w->iov, n, &r->wait);
+    got = fuse_rw_of(c)->read(c->node.fs, c->node.ino, in.fh, in.offset, w->iov, n, &r->wait);
     if (got == -EINPROGRESS) {
         return REQ_PARKED;
     }
@@ -462,10 +215,10 @@ enum req_verdict fuse_op_write(struct fuse_call *c)
     int64_t done;
     int n = -EFAULT;
 
-    if (!rw_of(c)) {
+    if (!fuse_rw_of(c)) {
         return fuse_reply_error(c, EROFS);
     }
-    if (r->args_len < sizeof(in) || !has_room(c, sizeof(out))) {
+    if (r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(out))) {
         return fuse_reply_error(c, EINVAL);
     }
     memcpy(&in, r->args, sizeof(in));
@@ -482,7 +235,7 @@ enum req_verdict fuse_op_write(struct fuse_call *c)
         c->w->iov[0] = (struct iovec){ fuse_scratch(c), in.size };
         n = 1;
     }
-    done = rw_of(c)->write(c->node.fs, c->node.ino, in.fh, in.offset, c->w->iov, n,
+    done = fuse_rw_of(c)->write(c->node.fs, c->node.ino, in.fh, in.offset, c->w->iov, n,
                            (in.flags & O_APPEND) && !(in.write_flags & FUSE_WRITE_CACHE),
                            in.write_flags & FUSE_WRITE_KILL_SUIDGID);
     if (done < 0) {
@@ -496,14 +249,14 @@ enum req_verdict fuse_op_fallocate(struct fuse_call *c)
 {
     struct fuse_fallocate_in in;
 
-    if (!rw_of(c)) {
+    if (!fuse_rw_of(c)) {
         return fuse_reply_error(c, EROFS);
     }
     if (c->r->args_len < sizeof(in)) {
         return fuse_reply_error(c, EINVAL);
     }
     memcpy(&in, c->r->args, sizeof(in));
-    return reply_waited(c, rw_of(c)->fallocate(c->node.fs, c->node.ino, in.fh, in.mode, in.offset, in.length,
+    return reply_waited(c, fuse_rw_of(c)->fallocate(c->node.fs, c->node.ino, in.fh, in.mode, in.offset, in.length,
                                                &c->r->wait));
 }
 
@@ -515,10 +268,10 @@ enum req_verdict fuse_op_copy_file_range(struct fuse_call *c)
     int64_t done;
     int rc;
 
-    if (!rw_of(c)) {    /* where something else can be written: the kernel copies by reading and writing */
+    if (!fuse_rw_of(c)) {    /* where something else can be written: the kernel copies by reading and writing */
         return fuse_reply_error(c, vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? EROFS : EXDEV);
     }
-    if (c->r->args_len < sizeof(in) || !has_room(c, sizeof(out))) {
+    if (c->r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(out))) {
         return fuse_reply_error(c, EINVAL);
     }
     memcpy(&in, c->r->args, sizeof(in));
@@ -529,7 +282,7 @@ enum req_verdict fuse_op_copy_file_range(struct fuse_call *c)
     if (in.flags || in.off_in > INT64_MAX || in.off_out > INT64_MAX) {
         return fuse_reply_error(c, EINVAL);
     }
-    done = rw_of(c)->copy(c->node.fs, in.fh_in, in.off_in, in.fh_out, in.off_out, in.len);
+    done = fuse_rw_of(c)->copy(c->node.fs, in.fh_in, in.off_in, in.fh_out, in.off_out, in.len);
     if (done < 0) {
         return fuse_reply_error(c, (int)-done);
     }
@@ -544,7 +297,7 @@ enum req_verdict fuse_rw_lseek(struct fuse_call *c)
     int64_t at;
 
     memcpy(&in, c->r->args, sizeof(in));
-    at = rw_of(c)->lseek(c->node.fs, c->node.ino, in.fh, in.offset, in.whence);
+    at = fuse_rw_of(c)->lseek(c->node.fs, c->node.ino, in.fh, in.offset, in.whence);
     out.offset = (uint64_t)at;
     return at < 0 ? fuse_reply_error(c, (int)-at) : fuse_reply(c, &out, sizeof(out));
 }
@@ -553,11 +306,12 @@ enum req_verdict fuse_rw_lseek(struct fuse_call *c)
 
 enum req_verdict fuse_op_setxattr(struct fuse_call *c)
 {
+    struct fs_caller who = fuse_caller_of(c);
     struct fuse_setxattr_in in;
     const char *name;
     uint32_t off, len;
 
-    if (!rw_of(c)) {
+    if (!fuse_rw_of(c)) {
         return fuse_reply_error(c, EROFS);
     }
     if (c->r->args_len <= sizeof(in)) {
@@ -579,7 +333,8 @@ enum req_verdict fuse_op_setxattr(struct fuse_call *c)
     if (in.size > c->r->body_len - off || c->r->ops->in_copy(c->r, off, fuse_scratch(c), in.size)) {
         return fuse_reply_error(c, EINVAL);
     }
-    return reply_rc(c, rw_of(c)->setxattr(c->node.fs, c->node.ino, name, fuse_scratch(c), in.size, in.flags));
+    return fuse_reply_rc(c, fuse_rw_of(c)->setxattr(c->node.fs, &who, c->node.ino, name, fuse_scratch(c), in.size,
+                                       in.flags));
 }
 
 enum req_verdict fuse_op_removexattr(struct fuse_call *c)
@@ -587,20 +342,20 @@ enum req_verdict fuse_op_removexattr(struct fuse_call *c)
     const char *name = (const char *)c->r->args;
     size_t len = strnlen(name, c->r->args_len);
 
-    if (!rw_of(c)) {
+    if (!fuse_rw_of(c)) {
         return fuse_reply_error(c, EROFS);
     }
     if (!len || len == c->r->args_len) {
         return fuse_reply_error(c, EINVAL);
     }
-    return reply_rc(c, len > 255 ? -ERANGE : rw_of(c)->removexattr(c->node.fs, c->node.ino, name));
+    return fuse_reply_rc(c, len > 255 ? -ERANGE : fuse_rw_of(c)->removexattr(c->node.fs, c->node.ino, name));
 }
 
 enum req_verdict fuse_rw_statfs(struct fuse_call *c)
 {
     struct fuse_kstatfs out = { 0 };
     struct statvfs st;
-    int rc = rw_of(c)->statvfs(c->node.fs, c->node.ino, &st);
+    int rc = fuse_rw_of(c)->statvfs(c->node.fs, c->node.ino, &st);
 
     if (rc) {
         return fuse_reply_error(c, -rc);

@@ -16,6 +16,8 @@
 /* Host files change by themselves; a second is what a guest may not see of it. */
 #define VALID_MS 1000
 #define FILES_MAX (1u << 20)
+#define ACL_ACCESS "system.posix_acl_access"
+#define ACL_DEFAULT "system.posix_acl_default"
 
 /* The magic link of a descriptor, for calls that know no descriptors of O_PATH; it leads to the inode itself, a
  * symlink's too. */
@@ -185,6 +187,11 @@ static int pt_statfs(struct fs *fs, uint64_t *blocks, uint64_t *files, uint32_t 
 
 /* ---- xattrs, by their own names */
 
+static bool is_acl(const char *name)
+{
+    return strcmp(name, ACL_ACCESS) == 0 || strcmp(name, ACL_DEFAULT) == 0;
+}
+
 static int xattr_result(ssize_t n, size_t cap, size_t *need)
 {
     if (n < 0) {
@@ -203,6 +210,9 @@ static int pt_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len
 
     if (!rc) {
         rc = xattr_result(getxattr(proc_path(path, ref.fd), name, buf, cap), cap, need);
+        if (rc == -EOPNOTSUPP && is_acl(name)) {
+            rc = -ENODATA;      /* to a kernel that obeys ACLs anything else is a failure of the access itself */
+        }
         pt_put(p, &ref);
     }
     return rc;
@@ -222,7 +232,16 @@ static int pt_listxattr(struct fs *fs, uint64_t ino, char *buf, size_t cap, size
     return rc;
 }
 
-static int pt_setxattr(struct fs *fs, uint64_t ino, const char *name, const void *value, size_t len, uint32_t flags)
+/* A mode that comes of an ACL loses its set-group-id bit unless the caller is of the group, as by chmod. */
+static bool acl_takes_bits(const struct fs_caller *who, int fd, const char *name)
+{
+    struct stat st;
+
+    return who->uid && strcmp(name, ACL_ACCESS) == 0 && fstat(fd, &st) == 0 && st.st_gid != who->gid;
+}
+
+static int pt_setxattr(struct fs *fs, const struct fs_caller *who, uint64_t ino, const char *name, const void *value,
+                       size_t len, uint32_t flags)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_ref ref;
@@ -231,7 +250,10 @@ static int pt_setxattr(struct fs *fs, uint64_t ino, const char *name, const void
     int rc = pt_get(p, ino, &ref);
 
     if (!rc) {
+        bool dropped = acl_takes_bits(who, ref.fd, name) && pt_fsetid_drop();
+
         rc = xattr_result(setxattr(proc_path(path, ref.fd), name, value, len, (int)flags), 0, &none);
+        pt_fsetid_back(dropped);
         pt_put(p, &ref);
     }
     return rc;
@@ -339,6 +361,7 @@ vnd_passthrough *vnd_passthrough_new(vnd_engine *e, const char *source, uint32_t
     pthread_mutex_init(&p->lock, NULL);
     getrlimit(RLIMIT_NOFILE, &limit);
     p->kept_max = limit.rlim_cur / 4;
+    p->cache_max = limit.rlim_cur / 8 < PT_CACHE_MAX ? (uint32_t)(limit.rlim_cur / 8) + 1 : PT_CACHE_MAX;
     p->files_max = limit.rlim_cur / 2 < FILES_MAX ? (uint32_t)(limit.rlim_cur / 2) : FILES_MAX;
     p->root_fd = open(source, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     rc = p->root_fd < 0 ? -errno : !p->source ? -ENOMEM : pt_root_open(p);

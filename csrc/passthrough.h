@@ -1,6 +1,7 @@
 /* passthrough.h -- a host directory as a read-write file system; private to passthrough*.c.
  *
  * passthrough.c: life, attributes, xattrs. passthrough_node.c: what the guest knows, and how it is reached.
+ * passthrough_mount.c: mounts below the source.
  * passthrough_dir.c: names. passthrough_file.c: open files. passthrough_pool.c: calls that may take long.
  *
  * Reach. A guest names one component at a time, below a directory it was given; that is opened O_PATH|O_NOFOLLOW, so
@@ -8,7 +9,7 @@
  * that the guest was given before, hence inside the source. Only regular files and directories are ever opened.
  *
  * No descriptor per inode. A node keeps the file handle (name_to_handle_at) and its mount; each use opens it anew
- * (open_by_handle_at, about a microsecond), and recently used directories and files keep an O_PATH descriptor for
+ * (open_by_handle_at, about a microsecond), and recently used directories and files keep an O_PATH descriptor, for
  * PT_CACHE_MAX nodes at most. A handle carries the inode's generation: a file that was deleted and whose number was
  * taken by another is ESTALE, not the other file. Where a file system has no handles (overlayfs, some FUSE) the node
  * keeps its O_PATH descriptor, for a quarter of RLIMIT_NOFILE nodes; more are ENFILE.
@@ -24,8 +25,8 @@
  *
  * Credentials. The guest kernel has checked permissions; what remains is whose a new object is. Making one runs under
  * the caller's fsuid and fsgid with CAP_DAC_OVERRIDE kept, CAP_FSETID gone (set-group-id directories behave) and no
- * supplementary groups: the request does not tell them. The process's umask must not matter, so each thread has a file
- * system context of its own with umask 0. The guest's umask was applied by its kernel.
+ * supplementary groups: the request does not tell them. The umask is the guest's, because where a directory has a default
+ * ACL it must not count; so each thread has a file system context of its own.
  *
  * Waiting. Almost all calls end in the host's caches within microseconds and run on the queue's thread. What can take
  * long parks the request and runs on PT_THREADS threads of this file system's own, so that a slow disk below it delays
@@ -42,7 +43,7 @@
 #include "engine.h"
 #include "fs.h"
 
-#define PT_CACHE_MAX 512
+#define PT_CACHE_MAX 4096           /* and an eighth of RLIMIT_NOFILE */
 #define PT_IDLE_MS 1000
 #define PT_THREADS 2
 #define PT_BUCKETS 4096
@@ -77,6 +78,7 @@ struct pt_node {
     bool fd_kept;                   /* fd is all there is: never dropped */
     bool fd_used, fd_drop;
     int fd;                         /* O_PATH, -1 */
+    uint32_t cache_at;              /* where it stands in the cache, if fd is not kept */
     uint32_t fd_users;
     struct pt_file *files;
     int handle_type;
@@ -130,7 +132,7 @@ struct vnd_passthrough {
     bool slot_taken[PT_MOUNT_SLOTS];
     uint64_t next_ino, n_nodes, n_kept, kept_max;
     struct pt_node *cache[PT_CACHE_MAX];    /* nodes with a cached fd */
-    uint32_t hand, n_cached;
+    uint32_t hand, n_cached, cache_max;
     struct pt_file **files;         /* by slot */
     uint32_t n_slots, n_files, files_max, free_hint, next_gen;
 };
@@ -146,6 +148,19 @@ struct pt_ref {
     int fd;
     bool own;
 };
+
+/* ---- passthrough_mount.c */
+struct statx;
+/* Of an open descriptor, outside the lock: 0, -errno. Basic facts and the mount's id. */
+int pt_stat(int fd, struct statx *sx);
+/* These under the lock. find: with one ref, or NULL. add: with one ref; NULL: no memory. */
+struct pt_mount *pt_mount_find(struct vnd_passthrough *p, uint64_t id);
+struct pt_mount *pt_mount_add(struct vnd_passthrough *p, uint64_t id, struct pt_node *above, const char *name);
+void pt_mount_put(struct vnd_passthrough *p, struct pt_mount *m);
+void pt_mounts_drop_idle(struct vnd_passthrough *p, bool even_used);
+/* The mount's descriptor, in use, to be put; outside the lock. -ESTALE: the host has taken the mount away. */
+int pt_mount_fd_get(struct vnd_passthrough *p, struct pt_mount *m);
+void pt_mount_fd_put(struct vnd_passthrough *p, struct pt_mount *m);
 
 /* ---- passthrough_node.c */
 int pt_root_open(struct vnd_passthrough *p);
@@ -165,6 +180,8 @@ int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name,
 void pt_forget(struct vnd_passthrough *p, uint64_t ino, uint64_t n);
 void pt_forget_all(struct vnd_passthrough *p);
 void pt_drop_idle(struct vnd_passthrough *p, bool even_used);   /* false: those not used since the last time */
+/* After a failed open: true, once, where the process is out of descriptors and cached ones were closed: try again. */
+bool pt_make_room(struct vnd_passthrough *p, bool *tried);
 /* The ino that a listing shows for a host inode of that mount. */
 uint64_t pt_ino_of(const struct pt_mount *m, uint64_t host_ino);
 int pt_fill_attr(const struct pt_node *n, int fd, vnd_attr *out);
@@ -182,7 +199,8 @@ int pt_symlink(struct fs *fs, const struct fs_caller *who, uint64_t dir, const c
                vnd_attr *out);
 int pt_link(struct fs *fs, uint64_t ino, uint64_t dir, const char *name, vnd_attr *out);
 int pt_unlink(struct fs *fs, uint64_t dir, const char *name, bool is_dir);
-int pt_rename(struct fs *fs, uint64_t dir, const char *name, uint64_t new_dir, const char *new_name, uint32_t flags);
+int pt_rename(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint64_t new_dir,
+              const char *new_name, uint32_t flags);
 
 /* ---- passthrough_file.c */
 /* Takes fd. 0 with *fh, -ENFILE, -ENOMEM. */
@@ -214,8 +232,7 @@ int pt_pool_run(struct vnd_passthrough *p, struct store_wait *w, void (*run)(str
 
 /* ---- passthrough_cred.c: of the calling thread alone */
 struct pt_cred { bool changed; };
-void pt_thread_prepare(void);           /* own umask, no supplementary groups; at the start of each call that creates */
-int pt_cred_take(const struct fs_caller *who, struct pt_cred *saved);   /* 0, -EPERM */
+int pt_cred_take(const struct fs_caller *who, struct pt_cred *saved);   /* ids and umask: 0, -EPERM */
 void pt_cred_back(struct pt_cred *saved);
 /* Without CAP_FSETID: what is written next loses its set-id bits, by the host's kernel. */
 bool pt_fsetid_drop(void);

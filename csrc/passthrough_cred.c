@@ -5,6 +5,7 @@
 #include <linux/capability.h>
 #include <sched.h>
 #include <sys/fsuid.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -24,19 +25,23 @@ static int caps_set(struct __user_cap_data_struct cap[2])
     return syscall(SYS_capset, &head, cap) ? -errno : 0;
 }
 
-void pt_thread_prepare(void)
+/* A file system context of the thread's own, no supplementary groups, and that umask. */
+static void prepare_thread(mode_t mask)
 {
-    /* The one fact that belongs to a thread and not to an engine: its context has been split off. */
-    static _Thread_local bool prepared;
+    /* The one fact that belongs to a thread and not to an engine: its context has been split off, and how. */
+    static _Thread_local mode_t now = (mode_t)-1;
 
-    if (prepared) {
+    if (now == mask) {
         return;
     }
-    prepared = true;
-    if (unshare(CLONE_FS) == 0) {
-        umask(0);
+    if (now == (mode_t)-1) {
+        syscall(SYS_setgroups, 0, NULL);
+        if (unshare(CLONE_FS)) {
+            return;
+        }
     }
-    syscall(SYS_setgroups, 0, NULL);
+    umask(mask);
+    now = mask;
 }
 
 void pt_cred_back(struct pt_cred *saved)
@@ -53,7 +58,7 @@ int pt_cred_take(const struct fs_caller *who, struct pt_cred *saved)
     struct __user_cap_data_struct cap[2];
     uid_t uid = geteuid();
 
-    pt_thread_prepare();
+    prepare_thread(who->umask & 0777);
     saved->changed = false;
     if (who->uid == uid && who->gid == getegid()) {
         return 0;

@@ -31,10 +31,14 @@ static bool is_dots(const char *name)
     return name[0] == '.' && (!name[1] || (name[1] == '.' && !name[2]));
 }
 
-static int open_name(int dir, const char *name)
+static int open_name(struct vnd_passthrough *p, int dir, const char *name)
 {
-    int fd = openat(dir, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    bool tried = false;
+    int fd;
 
+    do {
+        fd = openat(dir, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    } while (fd < 0 && pt_make_room(p, &tried));
     return fd < 0 ? fail_errno() : fd;
 }
 
@@ -68,7 +72,7 @@ int pt_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_att
     if (dots && (len == 1 || ref.node == p->root)) {
         rc = pt_learn(p, NULL, name, ref.fd, false, out);
     } else {
-        fd = open_name(ref.fd, name);
+        fd = open_name(p, ref.fd, name);
         rc = fd < 0 ? fd : pt_learn(p, dots ? NULL : ref.node, name, fd, true, out);
     }
     pt_put(p, &ref);
@@ -81,7 +85,7 @@ static int put_plus(struct vnd_passthrough *p, struct pt_node *dir, int dir_fd, 
 {
     size_t len = strlen(d->d_name);
     vnd_attr attr;
-    int fd = open_name(dir_fd, d->d_name);
+    int fd = open_name(p, dir_fd, d->d_name);
 
     if (fd < 0 || pt_learn(p, dir, d->d_name, fd, true, &attr)) {   /* gone, or no room: by a look-up, later */
         return put(ctx, pt_ino_of(dir->mount, d->d_ino), d->d_name, len, type, (uint64_t)d->d_off, NULL);
@@ -160,7 +164,7 @@ int pt_readdir(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, int want_
 
 static int learn_name(struct vnd_passthrough *p, const struct pt_ref *dir, const char *name, vnd_attr *out)
 {
-    int fd = open_name(dir->fd, name);
+    int fd = open_name(p, dir->fd, name);
 
     return fd < 0 ? fd : pt_learn(p, dir->node, name, fd, true, out);
 }
@@ -355,9 +359,11 @@ int pt_unlink(struct fs *fs, uint64_t dir, const char *name, bool is_dir)
     return rc;
 }
 
-int pt_rename(struct fs *fs, uint64_t dir, const char *name, uint64_t new_dir, const char *new_name, uint32_t flags)
+int pt_rename(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint64_t new_dir,
+              const char *new_name, uint32_t flags)
 {
     struct vnd_passthrough *p = pt_of(fs);
+    struct pt_cred cred = { 0 };
     struct pt_ref from, to;
     int rc;
 
@@ -370,8 +376,13 @@ int pt_rename(struct fs *fs, uint64_t dir, const char *name, uint64_t new_dir, c
     }
     rc = get_dir(p, new_dir, &to);
     if (!rc) {
-        pt_thread_prepare();    /* the mode of a whiteout */
-        rc = renameat2(from.fd, name, to.fd, new_name, flags) ? fail_errno() : 0;
+        if (flags & RENAME_WHITEOUT) {      /* that is a new object, the caller's */
+            rc = pt_cred_take(who, &cred);
+        }
+        if (!rc) {
+            rc = renameat2(from.fd, name, to.fd, new_name, flags) ? fail_errno() : 0;
+            pt_cred_back(&cred);
+        }
         pt_put(p, &to);
     }
     pt_put(p, &from);

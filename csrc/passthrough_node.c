@@ -1,5 +1,4 @@
-/* passthrough_node.c -- the nodes that a guest knows, their mounts, and the descriptors that reach them; see
- * passthrough.h. All under the one lock, held for table work only: what asks the host runs outside.
+/* passthrough_node.c -- the nodes that a guest knows, and the descriptors that reach them; see passthrough.h. All under the one lock, held for table work only: what asks the host runs outside.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -13,9 +12,6 @@
 
 #include "passthrough.h"
 
-#ifndef STATX_MNT_ID_UNIQUE
-#define STATX_MNT_ID_UNIQUE 0x4000u     /* linux 6.8; before it, mount ids are reused */
-#endif
 #define HANDLE_MAX 128                  /* MAX_HANDLE_SZ */
 
 struct fid {
@@ -41,15 +37,6 @@ uint64_t pt_ino_of(const struct pt_mount *m, uint64_t host_ino)
     return PT_INO_TOP | (host_ino ^ (uint64_t)m->slot << 32);   /* for listings: a hint */
 }
 
-static int stat_fd(int fd, struct statx *sx)
-{
-    if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_SYNC_AS_STAT, STATX_BASIC_STATS | STATX_MNT_ID | STATX_MNT_ID_UNIQUE,
-              sx)) {
-        return -errno;
-    }
-    return 0;
-}
-
 static void fill(const struct pt_node *n, const struct statx *sx, vnd_attr *out)
 {
     *out = (vnd_attr){
@@ -66,144 +53,12 @@ static void fill(const struct pt_node *n, const struct statx *sx, vnd_attr *out)
 int pt_fill_attr(const struct pt_node *n, int fd, vnd_attr *out)
 {
     struct statx sx;
-    int rc = stat_fd(fd, &sx);
+    int rc = pt_stat(fd, &sx);
 
     if (!rc) {
         fill(n, &sx, out);
     }
     return rc;
-}
-
-/* ---- mounts; all under the lock unless said otherwise */
-
-static void mount_put(struct vnd_passthrough *p, struct pt_mount *m)
-{
-    if (--m->refs) {
-        return;
-    }
-    for (struct pt_mount **at = &p->mounts; *at; at = &(*at)->next) {
-        if (*at == m) {
-            *at = m->next;
-            break;
-        }
-    }
-    if (m->slot < PT_MOUNT_SLOTS) {
-        p->slot_taken[m->slot] = false;
-    }
-    if (m->fd >= 0 && m->fd != p->root_fd) {
-        close(m->fd);
-    }
-    if (m->above) {
-        pt_node_put_locked(p, m->above);
-    }
-    free(m);
-}
-
-/* With one ref. */
-static struct pt_mount *mount_find(struct vnd_passthrough *p, uint64_t id)
-{
-    for (struct pt_mount *m = p->mounts; m; m = m->next) {
-        if (m->id == id) {
-            m->refs++;
-            return m;
-        }
-    }
-    return NULL;
-}
-
-static struct pt_mount *mount_add(struct vnd_passthrough *p, uint64_t id, struct pt_node *above, const char *name)
-{
-    struct pt_mount *m = calloc(1, sizeof(*m));
-    uint32_t slot = 0;
-
-    if (!m) {
-        return NULL;
-    }
-    while (slot < PT_MOUNT_SLOTS && p->slot_taken[slot]) {
-        slot++;
-    }
-    if (slot < PT_MOUNT_SLOTS) {
-        p->slot_taken[slot] = true;
-    }
-    m->id = id;
-    m->slot = slot;
-    m->refs = 1;
-    m->fd = -1;
-    m->above = above;
-    if (above) {
-        above->refs++;
-    }
-    snprintf(m->name, sizeof(m->name), "%s", name);
-    m->next = p->mounts;
-    p->mounts = m;
-    return m;
-}
-
-/* The mount's descriptor, in use; outside the lock. -ESTALE: the host has taken the mount away. */
-static int mount_fd_get(struct vnd_passthrough *p, struct pt_mount *m)
-{
-    struct pt_ref above;
-    struct statx sx;
-    char path[32];
-    int fd, real, rc;
-
-    pthread_mutex_lock(&p->lock);
-    if (m->fd >= 0) {
-        m->fd_users++;
-        m->fd_used = true;
-        fd = m->fd;
-        pthread_mutex_unlock(&p->lock);
-        return fd;
-    }
-    pthread_mutex_unlock(&p->lock);
-    if (!m->above || m->no_fd) {
-        return -ESTALE;
-    }
-    rc = pt_get(p, m->above->ino, &above);
-    if (rc) {
-        return rc;
-    }
-    fd = openat(above.fd, m->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
-    rc = fd < 0 ? -errno : stat_fd(fd, &sx);
-    pt_put(p, &above);
-    if (!rc && (sx.stx_mnt_id != m->id || !(S_ISDIR(sx.stx_mode) || S_ISREG(sx.stx_mode)))) {
-        rc = -ESTALE;
-    }
-    real = -1;
-    if (!rc) {
-        snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-        real = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
-        rc = real < 0 ? -errno : 0;
-    }
-    if (fd >= 0) {
-        close(fd);
-    }
-    if (rc) {
-        return rc == -EMFILE ? -ENFILE : rc == -ENOENT ? -ESTALE : rc;
-    }
-    pthread_mutex_lock(&p->lock);
-    if (m->fd >= 0) {       /* another thread was faster */
-        close(real);
-    } else {
-        m->fd = real;
-        m->fd_drop = false;
-    }
-    m->fd_users++;
-    m->fd_used = true;
-    fd = m->fd;
-    pthread_mutex_unlock(&p->lock);
-    return fd;
-}
-
-static void mount_fd_put(struct vnd_passthrough *p, struct pt_mount *m)
-{
-    pthread_mutex_lock(&p->lock);
-    if (--m->fd_users == 0 && m->fd_drop && m->above && m->fd >= 0) {
-        close(m->fd);
-        m->fd = -1;
-        m->fd_drop = false;
-    }
-    pthread_mutex_unlock(&p->lock);
 }
 
 /* ---- nodes */
@@ -254,13 +109,8 @@ static void close_cached(struct vnd_passthrough *p, struct pt_node *n)
     close(n->fd);
     n->fd = -1;
     n->fd_drop = false;
-    for (uint32_t i = 0; i < PT_CACHE_MAX; i++) {
-        if (p->cache[i] == n) {
-            p->cache[i] = NULL;
-            p->n_cached--;
-            break;
-        }
-    }
+    p->cache[n->cache_at] = NULL;
+    p->n_cached--;
 }
 
 static void unlink_node(struct vnd_passthrough *p, struct pt_node *n)
@@ -292,7 +142,7 @@ void pt_node_put_locked(struct vnd_passthrough *p, struct pt_node *n)
     } else {
         close_cached(p, n);
     }
-    mount_put(p, n->mount);
+    pt_mount_put(p, n->mount);
     free(n);
 }
 
@@ -320,23 +170,26 @@ struct pt_node *pt_node_find(struct vnd_passthrough *p, uint64_t ino)
 static int open_handle(struct vnd_passthrough *p, struct pt_node *n, int flags)
 {
     struct fid fid;
+    bool tried = false;
     int mfd, fd;
 
     if (!n->handle_bytes) {
         return -ESTALE;
     }
-    mfd = mount_fd_get(p, n->mount);
+    mfd = pt_mount_fd_get(p, n->mount);
     if (mfd < 0) {
         return mfd;
     }
     fid.h.handle_bytes = n->handle_bytes;
     fid.h.handle_type = n->handle_type;
     memcpy(fid.h.f_handle, n->handle, n->handle_bytes);
-    fd = open_by_handle_at(mfd, &fid.h, flags | O_CLOEXEC);
+    do {
+        fd = open_by_handle_at(mfd, &fid.h, flags | O_CLOEXEC);
+    } while (fd < 0 && pt_make_room(p, &tried));
     if (fd < 0) {
         fd = errno == EMFILE ? -ENFILE : -errno;
     }
-    mount_fd_put(p, n->mount);
+    pt_mount_fd_put(p, n->mount);
     return fd;
 }
 
@@ -344,7 +197,7 @@ static int open_handle(struct vnd_passthrough *p, struct pt_node *n, int flags)
 static bool cache_fd(struct vnd_passthrough *p, struct pt_node *n, int fd)
 {
     for (uint32_t i = 0; i < 8; i++) {
-        uint32_t at = p->hand++ % PT_CACHE_MAX;
+        uint32_t at = p->hand++ % p->cache_max;
         struct pt_node *old = p->cache[at];
 
         if (old && (old->fd_used || old->fd_users)) {
@@ -355,6 +208,7 @@ static bool cache_fd(struct vnd_passthrough *p, struct pt_node *n, int fd)
             close_cached(p, old);
         }
         p->cache[at] = n;
+        n->cache_at = at;
         p->n_cached++;
         n->fd = fd;
         n->fd_drop = false;
@@ -526,18 +380,18 @@ static bool needs_fd(const struct pt_mount *m, const struct fid *fid)
 static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const char *name, int fd,
                         const struct statx *sx, const struct fid *fid, vnd_attr *out)
 {
-    struct pt_mount *m = mount_find(p, sx->stx_mnt_id);
+    struct pt_mount *m = pt_mount_find(p, sx->stx_mnt_id);
     struct pt_node *n;
     int rc = 0;
 
     if (!above && (!m || !find_key(p, m, sx->stx_ino))) {
         if (m) {
-            mount_put(p, m);
+            pt_mount_put(p, m);
         }
         return -ESTALE;
     }
     if (!m) {
-        m = mount_add(p, sx->stx_mnt_id, above, name);
+        m = pt_mount_add(p, sx->stx_mnt_id, above, name);
         if (!m) {
             return -ENOMEM;
         }
@@ -546,11 +400,11 @@ static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const 
     n = find_key(p, m, sx->stx_ino);
     if (n && n->type == (sx->stx_mode & S_IFMT) && (n->fd_kept || same_fid(n, fid))) {
         n->refs++;
-        mount_put(p, m);
+        pt_mount_put(p, m);
     } else {
         n = node_add(p, m, sx, fid, n);
         if (!n) {
-            mount_put(p, m);
+            pt_mount_put(p, m);
             return -ENOMEM;
         }
         if (needs_fd(m, fid)) {
@@ -574,7 +428,7 @@ int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name,
 {
     struct fid fid;
     struct statx sx;
-    int mnt, rc = stat_fd(fd, &sx);
+    int mnt, rc = pt_stat(fd, &sx);
     bool has_fid;
 
     if (!rc) {
@@ -624,7 +478,7 @@ void pt_forget_all(struct vnd_passthrough *p)
 void pt_drop_idle(struct vnd_passthrough *p, bool even_used)
 {
     pthread_mutex_lock(&p->lock);
-    for (uint32_t i = 0; i < PT_CACHE_MAX; i++) {
+    for (uint32_t i = 0; i < p->cache_max; i++) {
         struct pt_node *n = p->cache[i];
 
         if (n && (even_used || !n->fd_used)) {
@@ -633,19 +487,21 @@ void pt_drop_idle(struct vnd_passthrough *p, bool even_used)
             n->fd_used = false;
         }
     }
-    for (struct pt_mount *m = p->mounts; m; m = m->next) {
-        if (!m->above || m->fd < 0) {
-            continue;
-        }
-        if (m->fd_users) {
-            m->fd_drop = even_used;
-        } else if (even_used || !m->fd_used) {
-            close(m->fd);
-            m->fd = -1;
-        }
-        m->fd_used = false;
-    }
+    pt_mounts_drop_idle(p, even_used);
     pthread_mutex_unlock(&p->lock);
+}
+
+bool pt_make_room(struct vnd_passthrough *p, bool *tried)
+{
+    int saved = errno;
+
+    if (saved != EMFILE || *tried) {
+        return false;
+    }
+    *tried = true;
+    pt_drop_idle(p, true);
+    errno = saved;
+    return true;
 }
 
 int pt_root_open(struct vnd_passthrough *p)
@@ -653,7 +509,7 @@ int pt_root_open(struct vnd_passthrough *p)
     struct fid fid;
     struct statx sx;
     struct pt_mount *m;
-    int mnt, rc = stat_fd(p->root_fd, &sx);
+    int mnt, rc = pt_stat(p->root_fd, &sx);
     bool has_fid;
 
     if (rc) {
@@ -669,7 +525,7 @@ int pt_root_open(struct vnd_passthrough *p)
             close(fd);
         }
     }
-    m = mount_add(p, sx.stx_mnt_id, NULL, "");
+    m = pt_mount_add(p, sx.stx_mnt_id, NULL, "");
     p->root = m ? calloc(1, sizeof(*p->root) + (has_fid ? fid.h.handle_bytes : 0)) : NULL;
     if (!p->root) {
         return -ENOMEM;

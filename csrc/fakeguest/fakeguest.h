@@ -83,7 +83,12 @@ int fg_submit(fg_queue *q, uint32_t slot, const uint8_t *in, uint32_t in_len, in
 int64_t fg_reap(fg_queue *q, uint32_t *slot, uint8_t *reply, uint64_t reply_cap, int timeout_ms);
 
 /* ---- load: keeps depth requests in flight */
-enum fg_load_kind { FG_LOAD_READ_RANDOM = 0, FG_LOAD_READ_SEQUENTIAL = 1, FG_LOAD_LOOKUP = 2 };
+/* WRITE_RANDOM overwrites with the file's own pattern. GETATTR asks for expect_nodeid of the names. CREATE makes files of
+ * new names, told by random_seed and a count, below the first name's parent, and releases each; an operation is both. */
+enum fg_load_kind {
+    FG_LOAD_READ_RANDOM = 0, FG_LOAD_READ_SEQUENTIAL = 1, FG_LOAD_LOOKUP = 2, FG_LOAD_WRITE_RANDOM = 3,
+    FG_LOAD_GETATTR = 4, FG_LOAD_CREATE = 5
+};
 typedef struct { uint64_t nodeid, fh, size_bytes, seed; } fg_file;
 /* expect_nodeid 0: any but 0 */
 typedef struct { uint64_t parent, expect_nodeid; char name[64]; } fg_name;

@@ -34,6 +34,7 @@ struct fg_slot {
     int out_fixed;
     uint32_t target;            /* load: which file or name */
     uint64_t offset;            /* load: where in the file */
+    uint32_t opcode;            /* load: what was sent last */
 };
 
 struct fg_queue {

@@ -1,12 +1,13 @@
-/* fg_load.c -- load loops: reads and look-ups at a fixed number in flight. */
+/* fg_load.c -- load loops: one kind of operation at a fixed number in flight. */
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "fg_internal.h"
 
-enum { OP_LOOKUP = 1, OP_READ = 15 };
+enum { OP_LOOKUP = 1, OP_GETATTR = 3, OP_READ = 15, OP_WRITE = 16, OP_RELEASE = 18, OP_CREATE = 35 };
 struct in_header {
     uint32_t len, opcode;
     uint64_t unique, nodeid;
@@ -19,6 +20,8 @@ struct read_in {
     uint64_t lock_owner;
     uint32_t flags, padding;
 };
+struct create_in { uint32_t flags, mode, umask, open_flags; };
+enum { ENTRY_BYTES = 128, OPEN_BYTES = 16, ATTR_BYTES = 104, WRITE_BYTES = 8, IN_BYTES = sizeof(struct in_header) };
 struct run {
     fg_queue *q;
     const fg_load *load;
@@ -47,6 +50,14 @@ static void write_header(struct fg_slot *s, uint32_t len, uint32_t opcode, uint6
     struct in_header h = { len, opcode, s->unique, nodeid, 0, 0, 1, 0, 0 };
     s->in_data_bytes = 0;
     memcpy(s->host + FG_SLOT_IN, &h, sizeof h);
+    s->opcode = opcode;
+}
+
+static void pick_random(struct run *r, struct fg_slot *s)
+{
+    uint32_t block = r->load->block_bytes;
+    s->target = (uint32_t)(next_random(r) % r->load->file_count);
+    s->offset = next_random(r) % (r->load->files[s->target].size_bytes / block) * block;
 }
 
 static int send_read(struct run *r, uint32_t slot)
@@ -55,8 +66,7 @@ static int send_read(struct run *r, uint32_t slot)
     struct fg_slot *s = &r->q->slots[slot];
     uint32_t block = load->block_bytes;
     if (load->kind == FG_LOAD_READ_RANDOM) {
-        s->target = (uint32_t)(next_random(r) % load->file_count);
-        s->offset = next_random(r) % (load->files[s->target].size_bytes / block) * block;
+        pick_random(r, s);
     } else {
         if (r->cursor + block > load->files[r->cursor_file].size_bytes) {
             r->cursor = 0;
@@ -84,11 +94,71 @@ static int send_lookup(struct run *r, uint32_t slot)
     return fg_slot_send(r->q, slot, sizeof(struct in_header) + bytes, 128, 0);
 }
 
+static int send_write(struct run *r, uint32_t slot)
+{
+    struct fg_slot *s = &r->q->slots[slot];
+    uint32_t block = r->load->block_bytes;
+    pick_random(r, s);
+    const fg_file *f = &r->load->files[s->target];
+    struct read_in in = { f->fh, s->offset, block, 0, 0, 0, 0 };     /* WRITE's has the same layout */
+    write_header(s, IN_BYTES + sizeof in + block, OP_WRITE, f->nodeid);
+    memcpy(s->host + FG_SLOT_IN + IN_BYTES, &in, sizeof in);
+    for (uint32_t at = 0, page = 0; at < block; at += FG_PAGE, page++)
+        fg_pattern_fill(s->host + fg_page_at(r->q, page), block - at < FG_PAGE ? block - at : FG_PAGE, s->offset + at,
+                        f->seed);
+    s->in_data_bytes = block;
+    return fg_slot_send(r->q, slot, IN_BYTES + sizeof in, WRITE_BYTES, 0);
+}
+
+static int send_getattr(struct run *r, uint32_t slot)
+{
+    struct fg_slot *s = &r->q->slots[slot];
+    s->target = (uint32_t)(next_random(r) % r->load->name_count);
+    write_header(s, IN_BYTES + 16, OP_GETATTR, r->load->names[s->target].expect_nodeid);
+    memset(s->host + FG_SLOT_IN + IN_BYTES, 0, 16);
+    return fg_slot_send(r->q, slot, IN_BYTES + 16, ATTR_BYTES, 0);
+}
+
+static int send_create(struct run *r, uint32_t slot)
+{
+    enum { NAME_BYTES = 32 };
+    struct fg_slot *s = &r->q->slots[slot];
+    struct create_in in = { 2, 0100644, 022, 0 };
+    char name[NAME_BYTES] = "";
+    int n = snprintf(name, sizeof name, "%llx-%llu", (unsigned long long)r->load->random_seed,
+                     (unsigned long long)r->started);
+    uint32_t len = IN_BYTES + sizeof in + (uint32_t)n + 1;
+    write_header(s, len, OP_CREATE, r->load->names[0].parent);
+    memcpy(s->host + FG_SLOT_IN + IN_BYTES, &in, sizeof in);
+    memcpy(s->host + FG_SLOT_IN + IN_BYTES + sizeof in, name, (uint32_t)n + 1);
+    return fg_slot_send(r->q, slot, len, ENTRY_BYTES + OPEN_BYTES, 0);
+}
+
+/* After a create's reply: the same slot closes the file. */
+static int send_release(struct run *r, uint32_t slot)
+{
+    struct fg_slot *s = &r->q->slots[slot];
+    struct { uint64_t fh; uint32_t flags, release_flags; uint64_t lock_owner; } in = { 0 };
+    uint64_t nodeid;
+    memcpy(&nodeid, s->host + FG_SLOT_OUT + FG_OUT_FIXED_AT, sizeof nodeid);
+    memcpy(&in.fh, s->host + FG_SLOT_OUT + FG_OUT_FIXED_AT + ENTRY_BYTES, sizeof in.fh);
+    s->unique = r->q->next_unique += 2;
+    write_header(s, IN_BYTES + sizeof in, OP_RELEASE, nodeid);
+    memcpy(s->host + FG_SLOT_IN + IN_BYTES, &in, sizeof in);
+    return fg_slot_send(r->q, slot, IN_BYTES + sizeof in, 0, 0);
+}
+
 static int send_next(struct run *r, uint32_t slot)
 {
     r->q->slots[slot].unique = r->q->next_unique += 2;
     r->started++;
-    return r->load->kind == FG_LOAD_LOOKUP ? send_lookup(r, slot) : send_read(r, slot);
+    switch (r->load->kind) {
+    case FG_LOAD_LOOKUP: return send_lookup(r, slot);
+    case FG_LOAD_WRITE_RANDOM: return send_write(r, slot);
+    case FG_LOAD_GETATTR: return send_getattr(r, slot);
+    case FG_LOAD_CREATE: return send_create(r, slot);
+    default: return send_read(r, slot);
+    }
 }
 
 static int check_read(struct run *r, const struct fg_slot *s)
@@ -113,7 +183,9 @@ static int check_read(struct run *r, const struct fg_slot *s)
 static int check_reply(struct run *r, struct fg_slot *s, uint32_t used_len)
 {
     int32_t error;
-    uint32_t want = 16 + (r->load->kind == FG_LOAD_LOOKUP ? 128 : r->load->block_bytes);
+    uint32_t want = 16 + (s->opcode == OP_LOOKUP ? ENTRY_BYTES : s->opcode == OP_GETATTR ? ATTR_BYTES
+                          : s->opcode == OP_WRITE ? WRITE_BYTES : s->opcode == OP_CREATE ? ENTRY_BYTES + OPEN_BYTES
+                          : s->opcode == OP_RELEASE ? 0 : r->load->block_bytes);
     int64_t len = fg_reply_length(r->q, s, used_len, &error);
     if (len < 0)
         return (int)len;
@@ -121,7 +193,11 @@ static int check_reply(struct run *r, struct fg_slot *s, uint32_t used_len)
         return fg_fail(r->q, error, "request failed with error %d", error);
     if (len != want)
         return fg_fail(r->q, -FG_BAD_LENGTH, "reply of %lld bytes, %u expected", (long long)len, want);
-    if (r->load->kind != FG_LOAD_LOOKUP) {
+    if (s->opcode == OP_WRITE || s->opcode == OP_CREATE || s->opcode == OP_RELEASE || s->opcode == OP_GETATTR) {
+        r->bytes += s->in_data_bytes;
+        return 0;
+    }
+    if (s->opcode == OP_READ) {
         r->bytes += r->load->block_bytes;
         return check_read(r, s);
     }
@@ -141,7 +217,7 @@ static bool finished(const struct run *r, uint64_t end_ns)
 
 static int check_load(fg_queue *q, const fg_load *l)
 {
-    bool read = l->kind != FG_LOAD_LOOKUP;
+    bool read = l->kind != FG_LOAD_LOOKUP && l->kind != FG_LOAD_GETATTR && l->kind != FG_LOAD_CREATE;
     if (l->depth == 0 || l->depth > q->cfg.slot_count || q->in_flight)
         return fg_fail(q, -EINVAL, "depth %u with %u slots and %d in flight", l->depth, q->cfg.slot_count,
                        q->in_flight);
@@ -177,6 +253,12 @@ int fg_load_run(fg_queue *q, const fg_load *load, fg_load_result *out)
             struct fg_slot *s = &q->slots[cookie];
             s->busy = false;
             rc = check_reply(&r, s, len);
+            if (!rc && s->opcode == OP_CREATE) {
+                rc = send_release(&r, (uint32_t)cookie);
+                if (rc)
+                    break;
+                continue;
+            }
             out->ops++;
             over = over || finished(&r, 0);
             if (rc || (!over && (rc = send_next(&r, (uint32_t)cookie)) != 0))
