@@ -8,6 +8,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "pseudo.h"
+
 #define BLKSIZE 4096
 
 static bool in_rafs_session(const struct fuse_call *c)
@@ -101,6 +103,9 @@ enum req_verdict fuse_reply_attr(struct fuse_call *c, const vnd_attr *attr)
 
     fill_valid(&c->node, &out.attr_valid, &out.attr_valid_nsec);
     fill_attr(&out.attr, attr, vfs_nodeid(c->s->vfs, c->node.serial, c->node.ino));
+    if (out.attr.ino == PSEUDO_ROOT_INO && !c->node.serial && c->s->keeps_root) {
+        out.attr_valid = FUSE_VALID_FOREVER_S;
+    }
     return fuse_reply(c, &out, sizeof(out));
 }
 

@@ -17,6 +17,7 @@ struct fuse_session {
     _Atomic uint32_t gen;
     _Atomic int ready;              /* INIT is done and DESTROY is not */
     struct backing *backing;        /* NULL: none was asked for */
+    bool keeps_root;                /* the transport tells when the root's attributes change */
     _Atomic bool passthrough;       /* the kernel took it: every open of an image's files is counted */
 };
 

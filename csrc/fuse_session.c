@@ -438,6 +438,11 @@ void fuse_session_set_backing(struct fuse_session *s, struct backing *b)
     s->backing = b;
 }
 
+void fuse_session_keep_root(struct fuse_session *s)
+{
+    s->keeps_root = true;
+}
+
 bool fuse_session_ready(struct fuse_session *s)
 {
     return atomic_load_explicit(&s->ready, memory_order_acquire);

@@ -39,6 +39,8 @@ uint32_t fuse_session_gen(struct fuse_session *s);      /* for new requests */
 void fuse_session_resume(struct fuse_session *s);
 /* Before INIT: offers passthrough (backing.h); b must outlive the session. */
 void fuse_session_set_backing(struct fuse_session *s, struct backing *b);
+/* Before INIT: the kernel may keep the attributes of the root, because the transport tells it when they change. */
+void fuse_session_keep_root(struct fuse_session *s);
 bool fuse_session_ready(struct fuse_session *s);        /* INIT was answered */
 
 #endif

@@ -12,9 +12,12 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "pseudo.h"
+
 #define PAGE 4096u
 #define FUSE_DEV_IOC_CLONE _IOR(229, 0, uint32_t)
 #define FUSE_NOTIFY_RESEND 7
+#define FUSE_NOTIFY_INVAL_INODE 2
 
 static void do_nothing(int number)
 {
@@ -140,6 +143,7 @@ vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads
     if (flags & VND_FUSEDEV_PASSTHROUGH)
         d->backing = backing_new(d->fd);
     fuse_session_set_backing(d->session, d->backing);
+    fuse_session_keep_root(d->session);
     if (flags & VND_FUSEDEV_RESUME)
         fuse_session_resume(d->session);
     if (start_threads(d, threads, err, err_len) != 0) {
@@ -155,6 +159,19 @@ vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads
 int vnd_fusedev_ready(vnd_fusedev *d)
 {
     return fuse_session_ready(d->session);
+}
+
+int vnd_fusedev_root_changed(vnd_fusedev *d)
+{
+    struct {
+        struct fuse_out_header h;
+        uint64_t nodeid;
+        int64_t off, len;           /* off below 0: attributes alone */
+    } changed = { { .len = sizeof(changed), .error = FUSE_NOTIFY_INVAL_INODE }, PSEUDO_ROOT_INO, -1, 0 };
+
+    if (!fuse_session_ready(d->session) || write(d->fd, &changed, sizeof(changed)) >= 0 || errno == ENOENT)
+        return 0;
+    return -errno;
 }
 
 int vnd_fusedev_wait(vnd_fusedev *d, int timeout_ms)

@@ -359,6 +359,9 @@ enum vnd_fusedev_flag {
 vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads, uint32_t flags, char *err,
                              size_t err_len);
 int vnd_fusedev_ready(vnd_fusedev *d);    /* 1: INIT was answered */
+/* After the mount table changed: the kernel keeps the attributes of the root until it is told (a supervisor looks at the
+ * mount point of a dead server, and must not wait for the one it is to start). 0 or -errno. */
+int vnd_fusedev_root_changed(vnd_fusedev *d);
 /* 0: the mount is gone (or stop was called); -ETIMEDOUT. */
 int vnd_fusedev_wait(vnd_fusedev *d, int timeout_ms);
 /* Ends all threads. Requests that are parked stay unanswered: the next server's, or ended by the kernel with the last

@@ -275,6 +275,29 @@ static void test_many(struct rig *g)
     rig_free(g);
 }
 
+/* The kernel may keep what it knows of the root, and is told when that changed. */
+static void test_root_is_kept(struct rig *g)
+{
+    struct fuse_getattr_in in = { 0 };
+    struct fuse_attr_out out;
+    struct { uint64_t nodeid; int64_t off, len; } told;
+    struct answer a;
+
+    rig_new(g, 1, 30000);
+    CHECK_EQ(vnd_vfs_umount(g->vfs, "/"), 0);
+    CHECK_EQ(vnd_fusedev_root_changed(g->dev), 0);
+    a = receive(g);
+    CHECK(a.h.unique == 0 && a.h.error == 2 && a.len == sizeof(told));     /* FUSE_NOTIFY_INVAL_INODE */
+    memcpy(&told, g->reply + sizeof(a.h), sizeof(told));
+    CHECK(told.nodeid == 1 && told.off < 0);
+    send_request(g, 7, FUSE_OP_GETATTR, 1, &in, sizeof(in));
+    a = receive(g);
+    CHECK(a.h.unique == 7 && a.h.error == 0 && a.len == sizeof(out));
+    memcpy(&out, g->reply + sizeof(a.h), sizeof(out));
+    CHECK(out.attr_valid > 1000000);
+    rig_free(g);
+}
+
 /* What no kernel sends is refused, not read past. */
 static void test_malformed(struct rig *g)
 {
@@ -302,6 +325,7 @@ int main(void)
     test_stop_and_resume(g);
     test_end_of_mount(g);
     test_many(g);
+    test_root_is_kept(g);
     test_malformed(g);
     free(g);
     puts("test_fusedev: ok");

@@ -103,6 +103,9 @@ class HostService(Service):
                      f"{self._fuse.mountpoint} was unmounted: ending")
         self.request_exit()
 
+    def _mounts_changed(self) -> None:
+        self._fuse.root_changed()
+
     def _close_host(self) -> None:
         self._fuse.close(keep_mount=self._keep_mount)
 

@@ -173,6 +173,9 @@ class Service:
     def take_over(self) -> None:
         raise unexpected("Takeover")
 
+    def _mounts_changed(self) -> None:
+        pass
+
     def _close_host(self) -> None:
         pass
 
@@ -277,6 +280,7 @@ class Service:
             self._release(mount)
             raise Failure(f"cannot mount at {path}: {error.strerror}") from error
         self._mounts[path] = mount
+        self._mounts_changed()
         kept = self._changes.get(path) or (self._changes.get(config.id) if config.id else None)
         if kept:
             self._change_backend(mount, kept)
@@ -368,6 +372,7 @@ class Service:
             directory.close()
             raise Failure(f"cannot mount at {path}: {error.strerror}") from error
         self._shares[path] = Share(path, source, directory)
+        self._mounts_changed()
         self.log.say(logs.INFO, "host directory mounted", mountpoint=path, source=source)
 
     def umount(self, path: str) -> None:
@@ -387,6 +392,7 @@ class Service:
             if share is not None:
                 del self._shares[path]
                 share.directory.close()
+            self._mounts_changed()
             for left in self._shares.values():      # the host unmounts the container's directories next
                 left.directory.drop_idle()
 

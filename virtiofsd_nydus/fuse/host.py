@@ -87,6 +87,11 @@ class HostFuse:
         """INIT was answered."""
         return self._handle != ffi.NULL and bool(lib.vnd_fusedev_ready(self._handle))
 
+    def root_changed(self) -> None:
+        """After the mount table changed: the kernel asks for the root's attributes again."""
+        if self._handle != ffi.NULL:
+            lib.vnd_fusedev_root_changed(self._handle)
+
     def _raise_read_ahead(self) -> None:
         """The kernel reads 128 KiB ahead unless told otherwise; root alone may."""
         there = mounts.find_mount(self.mountpoint)
