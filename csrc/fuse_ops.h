@@ -29,6 +29,7 @@ struct fuse_call {
     struct vfs_node node;           /* of in.nodeid, when the operation asks for it */
     bool failed;                    /* answered with an error that counts as one */
     bool waited;                    /* a read whose data was not there at once */
+    bool unknown;                   /* answered with ENOSYS: not asked again, and nothing to count */
 };
 
 typedef enum req_verdict (*fuse_op_fn)(struct fuse_call *c);

@@ -34,6 +34,7 @@ enum req_verdict fuse_reply_error(struct fuse_call *c, int error)
 {
     struct fuse_out_header h = { .len = FUSE_HDR, .error = -error, .unique = c->r->in.unique };
 
+    c->unknown = error == ENOSYS;
     if (error != ENOENT && error != ENODATA && error != ENOSYS) {
         fuse_count(&c->w->counters.fuse_errors, 1);
         c->failed = true;
@@ -363,7 +364,7 @@ static void count_op(struct fuse_call *c, enum req_verdict verdict)
     struct metrics_op op = { .failed = c->failed, .waited = c->waited };
 
     /* Forgets have no reply; of the rest what gets none was not answered (it waits, or its guest is gone). */
-    if (!fop || verdict == REQ_PARKED ||
+    if (!fop || c->unknown || verdict == REQ_PARKED ||
         (verdict == REQ_NOREPLY && opcode != FUSE_OP_FORGET && opcode != FUSE_OP_BATCH_FORGET)) {
         return;
     }
