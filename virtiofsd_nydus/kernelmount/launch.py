@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from virtiofsd_nydus.daemon.config import ImageConfig
@@ -26,8 +27,11 @@ def mount_whole(bootstrap: Path, config: ImageConfig, target: str, *,
     Path(config.work_dir).mkdir(parents=True, exist_ok=True)
     with KernelImage(str(bootstrap), config) as image:
         image.complete(progress)
-        devices = [str(Path(config.work_dir) / f"{blob.id}.blob.data") for blob in image.blobs]
-    mount_erofs(str(bootstrap), devices, target)
+        names = [Path(config.work_dir) / f"{blob.id}.blob.data" for blob in image.blobs]
+    with ExitStack() as stack:
+        files = [stack.enter_context(name.open("rb")) for name in names]
+        # No name with a comma in it among the options
+        mount_erofs(str(bootstrap), [f"/proc/self/fd/{file.fileno()}" for file in files], target)
     place.make()
     record.write_record(place.directory, record.mount_id(target), lazy=False)
 

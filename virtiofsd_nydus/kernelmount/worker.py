@@ -58,7 +58,7 @@ class GuardWatch:
         threading.Thread(target=self._run, args=(pidfd,), name="guard", daemon=True).start()
 
     def _run(self, pidfd: int) -> None:
-        began = time.monotonic()
+        began = -GUARD_PAUSE_SECONDS
         while True:
             if pidfd >= 0:
                 wait_for(pidfd)
