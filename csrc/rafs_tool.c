@@ -83,6 +83,17 @@ int64_t vnd_rafs_getxattr(vnd_rafs *r, uint64_t ino, const char *name, char *buf
     return rc ? rc : (int64_t)need;
 }
 
+int vnd_rafs_digest(vnd_rafs *r, uint64_t ino, uint8_t *out)
+{
+    struct v5_inode n;
+    int rc = r->version == &rafs_v5 ? v5_inode(r, ino, &n) : -ENODATA;
+
+    if (!rc) {
+        memcpy(out, n.digest, 32);
+    }
+    return rc;
+}
+
 int vnd_rafs_prefetch(vnd_rafs *r, uint64_t *inos, int max)
 {
     return r->version->prefetch(r, inos, max);

@@ -8,8 +8,6 @@
 #include "cipher.h"
 #include "rafs_v6.h"
 
-#define DEVICE_SLOTS_UNIT 128
-#define DEVICE_SLOT 128
 #define BLOB_ENTRY 256
 #define EROFS_MAGIC 0xe0f5e1e2u
 #define EROFS_COMPAT_RAFS 0x40000000u
@@ -273,7 +271,7 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const uint8_t *b, const str
 static int read_blobs(struct vnd_rafs *r, const struct rafs_error *e)
 {
     const uint8_t *sb = r->base + V6_SB;
-    uint64_t slots = (uint64_t)rafs_le16(sb + 88) * DEVICE_SLOTS_UNIT, devices = rafs_le16(sb + 86);
+    uint64_t slots = (uint64_t)rafs_le16(sb + V6_SB_SLOTS) * V6_DEVICE, devices = rafs_le16(sb + 86);
     uint32_t n = r->info.blob_count;
 
     if (n > BLOB_MAX || devices != n) {
@@ -283,8 +281,8 @@ static int read_blobs(struct vnd_rafs *r, const struct rafs_error *e)
     if (!n) {
         return 0;
     }
-    if (slots < V6_TABLES || !rafs_at(r, slots, devices * DEVICE_SLOT) ||
-        ranges_meet(slots, devices * DEVICE_SLOT, r->info.blob_table_offset, r->info.blob_table_size_bytes)) {
+    if (slots < V6_TABLES || !rafs_at(r, slots, devices * V6_DEVICE) ||
+        ranges_meet(slots, devices * V6_DEVICE, r->info.blob_table_offset, r->info.blob_table_size_bytes)) {
         return rafs_fail(e, VND_CAUSE_FORMAT, "its device table does not fit");
     }
     r->blobs = calloc(n, sizeof(*r->blobs));
@@ -297,7 +295,7 @@ static int read_blobs(struct vnd_rafs *r, const struct rafs_error *e)
         if (read_blob(r, k, entry, e)) {
             return -1;
         }
-        if (memcmp(entry, r->base + slots + (uint64_t)k * DEVICE_SLOT, VND_ID_MAX) != 0) {
+        if (memcmp(entry, r->base + slots + (uint64_t)k * V6_DEVICE, VND_ID_MAX) != 0) {
             return rafs_fail(e, VND_CAUSE_FORMAT, "device slot %u and blob table entry %u name different blobs", k,
                              k);
         }

@@ -8,6 +8,11 @@
 #define V6_EXT_SB 1152
 #define V6_TABLES 1408              /* nothing but superblocks lies below */
 
+#define V6_SB_SLOTS 88              /* in the superblock, u16: where the device table is, in its slots' size */
+#define V6_DEVICE 128               /* bytes of a device slot: the blob's id, then these, u32 both */
+#define V6_DEVICE_BLOCKS 64
+#define V6_DEVICE_MAPPED 68         /* block where it begins when all are one device */
+
 enum v6_layout { V6_FLAT_PLAIN = 0, V6_FLAT_INLINE = 2, V6_CHUNKED = 4 };
 #define V6_DIRENT 12
 

@@ -1,4 +1,4 @@
-/* rafs_v6_check.c -- walks a whole v6 tree (rafs-format 8, rows 9 to 15, 24, 25, 30).
+/* rafs_v6_check.c -- walks a whole v6 tree (rafs-format 8, rows 9 to 15, 24 to 26, 30).
  *
  * Each directory is entered once, by its inode number, so the walk ends whatever the image claims, and its work is
  * bounded by the image's size. Recursion is a list on the heap.
@@ -267,6 +267,32 @@ static void check_tables(struct walk *w)
     }
 }
 
+/* Where the kernel sees the blobs when they and the bootstrap are one device. Old builders left that out (0). */
+static void check_mapped(struct walk *w)
+{
+    struct vnd_rafs *r = w->r;
+    const uint8_t *slots = r->base + (uint64_t)rafs_le16(r->base + V6_SB + V6_SB_SLOTS) * V6_DEVICE;
+    uint64_t bootstrap = (r->size + (1ull << r->blkszbits) - 1) >> r->blkszbits;
+
+    for (uint32_t k = 0; k < r->info.blob_count && !w->stop; k++) {
+        uint64_t blocks = rafs_le32(slots + (uint64_t)k * V6_DEVICE + V6_DEVICE_BLOCKS);
+        uint64_t at = rafs_le32(slots + (uint64_t)k * V6_DEVICE + V6_DEVICE_MAPPED);
+
+        if (at && blocks && at < bootstrap && !rafs_fault(w->f, "blob %u is mapped over the bootstrap", k)) {
+            w->stop = true;
+        }
+        for (uint32_t j = 0; j < k && at && blocks && !w->stop; j++) {
+            uint64_t others = rafs_le32(slots + (uint64_t)j * V6_DEVICE + V6_DEVICE_BLOCKS);
+            uint64_t other = rafs_le32(slots + (uint64_t)j * V6_DEVICE + V6_DEVICE_MAPPED);
+
+            if (other && at < other + others && other < at + blocks &&
+                !rafs_fault(w->f, "mapped ranges of blobs %u and %u overlap", j, k)) {
+                w->stop = true;
+            }
+        }
+    }
+}
+
 void v6_check(struct vnd_rafs *r, struct rafs_faults *f)
 {
     struct walk w = { .r = r, .f = f, .slots = r->inode_end / 32 + 1,
@@ -290,6 +316,7 @@ void v6_check(struct vnd_rafs *r, struct rafs_faults *f)
     if (!w.stop) {
         check_links(&w);
         check_tables(&w);
+        check_mapped(&w);
     }
     free(w.links);
     free(w.jobs);

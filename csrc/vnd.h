@@ -208,6 +208,8 @@ int vnd_rafs_chunks(vnd_rafs *r, uint64_t ino, uint64_t first, vnd_chunk_info *o
 /* Walks the whole image and calls nothing: writes one line per fault into out, '\n'-separated, stops at
  * max_faults. Number of faults, or -errno. */
 int vnd_rafs_check(vnd_rafs *r, int max_faults, char *out, size_t out_len);
+/* The digest (32 bytes) that RAFS v5 stores of an inode: 0, -ENODATA in other images, -EIO. */
+int vnd_rafs_digest(vnd_rafs *r, uint64_t ino, uint8_t *out);
 /* Inodes of the prefetch table; number copied. */
 int vnd_rafs_prefetch(vnd_rafs *r, uint64_t *inos, int max);
 

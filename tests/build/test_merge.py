@@ -166,6 +166,13 @@ def test_layers_can_be_merged_again() -> None:
     assert bytes(merge_layers(made, options=OPTIONS).bootstrap) == once
 
 
+def test_a_layer_that_comes_twice() -> None:
+    one, two = (build_tar(make_layer(text, n), OPTIONS)[0] for n, text in enumerate(["d d\nf d/a one", "w d/a\nf d/b 2"]))
+    want = bytes(merge_layers([one, two, one], options=OPTIONS).bootstrap)
+    assert Bootstrap(want).walk().keys() == {b"/", b"/d", b"/d/a", b"/d/b"}
+    assert bytes(merge_layers([one, two, one], options=OPTIONS, keep_trees=False).bootstrap) == want
+
+
 def test_too_many_blobs_are_refused_in_one_line() -> None:
     made = [build_tar(make_layer(f"f a{n} {n}"), OPTIONS)[0] for n in range(255)]
     with pytest.raises(Failure, match="needs 255 blobs, RAFS v6 holds 254") as caught:

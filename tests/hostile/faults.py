@@ -44,6 +44,23 @@ def write(image: ImageV5 | ImageV6, offset: int, data: bytes) -> None:
     image.bytes[offset:offset + len(data)] = data
 
 
+def add_blob(image: ImageV6, blob_id: bytes | None) -> None:
+    """A second blob that is the first but for its id (None: and for that too), in a blob table of its own behind all
+    else, and mapped where the first is."""
+    entry, slot = image.bytes[image.blob:image.blob + 256], image.bytes[image.DEVICE:image.DEVICE + 128]
+    table = len(image.bytes)
+    image.bytes += bytes(4096)
+    write(image, table, entry + entry)
+    image.put(table + 256 + 64, "I", 1)
+    write(image, image.DEVICE + 128, slot)
+    if blob_id is not None:
+        write(image, table + 256, blob_id)
+        write(image, image.DEVICE + 128, blob_id)
+    image.put(image.SB + 86, "H", 2)
+    image.put(image.EXT + 8, "Q", table)
+    image.put(image.EXT + 16, "I", 512)
+
+
 # ---- row 1: the file's size
 fault("v5-size-no-multiple-of-8", 5, OPEN, "truncated", lambda i: i.bytes.extend(b"\0\0\0"))
 fault("v5-no-more-than-superblock", 5, OPEN, "truncated", lambda i: cut(i, 8192))
@@ -185,6 +202,10 @@ for number in (5, 6):
           lambda i: i.put(i.record("/d/x") + 40, "I", i.get(i.record("/d/x") + 40, "I") - 3), "/d/x")
     # ---- row 27
     fault(f"v{number}-digest", number, DATA, "", lambda i: i.put(i.record("/d/x"), "I", 1), "/d/x")
+fault("v5-digest-of-a-file", 5, CHECK, "/d/x: its digest", lambda i: i.put(i.inode("/d/x"), "I", 1))
+fault("v5-digest-of-a-link", 5, CHECK, "/link: its digest", lambda i: i.put(i.inode("/link"), "I", 1))
+fault("v5-digest-of-a-directory", 5, CHECK, "/d: its digest", lambda i: i.put(i.inode("/d"), "I", 1))
+fault("v5-digest-of-the-root", 5, CHECK, "/: its digest", lambda i: i.put(i.inode("/"), "I", 1))
 fault("v5-number-described-twice", 5, DATA, "described twice",
       lambda i: i.put(i.record("/d/x") + 72, "I", i.get(i.record("/d/y") + 72, "I")), "/d/x")
 fault("v6-index-and-record-differ", 6, DATA, "", lambda i: i.put(i.indexes("/d/x") + 4, "I", 0), "/d/x")
@@ -203,6 +224,7 @@ fault("v5-blob-id-twice", 5, OPEN, "same id",
 fault("v5-blob-id-too-long", 5, OPEN, "blob table", lambda i: (i.put(i.blob + 72, "Q", 0x6161616161616161),
                                                                i.put(64, "I", i.get(64, "I") + 8), i.put(68, "I", 0),
                                                                i.put(72, "Q", 0)))
+fault("v6-blob-id-twice", 6, OPEN, "same id", lambda i: add_blob(i, None))
 fault("v6-blob-size-huge", 6, OPEN, "out of range", lambda i: i.put(i.blob + 96, "Q", 1 << 45))
 fault("v6-blob-stored-size-huge", 6, OPEN, "out of range", lambda i: i.put(i.blob + 88, "Q", 2**64 - 1))
 fault("v6-chunk-count-huge", 6, OPEN, "out of range", lambda i: i.put(i.blob + 72, "I", 1 << 25))
@@ -239,6 +261,11 @@ fault("v6-link-with-nul", 6, INODE, "malformed symlink", lambda i: write(i, i.bo
 fault("v5-link-empty", 5, INODE, "malformed symlink", lambda i: i.put(i.inode("/link") + 102, "H", 0), "/link")
 fault("v5-link-too-long", 5, INODE, "malformed", lambda i: i.put(i.inode("/link") + 102, "H", 60000), "/link")
 fault("v5-link-with-nul", 5, INODE, "malformed symlink", lambda i: write(i, i.inode("/link") + 136, b"\0"), "/link")
+# ---- row 26
+fault("v6-blob-mapped-over-bootstrap", 6, CHECK, "blob 0 is mapped over the bootstrap",
+      lambda i: i.put(i.DEVICE + 68, "I", 1))
+fault("v6-blobs-mapped-over-each-other", 6, CHECK, "mapped ranges of blobs 0 and 1 overlap",
+      lambda i: add_blob(i, b"a" * 64))
 # ---- row 30
 fault("v6-prefetch-of-nothing", 6, CHECK, "prefetch table",
       lambda i: i.put(i.get(1152 + 40, "Q"), "I", 0x7FFFFFFF))

@@ -52,7 +52,7 @@ class Bootstrap:
     """Decodes everything at once; AssertionError where the bytes break a rule."""
 
     def __init__(self, data: bytes) -> None:
-        self.data = bytes(data)
+        self.data = data = bytes(data)
         assert len(data) % BLOCK == 0
         assert data[:1024] == bytes(1024)
         fields = struct.unpack_from("<IIIBBHQQIIII", data, 1024)

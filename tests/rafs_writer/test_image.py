@@ -7,7 +7,6 @@ import shutil
 import stat
 import subprocess
 import tarfile
-from array import array
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,10 @@ from rafs_writer.trees import Entry, Tree, build_tar, check_tree, decode_image, 
 from virtiofsd_nydus.build.image import BuildOptions, build_layer, merge_layers
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs.bootstrap import BlobInfo, BootstrapWriter
+from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.layout import Codec, Digester
-from virtiofsd_nydus.rafs.tree import ChunkTable, Directory, RegularFile
+from virtiofsd_nydus.rafs.tree import ROOT
+from virtiofsd_nydus.rafs.tree import Tree as RafsTree
 
 OPTIONS = [
     BuildOptions(compressor=compressor, digester=digester, chunk_size=chunk_size)
@@ -109,24 +110,20 @@ def test_large_chunks_that_do_not_compress() -> None:
 def test_chunk_indexes_beyond_16_bits() -> None:
     table = ChunkTable()
     count = 0x21_0003
-    table.digests = bytearray(count * 32)
-    table.uoffs = array("Q", range(0, count << 12, 4096))
-    table.coffs = table.uoffs[:]
-    table.csizes = table.usizes = table.crcs = array("I", [4096]) * count
-    table.flags = bytearray(b"\x10") * count
+    table.resize(count)
     info = BlobInfo(
         blob_id="b" * 64, table=table, codec=Codec.NONE, digester=Digester.BLAKE3, chunk_size=4096, features=1,
         compressed_size=count << 12, uncompressed_size=count << 12,
     )  # fmt: skip
-    root = Directory()
-    file = RegularFile(stat.S_IFREG, 0, 0, 0, (), 4 * 4096, table)
+    tree = RafsTree()
+    file = tree.make_file(stat.S_IFREG, 0, 0, 0, (), 4 * 4096, table)
     wanted = [0xFFFF, 0x1_0000, 0x12_3456, count - 1]
     for number, index in enumerate(wanted):
-        table.digests[32 * index] = number
-        file.add_chunk(index)
-    root.children[b"f"] = file
-    writer = BootstrapWriter(root, [info], chunk_size=4096, codec=Codec.NONE, digester=Digester.BLAKE3)
-    node = Bootstrap(writer.write()).walk()[b"/f"]
+        table.set(index, bytes([number]) * 32, index << 12, index << 12, 4096, 4096, 4096, 0x10)
+        tree.add_chunk(file, index)
+    tree.link(ROOT, b"f", file)
+    writer = BootstrapWriter(tree, [info], chunk_size=4096, codec=Codec.NONE, digester=Digester.BLAKE3)
+    node = Bootstrap(writer.write().view()).walk()[b"/f"]
     assert node.chunks == [(0, index, index << 12) for index in wanted]
 
 

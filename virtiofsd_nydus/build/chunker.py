@@ -14,9 +14,10 @@ from typing import Any
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import BlobWriter, ReferencePlace
+from virtiofsd_nydus.rafs.chunktable import FOREIGN_BASE, ChunkTable, DigestIndex
 from virtiofsd_nydus.rafs.digest import crc32c_function, digest_function
 from virtiofsd_nydus.rafs.layout import ChunkFlag
-from virtiofsd_nydus.rafs.tree import FOREIGN_BASE, ChunkTable, RegularFile
+from virtiofsd_nydus.rafs.tree import RegularFile
 
 BATCH_BYTES = 1 << 20
 BATCH_CHUNKS = 512
@@ -50,7 +51,8 @@ class Chunker:
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="chunker")
         self._digest = digest_function(writer.digester)
         self._crc32c = crc32c_function()
-        self._index: dict[bytes, int] = {}  # digest -> chunk index in the blob
+        self._index = DigestIndex(writer.table.digest)  # of the blob's chunks
+        self._foreign: dict[bytes, int] = {}  # digest -> chunk number of the dictionary's in use
         self._queue: deque[tuple[Future[Packed], list[bytes], list[RegularFile], list[Place]]] = deque()
         self._chunks: list[bytes] = []
         self._files: list[RegularFile] = []
@@ -88,15 +90,22 @@ class Chunker:
 
     def _write_next(self) -> None:
         future, chunks, files, places = self._queue.popleft()
-        index_of = self._index
+        find, foreign = self._index.find, self._foreign
         for data, file, place, packed in zip(chunks, files, places, future.result(), strict=True):
-            index = index_of.get(packed[0])
+            digest = packed[0]
+            index = find(digest)
             if index is None:
-                index = index_of[packed[0]] = self._write(data, file, packed, place)
+                index = foreign.get(digest)
+                if index is not None:
+                    self.dictionary_bytes += len(data)
+            if index is None:
+                index = self._write(data, file, packed, place)
+                if index < FOREIGN_BASE:
+                    self._index.add(digest, index)
+                else:
+                    foreign[digest] = index
             else:
                 self.deduplicated_bytes += len(data)
-                if index >= FOREIGN_BASE:
-                    self.dictionary_bytes += len(data)
             file.add_chunk(index)
 
     def _write(self, data: bytes, file: RegularFile, packed: tuple[bytes, int, Any, int], place: Place) -> int:
@@ -117,10 +126,10 @@ class Chunker:
 
     def _pack(self, chunks: Sequence[bytes], small: Sequence[bool]) -> Packed:
         """Runs in the pool. The writing thread only ever adds to _index, so what is found here is found there."""
-        digest, zeroes, index, dictionary = self._digest, self.zeroes, self._index, self._dictionary
+        digest, zeroes, find, dictionary = self._digest, self.zeroes, self._index.find, self._dictionary
         keys = [digest(data) if data is not zeroes else self._check_zeroes()[0] for data in chunks]
         # once: the writing thread adds to it meanwhile
-        fresh = [key not in index and key not in dictionary for key in keys]
+        fresh = [find(key) is None and key not in dictionary for key in keys]
         wanted = [data for data, new, batched in zip(chunks, fresh, small, strict=True) if new and not batched]
         payloads = iter(self._compress(wanted))
         done: Packed = []

@@ -9,8 +9,8 @@ from virtiofsd_nydus.build.options import BuildOptions
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import BlobInfo
+from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.layout import BlobFeature
-from virtiofsd_nydus.rafs.tree import ChunkTable
 
 # Blobs whose data cannot be told in another image's blob table.
 REFUSED = {
@@ -68,11 +68,9 @@ def load_dictionary(path: Path, options: BuildOptions) -> ChunkDictionary:
                 at = chunk.chunk_index
                 if chunk.digest is None:
                     raise Failure(f"chunk dictionary {os.fspath(path)}: it holds no chunk digests", Cause.FORMAT)
-                if at >= len(table) or table.usizes[at] or chunk.digest in index:
+                if at >= len(table) or table.usize(at) or chunk.digest in index:
                     continue
-                table.digests[32 * at : 32 * at + 32] = chunk.digest
-                table.coffs[at], table.csizes[at] = chunk.coff, chunk.csize_bytes
-                table.uoffs[at], table.usizes[at] = chunk.uoff, chunk.usize_bytes
-                table.flags[at] = chunk.flags & layout.ChunkFlag.COMPRESSED
+                table.set(at, chunk.digest, chunk.uoff, chunk.coff, chunk.csize_bytes, chunk.usize_bytes, 0,
+                          chunk.flags & layout.ChunkFlag.COMPRESSED)
                 index[chunk.digest] = table, at
         return ChunkDictionary(blobs, index)

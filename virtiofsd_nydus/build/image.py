@@ -16,7 +16,8 @@ from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, PlainBlobWriter, Wri
 from virtiofsd_nydus.rafs.blob_reference import ReferenceBlobWriter
 from virtiofsd_nydus.rafs.blob_v6 import InlinedBlobWriter
 from virtiofsd_nydus.rafs.bootstrap import BootstrapStats, BootstrapWriter
-from virtiofsd_nydus.rafs.tree import Directory, walk_directories
+from virtiofsd_nydus.rafs.spill import Arena, copy_pieces
+from virtiofsd_nydus.rafs.tree import Tree
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.build.source_dir import DirectorySource
@@ -47,7 +48,7 @@ class Layer:
     """One layer's blob, written, and its tree, which merge_layers needs. blob_info is None when the layer holds no file
     data: there is a blob all the same, which no merged bootstrap names."""
 
-    tree: Directory
+    tree: Tree
     blob_id: str  # sha256 of the blob, hex
     blob_size: int
     blob_info: BlobInfo | None
@@ -59,11 +60,16 @@ class Layer:
 class MergedImage:
     """The bootstrap of a whole image."""
 
-    bootstrap: bytearray
-    root: Directory
+    arena: Arena
+    tree: Tree
     blobs: list[BlobInfo]  # of the blob table, in its order
     stats: BootstrapStats
     unused_blob_ids: list[str] = field(default_factory=list)  # of layers no file of the result is in
+
+    @property
+    def bootstrap(self) -> memoryview:
+        """It may be large and not in memory: to be taken in pieces (spill.copy_pieces)."""
+        return self.arena.view()
 
 
 class _CountedSource:
@@ -143,21 +149,21 @@ def _build(
     del reader, chunker  # their indexes go before the bootstrap, as large again, comes
     info = writer.finish_data()
     stats.stored_bytes = writer.data_size
-    stats.unique_bytes = sum(writer.table.usizes)
+    stats.unique_bytes = writer.chunk_bytes
     if writer.holds_bootstrap:
         links = list_lower_links(tree)
         for directory, name, _ in links:  # what they share is not known here
-            del directory.children[name]
+            tree.unlink(directory, name)
         bootstrap = _write_bootstrap(tree, [info] if info else [], options, dictionary)[0]
-        writer.write_bootstrap(bootstrap.data)
+        writer.write_bootstrap(bootstrap.data.view())
         stats.bootstrap_bytes = bootstrap.stats.bootstrap_bytes
         del bootstrap
         for directory, name, link in links:
-            directory.children[name] = link
+            tree.link(directory, name, link)
     blob_id, info = writer.finish()
     if info is not None and options.prefetch_policy == "blob" and prefetch_chunks:
-        info.prefetch_size = writer.table.coffs[prefetch_chunks - 1] + writer.table.csizes[prefetch_chunks - 1]
-    stats.names = 1 + sum(len(directory.children) for directory in walk_directories(tree))
+        info.prefetch_size = writer.table.coff(prefetch_chunks - 1) + writer.table.csize(prefetch_chunks - 1)
+    stats.names = 1 + sum(tree.child_count(directory) for directory in tree.walk_directories())
     stats.chunks = len(writer.table)
     return Layer(tree, blob_id, writer.size, info, stats, label)
 
@@ -180,8 +186,13 @@ def _make_writer(out_blob: Writable, options: BuildOptions, index: "ZranIndex | 
     from virtiofsd_nydus.rafs.cipher import Cipher
 
     if index is not None:
-        return ReferenceBlobWriter(out_blob, index, chunk_size=options.chunk_size, digester=options.digest_kind)
-    common: Any = {"chunk_size": options.chunk_size, "codec": options.codec, "digester": options.digest_kind}
+        return ReferenceBlobWriter(
+            out_blob, index, chunk_size=options.chunk_size, digester=options.digest_kind, directory=options.spill_dir
+        )
+    common: Any = {
+        "chunk_size": options.chunk_size, "codec": options.codec, "digester": options.digest_kind,
+        "directory": options.spill_dir,
+    }  # fmt: skip
     if options.fs_version == 5:
         return PlainBlobWriter(out_blob, aligned=options.aligned_chunk, **common)
     return InlinedBlobWriter(
@@ -192,18 +203,18 @@ def _make_writer(out_blob: Writable, options: BuildOptions, index: "ZranIndex | 
 
 @dataclass(slots=True)
 class _Written:
-    data: bytearray
+    data: Arena
     stats: BootstrapStats
 
 
 def _write_bootstrap(
-    root: Directory, blobs: Sequence[BlobInfo], options: BuildOptions, dictionary: ChunkDictionary | None
+    tree: Tree, blobs: Sequence[BlobInfo], options: BuildOptions, dictionary: ChunkDictionary | None
 ) -> tuple[_Written, list[BlobInfo]]:
     """The bootstrap of a tree, and the blobs it names: those of the layers that it needs, then the dictionary's."""
     from virtiofsd_nydus.rafs.bootstrap_v5 import BootstrapWriterV5
 
     known = dictionary.blobs if dictionary is not None else []
-    choice = ChunkChoice(root, [info.table for info in blobs], [info.table for info in known])
+    choice = ChunkChoice(tree, [info.table for info in blobs], [info.table for info in known])
     every = [*blobs, *known]
     kept = [number for number, used in enumerate(choice.used) if used]
     position = {number: index for index, number in enumerate(kept)}
@@ -214,8 +225,8 @@ def _write_bootstrap(
     named = [every[number] for number in kept]
     kind = BootstrapWriterV5 if options.fs_version == 5 else BootstrapWriter
     writer = kind(
-        root, named, chunk_size=options.chunk_size, codec=options.codec, digester=options.digest_kind, moved=moved,
-        prefetch=_prefetch_paths(options),
+        tree, named, chunk_size=options.chunk_size, codec=options.codec, digester=options.digest_kind, moved=moved,
+        prefetch=_prefetch_paths(options), directory=options.spill_dir,
     )  # fmt: skip
     return _Written(writer.write(), writer.stats), named
 
@@ -231,7 +242,7 @@ def _make_reader(
             raise TypeError("a path is opened by build_layer")
         return TarSource(
             _count(source, on_progress), chunker, writer.table, chunk_size=options.chunk_size, label=label or "tar",
-            index=index,
+            index=index, directory=options.spill_dir,
         )  # fmt: skip
     from virtiofsd_nydus.build.source_dir import DirectorySource
 
@@ -239,8 +250,9 @@ def _make_reader(
         raise TypeError("a directory is given by its path")
     prefetch = options.prefetch_patterns if options.prefetch_policy != "none" else ()
     return DirectorySource(
-        Path(source), chunker, writer.table, chunk_size=options.chunk_size, prefetch=prefetch, on_progress=on_progress
-    )
+        Path(source), chunker, writer.table, chunk_size=options.chunk_size, prefetch=prefetch, on_progress=on_progress,
+        directory=options.spill_dir,
+    )  # fmt: skip
 
 
 def _prefetch_paths(options: BuildOptions) -> list[bytes]:
@@ -253,22 +265,24 @@ def merge_layers(
     dictionary: ChunkDictionary | None = None, keep_trees: bool = True,
 ) -> MergedImage:  # fmt: skip
     """One bootstrap of all layers, lowest first; written to out_bootstrap too when given. All layers must have been
-    built with these options. Blobs that no file refers to are not in it. keep_trees: False empties the layers' trees,
-    which takes less memory."""
+    built with these options. Blobs that no file refers to are not in it. keep_trees: False may make the lowest layer's
+    tree the image's, which takes less space."""
     made = (options.chunk_size, options.codec, options.digest_kind)
     for layer in layers:
         info = layer.blob_info
         if info is not None and (info.chunk_size, info.codec, info.digester) != made:
             raise Failure(f"layer {layer.blob_id[:12]} was built with other options than this image", Cause.FORMAT)
-    root = merge_trees([layer.tree for layer in layers], [layer.label for layer in layers], keep=keep_trees)
+    tree = merge_trees([layer.tree for layer in layers], [layer.label for layer in layers], keep=keep_trees,
+                       directory=options.spill_dir)  # fmt: skip
     # Of two equal layers the upper replaces every file of the lower, so no blob comes into the table twice.
     present = [layer.blob_info for layer in layers if layer.blob_info is not None]
-    written, named = _write_bootstrap(root, present, options, dictionary)
-    bootstrap = written.data
+    written, named = _write_bootstrap(tree, present, options, dictionary)
+    bootstrap = written.data.view()
     if isinstance(out_bootstrap, (str, Path)):
-        Path(out_bootstrap).write_bytes(bootstrap)
+        with Path(out_bootstrap).open("wb") as out:
+            copy_pieces(bootstrap, out.write)
     elif out_bootstrap is not None:
-        out_bootstrap.write(bootstrap)
+        copy_pieces(bootstrap, out_bootstrap.write)
     used_ids = {info.blob_id for info in named}
     unused = [layer.blob_id for layer in layers if layer.blob_id not in used_ids]
-    return MergedImage(bootstrap, root, named, written.stats, unused)
+    return MergedImage(written.data, tree, named, written.stats, unused)

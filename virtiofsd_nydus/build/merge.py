@@ -1,121 +1,152 @@
 """Layers on top of each other, as OCI images stack them: whiteouts, opaque directories, replacement."""
 
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Sequence
 
 from virtiofsd_nydus.build.source_tar import resolve_directory
 from virtiofsd_nydus.build.tar_stream import show
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.rafs.tree import (
-    FOREIGN_BASE,
-    ChunkTable,
-    Directory,
-    Inode,
-    LowerLink,
-    RegularFile,
-    Symlink,
-    walk_directories,
-)
+from virtiofsd_nydus.rafs.chunktable import FOREIGN_BASE, ChunkTable, DigestIndex
+from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, relieve
+from virtiofsd_nydus.rafs.tree import COUNT, NLINK, ROOT, Tree
 
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_NAME = b".wh..wh..opq"
+REGULAR = stat.S_IFREG >> 12
 
 
-def merge_trees(trees: Sequence[Directory], labels: Sequence[str] = (), *, keep: bool = True) -> Directory:
-    """The file system that layers make, lowest first. The result shares inodes with the layers (a file keeps its hard
-    links, nothing is copied) but no directories, so the layers can be merged again with others. labels name the layers
-    in errors. keep: False empties the layers' directories as they are taken over."""
-    root = Directory(implied=True)
-    for number, tree in enumerate(trees):
+def merge_trees(
+    trees: Sequence[Tree], labels: Sequence[str] = (), *, keep: bool = True, directory: str | None = None
+) -> Tree:
+    """The file system that layers make, lowest first, as a tree of its own, so that the layers can be merged again with
+    others. labels name the layers in errors. keep: False makes the lowest layer's tree the result, which saves a copy.
+    directory: for the tree's files."""
+    first = 0
+    if not keep and trees and not trees[0].lower_links and all(tree is not trees[0] for tree in trees[1:]):
+        root, first = trees[0], 1
+        _drop_whiteouts(root)
+    else:
+        root = Tree(directory)
+    for number in range(first, len(trees)):
         label = labels[number] if number < len(labels) and labels[number] else f"layer {number + 1}"
-        _apply_layer(root, tree, _find_lower_targets(root, tree, label), keep)
+        _Merge(root, trees[number], label).apply()
     return root
 
 
-def list_lower_links(tree: Directory) -> list[tuple[Directory, bytes, LowerLink]]:
-    """Every name of a layer that is a hard link into the layers below, with its directory."""
-    return [(directory, name, child) for directory in walk_directories(tree)
-            for name, child in directory.children.items() if isinstance(child, LowerLink)]  # fmt: skip
+def list_lower_links(tree: Tree) -> list[tuple[int, bytes, int]]:
+    """Every name of a layer that is a hard link into the layers below: its directory, itself, its node."""
+    if not tree.lower_links:
+        return []
+    return [(directory, name, node) for directory in tree.walk_directories()
+            for name, node in tree.names(directory) if not tree.mode(node)]  # fmt: skip
 
 
-def _find_lower_targets(root: Directory, tree: Directory, label: str) -> dict[int, Inode]:
-    """id(link) -> the inode it shares. Looked up before the layer changes anything: what the layer itself holds under
-    the target's name was looked at when the layer was read."""
-    found: dict[int, Inode] = {}
-    for _, name, link in list_lower_links(tree):
-        if name.startswith(WHITEOUT_PREFIX):
-            continue
-        try:
-            parent = resolve_directory(root, list(link.target[:-1]), create=False)
-        except Failure as failure:
-            raise Failure(f"{label}: {show(name)}: {failure}", failure.cause) from None
-        target = parent.children.get(link.target[-1]) if parent is not None else None
-        if target is None or isinstance(target, Directory):
-            why = "a directory" if target is not None else "neither in this layer nor below"
-            raise Failure(f"{label}: {show(name)}: hard link to {show(b'/'.join(link.target))}, which is {why}",
-                          Cause.FORMAT)  # fmt: skip
-        found[id(link)] = target
-    return found
+def _drop_whiteouts(tree: Tree) -> None:
+    """There is nothing below that they could speak of."""
+    for directory in tree.walk_directories():
+        for name in [name for name, _ in tree.names(directory) if name.startswith(WHITEOUT_PREFIX)]:
+            tree.unlink(directory, name)
 
 
-def _apply_layer(root: Directory, upper_root: Directory, linked: Mapping[int, Inode], keep: bool) -> None:
-    if not upper_root.implied:
-        root.copy_attributes(upper_root)
-    stack: list[tuple[Directory, Directory, tuple[bytes, ...]]] = [(root, upper_root, ())]
-    while stack:
-        lower, upper, path = stack.pop()
-        # Whiteouts first: they speak of the layers below only, wherever they stand in the tar.
-        if OPAQUE_NAME in upper.children:
-            lower.children.clear()
-        for name in upper.children:
-            if name.startswith(WHITEOUT_PREFIX):
-                lower.children.pop(name[len(WHITEOUT_PREFIX) :], None)
-        for name, child in upper.children.items():
+class _Merge:
+    """One layer onto what lies below it."""
+
+    def __init__(self, lower: Tree, upper: Tree, label: str) -> None:
+        self._lower = lower
+        self._upper = upper
+        self._taken: dict[int, int] = {}  # nodes of the layer that have several names -> their copies
+        self._find_lower_targets(label)
+
+    def _find_lower_targets(self, label: str) -> None:
+        """What links into the layers below share. Looked up before the layer changes anything: what the layer itself
+        holds under the target's name was looked at when the layer was read."""
+        lower = self._lower
+        for _, name, link in list_lower_links(self._upper):
             if name.startswith(WHITEOUT_PREFIX):
                 continue
-            if not isinstance(child, Directory):
-                lower.children[name] = linked.get(id(child), child)
-                continue
-            target = _find_target(root, lower, child, name, path)
-            if target is None:
-                target = lower.children[name] = Directory()
-                target.copy_attributes(child)
-            elif not child.implied:
-                target.copy_attributes(child)
-            stack.append((target, child, (*path, name)))
-        if not keep:
-            upper.children = {}
+            path = self._upper.target(link)
+            parts = path.split(b"/")
+            try:
+                parent = resolve_directory(lower, parts[:-1], create=False)
+            except Failure as failure:
+                raise Failure(f"{label}: {show(name)}: {failure}", failure.cause) from None
+            target = lower.find(parent, parts[-1]) if parent else 0
+            if not target or lower.is_directory(target):
+                why = "a directory" if target else "neither in this layer nor below"
+                raise Failure(f"{label}: {show(name)}: hard link to {show(path)}, which is {why}", Cause.FORMAT)
+            self._taken[link] = target
 
+    def _take(self, node: int) -> int:
+        """A node of the layer, in the tree below."""
+        taken = self._taken.get(node)
+        if taken is None:
+            taken = self._lower.copy_node(self._upper, node)
+            if self._upper.nodes.words[node * 16 + NLINK] > 1:
+                self._taken[node] = taken
+        return taken
 
-def _find_target(
-    root: Directory, lower: Directory, child: Directory, name: bytes, path: tuple[bytes, ...]
-) -> Directory | None:
-    """The directory below that an upper one comes to lie on. A directory that no entry of the layer describes is only a
-    way to its children: where the lower layers have a symbolic link to a directory there, the way leads through it."""
-    old = lower.children.get(name)
-    if isinstance(old, Directory):
-        return old
-    if isinstance(old, Symlink) and child.implied:
-        return resolve_directory(root, [*path, name], create=False)
-    return None
+    def apply(self) -> None:
+        lower, upper = self._lower, self._upper
+        if not upper.is_implied(ROOT):
+            lower.copy_attributes(ROOT, upper, ROOT)
+        stack: list[tuple[int, int, tuple[bytes, ...]]] = [(ROOT, ROOT, ())]
+        visited = 0
+        while stack:
+            below, above, path = stack.pop()
+            # Whiteouts first: they speak of the layers below only, wherever they stand in the tar.
+            if upper.find(above, OPAQUE_NAME):
+                lower.clear(below)
+            for name, _ in upper.names(above):
+                if name.startswith(WHITEOUT_PREFIX):
+                    lower.unlink(below, name[len(WHITEOUT_PREFIX) :])
+            for name, child in upper.names(above):
+                visited += 1
+                if not visited % RELIEVE_EVERY:
+                    relieve()
+                if name.startswith(WHITEOUT_PREFIX):
+                    continue
+                if not upper.is_directory(child):
+                    lower.link(below, name, self._take(child))
+                    continue
+                target = self._find_target(below, child, name, path)
+                if not target:
+                    target = lower.copy_node(upper, child)
+                    lower.link(below, name, target)
+                elif not upper.is_implied(child):
+                    lower.copy_attributes(target, upper, child)
+                stack.append((target, child, (*path, name)))
+
+    def _find_target(self, below: int, child: int, name: bytes, path: tuple[bytes, ...]) -> int:
+        """The directory below that an upper one comes to lie on; 0: none. A directory that no entry of the layer
+        describes is only a way to its children: where the lower layers have a symbolic link to a directory there, the
+        way leads through it."""
+        lower = self._lower
+        old = lower.find(below, name)
+        if old and lower.is_directory(old):
+            return old
+        if old and stat.S_ISLNK(lower.mode(old)) and self._upper.is_implied(child):
+            return resolve_directory(lower, [*path, name], create=False)
+        return 0
 
 
 class ChunkChoice:
     """Which of several equal chunks an image uses: the dictionary's, else the one of the lowest layer among those its
     files refer to."""
 
-    def __init__(self, root: Directory, tables: Sequence[ChunkTable], dictionary: Sequence[ChunkTable] = ()) -> None:
+    def __init__(self, tree: Tree, tables: Sequence[ChunkTable], dictionary: Sequence[ChunkTable] = ()) -> None:
         """tables: of the layers, lowest first; they count before the dictionary's in what this tells. used: whether the
         image needs a table's blob; moved: id(table) -> chunk -> (table, chunk) it uses instead."""
         every = [*tables, *dictionary]
         order = {id(table): number for number, table in enumerate(every)}
         needed = [bytearray(len(table)) for table in every]
         foreign: set[tuple[int, int]] = set()
-        for directory in walk_directories(root):
-            for child in directory.children.values():
-                if isinstance(child, RegularFile) and child.chunks:
-                    number = order[id(child.table)]
+        nodes = tree.nodes.words
+        for directory in tree.walk_directories():
+            for child in tree.children(directory):
+                if nodes[child * 16] >> 12 == REGULAR and nodes[child * 16 + COUNT]:
+                    number = order[id(tree.table(child))]
                     marks = needed[number]
-                    for chunk in child.chunks:
+                    for chunk in tree.chunks(child):
                         if chunk < FOREIGN_BASE:
                             marks[chunk] = 1
                         else:
@@ -127,7 +158,8 @@ class ChunkChoice:
             place = order[id(table)], index
             needed[place[0]][index] = 1
             self.moved.setdefault(id(every[number]), {})[chunk] = place
-        first: dict[tuple[bytes, int], tuple[int, int]] = {}
+        # A number stands for a table and a chunk of it.
+        first = DigestIndex(lambda number: _chunk_key(every[number >> 24], number & 0xFFFFFF))
         several = sum(1 for marks in needed if any(marks)) > 1
         for number in (*range(len(tables), len(every)), *range(len(tables))):
             table, marks = every[number], needed[number]
@@ -139,10 +171,20 @@ class ChunkChoice:
             for chunk, mark in enumerate(marks):
                 if not mark:
                     continue
-                place = first.setdefault((table.digest(chunk), table.usizes[chunk]), (number, chunk))
-                if place[0] == number or number >= len(tables):
+                key = _chunk_key(table, chunk)
+                found = first.find(key)
+                if found is None:
+                    first.add(key, number << 24 | chunk)
+                if found is None or found >> 24 == number or number >= len(tables):
                     self.used[number] = True
                 else:
-                    moved[chunk] = place
+                    moved[chunk] = found >> 24, found & 0xFFFFFF
+                if not chunk % RELIEVE_EVERY:
+                    relieve()
             if moved:
                 self.moved.setdefault(id(table), {}).update(moved)
+
+
+def _chunk_key(table: ChunkTable, index: int) -> bytes:
+    """Chunks are equal where digest and size are."""
+    return table.digest(index) + table.usize(index).to_bytes(4, "little")

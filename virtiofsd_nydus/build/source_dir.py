@@ -2,14 +2,16 @@
 
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from virtiofsd_nydus.build.chunker import Chunker
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.bootstrap import is_storable_xattr
-from virtiofsd_nydus.rafs.tree import ChunkTable, Directory, Inode, RegularFile, Special, Symlink, Xattrs, walk_names
+from virtiofsd_nydus.rafs.chunktable import ChunkTable
+from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, relieve
+from virtiofsd_nydus.rafs.tree import ROOT, RegularFile, Tree, Xattrs
 
 
 class DirectorySource:
@@ -18,8 +20,10 @@ class DirectorySource:
 
     def __init__(
         self, path: Path, chunker: Chunker, table: ChunkTable, *, chunk_size: int, prefetch: Sequence[str] = (),
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int], None] | None = None, directory: str | None = None,
     ) -> None:  # fmt: skip
+        """directory: for the tree's files."""
+        self.tree = Tree(directory)
         self.dropped_xattrs = 0
         self.files = 0
         self.file_bytes = 0
@@ -30,62 +34,74 @@ class DirectorySource:
         self._chunk_size = chunk_size
         self._prefetch = [os.fsencode(pattern).rstrip(b"/") for pattern in prefetch]
         self._on_progress = on_progress
-        self._links: dict[tuple[int, int], Inode] = {}  # st_dev, st_ino -> the inode of the first name
+        self._links: dict[tuple[int, int], int] = {}  # st_dev, st_ino -> the node of the first name
         self._has_xattrs: dict[int, bool] = {}  # st_dev -> whether its file system answers listxattr at all
 
-    def read(self) -> Directory:
+    def read(self) -> Tree:
         try:
-            root = self._scan()
+            self._scan()
         except OSError as error:
             raise Failure(f"{os.fsdecode(error.filename or self._path)}: {error.strerror}", Cause.IO) from error
-        files: dict[int, tuple[bytes, RegularFile]] = {}
-        for path, inode in walk_names(root):
-            if isinstance(inode, RegularFile):
-                files.setdefault(id(inode), (path, inode))
-        ordered, wanted = self._order(list(files.values()))
-        for number, (path, file) in enumerate(ordered):
-            if number == wanted and wanted:
-                self._chunker.flush()
-                self.prefetch_chunks = len(self._table)
-            self._send(self._path + path, file)
-        if wanted == len(ordered) and wanted:
+        sent = bytearray(self.tree.node_count)
+        if self._prefetch:
+            first = self._find_first_names()
+            for pattern in self._prefetch:
+                for path, node in self._list_matches(pattern):
+                    if not sent[node] and first.get(node, path) == path:
+                        sent[node] = 1
+                        self._send(path, node)
             self._chunker.flush()
             self.prefetch_chunks = len(self._table)
-        return root
+        for path, node in self.tree.list_paths():
+            if not sent[node]:
+                sent[node] = 1
+                self._send(path, node)
+        return self.tree
 
-    def _order(self, files: list[tuple[bytes, RegularFile]]) -> tuple[list[tuple[bytes, RegularFile]], int]:
-        """Those to prefetch first, and how many they are. Stable, so that the order of the tree remains within a
-        pattern and behind all of them."""
+    def _find_first_names(self) -> dict[int, bytes]:
+        """Of hard links the name that decides whether and when they are prefetched, and by which they are read."""
+        linked = set(self._links.values())
+        first: dict[int, bytes] = {}
+        for path, node in self.tree.list_paths():
+            if node in linked:
+                first.setdefault(node, path)
+        return first
 
-        def rank(item: tuple[bytes, RegularFile]) -> int:
-            for index, pattern in enumerate(self._prefetch):
-                if item[0] == pattern or item[0].startswith(pattern + b"/"):
-                    return index
-            return len(self._prefetch)
+    def _list_matches(self, pattern: bytes) -> Iterator[tuple[bytes, int]]:
+        """What a pattern names, in the order of the tree: a path, or all that is below it. Unlike the path of a mount
+        it is compared as it is."""
+        node = self.tree.find_path(pattern)
+        path = b"/".join((b"", *(part for part in pattern.split(b"/") if part and part != b".")))
+        if not node or path != pattern:
+            return
+        if self.tree.is_directory(node):
+            yield from self.tree.list_paths(node, pattern)
+        else:
+            yield pattern, node
 
-        if not self._prefetch:
-            return files, 0
-        return sorted(files, key=rank), sum(rank(item) < len(self._prefetch) for item in files)
-
-    def _scan(self) -> Directory:
+    def _scan(self) -> None:
+        tree = self.tree
         root = self._make_directory(self._path, Path(os.fsdecode(self._path)).stat())
-        root.mtime_ns = 0  # as Nydus: a build directory's own time says nothing of the image
-        stack = [(self._path, root)]
+        tree.copy_attributes(ROOT, tree, root)
+        tree.clear_time(ROOT)  # as Nydus: a build directory's own time says nothing of the image
+        stack = [(self._path, ROOT)]
         while stack:
             path, directory = stack.pop()
-            with os.scandir(path) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
-            for entry in found:
-                status = entry.stat(follow_symlinks=False)
+            found = os.listdir(path)  # noqa: PTH208 - bytes, and a million times; entries of scandir take ten times that
+            found.sort()
+            for number, name in enumerate(found):
+                child_path = path + b"/" + name
+                status = os.lstat(child_path)
                 if stat.S_ISDIR(status.st_mode):
-                    child: Inode = self._make_directory(entry.path, status)
-                    stack.append((entry.path, child))  # type: ignore[arg-type]
+                    child = self._make_directory(child_path, status)
+                    stack.append((child_path, child))
                 else:
-                    child = self._make_inode(entry.path, status)
-                directory.children[entry.name] = child
-        for directory in (inode for _, inode in [(b"", root), *walk_names(root)] if isinstance(inode, Directory)):
-            directory.children = dict(sorted(directory.children.items()))
-        return root
+                    child = self._make_inode(child_path, status)
+                tree.link(directory, name, child)
+                if not number % RELIEVE_EVERY:
+                    relieve()
+        for directory in tree.walk_directories():
+            tree.sort(directory)
 
     def _xattrs(self, path: bytes, status: os.stat_result) -> Xattrs:
         if self._has_xattrs.get(status.st_dev) is False:
@@ -105,37 +121,40 @@ class DirectorySource:
                 self.dropped_xattrs += 1
         return tuple(sorted(found))
 
-    def _make_directory(self, path: bytes, status: os.stat_result) -> Directory:
-        return Directory(status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, self._xattrs(path, status))
+    def _make_directory(self, path: bytes, status: os.stat_result) -> int:
+        return self.tree.make_directory(
+            status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, self._xattrs(path, status)
+        )
 
-    def _make_inode(self, path: bytes, status: os.stat_result) -> Inode:
+    def _make_inode(self, path: bytes, status: os.stat_result) -> int:
         key = (status.st_dev, status.st_ino)
         if status.st_nlink > 1 and key in self._links:
             return self._links[key]
         common = (status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, self._xattrs(path, status))
-        inode: Inode
         if stat.S_ISREG(status.st_mode):
             if status.st_size > layout.FILE_BYTES_MAX:
                 raise Failure(f"{os.fsdecode(path)}: a file of {status.st_size} bytes is too large", Cause.FORMAT)
-            inode = RegularFile(*common, status.st_size, self._table)
+            node = self.tree.make_file(*common, status.st_size, self._table)
             self.files += 1
             self.file_bytes += status.st_size
         elif stat.S_ISLNK(status.st_mode):
             target = os.readlink(path)  # noqa: PTH115 - bytes, and a million times
             if len(target) > layout.SYMLINK_BYTES_MAX:
                 raise Failure(f"{os.fsdecode(path)}: a symbolic link to {len(target)} bytes is too long", Cause.FORMAT)
-            inode = Symlink(*common, target)
+            node = self.tree.make_symlink(*common, target)
         elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
-            inode = Special(*common, os.major(status.st_rdev), os.minor(status.st_rdev))
+            node = self.tree.make_special(*common, os.major(status.st_rdev), os.minor(status.st_rdev))
         else:
-            inode = Special(*common)
+            node = self.tree.make_special(*common)
         if status.st_nlink > 1:
-            self._links[key] = inode
-        return inode
+            self._links[key] = node
+        return node
 
-    def _send(self, path: bytes, file: RegularFile) -> None:
-        if not file.size:
+    def _send(self, path: bytes, node: int) -> None:
+        if not stat.S_ISREG(self.tree.mode(node)) or not self.tree.size(node):
             return
+        file = RegularFile(self.tree, node, self.tree.size(node))
+        path = self._path + path
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:

@@ -9,7 +9,8 @@ from virtiofsd_nydus.build.tar_stream import Readable, TarEntry, TarFailure, Tar
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.bootstrap import encode_xattrs, is_storable_xattr
-from virtiofsd_nydus.rafs.tree import ChunkTable, Directory, Inode, LowerLink, RegularFile, Special, Symlink, Xattrs
+from virtiofsd_nydus.rafs.chunktable import ChunkTable
+from virtiofsd_nydus.rafs.tree import ROOT, RegularFile, Tree, Xattrs
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.build.zran import ZranIndex
@@ -43,11 +44,11 @@ def split_path(name: bytes) -> list[bytes]:
     return parts
 
 
-def resolve_directory(root: Directory, parts: list[bytes], *, create: bool) -> Directory | None:
-    """The directory that a path below root leads to, symbolic links followed and kept inside root, as container
-    runtimes do when they apply a layer. create: make what is missing (as implied directories). None: there is no such
+def resolve_directory(tree: Tree, parts: list[bytes], *, create: bool) -> int:
+    """The directory that a path below the root leads to, symbolic links followed and kept inside the root, as container
+    runtimes do when they apply a layer. create: make what is missing (as implied directories). 0: there is no such
     directory, or something else is in the way."""
-    trail: list[Directory] = [root]
+    trail: list[int] = [ROOT]
     todo = parts[::-1]
     hops = 0
     while todo:
@@ -58,24 +59,27 @@ def resolve_directory(root: Directory, parts: list[bytes], *, create: bool) -> D
             continue
         if not name or name == b".":
             continue
-        child = trail[-1].children.get(name)
-        if child is None:
+        child = tree.find(trail[-1], name)
+        if not child:
             if not create:
-                return None
-            child = trail[-1].children[name] = Directory(implied=True)
-        if isinstance(child, Symlink):
+                return 0
+            child = tree.make_directory(implied=True)
+            tree.link(trail[-1], name, child)
+        kind = stat.S_IFMT(tree.mode(child))
+        if kind == stat.S_IFLNK:
             hops += 1
             if hops > SYMLINK_HOPS_MAX:
-                return None
-            if child.target.startswith(b"/"):
+                return 0
+            target = tree.target(child)
+            if target.startswith(b"/"):
                 del trail[1:]
-            todo += child.target.split(b"/")[::-1]
-        elif isinstance(child, Directory):
+            todo += target.split(b"/")[::-1]
+        elif kind == stat.S_IFDIR:
             trail.append(child)
             if len(trail) > layout.DEPTH_MAX:
                 raise TarFailure(f"{show(b'/'.join(parts))}: more than {layout.DEPTH_MAX} directories deep")
         else:
-            return None
+            return 0
     return trail[-1]
 
 
@@ -84,10 +88,11 @@ class TarSource:
 
     def __init__(
         self, source: Readable, chunker: Chunker, table: ChunkTable, *, chunk_size: int, label: str,
-        index: "ZranIndex | None" = None,
+        index: "ZranIndex | None" = None, directory: str | None = None,
     ) -> None:  # fmt: skip
-        """index: decodes the source, which is gzip, and tells where each chunk is in it."""
-        self.root = Directory(implied=True)
+        """index: decodes the source, which is gzip, and tells where each chunk is in it. directory: for the tree's
+        files."""
+        self.tree = Tree(directory)
         self.dropped_xattrs = 0
         self.files = 0
         self.file_bytes = 0
@@ -98,11 +103,9 @@ class TarSource:
         self._chunk_size = chunk_size
         self._label = label
         self._parent_name: bytes | None = None  # the last parent, as most members share it with the one before
-        self._parent = self.root
-        self._xattr_sets: dict[Xattrs, Xattrs] = {}
-        self._times: dict[int, int] = {}  # equal numbers as one object: most members share their time
+        self._parent = ROOT
 
-    def read(self) -> Directory:
+    def read(self) -> Tree:
         """The whole tar, to the end of the source."""
         try:
             for entry in self._stream.entries():
@@ -110,13 +113,13 @@ class TarSource:
             self._stream.drain()
         except TarFailure as failure:
             raise Failure(f"{self._label}: {failure}", failure.cause) from None
-        return self.root
+        return self.tree
 
-    def _find_parent(self, entry: TarEntry, parts: list[bytes]) -> Directory:
+    def _find_parent(self, entry: TarEntry, parts: list[bytes]) -> int:
         prefix = b"/".join(parts[:-1])
         if prefix != self._parent_name:
-            parent = resolve_directory(self.root, parts[:-1], create=True)
-            if parent is None:
+            parent = resolve_directory(self.tree, parts[:-1], create=True)
+            if not parent:
                 raise TarFailure(f"{show(entry.name)}: a parent of it is not a directory")
             self._parent, self._parent_name = parent, prefix
         return self._parent
@@ -125,38 +128,40 @@ class TarSource:
         parts = split_path(entry.name)
         if not 0 <= entry.uid <= 0xFFFFFFFF or not 0 <= entry.gid <= 0xFFFFFFFF:
             raise TarFailure(f"{show(entry.name)}: owner {entry.uid}:{entry.gid} out of range")
+        tree = self.tree
         if not parts:
             if entry.kind == b"5":
-                self.root.copy_attributes(self._make_directory(entry))
+                tree.copy_attributes(ROOT, tree, self._make_directory(entry))
                 return
             raise TarFailure(f"{show(entry.name)}: the root is not a directory")
         if len(parts) == 1 and parts[0] in SKIPPED_AT_ROOT:
             return
         parent = self._find_parent(entry, parts)
         name = parts[-1]
-        old = parent.children.get(name)
         if entry.kind == b"5":
-            new: Inode = self._make_directory(entry)
-            if isinstance(old, Directory) and isinstance(new, Directory):
-                old.copy_attributes(new)
+            new = self._make_directory(entry)
+            old = tree.find(parent, name)
+            if old and tree.is_directory(old):
+                tree.copy_attributes(old, tree, new)
                 return
         elif entry.kind == b"1":
             new = self._find_link_target(entry)
-            if new is old:
+            if new == tree.find(parent, name):
                 return
         else:
             new = self._make_inode(entry)
-        parent.children[name] = new
+        tree.link(parent, name, new)
 
-    def _find_link_target(self, entry: TarEntry) -> Inode:
+    def _find_link_target(self, entry: TarEntry) -> int:
         parts = split_path(entry.link)
-        parent = resolve_directory(self.root, parts[:-1], create=False) if parts else None
-        target = parent.children.get(parts[-1]) if parent is not None else None
-        if target is None:
+        tree = self.tree
+        parent = resolve_directory(tree, parts[:-1], create=False) if parts else 0
+        target = tree.find(parent, parts[-1]) if parent else 0
+        if not target:
             if not parts:
                 raise TarFailure(f"{show(entry.name)}: hard link to the root")
-            return LowerLink(tuple(parts))
-        if isinstance(target, Directory):
+            return tree.make_lower_link(b"/".join(parts))
+        if tree.is_directory(target):
             raise TarFailure(f"{show(entry.name)}: hard link to the directory {show(entry.link)}")
         return target
 
@@ -166,35 +171,35 @@ class TarSource:
         kept = sorted(item for item in entry.xattrs if is_storable_xattr(*item))
         self.dropped_xattrs += len(entry.xattrs) - len(kept)
         key = tuple(kept)
-        if key and key not in self._xattr_sets:
-            try:
-                encode_xattrs(key)
-            except Failure as failure:
-                raise TarFailure(f"{show(entry.name)}: {failure}") from None
-        return self._xattr_sets.setdefault(key, key)
+        try:
+            encode_xattrs(key)
+        except Failure as failure:
+            raise TarFailure(f"{show(entry.name)}: {failure}") from None
+        return key
 
-    def _time(self, entry: TarEntry) -> int:
-        return self._times.setdefault(entry.mtime_ns, entry.mtime_ns)
+    def _make_directory(self, entry: TarEntry) -> int:
+        return self.tree.make_directory(
+            stat.S_IFDIR | entry.mode, entry.uid, entry.gid, entry.mtime_ns, self._xattrs(entry)
+        )
 
-    def _make_directory(self, entry: TarEntry) -> Directory:
-        return Directory(stat.S_IFDIR | entry.mode, entry.uid, entry.gid, self._time(entry), self._xattrs(entry))
-
-    def _make_inode(self, entry: TarEntry) -> Inode:
-        common = (entry.uid, entry.gid, self._time(entry), self._xattrs(entry))
+    def _make_inode(self, entry: TarEntry) -> int:
+        common = (entry.uid, entry.gid, entry.mtime_ns, self._xattrs(entry))
+        tree = self.tree
         if entry.kind == b"0":
-            file = RegularFile(stat.S_IFREG | entry.mode, *common, entry.real_size, self._table)
+            node = tree.make_file(stat.S_IFREG | entry.mode, *common, entry.real_size, self._table)
             self.files += 1
-            self.file_bytes += file.size
-            self._send(entry, file)
-            return file
+            self.file_bytes += entry.real_size
+            if entry.real_size:
+                self._send(entry, RegularFile(tree, node, entry.real_size))
+            return node
         if entry.kind == b"2":
             if not 0 < len(entry.link) <= layout.SYMLINK_BYTES_MAX:
                 raise TarFailure(f"{show(entry.name)}: a symbolic link to {len(entry.link)} bytes")
-            return Symlink(stat.S_IFLNK | 0o777, *common, entry.link)
+            return tree.make_symlink(stat.S_IFLNK | 0o777, *common, entry.link)
         if entry.kind in KINDS:
             if not 0 <= entry.major < 1 << 12 or not 0 <= entry.minor < 1 << 20:
                 raise TarFailure(f"{show(entry.name)}: device number {entry.major}:{entry.minor} out of range")
-            return Special(KINDS[entry.kind] | entry.mode, *common, entry.major, entry.minor)
+            return tree.make_special(KINDS[entry.kind] | entry.mode, *common, entry.major, entry.minor)
         raise TarFailure(f"{show(entry.name)}: members of type {entry.kind!r} are not supported")
 
     def _send(self, entry: TarEntry, file: RegularFile) -> None:

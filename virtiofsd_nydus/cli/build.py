@@ -121,6 +121,7 @@ def build_image(
 ) -> dict[str, object]:
     """Writes bootstrap and blob_dir/<blob id>; neither appears under its name before it is whole."""
     from virtiofsd_nydus.build.image import build_layer, merge_layers
+    from virtiofsd_nydus.rafs.spill import copy_pieces
 
     blob_dir.mkdir(parents=True, exist_ok=True)
     kind: Literal["dir", "tar"] = "dir" if source.is_dir() else "tar"
@@ -140,7 +141,8 @@ def build_image(
             temporary.unlink(missing_ok=True)
     partial = bootstrap.with_name(f".{bootstrap.name}.{os.getpid()}")
     try:
-        partial.write_bytes(image.bootstrap)
+        with partial.open("wb") as file:
+            copy_pieces(image.bootstrap, file.write)
         partial.replace(bootstrap)
     finally:
         partial.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
@@ -48,6 +48,7 @@ from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest,
 from virtiofsd_nydus.rafs.blob import BlobInfo, StoredMeta
 from virtiofsd_nydus.rafs.layout import BlobFeature
 from virtiofsd_nydus.rafs.meta import decode_cache_file
+from virtiofsd_nydus.rafs.spill import relieve
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.build.dictionary import ChunkDictionary
@@ -59,6 +60,8 @@ LEAVE_S = 3.0
 BOOTSTRAP_LEVEL = 6
 # A packed blob.meta of more is not put beside the bootstrap.
 META_BYTES_MAX = 8 << 20
+# Of a bootstrap, which may lie in a file (rafs/spill.py); tarfile reads 16 KiB at a time.
+READS_TO_RELIEVE = 512
 # Who made the image, where its history is shown (the words of Nydus's own converter, which tools look for).
 CREATED_BY = "Nydus Converter"
 BOOTSTRAP_COMMENT = "Nydus Bootstrap Layer"
@@ -136,12 +139,14 @@ def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore,
 
     merge_platform: the tag is an index of the Nydus image and the OCI image, which is copied, so that each client finds
     what it knows; an image that refers to the OCI layers (options.oci_ref) always is, for it needs them. work_dir:
-    where blobs are spooled (default: TMPDIR), about the size of the two largest layers. dictionary: chunks of an image
+    where blobs are spooled and tables go (default: TMPDIR), about the size of the two largest layers. dictionary: chunks of an image
     whose blobs are at the target.
 
     Nothing is visible at the target until all of it is there. A run that was interrupted is simply run again: the same
     layer makes the same blob (unless encrypted), and what the target has is not pushed again. Raises Failure."""
     began = time.monotonic()
+    if work_dir is not None:
+        options = replace(options, spill_dir=str(work_dir))
     if target_ref.transport == DOCKER_ARCHIVE:
         raise Failure(f"{target_ref}: a docker archive can be a source only", Cause.FORMAT)
     if target_ref.digest:
@@ -348,7 +353,7 @@ def run_at_a_time(work: Callable[[Item], Result], items: Sequence[Item], count: 
     return [results[index] for index in range(len(items))]
 
 
-def write_bootstrap_layer(path: Path, bootstrap: "bytes | bytearray",
+def write_bootstrap_layer(path: Path, bootstrap: "bytes | memoryview",
                           metas: "Sequence[tuple[str, StoredMeta]]" = ()) -> str:
     """Writes the tar+gzip with image/image.boot (nydusd-interface.md 7.3) and beside it blob.meta of the blobs (by id),
     so that nobody has to ask for those; the same bytes for the same image. Returns the digest of the tar."""
@@ -374,10 +379,14 @@ def write_bootstrap_layer(path: Path, bootstrap: "bytes | bytearray",
 class _ViewReader(io.RawIOBase):
     """Reads what is in memory without copying all of it."""
 
-    def __init__(self, data: "bytes | bytearray") -> None:
+    def __init__(self, data: "bytes | memoryview") -> None:
         self._view = memoryview(data)
+        self._reads = 0
 
     def read(self, size: int = -1) -> bytes:
+        self._reads += 1
+        if not self._reads % READS_TO_RELIEVE:
+            relieve()
         end = size if size >= 0 else len(self._view)
         piece, self._view = bytes(self._view[:end]), self._view[end:]
         return piece

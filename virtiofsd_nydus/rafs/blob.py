@@ -9,9 +9,9 @@ from typing import Protocol
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
+from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.cipher import Cipher
 from virtiofsd_nydus.rafs.layout import ChunkFlag
-from virtiofsd_nydus.rafs.tree import ChunkTable
 
 FLUSH_BYTES = 1 << 20
 
@@ -78,9 +78,10 @@ class BlobWriter:
 
     def __init__(
         self, out: Writable, *, chunk_size: int, codec: layout.Codec, digester: layout.Digester,
-        cipher: Cipher | None = None,
+        cipher: Cipher | None = None, directory: str | None = None,
     ) -> None:  # fmt: skip
-        self.table = ChunkTable()
+        """directory: for the chunk table's files."""
+        self.table = ChunkTable(directory)
         self.size = 0
         self.data_size = 0  # of it, chunks; once finish_data is called
         self.codec = codec
@@ -88,6 +89,7 @@ class BlobWriter:
         self.chunk_size = chunk_size
         self.cipher = cipher
         self.uncompressed_size = 0
+        self.chunk_bytes = 0  # of all chunks, not compressed
         self._out = out
         self._hash = hashlib.sha256()
         self._buffer = bytearray()
@@ -110,17 +112,12 @@ class BlobWriter:
             self._flush()
 
     def _add_entry(self, digest: bytes, crc: int, usize: int, coff: int, csize: int, flags: int) -> int:
-        table = self.table
-        index = len(table)
+        index = len(self.table)
         if index >= layout.CHUNKS_PER_BLOB_MAX:
             raise Failure(f"a layer has more than {index} chunks; use a larger chunk size", Cause.FORMAT)
-        table.digests += digest
-        table.uoffs.append(self.uncompressed_size)
-        table.coffs.append(coff)
-        table.csizes.append(csize)
-        table.usizes.append(usize)
-        table.crcs.append(crc)
-        table.flags.append(flags | (ChunkFlag.HAS_CRC32C if crc else 0))
+        flags |= ChunkFlag.HAS_CRC32C if crc else 0
+        self.table.append(digest, self.uncompressed_size, coff, csize, usize, crc, flags)
+        self.chunk_bytes += usize
         self.uncompressed_size += usize + (-usize & self.alignment - 1)
         if self.size > layout.BLOB_BYTES_MAX or self.uncompressed_size > layout.BLOB_UNCOMPRESSED_MAX:
             raise Failure("a layer is too large for one RAFS blob (1 TiB compressed, 16 TiB not)", Cause.FORMAT)
@@ -145,7 +142,7 @@ class BlobWriter:
         and so nothing to say."""
         raise NotImplementedError
 
-    def write_bootstrap(self, bootstrap: bytes | bytearray) -> None:
+    def write_bootstrap(self, bootstrap: memoryview) -> None:
         """Takes the layer's own bootstrap, where the blob has a place for it."""
 
     @property
@@ -161,9 +158,10 @@ class PlainBlobWriter(BlobWriter):
     """A blob of RAFS v5: chunk data alone. Uncompressed offsets run on without gaps, unless aligned."""
 
     def __init__(
-        self, out: Writable, *, chunk_size: int, codec: layout.Codec, digester: layout.Digester, aligned: bool = False
-    ) -> None:
-        super().__init__(out, chunk_size=chunk_size, codec=codec, digester=digester)
+        self, out: Writable, *, chunk_size: int, codec: layout.Codec, digester: layout.Digester, aligned: bool = False,
+        directory: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(out, chunk_size=chunk_size, codec=codec, digester=digester, directory=directory)
         if not aligned:
             self.alignment = 1
 

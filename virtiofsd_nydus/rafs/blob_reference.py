@@ -22,14 +22,18 @@ class LayerIndex(Protocol):
 class ReferenceBlobWriter(BlobWriter):
     """Takes places instead of data. finish() returns the id of the layer; blob_info tells that of blob.meta."""
 
-    def __init__(self, out: Writable, index: LayerIndex, *, chunk_size: int, digester: layout.Digester) -> None:
-        super().__init__(out, chunk_size=chunk_size, codec=layout.Codec.GZIP, digester=digester)
+    def __init__(
+        self, out: Writable, index: LayerIndex, *, chunk_size: int, digester: layout.Digester,
+        directory: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            out, chunk_size=chunk_size, codec=layout.Codec.GZIP, digester=digester, directory=directory
+        )  # fmt: skip
         self._index = index
 
     def write_reference(self, digest: bytes, crc: int, usize: int, place: ReferencePlace) -> int:
         number = self._add_entry(digest, crc, usize, place.coff, place.csize, ChunkFlag.COMPRESSED)
-        self.table.contexts.append(place.context)
-        self.table.slices.append(place.slice)
+        self.table.set_context(number, place.context, place.slice)
         return number
 
     def finish_data(self) -> BlobInfo | None:

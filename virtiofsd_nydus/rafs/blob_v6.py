@@ -4,12 +4,16 @@ contents that finds them from the blob's end.
 Each section is followed (not preceded) by a tar header, because its size is known only then.
 """
 
+import hashlib
+import tempfile
+
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, StoredMeta, Writable
 from virtiofsd_nydus.rafs.cipher import Cipher
 from virtiofsd_nydus.rafs.layout import BlobFeature, ChunkFlag, InfoFlag
 from virtiofsd_nydus.rafs.meta import (
     compress_section,
+    compress_to,
     digest_section,
     encode_batch_context,
     encode_chunk_infos_v1,
@@ -18,6 +22,9 @@ from virtiofsd_nydus.rafs.meta import (
     encode_tar_header,
     encode_toc_entry,
 )
+from virtiofsd_nydus.rafs.spill import PIECE_BYTES, copy_pieces
+
+DIGESTS_AT_A_TIME = 1 << 14
 
 
 class InlinedBlobWriter(BlobWriter):
@@ -25,10 +32,13 @@ class InlinedBlobWriter(BlobWriter):
 
     def __init__(
         self, out: Writable, *, chunk_size: int, codec: layout.Codec, digester: layout.Digester, batch_size: int = 0,
-        level: int = 3, cipher: Cipher | None = None,
+        level: int = 3, cipher: Cipher | None = None, directory: str | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(out, chunk_size=chunk_size, codec=codec, digester=digester, cipher=cipher)
+        super().__init__(
+            out, chunk_size=chunk_size, codec=codec, digester=digester, cipher=cipher, directory=directory
+        )  # fmt: skip
         self.batch_size = batch_size
+        self._directory = directory
         self._level = level
         self._toc = bytearray()
         self._batch = bytearray()
@@ -44,19 +54,14 @@ class InlinedBlobWriter(BlobWriter):
     # ---- chunk data
     def write_chunk(self, digest: bytes, crc: int, payload: bytes | memoryview, usize: int, flags: int) -> int:
         self._flush_batch()
-        index = super().write_chunk(digest, crc, payload, usize, flags)
-        if self.batch_size:
-            self.table.contexts.append(-1)
-            self.table.slices.append(0)
-        return index
+        return super().write_chunk(digest, crc, payload, usize, flags)
 
     def write_batched(self, digest: bytes, crc: int, data: bytes) -> int:
         if len(self._batch) + len(data) >= self.batch_size:
             self._flush_batch()
         flags = ChunkFlag.ENCRYPTED if self.cipher else 0
         index = self._add_entry(digest, crc, len(data), 0, 0, flags)
-        self.table.contexts.append(self._context_count)
-        self.table.slices.append(len(self._batch))
+        self.table.set_context(index, self._context_count, len(self._batch))
         self._batch += data
         self._batched.append(index)
         return index
@@ -69,7 +74,7 @@ class InlinedBlobWriter(BlobWriter):
         if self.cipher is not None:
             packed = self.cipher.encrypt(packed)
         for index in self._batched:
-            self.table.coffs[index] = self.size
+            self.table.set_coff(index, self.size)
         self._contexts += encode_batch_context(len(packed), usize)
         self._context_count += 1
         self._write(packed)
@@ -79,14 +84,6 @@ class InlinedBlobWriter(BlobWriter):
     # ---- sections
     def _add_toc(self, name: str, codec: layout.Codec, digest: bytes, coff: int, csize: int, usize: int) -> None:
         self._toc += encode_toc_entry(name, codec, digest, coff, csize, usize)
-
-    def _write_section(
-        self, name: str, data: bytes | bytearray, codec: layout.Codec, digest: bytes, usize: int
-    ) -> None:
-        offset = self.size
-        self._write(data)
-        self._write(encode_tar_header(name, len(data)))
-        self._add_toc(name, codec, digest, offset, len(data), usize)
 
     def finish_data(self) -> BlobInfo | None:
         """Ends the chunk data and writes blob.meta and blob.digest. Returns what the layer's own bootstrap says of its
@@ -109,8 +106,7 @@ class InlinedBlobWriter(BlobWriter):
         # the one digest of the table of contents that covers a tar header too
         self._add_toc("image.blob", layout.Codec.NONE, self._hash.digest(), 0, data_bytes, self.uncompressed_size)
         ci_codec, offset, csize, usize = self._write_meta(features)
-        digests = self.table.digests
-        self._write_section("blob.digest", digests, layout.Codec.NONE, digest_section(digests), len(digests))
+        self._write_digests()
         self._info = BlobInfo(
             blob_id=layout.PLACEHOLDER_ID, table=self.table, codec=self.codec, digester=self.digester,
             chunk_size=self.chunk_size, features=features, compressed_size=self.size,
@@ -118,6 +114,16 @@ class InlinedBlobWriter(BlobWriter):
             ci_usize=usize, cipher=self.cipher, meta=self._meta,
         )  # fmt: skip
         return self._info
+
+    def _write_digests(self) -> None:
+        offset, count = self.size, len(self.table)
+        hashed = hashlib.sha256()
+        for start in range(0, count, DIGESTS_AT_A_TIME):
+            digests = self.table.digests(start, min(start + DIGESTS_AT_A_TIME, count))
+            hashed.update(digests)
+            self._write(digests)
+        self._write(encode_tar_header("blob.digest", 32 * count))
+        self._add_toc("blob.digest", layout.Codec.NONE, hashed.digest(), offset, 32 * count, 32 * count)
 
     def _write_meta(self, features: int) -> tuple[layout.Codec, int, int, int]:
         """Codec, offset, stored and plain size of what stands before the header. Both are encrypted where the chunks
@@ -148,10 +154,23 @@ class InlinedBlobWriter(BlobWriter):
         self._write(encode_tar_header("blob.meta", len(packed) + len(header)))
         return codec, offset, len(packed), len(infos)
 
-    def write_bootstrap(self, bootstrap: bytes | bytearray) -> None:
+    def write_bootstrap(self, bootstrap: memoryview) -> None:
         """Always zstd where that helps, whatever the data's codec: readers know no other."""
-        packed, codec = compress_section(bootstrap, layout.Codec.ZSTD)
-        self._write_section("image.boot", packed, codec, digest_section(bootstrap), len(bootstrap))
+        offset = self.size
+        with tempfile.TemporaryFile(dir=self._directory) as packed:
+            compress_to(packed, bootstrap)
+            size, codec = packed.tell(), layout.Codec.ZSTD
+            packed.seek(0)
+            if size < len(bootstrap):
+                while piece := packed.read(PIECE_BYTES):
+                    self._write(piece)
+            else:
+                size, codec = len(bootstrap), layout.Codec.NONE
+                copy_pieces(bootstrap, self._write)
+        self._write(encode_tar_header("image.boot", size))
+        digest = hashlib.sha256()
+        copy_pieces(bootstrap, digest.update)
+        self._add_toc("image.boot", codec, digest.digest(), offset, size, len(bootstrap))
 
     def finish(self) -> tuple[str, BlobInfo | None]:
         toc = bytes(self._toc)

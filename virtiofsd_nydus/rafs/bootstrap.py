@@ -10,28 +10,26 @@ import struct
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import BlobInfo
+from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.layout import BLOCK_BYTES, CHUNK_INDEX_BYTES, INODE_BYTES, NID_BYTES, align_up
-from virtiofsd_nydus.rafs.tree import (
-    ChunkTable,
-    Directory,
-    Inode,
-    RegularFile,
-    Special,
-    Symlink,
-    Xattrs,
-    find_inode,
-    walk_directories,
-)
+from virtiofsd_nydus.rafs.spill import Arena, relieve
+from virtiofsd_nydus.rafs.tree import COUNT, DIRECTORY, INO, NID, NLINK, ROOT, XATTRS, Tree, Xattrs
 
 # st_mode >> 12 -> dirent file type
 FILE_TYPES = {
     stat.S_IFREG >> 12: 1, stat.S_IFDIR >> 12: 2, stat.S_IFCHR >> 12: 3, stat.S_IFBLK >> 12: 4,
     stat.S_IFIFO >> 12: 5, stat.S_IFSOCK >> 12: 6, stat.S_IFLNK >> 12: 7,
 }  # fmt: skip
+
+REGULAR, SYMLINK = stat.S_IFREG >> 12, stat.S_IFLNK >> 12
+XATTR_BODIES_MAX = 4096  # encoded ones kept
+TOO_MANY_INODES = "the inodes take more than 128 GiB"
+INODE_PACK_INTO, CHUNK_INDEX_PACK_INTO = layout.INODE.pack_into, layout.CHUNK_INDEX.pack_into
 
 # A chunk somewhere else: blob index, index in that blob
 ChunkPlace = tuple[int, int]
@@ -73,12 +71,11 @@ def is_storable_xattr(name: bytes, value: bytes) -> bool:
 def encode_chunk_record(table: ChunkTable, index: int, blob_index: int, file_offset: int) -> bytes:
     """The 80 bytes that tell a chunk, in the chunk table of v6 and behind each file of v5. A batched chunk is told
     without its place, which only blob.meta has."""
-    csize, flags = table.csizes[index], table.flags[index]
+    digest, uoff, coff, csize, usize, crc, flags = table.record(index)
     batched = not csize and not flags & layout.ChunkFlag.COMPRESSED
     return layout.CHUNK_RECORD.pack(
-        table.digest(index), blob_index, flags, csize, table.usizes[index],
-        0 if batched else table.coffs[index], table.uoffs[index], file_offset, index, table.crcs[index],
-    )  # fmt: skip
+        digest, blob_index, flags, csize, usize, 0 if batched else coff, uoff, file_offset, index, crc
+    )
 
 
 class MetaArea:
@@ -131,46 +128,48 @@ class MetaArea:
         return start
 
 
-def split_dirents(names: Sequence[bytes]) -> list[int]:
-    """How many of the sorted names go into each block of a directory."""
-    total = layout.DIRENT_BYTES * len(names) + sum(map(len, names))
-    if total <= BLOCK_BYTES:
-        return [len(names)]
-    counts, count, used = [], 0, 0
-    for name in names:
-        need = layout.DIRENT_BYTES + len(name)
+def list_dirents(tree: Tree, directory: int) -> Iterator[tuple[bytes, int]]:
+    """The names of a sorted directory as they are stored: "." and ".." among the others."""
+    dots = [(b"..", tree.parent(directory) or directory), (b".", directory)]
+    for name, node in tree.names(directory):
+        while dots and dots[-1][0] < name:
+            yield dots.pop()
+        yield name, node
+    while dots:
+        yield dots.pop()
+
+
+def split_dirents(dirents: Iterable[tuple[bytes, int]]) -> Iterator[tuple[list[tuple[bytes, int]], int]]:
+    """What goes into each block of a directory, and the bytes it takes there."""
+    block: list[tuple[bytes, int]] = []
+    used = 0
+    for dirent in dirents:
+        need = layout.DIRENT_BYTES + len(dirent[0])
         if used + need > BLOCK_BYTES:
-            counts.append(count)
-            count = used = 0
-        count += 1
+            yield block, used
+            block, used = [], 0
+        block.append(dirent)
         used += need
-    counts.append(count)
-    return counts
-
-
-def list_names(directory: Directory) -> list[bytes]:
-    """The names of a directory as they are stored: "." and ".." sorted among the others."""
-    names = [*directory.children, b".", b".."]
-    names.sort()
-    return names
+    yield block, used
 
 
 class BootstrapWriter:
-    """One use: BootstrapWriter(...).write(). The tree's children are put in order and its numbers are set."""
+    """One use: BootstrapWriter(...).write(). The tree's directories are sorted and its numbers are set."""
 
     def __init__(
-        self, root: Directory, blobs: Sequence[BlobInfo], *, chunk_size: int, codec: layout.Codec,
+        self, tree: Tree, blobs: Sequence[BlobInfo], *, chunk_size: int, codec: layout.Codec,
         digester: layout.Digester, moved: Mapping[int, Mapping[int, ChunkPlace]] | None = None,
-        prefetch: Iterable[bytes] = (),
+        prefetch: Iterable[bytes] = (), directory: str | None = None,
     ) -> None:  # fmt: skip
         """blobs: in the order of the blob table; every chunk table a file names is in one of them, or all its used
         chunks are in `moved`. moved: id(chunk table) -> chunk index -> the place that is used instead. prefetch:
-        absolute paths; those that do not exist are left out."""
+        absolute paths; those that do not exist are left out. directory: for the
+        bootstrap's file."""
         if len(blobs) > layout.BLOBS_MAX:
             raise Failure(
                 f"the image needs {len(blobs)} blobs, RAFS v6 holds {layout.BLOBS_MAX}; squash layers", Cause.FORMAT
             )
-        self.root = root
+        self.tree = tree
         self.blobs = blobs
         self.chunk_size = chunk_size
         self.codec = codec
@@ -179,14 +178,17 @@ class BootstrapWriter:
         self._moved = moved or {}
         self._blob_index = {id(blob.table): index for index, blob in enumerate(blobs)}
         self._prefetch = list(prefetch) if blobs else []
+        self._chunk_bits = chunk_size.bit_length() - 1 - layout.BLOCK_BITS
         self._area = MetaArea()
         self._blocks: dict[int, int] = {}  # nid -> offset of its whole blocks in the area
-        self._xattr_bodies: dict[Xattrs, bytes] = {(): b""}
-        self._used = [bytearray(len(blob.table)) for blob in blobs]
-        self._file_offsets: dict[ChunkPlace, int] = {}  # of chunks first used at another offset than 0
+        self._xattr_bodies: dict[int, bytes] = {0: b""}  # by their place in the tree; the latest of them
+        self._has_xattrs = False
+        # Of each blob's chunks: 0 not used, else 1 + the number of the chunk in the file that used it first
+        self._used = [Arena(directory, 4 * len(blob.table)) for blob in blobs]
+        self._out = Arena(directory)
 
-    def write(self) -> bytearray:
-        """The whole bootstrap."""
+    def write(self) -> Arena:
+        """The whole bootstrap: what is used of the arena."""
         self._number()
         self._place_all()
         devices_end = layout.DEVICE_TABLE_OFFSET + layout.DEVICE_SLOT_BYTES * len(self.blobs)
@@ -197,12 +199,15 @@ class BootstrapWriter:
         meta_start = align_up(prefetch_offset + 4 * len(nids), BLOCK_BYTES) if self.blobs else 0
         chunk_table_offset = align_up(meta_start + self._area.end, BLOCK_BYTES)
 
-        out = bytearray(chunk_table_offset)
-        self._write_inodes(out, meta_start)
-        for record in self._list_chunks():
-            out += record
-        chunk_table_bytes = len(out) - chunk_table_offset
-        out += bytes(-len(out) % BLOCK_BYTES)
+        arena = self._out
+        arena.reserve(chunk_table_offset)
+        self._write_inodes(arena.data, meta_start)
+        arena.used = chunk_table_offset
+        for records in self._list_chunks():
+            arena.append(records)
+        chunk_table_bytes = arena.used - chunk_table_offset
+        arena.append(bytes(-arena.used % BLOCK_BYTES))
+        out = arena.view()
 
         flags = (
             layout.CODEC_FLAG[self.codec] | layout.DIGESTER_FLAG[self.digester] | layout.SuperFlag.EXPLICIT_UID_GID
@@ -211,7 +216,7 @@ class BootstrapWriter:
             flags |= layout.SuperFlag.ENCRYPTION_AES_128_XTS
         else:
             flags |= layout.SuperFlag.ENCRYPTION_NONE
-        if len(self._xattr_bodies) > 1:
+        if self._has_xattrs:
             flags |= layout.SuperFlag.HAS_XATTR
         if all(blob.features & layout.BlobFeature.INLINED_CHUNK_DIGEST for blob in self.blobs):
             flags |= layout.SuperFlag.INLINED_CHUNK_DIGEST
@@ -224,115 +229,125 @@ class BootstrapWriter:
             struct.pack_into(f"<{len(nids)}I", out, prefetch_offset, *nids)
         layout.SUPER.pack_into(
             out, layout.SUPER_OFFSET, layout.SUPER_MAGIC, 0, layout.FEATURE_COMPAT_RAFS, layout.BLOCK_BITS, 0,
-            self.root.nid, self.stats.names, 0, 0,
+            self.tree.nodes.words[ROOT * 16 + NID], self.stats.names, 0, 0,
             sum(blob.uncompressed_size for blob in self.blobs) >> layout.BLOCK_BITS & 0xFFFFFFFF,
             meta_start >> layout.BLOCK_BITS, 0, b"", b"", layout.FEATURE_INCOMPAT, 0, len(self.blobs),
             layout.DEVICE_TABLE_OFFSET // layout.DEVICE_SLOT_BYTES,
         )  # fmt: skip
         self.stats.bootstrap_bytes = len(out)
-        return out
+        return arena
 
     # ---- first walk
     def _number(self) -> None:
-        for directory in walk_directories(self.root):
-            order = list(directory.children)
-            if order != sorted(order):
-                directory.children = {name: directory.children[name] for name in sorted(order)}
-            for child in directory.children.values():
-                child.ino = child.nid = child.nlink = 0
+        tree = self.tree
+        tree.clear_numbers()
         number = names = 1
-        self.root.ino, self.root.nid, self.root.nlink = 1, 0, 2
-        for directory in walk_directories(self.root):
-            names += len(directory.children)
-            for child in directory.children.values():
-                if isinstance(child, Directory):
-                    directory.nlink += 1
-                    child.nlink = 2
+        nodes = tree.nodes.words
+        nodes[ROOT * 16 + INO], nodes[ROOT * 16 + NLINK] = 1, 2
+        for directory in tree.walk_directories():
+            tree.sort(directory)
+            names += tree.child_count(directory)
+            for child in tree.children(directory):
+                base = child * 16
+                if nodes[base] >> 12 == DIRECTORY:
+                    nodes[directory * 16 + NLINK] += 1
+                    nodes[base + NLINK] = 2
                 else:
-                    child.nlink += 1
-                    if child.ino:
+                    nodes[base + NLINK] += 1
+                    if nodes[base + INO]:
                         continue
                 number += 1
-                child.ino = number
+                nodes[base + INO] = number
         self.stats.names = names
         self.stats.inodes = number
 
     # ---- second walk
     def _place_all(self) -> None:
-        for directory in walk_directories(self.root):
-            counts, last = self._measure_directory(directory)
-            self._place_flat(directory, (counts - 1) * BLOCK_BYTES + last)
-            for child in directory.children.values():
-                if child.nid or isinstance(child, Directory):
+        tree, nodes = self.tree, self.tree.nodes.words
+        place = self._area.place
+        for directory in tree.walk_directories():
+            tree.set_size(directory, self._measure_directory(directory))
+            self._place_flat(directory, tree.size(directory))
+            for child in tree.children(directory):
+                base = child * 16
+                kind = nodes[base] >> 12
+                if nodes[base + NID] or kind == DIRECTORY:
                     continue
-                if isinstance(child, Symlink):
-                    self._place_flat(child, len(child.target))
+                if kind == SYMLINK:
+                    self._place_flat(child, tree.size(child))
                     continue
-                size = INODE_BYTES + len(self._xattr_body(child))
-                if isinstance(child, RegularFile) and child.size:
-                    size = align_up(size, 8) + CHUNK_INDEX_BYTES * len(child.chunks)
-                child.nid = self._area.place(size, one_block=False) // NID_BYTES
+                size = INODE_BYTES
+                if nodes[base + XATTRS]:
+                    size += len(self._xattr_body(nodes[base + XATTRS]))
+                if kind == REGULAR and nodes[base + COUNT]:
+                    size = (size + 7 & ~7) + CHUNK_INDEX_BYTES * nodes[base + COUNT]
+                nid = place(size, one_block=False) // NID_BYTES
+                if nid > 0xFFFFFFFF:
+                    raise Failure(TOO_MANY_INODES, Cause.FORMAT)
+                nodes[base + NID] = nid
 
-    def _xattr_body(self, inode: Inode) -> bytes:
-        body = self._xattr_bodies.get(inode.xattrs)
+    def _set_nid(self, node: int, offset: int) -> None:
+        nid = offset // NID_BYTES
+        if nid > 0xFFFFFFFF:
+            raise Failure(TOO_MANY_INODES, Cause.FORMAT)
+        self.tree.nodes.words[node * 16 + NID] = nid
+
+    def _xattr_body(self, place: int) -> bytes:
+        body = self._xattr_bodies.get(place)
         if body is None:
-            body = self._xattr_bodies[inode.xattrs] = encode_xattrs(inode.xattrs)
+            if len(self._xattr_bodies) > XATTR_BODIES_MAX:
+                self._xattr_bodies = {0: b""}
+            self._has_xattrs = True
+            body = self._xattr_bodies[place] = encode_xattrs(self.tree.xattrs_at(place))
         return body
 
-    @staticmethod
-    def _measure_directory(directory: Directory) -> tuple[int, int]:
-        """Number of blocks, bytes used of the last."""
-        children = directory.children
-        total = layout.DIRENT_BYTES * (len(children) + 2) + sum(map(len, children)) + 3
+    def _measure_directory(self, directory: int) -> int:
+        total = self.tree.measure_names(directory) + layout.DIRENT_BYTES * (self.tree.child_count(directory) + 2) + 3
         if total <= BLOCK_BYTES:
-            return 1, total
-        names = list_names(directory)
-        counts = split_dirents(names)
-        rest = names[len(names) - counts[-1] :]
-        return len(counts), layout.DIRENT_BYTES * len(rest) + sum(map(len, rest))
+            return total
+        blocks = last = 0
+        for _, used in split_dirents(list_dirents(self.tree, directory)):
+            blocks, last = blocks + 1, used
+        return (blocks - 1) * BLOCK_BYTES + last
 
-    def _place_flat(self, inode: Inode, size: int) -> None:
+    def _place_flat(self, node: int, size: int) -> None:
         """A directory or symbolic link: whole blocks apart, the tail behind the inode where one block holds both."""
-        head = INODE_BYTES + len(self._xattr_body(inode))
+        head = INODE_BYTES + len(self._xattr_body(self.tree.nodes.words[node * 16 + XATTRS]))
         tail = size % BLOCK_BYTES
         inline = tail and head + tail <= BLOCK_BYTES
         blocks = size // BLOCK_BYTES if inline else align_up(size, BLOCK_BYTES) // BLOCK_BYTES
-        place = self._area.place(head + tail if inline else head, one_block=bool(inline))
-        inode.nid = place // NID_BYTES
+        self._set_nid(node, self._area.place(head + tail if inline else head, one_block=bool(inline)))
         if blocks:
-            self._blocks[inode.nid] = self._area.place_blocks(blocks)
+            self._blocks[node] = self._area.place_blocks(blocks)
 
     def _find_prefetch(self) -> list[int]:
-        found = (find_inode(self.root, path) for path in self._prefetch)
-        return [inode.nid for inode in found if inode is not None]
+        found = (self.tree.find_path(path) for path in self._prefetch)
+        return [self.tree.nodes.words[node * 16 + NID] for node in found if node]
 
     # ---- third walk
-    def _write_inodes(self, out: bytearray, meta_start: int) -> None:
-        parents = {self.root.nid: self.root.nid}
-        for directory in walk_directories(self.root):
-            nid = directory.nid
-            for child in directory.children.values():
-                if isinstance(child, Directory):
-                    parents[child.nid] = nid
-                    continue
-                if isinstance(child, RegularFile):  # once for each name: the same bytes at the same place
+    def _write_inodes(self, out: memoryview, meta_start: int) -> None:
+        tree, nodes = self.tree, self.tree.nodes.words
+        for directory in tree.walk_directories():
+            for child in tree.children(directory):
+                kind = nodes[child * 16] >> 12
+                if kind == REGULAR:  # once for each name: the same bytes at the same place
                     self._write_file(out, meta_start, child)
-                elif isinstance(child, Symlink):
-                    self._write_flat(out, meta_start, child, child.target)
-                elif isinstance(child, Special):
-                    rdev = child.minor & 0xFF | child.major << 8 | (child.minor & ~0xFF) << 12
-                    self._write_inode(out, meta_start, child, layout.LAYOUT_PLAIN, 0, rdev & 0xFFFFFFFF)
-            self._write_flat(out, meta_start, directory, self._pack_dirents(directory, parents.pop(nid)))
+                elif kind == SYMLINK:
+                    target = tree.target(child)
+                    self._write_flat(out, meta_start, child, len(target), [target])
+                elif kind != DIRECTORY:
+                    self._write_inode(out, meta_start, child, layout.LAYOUT_PLAIN, 0, tree.rdev(child))
+            self._write_flat(out, meta_start, directory, tree.size(directory), self._pack_dirents(directory))
 
-    def _write_inode(self, out: bytearray, meta_start: int, inode: Inode, data: int, size: int, i_u: int) -> int:
+    def _write_inode(self, out: memoryview, meta_start: int, node: int, data: int, size: int, i_u: int) -> int:
         """Returns the offset behind inode and xattrs."""
-        offset = meta_start + inode.nid * NID_BYTES
-        seconds, nanoseconds = divmod(inode.mtime_ns, 1_000_000_000)
-        body = self._xattr_bodies[inode.xattrs]
-        layout.INODE.pack_into(
+        mode, uid, gid, place, seconds, nanoseconds = self.tree.attributes(node)
+        ino, nid, nlink = self.tree.nodes.words[node * 16 + INO : node * 16 + NLINK + 1]
+        offset = meta_start + nid * NID_BYTES
+        body = self._xattr_body(place) if place else b""
+        INODE_PACK_INTO(
             out, offset, layout.FORMAT_EXTENDED | data, (len(body) - layout.XATTR_HEADER_BYTES) // 4 + 1 if body else 0,
-            inode.mode, 0, size, i_u, inode.ino & 0xFFFFFFFF, inode.uid, inode.gid, seconds & 0xFFFFFFFFFFFFFFFF,
-            nanoseconds, inode.nlink,
+            mode, 0, size, i_u, ino, uid, gid, seconds, nanoseconds, nlink,
         )  # fmt: skip
         offset += INODE_BYTES
         if body:
@@ -340,87 +355,96 @@ class BootstrapWriter:
             offset += len(body)
         return offset
 
-    def _write_flat(self, out: bytearray, meta_start: int, inode: Inode, content: bytes | bytearray) -> None:
-        head = INODE_BYTES + len(self._xattr_bodies[inode.xattrs])
-        tail = len(content) % BLOCK_BYTES
+    def _write_flat(
+        self, out: memoryview, meta_start: int, node: int, size: int, content: Iterable[bytes | bytearray]
+    ) -> None:
+        """content: of all blocks in turn, the last of which alone may be short."""
+        head = INODE_BYTES + len(self._xattr_body(self.tree.nodes.words[node * 16 + XATTRS]))
+        tail = size % BLOCK_BYTES
         inline = bool(tail and head + tail <= BLOCK_BYTES)
-        blocks = meta_start + self._blocks[inode.nid] if inode.nid in self._blocks else 0
+        blocks = meta_start + self._blocks[node] if node in self._blocks else 0
         offset = self._write_inode(
-            out, meta_start, inode, layout.LAYOUT_INLINE if inline else layout.LAYOUT_PLAIN, len(content),
+            out, meta_start, node, layout.LAYOUT_INLINE if inline else layout.LAYOUT_PLAIN, size,
             blocks >> layout.BLOCK_BITS,
         )  # fmt: skip
-        apart = len(content) - tail if inline else len(content)
-        if apart:
-            out[blocks : blocks + apart] = content[:apart]
-        if inline:
-            out[offset : offset + tail] = content[apart:] if apart else content
+        left = size - tail if inline else size
+        for block in content:
+            if left:
+                out[blocks : blocks + len(block)] = block
+                blocks += len(block)
+                left -= len(block)
+            else:
+                out[offset : offset + len(block)] = block
 
-    def _pack_dirents(self, directory: Directory, parent_nid: int) -> bytearray:
-        children = directory.children
-        names = list_names(directory)
-        out = bytearray()
-        pack, start = layout.DIRENT.pack, 0
-        for count in split_dirents(names):
-            if start:
-                out += bytes(-len(out) % BLOCK_BYTES)
-            block = names[start : start + count]
-            name_offset = layout.DIRENT_BYTES * count
-            for name in block:
-                child = children.get(name)
-                if child is not None:
-                    out += pack(child.nid, name_offset, FILE_TYPES[child.mode >> 12], 0)
-                else:
-                    out += pack(directory.nid if name == b"." else parent_nid, name_offset, 2, 0)
+    def _pack_dirents(self, directory: int) -> Iterator[bytearray]:
+        tree, nodes = self.tree, self.tree.nodes.words
+        pack = layout.DIRENT.pack
+        full: bytearray | None = None
+        for block, used in split_dirents(list_dirents(tree, directory)):
+            if full is not None:
+                yield full
+            out = bytearray()
+            name_offset = layout.DIRENT_BYTES * len(block)
+            for name, node in block:
+                out += pack(nodes[node * 16 + NID], name_offset, FILE_TYPES[nodes[node * 16] >> 12], 0)
                 name_offset += len(name)
-            out += b"".join(block)
-            start += count
-        return out
+            for name, _ in block:
+                out += name
+            full = out
+            full += bytes(BLOCK_BYTES - used)
+        if full is not None:
+            yield full[:used]
 
-    def _write_file(self, out: bytearray, meta_start: int, inode: RegularFile) -> None:
-        bits = self.chunk_size.bit_length() - 1 - layout.BLOCK_BITS
-        whole = (inode.size - 1).bit_length() - layout.BLOCK_BITS if inode.size else 0
-        if len(inode.chunks) > 1 and whole <= layout.CHUNK_FORMAT_BITS and self._is_contiguous(inode):
-            bits = whole  # one chunk to the kernel, which then reads the first index alone; RAFS readers do not look
+    def _write_file(self, out: memoryview, meta_start: int, node: int) -> None:
+        tree = self.tree
+        size, count = tree.size(node), tree.chunk_count(node)
+        bits = self._chunk_bits
+        if count > 1:
+            whole = (size - 1).bit_length() - layout.BLOCK_BITS
+            if whole <= layout.CHUNK_FORMAT_BITS and self._is_contiguous(node):
+                bits = whole  # one chunk to the kernel, which reads the first index alone; RAFS readers do not look
         i_u = bits | layout.CHUNK_FORMAT_INDEXES
-        offset = align_up(self._write_inode(out, meta_start, inode, layout.LAYOUT_CHUNKED, inode.size, i_u), 8)
-        if not inode.size:
-            return
-        pack_into, file_offset = layout.CHUNK_INDEX.pack_into, 0
-        for blob_index, index in self._places(inode):
-            used = self._used[blob_index]
+        offset = self._write_inode(out, meta_start, node, layout.LAYOUT_CHUNKED, size, i_u) + 7 & ~7
+        for number, (blob_index, index) in enumerate(self._list_places(node) if count else (), 1):
+            used = self._used[blob_index].words
             if not used[index]:
-                used[index] = 1
-                if file_offset:
-                    self._file_offsets[blob_index, index] = file_offset
-            pack_into(
+                used[index] = number
+            CHUNK_INDEX_PACK_INTO(
                 out, offset, index & 0xFFFF, blob_index + 1 | index >> 16 << 8,
-                self.blobs[blob_index].table.uoffs[index] >> layout.BLOCK_BITS,
+                self.blobs[blob_index].table.uoff(index) >> layout.BLOCK_BITS,
             )  # fmt: skip
             offset += CHUNK_INDEX_BYTES
-            file_offset += self.chunk_size
 
-    def _places(self, inode: RegularFile) -> Iterator[ChunkPlace]:
+    def _list_places(self, node: int) -> Iterable[ChunkPlace]:
         """Where each chunk of a file is."""
-        own_index = self._blob_index.get(id(inode.table))
-        moved = self._moved.get(id(inode.table), {})
-        for chunk in inode.chunks:
+        table = id(self.tree.table(node))
+        own_index = self._blob_index.get(table, -1)
+        moved = self._moved.get(table)
+        chunks = self.tree.chunks(node)
+        if moved is None and own_index >= 0:
+            return [(own_index, chunk) for chunk in chunks] if len(chunks) < 1024 else zip(repeat(own_index), chunks)
+        return self._find_places(own_index, moved or {}, chunks)
+
+    @staticmethod
+    def _find_places(own_index: int, moved: Mapping[int, ChunkPlace], chunks: Iterable[int]) -> Iterator[ChunkPlace]:
+        for chunk in chunks:
             place = moved.get(chunk)
             if place is not None:
                 yield place
-            elif own_index is not None:
+            elif own_index >= 0:
                 yield own_index, chunk
             else:
                 raise ValueError("a file's chunk is in no blob of the image")
 
-    def _is_contiguous(self, inode: RegularFile) -> bool:
+    def _is_contiguous(self, node: int) -> bool:
         """Whether all chunks are on one blob, one behind the other."""
-        places = self._places(inode)
+        places = iter(self._list_places(node))
         blob_index, index = next(places)
-        uoffs = self.blobs[blob_index].table.uoffs
-        expected = uoffs[index]
+        table = self.blobs[blob_index].table
+        expected = table.uoff(index)
         for other, index in places:
             expected += self.chunk_size
-            if other != blob_index or uoffs[index] != expected:
+            if other != blob_index or table.uoff(index) != expected:
                 return False
         return True
 
@@ -431,21 +455,21 @@ class BootstrapWriter:
         digest's first byte, so that only one portion's records are there at a time."""
         portions = [array("Q") for _ in range(256)]
         for blob_index, (blob, used) in enumerate(zip(self.blobs, self._used, strict=True)):
-            digests = blob.table.digests
-            for index, is_used in enumerate(used):
+            for index, is_used in enumerate(used.words[: len(blob.table)]):
                 if is_used:
-                    portions[digests[32 * index]].append(blob_index << 32 | index)
+                    portions[blob.table.digest(index)[0]].append(blob_index << 32 | index)
         for portion in portions:
             self.stats.chunks += len(portion)
             records = []
             for place in portion:
                 blob_index, index = place >> 32, place & 0xFFFFFFFF
-                file_offset = self._file_offsets.get((blob_index, index), 0)
+                file_offset = (self._used[blob_index].words[index] - 1) * self.chunk_size
                 records.append(encode_chunk_record(self.blobs[blob_index].table, index, blob_index, file_offset))
             records.sort()
-            yield from records
+            yield b"".join(records)
+            relieve()
 
-    def _write_blobs(self, out: bytearray, blob_table_offset: int) -> None:
+    def _write_blobs(self, out: memoryview, blob_table_offset: int) -> None:
         position = len(out)
         for index, blob in enumerate(self.blobs):
             blocks = blob.uncompressed_size >> layout.BLOCK_BITS

@@ -1,26 +1,18 @@
 """Writes a RAFS v5 bootstrap: tables of fixed places, then one record for each name (rafs-format.md 2)."""
 
-import copy
 import stat
 import struct
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import BlobInfo
-from virtiofsd_nydus.rafs.bootstrap import BootstrapStats, ChunkPlace, encode_chunk_record
+from virtiofsd_nydus.rafs.bootstrap import XATTR_BODIES_MAX, BootstrapStats, ChunkPlace, encode_chunk_record
 from virtiofsd_nydus.rafs.digest import digest_function
 from virtiofsd_nydus.rafs.layout import align_up
-from virtiofsd_nydus.rafs.tree import (
-    Directory,
-    Inode,
-    RegularFile,
-    Special,
-    Symlink,
-    Xattrs,
-    find_inode,
-    walk_directories,
-)
+from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, Arena, relieve
+from virtiofsd_nydus.rafs.tree import INO, NID, NLINK, ROOT, XATTRS, Tree, Xattrs
 
 SUPER_MAGIC = 0x52414653
 VERSION = 0x500
@@ -36,6 +28,7 @@ INODE = struct.Struct("<32sQQIIIIQQQIIIHHIIQ8x")
 FLAG_SYMLINK, FLAG_HARDLINK, FLAG_XATTR = 1, 2, 4
 BOOTSTRAP_BYTES_MAX = 2 << 30
 CHUNK_BYTES = 80
+DIGEST_BYTES = 32
 
 
 def encode_xattrs_v5(xattrs: Xattrs) -> bytes:
@@ -46,22 +39,22 @@ def encode_xattrs_v5(xattrs: Xattrs) -> bytes:
     return struct.pack("<Q", len(body)) + body + bytes(-len(body) % 8)
 
 
-def measure_directory_v5(directory: Directory) -> int:
+def measure_directory_v5(tree: Tree, directory: int) -> int:
     """The size a directory shows: a made-up one, for v5 has no blocks of names."""
-    return max(align_up(sum(len(name) + 8 for name in directory.children), 4096), 4096)
+    return max(align_up(tree.measure_names(directory) + 8 * tree.child_count(directory), 4096), 4096)
 
 
 class BootstrapWriterV5:
-    """One use: BootstrapWriterV5(...).write(). The tree's children are put in order and its numbers are set: ino is the
-    inode's number, nid its first slot."""
+    """One use: BootstrapWriterV5(...).write(). The tree's directories are sorted and its numbers are set: ino is the
+    inode's number, its first slot; a directory's nid is the slot of its first child."""
 
     def __init__(
-        self, root: Directory, blobs: Sequence[BlobInfo], *, chunk_size: int, codec: layout.Codec,
+        self, tree: Tree, blobs: Sequence[BlobInfo], *, chunk_size: int, codec: layout.Codec,
         digester: layout.Digester, moved: Mapping[int, Mapping[int, ChunkPlace]] | None = None,
-        prefetch: Iterable[bytes] = (),
+        prefetch: Iterable[bytes] = (), directory: str | None = None,
     ) -> None:  # fmt: skip
         """As BootstrapWriter's."""
-        self.root = root
+        self.tree = tree
         self.blobs = blobs
         self.chunk_size = chunk_size
         self.codec = codec
@@ -71,16 +64,17 @@ class BootstrapWriterV5:
         self._blob_index = {id(blob.table): index for index, blob in enumerate(blobs)}
         self._prefetch = list(prefetch)
         self._digest = digest_function(digester)
-        self._digests: dict[int, bytes] = {}  # by ino
-        self._child_index: dict[int, int] = {}  # of directories, by ino
-        self._used: set[ChunkPlace] = set()
+        self._digests = Arena(directory)  # by ino
+        self._used = [bytearray(len(blob.table)) for blob in blobs]
+        self._out = Arena(directory)
 
-    def write(self) -> bytearray:
-        """The whole bootstrap."""
+    def write(self) -> Arena:
+        """The whole bootstrap: what is used of the arena."""
         self._number()
         self._digest_all()
         entries = self.stats.names
-        prefetch = [inode.ino for path in self._prefetch if (inode := find_inode(self.root, path)) is not None]
+        found = [self.tree.find_path(path) for path in self._prefetch]
+        prefetch = [self.tree.nodes.words[node * 16 + INO] for node in found if node]
         blob_table = b"\0".join(
             struct.pack("<II", 0, min(blob.prefetch_size, 0xFFFFFFFF)) + blob.blob_id.encode() for blob in self.blobs
         )
@@ -89,12 +83,15 @@ class BootstrapWriterV5:
         blob_table_offset = prefetch_offset + align_up(4 * len(prefetch), 8)
         ext_offset = blob_table_offset + len(blob_table)
 
-        out = bytearray(ext_offset)
-        struct.pack_into(f"<{len(prefetch)}I", out, prefetch_offset, *prefetch)
-        out[blob_table_offset:ext_offset] = blob_table
+        arena = self._out
+        arena.reserve(ext_offset)
+        struct.pack_into(f"<{len(prefetch)}I", arena.data, prefetch_offset, *prefetch)
+        arena.data[blob_table_offset:ext_offset] = blob_table
+        arena.used = ext_offset
         for blob in self.blobs:
-            out += EXT_BLOB.pack(len(blob.table), blob.features, blob.uncompressed_size, blob.compressed_size)
-        has_xattrs = self._write_records(out)
+            arena.append(EXT_BLOB.pack(len(blob.table), blob.features, blob.uncompressed_size, blob.compressed_size))
+        has_xattrs = self._write_records(arena)
+        out = arena.view()
         flags = (
             layout.CODEC_FLAG[self.codec] | layout.DIGESTER_FLAG[self.digester] | layout.SuperFlag.EXPLICIT_UID_GID
         )
@@ -105,116 +102,142 @@ class BootstrapWriterV5:
             prefetch_offset, blob_table_offset, entries, len(prefetch), len(blob_table), len(self.blobs), ext_offset,
         )  # fmt: skip
         self.stats.bootstrap_bytes = len(out)
-        self.stats.chunks = len(self._used)
-        return out
+        self.stats.chunks = sum(used.count(1) for used in self._used)
+        return arena
 
     def _number(self) -> None:
         """Slots: a directory's children one after the other, then those of its sub-directories in turn."""
-        for directory in walk_directories(self.root):
-            for child in directory.children.values():
-                child.ino = 0
-        for directory in walk_directories(self.root):
-            order = list(directory.children)
-            if order != sorted(order):
-                directory.children = {name: directory.children[name] for name in sorted(order)}
-            for name, child in directory.children.items():
-                if child.ino < 0 and not isinstance(child, RegularFile | Directory):
-                    child = directory.children[name] = copy.copy(child)  # v5 has hard links of regular files only
-                child.ino, child.nid, child.nlink = -1, 0, 0
-        self.root.ino, self.root.nid, self.root.nlink = 1, 1, 2
+        tree = self.tree
+        tree.clear_numbers()
+        for directory in tree.walk_directories():
+            tree.sort(directory)
+            copied: list[tuple[bytes, int]] = []
+            for name, child in tree.names(directory):
+                kind = stat.S_IFMT(tree.mode(child))
+                if tree.nodes.words[child * 16 + NID] and kind not in (stat.S_IFREG, stat.S_IFDIR):
+                    copied.append((name, child))  # v5 has hard links of regular files only
+                tree.nodes.words[child * 16 + NID] = 1
+            for name, child in copied:
+                tree.link(directory, name, tree.copy_node(tree, child))
+        tree.clear_numbers()
+        nodes = tree.nodes.words
+        nodes[ROOT * 16 + INO], nodes[ROOT * 16 + NLINK] = 1, 2
         slot = inodes = 1
-        for directory in walk_directories(self.root):
-            self._child_index[directory.ino] = slot + 1
-            for child in directory.children.values():
+        for directory in tree.walk_directories():
+            nodes[directory * 16 + NID] = slot + 1
+            for child in tree.children(directory):
+                base = child * 16
                 slot += 1
-                if isinstance(child, Directory):
-                    directory.nlink += 1
-                    child.nlink = 2
+                if tree.is_directory(child):
+                    nodes[directory * 16 + NLINK] += 1
+                    nodes[base + NLINK] = 2
                 else:
-                    child.nlink += 1
-                    if child.ino > 0:
+                    nodes[base + NLINK] += 1
+                    if nodes[base + INO]:
                         continue
                 inodes += 1
-                child.ino = child.nid = slot
+                nodes[base + INO] = slot
         self.stats.names, self.stats.inodes = slot, inodes
+        self._digests.reserve(DIGEST_BYTES * (slot + 1))
 
     def _digest_all(self) -> None:
         """Leaves first: a directory's digest is made of its children's."""
-        digest, digests = self._digest, self._digests
+        tree, digest, digests = self.tree, self._digest, self._digests.data
+        nodes = tree.nodes.words
         empty = digest(b"")
-        for directory in reversed(list(walk_directories(self.root))):
-            for child in directory.children.values():
-                if isinstance(child, Directory) or child.ino in digests:
-                    continue
-                if isinstance(child, RegularFile):
-                    located = (child.table.locate(chunk) for chunk in child.chunks)
-                    digests[child.ino] = digest(b"".join(table.digest(index) for table, index in located))
-                elif isinstance(child, Symlink):
-                    digests[child.ino] = digest(child.target)
-                else:
-                    digests[child.ino] = empty
-            digests[directory.ino] = digest(b"".join(digests[child.ino] for child in directory.children.values()))
+        order = array("I", tree.walk_directories())
+        while order:
+            directory = order.pop()
+            joined = bytearray()
+            for child in tree.children(directory):
+                start = DIGEST_BYTES * nodes[child * 16 + INO]
+                kind = stat.S_IFMT(tree.mode(child))
+                if kind != stat.S_IFDIR:
+                    if kind == stat.S_IFREG:
+                        found = digest(self._join_digests(child)) if tree.chunk_count(child) else empty
+                    else:
+                        found = digest(tree.target(child)) if kind == stat.S_IFLNK else empty
+                    digests[start : start + DIGEST_BYTES] = found
+                joined += digests[start : start + DIGEST_BYTES]
+            start = DIGEST_BYTES * nodes[directory * 16 + INO]
+            digests[start : start + DIGEST_BYTES] = digest(bytes(joined))
+            if not len(order) % RELIEVE_EVERY:
+                relieve()
 
-    def _write_records(self, out: bytearray) -> bool:
+    def _join_digests(self, file: int) -> bytes:
+        table = self.tree.table(file)
+        located = (table.locate(chunk) for chunk in self.tree.chunks(file))
+        return b"".join(table.digest(index) for table, index in located)
+
+    def _write_records(self, out: Arena) -> bool:
         """Records in the order of slots, and the table that tells where they are. Whether any inode has xattrs."""
-        xattr_areas: dict[Xattrs, bytes] = {(): b""}
+        xattr_areas: dict[int, bytes] = {0: b""}  # by their place in the tree, the latest of them
+        has_xattrs = False
         slot = 1
-        for name, parent, inode in self._list_records():
-            if len(out) > BOOTSTRAP_BYTES_MAX:
+        for name, parent, node in self._list_records():
+            if out.used > BOOTSTRAP_BYTES_MAX:
                 raise Failure("the bootstrap would pass 2 GiB, which RAFS v5 allows; use v6", Cause.FORMAT)
-            struct.pack_into("<I", out, SUPER_BYTES + 4 * (slot - 1), len(out) >> 3)
+            struct.pack_into("<I", out.data, SUPER_BYTES + 4 * (slot - 1), out.used >> 3)
             slot += 1
-            area = xattr_areas.get(inode.xattrs)
+            place = self.tree.nodes.words[node * 16 + XATTRS]
+            area = xattr_areas.get(place)
             if area is None:
-                area = xattr_areas[inode.xattrs] = encode_xattrs_v5(inode.xattrs)
-            self._write_record(out, name, parent, inode, area)
-        return len(xattr_areas) > 1
+                if len(xattr_areas) > XATTR_BODIES_MAX:
+                    xattr_areas = {0: b""}
+                has_xattrs = True
+                area = xattr_areas[place] = encode_xattrs_v5(self.tree.xattrs_at(place))
+            self._write_record(out, name, parent, node, area)
+        return has_xattrs
 
-    def _list_records(self) -> Iterator[tuple[bytes, int, Inode]]:
-        yield b"/", 0, self.root
-        for directory in walk_directories(self.root):
-            for name, child in directory.children.items():
-                yield name, directory.ino, child
+    def _list_records(self) -> Iterator[tuple[bytes, int, int]]:
+        tree = self.tree
+        yield b"/", 0, ROOT
+        for directory in tree.walk_directories():
+            ino = tree.nodes.words[directory * 16 + INO]
+            for name, child in tree.names(directory):
+                yield name, ino, child
 
-    def _write_record(self, out: bytearray, name: bytes, parent: int, inode: Inode, xattrs: bytes) -> None:
+    def _write_record(self, out: Arena, name: bytes, parent: int, node: int, xattrs: bytes) -> None:
+        tree = self.tree
+        mode, uid, gid, _, seconds, nanoseconds = tree.attributes(node)
+        ino, nid, nlink = tree.nodes.words[node * 16 + INO : node * 16 + NLINK + 1]
+        kind = stat.S_IFMT(mode)
         target, size, rdev, flags = b"", 0, 0, FLAG_XATTR if xattrs else 0
         child_index = child_count = 0
-        if isinstance(inode, Directory):
-            size = measure_directory_v5(inode)
-            child_index, child_count = self._child_index[inode.ino], len(inode.children)
-        elif isinstance(inode, RegularFile):
-            size, child_count = inode.size, len(inode.chunks)
-            if inode.nlink > 1:
+        if kind == stat.S_IFDIR:
+            size = measure_directory_v5(tree, node)
+            child_index, child_count = nid, tree.child_count(node)
+        elif kind == stat.S_IFREG:
+            size, child_count = tree.size(node), tree.chunk_count(node)
+            if nlink > 1:
                 flags |= FLAG_HARDLINK
-        elif isinstance(inode, Symlink):
-            target, size = inode.target, len(inode.target)
+        elif kind == stat.S_IFLNK:
+            target = tree.target(node)
+            size = len(target)
             flags |= FLAG_SYMLINK
-        elif isinstance(inode, Special) and (stat.S_ISCHR(inode.mode) or stat.S_ISBLK(inode.mode)):
-            rdev = (inode.minor & 0xFF | inode.major << 8 | (inode.minor & ~0xFF) << 12) & 0xFFFFFFFF
-        seconds, nanoseconds = divmod(inode.mtime_ns, 1_000_000_000)
-        out += INODE.pack(
-            self._digests[inode.ino], parent, inode.ino, inode.uid, inode.gid, 0, inode.mode, size,
-            (size + len(xattrs) + 511) // 512, flags, inode.nlink, child_index, child_count, len(name), len(target),
-            rdev, nanoseconds, seconds & 0xFFFFFFFFFFFFFFFF,
+        elif kind in (stat.S_IFCHR, stat.S_IFBLK):
+            rdev = tree.rdev(node)
+        digest = bytes(self._digests.data[DIGEST_BYTES * ino : DIGEST_BYTES * ino + DIGEST_BYTES])
+        record = INODE.pack(
+            digest, parent, ino, uid, gid, 0, mode, size, (size + len(xattrs) + 511) // 512, flags, nlink, child_index,
+            child_count, len(name), len(target), rdev, nanoseconds, seconds,
         )  # fmt: skip
-        for text in (name, target):
-            out += text
-            out += bytes(-len(text) % 8)
-        out += xattrs
-        if isinstance(inode, RegularFile):
-            self._write_chunks(out, inode)
+        out.append(b"".join((record, name, bytes(-len(name) % 8), target, bytes(-len(target) % 8), xattrs)))
+        if child_count and kind == stat.S_IFREG:
+            self._write_chunks(out, node)
 
-    def _write_chunks(self, out: bytearray, inode: RegularFile) -> None:
-        own_index = self._blob_index.get(id(inode.table))
-        moved = self._moved.get(id(inode.table), {})
+    def _write_chunks(self, out: Arena, node: int) -> None:
+        table = id(self.tree.table(node))
+        own_index = self._blob_index.get(table)
+        moved = self._moved.get(table, {})
         file_offset = 0
-        for chunk in inode.chunks:
+        for chunk in self.tree.chunks(node):
             place = moved.get(chunk)
             if place is None:
                 if own_index is None:
                     raise ValueError("a file's chunk is in no blob of the image")
                 place = own_index, chunk
-            self._used.add(place)
             blob_index, index = place
-            out += encode_chunk_record(self.blobs[blob_index].table, index, blob_index, file_offset)
+            self._used[blob_index][index] = 1
+            out.append(encode_chunk_record(self.blobs[blob_index].table, index, blob_index, file_offset))
             file_offset += self.chunk_size

@@ -4,11 +4,17 @@ import hashlib
 import struct
 import sys
 from array import array
+from typing import BinaryIO
 
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import StoredMeta
+from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.layout import ChunkFlag, InfoFlag
-from virtiofsd_nydus.rafs.tree import ChunkTable
+from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, copy_pieces, relieve
+
+# What is compressed at one go; in pieces the bytes come out a little different. So the limit is part of the format of
+# our images: their digests change with it.
+ONE_PIECE_BYTES_MAX = 32 << 20
 
 
 def encode_tar_header(name: str, size: int) -> bytes:
@@ -47,6 +53,18 @@ def compress_section(
     return packed, codec
 
 
+def compress_to(out: BinaryIO, data: memoryview, level: int = 3) -> None:
+    """A zstd frame of data, which may be larger than memory should be."""
+    import zstandard
+
+    if len(data) <= ONE_PIECE_BYTES_MAX:
+        out.write(zstandard.ZstdCompressor(level=level).compress(data))
+        return
+    compressor = zstandard.ZstdCompressor(level=level).compressobj(size=len(data))
+    copy_pieces(data, lambda piece: out.write(compressor.compress(piece)))
+    out.write(compressor.flush())
+
+
 def encode_toc_entry(name: str, codec: layout.Codec, digest: bytes, coff: int, csize: int, usize: int) -> bytes:
     return layout.TOC_ENTRY.pack(layout.TOC_FLAG[codec], 0, name.encode(), digest, coff, csize, usize)
 
@@ -60,23 +78,25 @@ def _to_little_endian(words: "array[int]") -> bytearray:
 def encode_chunk_infos_v1(table: ChunkTable) -> bytearray:
     """Two words a chunk: enough where every chunk is a piece of the blob of its own."""
     words = array("Q")
-    for uoff, usize, coff, csize in zip(table.uoffs, table.usizes, table.coffs, table.csizes, strict=True):
+    for index in range(len(table)):
+        _, uoff, coff, csize, usize, _, _ = table.record(index)
         words.append(uoff | (usize - 1 & 0xFFFFF) << 44 | (usize - 1 >> 20) << 8)
         words.append(coff | (csize - 1 & 0xFFFFF) << 44 | (csize - 1 >> 20) << 40)
+        if not index % RELIEVE_EVERY:
+            relieve()
     return _to_little_endian(words)
 
 
 def encode_chunk_infos_v2(table: ChunkTable, kind: InfoFlag) -> bytearray:
     """Three words a chunk. kind: what a chunk with a context is, batched or zran."""
     words = array("Q")
-    for index, (uoff, usize, coff, csize, flag, crc) in enumerate(zip(
-        table.uoffs, table.usizes, table.coffs, table.csizes, table.flags, table.crcs, strict=True
-    )):  # fmt: skip
-        context = table.contexts[index] if table.contexts else -1
+    for index in range(len(table)):
+        _, uoff, coff, csize, usize, crc, flag = table.record(index)
+        context, offset = table.context(index)
         info = InfoFlag.ENCRYPTED if flag & ChunkFlag.ENCRYPTED else InfoFlag(0)
         if context >= 0:
             info |= kind | InfoFlag.COMPRESSED
-            data = table.slices[index] | context << 32
+            data = offset | context << 32
         else:
             info |= InfoFlag.COMPRESSED if flag & ChunkFlag.COMPRESSED else InfoFlag(0)
             data = crc
@@ -85,6 +105,8 @@ def encode_chunk_infos_v2(table: ChunkTable, kind: InfoFlag) -> bytearray:
         words.append(uoff >> layout.BLOCK_BITS | usize - 1 << 32 | int(info) << 56)
         words.append(coff | csize << 40)
         words.append(data)
+        if not index % RELIEVE_EVERY:
+            relieve()
     return _to_little_endian(words)
 
 
