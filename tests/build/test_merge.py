@@ -167,7 +167,8 @@ def test_layers_can_be_merged_again() -> None:
 
 
 def test_a_layer_that_comes_twice() -> None:
-    one, two = (build_tar(make_layer(text, n), OPTIONS)[0] for n, text in enumerate(["d d\nf d/a one", "w d/a\nf d/b 2"]))
+    texts = ["d d\nf d/a one", "w d/a\nf d/b two"]
+    one, two = (build_tar(make_layer(text, n), OPTIONS)[0] for n, text in enumerate(texts))
     want = bytes(merge_layers([one, two, one], options=OPTIONS).bootstrap)
     assert Bootstrap(want).walk().keys() == {b"/", b"/d", b"/d/a", b"/d/b"}
     assert bytes(merge_layers([one, two, one], options=OPTIONS, keep_trees=False).bootstrap) == want

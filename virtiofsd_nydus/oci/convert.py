@@ -139,8 +139,8 @@ def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore,
 
     merge_platform: the tag is an index of the Nydus image and the OCI image, which is copied, so that each client finds
     what it knows; an image that refers to the OCI layers (options.oci_ref) always is, for it needs them. work_dir:
-    where blobs are spooled and tables go (default: TMPDIR), about the size of the two largest layers. dictionary: chunks of an image
-    whose blobs are at the target.
+    where blobs are spooled and tables go (default: TMPDIR), about the size of the two largest layers. dictionary:
+    chunks of an image whose blobs are at the target.
 
     Nothing is visible at the target until all of it is there. A run that was interrupted is simply run again: the same
     layer makes the same blob (unless encrypted), and what the target has is not pushed again. Raises Failure."""
