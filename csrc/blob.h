@@ -30,6 +30,7 @@ struct vnd_store {
     _Atomic int side_dir_fd;            /* likewise; -1: nothing can be shared */
     _Atomic bool writable;
     bool network;                       /* on a network file system */
+    bool compressed;                    /* chunks are kept as they are stored, where that is possible */
     uint64_t dev, ino;                  /* under the engine's lock */
     bool gone_said, side_said;          /* upkeep.c's */
     pthread_mutex_t lock;
@@ -70,6 +71,7 @@ struct blob_core {
     pthread_mutex_t lock;               /* handles */
     struct vnd_blob *handles;
     struct cachefile *cache;            /* set once, before table */
+    bool stored;                        /* likewise: the cache holds chunks as they are stored */
     _Atomic(struct blobtable *) table;  /* union of all images' tables */
     struct blobtable *tables;           /* all that were ever published; freed with the core */
     /* merge window, under fetcher->lock */

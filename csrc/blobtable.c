@@ -19,6 +19,11 @@ struct build {
     size_t err_len;
 };
 
+/* Blob features, rafs-format 4.1 */
+#define BLOB_SEPARATE 0x10u
+#define BLOB_TAR_HEADER 0x10000000u
+#define BLOB_TAR_TOC 0x40000000u
+
 struct span {
     uint64_t uoff;
     uint32_t usize, index;
@@ -201,6 +206,37 @@ int blobtable_from_records(struct blobtable **out, const vnd_blob_info *info, bl
     }
     *out = b.t;
     return 0;
+}
+
+uint64_t blobtable_stored_bytes(const vnd_blob_info *info)
+{
+    uint64_t header = info->features & BLOB_TAR_HEADER ? 512 : 0;
+
+    if (info->features & BLOB_SEPARATE || !(info->features & BLOB_TAR_TOC))
+        return info->compressed_size_bytes;
+    if (info->ci_csize_bytes && info->ci_usize_bytes)
+        return info->ci_offset > header ? info->ci_offset - header : 0;
+    return info->compressed_size_bytes > header ? info->compressed_size_bytes - header : 0;
+}
+
+const char *blobtable_unstorable(const vnd_blob_info *info, const struct blobtable *t)
+{
+    uint64_t size = blobtable_stored_bytes(info), end = 0;
+
+    /* What decodes together would be decoded as a whole for each chunk of it. nydusd keeps such too, and reads EIO. */
+    if (info->features & (BLOBMETA_BATCH | BLOBMETA_ZRAN))
+        return "its chunks are stored together, in batches or gzip contexts";
+    if (info->cipher)
+        return "its chunks are encrypted";
+    for (uint32_t i = 0; i < t->n; i++) {
+        const struct blobtable_chunk *k = &t->chunk[i];
+        if (!k->usize)
+            continue;
+        if (k->coff < end || k->coff > size || k->csize > size - k->coff)
+            return "its chunks are not stored one behind the other";
+        end = k->coff + k->csize;
+    }
+    return NULL;
 }
 
 _Static_assert(sizeof(struct blobtable_chunk) == 48, "chunks are compared as bytes, so none may be padding");

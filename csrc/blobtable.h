@@ -52,6 +52,10 @@ int blobtable_merge(struct blobtable **out, const struct blobtable *a, const str
                     size_t err_len);
 /* First pair of chunks that share uncompressed bytes, among those with usize[i] != 0. true: there is one. */
 bool blobtable_overlap(const struct blobtable *t, uint32_t *a, uint32_t *b);
+/* Size of the blob's part that holds chunks: of ID.blob.raw. */
+uint64_t blobtable_stored_bytes(const vnd_blob_info *info);
+/* Why a cache file cannot hold the chunks as they are stored, NULL = it can. */
+const char *blobtable_unstorable(const vnd_blob_info *info, const struct blobtable *t);
 struct blobtable *blobtable_new(uint32_t n);
 void blobtable_free(struct blobtable *t);
 

@@ -78,7 +78,7 @@ static void write_end(struct cachefile *c)
     pthread_mutex_unlock(&c->lock);
 }
 
-int cachefile_write(struct cachefile *c, uint64_t uoff, const void *buf, size_t len)
+int cachefile_write(struct cachefile *c, uint64_t off, const void *buf, size_t len)
 {
     const uint8_t *p = buf;
     int rc = c->data_fd < 0 || !c->writable ? -EROFS : 0;
@@ -91,7 +91,7 @@ int cachefile_write(struct cachefile *c, uint64_t uoff, const void *buf, size_t 
     if (begun)
         write_begin(c);
     while (!rc && len) {
-        ssize_t n = pwrite(c->data_fd, p, len, (off_t)uoff);
+        ssize_t n = pwrite(c->data_fd, p, len, (off_t)off);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0) {
@@ -99,14 +99,14 @@ int cachefile_write(struct cachefile *c, uint64_t uoff, const void *buf, size_t 
             break;
         }
         p += n;
-        uoff += (uint64_t)n;
+        off += (uint64_t)n;
         len -= (size_t)n;
     }
     if (begun)
         write_end(c);
     if (rc && !atomic_exchange(&c->space_said, true))
-        engine_say(c->engine, 40, VND_CAUSE_SPACE, "cache of blob %s: %s.blob.data cannot be written (%s): its chunks "
-                   "are served from memory and fetched again; %s", c->id, c->id, strerror(-rc), cachefile_cure(-rc));
+        engine_say(c->engine, 40, VND_CAUSE_SPACE, "cache of blob %s: %s.blob.%s cannot be written (%s): its chunks "
+                   "are served from memory and fetched again; %s", c->id, c->id, c->stored ? "raw" : "data", strerror(-rc), cachefile_cure(-rc));
     if (!rc && atomic_load_explicit(&c->space_said, memory_order_relaxed) &&
         atomic_exchange(&c->space_said, false))
         engine_say(c->engine, 20, VND_CAUSE_NONE, "cache of blob %s is written again", c->id);
@@ -134,20 +134,20 @@ void cachefile_settle(struct cachefile *c, uint64_t low, uint64_t high)
     }
 }
 
-int cachefile_read(struct cachefile *c, uint64_t uoff, void *buf, size_t len)
+int cachefile_read(struct cachefile *c, uint64_t off, void *buf, size_t len)
 {
     uint8_t *p = buf;
 
     if (c->data_fd < 0)
         return -EIO;
     while (len) {
-        ssize_t n = pread(c->data_fd, p, len, (off_t)uoff);
+        ssize_t n = pread(c->data_fd, p, len, (off_t)off);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
             return -EIO;
         p += n;
-        uoff += (uint64_t)n;
+        off += (uint64_t)n;
         len -= (size_t)n;
     }
     return 0;

@@ -41,6 +41,13 @@ static size_t bound_offset(uint32_t n)
     return up(SIDE_HEADER + 2 * bits_bytes(n), 4096);
 }
 
+void cachefile_names(struct cachefile_names *out, const char *id, bool stored)
+{
+    snprintf(out->data, sizeof out->data, "%s.blob.%s", id, stored ? "raw" : "data");
+    snprintf(out->map, sizeof out->map, "%s.blob.data.chunk_map", id);
+    snprintf(out->side, sizeof out->side, stored ? "%s.raw.vnd" : "%s.vnd", id);
+}
+
 static int io_fail(const struct cachefile *c, const char *what, int rc, int *cause, char *err, size_t err_len)
 {
     *cause = rc == -ENOSPC || rc == -EROFS || rc == -EDQUOT ? VND_CAUSE_SPACE : VND_CAUSE_IO;
@@ -80,10 +87,11 @@ static int identity_get(int fd, struct identity *id)
 
 static int data_open(struct cachefile *c, int *cause, char *err, size_t err_len)
 {
-    char name[VND_ID_MAX + 16];
+    struct cachefile_names names;
+    const char *name = names.data;
     struct stat st;
 
-    snprintf(name, sizeof name, "%s.blob.data", c->id);
+    cachefile_names(&names, c->id, c->stored);
     if (c->writable)
         c->data_fd = openat(c->dir_fd, name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
     if (c->data_fd < 0 && (!c->writable || errno == EROFS || errno == EACCES || errno == EPERM)) {
@@ -126,14 +134,15 @@ static bool data_size(struct cachefile *c)
 
 static void map_open(struct cachefile *c)
 {
-    char name[VND_ID_MAX + 32];
+    struct cachefile_names names;
+    const char *name = names.map;
     size_t len = MAP_HEADER + (c->n + 7) / 8;
     void *m;
     uint32_t head[4] = { MAP_MAGIC, 1, MAP_MAGIC2, 0 }, have[4];
     struct stat st;
     int fd;
 
-    snprintf(name, sizeof name, "%s.blob.data.chunk_map", c->id);
+    cachefile_names(&names, c->id, c->stored);
     fd = openat(c->dir_fd, name, c->writable ? O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW :
                 O_RDONLY | O_CLOEXEC | O_NOFOLLOW, 0644);
     if (fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode))
@@ -297,15 +306,16 @@ static bool died_writing(const struct cachefile *c, uint64_t ctime_ns)
 /* Opens, binds and maps the side file; on any trouble T becomes private. */
 static int side_open(struct cachefile *c)
 {
-    char name[VND_ID_MAX + 8], boot[40];
+    struct cachefile_names names;
+    char boot[40];
     struct identity id;
     int rc = -ENOENT;
 
     if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable) {
-        snprintf(name, sizeof name, "%s.vnd", c->id);
+        cachefile_names(&names, c->id, c->stored);
         rc = identity_get(c->data_fd, &id);
         if (!rc)
-            rc = side_open_locked(c, name, &id);
+            rc = side_open_locked(c, names.side, &id);
     }
     bool grown = data_size(c);
     if (c->side_fd < 0) {
@@ -355,6 +365,7 @@ int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int 
     c->dir_fd = cfg->dir_fd;
     c->side_dir_fd = cfg->side_dir_fd;
     c->writable = cfg->writable;
+    c->stored = cfg->stored;
     c->n = cfg->n;
     c->size_bytes = cfg->size_bytes;
     c->data_fd = c->side_fd = -1;
@@ -399,6 +410,8 @@ void cachefile_close(struct cachefile *c)
  * and name three. */
 #define BIND_BLOCK 4096u
 
+_Static_assert(sizeof(struct side_bound) == 48, "bindings are compared as bytes, so none may be padding");
+
 struct bind {
     struct cachefile *c;
     const struct blobtable *t;
@@ -417,29 +430,42 @@ static bool names_any(const struct blobtable *t, uint32_t from, uint32_t to)
     return from < to;
 }
 
+/* What the table says of a chunk; state 0: nothing. */
+static struct side_bound bound_of(const struct bind *b, uint32_t i)
+{
+    const struct blobtable_chunk *k = &b->t->chunk[i];
+    struct side_bound want = { .state = 0 };
+
+    if (!k->usize)
+        return want;
+    want.off = cachefile_off(b->c, k);
+    want.len = cachefile_len(b->c, k);
+    want.state = b->c->stored ? 1 | (k->flags & BLOBTABLE_COMPRESSED ? 2 : 0) | k->usize << 2 : 1;
+    memcpy(want.digest, b->t->digest[i], 32);
+    return want;
+}
+
 /* One chunk: compares, binds in the block, takes note of its span. Whether the block changed. */
 static bool bind_chunk(struct bind *b, uint32_t i, struct side_bound *k)
 {
-    const struct blobtable_chunk *want = &b->t->chunk[i];
+    const struct side_bound want = bound_of(b, i);
     bool changed = false;
 
-    if (want->usize && (!k->state || k->uoff != want->uoff || k->usize != want->usize ||
-                        memcmp(k->digest, b->t->digest[i], 32))) {
+    if (want.state && memcmp(k, &want, sizeof want)) {
         if (k->state && !b->rebind && b->bad == b->c->n)
             b->bad = i;
-        *k = (struct side_bound){ .uoff = want->uoff, .usize = want->usize, .state = 1 };
-        memcpy(k->digest, b->t->digest[i], 32);
+        *k = want;
         changed = true;
-    } else if (k->state && !want->usize && b->rebind) {
-        *k = (struct side_bound){ .state = 0 };
+    } else if (k->state && !want.state && b->rebind) {
+        *k = want;
         changed = true;
     }
     if (k->state) {
-        b->sorted &= k->uoff >= b->end;
-        b->end = k->uoff + k->usize;
+        b->sorted &= k->off >= b->end;
+        b->end = k->off + k->len;
         if (b->spans) {
-            b->spans->chunk[i].uoff = k->uoff;
-            b->spans->chunk[i].usize = k->usize;
+            b->spans->chunk[i].uoff = k->off;
+            b->spans->chunk[i].usize = k->len;
             b->spans->known++;
         }
     }

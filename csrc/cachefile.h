@@ -2,7 +2,8 @@
  * bytes matched their digest, in this file, this boot), D (T that survives a power loss) and what each chunk is
  * bound to.
  *
- * Files in the work directory: ID.blob.data, ID.blob.data.chunk_map (rafs-format 6); .virtiofsd-nydus/ID.vnd:
+ * Files in the work directory: ID.blob.data, or ID.blob.raw when it holds chunks as the blob stores them, at the blob's own
+ * offsets; ID.blob.data.chunk_map for either, as Nydus has it (rafs-format 6); .virtiofsd-nydus/ID.vnd, or ID.raw.vnd:
  *   0     header 4096, struct side_header
  *   4096  T, one bit per chunk, LSB first, u64 words; then D alike
  *   up(4096) then one 48-byte struct side_bound per chunk
@@ -24,9 +25,9 @@ struct vnd_engine;
 
 struct side_bound {         /* what T's bit of a chunk vouches for */
     uint8_t digest[32];
-    uint64_t uoff;
-    uint32_t usize;
-    uint32_t state;         /* 0 nothing yet, 1 bound */
+    uint64_t off;           /* in the data file */
+    uint32_t len;
+    uint32_t state;         /* 0 nothing yet, 1 bound; of a stored chunk also 2 if it is compressed, and usize << 2 */
 };
 
 struct side_header {
@@ -48,6 +49,7 @@ struct cachefile_at {       /* which file a name led to when it was opened; all 
 struct cachefile {
     struct vnd_engine *engine;
     char id[VND_ID_MAX + 1];
+    bool stored;                    /* it holds chunks as the blob stores them: every read decodes */
     int dir_fd;                     /* borrowed */
     int side_dir_fd;                /* borrowed, -1: T is private */
     /* A descriptor's number and a map's address stay when the files behind them are exchanged (cachemove.c). */
@@ -77,9 +79,15 @@ struct cachefile_cfg {
     int dir_fd, side_dir_fd;
     bool writable;                  /* the directory is */
     const char *id;
+    bool stored;
     uint32_t n;
-    uint64_t size_bytes;
+    uint64_t size_bytes;            /* of the data file */
 };
+
+struct cachefile_names {
+    char data[VND_ID_MAX + 16], map[VND_ID_MAX + 32], side[VND_ID_MAX + 16];
+};
+void cachefile_names(struct cachefile_names *out, const char *id, bool stored);
 
 /* 0, or -errno with cause and line. Creates what is missing. */
 int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int *cause, char *err, size_t err_len);
@@ -87,6 +95,16 @@ void cachefile_close(struct cachefile *c);
 /* With c->lock held: binds T's bits to what a table says of its chunks. -EEXIST with a line: the side file is in
  * use by somebody whose image says otherwise. Without a shared side file: 0. */
 int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len);
+
+/* Where a chunk's bytes are in the data file. */
+static inline uint64_t cachefile_off(const struct cachefile *c, const struct blobtable_chunk *k)
+{
+    return c->stored ? k->coff : k->uoff;
+}
+static inline uint32_t cachefile_len(const struct cachefile *c, const struct blobtable_chunk *k)
+{
+    return c->stored ? k->csize : k->usize;
+}
 
 /* The ready test. */
 static inline bool cachefile_ready(const struct cachefile *c, uint32_t i)
@@ -112,14 +130,14 @@ uint64_t cachefile_count_ready(const struct cachefile *c);
 
 /* What to do about an errno of the cache's disk, as the end of a line. */
 const char *cachefile_cure(int err);
-/* Writes bytes of chunks at uoff. 0 or -errno (-ENOSPC, -EROFS...: said once). */
-int cachefile_write(struct cachefile *c, uint64_t uoff, const void *buf, size_t len);
+/* Writes bytes of chunks at off. 0 or -errno (-ENOSPC, -EROFS...: said once). */
+int cachefile_write(struct cachefile *c, uint64_t off, const void *buf, size_t len);
 /* With c->lock held: the chunk's bytes are in the file and were checked, all within the present epoch. */
 void cachefile_set_ready(struct cachefile *c, uint32_t i);
 /* Call once after a batch of writes in [low, high) of the data file and their set_ready. */
 void cachefile_settle(struct cachefile *c, uint64_t low, uint64_t high);
 /* 0: all len bytes were read; -EIO otherwise. Blocks. */
-int cachefile_read(struct cachefile *c, uint64_t uoff, void *buf, size_t len);
+int cachefile_read(struct cachefile *c, uint64_t off, void *buf, size_t len);
 /* The file lost bytes or was changed under us: nothing in it is trusted any more. */
 void cachefile_distrust(struct cachefile *c, const char *why);
 /* The same without words and with c->lock held (or nobody else there yet); keep_durable: what D holds stays

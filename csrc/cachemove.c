@@ -28,16 +28,14 @@ static bool strayed(int dir_fd, const char *name, const struct cachefile_at *at)
 
 enum cachefile_stray cachefile_find_stray(const struct cachefile *c, const struct cachefile_cfg *cfg)
 {
-    char data[VND_ID_MAX + 16], map[VND_ID_MAX + 32], side[VND_ID_MAX + 8];
+    struct cachefile_names names;
 
-    snprintf(data, sizeof data, "%s.blob.data", c->id);
-    snprintf(map, sizeof map, "%s.blob.data.chunk_map", c->id);
-    snprintf(side, sizeof side, "%s.vnd", c->id);
-    if (strayed(cfg->dir_fd, data, &c->data_at))
+    cachefile_names(&names, c->id, c->stored);
+    if (strayed(cfg->dir_fd, names.data, &c->data_at))
         return CACHEFILE_DATA_STRAYED;
-    if (cfg->side_dir_fd >= 0 && strayed(cfg->side_dir_fd, side, &c->side_at))
+    if (cfg->side_dir_fd >= 0 && strayed(cfg->side_dir_fd, names.side, &c->side_at))
         return CACHEFILE_SIDE_STRAYED;
-    return strayed(cfg->dir_fd, map, &c->map_at) ? CACHEFILE_MAP_STRAYED : CACHEFILE_IN_PLACE;
+    return strayed(cfg->dir_fd, names.map, &c->map_at) ? CACHEFILE_MAP_STRAYED : CACHEFILE_IN_PLACE;
 }
 
 bool cachefile_lacks(const struct cachefile *c, const struct cachefile_cfg *cfg)

@@ -46,12 +46,14 @@ struct job {
     size_t pend_off, pend_len, pend_cap;
     uint8_t *scratch;               /* decoded chunks */
     size_t scratch_len, scratch_cap;
+    uint8_t *kept;                  /* the same as they are stored, for a cache that holds them so */
+    size_t kept_len, kept_cap;
     uint8_t *batch;                 /* the last batch that was decoded; batch_id 0: none */
     size_t batch_cap;
     uint8_t *clear;                 /* an encrypted chunk without its cipher */
     size_t clear_cap;
     uint32_t batch_id;
-    struct { uint32_t rel, usize; size_t at; } *views;
+    struct { uint32_t rel, usize; size_t at, kept_at; } *views;
     uint32_t views_n, views_cap;
     struct codec *codec;
 };

@@ -27,7 +27,7 @@ void job_begin(struct job *j, uint64_t id)
     j->pos = j->coff;
     j->cursor = 0;
     j->pend_off = j->pend_len = 0;
-    j->scratch_len = 0;
+    j->scratch_len = j->kept_len = 0;
     j->views_n = 0;
     j->batch_id = 0;
 }
@@ -47,6 +47,7 @@ void job_wipe(struct job *j)
 
     free(j->pend);
     free(j->scratch);
+    free(j->kept);
     free(j->views);
     free(j->batch);
     free(j->clear);
@@ -129,20 +130,23 @@ static bool digest_right(const struct commit *m, uint32_t view, const uint8_t *g
     return given && !memcmp(given, m->t->digest[i], CODEC_DIGEST_BYTES);
 }
 
-/* Writes views [from, to), which touch in scratch and in the data file. */
+/* Writes views [from, to), which touch in memory and in the data file. */
 static int write_views(struct commit *m, uint32_t from, uint32_t to)
 {
     struct job *j = m->j;
-    size_t at = j->views[from].at, end = j->views[to - 1].at + j->views[to - 1].usize;
-    uint64_t uoff = m->t->chunk[j->first + j->views[from].rel].uoff;
+    struct cachefile *cache = j->core->cache;
+    const uint8_t *bytes = cache->stored ? j->kept + j->views[from].kept_at : j->scratch + j->views[from].at;
+    const struct blobtable_chunk *tail = &m->t->chunk[j->first + j->views[to - 1].rel];
+    uint64_t off = cachefile_off(cache, &m->t->chunk[j->first + j->views[from].rel]);
+    uint64_t end = cachefile_off(cache, tail) + cachefile_len(cache, tail);
     int rc;
 
     if (j->kind == VND_JOB_VERIFY)
         return 0;
-    rc = cachefile_write(j->core->cache, uoff, j->scratch + at, end - at);
+    rc = cachefile_write(cache, off, bytes, end - off);
     if (!rc) {
-        m->low = uoff < m->low ? uoff : m->low;
-        m->high = uoff + (end - at) > m->high ? uoff + (end - at) : m->high;
+        m->low = off < m->low ? off : m->low;
+        m->high = end > m->high ? end : m->high;
     }
     return rc;
 }
@@ -200,6 +204,8 @@ static bool views_touch(const struct commit *m, uint32_t v)
     const struct blobtable_chunk *a = &m->t->chunk[j->first + j->views[v].rel];
     const struct blobtable_chunk *b = &m->t->chunk[j->first + j->views[v + 1].rel];
 
+    if (j->core->cache->stored)
+        return a->coff + a->csize == b->coff && j->views[v].kept_at + a->csize == j->views[v + 1].kept_at;
     return a->uoff + a->usize == b->uoff && j->views[v].at + j->views[v].usize == j->views[v + 1].at;
 }
 
@@ -237,7 +243,7 @@ static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digest
     j->views_n -= count;
     memmove(j->views, j->views + count, j->views_n * sizeof *j->views);
     if (!j->views_n)
-        j->scratch_len = 0;
+        j->scratch_len = j->kept_len = 0;
     if (!m.wrong)
         return j->unspaced ? -ENOSPC : m.ready;
     atomic_fetch_add_explicit(&e->shared.digest_failures, (uint64_t)m.wrong, memory_order_relaxed);
@@ -340,6 +346,7 @@ uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const
         fetch_ahead(c, j->first + j->cursor, j->first + j->n, j->tag, j->hint, true);
     shrink(&j->pend, &j->pend_cap);
     shrink(&j->scratch, &j->scratch_cap);
+    shrink(&j->kept, &j->kept_cap);
     shrink(&j->batch, &j->batch_cap);
     shrink(&j->clear, &j->clear_cap);
     fetch_release_slot(e->fetcher, j);

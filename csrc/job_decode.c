@@ -92,7 +92,8 @@ static const uint8_t *take(struct job *j, struct input *in, size_t n, int *rc)
     return p;
 }
 
-static int add_view(struct job *j, uint32_t rel, uint32_t usize, size_t at)
+/* Of the chunk that was decoded to the end of scratch (and kept). */
+static int add_view(struct job *j, uint32_t rel, const struct blobtable_chunk *k)
 {
     if (j->views_n == j->views_cap) {
         uint32_t cap = j->views_cap ? j->views_cap * 2 : 64;
@@ -103,9 +104,13 @@ static int add_view(struct job *j, uint32_t rel, uint32_t usize, size_t at)
         j->views_cap = cap;
     }
     j->views[j->views_n].rel = rel;
-    j->views[j->views_n].usize = usize;
-    j->views[j->views_n].at = at;
+    j->views[j->views_n].usize = k->usize;
+    j->views[j->views_n].at = j->scratch_len;
+    j->views[j->views_n].kept_at = j->kept_len;
     j->views_n++;
+    j->scratch_len += k->usize;
+    if (j->core->cache->stored)
+        j->kept_len += k->csize;
     return 0;
 }
 
@@ -139,6 +144,17 @@ static int decode_stored(struct job *j, const struct blobtable_chunk *k, const u
     return codec_decode(j->codec, codec, src, plain, dst, len);
 }
 
+/* A copy for a cache file that holds chunks as they are stored: src is the caller's. */
+static int keep_stored(struct job *j, const struct blobtable_chunk *k, const uint8_t *src)
+{
+    if (!j->core->cache->stored)
+        return 0;
+    if (grow(&j->kept, &j->kept_cap, j->kept_len + k->csize))
+        return -ENOMEM;
+    memcpy(j->kept + j->kept_len, src, k->csize);
+    return 0;
+}
+
 /* Decodes one chunk into scratch. 1: its bytes have not all come. */
 static int decode_chunk(struct job *j, struct input *in, const struct blobtable_chunk *k)
 {
@@ -151,7 +167,7 @@ static int decode_chunk(struct job *j, struct input *in, const struct blobtable_
         if (!src)
             return rc ? rc : 1;
         if (!k->batch)
-            return decode_stored(j, k, src, dst, k->usize);
+            return keep_stored(j, k, src) ? -ENOMEM : decode_stored(j, k, src, dst, k->usize);
         j->batch_id = 0;
         rc = grow(&j->batch, &j->batch_cap, k->batch_usize);
         if (!rc)
@@ -197,13 +213,26 @@ static int decode(struct job *j, struct input *in)
             break;
         }
         if (!rc)
-            rc = add_view(j, j->cursor, k->usize, j->scratch_len);
-        if (!rc) {
+            rc = add_view(j, j->cursor, k);
+        if (!rc)
             j->state[j->cursor++] = JOB_DECODED;
-            j->scratch_len += k->usize;
-        }
     }
     return rc;
+}
+
+/* Reads one chunk out of the data file to the end of scratch. */
+static int read_chunk(struct job *j, const struct blobtable_chunk *k)
+{
+    struct cachefile *cache = j->core->cache;
+    uint8_t *dst = j->scratch + j->scratch_len;
+
+    if (!cache->stored)
+        return cachefile_read(cache, k->uoff, dst, k->usize);
+    if ((!j->codec && !(j->codec = codec_new())) || grow(&j->kept, &j->kept_cap, j->kept_len + k->csize))
+        return -ENOMEM;
+    if (cachefile_read(cache, k->coff, j->kept + j->kept_len, k->csize))
+        return -EIO;
+    return decode_stored(j, k, j->kept + j->kept_len, dst, k->usize);
 }
 
 /* Reads the next chunks of a verify job out of the data file. */
@@ -221,16 +250,14 @@ static int decode_verify(struct job *j)
         }
         if (grow(&j->scratch, &j->scratch_cap, j->scratch_len + k->usize))
             return -ENOMEM;
-        if (cachefile_read(j->core->cache, k->uoff, j->scratch + j->scratch_len, k->usize)) {
+        if (read_chunk(j, k)) {
             j->state[j->cursor++] = JOB_BAD;
             j->bad = true;
             continue;
         }
-        rc = add_view(j, j->cursor, k->usize, j->scratch_len);
-        if (!rc) {
+        rc = add_view(j, j->cursor, k);
+        if (!rc)
             j->state[j->cursor++] = JOB_DECODED;
-            j->scratch_len += k->usize;
-        }
     }
     return rc;
 }

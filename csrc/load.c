@@ -18,17 +18,25 @@ void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg)
 {
     *cfg = (struct cachefile_cfg){
         .engine = c->engine, .dir_fd = c->store->dir_fd, .side_dir_fd = c->store->side_dir_fd,
-        .writable = c->store->writable, .id = c->info.id, .n = c->info.chunk_count,
-        .size_bytes = c->info.uncompressed_size_bytes,
+        .writable = c->store->writable, .id = c->info.id, .stored = c->stored, .n = c->info.chunk_count,
+        .size_bytes = c->stored ? blobtable_stored_bytes(&c->info) : c->info.uncompressed_size_bytes,
     };
 }
 
-static int open_cache(struct blob_core *c, int *cause, char *err, size_t err_len)
+static int open_cache(struct blob_core *c, const struct blobtable *t, int *cause, char *err, size_t err_len)
 {
     struct cachefile_cfg cfg;
+    const char *why = c->store->compressed || c->stored ? blobtable_unstorable(&c->info, t) : NULL;
 
+    if (c->cache) {
+        *cause = VND_CAUSE_DIGEST;
+        return c->stored && why ? fail_line(-EEXIST, err, err_len, "its cache is compressed, and %s", why) : 0;
+    }
+    if (why)
+        engine_say(c->engine, 30, VND_CAUSE_NONE, "cache of blob %s is kept uncompressed: %s", c->info.id, why);
+    c->stored = c->store->compressed && !why;
     core_cache_cfg(c, &cfg);
-    return c->cache ? 0 : cachefile_open(&c->cache, &cfg, cause, err, err_len);
+    return cachefile_open(&c->cache, &cfg, cause, err, err_len);
 }
 
 /* What the images in use now say together with own; own itself if there is no other. */
@@ -79,7 +87,7 @@ static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct bl
         rc = live_union(c, *own, &all, err, err_len);
     if (rc)
         return rc;
-    rc = open_cache(c, cause, err, err_len);
+    rc = open_cache(c, all, cause, err, err_len);
     if (!rc) {
         *cause = VND_CAUSE_DIGEST;
         /* Binding and table change in one step for whoever commits (cachefile_take_away's rule). */

@@ -102,6 +102,7 @@ struct page_task {
     struct store_unit unit;     /* the reader is linked here; under its shard's lock */
     size_t total;
     int n;
+    bool decoded;               /* some come out of a cache that holds chunks as they are stored */
     struct extent ext[];
 };
 
@@ -126,7 +127,7 @@ static void page_run(struct pool_task *task)
     if (rc < 0 && rc != -ENODATA && rc != -EAGAIN)
         err = (int)-rc;
     pthread_mutex_lock(&s->lock);
-    if (rc >= 0 && t->unit.waiters && t->unit.waiters->again >= AGAIN_MAX) {
+    if (rc >= 0 && t->unit.waiters && (t->decoded || t->unit.waiters->again >= AGAIN_MAX)) {
         t->unit.waiters->buf = b;
         b = NULL;
     }
@@ -154,8 +155,10 @@ int pool_park(struct vnd_engine *e, struct store_wait *w, const struct extent *e
     memcpy(t->ext, ext, (size_t)n * sizeof *ext);
     for (int i = 0; i < n; i++) {
         t->total += ext[i].len;
-        if (ext[i].blob)
+        if (ext[i].blob) {
             handle_get(ext[i].blob);
+            t->decoded |= ext[i].blob->cache->stored;
+        }
     }
     t->unit.state = UNIT_OTHER;
     pthread_mutex_lock(&s->lock);

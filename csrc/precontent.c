@@ -86,6 +86,8 @@ int vnd_precontent_add(vnd_precontent *p, vnd_blob *b, int fd, char *err, size_t
 
     if (rc)
         return fail_line(rc, err, err_len, "blob %s: its chunk table cannot be had: %s", b->info.id, strerror(-rc));
+    if (b->cache->stored)
+        return fail_line(-EINVAL, err, err_len, "blob %s: its cache is compressed", b->info.id);
     if (b->cache->data_fd < 0 || !b->cache->writable)
         return fail_line(-EROFS, err, err_len, "blob %s: its cache file cannot be written", b->info.id);
     fd = fcntl(fd < 0 ? b->cache->data_fd : fd, F_DUPFD_CLOEXEC, 0);

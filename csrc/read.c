@@ -4,6 +4,7 @@
  * together in one file.
  */
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
 
@@ -103,6 +104,27 @@ static int read_uncached(const struct extent *x, struct cursor *cur)
     return rc;
 }
 
+/* One extent out of a file that holds chunks as they are stored. The whole chunk is decoded; that its bytes are right was
+ * found when its bit was set. 0 or -errno. */
+static int read_stored(struct cachefile *c, const struct extent *x, struct cursor *cur)
+{
+    const struct blobtable *t = atomic_load_explicit(&x->blob->table, memory_order_acquire);
+    const struct blobtable_chunk *k = &t->chunk[x->chunk];      /* blobtable_covers: there is one */
+    uint32_t codec = k->flags & BLOBTABLE_COMPRESSED ? x->blob->info.compressor : CODEC_NONE;
+    uint8_t *stored = malloc(k->csize), *plain = malloc(k->usize);
+    struct codec *state = codec_new();
+    int rc = stored && plain && state ? cachefile_read(c, k->coff, stored, k->csize) : -ENOMEM;
+
+    if (!rc && codec_decode(state, codec, stored, k->csize, plain, k->usize))
+        rc = -EIO;
+    if (!rc)
+        rc = cursor_put(cur, plain + x->chunk_off, x->len);
+    codec_free(state);
+    free(plain);
+    free(stored);
+    return rc;
+}
+
 int64_t store_serve(const struct extent *ext, int n, const struct iovec *iov, int iov_n, bool nowait, int *missing)
 {
     struct cursor cur = { iov, iov_n, 0, 0 };
@@ -138,7 +160,15 @@ int64_t store_serve(const struct extent *ext, int n, const struct iovec *iov, in
         }
         if (c->data_fd < 0)
             return -EIO;
-        rc = read_run(c, x->uoff, len, &cur, nowait);
+        if (c->stored) {
+            if (nowait)         /* nothing is decoded on a queue's thread */
+                return -EAGAIN;
+            j = i + 1;
+            len = x->len;
+            rc = read_stored(c, x, &cur);
+        } else {
+            rc = read_run(c, x->uoff, len, &cur, nowait);
+        }
         if (rc == -EIO && !nowait) {
             cachefile_examine(c);
             *missing = i;
@@ -272,7 +302,7 @@ bool store_ready(const struct extent *ext, int n)
 
 int blob_cache_fd(const struct vnd_blob *b, uint64_t *epoch)
 {
-    if (!b || !atomic_load_explicit(&b->table, memory_order_acquire))
+    if (!b || !atomic_load_explicit(&b->table, memory_order_acquire) || b->cache->stored)
         return -1;
     *epoch = cachefile_epoch(b->cache);
     return *epoch & 1 ? -1 : b->cache->data_fd;

@@ -105,18 +105,18 @@ bool store_follow(struct vnd_store *s, bool retry)
     return true;
 }
 
-static struct vnd_store *store_find(vnd_engine *e, const struct stat *st)
+static struct vnd_store *store_find(vnd_engine *e, const struct stat *st, bool compressed)
 {
     struct vnd_store *s = e->stores;
 
-    while (s && (s->dev != st->st_dev || s->ino != st->st_ino))
+    while (s && (s->dev != st->st_dev || s->ino != st->st_ino || s->compressed != compressed))
         s = s->next;
     if (s)
         s->refs++;
     return s;
 }
 
-vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, char *err, size_t err_len)
+vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, int compressed, char *err, size_t err_len)
 {
     int fd = open(work_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     struct vnd_store *s, *old;
@@ -129,7 +129,7 @@ vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, char *err, size_t
         return NULL;
     }
     pthread_mutex_lock(&e->lock);
-    s = store_find(e, &st);
+    s = store_find(e, &st, compressed);
     pthread_mutex_unlock(&e->lock);
     if (s) {
         close(fd);
@@ -146,6 +146,7 @@ vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, char *err, size_t
     s->dir_fd = fd;
     s->side_dir_fd = -1;
     s->writable = true;
+    s->compressed = compressed;
     s->dev = st.st_dev;
     s->ino = st.st_ino;
     pthread_mutex_init(&s->lock, NULL);
@@ -161,7 +162,7 @@ vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, char *err, size_t
         return NULL;
     }
     pthread_mutex_lock(&e->lock);
-    old = store_find(e, &st);           /* another thread may have been faster */
+    old = store_find(e, &st, compressed);           /* another thread may have been faster */
     if (!old) {
         s->next = e->stores;
         e->stores = s;

@@ -85,7 +85,7 @@ uint64_t blob_uncompressed_size(const struct vnd_blob *b);
 /* ---- for who reads cache files past us (rafs_backing.c) */
 /* True: the extents' bytes are all in the cache files, and were verified. */
 bool store_ready(const struct extent *ext, int n);
-/* The blob's data file, borrowed; -1 while it has none. *epoch: which state of it; what was ready stays there until
+/* The blob's data file, borrowed; -1 while it has none, or one of stored chunks. *epoch: which state of it; what was ready stays there until
  * that changes. */
 int blob_cache_fd(const struct vnd_blob *b, uint64_t *epoch);
 

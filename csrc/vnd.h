@@ -103,9 +103,10 @@ int vnd_engine_waiting(vnd_engine *e, vnd_waiting *out, int max);
 typedef struct vnd_store vnd_store;
 typedef struct vnd_blob vnd_blob;
 
-/* Opens work_dir (must exist) and its .virtiofsd-nydus/ side directory. NULL on failure. One per directory and
- * engine: a second open of the same directory returns the same store with one more reference. */
-vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, char *err, size_t err_len);
+/* Opens work_dir (must exist) and its .virtiofsd-nydus/ side directory. NULL on failure. compressed: chunks are kept as the
+ * blob stores them (ID.blob.raw), where that is possible. One per directory, compressed and engine: a second open of the
+ * same returns the same store with one more reference. */
+vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, int compressed, char *err, size_t err_len);
 void vnd_store_free(vnd_store *s);
 
 /* ---------------------------------------------------------------- rafs: an opened bootstrap */

@@ -134,11 +134,11 @@ class Engine:
 
 
 class Store:
-    """One cache directory."""
+    """One cache directory. compressed: chunks are kept as their blobs store them, where that is possible."""
 
-    def __init__(self, engine: Engine, work_dir: str) -> None:
+    def __init__(self, engine: Engine, work_dir: str, *, compressed: bool = False) -> None:
         err = ffi.new("char[]", ERR_MAX)
-        self.handle = lib.vnd_store_open(engine.handle, os.fsencode(work_dir), err, ERR_MAX)
+        self.handle = lib.vnd_store_open(engine.handle, os.fsencode(work_dir), compressed, err, ERR_MAX)
         require(self.handle != ffi.NULL, err)
 
     def close(self) -> None:

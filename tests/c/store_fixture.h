@@ -333,6 +333,7 @@ static inline void fix_dir_remove(const char *dir)
 
 /* engine + store + server over one blob */
 struct fix {
+    int compressed;             /* the cache is to hold chunks as they are stored */
     vnd_engine *e;
     vnd_store *s;
     struct vnd_blob *h;
@@ -346,7 +347,7 @@ static inline void fix_up(struct fix *f, const char *dir, struct fix_blob *b, in
 
     f->e = vnd_engine_new(&cfg);
     CHECK(f->e);
-    f->s = vnd_store_open(f->e, dir, err, sizeof err);
+    f->s = vnd_store_open(f->e, dir, f->compressed, err, sizeof err);
     CHECK(f->s);
     f->h = fix_open(f->s, b);
     fix_server_start(&f->server, f->e, b, threads);

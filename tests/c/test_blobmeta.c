@@ -351,7 +351,7 @@ static void test_v1(void)
     fix_down(&f);
     memset(&f, 0, sizeof f);
     f.e = vnd_engine_new(&cfg);
-    f.s = vnd_store_open(f.e, dir, err, sizeof err);
+    f.s = vnd_store_open(f.e, dir, 0, err, sizeof err);
     f.h = fix_open(f.s, b);
     fix_server_start(&f.server, f.e, b, 1);
     fix_check(f.h, b, 0, 39 * 16384);

@@ -116,7 +116,7 @@ static void rig_new(struct rig *g, uint32_t threads, uint32_t deadline_ms)
     g->blob = fix_blob_new(id, 0, IMG_BLOB_CHUNKS, IMG_CHUNK);
     make_image(&m, &g->n, g->blob);
     g->engine = vnd_engine_new(&(vnd_engine_cfg){ .read_deadline_ms = deadline_ms });
-    g->store = vnd_store_open(g->engine, g->dir, err, sizeof(err));
+    g->store = vnd_store_open(g->engine, g->dir, 0, err, sizeof(err));
     CHECK(g->store);
     fd = img_fd(m.b, sizeof(m.b), path);
     g->image = vnd_rafs_open(g->engine, path, NULL, g->store, &cause, err, sizeof(err));

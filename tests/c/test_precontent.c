@@ -129,7 +129,7 @@ static void rig_init(struct rig *g, uint32_t deadline_ms, uint32_t hide_from, ui
     g->b->hide_from = hide_from;
     g->b->hide_to = hide_to;
     g->e = vnd_engine_new(&cfg);
-    g->s = vnd_store_open(g->e, g->dir, err, sizeof err);
+    g->s = vnd_store_open(g->e, g->dir, 0, err, sizeof err);
     CHECK(g->s);
     g->h = fix_open(g->s, g->b);
     g->server = (struct fix_server){ .e = g->e, .blob = g->b, .feed_bytes = 1000 };

@@ -295,7 +295,7 @@ static void test_no_digests(void)
     vnd_engine_cfg cfg = { .allow_unverified = 1 };
     memset(&f, 0, sizeof f);
     f.e = vnd_engine_new(&cfg);
-    f.s = vnd_store_open(f.e, dir, err, sizeof err);
+    f.s = vnd_store_open(f.e, dir, 0, err, sizeof err);
     f.h = fix_open(f.s, b);
     fix_server_start(&f.server, f.e, b, 1);
     fix_check(f.h, b, 0, 39 * 16384);
@@ -323,8 +323,8 @@ static void test_refused_by_name(void)
     CHECK(!blob_get(f.s, &bad, fix_chunks, b, &cause, err, sizeof err));
     strcpy(bad.id, "");
     CHECK(!blob_get(f.s, &bad, fix_chunks, b, &cause, err, sizeof err));
-    CHECK(!vnd_store_open(f.e, "/nonexistent/dir", err, sizeof err) && strstr(err, "/nonexistent/dir"));
-    vnd_store *again = vnd_store_open(f.e, dir, err, sizeof err);
+    CHECK(!vnd_store_open(f.e, "/nonexistent/dir", 0, err, sizeof err) && strstr(err, "/nonexistent/dir"));
+    vnd_store *again = vnd_store_open(f.e, dir, 0, err, sizeof err);
     CHECK(again == f.s);
     vnd_store_free(again);
     fix_down(&f);

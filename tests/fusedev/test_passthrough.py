@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,19 @@ def digest(path: Path) -> str:
 def requests(host: HostDaemon) -> dict[str, int]:
     counters = host.counters()
     return {name: counters[name] for name in ("read_bytes", "fuse_requests")}
+
+
+def test_a_compressed_cache_is_not_read_past_us(start_host: StartHost, tree_and_image: tuple[Path, ServedImage]) -> None:
+    tree, image = tree_and_image
+    host = start_host(served=replace(image, compressed=True))
+    large = host.mountpoint / "large"
+    for _ in range(2):
+        assert digest(large) == digest(tree / "large")
+    before = requests(host)["read_bytes"]
+    with large.open("rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert stream.read(PART_BYTES) == (tree / "large").read_bytes()[:PART_BYTES]
+    assert requests(host)["read_bytes"] >= before + PART_BYTES
 
 
 def test_complete_files_are_read_past_us(start_host: StartHost, tree_and_image: tuple[Path, ServedImage],

@@ -13,17 +13,19 @@ from virtiofsd_nydus.cli.main import main
 from virtiofsd_nydus.engine import Engine, Store
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs.reader import Bootstrap
-from virtiofsd_nydus.storage.cachedir import SIDE_DIR, STALE_TMP_S, CacheDir
+from virtiofsd_nydus.storage.cachedir import SIDE_DIR, STALE_TMP_S, CacheDir, Kept
 from virtiofsd_nydus.storage.localfs import LocalfsBackend
 from virtiofsd_nydus.storage.pump import FetchPump
+from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 
 @contextmanager
-def opened(image: Image, work_dir: Path) -> Iterator[Bootstrap]:
+def opened(image: Image, work_dir: Path, *, compressed: bool = False) -> Iterator[Bootstrap]:
     """The image with its data, as a daemon has it."""
     engine = Engine()
     pump = FetchPump(engine)
-    store = Store(engine, str(work_dir))
+    store = Store(engine, str(work_dir), compressed=compressed)
     found = Bootstrap(image.bootstrap, engine=engine, store=store)
     for blob in found.blobs:
         pump.add_backend(blob.key, LocalfsBackend(str(image.blob_dir)))
@@ -43,8 +45,7 @@ def read_files(image: Image, found: Bootstrap, count: int = 1 << 20) -> None:
         assert found.read(found.lookup(found.root_ino, name)) == image.files[name]
 
 
-def flip_first_byte(work_dir: Path, name: str) -> None:
-    path = work_dir / f"{name}.blob.data"
+def flip_first_byte(path: Path) -> None:
     with path.open("r+b") as stream:
         byte = stream.read(1)
         stream.seek(0)
@@ -74,7 +75,7 @@ def test_a_part_that_was_read(image: Image, work_dir: Path) -> None:
     (use,) = CacheDir(work_dir).uses()
     assert use.trusted is not None and use.chunks is not None and use.marked == use.trusted
     assert 0 < use.trusted <= use.chunks
-    assert CacheDir(work_dir).verify(use.id).right == use.trusted
+    assert CacheDir(work_dir).verify(Kept(use.id)).right == use.trusted
 
 
 def test_right_bytes_are_verified(image: Image, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,7 +92,7 @@ def test_a_wrong_byte_is_found(image: Image, work_dir: Path, capsys: pytest.Capt
     with opened(image, work_dir) as found:
         read_files(image, found)
         (blob,) = found.blobs
-    flip_first_byte(work_dir, blob.id)
+    flip_first_byte(work_dir / f"{blob.id}.blob.data")
     assert main(["cache", "verify", str(work_dir)]) == 1
     told = capsys.readouterr()
     assert "chunk 0," in told.err and "trusted" in told.err and ", 1 wrong" in told.out
@@ -99,8 +100,26 @@ def test_a_wrong_byte_is_found(image: Image, work_dir: Path, capsys: pytest.Capt
     with side.open("r+b") as stream:
         stream.seek(4096)
         stream.write(bytes(8))
-    (fault,) = CacheDir(work_dir).verify(blob.id).faults
+    (fault,) = CacheDir(work_dir).verify(Kept(blob.id)).faults
     assert "marked in Nydus's chunk map" in fault
+
+
+def test_a_compressed_cache(image: Image, work_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the blob's own size; verified by decoding; swept like the other kind."""
+    with opened(image, work_dir, compressed=True) as found:
+        read_files(image, found)
+        (blob,), ready = found.blobs, found.image.ready_chunks(0)[0]
+    assert main(["cache", "ls", str(work_dir), "--json"]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    data = work_dir / f"{blob.id}.blob.raw"
+    assert (told["compressed"], told["size_bytes"], told["trusted"]) == (True, data.stat().st_size, ready)
+    assert main(["cache", "verify", str(work_dir), blob.id[:8]]) == 0
+    assert f"{ready} chunks" in capsys.readouterr().out
+    flip_first_byte(data)
+    (fault,) = CacheDir(work_dir).verify(Kept(blob.id, compressed=True)).faults
+    assert "chunk 0," in fault
+    data.unlink()
+    assert CacheDir(work_dir).collect() == [work_dir / SIDE_DIR / f"{blob.id}.raw.vnd"]
 
 
 def test_a_side_file_of_another_data_file_vouches_for_nothing(image: Image, work_dir: Path) -> None:
@@ -112,9 +131,9 @@ def test_a_side_file_of_another_data_file_vouches_for_nothing(image: Image, work
     other = work_dir / "other"
     other.write_bytes(copy)
     other.rename(data)
-    use = CacheDir(work_dir).use(blob.id)
+    use = CacheDir(work_dir).use(Kept(blob.id))
     assert use is not None and use.trusted is None and use.marked
-    verdict = CacheDir(work_dir).verify(blob.id)
+    verdict = CacheDir(work_dir).verify(Kept(blob.id))
     assert (verdict.right, verdict.unknown) == (0, use.marked)
 
 
@@ -155,3 +174,18 @@ def test_no_cache(tmp_path: Path, work_dir: Path) -> None:
     assert CacheDir(work_dir).uses() == [] and CacheDir(work_dir).collect() == []
     with pytest.raises(Failure, match="no blob 'ab'"):
         CacheDir(work_dir).find("ab")
+
+
+def test_a_daemon_keeps_its_cache_as_configured(image: Image, tmp_path: Path, work_dir: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"device": {
+        "backend": {"type": "localfs", "config": {"dir": str(image.blob_dir)}},
+        "cache": {"type": "blobcache", "compressed": True, "config": {"work_dir": str(work_dir)}}}}))
+    daemon = NydusDaemon(["--bootstrap", str(image.bootstrap), "--config", str(config)])
+    with daemon, FakeGuest(daemon.socket_path) as guest:
+        guest.fuse.init()
+        for _ in range(2):
+            for name, data in image.files.items():
+                assert guest.fuse.read_file(name) == data
+    (kept,) = CacheDir(work_dir).kept()
+    assert kept.compressed and CacheDir(work_dir).verify(kept).right > len(image.files)

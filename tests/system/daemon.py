@@ -34,12 +34,13 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = WAIT
 
 @dataclass(frozen=True)
 class ServedImage:
-    """A Nydus image and where it is had from. blobs: id to size of the blob file."""
+    """A Nydus image and where it is had from. blobs: id to size of the blob file. compressed: how its cache is kept."""
 
     bootstrap: Path
     backend_type: str
     backend_config: dict[str, Any]
     blobs: dict[str, int]
+    compressed: bool = False
 
     def with_backend(self, **changes: object) -> "ServedImage":
         """The same image, asked for elsewhere or otherwise."""
@@ -51,7 +52,7 @@ class ServedImage:
     def write_config(self, path: Path, work_dir: Path) -> Path:
         path.write_text(json.dumps({
             "version": 2, "backend": {"type": self.backend_type, self.backend_type: self.backend_config},
-            "cache": {"type": "blobcache", "filecache": {"work_dir": str(work_dir)}}}))
+            "cache": {"type": "blobcache", "compressed": self.compressed, "filecache": {"work_dir": str(work_dir)}}}))
         return path
 
 

@@ -37,9 +37,12 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "verify":
         return show_verdicts(cache, args)
     if args.action == "stat" and args.blob:
-        use = cache.use(cache.find(args.blob))
-        found: Any = {} if use is None else asdict(use)
-        print(json.dumps(found) if args.json else "\n".join(f"{name}: {show(value)}" for name, value in found.items()))
+        uses_of = map(cache.use, cache.find(args.blob))
+        found: list[dict[str, Any]] = [asdict(use) for use in uses_of if use is not None]
+        if args.json:
+            print(json.dumps(found[0] if len(found) == 1 else found))
+        else:
+            print("\n".join(f"{name}: {show(value)}" for one in found for name, value in one.items()))
         return 0
     uses = cache.uses()
     if args.action == "ls":
@@ -64,7 +67,8 @@ def show(value: object) -> str:
 
 
 def format_use(use: BlobUse) -> str:
-    return (f"{use.id}  {use.disk_bytes} bytes here of {use.size_bytes}, chunks {show(use.trusted)} trusted "
+    kind = " compressed" if use.compressed else ""
+    return (f"{use.id}  {use.disk_bytes} bytes here of {use.size_bytes}{kind}, chunks {show(use.trusted)} trusted "
             f"{show(use.marked)} marked of {show(use.chunks)}")
 
 
@@ -78,7 +82,7 @@ def show_collected(cache: CacheDir, args: argparse.Namespace) -> int:
 
 
 def show_verdicts(cache: CacheDir, args: argparse.Namespace) -> int:
-    verdicts = [cache.verify(one) for one in ([cache.find(args.blob)] if args.blob else cache.blob_ids())]
+    verdicts = [cache.verify(one) for one in (cache.find(args.blob) if args.blob else cache.kept())]
     if args.json:
         print(json.dumps([asdict(one) for one in verdicts]))
     for one in verdicts:

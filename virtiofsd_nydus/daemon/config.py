@@ -234,8 +234,6 @@ def _read_cache(config: ImageConfig, cache: "dict[str, Any]", settings: "dict[st
     if _flag(settings, "enable_encryption", where) or _flag(settings, "enable_convergent_encryption", where):
         raise UsageFailure(f"{where}: an encrypted cache is not supported; keep the cache directory on an encrypted "
                            "file system instead")
-    if config.cache_compressed:
-        config.warnings.append(f"{where}: a compressed cache is not supported; the cache is kept uncompressed")
     if cache.get("type", "") in NO_CACHE_TYPES:
         config.warnings.append(f"{where}: there is no mode without cache; {config.work_dir} is the cache")
 

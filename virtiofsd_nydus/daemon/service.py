@@ -259,7 +259,7 @@ class Service:
             os.makedirs(config.work_dir, exist_ok=True)  # noqa: PTH103
         except OSError as error:
             raise Failure(f"cannot make cache directory {config.work_dir}: {error.strerror}") from error
-        store = Store(self.engine, config.work_dir)
+        store = Store(self.engine, config.work_dir, compressed=config.cache_compressed)
         try:
             image = Rafs(self.engine, source, store)
         except Failure:

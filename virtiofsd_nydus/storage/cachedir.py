@@ -1,7 +1,8 @@
 """A cache directory seen from outside, for people: what lies in it, what is left over, whether its bytes are right.
 
-Reads Nydus's files (ID.blob.data, ID.blob.data.chunk_map; rafs-format 6) and our side files (csrc/cachefile.h says how
-they are laid out). Safe beside running daemons: nothing is written, and only files that no daemon has open are removed.
+Reads Nydus's files (ID.blob.data or, compressed, ID.blob.raw; ID.blob.data.chunk_map; rafs-format 6) and our side
+files (csrc/cachefile.h says how they are laid out). Safe beside running daemons: nothing is written, and only files
+that no daemon has open are removed.
 """
 
 import errno
@@ -10,8 +11,9 @@ import mmap
 import os
 import struct
 import time
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -22,9 +24,11 @@ T = TypeVar("T")
 
 SIDE_DIR = ".virtiofsd-nydus"
 DATA_SUFFIX = ".blob.data"
+STORED_SUFFIX = ".blob.raw"
 MAP_SUFFIX = ".blob.data.chunk_map"
 META_SUFFIX = ".blob.meta"
 SIDE_SUFFIX = ".vnd"
+STORED_SIDE_SUFFIX = ".raw.vnd"
 MAP_HEADER_BYTES = 4096
 STALE_TMP_S = 60.0      # a side file is made whole within milliseconds: an older unfinished one has no maker any more
 READ_MAX_BYTES = 256 << 20      # no chunk is larger
@@ -43,17 +47,34 @@ _CLAIM_ATTACH = (1 << 41) + 1
 _FLOCK = struct.Struct("hhqqi4x")
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Kept:
+    """One data file of a cache directory. compressed: it holds the blob's chunks as they are stored."""
+
+    id: str
+    compressed: bool = False
+
+    @property
+    def data_name(self) -> str:
+        return self.id + (STORED_SUFFIX if self.compressed else DATA_SUFFIX)
+
+    @property
+    def side_name(self) -> str:
+        return self.id + (STORED_SIDE_SUFFIX if self.compressed else SIDE_SUFFIX)
+
+
 @dataclass(frozen=True, slots=True)
 class BlobUse:
-    """One blob's share of a cache directory.
+    """One data file's share of a cache directory.
 
-    size_bytes: of the whole blob, uncompressed; disk_bytes: what its files take. chunks: of the blob, None while no
-    daemon of ours has noted it. trusted: chunks whose digest was found right (T), durable: those of them that are
-    known to outlive a power cut; marked: chunks that Nydus's chunk map says are there (R). None: no such file, or not
-    of this data file.
+    size_bytes: of the whole blob, as the file holds it; disk_bytes: what its files take. chunks: of the blob, None
+    while no daemon of ours has noted it. trusted: chunks whose digest was found right (T), durable: those of them that
+    are known to outlive a power cut; marked: chunks that Nydus's chunk map says are there (R). None: no such file, or
+    not of this data file.
     """
 
     id: str
+    compressed: bool
     size_bytes: int
     disk_bytes: int
     chunks: int | None
@@ -76,11 +97,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """What a chunk is bound to: the bytes [uoff, uoff + usize_bytes) of the data file have this digest."""
+    """What a chunk is bound to: the bytes [offset, offset + len_bytes) of the data file, decoded if decode, are
+    usize_bytes and have this digest."""
 
     digest: bytes
-    uoff: int
+    offset: int
+    len_bytes: int
     usize_bytes: int
+    decode: bool
 
 
 class SideFile:
@@ -123,8 +147,8 @@ class SideFile:
         return bool(self._map[_HEADER_BYTES + index // 8] >> index % 8 & 1)
 
     def bound(self, index: int) -> Bound | None:
-        digest, uoff, usize, state = _BOUND.unpack_from(self._map, self._bound_at + index * _BOUND.size)
-        return Bound(digest, uoff, usize) if state else None
+        digest, offset, length, state = _BOUND.unpack_from(self._map, self._bound_at + index * _BOUND.size)
+        return Bound(digest, offset, length, state >> 2 or length, bool(state & 2)) if state else None
 
 
 class CacheDir:
@@ -135,40 +159,43 @@ class CacheDir:
             raise Failure(f"{path}: no such cache directory", Cause.IO)
         self.path = path
 
-    def blob_ids(self) -> list[str]:
-        return sorted(one.name.removesuffix(DATA_SUFFIX) for one in self.path.iterdir()
-                      if one.name.endswith(DATA_SUFFIX) and not one.is_symlink() and one.is_file())
+    def kept(self) -> list[Kept]:
+        files = [one.name for one in self.path.iterdir() if not one.is_symlink() and one.is_file()]
+        return sorted([Kept(name.removesuffix(suffix), suffix == STORED_SUFFIX)
+                       for name in files for suffix in (DATA_SUFFIX, STORED_SUFFIX) if name.endswith(suffix)])
 
-    def find(self, wanted: str) -> str:
-        """The blob whose id begins with wanted."""
-        found = [one for one in self.blob_ids() if one.startswith(wanted)]
+    def find(self, wanted: str) -> list[Kept]:
+        """The files of the blob whose id begins with wanted."""
+        found = [one for one in self.kept() if one.id.startswith(wanted)]
+        ids = {one.id for one in found}
         if not found:
             raise Failure(f"{self.path}: no blob {wanted!r} in this cache", Cause.MISSING)
-        if len(found) > 1:
-            raise Failure(f"{self.path}: {wanted!r} begins the ids of {len(found)} blobs", Cause.MISSING)
-        return found[0]
+        if len(ids) > 1:
+            raise Failure(f"{self.path}: {wanted!r} begins the ids of {len(ids)} blobs", Cause.MISSING)
+        return found
 
-    def use(self, blob_id: str) -> BlobUse | None:
-        """None: the blob was removed meanwhile."""
+    def use(self, kept: Kept) -> BlobUse | None:
+        """None: the file was removed meanwhile."""
         try:
-            data = (self.path / f"{blob_id}{DATA_SUFFIX}").stat()
+            data = (self.path / kept.data_name).stat()
         except FileNotFoundError:
             return None
         chunks = trusted = durable = None
-        with self._side(blob_id) as side:
+        blob_id = kept.id
+        with self._side(kept) as side:
             if side is not None:
                 chunks, trusted, durable = side.chunks, side.trusted().bit_count(), side.durable().bit_count()
         marked = self._marked(blob_id)
         disk = data.st_blocks * 512
         for beside in (self.path / f"{blob_id}{MAP_SUFFIX}", self.path / f"{blob_id}{META_SUFFIX}",
-                       self.path / SIDE_DIR / f"{blob_id}{SIDE_SUFFIX}"):
+                       self.path / SIDE_DIR / kept.side_name):
             disk += _status(beside, lambda status: status.st_blocks * 512) or 0
-        return BlobUse(blob_id, data.st_size, disk, chunks, trusted, durable,
+        return BlobUse(blob_id, kept.compressed, data.st_size, disk, chunks, trusted, durable,
                        None if marked is None else marked.bit_count(),
                        _status(self.path / f"{blob_id}{META_SUFFIX}", lambda status: status.st_size))
 
     def uses(self) -> list[BlobUse]:
-        return [found for one in self.blob_ids() if (found := self.use(one)) is not None]
+        return [found for one in self.kept() if (found := self.use(one)) is not None]
 
     # ---- left-overs
 
@@ -191,7 +218,9 @@ class CacheDir:
 
     def _sweep_side(self, path: Path, dry_run: bool) -> bool:
         """With the daemons' own locks: whoever opens the file at the same time finds it gone and makes another."""
-        data = self.path / f"{path.name.removesuffix(SIDE_SUFFIX)}{DATA_SUFFIX}"
+        compressed = path.name.endswith(STORED_SIDE_SUFFIX)
+        blob_id = path.name.removesuffix(STORED_SIDE_SUFFIX if compressed else SIDE_SUFFIX)
+        data = self.path / Kept(blob_id, compressed).data_name
         if data.exists():
             return False
         try:
@@ -211,17 +240,17 @@ class CacheDir:
 
     # ---- are the bytes right
 
-    def verify(self, blob_id: str) -> Verdict:
+    def verify(self, kept: Kept) -> Verdict:
         """Hashes every chunk that is there, by our map or by Nydus's, and compares with what it is bound to. A chunk
         that is taken away meanwhile is passed over."""
-        verdict = Verdict(blob_id)
-        marked = self._marked(blob_id) or 0
+        verdict = Verdict(kept.id)
+        marked = self._marked(kept.id) or 0
         try:
-            data = os.open(self.path / f"{blob_id}{DATA_SUFFIX}", os.O_RDONLY | os.O_CLOEXEC)
+            data = os.open(self.path / kept.data_name, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return verdict
         try:
-            with self._side(blob_id) as side:
+            with self._side(kept) as side:
                 if side is None:
                     verdict.unknown = marked.bit_count()
                     return verdict
@@ -235,31 +264,31 @@ class CacheDir:
     def _verify_chunk(verdict: Verdict, side: SideFile, data: int, index: int) -> None:
         for _ in range(2):
             epoch, bound = side.epoch, side.bound(index)
-            if bound is None or bound.digest == _NO_DIGEST or not 0 < bound.usize_bytes <= READ_MAX_BYTES:
+            if bound is None or bound.digest == _NO_DIGEST or not 0 < bound.len_bytes <= READ_MAX_BYTES:
                 verdict.unknown += 1
                 return
             trusted = side.is_trusted(index)
-            found = _read(data, bound.uoff, bound.usize_bytes)
-            if _digest_right(found, bound.digest):
+            found = _read(data, bound.offset, bound.len_bytes)
+            if any(_digest_right(plain, bound.digest) for plain in _decoded(found, bound)):
                 verdict.right += 1
                 verdict.bytes += bound.usize_bytes
                 return
             if not epoch & 1 and side.epoch == epoch:
                 who = "trusted" if trusted else "marked in Nydus's chunk map"
-                verdict.faults.append(f"chunk {index}, {bound.usize_bytes} bytes at {bound.uoff}, {who}: wrong bytes")
+                verdict.faults.append(f"chunk {index}, {bound.len_bytes} bytes at {bound.offset}, {who}: wrong bytes")
                 return
 
     # ---- files
 
     @contextmanager
-    def _side(self, blob_id: str) -> "Iterator[SideFile | None]":
+    def _side(self, kept: Kept) -> "Iterator[SideFile | None]":
         """The side file, if there is one and it speaks of the present data file."""
         side = None
         try:
-            side = SideFile(self.path / SIDE_DIR / f"{blob_id}{SIDE_SUFFIX}")
+            side = SideFile(self.path / SIDE_DIR / kept.side_name)
         except (OSError, ValueError):
             pass
-        ino = _status(self.path / f"{blob_id}{DATA_SUFFIX}", lambda status: status.st_ino)
+        ino = _status(self.path / kept.data_name, lambda status: status.st_ino)
         try:
             yield side if side is not None and side.ino == ino and not side.retired else None
         finally:
@@ -324,6 +353,23 @@ def _read(fd: int, offset: int, length: int) -> bytes:
         pieces.append(piece)
         offset, length = offset + len(piece), length - len(piece)
     return b"".join(pieces)
+
+
+def _decoded(data: bytes, bound: Bound) -> Iterator[bytes]:
+    """A chunk's bytes; the side file does not say by which of Nydus's codecs a compressed one is to be decoded."""
+    if not bound.decode:
+        yield data
+        return
+    import lz4.block
+    import zstandard
+
+    codecs: tuple[Callable[[bytes, int], bytes], ...] = (
+        lambda raw, size: zstandard.ZstdDecompressor().decompress(raw, max_output_size=size),
+        lambda raw, size: lz4.block.decompress(raw, uncompressed_size=size),
+        lambda raw, size: zlib.decompressobj(wbits=31).decompress(raw, size))
+    for decode in codecs:
+        with suppress(zstandard.ZstdError, lz4.block.LZ4BlockError, zlib.error, ValueError):
+            yield decode(data, bound.usize_bytes)
 
 
 def _digest_right(data: bytes, digest: bytes) -> bool:
