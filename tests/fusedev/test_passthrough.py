@@ -58,7 +58,8 @@ def requests(host: HostDaemon) -> dict[str, int]:
     return {name: counters[name] for name in ("read_bytes", "fuse_requests")}
 
 
-def test_a_compressed_cache_is_not_read_past_us(start_host: StartHost, tree_and_image: tuple[Path, ServedImage]) -> None:
+def test_a_compressed_cache_is_not_read_past_us(start_host: StartHost,
+                                                tree_and_image: tuple[Path, ServedImage]) -> None:
     tree, image = tree_and_image
     host = start_host(served=replace(image, compressed=True))
     large = host.mountpoint / "large"
