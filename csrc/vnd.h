@@ -426,11 +426,14 @@ int64_t vnd_zran_read(vnd_zran *z, const uint8_t *in, size_t in_len, size_t *use
 /* 1 while a member has begun and not ended: the input may not end here. */
 int vnd_zran_in_member(const vnd_zran *z);
 /* A chunk begins at the position: number of its context, *slice its offset in what that decodes to, *in_off the
- * position in the gzip stream. Or -errno. */
+ * position in the gzip stream. Or -errno. Where that context is a new one, its window is to be taken at once. */
 int64_t vnd_zran_begin_chunk(vnd_zran *z, uint64_t *in_off, uint64_t *slice);
 /* It ends at the position. -E2BIG: the gzip stream has no place to begin anew near enough. */
 int vnd_zran_end_chunk(vnd_zran *z, uint64_t *in_off);
-/* The contexts (40 bytes each, *count of them) and behind them their windows, as blob.meta holds both. Bytes needed;
+/* The window of the context that begin_chunk made last, 0 to 32768 bytes of *len; valid until the next call. They are
+ * not kept here, for there are many of them in a large layer. */
+const uint8_t *vnd_zran_window(const vnd_zran *z, uint32_t *len);
+/* The contexts (40 bytes each, *count of them) as blob.meta holds them, before their windows in turn. Bytes needed;
  * nothing is written if out_len is less. */
 uint64_t vnd_zran_table(const vnd_zran *z, uint8_t *out, size_t out_len, uint32_t *count);
 

@@ -41,8 +41,9 @@ struct vnd_zran {
     struct zran_boundary last;
     struct zran_context *contexts;
     size_t count, cap;
-    uint8_t *dict;
-    size_t dict_len, dict_cap;
+    uint64_t dict_len;              /* of all windows so far, which whoever calls has taken */
+    uint32_t window_len;
+    uint8_t window[ZRAN_WINDOW_BYTES];
 };
 
 vnd_zran *vnd_zran_new(uint32_t chunk_size_bytes)
@@ -67,7 +68,6 @@ void vnd_zran_free(vnd_zran *z)
     }
     inflateEnd(&z->gz);
     free(z->contexts);
-    free(z->dict);
     free(z);
 }
 
@@ -176,14 +176,14 @@ static int start_context(vnd_zran *z)
     if (z->dict_len + b->window_len > ZRAN_DICT_MAX || z->count >= INT_MAX) {
         return -E2BIG;
     }
-    if (grow((void **)&z->contexts, &z->cap, z->count + 1, sizeof(*z->contexts)) ||
-        grow((void **)&z->dict, &z->dict_cap, z->dict_len + b->window_len, 1)) {
+    if (grow((void **)&z->contexts, &z->cap, z->count + 1, sizeof(*z->contexts))) {
         return -ENOMEM;
     }
     c = &z->contexts[z->count++];
     *c = (struct zran_context){ .in_off = b->in_off, .out_off = b->out_off, .dict_off = z->dict_len,
                                 .dict_len = b->window_len, .byte = b->byte, .bits = b->bits };
-    memcpy(z->dict + z->dict_len, b->window, b->window_len);
+    memcpy(z->window, b->window, b->window_len);
+    z->window_len = b->window_len;
     z->dict_len += b->window_len;
     z->switched = 0;
     return 0;
@@ -235,6 +235,12 @@ int vnd_zran_end_chunk(vnd_zran *z, uint64_t *in_off)
     return 0;
 }
 
+const uint8_t *vnd_zran_window(const vnd_zran *z, uint32_t *len)
+{
+    *len = z->window_len;
+    return z->window;
+}
+
 static uint8_t *put_le(uint8_t *at, uint64_t value, int bytes)
 {
     for (int i = 0; i < bytes; i++) {
@@ -245,7 +251,7 @@ static uint8_t *put_le(uint8_t *at, uint64_t value, int bytes)
 
 uint64_t vnd_zran_table(const vnd_zran *z, uint8_t *out, size_t out_len, uint32_t *count)
 {
-    size_t need = z->count * ZRAN_CONTEXT_BYTES + z->dict_len;
+    size_t need = z->count * ZRAN_CONTEXT_BYTES;
 
     *count = (uint32_t)z->count;
     if (out_len < need) {
@@ -263,9 +269,6 @@ uint64_t vnd_zran_table(const vnd_zran *z, uint8_t *out, size_t out_len, uint32_
         *out++ = c->byte;
         *out++ = c->bits;
         out = put_le(out, 0, 2);
-    }
-    if (z->dict_len) {
-        memcpy(out, z->dict, z->dict_len);
     }
     return need;
 }

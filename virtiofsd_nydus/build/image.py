@@ -175,7 +175,7 @@ def _make_index(
 
     if isinstance(source, (str, Path)):
         raise Failure("only a layer can be referred to, a directory has none", Cause.FORMAT)
-    return ZranIndex(_count(source, on_progress), options.chunk_size)
+    return ZranIndex(_count(source, on_progress), options.chunk_size, options.spill_dir)
 
 
 def _count(source: Readable, on_progress: Callable[[int], None] | None) -> Readable:

@@ -7,12 +7,14 @@ from typing import Any
 from virtiofsd_nydus.build.tar_stream import READ_BYTES, Readable, TarFailure
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs.blob import ReferencePlace
+from virtiofsd_nydus.rafs.spill import Arena, relieve
 
 
 class ZranIndex:
     """read() the layer; begin_chunk() and end_chunk() round the reading of each chunk."""
 
-    def __init__(self, source: Readable, chunk_size: int) -> None:
+    def __init__(self, source: Readable, chunk_size: int, directory: str | None = None) -> None:
+        """directory: for the file of the windows."""
         from virtiofsd_nydus._engine import ffi, lib
 
         self._ffi: Any = ffi
@@ -21,6 +23,9 @@ class ZranIndex:
         self._handle = ffi.gc(lib.vnd_zran_new(chunk_size), lib.vnd_zran_free)
         if self._handle == ffi.NULL:
             raise Failure("no memory for a gzip decoder", Cause.IO)
+        self._windows = Arena(directory)
+        self._window_bytes = ffi.new("uint32_t *")
+        self._contexts = 0
         self._used = ffi.new("size_t *")
         self._offset = ffi.new("uint64_t *")
         self._slice = ffi.new("uint64_t *")
@@ -83,6 +88,11 @@ class ZranIndex:
         if context < 0:
             raise TarFailure("the gzip stream cannot be indexed")
         self._begun = self._offset[0], context, self._slice[0]
+        if context == self._contexts:
+            self._contexts += 1
+            window = self._lib.vnd_zran_window(self._handle, self._window_bytes)
+            self._windows.append(bytes(self._ffi.buffer(window, self._window_bytes[0])))
+            relieve()
 
     def end_chunk(self) -> ReferencePlace:
         """The last byte read was the chunk's last."""
@@ -93,11 +103,16 @@ class ZranIndex:
         # No bytes at all where it was decoded from bits of a byte taken before.
         return ReferencePlace(start, self._offset[0] - start, context, offset)
 
-    def encode_table(self) -> tuple[bytes, int]:
-        """Contexts and windows as blob.meta holds them, and the number of contexts."""
+    def encode_contexts(self) -> tuple[bytes, int]:
+        """Contexts as blob.meta holds them, and their number; their windows follow them."""
         count = self._ffi.new("uint32_t *")
         size = self._lib.vnd_zran_table(self._handle, self._ffi.NULL, 0, count)
         out = bytearray(size)
         with self._ffi.from_buffer("uint8_t[]", out) as target:
             self._lib.vnd_zran_table(self._handle, target, size, count)
         return bytes(out), count[0]
+
+    @property
+    def windows(self) -> memoryview:
+        """All of them; may be large and not in memory."""
+        return self._windows.view()

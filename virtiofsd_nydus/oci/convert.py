@@ -45,7 +45,7 @@ from virtiofsd_nydus.oci.manifest import (
 )
 from virtiofsd_nydus.oci.reference import DOCKER_ARCHIVE, Reference
 from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest, read_document
-from virtiofsd_nydus.rafs.blob import BlobInfo, StoredMeta
+from virtiofsd_nydus.rafs.blob import META_BYTES_MAX, BlobInfo, StoredMeta
 from virtiofsd_nydus.rafs.layout import BlobFeature
 from virtiofsd_nydus.rafs.meta import decode_cache_file
 from virtiofsd_nydus.rafs.spill import relieve
@@ -58,8 +58,6 @@ LAYERS_AT_A_TIME = 2
 LEAVE_S = 3.0
 # Half of a large bootstrap is digests: more effort finds nothing in them.
 BOOTSTRAP_LEVEL = 6
-# A packed blob.meta of more is not put beside the bootstrap.
-META_BYTES_MAX = 8 << 20
 # Of a bootstrap, which may lie in a file (rafs/spill.py); tarfile reads 16 KiB at a time.
 READS_TO_RELIEVE = 512
 # Who made the image, where its history is shown (the words of Nydus's own converter, which tools look for).

@@ -14,6 +14,8 @@ from virtiofsd_nydus.rafs.cipher import Cipher
 from virtiofsd_nydus.rafs.layout import ChunkFlag
 
 FLUSH_BYTES = 1 << 20
+# A packed blob.meta of more is not kept, nor put beside the bootstrap.
+META_BYTES_MAX = 8 << 20
 
 
 class Writable(Protocol):

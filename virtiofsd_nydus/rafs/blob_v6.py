@@ -5,7 +5,6 @@ Each section is followed (not preceded) by a tar header, because its size is kno
 """
 
 import hashlib
-import tempfile
 
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, StoredMeta, Writable
@@ -13,7 +12,6 @@ from virtiofsd_nydus.rafs.cipher import Cipher
 from virtiofsd_nydus.rafs.layout import BlobFeature, ChunkFlag, InfoFlag
 from virtiofsd_nydus.rafs.meta import (
     compress_section,
-    compress_to,
     digest_section,
     encode_batch_context,
     encode_chunk_infos_v1,
@@ -21,8 +19,9 @@ from virtiofsd_nydus.rafs.meta import (
     encode_header,
     encode_tar_header,
     encode_toc_entry,
+    pack_section,
 )
-from virtiofsd_nydus.rafs.spill import PIECE_BYTES, copy_pieces
+from virtiofsd_nydus.rafs.spill import copy_pieces
 
 DIGESTS_AT_A_TIME = 1 << 14
 
@@ -157,16 +156,9 @@ class InlinedBlobWriter(BlobWriter):
     def write_bootstrap(self, bootstrap: memoryview) -> None:
         """Always zstd where that helps, whatever the data's codec: readers know no other."""
         offset = self.size
-        with tempfile.TemporaryFile(dir=self._directory) as packed:
-            compress_to(packed, bootstrap)
-            size, codec = packed.tell(), layout.Codec.ZSTD
-            packed.seek(0)
-            if size < len(bootstrap):
-                while piece := packed.read(PIECE_BYTES):
-                    self._write(piece)
-            else:
-                size, codec = len(bootstrap), layout.Codec.NONE
-                copy_pieces(bootstrap, self._write)
+        with pack_section(bootstrap, self._directory) as packed:
+            size, codec = packed.size, packed.codec
+            packed.copy(self._write)
         self._write(encode_tar_header("image.boot", size))
         digest = hashlib.sha256()
         copy_pieces(bootstrap, digest.update)

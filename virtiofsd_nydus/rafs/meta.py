@@ -3,14 +3,17 @@
 import hashlib
 import struct
 import sys
+import tempfile
 from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import StoredMeta
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.layout import ChunkFlag, InfoFlag
-from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, copy_pieces, relieve
+from virtiofsd_nydus.rafs.spill import PIECE_BYTES, RELIEVE_EVERY, copy_pieces, relieve
 
 # What is compressed at one go; in pieces the bytes come out a little different. So the limit is part of the format of
 # our images: their digests change with it.
@@ -53,16 +56,43 @@ def compress_section(
     return packed, codec
 
 
-def compress_to(out: BinaryIO, data: memoryview, level: int = 3) -> None:
-    """A zstd frame of data, which may be larger than memory should be."""
-    import zstandard
+class PackedSection:
+    """A metadata section as it is stored: packed with zstd, in a file, or the data itself where that is not smaller."""
 
-    if len(data) <= ONE_PIECE_BYTES_MAX:
-        out.write(zstandard.ZstdCompressor(level=level).compress(data))
-        return
-    compressor = zstandard.ZstdCompressor(level=level).compressobj(size=len(data))
-    copy_pieces(data, lambda piece: out.write(compressor.compress(piece)))
-    out.write(compressor.flush())
+    def __init__(self, file: BinaryIO, data: memoryview) -> None:
+        import zstandard
+
+        self._file, self._data = file, data
+        if len(data) <= ONE_PIECE_BYTES_MAX:
+            file.write(zstandard.ZstdCompressor(level=3).compress(data))
+        else:
+            compressor = zstandard.ZstdCompressor(level=3).compressobj(size=len(data))
+            copy_pieces(data, lambda piece: file.write(compressor.compress(piece)))
+            file.write(compressor.flush())
+        self.size, self.codec = file.tell(), layout.Codec.ZSTD
+        if self.size >= len(data):
+            self.size, self.codec = len(data), layout.Codec.NONE
+
+    def copy(self, take: Callable[[bytes | memoryview], object]) -> None:
+        """Hands it over in pieces."""
+        if self.codec is layout.Codec.NONE:
+            copy_pieces(self._data, take)
+            return
+        self._file.seek(0)
+        while piece := self._file.read(PIECE_BYTES):
+            take(piece)
+
+    def read(self) -> bytes:
+        parts: list[bytes | memoryview] = []
+        self.copy(parts.append)
+        return b"".join(parts)
+
+
+@contextmanager
+def pack_section(data: memoryview, directory: str | None = None) -> Iterator[PackedSection]:
+    """Packs data, which may be larger than memory should be. directory: for the file."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        yield PackedSection(file, data)
 
 
 def encode_toc_entry(name: str, codec: layout.Codec, digest: bytes, coff: int, csize: int, usize: int) -> bytes:

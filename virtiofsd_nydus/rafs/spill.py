@@ -73,7 +73,7 @@ class Arena:
             with _mapped_lock:
                 _mapped.add(self)
 
-    def append(self, data: bytes) -> int:
+    def append(self, data: bytes | bytearray | memoryview) -> int:
         """Returns the offset it is at."""
         offset = self.used
         end = offset + len(data)
