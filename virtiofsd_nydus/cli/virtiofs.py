@@ -104,6 +104,7 @@ def run(args: "argparse.Namespace") -> int:
         log.say(logs.WARNING, clamped)
     service = Service(log, instance_id=args.id, supervisor=args.supervisor, read_deadline_ms=args.read_deadline_ms,
                       allow_unverified=args.allow_unverified)
+    service.catch_signals()     # one that comes as soon as RUNNING is answered is an orderly end, too
     try:
         service.start(sock=sock, fd=args.fd, apisock=args.apisock, bootstrap=args.bootstrap, config=config,
                       mountpoint=args.virtual_mountpoint, prefetch_files=prefetch_files, shared_dir=args.shared_dir)

@@ -2,8 +2,13 @@
 
 Lines said before activate() are kept and replayed with their own time. After it every line goes out at once, as text
 or JSON. Whoever says a line keeps secrets out of it.
+
+A log that is a pipe may have a reader that has stopped: lines are lost then, and counted, but nobody waits.
 """
 
+import os
+import select
+import stat
 import sys
 import threading
 import time
@@ -17,6 +22,42 @@ LEVELS = {"trace": DEBUG, "debug": DEBUG, "info": INFO, "warn": WARNING, "warnin
           "off": 100}
 NAMES = {DEBUG: "debug", INFO: "info", WARNING: "warning", ERROR: "error"}
 EARLY_MAX = 1000
+# Linux gives a pipe out page by page: one that polls as writable takes this much without waiting. It also keeps lines
+# shorter than the 64 KiB at which Kata's reader gives up.
+PIPE_LINE_BYTES = 4096
+
+
+class PipeLines:
+    """A text stream over a pipe's descriptor, for whole lines: a write never waits."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._text = ""
+        self._lost = 0
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+
+    def write(self, text: str) -> int:
+        self._text += text
+        return len(text)
+
+    def flush(self) -> None:
+        line, self._text = self._text.encode(errors="backslashreplace"), ""
+        if self._lost and line and self._send(f"{self._lost} lines of the log were lost: its pipe was full\n".encode()):
+            self._lost = 0
+        if line and not self._send(line):
+            self._lost += 1
+
+    def _send(self, line: bytes) -> bool:
+        if len(line) > PIPE_LINE_BYTES:
+            line = line[:PIPE_LINE_BYTES - 5] + b" ...\n"
+        if not self._poll.poll(0):
+            return False
+        os.write(self._fd, line)
+        return True
+
+    def isatty(self) -> bool:
+        return False
 
 
 class Log:
@@ -27,7 +68,14 @@ class Log:
         self._form = form
         self._lock = threading.Lock()
         self._early: list[tuple[float, int, str, dict[str, object]]] | None = []
-        self._stream: TextIO = open(path, "a", buffering=1, encoding="utf-8") if path else sys.stderr  # noqa: SIM115
+        self._stream: TextIO = sys.stderr
+        if path:
+            self._stream = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        try:
+            if stat.S_ISFIFO(os.fstat(self._stream.fileno()).st_mode):
+                self._stream = PipeLines(self._stream.fileno())     # type: ignore[assignment]
+        except (AttributeError, OSError, ValueError):
+            pass    # no descriptor behind it
         self._logger: Any = None
 
     def set_level(self, level: str) -> None:

@@ -5,6 +5,7 @@ takes long; a thread does that afterwards (docs/architecture.md, start-up).
 """
 
 import os
+import select
 import signal
 import threading
 import time
@@ -99,7 +100,7 @@ class Service:
         self.log = log
         self.state = "INIT"
         self._id, self._supervisor = instance_id, supervisor
-        self._exit = threading.Event()
+        self._exit_reader, self._exit_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)   # a byte: end wait()
         self._lock = threading.Lock()       # mounts and unmounts, one at a time
         self._mounts: dict[str, Mount] = {}
         self._prefetch_tag = 0              # of the last mount; 0 is the engine's own
@@ -147,16 +148,23 @@ class Service:
 
     def catch_signals(self) -> None:
         """From here on SIGTERM and SIGINT end wait(), also one that comes before it. Main thread only."""
+        # The interpreter's own handler writes to the pipe at once. A Python handler runs when the main thread comes
+        # round to it, which it does not if the signal came just before it went to sleep on a lock.
+        signal.set_wakeup_fd(self._exit_writer, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._exit.set())
+            signal.signal(number, lambda *_: None)
 
     def wait(self) -> None:
         """Until SIGTERM, SIGINT or an exit request. Main thread only."""
         self.catch_signals()
-        self._exit.wait()
+        select.select([self._exit_reader], [], [])
 
     def request_exit(self) -> None:
-        self._exit.set()
+        """From any thread."""
+        try:
+            os.write(self._exit_writer, b"\0")
+        except BlockingIOError:     # full of such bytes
+            pass
 
     def exit_by_api(self) -> None:
         """PUT exit: ends the process; host mounts stay."""
