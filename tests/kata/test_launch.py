@@ -4,16 +4,13 @@ overlay leaves in the host's upper directory."""
 import os
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.guest.conftest import BUSYBOX
-from virtiofsd_nydus.vmm.qemu import GuestFiles
+from tests.kata.conftest import CLI, ROOT, launch
 
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH_SECONDS = 200
 APPLETS = ("sh", "cat", "echo", "rm", "mv", "mkdir", "mknod", "ln", "ls", "touch", "dd", "sha256sum", "chmod", "stat",
            "test", "sync", "seq", "cp")
 # Every step ends the command where it goes wrong
@@ -51,23 +48,15 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (tree / "opaque" / "below").write_text("below\n")
     (tree / "large").write_bytes(os.urandom(3 << 20))
     words = ["build", tree, "--bootstrap", base / "out" / "image.boot", "--blob-dir", base / "out"]
-    subprocess.run([sys.executable, "-m", "virtiofsd_nydus.cli.main", *map(str, words)], check=True, cwd=ROOT,
-                   capture_output=True)
+    subprocess.run([*CLI, *map(str, words)], check=True, cwd=ROOT, capture_output=True)
     return base / "out"
 
 
 @pytest.mark.guest
 @pytest.mark.parametrize("layout", ["go", "rs"])
 def test_two_containers(image: Path, tmp_path: Path, layout: str) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("mounts need root")
-    GuestFiles.find(busybox=True)
     keep = tmp_path / "uppers"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "kata-launch"), str(image / "image.boot"), "--blob-dir", str(image),
-         "--cache-dir", str(tmp_path / "cache"), "--layout", layout, "--keep-upper", str(keep), "--add-memory", "256",
-         "--", "/bin/sh", "-ec", SCRIPT],
-        capture_output=True, text=True, timeout=LAUNCH_SECONDS, env={**os.environ, "VENV": sys.prefix}, check=False)
+    done = launch(image, tmp_path, layout, keep, SCRIPT, "--add-memory", "256")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.split() == ["c1", "4755", "c2", "4755"]
     assert "256 MiB more memory" in done.stderr
