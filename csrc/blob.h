@@ -186,5 +186,7 @@ int pool_park(struct vnd_engine *e, struct store_wait *w, const struct extent *e
 int uncached_put(struct blob_core *c, uint32_t index, const uint8_t *data, size_t len);
 struct store_buf *uncached_get(struct blob_core *c, uint32_t index);    /* referenced, or NULL */
 void uncached_drop(struct blob_core *c);
+/* Writes them after all, as far as there is room. With core->load_lock held. */
+void uncached_flush(struct blob_core *c);
 
 #endif

@@ -81,7 +81,7 @@ static void write_end(struct cachefile *c)
 int cachefile_write(struct cachefile *c, uint64_t off, const void *buf, size_t len)
 {
     const uint8_t *p = buf;
-    int rc = c->data_fd < 0 || !c->writable ? -EROFS : 0;
+    int rc = c->data_fd >= 0 && c->writable ? 0 : c->lack_errno ? -c->lack_errno : -EROFS;
     struct stat st;
 
     /* A write beyond the end of a file that was cut would turn what is missing into zeroes that look whole. */

@@ -92,8 +92,10 @@ static int data_open(struct cachefile *c, int *cause, char *err, size_t err_len)
     struct stat st;
 
     cachefile_names(&names, c->id, c->stored);
-    if (c->writable)
+    if (c->writable) {
         c->data_fd = openat(c->dir_fd, name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
+        c->lack_errno = c->data_fd < 0 ? errno : 0;
+    }
     if (c->data_fd < 0 && (!c->writable || errno == EROFS || errno == EACCES || errno == EPERM)) {
         c->writable = false;
         c->data_fd = openat(c->dir_fd, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
@@ -125,8 +127,10 @@ static bool data_size(struct cachefile *c)
 
     if (c->data_fd < 0 || fstat(c->data_fd, &st) || (uint64_t)st.st_size >= c->size_bytes)
         return false;
-    if (c->writable && ftruncate(c->data_fd, (off_t)c->size_bytes))
+    if (c->writable && ftruncate(c->data_fd, (off_t)c->size_bytes)) {
+        c->lack_errno = errno;
         c->writable = false;    /* no room for it: bytes are kept in memory */
+    }
     return true;
 }
 
@@ -304,7 +308,7 @@ static bool died_writing(const struct cachefile *c, uint64_t ctime_ns)
 }
 
 /* Opens, binds and maps the side file; on any trouble T becomes private. */
-static int side_open(struct cachefile *c)
+static int side_open(struct cachefile *c, bool quiet)
 {
     struct cachefile_names names;
     char boot[40];
@@ -319,9 +323,10 @@ static int side_open(struct cachefile *c)
     }
     bool grown = data_size(c);
     if (c->side_fd < 0) {
-        if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable)
-            engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: no side file (%s): what is fetched now is "
-                       "verified again by the next process", c->id, strerror(-rc));
+        if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable && !quiet)
+            engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: cannot make .virtiofsd-nydus/%s (%s): what is "
+                       "fetched now is not shared, and verified again by the next process; %s", c->id, names.side,
+                       strerror(-rc), cachefile_cure(-rc));
         return side_map(c);
     }
     rc = side_map(c);
@@ -372,7 +377,7 @@ int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int 
     snprintf(c->id, sizeof c->id, "%s", cfg->id);
     pthread_mutex_init(&c->lock, NULL);
     rc = data_open(c, cause, err, err_len);
-    if (!rc && (rc = side_open(c)))
+    if (!rc && (rc = side_open(c, cfg->quiet)))
         io_fail(c, "cannot map its side file", rc, cause, err, err_len);
     if (!rc && (rc = map_reserve(c)))
         io_fail(c, "no memory for its chunk map", rc, cause, err, err_len);

@@ -56,6 +56,7 @@ struct cachefile {
     _Atomic int data_fd;            /* -1: nothing on disk, bytes live in memory only */
     _Atomic int side_fd;            /* -1: T is private */
     _Atomic bool writable;
+    _Atomic int lack_errno;         /* why it is not */
     struct cachefile_at data_at, side_at, map_at;   /* for cachefile_open and the one thread that moves */
     bool stray_said;                /* likewise */
     _Atomic uint64_t moves;         /* odd: files are being exchanged */
@@ -80,6 +81,7 @@ struct cachefile_cfg {
     bool writable;                  /* the directory is */
     const char *id;
     bool stored;
+    bool quiet;                     /* what is lacking was said before */
     uint32_t n;
     uint64_t size_bytes;            /* of the data file */
 };

@@ -106,6 +106,7 @@ static int exchange(struct cachefile *c, struct cachefile *fresh)
         c->data_at = fresh->data_at;
         c->side_at = fresh->side_at;
         atomic_store(&c->writable, atomic_load(&fresh->writable));
+        atomic_store(&c->lack_errno, atomic_load(&fresh->lack_errno));
         atomic_store(&c->unsynced_bytes, 0);
         atomic_store(&c->nowait_missing, false);
         if (c->writable)

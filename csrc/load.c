@@ -83,8 +83,10 @@ static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct bl
     }
     if (now)
         rc = blobtable_merge(&all, now, *own, err, err_len);
-    if (rc == -EEXIST)      /* perhaps with an image that is gone */
+    if (rc == -EEXIST) {    /* perhaps with an image that is gone */
         rc = live_union(c, *own, &all, err, err_len);
+        uncached_drop(c);   /* it may be that one's */
+    }
     if (rc)
         return rc;
     rc = open_cache(c, all, cause, err, err_len);

@@ -113,6 +113,53 @@ void uncached_drop(struct blob_core *c)
     pthread_mutex_unlock(&f->uncached_lock);
 }
 
+static bool write_after_all(struct blob_core *c, uint32_t index, const struct store_buf *b)
+{
+    const struct blobtable *t = atomic_load_explicit(&c->table, memory_order_acquire);
+    const struct blobtable_chunk *k = &t->chunk[index];
+    uint64_t epoch = cachefile_epoch(c->cache);
+
+    if (c->stored)      /* what is stored is not at hand: to be fetched again */
+        return true;
+    if (k->usize != b->len || cachefile_write(c->cache, k->uoff, b->data, b->len))
+        return false;
+    pthread_mutex_lock(&c->cache->lock);
+    if (cachefile_epoch_holds(c->cache, epoch))
+        cachefile_set_ready(c->cache, index);
+    pthread_mutex_unlock(&c->cache->lock);
+    cachefile_settle(c->cache, k->uoff, k->uoff + k->usize);
+    return true;
+}
+
+void uncached_flush(struct blob_core *c)
+{
+    struct fetcher *f = c->engine->fetcher;
+    bool more = true;
+
+    while (more && atomic_load_explicit(&c->uncached, memory_order_relaxed)) {
+        struct store_buf *b = NULL;
+        struct uncached_chunk *u;
+        uint32_t index = 0;
+
+        pthread_mutex_lock(&f->uncached_lock);
+        for (u = f->uncached; u && u->core != c; u = u->next)
+            ;
+        if (u) {
+            index = u->index;
+            b = u->buf;
+            atomic_fetch_add(&b->refs, 1);
+        }
+        pthread_mutex_unlock(&f->uncached_lock);
+        more = b && write_after_all(c, index, b);
+        pthread_mutex_lock(&f->uncached_lock);
+        u = more ? find(f, c, index) : NULL;
+        if (u && u->buf == b)
+            take_out(f, u);
+        pthread_mutex_unlock(&f->uncached_lock);
+        store_buf_put(b);
+    }
+}
+
 void uncached_free(struct fetcher *f)
 {
     pthread_mutex_lock(&f->uncached_lock);

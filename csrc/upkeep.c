@@ -28,6 +28,7 @@ static void follow_core(struct blob_core *c, bool retry)
     stray = cachefile_find_stray(f, &cfg);
     if (stray == CACHEFILE_IN_PLACE && !(retry && cachefile_lacks(f, &cfg)))
         return;
+    cfg.quiet = stray == CACHEFILE_IN_PLACE;
     pthread_mutex_lock(&c->load_lock);      /* the table stays as it is */
     rc = cachefile_move(f, &cfg, atomic_load(&c->table), stray == CACHEFILE_IN_PLACE, &cause, err, sizeof err);
     pthread_mutex_unlock(&c->load_lock);
@@ -66,6 +67,11 @@ static void look_after(struct vnd_engine *e, bool sync_all, bool retry)
             cachefile_sync(c->cache, sync_all);
             if (store_follow(c->store, retry))
                 follow_core(c, retry);
+            if (retry && c->cache->writable && atomic_load(&c->uncached)) {
+                pthread_mutex_lock(&c->load_lock);
+                uncached_flush(c);
+                pthread_mutex_unlock(&c->load_lock);
+            }
         }
         core_put(c);
     }
