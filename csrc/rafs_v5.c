@@ -119,6 +119,7 @@ static int64_t walk_blob_table(struct vnd_rafs *r, uint32_t max)
         if (n < max) {
             memcpy(r->blobs[n].info.id, p + 8, len);
             r->blobs[n].info.id[len] = 0;
+            r->blobs[n].info.prefetch_end = rafs_le32(p + 4) ? (uint64_t)rafs_le32(p) + rafs_le32(p + 4) : 0;
         }
         n++;
         p += 8 + len;

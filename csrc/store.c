@@ -408,6 +408,17 @@ uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total)
     return ready;
 }
 
+uint32_t vnd_blob_chunks_before(vnd_blob *b, uint64_t end)
+{
+    struct blobtable *t = atomic_load_explicit(&b->table, memory_order_acquire);
+    uint32_t n = 0;
+
+    for (uint32_t i = 0; t && i < t->n; i++)
+        if (t->chunk[i].usize && t->chunk[i].coff < end)
+            n = i + 1;
+    return n;
+}
+
 uint64_t vnd_blob_ready_range(vnd_blob *b, uint32_t first, uint32_t n, uint64_t *total)
 {
     struct blobtable *t = atomic_load_explicit(&b->table, memory_order_acquire);

@@ -127,6 +127,7 @@ typedef struct {                  /* one entry of the image's blob table */
     uint32_t cipher;              /* 0 none, 1 AES-128-XTS */
     uint8_t cipher_key[32], cipher_iv[16];
     char meta_id[VND_ID_MAX + 1]; /* the blob that holds the chunk table; "" = this one */
+    uint64_t prefetch_end;        /* v5: the blob's bytes up to here are to be fetched at mount; 0 = none */
 } vnd_blob_info;
 
 typedef struct {
@@ -265,6 +266,8 @@ int vnd_prefetch_pending(vnd_engine *e, uint64_t tag);
 uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total);
 /* The same of chunks [first, first+n). */
 uint64_t vnd_blob_ready_range(vnd_blob *b, uint32_t first, uint32_t n, uint64_t *total);
+/* Chunks [0, this) hold all that begin before byte end of the blob as it is stored; 0 while its table is unknown. */
+uint32_t vnd_blob_chunks_before(vnd_blob *b, uint64_t end);
 
 /* ---------------------------------------------------------------- vfs and file systems */
 typedef struct vnd_vfs vnd_vfs;

@@ -151,7 +151,7 @@ class BlobInfo:
     """One entry of an image's blob table; key identifies the store's blob in jobs (0 without a store)."""
 
     __slots__ = ("chunk_count", "chunk_size_bytes", "ci_compressor", "ci_csize_bytes", "ci_offset", "ci_usize_bytes",
-                 "compressed_size_bytes", "compressor", "digester", "features", "id", "index", "key",
+                 "compressed_size_bytes", "compressor", "digester", "features", "id", "index", "key", "prefetch_end",
                  "uncompressed_size_bytes")
 
     def __init__(self, raw: "Any", key: int) -> None:
@@ -169,6 +169,7 @@ class BlobInfo:
         self.ci_csize_bytes: int = raw.ci_csize_bytes
         self.ci_usize_bytes: int = raw.ci_usize_bytes
         self.ci_compressor: int = raw.ci_compressor
+        self.prefetch_end: int = raw.prefetch_end   # v5: stored bytes up to here are to be fetched at mount
 
 
 class Rafs:
@@ -234,6 +235,11 @@ class Rafs:
         blob = lib.vnd_rafs_blob(self.handle, index)
         if blob != ffi.NULL and count:
             lib.vnd_prefetch(blob, first, count, tag)
+
+    def chunks_before(self, index: int, end: int) -> int:
+        """Chunks [0, this) hold all that begin before byte end of the stored blob; 0 while its table is unknown."""
+        count: int = lib.vnd_blob_chunks_before(lib.vnd_rafs_blob(self.handle, index), end)
+        return count
 
     def ready_range(self, index: int, first: int, count: int) -> tuple[int, int]:
         """(ready, total) of chunks [first, first + count) of a blob; total is 0 while its chunk table is unknown."""

@@ -2,10 +2,20 @@
 
 import base64
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from virtiofsd_nydus.daemon.config import CONFIG_MAX_BYTES, load_config, localfs_config, parse_config
+from virtiofsd_nydus.daemon.config import (
+    CONFIG_MAX_BYTES,
+    V1_SCHEMA,
+    V2_SCHEMA,
+    load_config,
+    localfs_config,
+    parse_config,
+)
 from virtiofsd_nydus.errors import UsageFailure
 
 SECRET = "the-secret-word"
@@ -200,3 +210,16 @@ def test_files(tmp_path) -> None:
     with pytest.raises(UsageFailure, match="larger than"):
         load_config(str(tmp_path / "big"))
     assert localfs_config("/d").backend_config == {"dir": "/d"}
+
+
+def test_every_key_is_explained() -> None:
+    """docs/operations.md names each key that is known."""
+    told = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+
+    def names(schema: dict[str, Any]) -> Iterator[str]:
+        for key, below in schema.items():
+            yield key
+            yield from names(below or {})
+
+    wanted = {*names(V1_SCHEMA), *names(V2_SCHEMA)} - {"version", "device", "config", "rafs", "cache"}
+    assert sorted(key for key in wanted if key not in told) == []

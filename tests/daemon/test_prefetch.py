@@ -32,7 +32,7 @@ ROUTE = "/api/ext/v1/prefetch"
 class Tree:
     """hot/one, hot/deep/two, cold/three, lone: random bytes, so that each chunk is its own. The table names /hot."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, fs_version: int = 6, prefetch_policy: str = "fs") -> None:
         random = Random("prefetch")
         self.files = {name: random.randbytes(FILE_CHUNKS * CHUNK_BYTES)
                       for name in ("hot/one", "hot/deep/two", "cold/three", "lone")}
@@ -41,7 +41,8 @@ class Tree:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes(data)
         self.bootstrap = directory / "image.boot"
-        options = BuildOptions(chunk_size=CHUNK_BYTES, prefetch_policy="fs", prefetch_patterns=("/hot",))
+        options = BuildOptions(fs_version=fs_version, chunk_size=CHUNK_BYTES, prefetch_policy=prefetch_policy,
+                               prefetch_patterns=("/hot",))
         build_image(source, self.bootstrap, directory / "blobs", options)
         (self.blob,) = [path for path in (directory / "blobs").iterdir() if not path.name.startswith(".")]
 
@@ -118,6 +119,21 @@ def test_the_images_own_table(tree: Tree, daemon: Daemon) -> None:
     assert (found["ready_chunks"], found["chunks"]) == (wanted, wanted) and wanted == 2 * FILE_CHUNKS
     assert daemon.ready() == wanted, "nothing but what the table names"
     assert daemon.counters()["prefetch_bytes"] > 0
+
+
+def test_the_beginning_of_a_blob(tmp_path: Path) -> None:
+    """RAFS v5 can say how much of a blob is to be fetched; policy blob puts the named files there."""
+    tree = Tree(tmp_path, fs_version=5, prefetch_policy="blob")
+    with FaultyServer({tree.blob.name: tree.blob.read_bytes()}) as server:
+        one = Daemon(tree, tmp_path, server)
+        try:
+            one.start(enable=True)
+            found = one.wait_for("done")
+            wanted = tree.chunks("hot/one", "hot/deep/two")
+            assert wanted == set(range(2 * FILE_CHUNKS))
+            assert found["ready_chunks"] == found["chunks"] == one.ready() == len(wanted)
+        finally:
+            one.service.stop()
 
 
 def test_a_list_instead_of_the_table(tree: Tree, daemon: Daemon) -> None:

@@ -139,8 +139,10 @@ class Prefetch:
         if paths is None or "/" not in paths:
             with Bootstrap(self._bootstrap, engine=self._engine) as metadata:
                 chosen = self._choose(metadata, paths, stop)
+        regions = self._find_regions(stop) if paths is None else []
         if chosen is None:
             chosen, then_all = [], True
+        chosen = regions + chosen
         self._ranges = whole if then_all else chosen
         before, rounds = -1, 0
         while not stop.is_set():
@@ -156,6 +158,20 @@ class Prefetch:
             before = max(before, ready)
             stop.wait(PAUSE_S)
         return CANCELLED
+
+    def _find_regions(self, stop: threading.Event) -> "Ranges":
+        """The beginnings of blobs that the image wants fetched: where its builder put what is needed first."""
+        found: Ranges = []
+        for blob in self._image.blobs():
+            until = time.monotonic() + TABLE_LIMIT_S
+            if not blob.prefetch_end:
+                continue
+            self._image.prefetch_chunks(blob.index, 0, 1, self._tag)
+            while not (count := self._image.chunks_before(blob.index, blob.prefetch_end)) and not stop.is_set() \
+                    and time.monotonic() < until:
+                stop.wait(LOOK_S)
+            found.append((blob.index, 0, count or MAX_CHUNKS))
+        return found
 
     def _settle(self, stop: threading.Event) -> None:
         """Until the engine has nothing left to do of what it was given."""

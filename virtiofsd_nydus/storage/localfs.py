@@ -26,13 +26,15 @@ class LocalfsBackend:
         self._blob_file = blob_file
         self._alt_dirs = alt_dirs
         self._files: dict[str, tuple[int, str]] = {}    # blob id -> descriptor kept open, path
+        self._left: list[int] = []      # descriptors of files that were replaced
         self._lock = threading.Lock()
         self.meter = BackendMeter(self.kind)
 
     def close(self) -> None:
         with self._lock:
             files, self._files = self._files, {}
-        for fd, _ in files.values():
+            left, self._left = self._left, []
+        for fd in [*left, *(fd for fd, _ in files.values())]:
             os.close(fd)
 
     def distrust(self, blob_id: str) -> None:
@@ -51,8 +53,33 @@ class LocalfsBackend:
         return self._read_range(blob_id, offset, length)
 
     def _read_range(self, blob_id: str, offset: int, length: int) -> "Iterator[memoryview]":
+        end = offset + length
         fd, path = self._open(blob_id)
-        yield from read_pieces(fd, path, offset, length, self.meter)
+        try:
+            for piece in read_pieces(fd, path, offset, length, self.meter):
+                offset += len(piece)
+                yield piece
+        except Failure:
+            if not self._is_replaced(blob_id):
+                raise
+            fd, path = self._open(blob_id)
+            yield from read_pieces(fd, path, offset, end - offset, self.meter)
+
+    def _is_replaced(self, blob_id: str) -> bool:
+        """Whether another file is there by now, or a NAS that was away no longer knows ours: it is opened anew then."""
+        with self._lock:
+            kept = self._files.get(blob_id)
+            if kept is None:
+                return True         # another thread has seen it
+            fd, path = kept
+            try:
+                if os.path.samestat(os.fstat(fd), os.stat(path)):  # noqa: PTH116
+                    return False
+            except OSError:
+                pass
+            del self._files[blob_id]
+            self._left.append(fd)   # another thread may be reading it
+        return True
 
     def _candidates(self, blob_id: str) -> list[str]:
         if self._blob_file:
