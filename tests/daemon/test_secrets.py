@@ -41,8 +41,8 @@ def command_lines(pid: int) -> bytes:
     """Of a process and all below it."""
     found = Path(f"/proc/{pid}/cmdline").read_bytes()
     for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # threads and children come and go
+            for child in (task / "children").read_text().split():
                 found += command_lines(int(child))
     return found
 
