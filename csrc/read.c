@@ -169,14 +169,15 @@ int64_t store_serve(const struct extent *ext, int n, const struct iovec *iov, in
         } else {
             rc = read_run(c, x->uoff, len, &cur, nowait);
         }
-        if (rc == -EIO && !nowait) {
+        bool holds = cachefile_epoch_holds(c, epoch);
+        if (rc == -EIO && !nowait && holds) {
             cachefile_examine(c);
             *missing = i;
             return cachefile_ready(c, x->chunk) ? -EIO : -ENODATA;
         }
-        if (rc)
+        if (rc && (rc != -EIO || holds))
             return rc;
-        if (!cachefile_epoch_holds(c, epoch)) {     /* bytes were taken away meanwhile: look again */
+        if (!holds) {       /* bytes were taken away meanwhile: look again */
             if (++tries >= EPOCH_TRIES)
                 return -EAGAIN;
             cur = at;

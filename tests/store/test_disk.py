@@ -1,5 +1,5 @@
-"""Real disks that are full or cannot be written, from the start or from some moment on: every read is right, the log names
-file, cause and cure, and what was taken away is used again when it is back."""
+"""Real disks that are full or cannot be written, from the start or from some moment on: every read is right, the log
+names file, cause and cure, and what was taken away is used again when it is back."""
 
 import subprocess
 import time
