@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ import pytest
 
 from tests.peers.registry import LocalRegistry
 from tests.storage.conftest import DATA, read
+from virtiofsd_nydus.daemon.config import parse_config
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.storage.factory import create_backend
+from virtiofsd_nydus.storage.factory import change_backend, create_backend
 
 pytestmark = pytest.mark.peer
 
@@ -134,4 +136,40 @@ def test_anonymous_token(tmp_path: Path) -> None:
             assert read(backend, BLOB, 5, 10) == DATA[5:15]
         assert registry.token_server is not None
         assert [(call[0], call[1], call[3]) for call in registry.token_server.calls] == [("GET", "", 200)]
+        backend.close()
+
+
+@pytest.mark.parametrize("auth", ["htpasswd", "token"])
+def test_logins_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, auth: str) -> None:
+    """A hot change, used at once though the login before it was refused; the environment; docker's own file."""
+    with LocalRegistry(tmp_path / "registry", auth=auth) as registry:
+        store_blob(registry)
+        login = settings_for(registry)["auth"]
+        backend = create_backend("registry", settings_for(registry, auth=base64.b64encode(b"someone:else").decode()))
+        with pytest.raises(Failure) as caught:
+            read(backend, BLOB, 0, 10)
+        assert caught.value.cause is Cause.AUTH and backend.status()["login"] == "refused"
+        assert change_backend(backend, {"registry_auth": login}) == []
+        assert read(backend, BLOB, 5, 10) == DATA[5:15]
+        change_backend(backend, {"registry_auth": base64.b64encode(b"someone:again").decode()})
+        with pytest.raises(Failure) as caught:
+            read(backend, BLOB, 0, 10)
+        assert caught.value.cause is Cause.AUTH
+        backend.close()
+
+        config = json.dumps({"version": 2, "cache": {"type": "blobcache"}, "backend": {
+            "type": "registry", "registry": settings_for(registry, auth="")}})
+        monkeypatch.setenv("IMAGE_PULL_AUTH", login)
+        parsed = parse_config(config)
+        assert read(create_backend(parsed.backend_type, parsed.backend_config), BLOB, 5, 10) == DATA[5:15]
+        monkeypatch.delenv("IMAGE_PULL_AUTH")
+        monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+        parsed = parse_config(config)
+        backend = create_backend(parsed.backend_type, parsed.backend_config)
+        with pytest.raises(Failure):
+            read(backend, BLOB, 0, 10)
+        backend.close()
+        (tmp_path / "config.json").write_text(json.dumps({"auths": {registry.host: {"auth": login}}}))
+        backend = create_backend(parsed.backend_type, parsed.backend_config)
+        assert read(backend, BLOB, 5, 10) == DATA[5:15]
         backend.close()
