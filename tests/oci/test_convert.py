@@ -394,3 +394,35 @@ def test_an_interrupted_run_goes_on_where_it_was(convert, image: Path, registry:
     assert [layer["pushed"] for layer in result["layers"]] == [False, True]
     sent = [one.path for one in registry.requests() if one.method == "PUT" and "/blobs/uploads/" in one.path]
     assert not any(result["layers"][0]["blob_digest"][7:] in path for path in sent)
+
+
+def test_a_killed_run_goes_on_where_it_was(convert, image: Path, registry: LocalRegistry, tmp_path: Path) -> None:
+    """SIGKILL when one blob is there and another one on its way: the next run makes the same image, and the registry's
+    own log says that no blob was stored twice."""
+    told = convert(f"oci:{image}:t", f"oci:{tmp_path / 'whole'}:x")
+    first, second = (layer["blob_digest"] for layer in told["layers"] if layer["blob_digest"])
+    registry.clear_log()
+
+    def stored() -> list[str]:
+        return [one.path.rpartition("sha256")[2][-64:] for one in registry.requests()
+                if one.method == "PUT" and "/blobs/uploads/" in one.path and one.status == 201]
+
+    with FaultyServer(upstream=registry.host) as front:
+        target = f"docker://{front.host}/killed/a:1"
+        front.inject("delay", seconds=60, match=f"digest={second}", times=-1)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "virtiofsd_nydus.cli.main", "convert", f"oci:{image}:t", target, "--work-dir",
+             str(tmp_path)], env={**os.environ, "DOCKER_CONFIG": str(tmp_path)})
+        deadline = time.monotonic() + 60
+        while first[7:] not in stored() or sum(one.method == "POST" for one in front.requests) < 2:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        front.heal()
+        result = convert(f"oci:{image}:t", target)
+    assert result["manifest_digest"] == told["manifest_digest"]
+    assert {layer["blob_digest"]: layer["pushed"] for layer in result["layers"] if layer["blob_digest"]} == {
+        first: False, second: True}
+    blobs = stored()
+    assert {first[7:], second[7:]} <= set(blobs) and len(blobs) == len(set(blobs))

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.images import build, write_source
+from tests.system.conftest import Converter, resolve, run_verb
 from tests.system.daemon import Daemon, ServedImage
-from tests.system.guest_tree import list_tree
+from tests.system.guest_tree import Record, differences, list_tree
 from virtiofsd_nydus.rafs.data import opened_with_data
 from virtiofsd_nydus.vmm.fakeguest import FakeGuest
 
@@ -36,3 +37,22 @@ def test_served_as_read(kind: str, tmp_path: Path) -> None:
             if stat.S_ISREG(attr.mode):
                 assert seen[path]["sha256"] == hashlib.sha256(read.read(attr.ino)).hexdigest(), path
         assert seen["xattr"]["xattrs"] == {"user.mark": b"value".hex()}
+
+
+@pytest.mark.parametrize("way", ["--oci-ref", "--encrypt", "--encrypt --batch-size 64K", "--batch-size 64K",
+                                 "--fs-version 5"])
+def test_converted_and_served_from_a_registry(converter: Converter, expected_tree: list[Record], tmp_path: Path,
+                                              way: str) -> None:
+    """What umoci unpacks is what the guest sees, cold and then from the cache; of a referred image the registry holds
+    the OCI layers and no data beside them."""
+    name = f"kinds{way.replace(' ', '').replace('--', '-').lower()}"
+    reference = f"docker://{converter.registry.host}/{name}:v1"
+    run_verb("convert", f"oci:{converter.oci_image}", reference, "--chunk-size", "64K", *way.split())
+    image = resolve(reference, tmp_path / "bootstraps")
+    for cold in (True, False):
+        with Daemon(image, tmp_path / "cache") as daemon, FakeGuest(daemon.socket_path) as guest:
+            guest.fuse.init()
+            assert differences(expected_tree, list(list_tree(guest.fuse))) == []
+            counters = daemon.counters()
+        assert counters["digest_failures"] == counters["fuse_errors"] == 0
+        assert (counters["fetched_chunks"] > 0) == cold

@@ -3,10 +3,13 @@
 Runs where NYDUS_IMAGE and NYDUSD name the real nydus-image and nydusd.
 """
 
+import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,10 @@ import pytest
 from tests.system.conftest import CODECS, DIGESTERS, Converter
 from tests.system.daemon import Daemon, ServedImage, wait_until
 from tests.system.guest_tree import Record, differences, list_tree
+from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.oci.image import open_store
+from virtiofsd_nydus.oci.manifest import Descriptor
+from virtiofsd_nydus.oci.reference import parse_reference
 from virtiofsd_nydus.vmm.fakeguest import FakeGuest
 from virtiofsd_nydus.vmm.fuse_client import OUT_HEADER, FuseClient
 
@@ -25,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not (shutil.which(NYDUS_IMAGE) and shutil.which(NYDUSD)),
                        reason="NYDUS_IMAGE and NYDUSD do not name nydus-image and nydusd"),
 ]
+FILES = {"one": b"1", "block": b"b" * 4096, "odd": bytes(range(256)) * 700, "empty": b""}
 VARIANTS = [(codec, digester) for codec in CODECS for digester in DIGESTERS]
 
 
@@ -104,6 +112,32 @@ def test_we_serve_batches_that_nydus_image_built(unpacked: Path, expected_tree: 
         guest.fuse.init()
         seen = list(list_tree(guest.fuse))
     assert differences(without_root_mtime(expected_tree), without_root_mtime(seen)) == []
+
+
+def test_we_serve_a_tar_as_it_is(converter: Converter, tmp_path: Path) -> None:
+    """tarfs: the blob is the tar in the registry, and nothing vouches for its bytes but the operator's word."""
+    tar, bootstrap, blobs = tmp_path / "layer.tar", tmp_path / "image.boot", tmp_path / "blobs"
+    with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT) as archive:
+        for name, data in FILES.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    blob_id = hashlib.sha256(tar.read_bytes()).hexdigest()
+    blobs.mkdir()
+    run_tool(NYDUS_IMAGE, "create", "--type", "tar-tarfs", "--blob-id", blob_id, "--bootstrap", bootstrap, "--blob-dir",
+             blobs, tar)
+    store = open_store(parse_reference(f"docker://{converter.registry.host}/tarfs/a:1"), plain_http=True)
+    store.put_blob(Descriptor("application/octet-stream", f"sha256:{blob_id}", tar.stat().st_size), tar)
+    store.close()
+    image = ServedImage(bootstrap, "registry", {"scheme": "http", "host": converter.registry.host, "repo": "tarfs/a"},
+                        {blob_id: tar.stat().st_size})
+    with Daemon(image, tmp_path / "cache", extra=("--allow-unverified",)) as daemon, \
+            FakeGuest(daemon.socket_path) as guest:
+        guest.fuse.init()
+        assert {name: guest.fuse.read_file(name) for name in FILES} == FILES
+        assert daemon.counters()["fetched_chunks"] > 0
+    with pytest.raises(Failure, match=r"no chunk digests.*--allow-unverified"), Daemon(image, tmp_path / "cache-2"):
+        pass
 
 
 @contextmanager

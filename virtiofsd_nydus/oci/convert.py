@@ -258,7 +258,8 @@ class _Conversion:
         data, media_type = self._source.get_manifest(manifest.descriptor.digest)
         if digest_of(data) != manifest.descriptor.digest:
             raise Failure(f"{self._source.name}: the manifest has changed meanwhile: try again", Cause.DIGEST)
-        self._target.put_manifest(data, media_type, None)
+        # A layout tells the type beside the digest only, where the manifest itself does not (umoci's).
+        self._target.put_manifest(data, media_type or manifest.descriptor.media_type or MEDIA_MANIFEST, None)
 
     def push_bytes(self, data: bytes, media_type: str, name: str) -> Descriptor:
         path = self._folder / name
