@@ -331,19 +331,19 @@ class Sandbox(Lifetime):
         self.destroy_container(cid)
         self.say(f"12 {cid}: DELETE, host unmounted")
         for _, name in self.volumes.pop(cid):
-            self._unmount(self.mounts / name)
+            self._unmount(self.mounts / name, lazily=True)
             path = self.mounts / name
             path.rmdir() if path.is_dir() else path.unlink()
         self.call("DELETE", f"/rafs/{cid}/lowerdir")
-        self._unmount(self.top / cid / "snapshotdir")
+        # runtime-rs unmounts this one plainly, so nothing may pin it any more
+        self._unmount(self.top / cid / "snapshotdir", lazily=self.layout == "go")
         if self.layout == "go":         # runtime-rs leaves the directory until the sandbox's end
             shutil.rmtree(self.top / cid)
 
-    def _unmount(self, place: Path) -> None:
-        """Go detaches. runtime-rs unmounts plainly, so nothing may pin it."""
+    @staticmethod
+    def _unmount(place: Path, *, lazily: bool) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
-        flags = MNT_DETACH | UMOUNT_NOFOLLOW if self.layout == "go" else 0
-        if libc.umount2(os.fsencode(place), flags):
+        if libc.umount2(os.fsencode(place), MNT_DETACH | UMOUNT_NOFOLLOW if lazily else 0):
             raise Failure(f"umount {place}: {os.strerror(ctypes.get_errno())}", Cause.IO)
 
     def destroy_container(self, cid: str) -> None:
