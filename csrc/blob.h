@@ -20,6 +20,7 @@
 #include "claim.h"
 #include "engine.h"
 #include "store.h"
+#include "stream.h"
 
 struct vnd_store {
     struct vnd_store *next;             /* engine's list, under its lock */
@@ -74,8 +75,10 @@ struct blob_core {
     bool stored;                        /* likewise: the cache holds chunks as they are stored */
     _Atomic(struct blobtable *) table;  /* union of all images' tables */
     struct blobtable *tables;           /* all that were ever published; freed with the core */
-    /* merge window, under fetcher->lock */
-    uint32_t window_bytes, window_next;
+    struct stream streams[STREAMS];
+    uint64_t stream_clock;              /* under fetcher->lock */
+    _Atomic uint32_t marks;             /* streams that have one: a read that meets none looks no further */
+    struct link_pace pace;
     _Atomic uint32_t uncached;          /* chunks held in memory for want of space */
 };
 
@@ -86,6 +89,7 @@ struct vnd_blob {
     struct vnd_blob *next;              /* core's list */
     _Atomic uint32_t refs;
     vnd_blob_info info;
+    _Atomic uint32_t amplify_bytes;     /* stream_miss */
     blob_chunks_fn chunks;
     void *ctx;
     struct store_unit meta;             /* pseudo-unit META(blob), under its shard's lock */
@@ -152,8 +156,9 @@ bool miss_retry(struct blob_core *c, uint32_t index, int max_tries, bool bad, bo
 /* A fetch that had until deadline_us failed: fails the waiters whose own deadline is no later and asks anew for the others,
  * who came to it when its time was nearly over. */
 void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err);
-/* Forgets a queued chunk whose deadline has passed and that nobody waits for any more. Whether it did. */
-bool miss_expired(struct blob_core *c, uint32_t index, int64_t now);
+/* What became of a chunk that was queued. Forgets one whose deadline has passed and that nobody waits for any more. */
+enum miss_state { MISS_QUEUED, MISS_EXPIRED, MISS_GONE };
+enum miss_state miss_look(struct blob_core *c, uint32_t index, int64_t now);
 /* Hands a chunk to the thread that waits for other processes. */
 void miss_foreign(struct blob_core *c, uint32_t index);
 void miss_fail_core(struct blob_core *c, int err);

@@ -277,8 +277,6 @@ vnd_engine *vnd_engine_new(const vnd_engine_cfg *cfg)
         e->cfg.read_deadline_ms = 30000;
     if (!e->cfg.pool_threads)
         e->cfg.pool_threads = 2;
-    if (!e->cfg.amplify_max_bytes)
-        e->cfg.amplify_max_bytes = 8u << 20;
     if (!e->cfg.sync_interval_ms)
         e->cfg.sync_interval_ms = 30000;
     pthread_mutex_init(&e->lock, NULL);

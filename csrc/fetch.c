@@ -49,10 +49,14 @@ static void want_free(struct fetch_want *w)
     free(w);
 }
 
-static void prefetch_free(struct prefetch *p)
+static void ranges_free(struct prefetch *p)
 {
-    core_put(p->core);
-    free(p);
+    while (p) {
+        struct prefetch *gone = p;
+        p = p->next;
+        core_put(gone->core);
+        free(gone);
+    }
 }
 
 void fetcher_shutdown(struct vnd_engine *e)
@@ -91,11 +95,8 @@ void fetcher_free(struct vnd_engine *e)
         f->demand = w->next;
         want_free(w);
     }
-    while (f->prefetch) {
-        struct prefetch *p = f->prefetch;
-        f->prefetch = p->next;
-        prefetch_free(p);
-    }
+    ranges_free(f->ahead);
+    ranges_free(f->prefetch);
     miss_fail_all(f, ESHUTDOWN);
     uncached_free(f);
     for (int i = 0; i < FETCH_SHARDS; i++)
@@ -159,17 +160,17 @@ int fetch_push_meta(struct vnd_blob *b)
     return 0;
 }
 
-/* Drops the prefetch ranges of a core, or with c NULL of a tag; tells their jobs under way. */
-static void drop_ranges(struct fetcher *f, const struct blob_core *c, uint64_t tag)
+/* Takes the ranges of a core out of a list, or with c NULL of a tag. A busy one is dropped by the thread that works on
+ * it. */
+static struct prefetch *take_ranges(struct prefetch **p, const struct blob_core *c, uint64_t tag)
 {
     struct prefetch *gone = NULL;
 
-    pthread_mutex_lock(&f->lock);
-    for (struct prefetch **p = &f->prefetch; *p;) {
+    while (*p) {
         struct prefetch *r = *p;
         bool hit = c ? r->core == c : r->tag == tag;
         r->cancelled |= hit;
-        if (!hit || r->busy) {      /* a busy one is dropped by the thread that works on it */
+        if (!hit || r->busy) {
             p = &r->next;
             continue;
         }
@@ -177,17 +178,26 @@ static void drop_ranges(struct fetcher *f, const struct blob_core *c, uint64_t t
         r->next = gone;
         gone = r;
     }
+    return gone;
+}
+
+/* Drops what nobody waits for of a core, or the prefetch of a tag; tells the jobs under way. */
+static void drop_ranges(struct fetcher *f, const struct blob_core *c, uint64_t tag)
+{
+    struct prefetch *gone, *ahead = NULL;
+
+    pthread_mutex_lock(&f->lock);
+    gone = take_ranges(&f->prefetch, c, tag);
+    if (c)
+        ahead = take_ranges(&f->ahead, c, 0);
     for (int i = 0; i < FETCH_SLOTS; i++) {
         struct job *j = &f->slots[i];
-        if (j->id && j->prefetch && (c ? j->core == c : j->tag == tag))
+        if (j->id && (c ? j->whom != FOR_READER && j->core == c : j->whom == FOR_PREFETCH && j->tag == tag))
             atomic_store(&j->cancelled, true);
     }
     pthread_mutex_unlock(&f->lock);
-    while (gone) {
-        struct prefetch *r = gone;
-        gone = r->next;
-        prefetch_free(r);
-    }
+    ranges_free(gone);
+    ranges_free(ahead);
 }
 
 void fetch_drop_prefetch(struct blob_core *c)
@@ -235,17 +245,26 @@ void fetch_promote(struct fetcher *f, int slot, uint32_t index)
 
 /* ---------------------------------------------------------------- handing out */
 
-static int slot_reserve(struct fetcher *f, bool prefetch)
+static const uint32_t slots_for[] = { [FOR_READER] = FETCH_SLOTS, [FOR_PREFETCH] = FETCH_PREFETCH_SLOTS,
+                                      [FOR_STREAM] = FETCH_STREAM_SLOTS };
+
+/* Demand always finds a slot before long: prefetch and streams leave it one between them. */
+static bool slot_free(const struct fetcher *f, enum job_for whom)
 {
-    if (f->running >= FETCH_SLOTS || (prefetch && f->running_prefetch >= FETCH_PREFETCH_SLOTS))
+    return f->running < (whom == FOR_READER ? FETCH_SLOTS : FETCH_SLOTS - 1) && f->running_for[whom] < slots_for[whom];
+}
+
+static int slot_reserve(struct fetcher *f, enum job_for whom)
+{
+    if (!slot_free(f, whom))
         return -1;
     for (int i = 0; i < FETCH_SLOTS; i++) {
         struct job *j = &f->slots[i];
         if (!j->id && !j->reserved) {
             j->reserved = true;
-            j->prefetch = prefetch;
+            j->whom = whom;
             f->running++;
-            f->running_prefetch += prefetch;
+            f->running_for[whom]++;
             return i;
         }
     }
@@ -255,7 +274,7 @@ static int slot_reserve(struct fetcher *f, bool prefetch)
 static void slot_release(struct fetcher *f, struct job *j)
 {
     f->running--;
-    f->running_prefetch -= j->prefetch;
+    f->running_for[j->whom]--;
     j->reserved = false;
     j->id = 0;
     j->core = NULL;
@@ -269,20 +288,22 @@ void fetch_release_slot(struct fetcher *f, struct job *j)
     pthread_mutex_unlock(&f->lock);
 }
 
-/* The window doubles while misses follow each other and halves when they jump about. */
-static uint32_t window_of(struct blob_core *c, uint32_t index)
+void vnd_blob_set_amplify(vnd_blob *b, uint32_t bytes)
 {
-    uint32_t max = c->engine->cfg.amplify_max_bytes;
+    atomic_store_explicit(&b->amplify_bytes, bytes, memory_order_relaxed);
+}
 
-    if (max < FETCH_WINDOW_MIN)
-        max = FETCH_WINDOW_MIN;
-    if (!c->window_bytes)
-        c->window_bytes = FETCH_WINDOW_MIN;
-    else if (index == c->window_next)
-        c->window_bytes = c->window_bytes > max / 2 ? max : c->window_bytes * 2;
-    else if (c->window_bytes > FETCH_WINDOW_MIN)
-        c->window_bytes = c->window_bytes / 2;
-    return c->window_bytes;
+/* How far the image of the handle that asked wants a miss extended. */
+static uint32_t amplify_of(struct blob_core *c, const void *hint)
+{
+    uint32_t bytes = AMPLIFY_DEFAULT_BYTES;
+
+    pthread_mutex_lock(&c->lock);
+    for (const struct vnd_blob *b = c->handles; b; b = b->next)
+        if (b == hint)
+            bytes = atomic_load_explicit(&b->amplify_bytes, memory_order_relaxed);
+    pthread_mutex_unlock(&c->lock);
+    return bytes;
 }
 
 static void fill_out(struct job *j, vnd_job *out)
@@ -296,7 +317,7 @@ static void fill_out(struct job *j, vnd_job *out)
     out->kind = j->kind;
     for (uint32_t i = 0; i < j->n; i++)
         out->chunk_count += j->state[i] == JOB_WANT;
-    out->prefetch = j->prefetch;
+    out->prefetch = j->whom == FOR_PREFETCH;
     out->digester = c->info.digester;
     out->deadline_us = j->deadline_us;
     /* The chunk table of a layer that is used as it is lies in a blob of its own. */
@@ -314,11 +335,11 @@ static void fill_out(struct job *j, vnd_job *out)
  * filled. */
 static int next_demand(struct fetcher *f, vnd_job *out)
 {
-    int slot = slot_reserve(f, false);
+    int slot = slot_reserve(f, FOR_READER);
     struct fetch_want *w = f->demand;
-    uint32_t window;
+    uint64_t stream = 0;
     struct job *j;
-    bool made;
+    bool made = false;
 
     if (slot < 0)
         return 0;
@@ -336,16 +357,21 @@ static int next_demand(struct fetcher *f, vnd_job *out)
         j->clen = w->meta->info.ci_csize_bytes + BLOBMETA_HEADER;
         made = true;
     } else {
-        window = window_of(w->core, w->index);
         pthread_mutex_unlock(&f->lock);
-        /* Whoever wanted it has given up: not in the way of those who have not. */
-        if (miss_expired(w->core, w->index, now_us())) {
-            fetch_ahead(w->core, w->index, w->index + 1, 0, w->hint, false);
-            made = false;
-        } else {
-            made = job_build(f, slot, w->core, w->index, UINT32_MAX, false, window);
-        }
+        uint32_t amplify = amplify_of(w->core, w->hint);
+        enum miss_state state = miss_look(w->core, w->index, now_us());
         pthread_mutex_lock(&f->lock);
+        if (state == MISS_QUEUED) {
+            uint32_t window = stream_miss(w->core, w->index, amplify, &stream);
+            pthread_mutex_unlock(&f->lock);
+            made = job_build(f, slot, w->core, w->index, UINT32_MAX, true, window);
+            pthread_mutex_lock(&f->lock);
+        } else if (state == MISS_EXPIRED) {
+            /* Whoever wanted it has given up: not in the way of those who have not. */
+            pthread_mutex_unlock(&f->lock);
+            fetch_later(w->core, FOR_PREFETCH, w->index, w->index + 1, 0, w->hint, false);
+            pthread_mutex_lock(&f->lock);
+        }
     }
     if (!made) {
         slot_release(f, j);
@@ -355,7 +381,7 @@ static int next_demand(struct fetcher *f, vnd_job *out)
         return 0;
     }
     if (!w->meta)
-        w->core->window_next = j->first + j->n;
+        stream_fetched(w->core, stream, j->first + j->n, j->clen, w->hint);
     j->deadline_us = w->deadline_us;
     j->tag = 0;
     job_begin(j, ++f->next_id * FETCH_SLOTS + (uint64_t)slot);
@@ -365,10 +391,11 @@ static int next_demand(struct fetcher *f, vnd_job *out)
     return 1;
 }
 
-/* The same for prefetch. -1: nothing to try, 0: tried and nothing came of it. */
-static int next_prefetch(struct fetcher *f, vnd_job *out)
+/* The same of a list of ranges. -1: nothing to try, 0: tried and nothing came of it. */
+static int next_range(struct fetcher *f, struct prefetch **list, enum job_for whom, vnd_job *out)
 {
-    struct prefetch *p = f->prefetch, **at;
+    uint32_t window_bytes = whom == FOR_PREFETCH ? FETCH_PREFETCH_BYTES : STREAM_WINDOW_MAX;
+    struct prefetch *p = *list, **at;
     struct job *j;
     bool made = false;
     int slot;
@@ -376,7 +403,7 @@ static int next_prefetch(struct fetcher *f, vnd_job *out)
     /* One thread at a time works on a range; a range whose table is still being loaded waits. */
     while (p && (p->busy || !atomic_load_explicit(&p->core->table, memory_order_acquire)))
         p = p->next;
-    if (!p || (slot = slot_reserve(f, true)) < 0)
+    if (!p || (slot = slot_reserve(f, whom)) < 0)
         return -1;
     j = &f->slots[slot];
     p->busy = true;
@@ -385,7 +412,7 @@ static int next_prefetch(struct fetcher *f, vnd_job *out)
         p->end = p->core->info.chunk_count;
     for (int looked = 0; !made && p->at < p->end && looked < PREFETCH_SCAN; looked++) {
         if (!cachefile_ready(p->core->cache, p->at))
-            made = job_build(f, slot, p->core, p->at, p->end, true, FETCH_PREFETCH_BYTES);
+            made = job_build(f, slot, p->core, p->at, p->end, false, window_bytes);
         p->at = made ? j->first + j->n : p->at + 1;
     }
     if (made)
@@ -403,14 +430,29 @@ static int next_prefetch(struct fetcher *f, vnd_job *out)
         slot_release(f, j);
     }
     if (p->at >= p->end || p->cancelled) {
-        for (at = &f->prefetch; *at != p; at = &(*at)->next)
+        for (at = list; *at != p; at = &(*at)->next)
             ;
         *at = p->next;
+        p->next = NULL;
         pthread_mutex_unlock(&f->lock);
-        prefetch_free(p);
+        ranges_free(p);
         pthread_mutex_lock(&f->lock);
     }
     return made;
+}
+
+/* What is next for anybody: 1, or as next_range. Demand goes before what is ahead of readers, that before prefetch. */
+static int next_job(struct fetcher *f, vnd_job *out, bool take_prefetch)
+{
+    int got = -1;
+
+    if (f->demand && slot_free(f, FOR_READER))
+        return next_demand(f, out);
+    if (f->ahead && slot_free(f, FOR_STREAM))
+        got = next_range(f, &f->ahead, FOR_STREAM, out);
+    if (got < 0 && take_prefetch && f->prefetch && slot_free(f, FOR_PREFETCH))
+        got = next_range(f, &f->prefetch, FOR_PREFETCH, out);
+    return got;
 }
 
 int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms)
@@ -423,27 +465,16 @@ int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms)
     until = time_after_ms(timeout_ms);
     pthread_mutex_lock(&f->lock);
     for (;;) {
-        bool tried = false;
         if (atomic_load(&f->down)) {
             rc = -ESHUTDOWN;
             break;
         }
-        if (f->demand && f->running < FETCH_SLOTS) {
-            tried = true;
-            if (next_demand(f, out)) {
-                rc = 0;
-                break;
-            }
-        } else if (take_prefetch && f->prefetch && f->running < FETCH_SLOTS &&
-                   f->running_prefetch < FETCH_PREFETCH_SLOTS) {
-            int got = next_prefetch(f, out);
-            if (got > 0) {
-                rc = 0;
-                break;
-            }
-            tried = got == 0;
+        int got = next_job(f, out, take_prefetch);
+        if (got > 0) {
+            rc = 0;
+            break;
         }
-        if (tried)
+        if (got == 0)
             continue;
         if (late)
             break;
@@ -457,28 +488,44 @@ int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms)
 
 /* ---------------------------------------------------------------- prefetch */
 
-int fetch_ahead(struct blob_core *c, uint32_t first, uint32_t end, uint64_t tag, const void *hint, bool head)
+static int queue_range(struct blob_core *c, enum job_for whom, struct prefetch range, bool head)
 {
     struct fetcher *f = c->engine->fetcher;
-    struct prefetch *p = malloc(sizeof *p), **at = &f->prefetch;
+    struct prefetch *p = malloc(sizeof *p), **at = whom == FOR_STREAM ? &f->ahead : &f->prefetch;
 
     if (!p)
         return -ENOMEM;
-    *p = (struct prefetch){ .core = c, .hint = hint, .at = first, .end = end, .tag = tag };
+    *p = range;
+    p->core = c;
     core_get(c);
-    pthread_mutex_lock(&f->lock);
     while (*at && !head)
         at = &(*at)->next;
     p->next = *at;
     *at = p;
-    pthread_cond_signal(&f->some);
-    pthread_mutex_unlock(&f->lock);
+    pthread_cond_broadcast(&f->some);       /* not every thread takes prefetch */
     return 0;
+}
+
+int fetch_later(struct blob_core *c, enum job_for whom, uint32_t first, uint32_t end, uint64_t tag, const void *hint,
+                bool head)
+{
+    struct fetcher *f = c->engine->fetcher;
+    int rc;
+
+    pthread_mutex_lock(&f->lock);
+    rc = queue_range(c, whom, (struct prefetch){ .hint = hint, .at = first, .end = end, .tag = tag }, head);
+    pthread_mutex_unlock(&f->lock);
+    return rc;
+}
+
+int fetch_stream(struct blob_core *c, uint32_t first, uint32_t end, const void *hint)
+{
+    return queue_range(c, FOR_STREAM, (struct prefetch){ .hint = hint, .at = first, .end = end }, false);
 }
 
 int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag)
 {
-    int rc = fetch_ahead(b->core, first, n && n < UINT32_MAX - first ? first + n : UINT32_MAX, tag, b, false);
+    int rc = fetch_later(b->core, FOR_PREFETCH, first, n && n < UINT32_MAX - first ? first + n : UINT32_MAX, tag, b, false);
 
     if (!rc && !atomic_load_explicit(&b->table, memory_order_acquire))
         handle_want_load(b);
@@ -499,7 +546,7 @@ int vnd_prefetch_pending(vnd_engine *e, uint64_t tag)
     for (const struct prefetch *p = f->prefetch; p && !some; p = p->next)
         some = p->tag == tag;
     for (int i = 0; i < FETCH_SLOTS && !some; i++)
-        some = f->slots[i].id && f->slots[i].prefetch && f->slots[i].tag == tag;
+        some = f->slots[i].id && f->slots[i].whom == FOR_PREFETCH && f->slots[i].tag == tag;
     pthread_mutex_unlock(&f->lock);
     return some;
 }

@@ -1,5 +1,5 @@
-/* fetcher.h -- the fetcher's own state: queues (fetch.c), merging (merge.c), jobs (job.c), miss table (miss.c),
- * other processes (foreign.c), memory for uncached chunks (uncached.c).
+/* fetcher.h -- the fetcher's own state: queues (fetch.c), streams (stream.c), merging (merge.c), jobs (job.c), miss
+ * table (miss.c), other processes (foreign.c), memory for uncached chunks (uncached.c).
  */
 #ifndef VND_FETCHER_H
 #define VND_FETCHER_H
@@ -10,12 +10,14 @@
 #define FETCH_SLOTS 8               /* jobs under way */
 #define FETCH_PREFETCH_SLOTS 6      /* of them prefetch */
 #define FETCH_JOB_CHUNKS 4096       /* chunks of a job */
-#define FETCH_WINDOW_MIN (256u << 10)
+#define FETCH_STREAM_SLOTS 3        /* of them ahead of readers who read in order */
+#define FETCH_BACK_BYTES (256u << 10)
 #define FETCH_PREFETCH_BYTES (2u << 20)
 #define FETCH_BRIDGE_BYTES (64u << 10)
 #define FETCH_BATCH_BYTES (1u << 20)    /* decoded and waiting for commit */
 #define FETCH_TRIES 2
 
+enum job_for { FOR_READER, FOR_PREFETCH, FOR_STREAM };
 enum job_chunk { JOB_SKIP, JOB_WANT, JOB_DECODED, JOB_DONE, JOB_BAD };
 
 struct job {
@@ -27,9 +29,12 @@ struct job {
     struct vnd_blob *meta;          /* META job: whose table it brings; referenced */
     uint64_t tag;
     int64_t deadline_us;
-    uint32_t kind, prefetch;
+    uint32_t kind;
+    enum job_for whom;
+    int64_t began_us, first_us;     /* handed out; first bytes came, of which there were */
+    uint64_t first_bytes;
     _Atomic bool cancelled;
-    _Atomic uint32_t shed_after;    /* a prefetch job that somebody came to wait for: the last chunk index wanted */
+    _Atomic uint32_t shed_after;    /* a job for nobody yet that somebody came to wait for: the last chunk index wanted */
     uint32_t first, n;              /* chunk indexes [first, first+n) */
     uint8_t state[FETCH_JOB_CHUNKS];    /* enum job_chunk */
     bool claimed;                   /* units [claim_first, + claim_n) are locked against other processes */
@@ -81,8 +86,8 @@ struct fetcher {
     pthread_cond_t some;
     _Atomic bool down;
     struct fetch_want *demand, **demand_tail;
-    struct prefetch *prefetch;
-    uint32_t running, running_prefetch;
+    struct prefetch *ahead, *prefetch;
+    uint32_t running, running_for[3];   /* by enum job_for */
     uint64_t next_id;
     struct job slots[FETCH_SLOTS];
     struct miss_shard shards[FETCH_SHARDS];
@@ -117,13 +122,16 @@ void job_begin(struct job *j, uint64_t id);     /* a job that was built is hande
 void job_wipe(struct job *j);       /* frees its buffers */
 /* merge.c: makes slot's job out of a chunk and its neighbours before chunk end. false: nothing to do for that chunk.
  * The slot is reserved by the caller. */
-bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool prefetch,
+bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool waited,
                uint32_t window_bytes);
 /* fetch.c */
 void fetch_release_slot(struct fetcher *f, struct job *j);
 void fetch_drop_prefetch(struct blob_core *c);
-/* Queues a range of chunks for prefetch. 0 or -ENOMEM. */
-int fetch_ahead(struct blob_core *c, uint32_t first, uint32_t end, uint64_t tag, const void *hint, bool head);
+/* Queues a range of chunks that nobody waits for. 0 or -ENOMEM. */
+int fetch_later(struct blob_core *c, enum job_for whom, uint32_t first, uint32_t end, uint64_t tag, const void *hint,
+                bool head);
+/* The same for a stream, with fetcher->lock held. */
+int fetch_stream(struct blob_core *c, uint32_t first, uint32_t end, const void *hint);
 void fetch_wake(struct fetcher *f); /* something changed that job_next looks at */
 
 #endif

@@ -21,6 +21,9 @@ void job_init(struct job *j)
 void job_begin(struct job *j, uint64_t id)
 {
     j->id = id;
+    j->began_us = now_us();
+    j->first_us = 0;
+    j->first_bytes = 0;
     atomic_store(&j->cancelled, false);
     j->unspaced = j->bad = j->lost = false;
     j->fed = j->wasted = 0;
@@ -88,7 +91,7 @@ bool job_unwanted(struct fetcher *f, struct job *j)
     if (atomic_load(&j->cancelled) || atomic_load(&j->core->closed) || atomic_load(&f->down))
         return true;
     shed = atomic_load(&j->shed_after);
-    if (!j->prefetch || !shed || j->first + j->cursor < shed)
+    if (j->whom == FOR_READER || !shed || j->first + j->cursor < shed)
         return false;
     pthread_mutex_lock(&f->lock);
     demand = f->demand != NULL;
@@ -155,7 +158,7 @@ static int write_views(struct commit *m, uint32_t from, uint32_t to)
 static void keep_unwritten(struct job *j, uint32_t view)
 {
     j->unspaced = true;
-    if (j->prefetch && !atomic_load(&j->shed_after)) {
+    if (j->whom != FOR_READER && !atomic_load(&j->shed_after)) {
         atomic_store(&j->cancelled, true);      /* no use in fetching ahead into nowhere */
         fetch_drop_prefetch(j->core);
     } else {
@@ -176,6 +179,8 @@ static void settle_views(struct commit *m, uint32_t from, uint32_t to)
     if (!rc) {
         pthread_mutex_lock(&cache->lock);
         lost = !cachefile_epoch_holds(cache, m->epoch);     /* bytes were taken away meanwhile, perhaps these */
+        if (!lost)          /* counted first: who sees them ready finds them counted */
+            atomic_fetch_add_explicit(counter, to - from, memory_order_relaxed);
         for (uint32_t v = from; v < to && !lost; v++)
             cachefile_set_ready(cache, j->first + j->views[v].rel);
         pthread_mutex_unlock(&cache->lock);
@@ -188,12 +193,10 @@ static void settle_views(struct commit *m, uint32_t from, uint32_t to)
             continue;
         }
         j->state[rel] = JOB_DONE;
-        if (rc) {
+        if (rc)
             keep_unwritten(j, v);
-        } else {
-            atomic_fetch_add_explicit(counter, 1, memory_order_relaxed);
+        else
             m->ready++;
-        }
         miss_finish(j->core, j->first + rel, 0);
     }
 }
@@ -293,7 +296,7 @@ static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
         } else if (j->state[rel] == JOB_WANT || j->state[rel] == JOB_DECODED) {
             if (j->bad || j->lost || dropped)   /* not reached, through no fault of its own */
                 miss_retry(j->core, i, 255, false, false, EIO);
-            else if (!error || j->prefetch || verify)
+            else if (!error || j->whom != FOR_READER || verify)
                 miss_retry(j->core, i, FETCH_TRIES, true, false, EIO);
             else
                 miss_fail(j->core, i, j->deadline_us, EIO);
@@ -328,22 +331,25 @@ uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const
         return 0;
     c = j->core;
     wasted = j->wasted < j->fed ? j->wasted : j->fed;
-    shed = j->prefetch && job_unwanted(e->fetcher, j) && !atomic_load(&j->cancelled) && !atomic_load(&c->closed) &&
-           !atomic_load(&e->fetcher->down);
+    shed = j->whom != FOR_READER && job_unwanted(e->fetcher, j) && !atomic_load(&j->cancelled) &&
+           !atomic_load(&c->closed) && !atomic_load(&e->fetcher->down);
     /* First: chunks asked for again are claimed anew, maybe by another thread at once. */
     if (j->claimed)
         claim_release(c->cache->side_fd, j->claim_first, j->claim_n);
     j->claimed = false;
     if (error && !j->bad && !atomic_load(&c->closed))
-        engine_say(e, j->prefetch ? 30 : 40, cause, "%s", text && *text ? text : "fetching failed");
+        engine_say(e, j->whom == FOR_READER ? 40 : 30, cause, "%s", text && *text ? text : "fetching failed");
     if (j->kind == VND_JOB_META)
         meta_end(j, error);
     else
         job_leftovers(e, j, error);
     claim_wake_all(&c->store->wake);
-    /* A prefetch that made way for a reader goes on later where it stopped. */
+    /* What made way for a reader goes on later where it stopped. */
     if (shed && !error && j->cursor < j->n)
-        fetch_ahead(c, j->first + j->cursor, j->first + j->n, j->tag, j->hint, true);
+        fetch_later(c, j->whom, j->first + j->cursor, j->first + j->n, j->tag, j->hint, true);
+    if (!error && j->first_us && j->fed == j->clen)
+        stream_pace(&c->pace, (uint32_t)(j->first_us - j->began_us), j->fed - j->first_bytes,
+                    (uint64_t)(now_us() - j->first_us));
     shrink(&j->pend, &j->pend_cap);
     shrink(&j->scratch, &j->scratch_cap);
     shrink(&j->kept, &j->kept_cap);

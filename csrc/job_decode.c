@@ -280,7 +280,11 @@ static int job_feed(struct vnd_engine *e, struct job *j, const uint8_t *buf, siz
         return -ENOMEM;
     j->fed += len;
     atomic_fetch_add_explicit(&e->shared.fetched_bytes, len, memory_order_relaxed);
-    if (j->prefetch)
+    if (!j->first_us) {
+        j->first_us = now_us();
+        j->first_bytes = len;
+    }
+    if (j->whom == FOR_PREFETCH)
         atomic_fetch_add_explicit(&e->shared.prefetch_bytes, len, memory_order_relaxed);
     rc = decode(j, &in);
     /* What is left over, because a batch is full or a chunk incomplete, is decoded by a later call. */

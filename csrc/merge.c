@@ -15,7 +15,7 @@ struct build {
     int slot;
     struct blobtable *t;
     struct cachefile *cache;
-    bool verify, prefetch;
+    bool verify, wanted;        /* wanted: somebody waits for the first chunk */
     uint32_t window_bytes;
     uint32_t limit;             /* chunks from here on are not taken */
     uint32_t batch;             /* of the last taken chunk */
@@ -51,7 +51,7 @@ static bool may_join(const struct build *b, uint32_t i, bool *speculative)
     if (gap > FETCH_BRIDGE_BYTES || (b->bridged + gap) * 100 > bytes * 12)
         return false;
     *speculative = bytes <= b->window_bytes;
-    return *speculative || (!b->prefetch && bytes <= WANTED_BYTES);
+    return *speculative || (b->wanted && bytes <= WANTED_BYTES);
 }
 
 /* Takes the neighbours after the first chunk. */
@@ -123,6 +123,7 @@ static void reach_back(struct build *b)
 {
     struct job *j = b->j;
     uint32_t index = j->first, first = index;
+    uint32_t reach = b->window_bytes < FETCH_BACK_BYTES ? b->window_bytes : FETCH_BACK_BYTES;
     const struct blobtable_chunk *k = &b->t->chunk[index];
     bool wanted, force;
 
@@ -131,7 +132,7 @@ static void reach_back(struct build *b)
     while (first > 0 && index - first < FETCH_JOB_CHUNKS / 2) {
         const struct blobtable_chunk *before = &b->t->chunk[first - 1];
         if (!before->usize || before->batch || chunk_end(before) != b->t->chunk[first].coff ||
-            chunk_end(k) - before->coff > FETCH_WINDOW_MIN || cachefile_ready(b->cache, first - 1) ||
+            chunk_end(k) - before->coff > reach || cachefile_ready(b->cache, first - 1) ||
             cachefile_doubted(b->cache, first - 1))
             break;
         if (miss_take(j->core, first - 1, b->slot, true, &wanted, &force) != MISS_TAKEN)
@@ -181,11 +182,11 @@ static void claim_job(struct build *b)
     }
 }
 
-bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool prefetch,
+bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool waited,
                uint32_t window_bytes)
 {
     struct job *j = &f->slots[slot];
-    struct build b = { .f = f, .j = j, .slot = slot, .cache = c->cache, .prefetch = prefetch,
+    struct build b = { .f = f, .j = j, .slot = slot, .cache = c->cache, .wanted = waited,
                        .window_bytes = window_bytes,
                        .t = atomic_load_explicit(&c->table, memory_order_acquire) };
     bool wanted = false, force = false;
@@ -197,7 +198,7 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
     if (atomic_load(&c->closed) || !b.t || index >= b.t->n || !b.t->chunk[index].usize)
         return false;
     atomic_store(&j->shed_after, 0);
-    got = miss_take(c, index, slot, prefetch, &wanted, &force);
+    got = miss_take(c, index, slot, !waited, &wanted, &force);
     if (got == MISS_READY)
         miss_finish(c, index, 0);
     if (got != MISS_TAKEN)
@@ -214,7 +215,7 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
     j->state[0] = JOB_WANT;
     if (b.batch && !b.verify)
         merge_backward(&b);
-    else if (!b.verify && !prefetch)
+    else if (!b.verify && waited)
         reach_back(&b);
     merge_forward(&b);
     claim_job(&b);

@@ -270,22 +270,26 @@ bool miss_retry(struct blob_core *c, uint32_t index, int max_tries, bool counts,
     return again;
 }
 
-bool miss_expired(struct blob_core *c, uint32_t index, int64_t now)
+enum miss_state miss_look(struct blob_core *c, uint32_t index, int64_t now)
 {
     struct miss_shard *s = miss_shard_of(c->engine->fetcher, c, index);
-    struct store_unit **at, *u;
-    bool expired;
+    enum miss_state state = MISS_GONE;
+    struct store_unit **at, *u, *gone = NULL;
 
     pthread_mutex_lock(&s->lock);
     at = unit_find(s, c, index);
     u = *at;
-    expired = u && u->state == UNIT_QUEUED && !u->waiters && u->deadline_us && u->deadline_us < now;
-    if (expired)
-        *at = u->next;
+    if (u && u->state == UNIT_QUEUED) {
+        state = MISS_QUEUED;
+        if (!u->waiters && u->deadline_us && u->deadline_us < now) {
+            state = MISS_EXPIRED;
+            *at = u->next;
+            gone = u;
+        }
+    }
     pthread_mutex_unlock(&s->lock);
-    if (expired)
-        free(u);
-    return expired;
+    free(gone);
+    return state;
 }
 
 void miss_foreign(struct blob_core *c, uint32_t index)

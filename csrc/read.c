@@ -234,6 +234,18 @@ static bool any_uncached(const struct extent *ext, int n)
     return false;
 }
 
+/* Asks for more where a reader who reads in order comes to what was fetched ahead of him. */
+static void pass_marks(const struct extent *x)
+{
+    struct blob_core *c = x->blob->core;
+
+    for (int i = 0; i < STREAMS; i++)
+        if (atomic_load_explicit(&c->streams[i].mark, memory_order_relaxed) == x->chunk) {
+            stream_reached(c, x->chunk, x->blob);
+            return;
+        }
+}
+
 int64_t store_read(struct store_wait *w, const struct extent *ext, int n, const struct iovec *iov, int iov_n)
 {
     if (w->err) {
@@ -266,6 +278,8 @@ int64_t store_read(struct store_wait *w, const struct extent *ext, int n, const 
             }
             if (!blobtable_covers(t, x))
                 return refuse_extent(x);
+            if (atomic_load_explicit(&x->blob->core->marks, memory_order_relaxed))
+                pass_marks(x);
             if (!cachefile_ready(x->blob->cache, x->chunk))
                 rc = -ENODATA;
         }

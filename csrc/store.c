@@ -289,6 +289,7 @@ static int core_join(struct vnd_store *s, struct vnd_blob *b)
         c->info = b->info;
         pthread_mutex_init(&c->load_lock, NULL);
         pthread_mutex_init(&c->lock, NULL);
+        stream_init(c);
         c->next = s->cores;
         s->cores = c;
         s->refs++;
@@ -336,6 +337,7 @@ struct vnd_blob *blob_get(vnd_store *s, const vnd_blob_info *info, blob_chunks_f
     if (b) {
         atomic_init(&b->refs, 1);
         b->info = *info;
+        atomic_init(&b->amplify_bytes, AMPLIFY_DEFAULT_BYTES);
         b->chunks = chunks;
         b->ctx = ctx;
         b->meta.state = UNIT_OTHER;

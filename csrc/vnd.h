@@ -40,7 +40,6 @@ typedef struct vnd_engine vnd_engine;
 typedef struct {
     uint32_t read_deadline_ms;    /* a guest read that misses fails with EIO after this; 0 = 30000 */
     uint32_t pool_threads;        /* threads for page-cache misses and compressed hits; 0 = 2 */
-    uint32_t amplify_max_bytes;   /* upper bound of a merged demand fetch; 0 = 8 MiB */
     uint32_t sync_interval_ms;    /* how often written data is made durable; 0 = 30000 */
     uint8_t allow_unverified;     /* serve images that carry no chunk digests */
 } vnd_engine_cfg;
@@ -228,7 +227,7 @@ typedef struct {
     uint64_t coff, clen;          /* compressed range, bytes */
     uint32_t kind;                /* enum vnd_job_kind */
     uint32_t chunk_count;         /* chunks that lie in the range */
-    uint32_t prefetch;            /* 1: prefetch, 0: somebody waits */
+    uint32_t prefetch;            /* 1: prefetch, 0: somebody waits or is expected to, reading in order */
     uint32_t digester;            /* 0 blake3: hash the views of job_chunks; 1 sha256: C does it */
     int64_t deadline_us;          /* CLOCK_MONOTONIC, of the most urgent waiter; 0 = none */
 } vnd_job;
@@ -256,6 +255,9 @@ int vnd_job_commit(vnd_engine *e, uint64_t job_id, const uint8_t *digests, int n
  * that were fed and of no use: chunks that were here already or had a wrong digest. */
 uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const char *text);
 
+/* How far misses of this image in the blob are extended over what follows them, compressed bytes; 0: not at all, less
+ * than 128 KiB act as that. 1 MiB unless called. Who reads in order is given more where the link asks for it. */
+void vnd_blob_set_amplify(vnd_blob *b, uint32_t bytes);
 /* Asks for chunks [first, first+n) of a blob, n 0 = to its end, behind all demand. tag groups a request. */
 int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag);
 void vnd_prefetch_cancel(vnd_engine *e, uint64_t tag);

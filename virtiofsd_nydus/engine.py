@@ -78,15 +78,14 @@ class Event:
 class Engine:
     """One engine: everything in C hangs off it.
 
-    read_deadline_ms: a guest read that misses ends in EIO after it. amplify_max_bytes: largest merged fetch.
+    read_deadline_ms: a guest read that misses ends in EIO after it.
     """
 
-    def __init__(self, *, read_deadline_ms: int = 0, pool_threads: int = 0, amplify_max_bytes: int = 0,
-                 sync_interval_ms: int = 0, allow_unverified: bool = False) -> None:
+    def __init__(self, *, read_deadline_ms: int = 0, pool_threads: int = 0, sync_interval_ms: int = 0,
+                 allow_unverified: bool = False) -> None:
         cfg = ffi.new("vnd_engine_cfg *", {
             "read_deadline_ms": read_deadline_ms, "pool_threads": pool_threads,
-            "amplify_max_bytes": amplify_max_bytes, "sync_interval_ms": sync_interval_ms,
-            "allow_unverified": allow_unverified,
+            "sync_interval_ms": sync_interval_ms, "allow_unverified": allow_unverified,
         })
         self.handle = lib.vnd_engine_new(cfg)
         if self.handle == ffi.NULL:
@@ -223,6 +222,13 @@ class Rafs:
         while count := lib.vnd_rafs_latest_read(self.handle, out, INODES_AT_ONCE):
             found.update(out[0:count])
         return found
+
+    def set_amplify(self, count: int) -> None:
+        """How far a miss is extended, compressed bytes; 0 = not at all."""
+        for index in range(self._info.blob_count):
+            blob = lib.vnd_rafs_blob(self.handle, index)
+            if blob != ffi.NULL:
+                lib.vnd_blob_set_amplify(blob, count)
 
     def prefetch_blob(self, index: int, tag: int = 0) -> None:
         """Asks for every chunk of a blob, behind all demand."""

@@ -362,6 +362,38 @@ static inline void fix_down(struct fix *f)
     vnd_engine_free(f->e);
 }
 
+/* ---- one step at a time, with a fixture of no server threads */
+static inline void fix_load_table(struct fix *f)
+{
+    handle_want_load(f->h);
+    for (int64_t until = now_us() + 5000000; !atomic_load(&f->h->table) && now_us() < until;)
+        usleep(100);
+    CHECK(atomic_load(&f->h->table));
+}
+
+static inline void fix_next_job(struct fix *f, vnd_job *job)
+{
+    CHECK_EQ(vnd_job_next(f->e, job, 0, 2000), 0);
+}
+
+static inline void fix_serve_now(struct fix *f, const vnd_job *job)
+{
+    f->server.e = f->e;
+    f->server.feed_bytes = 100000;
+    fix_serve(&f->server, job);
+}
+
+/* A reader of a chunk that is not ready. */
+static inline void fix_park(struct fix *f, struct fix_blob *b, struct fix_reader *r, uint32_t chunk)
+{
+    static uint8_t buf[8];
+    struct extent x = { .blob = f->h, .uoff = b->chunk[chunk].uoff, .chunk = chunk, .len = 8 };
+    struct iovec iov = { buf, 8 };
+
+    fix_reader_init(r);
+    CHECK_EQ(store_read(&r->w, &x, 1, &iov, 1), -EINPROGRESS);
+}
+
 /* Whether the engine says a line with this in it within a second; takes the lines before it. */
 static inline bool fix_said(vnd_engine *e, int cause, const char *part)
 {

@@ -29,11 +29,14 @@ class Counting(LocalfsBackend):
     def __init__(self, directory: str) -> None:
         super().__init__(directory)
         self.asked: list[tuple[float, int, bool]] = []
+        self.reader_at = 0      # told by a test: in the file, which is the blob
+        self.ahead_bytes = 0    # how far ahead of that the farthest request began
         self.lock = threading.Lock()
 
     def read_range(self, blob_id, offset, length, *, prefetch=False, deadline=None):
         with self.lock:
             self.asked.append((time.monotonic(), length, prefetch))
+            self.ahead_bytes = max(self.ahead_bytes, offset - self.reader_at)
         return super().read_range(blob_id, offset, length, prefetch=prefetch, deadline=deadline)
 
 
@@ -127,6 +130,36 @@ def test_without_a_limit_it_does_not_wait(setup: Setup, backend: Counting, tmp_p
     finally:
         opened.close()
     assert sum(length for _, length, prefetch in backend.asked if prefetch) >= SIZE
+
+
+@pytest.mark.parametrize(("amplify", "fetched"), [(0, 64 << 10), (4096, 128 << 10), (128 << 10, 128 << 10),
+                                                  (1 << 20, 256 << 10), (2 << 20, 512 << 10)])
+def test_a_miss_takes_its_neighbours_along(setup: Setup, backend: Counting, tmp_path: Path, amplify: int,
+                                           fetched: int) -> None:
+    """One that follows no other is extended to a quarter of amplify_io; 0 means the chunk alone."""
+    opened = Opened(setup, tmp_path / "cache", backend)
+    try:
+        opened.rafs.set_amplify(amplify)
+        at = SIZE // 2 + 100
+        assert opened.rafs.read(setup.ino, at, 4096) == setup.data[at:at + 4096]
+    finally:
+        opened.close()
+    assert [(length, prefetch) for _, length, prefetch in backend.asked] == [(fetched, False)]
+
+
+def test_a_reader_in_order_is_fetched_ahead_of(setup: Setup, backend: Counting, tmp_path: Path) -> None:
+    """Not as prefetch, whose limit does not count. Each byte is asked for once."""
+    opened = Opened(setup, tmp_path / "cache", backend, RateLimit(1))
+    try:
+        for at in range(0, SIZE, 128 << 10):
+            backend.reader_at = at
+            assert opened.rafs.read(setup.ino, at, 128 << 10) == setup.data[at:at + (128 << 10)]
+        assert opened.engine.stats()["prefetch_bytes"] == 0
+    finally:
+        opened.close()
+    assert backend.ahead_bytes > 128 << 10
+    assert sum(length for _, length, _ in backend.asked) == SIZE
+    assert not any(prefetch for _, _, prefetch in backend.asked)
 
 
 def test_a_proxy_that_corrupts_costs_one_attempt(setup: Setup, tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ def test_an_abandoned_read_does_no_harm(server: FaultyServer, make) -> None:
     blob = server.add(DATA)
     backend = make()
     pieces = backend.read_range(blob, 0, len(DATA))
-    assert bytes(next(pieces)) == DATA[:256 << 10]
+    piece = bytes(next(pieces))
+    assert 0 < len(piece) < len(DATA) and DATA.startswith(piece)
     pieces.close()
     assert read(backend, blob, 10, 20) == DATA[10:30]
 

@@ -2,11 +2,15 @@
 
 import contextlib
 import hashlib
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
+from tests.peers.faulty_server import FaultyServer
 from tests.peers.registry import LocalRegistry
+from tests.proofs.sample import CHUNK_BYTES, make_sample
 from tests.system.daemon import Daemon, ServedImage, data_ends
 from tests.system.guest_tree import Record, differences, list_tree
 from tests.system.range_proxy import RangeProxy
@@ -46,6 +50,33 @@ def test_one_read_fetches_what_it_touches(image: ServedImage, registry: LocalReg
             guest.fuse.init()
             guest.fuse.read_file("sizes/1")
         assert 0 < proxy.sent_bytes() < sum(image.blobs.values()) * 0.15
+
+
+@dataclass(frozen=True)
+class AmplifiedImage(ServedImage):
+    """With amplify_io, by its name of version 2."""
+
+    amplify_bytes: int = 0
+
+    def write_config(self, path: Path, work_dir: Path) -> Path:
+        super().write_config(path, work_dir)
+        path.write_text(json.dumps({**json.loads(path.read_text()), "rafs": {"batch_size": self.amplify_bytes}}))
+        return path
+
+
+def test_amplify_io_says_how_far_a_miss_reaches(tmp_path: Path) -> None:
+    """0: to the chunk that was read and no further; else over its neighbours."""
+    sample = make_sample(tmp_path / "image", files=2, file_bytes=4 << 20)
+    with FaultyServer({sample.blob.name: sample.blob.read_bytes()}) as server:
+        for amplify, chunks in ((0, 1), (1, 2), (1 << 20, 4), (4 << 20, 16)):
+            image = AmplifiedImage(sample.bootstrap, "registry",
+                                   {"scheme": "http", "host": server.host, "repo": "a/b"}, {}, amplify_bytes=amplify)
+            server.requests.clear()
+            with Daemon(image, tmp_path / f"cache-{amplify}") as daemon, FakeGuest(daemon.socket_path) as guest:
+                guest.fuse.init()
+                guest.fuse.read(guest.fuse.walk("00001").nodeid, 2 << 20, 4096)
+            ((first, last),) = server.ranges(sample.blob.name)
+            assert last + 1 - first == chunks * CHUNK_BYTES
 
 
 def test_names_and_attributes_fetch_nothing(image: ServedImage, registry: LocalRegistry, expected_tree: list[Record],

@@ -273,6 +273,7 @@ class Service:
         except Failure:
             store.close()
             raise
+        image.set_amplify(config.amplify_bytes)
         if serial:
             self._vfs.next_serial = serial
         self._prefetch_tag += 1

@@ -29,6 +29,8 @@ BREAKER_FIRST_PAUSE_S = 1.0
 BREAKER_LAST_PAUSE_S = 5.0     # a reader is refused that long at most after the server is back
 # An answer that brings less than this in a read timeout is given up: a byte now and then is no progress.
 PROGRESS_BYTES = 4096
+# So much in one piece is handed on as it came; less is gathered first, lest calls count.
+WHOLE_PIECE_BYTES = 32 << 10
 
 
 class HttpBackend:
@@ -128,7 +130,7 @@ class HttpBackend:
                     pace = _Pace(self._client.read_timeout_s)
                     try:
                         while offset < stop and failed is None:
-                            filled = 0
+                            filled, whole = 0, None
                             want = min(len(buffer), stop - offset)
                             try:
                                 while filled < want:
@@ -137,15 +139,18 @@ class HttpBackend:
                                         raise http.RetriableFailure(
                                             f"{http.host_of(url)}: {what}: the answer ended "
                                             f"{stop - offset - filled} bytes early")
+                                    pace.check(len(piece), url, what)
+                                    if not filled and len(piece) >= WHOLE_PIECE_BYTES:
+                                        filled, whole = len(piece), memoryview(piece)
+                                        break
                                     view[filled:filled + len(piece)] = piece
                                     filled += len(piece)
-                                    pace.check(len(piece), url, what)
                             except http.RetriableFailure as failure:
                                 failed = failure
                             if filled:
                                 offset += filled
                                 self.meter.receive(filled)
-                                yield view[:filled]
+                                yield view[:filled] if whole is None else whole
                     finally:
                         # After the last byte the connection is back in the pool already; one left half way is closed.
                         if offset < stop:
