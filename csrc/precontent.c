@@ -17,7 +17,6 @@
 #include "sigbus.h"
 
 #define BLOCK 4096u             /* EROFS maps and reads whole blocks */
-#define READS_IN_A_ROW 64
 #define TRIES 64                /* chunks come and go faster than they can be looked at */
 
 static void raise_fd(int fd)
@@ -379,8 +378,8 @@ static uint32_t blob_of(const struct vnd_precontent *p, int fd)
     return PRECONTENT_ANY_BLOB;
 }
 
-/* One read(2): false when nothing is there. */
-static bool read_events(struct vnd_precontent *p)
+/* One read(2). */
+static void read_events(struct vnd_precontent *p)
 {
     struct precontent_state *s = p->state;
     struct precontent_request *mine[2];
@@ -389,7 +388,7 @@ static bool read_events(struct vnd_precontent *p)
     int k = 0;
 
     if (read(p->group_fd, s->buffer, sizeof s->buffer) <= 0)
-        return false;
+        return;
     while (k < 2 && p->free && (n = precontent_parse(s->buffer + at, sizeof s->buffer - at, &ev)) != 0) {
         at += n;
         if (ev.mask & PRECONTENT_ACCESS) {
@@ -408,7 +407,6 @@ static bool read_events(struct vnd_precontent *p)
     memset(s->buffer, 0, at);
     for (int i = 0; i < k; i++)
         serve_request(mine[i]);
-    return true;
 }
 
 /* What a predecessor had read and not answered; vnd_precontent_reserve holds its numbers. */
@@ -454,13 +452,14 @@ static void *serve_main(void *arg)
 
         serve_woken(p);
         expire_requests(p);
-        for (int i = 0; i < READS_IN_A_ROW && p->free && p->free->next && read_events(p); i++)
-            ;
         ms = ms_to_deadline(p);
         atomic_store(&p->sleeping, 1);
         if (!atomic_load(&p->done) && !atomic_load(&p->stop))
             poll(wait, p->free && p->free->next ? 2 : 1, ms);
         atomic_store_explicit(&p->sleeping, 0, memory_order_relaxed);
+        /* One event a turn: to ask in vain costs as much as the poll */
+        if (wait[1].revents & POLLIN)
+            read_events(p);
         if (wait[0].revents & POLLIN && read(p->wake_fd, &count, sizeof count) < 0)
             continue;
     }

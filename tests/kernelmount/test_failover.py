@@ -3,7 +3,9 @@ them, with an error; never with others."""
 
 import hashlib
 import os
+import signal
 import stat
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,4 +118,29 @@ def test_readers_fail_while_no_worker_stays(kernel_mount: KernelMount, without_b
     assert reader.end() == b"" and reader.error == 5
     without_bootstrap.rename(kernel_mount.image.bootstrap)
     wait_until(lambda: "running" in kernel_mount.log().rpartition("fail for")[2], "a worker that stays")
+    assert (kernel_mount.target / "large/random").read_bytes() == (unpacked / "large/random").read_bytes()
+
+
+def test_others_who_read_the_cache_never_wait_for_it(kernel_mount: KernelMount, unpacked: Path) -> None:
+    """Its events are for the kernel's reads alone: with both processes stopped the same file reads by name."""
+    want = (unpacked / "large/random").read_bytes()
+    assert (kernel_mount.target / "large/random").read_bytes() == want
+    stopped = [kernel_mount.pid(role) for role in ("worker", "guard")]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        contents = [Reader(path).end() for path in kernel_mount.cache.glob("*.blob.data")]
+        assert any(want[:4096] in content for content in contents)
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+
+
+def test_a_waiting_reader_can_be_killed(kernel_mount: KernelMount, proxy: RangeProxy, unpacked: Path) -> None:
+    proxy.gate.clear()
+    reader = subprocess.Popen(["cat", str(kernel_mount.target / "large/random")], stdout=subprocess.DEVNULL)
+    assert proxy.held.acquire(timeout=20)
+    reader.kill()
+    assert reader.wait(20) == -signal.SIGKILL
+    proxy.gate.set()
     assert (kernel_mount.target / "large/random").read_bytes() == (unpacked / "large/random").read_bytes()
