@@ -1,5 +1,6 @@
 """`mount --kernel` and `umount`: the tree that the kernel shows, what is refused, and what is left behind."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -124,6 +125,17 @@ def test_version_5_is_refused_in_a_line(mounts_dir: Path, tmp_path: Path) -> Non
         done = run_verb(*KernelMount.prepare(image, mounts_dir / "k", tmp_path, *options), status=1)
         assert "RAFS version 5" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not BackgroundMount(str(mounts_dir / "k")).directory.exists()
+
+
+def test_a_compressed_cache_is_refused_in_a_line(image: ServedImage, mounts_dir: Path, tmp_path: Path) -> None:
+    for options in ((), ("--fetch-all",)):
+        words = KernelMount.prepare(image, mounts_dir / "k", tmp_path, *options)
+        config = tmp_path / "kernel.json"
+        document = json.loads(config.read_text())
+        document["cache"]["compressed"] = True
+        config.write_text(json.dumps(document))
+        done = run_verb(*words, status=1)
+        assert "compressed" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.fixture

@@ -27,6 +27,9 @@ class KernelImage:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
+        if self.config.cache_compressed:
+            raise Failure("the configuration keeps the cache compressed, which EROFS cannot read: leave `compressed` "
+                          "out of it, or mount without --kernel", Cause.FORMAT)
         with ExitStack() as stack:
             self.engine = Engine()
             stack.callback(self.engine.close)
