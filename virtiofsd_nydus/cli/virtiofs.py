@@ -11,6 +11,7 @@ from virtiofsd_nydus.errors import Failure, UsageFailure
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
+    import socket
 
 NOFILE_DEFAULT = 1_000_000
 
@@ -82,6 +83,21 @@ def run(args: "argparse.Namespace") -> int:
     if args.bootstrap and bool(args.config) == bool(args.localfs_dir):
         raise UsageFailure("--bootstrap needs either --config or --localfs-dir")
 
+    if not args.apisock:
+        return _serve(args, sock, None)
+
+    from virtiofsd_nydus.daemon.listener import listen_api, remove_file
+
+    listener = listen_api(args.apisock)
+    try:
+        return _serve(args, sock, listener)
+    except BaseException:
+        listener.close()
+        remove_file(args.apisock)
+        raise
+
+
+def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "socket.socket | None") -> int:
     from virtiofsd_nydus.daemon import config as configs
     from virtiofsd_nydus.daemon import log as logs
     from virtiofsd_nydus.daemon.prefetch import read_list
@@ -107,7 +123,8 @@ def run(args: "argparse.Namespace") -> int:
     service.catch_signals()     # one that comes as soon as RUNNING is answered is an orderly end, too
     try:
         service.start(sock=sock, fd=args.fd, apisock=args.apisock, bootstrap=args.bootstrap, config=config,
-                      mountpoint=args.virtual_mountpoint, prefetch_files=prefetch_files, shared_dir=args.shared_dir)
+                      mountpoint=args.virtual_mountpoint, prefetch_files=prefetch_files, shared_dir=args.shared_dir,
+                      api_listener=api_listener)
     except Failure:
         service.stop()
         raise

@@ -5,10 +5,10 @@ waits for another's connection; nothing here waits for the network. Statuses and
 """
 
 import json
-import os
 import socket
 import threading
 
+from virtiofsd_nydus.daemon.listener import listen_api, remove_file
 from virtiofsd_nydus.errors import Failure
 
 TYPE_CHECKING = False
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 HEAD_MAX_BYTES = 16 << 10
 CONNECTIONS_MAX = 1000  # a thread each; clients keep theirs idle for ten seconds
 BODY_MAX_BYTES = 1 << 20
-SUN_PATH_MAX = 107      # sizeof sockaddr_un.sun_path less the NUL
 REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error",
            501: "Not Implemented", 503: "Service Unavailable"}
 
@@ -48,25 +47,13 @@ def not_ready() -> ApiError:
 
 
 class ApiServer:
-    """Listens on path (a stale socket is replaced) once bound; start() begins to answer."""
+    """Listens on path once made, with listener if that is given; start() begins to answer. close() removes the file."""
 
-    def __init__(self, path: str, service: "Service") -> None:
-        if len(os.fsencode(path)) > SUN_PATH_MAX:
-            raise Failure(f"API socket path {path} is longer than {SUN_PATH_MAX} bytes; choose a shorter one")
+    def __init__(self, path: str, service: "Service", listener: socket.socket | None = None) -> None:
         self.path = path
         self._service = service
         self._closed = False
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            try:
-                os.unlink(path)     # nydusd does so too: a stale file must not stop a start  # noqa: PTH108
-            except FileNotFoundError:
-                pass
-            self._socket.bind(path)
-        except OSError as error:
-            self._socket.close()
-            raise Failure(f"cannot listen on API socket {path}: {error.strerror}") from error
-        self._socket.listen(128)
+        self._socket = listener or listen_api(path)
         self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
 
     def start(self) -> None:
@@ -75,7 +62,7 @@ class ApiServer:
     def close(self) -> None:
         self._closed = True
         try:
-            os.unlink(self.path)  # noqa: PTH108
+            remove_file(self.path)
         except OSError:
             pass
         try:

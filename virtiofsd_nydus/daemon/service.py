@@ -120,8 +120,9 @@ class Service:
 
     def start(self, *, sock: str | None, fd: int | None, apisock: str | None, bootstrap: str | None,
               config: ImageConfig | None, mountpoint: str = "/", prefetch_files: "list[str] | None" = None,
-              shared_dir: str | None = None) -> None:
-        """Returns RUNNING, or raises Failure with nothing left behind but what stop() removes."""
+              shared_dir: str | None = None, api_listener: socket.socket | None = None) -> None:
+        """Returns RUNNING, or raises Failure with nothing left behind but what stop() removes. api_listener: apisock's,
+        where it is made already."""
         import sys
 
         sys.setswitchinterval(SWITCH_INTERVAL_S)
@@ -134,7 +135,7 @@ class Service:
         self._vhost = VhostServer(lambda: EngineDevice(self.engine, vfs, QUEUES), path=sock, fd=fd, say=self.log.say,
                                   ended=self.request_exit)
         if apisock:
-            self._api = ApiServer(apisock, self)
+            self._api = ApiServer(apisock, self, api_listener)
         self._vhost.start()
         self.state = "RUNNING"
         if self._api:
@@ -223,6 +224,7 @@ class Service:
     def _after_start(self) -> None:
         """What would cost start-up time: the fetch threads' imports and the log's. Then says the engine's lines."""
         self.pump.start()
+        self._load_backends()
         self.log.activate()
         with self._lock:
             late, self._late = self._late or [], None
@@ -242,6 +244,13 @@ class Service:
                 if event.repeated:
                     fields["repeated"] = event.repeated
                 self.log.say(event.level, event.text, **fields)
+
+    @staticmethod
+    def _load_backends() -> None:
+        """What the first mount over the API would wait 10 ms for, of a registry 50 ms."""
+        import virtiofsd_nydus.storage.factory
+        import virtiofsd_nydus.storage.localfs
+        import virtiofsd_nydus.storage.registry  # noqa: F401
 
     # ---- mounts
 
