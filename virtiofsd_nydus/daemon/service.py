@@ -7,6 +7,7 @@ takes long; a thread does that afterwards (docs/architecture.md, start-up).
 import os
 import select
 import signal
+import socket
 import threading
 import time
 
