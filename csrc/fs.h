@@ -88,18 +88,22 @@ struct fs_rw_ops {
     int (*rename)(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint64_t new_dir,
                   const char *new_name, uint32_t flags);
     int64_t (*read)(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n,
-                    struct store_wait *w);          /* -EINPROGRESS: w will be woken, call again */
+                    struct store_wait *w);  /* -EINPROGRESS: w will be woken, call again; w NULL: waits */
     int64_t (*write)(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n,
                      bool append, bool kill);
-    /* These two may take long: -EINPROGRESS as above. sync: fh 0 means the whole file system; w NULL: waits. */
-    int (*sync)(struct fs *fs, uint64_t ino, uint64_t fh, bool data_only, struct store_wait *w);
-    int (*fallocate)(struct fs *fs, uint64_t ino, uint64_t fh, uint32_t mode, uint64_t off, uint64_t len,
-                     struct store_wait *w);
+    /* These three may take long. sync: fh 0 means the whole file system. */
+    int (*sync)(struct fs *fs, uint64_t ino, uint64_t fh, bool data_only);
+    int (*fallocate)(struct fs *fs, uint64_t ino, uint64_t fh, uint32_t mode, uint64_t off, uint64_t len);
     int64_t (*copy)(struct fs *fs, uint64_t fh_in, uint64_t off_in, uint64_t fh_out, uint64_t off_out, uint64_t len);
     int64_t (*lseek)(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, uint32_t whence);
     int (*setxattr)(struct fs *fs, const struct fs_caller *who, uint64_t ino, const char *name, const void *value,
                     size_t len, uint32_t flags);
     int (*removexattr)(struct fs *fs, uint64_t ino, const char *name);
+    /* Runs fn on a thread that may wait, then wakes w: -EINPROGRESS, or -errno and nothing done. */
+    int (*run)(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg);
+    /* Any call on this node may take long: a network or another process answers it, or calls have lately been slow. */
+    bool (*may_wait)(struct fs *fs, uint64_t ino);
+    void (*note_slow)(struct fs *fs);       /* a call was */
     int (*statvfs)(struct fs *fs, uint64_t ino, struct statvfs *out);
 };
 

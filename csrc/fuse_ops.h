@@ -16,6 +16,8 @@ struct fuse_session {
     pthread_mutex_t lock;           /* INIT and reset against each other */
     _Atomic uint32_t gen;
     _Atomic int ready;              /* INIT is done and DESTROY is not */
+    _Atomic uint64_t detached_bytes;
+    struct fuse_waiting_worker *waiting_workers;    /* fuse_detach.c; under lock */
     struct backing *backing;        /* NULL: none was asked for */
     bool keeps_root;                /* the transport tells when the root's attributes change */
     _Atomic bool passthrough;       /* the kernel took it: every open of an image's files is counted */
@@ -122,6 +124,12 @@ enum req_verdict fuse_op_setxattr(struct fuse_call *c);
 enum req_verdict fuse_op_removexattr(struct fuse_call *c);
 enum req_verdict fuse_op_syncfs(struct fuse_call *c);
 /* ... and these are for a read-write one alone. */
+/* fuse_detach.c: serves here, or has another thread serve where that may take long. */
+enum req_verdict fuse_rw_serve(struct fuse_call *c, fuse_op_fn fn);
+enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn);
+/* The reply of a request that another thread has served (wait.answer). */
+enum req_verdict fuse_rw_finish(struct fuse_call *c);
+void fuse_waiting_workers_free(struct fuse_session *s);
 enum req_verdict fuse_rw_open(struct fuse_call *c, bool dir);
 enum req_verdict fuse_rw_read(struct fuse_call *c);
 enum req_verdict fuse_rw_flush(struct fuse_call *c);

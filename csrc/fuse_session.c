@@ -246,8 +246,8 @@ static enum req_verdict op_flush(struct fuse_call *c)
 
 /* ---- the table */
 
-/* ANY_TIME: also before INIT. NO_REPLY: none is due, not even for what is wrong. */
-enum { NEED_NODE = 1, ANY_TIME = 2, NO_REPLY = 4 };
+/* ANY_TIME: also before INIT. NO_REPLY: none is due, not even for what is wrong. USE_NODE: if there still is one. */
+enum { NEED_NODE = 1, ANY_TIME = 2, NO_REPLY = 4, USE_NODE = 8 };
 
 struct fuse_op {
     fuse_op_fn fn;
@@ -272,7 +272,7 @@ static const struct fuse_op ops[FUSE_OP_MAX] = {
     [FUSE_OP_READ] = { fuse_op_read, sizeof(struct fuse_read_in), NEED_NODE },
     [FUSE_OP_WRITE] = { fuse_op_write, 0, NEED_NODE },
     [FUSE_OP_STATFS] = { fuse_op_statfs, 0, NEED_NODE },
-    [FUSE_OP_RELEASE] = { fuse_op_release, 0, 0 },
+    [FUSE_OP_RELEASE] = { fuse_op_release, 0, USE_NODE },
     [FUSE_OP_FSYNC] = { op_flush, 0, NEED_NODE },
     [FUSE_OP_SETXATTR] = { fuse_op_setxattr, 0, NEED_NODE },
     [FUSE_OP_GETXATTR] = { fuse_op_getxattr, sizeof(struct fuse_getxattr_in) + 2, NEED_NODE },
@@ -282,7 +282,7 @@ static const struct fuse_op ops[FUSE_OP_MAX] = {
     [FUSE_OP_INIT] = { op_init, 8, ANY_TIME },
     [FUSE_OP_OPENDIR] = { fuse_op_opendir, sizeof(struct fuse_open_in), NEED_NODE },
     [FUSE_OP_READDIR] = { fuse_op_readdir, sizeof(struct fuse_read_in), NEED_NODE },
-    [FUSE_OP_RELEASEDIR] = { fuse_op_release, 0, 0 },
+    [FUSE_OP_RELEASEDIR] = { fuse_op_release, 0, USE_NODE },
     [FUSE_OP_FSYNCDIR] = { op_flush, 0, NEED_NODE },
     [FUSE_OP_GETLK] = { op_enosys, 0, 0 },      /* locks stay with the kernel: INIT does not offer them */
     [FUSE_OP_SETLK] = { op_enosys, 0, 0 },
@@ -338,11 +338,14 @@ static enum req_verdict serve_call(struct fuse_call *c)
         c->r->args_len > REQ_ARGS_MAX || c->r->args_len < op->args_min) {
         return fuse_reply_error(c, EINVAL);
     }
-    if (op->flags & NEED_NODE) {
+    if (op->flags & (NEED_NODE | USE_NODE)) {
         int rc = vfs_resolve(c->s->vfs, in->nodeid, &c->node);
 
-        if (rc) {
+        if (rc && op->flags & NEED_NODE) {
             return fuse_reply_error(c, -rc);
+        }
+        if (!rc && c->node.fs->ops->rw) {
+            return fuse_rw_serve(c, op->fn);
         }
     }
     return op->fn(c);
@@ -390,6 +393,9 @@ enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *
     struct fuse_call c = { .s = s, .w = w, .r = r };
     enum req_verdict verdict;
 
+    if (r->wait.answer) {       /* served and counted by another thread */
+        return fuse_rw_finish(&c);
+    }
     if (!r->began_us) {
         r->began_us = w->now_us ? w->now_us : now_us();
     }
@@ -465,6 +471,7 @@ void fuse_session_free(struct fuse_session *s)
 {
     if (s) {
         fuse_session_reset(s);
+        fuse_waiting_workers_free(s);
         pthread_mutex_destroy(&s->lock);
         free(s);
     }

@@ -15,6 +15,7 @@ struct fuse_worker {
     int64_t now_us;                 /* CLOCK_MONOTONIC when the thread last looked: where its next request begins */
     struct extent extents[STORE_EXTENTS_MAX];
     struct iovec iov[REQ_IOV_MAX];
+    bool may_wait;                  /* its thread serves no queue: calls may take as long as they do */
     _Atomic uint64_t epoch;         /* vfs quiescence: odd while inside serve */
     struct fuse_worker *next;       /* list in the vfs */
     uint8_t *scratch;               /* 1 MiB + header: listings and xattrs are built here, then copied out once */

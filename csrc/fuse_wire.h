@@ -131,6 +131,7 @@ struct fuse_init_out {
 #define FUSE_WRITE_KILL_SUIDGID (1u << 2)
 #define FUSE_GETATTR_FH (1u << 0)
 #define FUSE_FSYNC_FDATASYNC (1u << 0)
+#define FUSE_SET_SIZE (1u << 3)
 #define FUSE_SET_FH (1u << 6)               /* in SETATTR's valid; 0..5 as fs.h's, then */
 #define FUSE_SET_ATIME_NOW (1u << 7)
 #define FUSE_SET_MTIME_NOW (1u << 8)

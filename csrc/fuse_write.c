@@ -133,16 +133,6 @@ enum req_verdict fuse_rw_flush(struct fuse_call *c)
     return fuse_reply_rc(c, fuse_rw_of(c)->flush(c->node.fs, in.fh));
 }
 
-/* Of what may park. */
-static enum req_verdict reply_waited(struct fuse_call *c, int rc)
-{
-    if (rc == -EINPROGRESS) {
-        return REQ_PARKED;
-    }
-    store_wait_done(&c->r->wait);
-    return fuse_reply_rc(c, rc);
-}
-
 enum req_verdict fuse_rw_fsync(struct fuse_call *c)
 {
     struct fuse_fsync_in in;
@@ -154,20 +144,28 @@ enum req_verdict fuse_rw_fsync(struct fuse_call *c)
     if (!in.fh) {
         return fuse_reply_error(c, EBADF);
     }
-    return reply_waited(c, fuse_rw_of(c)->sync(c->node.fs, c->node.ino, in.fh, in.fsync_flags & FUSE_FSYNC_FDATASYNC,
-                                          &c->r->wait));
+    return fuse_reply_rc(c, fuse_rw_of(c)->sync(c->node.fs, c->node.ino, in.fh,
+                                                in.fsync_flags & FUSE_FSYNC_FDATASYNC));
 }
 
-enum req_verdict fuse_op_syncfs(struct fuse_call *c)
+static enum req_verdict sync_mounts(struct fuse_call *c)
 {
     struct vfs_node node;
     int rc = 0;
 
-    /* One superblock in the guest: the request names its root, whatever is mounted below. */
     for (uint32_t i = 0; !rc && vfs_rw_mount(c->s->vfs, i, &node); i++) {
-        rc = node.fs->ops->rw->sync(node.fs, node.ino, 0, false, i ? NULL : &c->r->wait);
+        rc = node.fs->ops->rw->sync(node.fs, node.ino, 0, false);
     }
-    return reply_waited(c, rc);
+    return fuse_reply_rc(c, rc);
+}
+
+/* One superblock in the guest: the request names its root, whatever is mounted below. */
+enum req_verdict fuse_op_syncfs(struct fuse_call *c)
+{
+    if (c->w->may_wait || !vfs_rw_mount(c->s->vfs, 0, &c->node)) {
+        return sync_mounts(c);
+    }
+    return fuse_rw_detach(c, sync_mounts);
 }
 
 enum req_verdict fuse_rw_read(struct fuse_call *c)
@@ -187,7 +185,8 @@ enum req_verdict fuse_rw_read(struct fuse_call *c)
     if (n < 0) {
         return fuse_reply_error(c, -n);
     }
-    got = fuse_rw_of(c)->read(c->node.fs, c->node.ino, in.fh, in.offset, w->iov, n, &r->wait);
+    got = fuse_rw_of(c)->read(c->node.fs, c->node.ino, in.fh, in.offset, w->iov, n,
+                               w->may_wait ? NULL : &r->wait);
     if (got == -EINPROGRESS) {
         return REQ_PARKED;
     }
@@ -256,8 +255,7 @@ enum req_verdict fuse_op_fallocate(struct fuse_call *c)
         return fuse_reply_error(c, EINVAL);
     }
     memcpy(&in, c->r->args, sizeof(in));
-    return reply_waited(c, fuse_rw_of(c)->fallocate(c->node.fs, c->node.ino, in.fh, in.mode, in.offset, in.length,
-                                               &c->r->wait));
+    return fuse_reply_rc(c, fuse_rw_of(c)->fallocate(c->node.fs, c->node.ino, in.fh, in.mode, in.offset, in.length));
 }
 
 enum req_verdict fuse_op_copy_file_range(struct fuse_call *c)

@@ -74,6 +74,12 @@ static void unlink_wait(struct store_wait *w)
     w->unit = NULL;
 }
 
+static void drop_buf(struct store_wait *w)
+{
+    store_buf_put(w->buf);
+    w->buf = NULL;
+}
+
 bool store_wait_cancel(struct store_wait *w)
 {
     struct miss_shard *s = w->shard;
@@ -87,14 +93,18 @@ bool store_wait_cancel(struct store_wait *w)
         pthread_mutex_unlock(&s->lock);
     }
     if (linked || !s)
-        store_wait_done(w);
+        drop_buf(w);    /* not the answer: who makes one may be at it */
     return linked;
 }
 
 void store_wait_done(struct store_wait *w)
 {
-    store_buf_put(w->buf);
-    w->buf = NULL;
+    struct store_answer *a = w->answer;
+
+    drop_buf(w);
+    w->answer = NULL;
+    if (a)
+        a->drop(a);
 }
 
 struct store_wait *miss_detach(struct store_unit *u, int err)

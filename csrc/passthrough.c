@@ -316,6 +316,7 @@ static const struct fs_rw_ops pt_rw_ops = {
     .tmpfile = pt_tmpfile, .mknod = pt_mknod, .symlink = pt_symlink, .link = pt_link, .unlink = pt_unlink,
     .rename = pt_rename, .read = pt_read, .write = pt_write, .sync = pt_sync, .fallocate = pt_fallocate,
     .copy = pt_copy, .lseek = pt_lseek, .setxattr = pt_setxattr, .removexattr = pt_removexattr, .statvfs = pt_statvfs,
+    .run = pt_run, .may_wait = pt_may_wait, .note_slow = pt_note_slow,
 };
 
 static const struct fs_ops pt_ops = {

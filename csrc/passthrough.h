@@ -29,10 +29,11 @@
  * ACL it must not count; so each thread has a file system context of its own.
  *
  * Waiting. Almost all calls end in the host's caches within microseconds and run on the queue's thread. What can take
- * long parks the request and runs on PT_THREADS threads of this file system's own, so that a slow disk below it delays
- * neither a warm read of an image nor the image's own pool: fsync, syncfs, fallocate, and reads that are not in the page
- * cache (read there once, then again on the queue's thread, since it alone touches guest memory). Writes go to the
- * page cache on the queue's thread: a copy of the data would cost each of them more than a throttled one rarely waits.
+ * long is served by threads of this file system's own (fuse_detach.c), so that a slow disk below it delays neither a warm
+ * read of an image nor the image's own pool: fsync, syncfs, fallocate, copy_file_range, large truncations always; every
+ * call on a mount that a network or another process answers for (NFS, FUSE...), known by its type; and every call for
+ * PT_SLOW_MS after one was slow, as when a disk is so busy that writes are held back. Reads that are not in the page
+ * cache are read there once, then again on the queue's thread, which spares a copy.
  */
 #ifndef VND_PASSTHROUGH_H
 #define VND_PASSTHROUGH_H
@@ -45,7 +46,8 @@
 
 #define PT_CACHE_MAX 4096           /* and an eighth of RLIMIT_NOFILE */
 #define PT_IDLE_MS 1000
-#define PT_THREADS 2
+#define PT_THREADS 8
+#define PT_SLOW_MS 2000
 #define PT_BUCKETS 4096
 #define PT_MOUNT_SLOTS 128
 #define PT_INO_TOP (1ull << 47)
@@ -61,6 +63,7 @@ struct pt_mount {
     int fd;                         /* for open_by_handle_at; -1 */
     uint32_t fd_users;
     bool fd_used, fd_drop;
+    bool remote;                    /* answers come from a network or another process */
     bool no_fd;                     /* its root cannot be opened (a device bound onto a file): nodes keep their own */
     struct pt_node *above;          /* directory that the mount point is in; NULL: the source's own */
     struct pt_mount *next;
@@ -99,12 +102,9 @@ struct pt_file {
 
 struct pt_task {
     struct pt_task *next;
-    void (*run)(struct pt_task *t); /* sets wait->err */
-    struct vnd_passthrough *p;
+    void (*run)(void *arg);
+    void *arg;
     struct store_wait *wait;
-    int fd;                         /* its own */
-    uint32_t mode;                  /* fallocate's, or 1: data only, 2: the whole file system */
-    uint64_t off, len;
 };
 
 struct pt_pool {
@@ -112,7 +112,7 @@ struct pt_pool {
     pthread_cond_t some;
     struct pt_task *head, **tail;
     bool down;
-    uint32_t threads;
+    uint32_t threads, idle, queued; /* one more is started when more is queued than are idle */
     pthread_t thread[PT_THREADS];
 };
 
@@ -125,6 +125,8 @@ struct vnd_passthrough {
     int root_fd;
     struct pt_node *root;
     struct pt_pool pool;
+    _Atomic uint32_t n_remote;      /* mounts that a network or another process answers for */
+    _Atomic int64_t slow_until_ms;  /* CLOCK_MONOTONIC_COARSE; 0: no call was slow */
 
     pthread_mutex_t lock;           /* all below */
     struct pt_node *by_ino[PT_BUCKETS], *by_key[PT_BUCKETS];
@@ -155,7 +157,10 @@ struct statx;
 int pt_stat(int fd, struct statx *sx);
 /* These under the lock. find: with one ref, or NULL. add: with one ref; NULL: no memory. */
 struct pt_mount *pt_mount_find(struct vnd_passthrough *p, uint64_t id);
-struct pt_mount *pt_mount_add(struct vnd_passthrough *p, uint64_t id, struct pt_node *above, const char *name);
+struct pt_mount *pt_mount_add(struct vnd_passthrough *p, uint64_t id, struct pt_node *above, const char *name,
+                              bool remote);
+/* Outside the lock; may take as long as such a file system does. */
+bool pt_is_remote(int fd);
 void pt_mount_put(struct vnd_passthrough *p, struct pt_mount *m);
 void pt_mounts_drop_idle(struct vnd_passthrough *p, bool even_used);
 /* The mount's descriptor, in use, to be put; outside the lock. -ESTALE: the host has taken the mount away. */
@@ -184,6 +189,8 @@ void pt_drop_idle(struct vnd_passthrough *p, bool even_used);   /* false: those 
 bool pt_make_room(struct vnd_passthrough *p, bool *tried);
 /* The ino that a listing shows for a host inode of that mount. */
 uint64_t pt_ino_of(const struct pt_mount *m, uint64_t host_ino);
+/* Its mount is remote, or such a mount hangs in it. */
+bool pt_is_on_remote(struct vnd_passthrough *p, uint64_t ino);
 int pt_fill_attr(const struct pt_node *n, int fd, vnd_attr *out);
 
 /* ---- passthrough_dir.c */
@@ -217,18 +224,18 @@ int64_t pt_read(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const st
                 struct store_wait *w);
 int64_t pt_write(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n, bool append,
                  bool kill);
-int pt_sync(struct fs *fs, uint64_t ino, uint64_t fh, bool data_only, struct store_wait *w);
-int pt_fallocate(struct fs *fs, uint64_t ino, uint64_t fh, uint32_t mode, uint64_t off, uint64_t len,
-                 struct store_wait *w);
+int pt_sync(struct fs *fs, uint64_t ino, uint64_t fh, bool data_only);
+int pt_fallocate(struct fs *fs, uint64_t ino, uint64_t fh, uint32_t mode, uint64_t off, uint64_t len);
 int64_t pt_copy(struct fs *fs, uint64_t fh_in, uint64_t off_in, uint64_t fh_out, uint64_t off_out, uint64_t len);
 int64_t pt_lseek(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, uint32_t whence);
 
 /* ---- passthrough_pool.c */
 int pt_pool_start(struct vnd_passthrough *p);
 void pt_pool_stop(struct vnd_passthrough *p);           /* finishes what was given to it */
-/* Parks w until fn has run on another thread with a descriptor of its own: -EINPROGRESS, or -errno and w untouched. */
-int pt_pool_run(struct vnd_passthrough *p, struct store_wait *w, void (*run)(struct pt_task *t), int fd, uint32_t mode,
-                uint64_t off, uint64_t len);
+/* fs_rw_ops' run, may_wait and note_slow. */
+int pt_run(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg);
+bool pt_may_wait(struct fs *fs, uint64_t ino);
+void pt_note_slow(struct fs *fs);
 
 /* ---- passthrough_cred.c: of the calling thread alone */
 struct pt_cred { bool changed; };

@@ -239,13 +239,19 @@ int pt_flush(struct fs *fs, uint64_t fh)
 
 /* ---- data */
 
-static void run_read_ahead(struct pt_task *t)
+struct read_ahead {
+    int fd;                         /* its own */
+    uint64_t off, len;
+};
+
+static void run_read_ahead(void *arg)
 {
-    char *buf = malloc(t->len);
+    struct read_ahead *r = arg;
+    char *buf = malloc(r->len);
     uint64_t done = 0;
 
-    while (buf && done < t->len) {
-        ssize_t n = pread(t->fd, buf, t->len - done, (off_t)(t->off + done));
+    while (buf && done < r->len) {
+        ssize_t n = pread(r->fd, buf, r->len - done, (off_t)(r->off + done));
 
         if (n <= 0) {
             break;      /* an error is met again, and told, by the request */
@@ -253,6 +259,27 @@ static void run_read_ahead(struct pt_task *t)
         done += (uint64_t)n;
     }
     free(buf);
+    close(r->fd);
+    free(r);
+}
+
+static int start_read_ahead(struct vnd_passthrough *p, struct store_wait *w, int fd, uint64_t off, uint64_t len)
+{
+    struct read_ahead *r = malloc(sizeof(*r));
+    int rc;
+
+    if (!r) {
+        return -ENOMEM;
+    }
+    *r = (struct read_ahead){ fcntl(fd, F_DUPFD_CLOEXEC, 0), off, len };
+    rc = r->fd < 0 ? -ENFILE : pt_run(&p->fs, w, run_read_ahead, r);
+    if (rc != -EINPROGRESS) {
+        if (r->fd >= 0) {
+            close(r->fd);
+        }
+        free(r);
+    }
+    return rc;
 }
 
 static uint64_t iov_bytes(const struct iovec *iov, int n)
@@ -293,11 +320,11 @@ int64_t pt_read(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const st
     if (!f) {
         return -EBADF;
     }
-    got = read_cached(f->fd, off, iov, n, want);
+    got = w ? read_cached(f->fd, off, iov, n, want) : -EAGAIN;
     /* After RETRY_MAX rounds of another thread the pages go faster than we come, so this one waits. */
-    if (got == -EAGAIN && w->again < RETRY_MAX) {
+    if (got == -EAGAIN && w && w->again < RETRY_MAX) {
         w->again++;
-        got = pt_pool_run(p, w, run_read_ahead, f->fd, 0, off, want < READ_AHEAD_BYTES ? want : READ_AHEAD_BYTES);
+        got = start_read_ahead(p, w, f->fd, off, want < READ_AHEAD_BYTES ? want : READ_AHEAD_BYTES);
     }
     if (got == -EAGAIN || got == -EOPNOTSUPP || got == -ENOMEM || got == -ENFILE) {
         got = preadv(f->fd, iov, n, (off_t)off);
@@ -351,54 +378,30 @@ static int sync_all(struct vnd_passthrough *p)
     return error;
 }
 
-static void run_sync(struct pt_task *t)
-{
-    if (t->mode == 2) {
-        t->wait->err = sync_all(t->p);
-    } else {
-        t->wait->err = (t->mode ? fdatasync(t->fd) : fsync(t->fd)) ? errno : 0;
-    }
-}
-
-static void run_fallocate(struct pt_task *t)
-{
-    t->wait->err = fallocate(t->fd, (int)t->mode, (off_t)t->off, (off_t)t->len) ? errno : 0;
-}
-
-int pt_sync(struct fs *fs, uint64_t ino, uint64_t fh, bool data_only, struct store_wait *w)
+int pt_sync(struct fs *fs, uint64_t ino, uint64_t fh, bool data_only)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_file *f;
     int rc;
 
-    if (!w) {
-        return -sync_all(p);
-    }
-    if (w->parked_once) {
-        return -w->err;
-    }
     if (!fh) {
-        return pt_pool_run(p, w, run_sync, p->root_fd, 2, 0, 0);
+        return -sync_all(p);
     }
     f = pt_file_get(p, ino, fh);
     if (!f) {
         return -EBADF;
     }
-    rc = pt_pool_run(p, w, run_sync, f->fd, data_only, 0, 0);
+    rc = (data_only ? fdatasync(f->fd) : fsync(f->fd)) ? -errno : 0;
     pt_file_put(p, f);
     return rc;
 }
 
-int pt_fallocate(struct fs *fs, uint64_t ino, uint64_t fh, uint32_t mode, uint64_t off, uint64_t len,
-                 struct store_wait *w)
+int pt_fallocate(struct fs *fs, uint64_t ino, uint64_t fh, uint32_t mode, uint64_t off, uint64_t len)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_file *f;
     int rc;
 
-    if (w->parked_once) {
-        return -w->err;
-    }
     if (off > INT64_MAX || len > INT64_MAX) {
         return -EINVAL;
     }
@@ -406,7 +409,7 @@ int pt_fallocate(struct fs *fs, uint64_t ino, uint64_t fh, uint32_t mode, uint64
     if (!f) {
         return -EBADF;
     }
-    rc = pt_pool_run(p, w, run_fallocate, f->fd, mode, off, len);
+    rc = fallocate(f->fd, (int)mode, (off_t)off, (off_t)len) ? -errno : 0;
     pt_file_put(p, f);
     return rc;
 }

@@ -173,7 +173,7 @@ static int open_handle(struct vnd_passthrough *p, struct pt_node *n, int flags)
     bool tried = false;
     int mfd, fd;
 
-    if (!n->handle_bytes) {
+    if (!n->handle_bytes || !p->handles) {
         return -ESTALE;
     }
     mfd = pt_mount_fd_get(p, n->mount);
@@ -259,6 +259,21 @@ int pt_get(struct vnd_passthrough *p, uint64_t ino, struct pt_ref *ref)
     ref->fd = fd;
     ref->own = true;
     return 0;
+}
+
+bool pt_is_on_remote(struct vnd_passthrough *p, uint64_t ino)
+{
+    struct pt_node *n;
+    bool yes;
+
+    pthread_mutex_lock(&p->lock);
+    n = find_ino(p, ino);
+    yes = n && n->mount->remote;
+    for (struct pt_mount *m = p->mounts; n && !yes && m; m = m->next) {
+        yes = m->remote && m->above == n;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return yes;
 }
 
 void pt_put(struct vnd_passthrough *p, struct pt_ref *ref)
@@ -378,7 +393,7 @@ static bool needs_fd(const struct pt_mount *m, const struct fid *fid)
 }
 
 static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const char *name, int fd,
-                        const struct statx *sx, const struct fid *fid, vnd_attr *out)
+                        const struct statx *sx, const struct fid *fid, int remote, vnd_attr *out)
 {
     struct pt_mount *m = pt_mount_find(p, sx->stx_mnt_id);
     struct pt_node *n;
@@ -390,8 +405,11 @@ static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const 
         }
         return -ESTALE;
     }
+    if (!m && remote < 0) {
+        return -EINPROGRESS;
+    }
     if (!m) {
-        m = pt_mount_add(p, sx->stx_mnt_id, above, name);
+        m = pt_mount_add(p, sx->stx_mnt_id, above, name, remote);
         if (!m) {
             return -ENOMEM;
         }
@@ -435,8 +453,15 @@ int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name,
         fid.h.handle_bytes = HANDLE_MAX;
         has_fid = p->handles && name_to_handle_at(fd, "", &fid.h, &mnt, AT_EMPTY_PATH) == 0;
         pthread_mutex_lock(&p->lock);
-        rc = learn_locked(p, above, name, fd, &sx, has_fid ? &fid : NULL, out);
+        rc = learn_locked(p, above, name, fd, &sx, has_fid ? &fid : NULL, -1, out);
         pthread_mutex_unlock(&p->lock);
+        if (rc == -EINPROGRESS) {       /* a mount that was not known yet */
+            int remote = pt_is_remote(fd);
+
+            pthread_mutex_lock(&p->lock);
+            rc = learn_locked(p, above, name, fd, &sx, has_fid ? &fid : NULL, remote, out);
+            pthread_mutex_unlock(&p->lock);
+        }
     }
     if (take) {
         close(fd);
@@ -525,7 +550,7 @@ int pt_root_open(struct vnd_passthrough *p)
             close(fd);
         }
     }
-    m = pt_mount_add(p, sx.stx_mnt_id, NULL, "");
+    m = pt_mount_add(p, sx.stx_mnt_id, NULL, "", pt_is_remote(p->root_fd));
     p->root = m ? calloc(1, sizeof(*p->root) + (has_fid ? fid.h.handle_bytes : 0)) : NULL;
     if (!p->root) {
         return -ENOMEM;

@@ -26,6 +26,11 @@ struct extent {
 
 struct store_buf;           /* refcounted bytes for what could not come from the cache file */
 
+/* What another thread made for a waiter. */
+struct store_answer {
+    void (*drop)(struct store_answer *a);
+};
+
 /* A waiter: embedded in whatever waits, owned by it. Only the store touches the fields above the line while
  * linked. */
 struct store_wait {
@@ -33,6 +38,7 @@ struct store_wait {
     struct store_unit *unit;            /* the unit it is linked on, NULL = not linked */
     void *shard;                        /* whose lock guards the link */
     struct store_buf *buf;              /* set by the waker: the wanted bytes, served by the next store_read */
+    struct store_answer *answer;        /* set by a waker that is not the store: what it waited for */
     int32_t err;                        /* set by the waker: positive errno to fail with */
     uint8_t again;                      /* EAGAINs so far (page cache) */
     uint8_t parked_once;                /* for the statistics */
@@ -58,7 +64,7 @@ int store_want(struct store_wait *w, const struct extent *ext, int n);
 /* Unlinks a waiter (deadline, hang-up). true: it was linked and will not be woken; false: wake has been or is being
  * called. Also drops w->buf. */
 bool store_wait_cancel(struct store_wait *w);
-/* After the last store_read, whatever its result: drops w->buf. */
+/* After the last store_read, whatever its result: drops w->buf and w->answer. */
 void store_wait_done(struct store_wait *w);
 
 /* ---- for file systems that open blobs */

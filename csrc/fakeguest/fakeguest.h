@@ -84,7 +84,7 @@ int64_t fg_reap(fg_queue *q, uint32_t *slot, uint8_t *reply, uint64_t reply_cap,
 
 /* ---- load: keeps depth requests in flight */
 /* WRITE_RANDOM overwrites with the file's own pattern. GETATTR asks for expect_nodeid of the names. CREATE makes files of
- * new names, told by random_seed and a count, below the first name's parent, and releases each; an operation is both. */
+ * new names, told by random_seed and a count, below the first name's parent, releases and forgets each; an operation is all three. */
 enum fg_load_kind {
     FG_LOAD_READ_RANDOM = 0, FG_LOAD_READ_SEQUENTIAL = 1, FG_LOAD_LOOKUP = 2, FG_LOAD_WRITE_RANDOM = 3,
     FG_LOAD_GETATTR = 4, FG_LOAD_CREATE = 5

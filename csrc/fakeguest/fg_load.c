@@ -7,7 +7,7 @@
 
 #include "fg_internal.h"
 
-enum { OP_LOOKUP = 1, OP_GETATTR = 3, OP_READ = 15, OP_WRITE = 16, OP_RELEASE = 18, OP_CREATE = 35 };
+enum { OP_LOOKUP = 1, OP_FORGET = 2, OP_GETATTR = 3, OP_READ = 15, OP_WRITE = 16, OP_RELEASE = 18, OP_CREATE = 35 };
 struct in_header {
     uint32_t len, opcode;
     uint64_t unique, nodeid;
@@ -141,11 +141,23 @@ static int send_release(struct run *r, uint32_t slot)
     struct { uint64_t fh; uint32_t flags, release_flags; uint64_t lock_owner; } in = { 0 };
     uint64_t nodeid;
     memcpy(&nodeid, s->host + FG_SLOT_OUT + FG_OUT_FIXED_AT, sizeof nodeid);
+    s->offset = nodeid;
     memcpy(&in.fh, s->host + FG_SLOT_OUT + FG_OUT_FIXED_AT + ENTRY_BYTES, sizeof in.fh);
     s->unique = r->q->next_unique += 2;
     write_header(s, IN_BYTES + sizeof in, OP_RELEASE, nodeid);
     memcpy(s->host + FG_SLOT_IN + IN_BYTES, &in, sizeof in);
     return fg_slot_send(r->q, slot, IN_BYTES + sizeof in, 0, 0);
+}
+
+/* Then forgets it, or a server that holds a descriptor for each node would run out. */
+static int send_forget(struct run *r, uint32_t slot)
+{
+    struct fg_slot *s = &r->q->slots[slot];
+    uint64_t count = 1;
+    s->unique = r->q->next_unique += 2;
+    write_header(s, IN_BYTES + sizeof count, OP_FORGET, s->offset);
+    memcpy(s->host + FG_SLOT_IN + IN_BYTES, &count, sizeof count);
+    return fg_slot_send(r->q, slot, IN_BYTES + sizeof count, -1, 0);
 }
 
 static int send_next(struct run *r, uint32_t slot)
@@ -187,6 +199,8 @@ static int check_reply(struct run *r, struct fg_slot *s, uint32_t used_len)
                           : s->opcode == OP_WRITE ? WRITE_BYTES : s->opcode == OP_CREATE ? ENTRY_BYTES + OPEN_BYTES
                           : s->opcode == OP_RELEASE ? 0 : r->load->block_bytes);
     int64_t len = fg_reply_length(r->q, s, used_len, &error);
+    if (s->opcode == OP_FORGET)
+        return len > 0 ? fg_fail(r->q, -FG_BAD_LENGTH, "FORGET was answered") : (int)len;
     if (len < 0)
         return (int)len;
     if (error)
@@ -253,8 +267,8 @@ int fg_load_run(fg_queue *q, const fg_load *load, fg_load_result *out)
             struct fg_slot *s = &q->slots[cookie];
             s->busy = false;
             rc = check_reply(&r, s, len);
-            if (!rc && s->opcode == OP_CREATE) {
-                rc = send_release(&r, (uint32_t)cookie);
+            if (!rc && (s->opcode == OP_CREATE || s->opcode == OP_RELEASE)) {
+                rc = s->opcode == OP_CREATE ? send_release(&r, (uint32_t)cookie) : send_forget(&r, (uint32_t)cookie);
                 if (rc)
                     break;
                 continue;

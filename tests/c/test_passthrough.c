@@ -33,14 +33,14 @@ static void client_wake(struct store_wait *w)
     atomic_store(&c->woken, 1);
 }
 
-/* One request to its end: its errno. */
-static int ask(struct client *c, uint32_t op, uint64_t nodeid, const void *body, uint32_t len)
+/* One request to its end, also by another thread: its errno. */
+static int ask_cap(struct client *c, uint32_t op, uint64_t nodeid, const void *body, uint32_t len, uint32_t out_cap)
 {
     struct fuse_out_header h;
     enum req_verdict v;
 
     fake_done(&c->f);
-    fake_fill(&c->f, op, nodeid, body, len, 16384);
+    fake_fill(&c->f, op, nodeid, body, len, out_cap);
     c->f.r.session_gen = fuse_session_gen(c->rig.s);
     c->f.r.wait.wake = client_wake;
     for (;;) {
@@ -58,6 +58,11 @@ static int ask(struct client *c, uint32_t op, uint64_t nodeid, const void *body,
     }
     memcpy(&h, c->f.out, sizeof(h));
     return -h.error;
+}
+
+static int ask(struct client *c, uint32_t op, uint64_t nodeid, const void *body, uint32_t len)
+{
+    return ask_cap(c, op, nodeid, body, len, 16384);
 }
 
 static const uint8_t *answer(struct client *c)
@@ -225,6 +230,7 @@ static void test_reset(void)
     struct fuse_create_in in = { .flags = O_RDWR, .mode = S_IFREG | 0644 };
     vnd_passthrough_stats stats;
     char err[VND_ERR_MAX];
+    struct client c = { 0 };
     uint8_t body[64];
     struct rig g;
     vnd_passthrough *p = vnd_passthrough_new(engine, source, 0, err, sizeof(err));
@@ -235,19 +241,22 @@ static void test_reset(void)
     rig_new(&g, VND_SESSION_MIXED);
     CHECK_EQ(vnd_vfs_mount_passthrough(g.vfs, "/", p), 0);
     init(&g, 7, 38, ~0ull);
+    c.rig.s = g.s;
+    CHECK_EQ(fuse_worker_init(&c.rig.w, engine, g.vfs), 0);
     for (int i = 0; i < 100; i++) {
         char name[16];
 
         snprintf(name, sizeof(name), "r%d", i);
-        CHECK_EQ(error_of(&g, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), name)), 0);
+        CHECK_EQ(ask(&c, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), name)), 0);
     }
     vnd_passthrough_stats_get(p, &stats);
     CHECK_EQ(stats.files, 100);
     CHECK_EQ(stats.inodes, 101);
     /* No room for the answer: nothing is made. */
-    call_cap(&g, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), "no"), 100);
-    CHECK_EQ(g.error, EINVAL);
-    CHECK_EQ(error_of(&g, FUSE_OP_LOOKUP, 1, "no", 3), ENOENT);
+    CHECK_EQ(ask_cap(&c, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), "no"), 100), EINVAL);
+    CHECK_EQ(ask(&c, FUSE_OP_LOOKUP, 1, "no", 3), ENOENT);
+    fake_done(&c.f);
+    fuse_worker_free(&c.rig.w, g.vfs);
     fuse_session_reset(g.s);
     vnd_passthrough_stats_get(p, &stats);
     CHECK_EQ(stats.files, 0);

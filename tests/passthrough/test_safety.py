@@ -3,7 +3,6 @@ owns what it makes as its own users, not as the daemon."""
 
 import errno
 import os
-import resource
 import stat
 import struct
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.fakeguest.support import open_fds
+from tests.passthrough.conftest import DESCRIPTORS, ShareDaemon, only_handles
 from virtiofsd_nydus.vmm import fuse_client as fc
 from virtiofsd_nydus.vmm.fakeguest import FakeGuest
 from virtiofsd_nydus.vmm.fuse_client import ROOT, FuseClient
@@ -139,6 +139,7 @@ def test_nodes_are_counted(source: Path, daemon: NydusDaemon, guest: FakeGuest) 
     assert known() == 1
 
 
+@only_handles       # a descriptor keeps the number from being given again
 def test_a_number_taken_by_another_file(source: Path, fuse: FuseClient) -> None:
     """The host deletes a file and makes others: no node of the guest's turns into one of them unseen."""
     (source / "a").write_text("first")
@@ -238,21 +239,47 @@ def test_descriptors_are_bounded(tmp_path: Path, source: Path) -> None:
     """Care 7: no descriptor per inode, and a guest that opens without end is told ENFILE and served on."""
     for i in range(3000):
         (source / f"f{i}").touch()
-    with NydusDaemon(["--shared-dir", str(source), "--rlimit-nofile", "0"], die_with_parent=True) as daemon:
-        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (1024, 1024))
-        with FakeGuest(daemon.socket_path, queue_size=64) as guest:
-            fuse = guest.fuse
-            fuse.init()
-            nodes = [fuse.lookup(ROOT, f"f{i}".encode()).nodeid for i in range(3000)]
-            assert open_fds(daemon) < 700
-            opened = []
-            with expect(errno.ENFILE):
-                for node in nodes:
-                    opened.append((node, fuse.open_flags(node, os.O_RDONLY)))
-            assert len(opened) > 200
-            for node, handle in opened:
-                fuse.release(node, handle)
-            assert fuse.open_flags(nodes[-1], os.O_RDONLY)
+    with ShareDaemon(source, open_files=1024) as daemon, FakeGuest(daemon.socket_path, queue_size=64) as guest:
+        fuse = guest.fuse
+        fuse.init()
+        nodes = [fuse.lookup(ROOT, f"f{i}".encode()).nodeid for i in range(3000)]
+        assert open_fds(daemon) < 700
+        opened = []
+        with expect(errno.ENFILE):
+            for node in nodes:
+                opened.append((node, fuse.open_flags(node, os.O_RDONLY)))
+        assert len(opened) > 200
+        for node, handle in opened:
+            fuse.release(node, handle)
+        assert fuse.open_flags(nodes[-1], os.O_RDONLY)
+
+
+def test_descriptors_of_nodes_are_bounded(source: Path) -> None:
+    """Care 7, without file handles: a quarter of the descriptors is for nodes, then ENFILE, and FORGET makes room."""
+    for i in range(600):
+        (source / f"f{i}").touch()
+    with ShareDaemon(source, DESCRIPTORS, 1024) as daemon, FakeGuest(daemon.socket_path, queue_size=64) as guest:
+        fuse = guest.fuse
+        fuse.init()
+        nodes = []
+        with expect(errno.ENFILE):
+            for i in range(600):
+                nodes.append(fuse.lookup(ROOT, f"f{i}".encode()).nodeid)
+        assert 200 <= len(nodes) <= 256
+        assert open_fds(daemon) < 400
+        assert fuse.lookup(ROOT, b"f0").nodeid == nodes[0]      # what is known is served on
+        assert fuse.getattr(nodes[-1]).nlink == 1
+        listed = list(fuse.readdir(ROOT))       # entries without a node: each is looked up when somebody needs it
+        assert len(listed) == 602 and sum(e.entry is not None for e in listed) <= 256
+        handle = fuse.open_flags(nodes[0], os.O_RDWR)
+        assert fuse.write(nodes[0], handle, 0, b"x") == 1
+        with expect(errno.ENFILE):
+            fuse.create(ROOT, b"one-more")
+        fuse.release(nodes[0], handle)
+        for node in nodes[1:]:
+            guest.hiprio.forget(node, 1 << 20)
+        assert fuse.lookup(ROOT, b"f599").nodeid
+        assert open_fds(daemon) < 150
 
 
 def test_sizes_and_offsets(source: Path, fuse: FuseClient) -> None:
@@ -293,6 +320,7 @@ def bind(tmp_path: Path, source: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], capture_output=True)
 
 
+@only_handles       # without them what the guest knows pins its mount, docs/kata.md says
 def test_mounts_are_not_pinned(bind: Path, fuse: FuseClient) -> None:
     """Care 9: a plain umount succeeds soon after the guest has looked, and a new mount there is another place."""
     c1 = fuse.lookup(ROOT, b"c1").nodeid
@@ -314,6 +342,7 @@ def test_mounts_are_not_pinned(bind: Path, fuse: FuseClient) -> None:
         fuse.lookup(below, b"inside")
 
 
+@only_handles
 def test_a_mount_is_found_again(bind: Path, fuse: FuseClient, daemon: NydusDaemon) -> None:
     vol = fuse.lookup(fuse.lookup(ROOT, b"c1").nodeid, b"vol").nodeid
     inside = fuse.lookup(vol, b"inside").nodeid
