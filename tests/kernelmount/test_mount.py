@@ -10,7 +10,8 @@ import pytest
 from tests import tree_listing
 from tests.fusedev.host import VERB
 from tests.kernelmount.kernel import KernelMount
-from tests.system.conftest import CODECS, Converter, run_verb
+from tests.peers.registry import LocalRegistry
+from tests.system.conftest import CODECS, Converter, resolve, run_verb
 from tests.system.daemon import ServedImage, data_ends, wait_until
 from tests.system.guest_tree import Record, differences
 from tests.system.range_proxy import RangeProxy
@@ -31,11 +32,14 @@ def test_tree_is_what_umoci_unpacks(converter: Converter, expected_tree: list[Re
         assert mounted.is_gone()
 
 
-def test_chunks_that_are_stored_together(converter: Converter, expected_tree: list[Record], mounts_dir: Path,
-                                         tmp_path: Path) -> None:
-    """Batches: the blob's own table says where they are, and is fetched before the mount."""
-    image = converter.convert(batch_bytes=64 << 10)
-    with KernelMount(image, mounts_dir / "k", tmp_path) as mounted:
+@pytest.mark.parametrize("way", ["--batch-size 64K", "--oci-ref", "--encrypt"])
+def test_ways_of_storing_chunks(oci_image: str, registry: LocalRegistry, expected_tree: list[Record], mounts_dir: Path,
+                                tmp_path: Path, way: str) -> None:
+    """Of batches and gzip layers the blob's own table says where chunks are: it is fetched before the mount."""
+    reference = f"docker://{registry.host}/kernel{way.partition(' ')[0]}:v1"
+    run_verb("convert", f"oci:{oci_image}", reference, *way.split())
+    with KernelMount(resolve(reference, tmp_path / "bootstraps"), mounts_dir / "k", tmp_path) as mounted:
+        assert mounted.is_lazy()
         assert differences(expected_tree, list(tree_listing.list_tree(mounted.target))) == []
 
 
