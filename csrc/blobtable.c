@@ -107,6 +107,9 @@ static int put_record(void *ctx, const struct blob_chunk *r)
     bool batch = ((r->flags & BLOBTABLE_BATCH || !r->csize) && b->info->features & BLOBMETA_BATCH) ||
                  b->info->features & BLOBMETA_ZRAN;     /* what it says of those is no place to read */
 
+    if (!batch && !r->csize && r->flags & BLOBTABLE_COMPRESSED && b->info->compressor == CODEC_GZIP)
+        return fail_line(-EINVAL, b->err, b->err_len, "blob %s chunk %u: has no stored size, as those of eStargz "
+                         "images, which are not read; convert the image", b->info->id, r->index);
     if (batch)     /* where it lies is not known yet; blobmeta_place brings it, checked */
         c.coff = c.csize = c.flags = 0;
     if (r->index < b->info->chunk_count)

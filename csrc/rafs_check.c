@@ -3,6 +3,7 @@
 #include "rafs_check.h"
 #include "blobtable.h"
 #include "cipher.h"
+#include "codec.h"
 
 #include <errno.h>
 #include <stdarg.h>
@@ -75,6 +76,10 @@ static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, 
     /* Less than 16 bytes are padded before they are encrypted. */
     bool padded = b->cipher && c->usize < 16 && c->csize == CIPHER_PADDED;
 
+    if (!c->csize && c->flags & 1 && b->compressor == CODEC_GZIP && !(b->features & RAFS_BLOB_ZRAN)) {
+        return rafs_fault(f, "chunk record %llu (blob %u, index %u) has no stored size, as those of eStargz images, "
+                          "which are not read", (unsigned long long)i, blob, c->index);
+    }
     if (!c->usize || c->usize > r->info.chunk_size_bytes || c->csize > RAFS_CHUNK_SIZE_MAX ||
         (!(c->flags & 1) && !in_batch && !padded && c->csize != c->usize)) {
         return rafs_fault(f, "chunk record %llu (blob %u, index %u) has bad sizes: %u stored, %u plain",

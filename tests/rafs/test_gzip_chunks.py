@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hostile.images import build, write_source
+from tests.hostile.images import ImageV5, ImageV6, build, write_source
 from virtiofsd_nydus.build.chunker import Chunker
 from virtiofsd_nydus.build.options import BuildOptions
 from virtiofsd_nydus.rafs.data import opened_with_data
@@ -58,6 +58,22 @@ def test_a_damaged_member_is_an_error(tmp_path: Path, version: int) -> None:
         with pytest.raises(OSError, match="Input/output error"):
             image.read(image.resolve("/d/x"))
         assert image.read(image.resolve("/d/y")) == b"y" * 9000
+
+
+@pytest.mark.usefixtures("pack")
+@pytest.mark.parametrize("version", VERSIONS)
+def test_no_stored_size_is_told_by_name(tmp_path: Path, version: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the chunks of eStargz images are: their index does not tell where a member ends."""
+    write_source(tmp_path / "source.tar")
+    boot = build(tmp_path / "source.tar", tmp_path / "image", fs_version=version)
+    image = (ImageV5 if version == 5 else ImageV6)(boot)
+    image.put(image.record("/d/x") + 40, "I", 0)
+    boot.write_bytes(image.bytes)
+    with opened_with_data(boot, boot.parent / "blobs") as opened:
+        assert any("no stored size, as those of eStargz" in line for line in opened.check())
+        with pytest.raises(OSError, match="Input/output error"):
+            opened.read(opened.resolve("/d/x"))
+    assert "no stored size, as those of eStargz images, which are not read" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not shutil.which(NYDUSD), reason="NYDUSD names no nydusd")
