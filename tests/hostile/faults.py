@@ -162,6 +162,9 @@ fault("v6-layout-unknown", 6, INODE, "malformed", lambda i: i.put(i.inode("/d/x"
 fault("v6-compressed-layout", 6, INODE, "malformed", lambda i: i.put(i.inode("/d/x"), "H", 1 | 1 << 1), "/d/x")
 fault("v6-file-not-chunk-based", 6, DATA, "not chunk-based", lambda i: i.put(i.inode("/d/x"), "H", 1), "/d/x")
 fault("v6-mode-without-type", 6, INODE, "malformed", lambda i: i.put(i.inode("/d/x") + 4, "H", 0o644), "/d/x")
+fault("v6-fifo-with-a-size", 6, CHECK, "with a size",
+      lambda i: (i.put(i.inode("/d/x") + 4, "H", 0o010644), i.put(i.inode("/d/x"), "H", 1),
+                 i.put(i.dirent("/d", "x") + 10, "B", 5)))
 # ---- row 14
 fault("v5-too-few-chunks", 5, DATA, "number of chunks", lambda i: i.put(i.inode("/a") + 96, "I", 1), "/a")
 fault("v5-size-beyond-chunks", 5, DATA, "number of chunks", lambda i: i.put(i.inode("/d/x") + 64, "Q", 1 << 24), "/d/x")
@@ -254,6 +257,10 @@ fault("v5-xattr-beyond-area", 5, INODE, "malformed xattrs", lambda i: i.put(i.in
       "/xattr")
 fault("v5-xattr-without-name", 5, INODE, "malformed xattrs", lambda i: i.put(i.inode("/xattr") + 128 + 20, "B", 0),
       "/xattr")
+fault("v6-xattrs-that-the-superblock-denies", 6, CHECK, "says that none has",
+      lambda i: i.put(1152, "Q", i.get(1152, "Q") & ~0x20))
+fault("v5-xattrs-that-the-superblock-denies", 5, CHECK, "says that none has",
+      lambda i: i.put(16, "Q", i.get(16, "Q") & ~0x20))
 # ---- row 25
 fault("v6-link-empty", 6, INODE, "malformed symlink", lambda i: i.put(i.inode("/link") + 8, "Q", 0), "/link")
 fault("v6-link-too-long", 6, INODE, "malformed symlink", lambda i: i.put(i.inode("/link") + 8, "Q", 5000), "/link")
