@@ -97,6 +97,7 @@ struct vnd_blob {
     bool fetching, detached;            /* its stored chunk table is asked for; no image holds it any more */
     uint8_t *raw;                       /* the stored chunk table as it came, for the load that asked for it */
     size_t raw_len;
+    int meta_claim;                     /* held while it is fetched, -1: not; the load's */
     char *beside;                       /* a directory that may hold its ID.blob.meta, or NULL */
     uint8_t raw_tries;
     int meta_errno;                     /* why it cannot be used, 0 = not known to be unusable */
@@ -122,7 +123,7 @@ void handle_get(struct vnd_blob *b);
 void handle_put(struct vnd_blob *b);
 /* Has the handle's table loaded by a pool thread, if it is not. */
 void handle_want_load(struct vnd_blob *b);
-/* What a META job brought (taken over), or its errno. */
+/* What a META job brought (taken over), or its errno; NULL and 0: look again, another process has fetched it. */
 void handle_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);
 /* Links w until the table is loaded. 0; 1: it is loaded; -errno: it cannot be. */
 int handle_park(struct vnd_blob *b, struct store_wait *w);

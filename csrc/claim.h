@@ -28,6 +28,10 @@ bool claim_foreign(int fd, uint32_t unit);
 int claim_byte(int fd, int64_t at, bool exclusive, int wait_ms);
 void claim_byte_release(int fd, int64_t at);
 
+/* Who fetches a blob's stored chunk table (there may be no side file of the blob yet): a descriptor that holds the claim
+ * until it is closed; -EAGAIN: somebody else has it; or -errno: nothing can be claimed here. */
+int claim_meta(int side_dir_fd, const char *id);
+
 /* Gives a mapped file's first len bytes their blocks, so that a store into it never finds the disk full. */
 int claim_reserve(int fd, int64_t len);
 

@@ -76,6 +76,7 @@ struct foreign {
     struct foreign *next;
     struct blob_core *core;
     uint32_t index;
+    struct vnd_blob *meta;      /* referenced: its stored chunk table, not a chunk */
 };
 
 struct uncached_chunk;
@@ -110,6 +111,7 @@ struct fetcher {
 
 /* foreign.c */
 void foreign_add(struct fetcher *f, struct blob_core *c, uint32_t index);
+void foreign_add_meta(struct fetcher *f, struct vnd_blob *b);
 void foreign_stop(struct fetcher *f);
 /* upkeep.c */
 void upkeep_start(struct fetcher *f);

@@ -1,17 +1,42 @@
-/* foreign.c -- the thread that waits for chunks which other processes fetch. It starts when first needed. */
+/* foreign.c -- the thread that waits for chunks and chunk tables which other processes fetch. It starts when first
+ * needed. */
 #include <errno.h>
 #include <stdlib.h>
 #include <time.h>
+#include <unistd.h>
 
 #include "fetcher.h"
 
 #define TICK_MS 10      /* a dead holder, and a real nydusd that fills without our locks, are noticed within this */
+
+static void foreign_free(struct foreign *x)
+{
+    if (x->meta)
+        handle_put(x->meta);
+    core_put(x->core);
+    free(x);
+}
+
+/* The table is there, or its fetcher gave up or died: the load looks again, and fetches itself if need be. */
+static bool meta_settled(const struct foreign *x, bool tick)
+{
+    int fd = tick ? claim_meta(x->core->store->side_dir_fd, x->meta->info.id) : -EAGAIN;
+
+    if (fd >= 0)
+        close(fd);
+    if (fd == -EAGAIN && !atomic_load(&x->core->closed))
+        return false;
+    handle_raw(x->meta, NULL, 0, atomic_load(&x->core->closed) ? EIO : 0);
+    return true;
+}
 
 /* Whether the thread has nothing more to do for the chunk. */
 static bool foreign_settled(const struct foreign *x, bool tick)
 {
     struct cachefile *c = x->core->cache;
 
+    if (x->meta)
+        return meta_settled(x, tick);
     if (cachefile_ready(c, x->index)) {
         miss_finish(x->core, x->index, 0);
         return true;
@@ -52,8 +77,7 @@ static void *foreign_run(void *arg)
             struct foreign *x = mine;
             mine = x->next;
             if (foreign_settled(x, tick)) {
-                core_put(x->core);
-                free(x);
+                foreign_free(x);
                 continue;
             }
             x->next = NULL;
@@ -76,32 +100,44 @@ static void *foreign_run(void *arg)
     return NULL;
 }
 
-void foreign_add(struct fetcher *f, struct blob_core *c, uint32_t index)
+static bool add(struct fetcher *f, struct blob_core *c, uint32_t index, struct vnd_blob *meta)
 {
     struct foreign *x = calloc(1, sizeof *x);
     bool ok = x != NULL;
 
-    if (ok) {
-        x->core = c;
-        x->index = index;
-        core_get(c);
-        pthread_mutex_lock(&f->foreign_lock);
-        if (!f->foreign_started && !f->foreign_down)
-            f->foreign_started = !thread_start(&f->foreign_thread, "vnd-foreign", foreign_run, f);
-        ok = f->foreign_started;
-        if (ok) {
-            x->next = f->foreign;
-            f->foreign = x;
-            pthread_cond_signal(&f->foreign_some);
-        }
-        pthread_mutex_unlock(&f->foreign_lock);
-        if (!ok) {
-            core_put(c);
-            free(x);
-        }
-    }
     if (!ok)
+        return false;
+    x->core = c;
+    x->index = index;
+    x->meta = meta;
+    core_get(c);
+    if (meta)
+        handle_get(meta);
+    pthread_mutex_lock(&f->foreign_lock);
+    if (!f->foreign_started && !f->foreign_down)
+        f->foreign_started = !thread_start(&f->foreign_thread, "vnd-foreign", foreign_run, f);
+    ok = f->foreign_started;
+    if (ok) {
+        x->next = f->foreign;
+        f->foreign = x;
+        pthread_cond_signal(&f->foreign_some);
+    }
+    pthread_mutex_unlock(&f->foreign_lock);
+    if (!ok)
+        foreign_free(x);
+    return ok;
+}
+
+void foreign_add(struct fetcher *f, struct blob_core *c, uint32_t index)
+{
+    if (!add(f, c, index, NULL))
         miss_finish(c, index, EIO);
+}
+
+void foreign_add_meta(struct fetcher *f, struct vnd_blob *b)
+{
+    if (!add(f, b->core, 0, b))
+        handle_raw(b, NULL, 0, EIO);
 }
 
 void foreign_stop(struct fetcher *f)
@@ -119,7 +155,8 @@ void foreign_stop(struct fetcher *f)
     while (f->foreign) {
         struct foreign *x = f->foreign;
         f->foreign = x->next;
-        core_put(x->core);
-        free(x);
+        if (x->meta)
+            handle_raw(x->meta, NULL, 0, ESHUTDOWN);
+        foreign_free(x);
     }
 }

@@ -170,7 +170,20 @@ static int meta_from_raw(struct vnd_blob *b, struct blobtable **records, char *e
     return rc;
 }
 
-/* -EINPROGRESS: the stored table has to be fetched first. */
+/* Out of the file, or who fetches it: -EINPROGRESS: we do, and hold the claim where there can be one; -EBUSY: another
+ * process does. */
+static int meta_find(struct vnd_blob *b, struct blobtable **own)
+{
+    if (!meta_from_file(b, own))
+        return 0;
+    b->meta_claim = claim_meta(b->core->store->side_dir_fd, b->info.id);
+    if (b->meta_claim == -EAGAIN)
+        return -EBUSY;
+    /* Somebody may have finished between the look and the claim. */
+    return b->meta_claim >= 0 && !meta_from_file(b, own) ? 0 : -EINPROGRESS;
+}
+
+/* -EINPROGRESS: the stored table has to be fetched first; -EBUSY: another process does it. */
 static int load_table(struct vnd_blob *b, struct blobtable **own, int *cause, char *err, size_t err_len)
 {
     bool batch = b->info.features & (BLOBMETA_BATCH | BLOBMETA_ZRAN);
@@ -198,7 +211,7 @@ static int load_table(struct vnd_blob *b, struct blobtable **own, int *cause, ch
             rc = -EINPROGRESS;
         *cause = VND_CAUSE_DIGEST;
     } else {
-        rc = meta_from_file(b, own) ? -EINPROGRESS : 0;
+        rc = meta_find(b, own);
     }
     if (rc) {
         blobtable_free(*own);
@@ -248,7 +261,11 @@ static void load_end(struct vnd_blob *b, int rc)
 
     pthread_mutex_lock(&s->lock);
     b->loading = false;
-    b->fetching = rc == -EINPROGRESS;
+    b->fetching = rc == -EINPROGRESS || rc == -EBUSY;
+    if (rc != -EINPROGRESS && b->meta_claim >= 0)       /* the file is written, if it came */
+        close(b->meta_claim);
+    if (rc != -EINPROGRESS)
+        b->meta_claim = -1;
     if (!b->fetching) {
         b->raw_tries = 0;
         b->meta_errno = rc ? EIO : 0;
@@ -275,6 +292,9 @@ static void load_run(struct pool_task *task)
         load_end(b, rc);        /* before the job can end */
         if (fetch_push_meta(b))
             handle_raw(b, NULL, 0, ENOMEM);
+    } else if (rc == -EBUSY) {
+        load_end(b, rc);
+        foreign_add_meta(e->fetcher, b);
     } else {
         if (rc)
             engine_say(e, 40, cause, "blob %s cannot be served: %s", b->info.id, err);

@@ -250,6 +250,8 @@ void handle_put(struct vnd_blob *b)
         return;
     core_put(b->core);
     pthread_cond_destroy(&b->load_end);
+    if (b->meta_claim >= 0)
+        close(b->meta_claim);
     free(b->raw);
     free(b->beside);
     free(b);
@@ -341,6 +343,7 @@ struct vnd_blob *blob_get(vnd_store *s, const vnd_blob_info *info, blob_chunks_f
         b->chunks = chunks;
         b->ctx = ctx;
         b->meta.state = UNIT_OTHER;
+        b->meta_claim = -1;
         pthread_cond_init(&b->load_end, NULL);
     }
     if (!b || core_join(s, b)) {

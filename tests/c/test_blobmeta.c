@@ -414,12 +414,87 @@ static void test_table_unreachable(void)
     }
 }
 
+struct first_read {
+    struct fix *f;
+    struct fix_blob *b;
+    pthread_t thread;
+    int64_t rc;
+};
+
+static void *first_read_run(void *arg)
+{
+    struct first_read *r = arg;
+    uint8_t buf[SLOT];
+
+    r->rc = fix_read(r->f->h, r->b, 3 * SLOT, r->b->chunk[3].usize, buf);
+    if (r->rc >= 0)
+        CHECK(!memcmp(buf, r->b->plain + 3 * SLOT, r->b->chunk[3].usize));
+    return NULL;
+}
+
+static void first_read_start(struct first_read *r, struct fix *f, struct fix_blob *b)
+{
+    *r = (struct first_read){ .f = f, .b = b };
+    CHECK(!pthread_create(&r->thread, NULL, first_read_run, r));
+}
+
+static bool is_fetching(struct vnd_blob *h)
+{
+    struct miss_shard *s = miss_shard_of(h->core->engine->fetcher, h, 0);
+    bool fetching;
+
+    pthread_mutex_lock(&s->lock);
+    fetching = h->fetching;
+    pthread_mutex_unlock(&s->lock);
+    return fetching;
+}
+
+/* Two users of one directory, as two processes are: one fetches the table, the other waits for it; if the one ends without
+ * it, the other fetches. */
+static void test_fetched_once(bool ends)
+{
+    char dir[200];
+    struct fix f = { 0 }, g = { 0 };
+    struct fix_blob *b = batch_blob(CODEC_ZSTD, NULL);
+    struct first_read one, two;
+
+    fix_dir_make(dir, under);
+    f.server.feed_bytes = g.server.feed_bytes = 100000;
+    atomic_init(&f.server.hold, 1);
+    fix_up(&f, dir, b, 1);
+    fix_up(&g, dir, b, 1);
+    first_read_start(&one, &f, b);
+    while (!is_fetching(f.h))
+        usleep(200);
+    first_read_start(&two, &g, b);
+    while (!is_fetching(g.h))
+        usleep(200);
+    usleep(30000);              /* some ticks, in which it must not fetch */
+    CHECK_EQ(atomic_load(&g.server.meta_jobs), 0);
+    if (ends) {
+        vnd_engine_shutdown(f.e);
+    } else {
+        atomic_store(&f.server.hold, 0);
+    }
+    CHECK(!pthread_join(one.thread, NULL) && !pthread_join(two.thread, NULL));
+    CHECK_EQ(two.rc, b->chunk[3].usize);
+    CHECK_EQ(one.rc < 0, ends);
+    CHECK_EQ(atomic_load(&f.server.meta_jobs), !ends);
+    CHECK_EQ(atomic_load(&g.server.meta_jobs), ends);
+    fix_down(&f);
+    fix_down(&g);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
 int main(int argc, char **argv)
 {
     under = argc > 1 ? argv[1] : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
     test_v1();
     test_refuses();
     test_batches();
+    test_fetched_once(false);
+    test_fetched_once(true);
     test_flips();
     test_table_unreachable();
     puts("test_blobmeta: ok");
