@@ -4,7 +4,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,10 +82,10 @@ def opened_with_data(path: Path, source: Source | Path, blob_id: str | None = No
             pump.start()
             yield image
         finally:
-            say_events(engine)
             engine.shutdown()
             if not pump.join(STOP_SECONDS):
                 raise Failure("a fetch thread does not end", Cause.IO)
+            say_events(engine)      # now: a thread says why a read failed after it has let the read go
             if image is not None:
                 image.close()
             if store is not None:
@@ -95,6 +95,7 @@ def opened_with_data(path: Path, source: Source | Path, blob_id: str | None = No
 
 def say_events(engine: Engine) -> None:
     """What is waiting in the engine's event queue, if it tells why something could not be read."""
-    while (event := engine.next_event(0)) is not None:
-        if event.level >= ERROR_LEVEL:
-            print(event.text, file=sys.stderr)
+    with suppress(EOFError):    # it was shut down, and nothing is left
+        while (event := engine.next_event(0)) is not None:
+            if event.level >= ERROR_LEVEL:
+                print(event.text, file=sys.stderr)
