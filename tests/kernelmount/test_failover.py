@@ -15,6 +15,7 @@ import pytest
 from tests.kernelmount.kernel import KernelMount
 from tests.system.daemon import wait_until
 from tests.system.range_proxy import RangeProxy
+from virtiofsd_nydus.fuse.mounts import find_mount
 
 LARGE = ("large/random", "large/second", "large/text", "sizes/1048575", "sizes/1048576", "sizes/1048577")
 
@@ -144,3 +145,11 @@ def test_a_waiting_reader_can_be_killed(kernel_mount: KernelMount, proxy: RangeP
     assert reader.wait(20) == -signal.SIGKILL
     proxy.gate.set()
     assert (kernel_mount.target / "large/random").read_bytes() == (unpacked / "large/random").read_bytes()
+
+
+@pytest.mark.parametrize("role", ["worker", "guard"])
+def test_sigterm_unmounts(kernel_mount: KernelMount, role: str) -> None:
+    os.kill(kernel_mount.pid(role), signal.SIGTERM)
+    wait_until(lambda: find_mount(str(kernel_mount.target)) is None, "the unmount")
+    wait_until(lambda: not kernel_mount.pids("worker") + kernel_mount.pids("guard"), "the processes' end")
+    assert not kernel_mount.place.directory.exists()

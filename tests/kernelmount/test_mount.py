@@ -119,6 +119,24 @@ def test_a_mount_of_others_is_refused(kernel_mount: KernelMount, mounts_dir: Pat
         umount(str(place))
 
 
+def test_a_verb_that_is_killed_leaves_nothing(oci_image: str, registry: LocalRegistry, proxy: RangeProxy,
+                                              mounts_dir: Path, tmp_path: Path) -> None:
+    """While its worker waits for the table of a blob."""
+    reference = f"docker://{registry.host}/kernel--oci-ref:v1"
+    run_verb("convert", f"oci:{oci_image}", reference, "--oci-ref")
+    image = resolve(reference, tmp_path / "bootstraps").with_backend(host=proxy.host)
+    mounted = KernelMount(image, mounts_dir / "k", tmp_path)
+    proxy.gate.clear()
+    verb = subprocess.Popen([*VERB, *mounted.words])
+    assert proxy.held.acquire(timeout=20)
+    assert mounted.pid("worker")
+    verb.kill()
+    verb.wait()
+    proxy.gate.set()
+    wait_until(lambda: not mounted.pids("worker") + mounted.pids("guard"), "the processes' end")
+    assert find_mount(str(mounted.target)) is None
+
+
 def test_version_5_is_refused_in_a_line(mounts_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/file").write_text("x")

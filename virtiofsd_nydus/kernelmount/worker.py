@@ -186,13 +186,15 @@ def say_events(image: KernelImage, log: logs.Log) -> None:
             log.say(event.level, event.text, **({"cause": event.cause.name.lower()} if event.cause else {}))
 
 
-def tell(ready_fd: int, **what: object) -> None:
-    """To the verb that waits."""
+def tell(ready_fd: int, **what: object) -> bool:
+    """To the verb that waits. False: it does no more."""
     try:
         os.write(ready_fd, json.dumps(what).encode())
     except OSError:
-        pass
-    os.close(ready_fd)
+        return False
+    finally:
+        os.close(ready_fd)
+    return True
 
 
 def work(settings: Settings, other: int) -> None:
@@ -218,7 +220,8 @@ def work(settings: Settings, other: int) -> None:
                     except OSError as error:
                         detach(settings)
                         raise Failure(f"cannot start the guard: {error.strerror}", Cause.IO) from None
-                tell(other, lazy=lazy, pid=os.getpid())
+                if not tell(other, lazy=lazy, pid=os.getpid()):
+                    detach(settings)        # nobody was told of it
                 if not lazy:
                     return
             else:
