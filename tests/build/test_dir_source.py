@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from rafs_writer.trees import ACL
 from virtiofsd_nydus.build.image import BuildOptions, build_layer, merge_layers
 from virtiofsd_nydus.build.options import UsageFailure
 from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.rafs.reader import Bootstrap as RafsBootstrap
 
 OPTIONS = BuildOptions(chunk_size=65536)
 
@@ -104,6 +106,24 @@ def test_prefetched_files_come_first_in_the_blob(source: Path, tmp_path: Path) -
     assert found[b"/holes"].chunks[0][1] == 4 < found[os.fsencode(b"/\xff!")].chunks[0][1]
     assert bootstrap.prefetch == [found[b"/d"].nid, found[b"/holes"].nid]
     assert read_file(found[b"/holes"], bootstrap, blobs) == (source / "holes").read_bytes()
+
+
+def test_the_blob_policy_tells_how_far_the_prefetched_files_go(source: Path, tmp_path: Path) -> None:
+    """Of v5, whose blob table has a place for it: the stored bytes of the chunks that come first."""
+    options = BuildOptions(fs_version=5, chunk_size=65536, prefetch_policy="blob", prefetch_patterns=("/d", "/holes"))
+    layer = build_layer(source, options=options, out_blob=tmp_path / "blob", kind="dir")
+    (tmp_path / "boot").write_bytes(merge_layers([layer], options=options).bootstrap)
+    with RafsBootstrap(tmp_path / "boot") as image:
+        wanted = {path for entry in image.walk() if (path := entry.path).startswith(("/d/", "/holes"))}
+        ends = {entry.path: max((chunk.coff + chunk.csize_bytes for chunk in image.chunks(entry.attr.ino)), default=0)
+                for entry in image.walk() if stat.S_ISREG(entry.attr.mode)}
+        assert image.prefetch() == []
+        (blob,) = image.blobs
+    assert layer.blob_info is not None
+    assert layer.blob_info.prefetch_size == max(ends[path] for path in wanted if path in ends) < layer.blob_size
+    assert blob.id.encode() in (tmp_path / "boot").read_bytes()
+    table = (tmp_path / "boot").read_bytes().index(blob.id.encode()) - 8
+    assert struct.unpack_from("<II", (tmp_path / "boot").read_bytes(), table) == (0, layer.blob_info.prefetch_size)
 
 
 def test_whiteouts_in_a_directory_are_left_out(tmp_path: Path) -> None:
@@ -215,8 +235,6 @@ def test_build_names_a_bootstrap_that_cannot_be_written(source: Path, tmp_path: 
 @pytest.mark.parametrize("way", ["stdin", "stdin named", "file", "pattern"])
 def test_paths_to_prefetch_come_from_anywhere(source: Path, tmp_path: Path, way: str) -> None:
     """As nydus-image takes them, on standard input, or said otherwise: the table is the same."""
-    from virtiofsd_nydus.rafs.reader import Bootstrap as RafsBootstrap
-
     names = sorted(entry.name for entry in os.scandir(source) if not entry.is_symlink())[:2]
     lines = "".join(f"/{name}\n" for name in names) + "\n/absent\n"
     (tmp_path / "list").write_text(lines)
