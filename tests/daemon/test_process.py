@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.fakeguest.support import build_image
-from virtiofsd_nydus.vmm.servers import UnixConnection
+from virtiofsd_nydus.vmm.servers import call_api
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_SECONDS = 30
@@ -33,14 +33,7 @@ class Daemon:
         self.sock, self.api, self.process = directory / "vhost-fs.sock", directory / "nydusd-api.sock", process
 
     def call(self, method: str, target: str, body: object = None) -> tuple[int, Any]:
-        connection = UnixConnection(self.api, 10)
-        try:
-            connection.request(method, target, None if body is None else json.dumps(body))
-            answer = connection.getresponse()
-            raw = answer.read()
-            return answer.status, json.loads(raw) if raw else None
-        finally:
-            connection.close()
+        return call_api(self.api, method, target, body, 10)
 
     def wait_running(self) -> None:
         """Until RUNNING is answered; by then the VMM's socket must take its one connection."""

@@ -7,7 +7,6 @@ writable directory, an encoded query, --hybrid-mode, SIGKILL). Needs root, and a
 """
 
 import ctypes
-import json
 import os
 import secrets
 import shutil
@@ -27,7 +26,7 @@ from virtiofsd_nydus.vmm import kata_qemu
 from virtiofsd_nydus.vmm.guest import Deadline, Guest, Job
 from virtiofsd_nydus.vmm.lifetime import Lifetime
 from virtiofsd_nydus.vmm.qemu import GuestFiles, Machine, MachineConfig, Share
-from virtiofsd_nydus.vmm.servers import UnixConnection
+from virtiofsd_nydus.vmm.servers import call_api
 
 TAG = "kataShared"
 GUEST_SHARED = "/run/kata-containers/shared"
@@ -204,7 +203,7 @@ class Sandbox(Lifetime):
                     reader.join(STOP_SECONDS)
                 raise Failure(f"the daemon ended: {self.log_text().strip()}", Cause.IO)
             try:
-                if json.loads(self._request("GET", "/api/v1/daemon")[1])["state"] == "RUNNING":
+                if call_api(self.api, "GET", "/api/v1/daemon")[1]["state"] == "RUNNING":
                     return
             except OSError:
                 pass
@@ -215,22 +214,12 @@ class Sandbox(Lifetime):
         """What the daemon has said."""
         return b"".join(self.log).decode(errors="replace")
 
-    def _request(self, method: str, target: str, body: object = None) -> tuple[int, bytes]:
-        connection = UnixConnection(self.api, 30.0)     # Kata's own limit
-        try:
-            connection.request(method, target, None if body is None else json.dumps(body),
-                               {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
-
     def call(self, method: str, mountpoint: str, body: dict[str, Any] | None = None) -> None:
         """A mount or unmount; Kata takes 204 alone for success."""
         query = urllib.parse.quote(mountpoint, safe="") if self.layout == "rs" else mountpoint
-        status, answer = self._request(method, f"/api/v1/mount?mountpoint={query}", body)
+        status, answer = call_api(self.api, method, f"/api/v1/mount?mountpoint={query}", body)
         if status != 204:
-            raise Failure(f"{method} {mountpoint}: {status} {answer.decode(errors='replace')}", Cause.IO)
+            raise Failure(f"{method} {mountpoint}: {status} {answer}", Cause.IO)
 
     def shell(self, script: str, **streams: Any) -> Job:
         """Runs a script with the initramfs's own busybox; a Failure unless it ends with 0."""

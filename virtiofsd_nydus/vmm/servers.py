@@ -116,6 +116,20 @@ class UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
+def call_api(path: Path, method: str, target: str, body: object = None, seconds: float = 30.0) -> tuple[int, Any]:
+    """One request to a daemon's API on a connection of its own: the status, and the JSON answered, None for an empty
+    body. body: what becomes JSON. seconds: Kata's own limit. Raises OSError when nobody answers."""
+    connection = UnixConnection(path, seconds)
+    try:
+        connection.request(method, target, None if body is None else json.dumps(body),
+                           {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        raw = answer.read()
+        return answer.status, json.loads(raw) if raw else None
+    finally:
+        connection.close()
+
+
 class NydusDaemon(Server):
     """Our daemon, `virtiofsd-nydus virtiofs`, on one image.
 
@@ -142,19 +156,14 @@ class NydusDaemon(Server):
 
     def get(self, route: str, seconds: float = 5.0) -> Any:
         """GET on the daemon's API; the JSON it answers, None for an empty body."""
-        connection = UnixConnection(self.api_path, seconds)
         try:
-            connection.request("GET", route)
-            answer = connection.getresponse()
-            body = answer.read()
+            status, body = call_api(self.api_path, "GET", route, seconds=seconds)
         except OSError as error:
             self.check_alive()
             raise Failure(f"{self.name} does not answer {route}: {error}", Cause.IO) from None
-        finally:
-            connection.close()
-        if answer.status >= 400:
-            raise Failure(f"{self.name} answers {route} with {answer.status}", Cause.IO)
-        return json.loads(body) if body else None
+        if status >= 400:
+            raise Failure(f"{self.name} answers {route} with {status}", Cause.IO)
+        return body
 
     def stats(self) -> dict[str, Any]:
         """{"engine": the counters of vnd_stats, "blobs": {id: chunks, bytes, readiness}}."""
