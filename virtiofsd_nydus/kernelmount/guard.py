@@ -6,12 +6,11 @@ Light, and asleep for most of its life: not what a machine that is short of memo
 
 import os
 import select
-import signal
 import sys
 import time
 
 from virtiofsd_nydus._engine import ffi, lib
-from virtiofsd_nydus.kernelmount.settings import Settings, reap
+from virtiofsd_nydus.kernelmount.settings import Settings, catch_signals, reap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,8 +61,7 @@ def wait_for(pidfd: int) -> None:
 
 def guard(settings: Settings, pidfd: int) -> None:
     shared = open_shared(settings)
-    signal.signal(signal.SIGTERM, lambda *_: detach(settings))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    catch_signals(lambda: detach(settings))
     own = os.pidfd_open(os.getpid())
     worker, began, young = 0, time.monotonic(), 0
     while True:

@@ -4,14 +4,17 @@ must know. Light: the guard should need little memory.
 
 import json
 import os
+import signal
 import sys
 
 from virtiofsd_nydus.daemon.config import ImageConfig
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, Literal
 
+HELD = (signal.SIGTERM, signal.SIGINT)
 MODULES = {"worker": "virtiofsd_nydus.kernelmount.worker", "guard": "virtiofsd_nydus.kernelmount.guard"}
 
 
@@ -58,7 +61,14 @@ class Settings:
         actions = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, self.log, 1),
                    (os.POSIX_SPAWN_DUP2, self.log, 2)]
         words = [sys.executable, "-m", MODULES[role], str(self.fd), *map(str, others)]
-        return os.posix_spawn(sys.executable, words, os.environ, file_actions=actions, setsid=True)
+        return os.posix_spawn(sys.executable, words, os.environ, file_actions=actions, setsid=True, setsigmask=HELD)
+
+
+def catch_signals(end: "Callable[[], None]") -> None:
+    """From here on SIGTERM calls end, also one that came before: start() holds it back. SIGINT is a terminal's."""
+    signal.signal(signal.SIGTERM, lambda *_: end())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
 def reap(pid: int) -> None:

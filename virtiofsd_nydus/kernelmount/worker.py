@@ -8,7 +8,6 @@ import errno
 import json
 import os
 import select
-import signal
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ from virtiofsd_nydus.kernelmount import record
 from virtiofsd_nydus.kernelmount.erofs import mount_erofs
 from virtiofsd_nydus.kernelmount.guard import detach, open_shared, wait_for
 from virtiofsd_nydus.kernelmount.image import KernelImage
-from virtiofsd_nydus.kernelmount.settings import Settings, reap
+from virtiofsd_nydus.kernelmount.settings import Settings, catch_signals, reap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -245,8 +244,7 @@ def main() -> None:
     settings = Settings.load(int(sys.argv[1]))
     if settings.group >= 0:
         lib.vnd_precontent_reserve(settings.state)      # before anything is opened
-    signal.signal(signal.SIGTERM, lambda *_: detach(settings))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    catch_signals(lambda: detach(settings))
     try:
         work(settings, int(sys.argv[2]))
     except Failure as failure:
