@@ -169,33 +169,52 @@ static int learn_name(struct vnd_passthrough *p, const struct pt_ref *dir, const
     return fd < 0 ? fd : pt_learn(p, dir->node, name, fd, true, out);
 }
 
+/* A directory in use to make something in, as the caller; 0: both to be given back. */
+static int enter(struct vnd_passthrough *p, const struct fs_caller *who, uint64_t dir, struct pt_ref *ref,
+                 struct pt_cred *cred)
+{
+    int rc = get_dir(p, dir, ref);
+
+    if (!rc) {
+        rc = pt_cred_take(who, cred);
+        if (rc) {
+            pt_put(p, ref);
+        }
+    }
+    return rc;
+}
+
+/* What was made becomes known; rc: of the making. */
+static int leave_named(struct vnd_passthrough *p, struct pt_ref *ref, struct pt_cred *cred, int rc, const char *name,
+                       vnd_attr *out)
+{
+    pt_cred_back(cred);
+    if (!rc) {
+        rc = learn_name(p, ref, name, out);
+    }
+    pt_put(p, ref);
+    return rc;
+}
+
 int pt_mknod(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t mode, uint32_t rdev,
              vnd_attr *out)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
-    int rc = get_dir(p, dir, &ref);
+    int rc = enter(p, who, dir, &ref, &cred);
 
     if (rc) {
         return rc;
     }
-    rc = pt_cred_take(who, &cred);
-    if (!rc) {
-        if (S_ISDIR(mode)) {
-            rc = mkdirat(ref.fd, name, mode & 07777) ? fail_errno() : 0;
-        } else {
-            dev_t dev = makedev(rdev >> 8 & 0xfff, (rdev & 0xff) | (rdev >> 12 & 0xfff00));
+    if (S_ISDIR(mode)) {
+        rc = mkdirat(ref.fd, name, mode & 07777) ? fail_errno() : 0;
+    } else {
+        dev_t dev = makedev(rdev >> 8 & 0xfff, (rdev & 0xff) | (rdev >> 12 & 0xfff00));
 
-            rc = mknodat(ref.fd, name, mode, dev) ? fail_errno() : 0;
-        }
-        pt_cred_back(&cred);
+        rc = mknodat(ref.fd, name, mode, dev) ? fail_errno() : 0;
     }
-    if (!rc) {
-        rc = learn_name(p, &ref, name, out);
-    }
-    pt_put(p, &ref);
-    return rc;
+    return leave_named(p, &ref, &cred, rc, name, out);
 }
 
 int pt_symlink(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, const char *target,
@@ -204,21 +223,13 @@ int pt_symlink(struct fs *fs, const struct fs_caller *who, uint64_t dir, const c
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
-    int rc = get_dir(p, dir, &ref);
+    int rc = enter(p, who, dir, &ref, &cred);
 
     if (rc) {
         return rc;
     }
-    rc = pt_cred_take(who, &cred);
-    if (!rc) {
-        rc = symlinkat(target, ref.fd, name) ? fail_errno() : 0;
-        pt_cred_back(&cred);
-    }
-    if (!rc) {
-        rc = learn_name(p, &ref, name, out);
-    }
-    pt_put(p, &ref);
-    return rc;
+    rc = symlinkat(target, ref.fd, name) ? fail_errno() : 0;
+    return leave_named(p, &ref, &cred, rc, name, out);
 }
 
 /* The guest has the entry and a file of it, or neither. fd is taken. */
@@ -269,23 +280,20 @@ int pt_create(struct fs *fs, const struct fs_caller *who, uint64_t dir, const ch
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
-    int fd, rc = get_dir(p, dir, &ref);
+    int fd, rc = enter(p, who, dir, &ref, &cred);
 
     if (rc) {
         return rc;
     }
-    rc = pt_cred_take(who, &cred);
+    /* Never what is there already: it might be a device. */
+    fd = openat(ref.fd, name, (pt_open_flags(flags) & ~O_TRUNC) | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
+                mode & 07777);
+    rc = fd < 0 ? fail_errno() : 0;
+    pt_cred_back(&cred);
     if (!rc) {
-        /* Never what is there already: it might be a device. */
-        fd = openat(ref.fd, name, (pt_open_flags(flags) & ~O_TRUNC) | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
-                    mode & 07777);
-        rc = fd < 0 ? fail_errno() : 0;
-        pt_cred_back(&cred);
-        if (!rc) {
-            rc = open_made(p, ref.node, name, fd, out, fh);
-        } else if (rc == -EEXIST && !(flags & O_EXCL)) {
-            rc = open_existing(p, &ref, name, flags, kill, out, fh);
-        }
+        rc = open_made(p, ref.node, name, fd, out, fh);
+    } else if (rc == -EEXIST && !(flags & O_EXCL)) {
+        rc = open_existing(p, &ref, name, flags, kill, out, fh);
     }
     pt_put(p, &ref);
     return rc;
@@ -297,20 +305,17 @@ int pt_tmpfile(struct fs *fs, const struct fs_caller *who, uint64_t dir, uint32_
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
-    int fd, rc = get_dir(p, dir, &ref);
+    int fd, rc = enter(p, who, dir, &ref, &cred);
 
     if (rc) {
         return rc;
     }
-    rc = pt_cred_take(who, &cred);
+    fd = openat(ref.fd, ".", (pt_open_flags(flags) & ~O_TRUNC) | O_TMPFILE | (int)(flags & O_EXCL) | O_CLOEXEC,
+                mode & 07777);
+    rc = fd < 0 ? fail_errno() : 0;
+    pt_cred_back(&cred);
     if (!rc) {
-        fd = openat(ref.fd, ".", (pt_open_flags(flags) & ~O_TRUNC) | O_TMPFILE | (int)(flags & O_EXCL) | O_CLOEXEC,
-                    mode & 07777);
-        rc = fd < 0 ? fail_errno() : 0;
-        pt_cred_back(&cred);
-        if (!rc) {
-            rc = open_made(p, ref.node, "", fd, out, fh);
-        }
+        rc = open_made(p, ref.node, "", fd, out, fh);
     }
     pt_put(p, &ref);
     return rc;

@@ -16,6 +16,7 @@ from virtiofsd_nydus.vmm.fuse_client import FuseClient
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 HANDLES, DESCRIPTORS = "handles", "descriptors"
+DROP_HANDLES = ("setpriv", "--bounding-set", "-dac_read_search")
 only_handles = pytest.mark.parametrize("daemon", [HANDLES], indirect=True)
 
 
@@ -32,7 +33,7 @@ class ShareDaemon(NydusDaemon):
         if self.open_files:
             words = ["prlimit", f"--nofile={self.open_files}", *words]
         if self.how == DESCRIPTORS:
-            words = ["setpriv", "--bounding-set", "-dac_read_search", *words]
+            words = [*DROP_HANDLES, *words]
         return words
 
 

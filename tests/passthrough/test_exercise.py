@@ -13,6 +13,7 @@ import pytest
 
 from tests.fusedev.host import has_fuse, umount_below
 from tests.passthrough import exercise
+from tests.passthrough.conftest import DESCRIPTORS, DROP_HANDLES, HANDLES, only_handles
 from tests.passthrough.exercise import PROTECTIONS, arguments, compare
 from tests.passthrough.host import PassthroughMount
 from virtiofsd_nydus.vmm.guest import Deadline
@@ -39,12 +40,12 @@ def run_on(program: Path, directory: Path, counts: tuple[int, int, int]) -> str:
                           text=True, timeout=TIMEOUT_S).stdout
 
 
-@pytest.fixture
-def mount(source: Path, tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(params=[HANDLES, DESCRIPTORS])
+def mount(request: pytest.FixtureRequest, source: Path, tmp_path: Path) -> Iterator[Path]:
     reason = has_fuse()
     if reason:
         pytest.skip(reason)
-    with PassthroughMount(source, tmp_path) as mounted:
+    with PassthroughMount(source, tmp_path, DROP_HANDLES if request.param == DESCRIPTORS else ()) as mounted:
         yield mounted.mountpoint
     umount_below(tmp_path)
 
@@ -56,6 +57,7 @@ def test_on_dev_fuse(program: Path, source: Path, mount: Path, tmp_path: Path) -
 
 
 @pytest.mark.guest
+@only_handles
 def test_in_a_guest(program: Path, source: Path, daemon: NydusDaemon, tmp_path: Path) -> None:
     counts = steps((120, 120, 300))
     (tmp_path / "plain").mkdir()

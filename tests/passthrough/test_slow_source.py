@@ -11,7 +11,7 @@ import pytest
 from tests.fakeguest.support import assert_alive, build_image
 from tests.fusedev.host import has_fuse
 from tests.passthrough.gate_fs import GateFs
-from tests.passthrough.test_api import Api
+from tests.passthrough.test_api import connect_api
 from virtiofsd_nydus.vmm import fuse_client as fc
 from virtiofsd_nydus.vmm.fakeguest import FakeGuest
 from virtiofsd_nydus.vmm.fuse_client import OUT_HEADER, pack_request
@@ -55,13 +55,7 @@ def shared(tmp_path: Path, source: Path) -> Iterator[Shared]:
         "device": {"backend": {"type": "localfs", "config": {"dir": str(image.blob_dir)}},
                    "cache": {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}}}, "mode": "direct"})
     with GateFs(source / "remote") as gate, NydusDaemon([], die_with_parent=True) as daemon:
-        api = Api(daemon)
-        while True:     # the API socket is there once the daemon runs; the process's end ends this, too
-            try:
-                api.call("GET", "/api/v1/daemon")
-                break
-            except OSError:
-                daemon.check_alive()
+        api = connect_api(daemon)
         assert api.mount("/a", "rafs", image.bootstrap, config)[0] == 204
         assert api.mount("/containers", "passthrough_fs", source)[0] == 204
         with FakeGuest(daemon.socket_path, queue_size=128, slot_count=STUCK + 1, slot_data_bytes=1 << 16) as guest:
