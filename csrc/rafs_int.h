@@ -150,6 +150,22 @@ static inline const uint8_t *rafs_at(const struct vnd_rafs *r, uint64_t off, uin
     return off <= r->size && len <= r->size - off ? r->base + off : NULL;
 }
 
+/* Names of directory entries, as both versions order and refuse them. */
+static inline int rafs_name_compare(const char *a, size_t a_len, const char *b, size_t b_len)
+{
+    int c = memcmp(a, b, a_len < b_len ? a_len : b_len);
+
+    return c ? c : (a_len > b_len) - (a_len < b_len);
+}
+static inline bool rafs_name_broken(const char *name, size_t len)
+{
+    return memchr(name, '/', len) || memchr(name, 0, len);
+}
+static inline bool rafs_name_is_dots(const char *name, size_t len)
+{
+    return name[0] == '.' && (len == 1 || (len == 2 && name[1] == '.'));
+}
+
 /* ---- rafs_image.c: finds and maps the bootstrap of a file, be it one or a data blob that holds one. */
 int rafs_image_map(struct vnd_rafs *r, const struct rafs_error *e);
 void rafs_image_unmap(struct vnd_rafs *r);
@@ -166,6 +182,8 @@ int rafs_blob_chunks(void *ctx, uint32_t blob_index, int (*put)(void *put_ctx, c
 
 /* ---- rafs_xattr.c: EROFS inline xattrs. body: all bytes between inode and what follows it. */
 int rafs_xattr_list(const uint8_t *body, uint32_t body_len, char *buf, size_t cap, size_t *need);
+/* Gives a value to getxattr(2)'s caller: 0, or -ERANGE where cap is not 0 and too small. */
+int rafs_xattr_give(const uint8_t *value, uint32_t len, char *buf, size_t cap, size_t *need);
 int rafs_xattr_get(const uint8_t *body, uint32_t body_len, const char *name, size_t len, char *buf, size_t cap,
                    size_t *need);
 

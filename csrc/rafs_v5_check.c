@@ -27,9 +27,9 @@ static void fault_slot(struct walk *w, uint64_t slot, const char *what)
 
 static void check_name(struct walk *w, const struct v5_inode *n)
 {
-    if (memchr(n->name, '/', n->name_len) || memchr(n->name, 0, n->name_len)) {
+    if (rafs_name_broken(n->name, n->name_len)) {
         fault_slot(w, n->slot, "its name holds '/' or NUL");
-    } else if (n->name[0] == '.' && (n->name_len == 1 || (n->name_len == 2 && n->name[1] == '.'))) {
+    } else if (rafs_name_is_dots(n->name, n->name_len)) {
         fault_slot(w, n->slot, "its name is \".\" or \"..\"");
     }
 }
@@ -57,13 +57,8 @@ static void check_dir(struct walk *w, const struct v5_inode *entry)
         if (child.parent != dir.ino) {
             fault_slot(w, slot, "its parent is not the directory that it is in");
         }
-        if (prev.name) {
-            int order = memcmp(prev.name, child.name, prev.name_len < child.name_len ? prev.name_len
-                                                                                       : child.name_len);
-
-            if (order > 0 || (order == 0 && prev.name_len >= child.name_len)) {
-                fault_slot(w, dir.slot, "names not in strictly ascending order: some cannot be found");
-            }
+        if (prev.name && rafs_name_compare(prev.name, prev.name_len, child.name, child.name_len) >= 0) {
+            fault_slot(w, dir.slot, "names not in strictly ascending order: some cannot be found");
         }
         prev = child;
         subdirs += S_ISDIR(child.mode) ? 1 : 0;

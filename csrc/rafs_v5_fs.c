@@ -83,13 +83,6 @@ int v5_child(const struct vnd_rafs *r, const struct v5_inode *dir, uint32_t k, s
     return out->ino == out->slot || (v5_inode(r, out->ino, &first) == 0 && S_ISREG(first.mode)) ? 0 : -EIO;
 }
 
-static int name_compare(const char *a, size_t a_len, const struct v5_inode *b)
-{
-    int c = memcmp(a, b->name, a_len < b->name_len ? a_len : b->name_len);
-
-    return c ? c : (a_len > b->name_len) - (a_len < b->name_len);
-}
-
 static int v5_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out)
 {
     struct vnd_rafs *r = (struct vnd_rafs *)fs;
@@ -100,7 +93,7 @@ static int v5_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, 
     if (rc) {
         return rc;
     }
-    if (name[0] == '.' && (len == 1 || (len == 2 && name[1] == '.'))) {
+    if (rafs_name_is_dots(name, len)) {
         return v5_getattr(fs, len == 1 || dir == 1 ? dir : n.parent, out);
     }
     hi = n.child_count;
@@ -112,7 +105,7 @@ static int v5_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, 
         if (rc) {
             return rc;
         }
-        c = name_compare(name, len, &child);
+        c = rafs_name_compare(name, len, child.name, child.name_len);
         if (c == 0) {
             return attr_of_child(r, &child, out);
         }
@@ -132,8 +125,7 @@ static uint32_t dirent_type(uint32_t mode)
 
 static bool name_usable(const struct v5_inode *n)
 {
-    return !memchr(n->name, '/', n->name_len) && !memchr(n->name, 0, n->name_len) &&
-           !(n->name[0] == '.' && (n->name_len == 1 || (n->name_len == 2 && n->name[1] == '.')));
+    return !rafs_name_broken(n->name, n->name_len) && !rafs_name_is_dots(n->name, n->name_len);
 }
 
 /* Cookies: 0 ".", 1 "..", 2 + k the k-th child. */
@@ -260,14 +252,7 @@ static int v5_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len
         if (len != x.name_len || memcmp(name, x.name, len) != 0) {
             continue;
         }
-        *need = x.value_len;
-        if (cap && x.value_len > cap) {
-            return -ERANGE;
-        }
-        if (cap) {
-            memcpy(buf, x.value, x.value_len);
-        }
-        return 0;
+        return rafs_xattr_give(x.value, x.value_len, buf, cap, need);
     }
     return rc ? rc : -ENODATA;
 }

@@ -141,7 +141,7 @@ static void check_entry(struct walk *w, const struct dir_job *d, const struct v6
     static const uint32_t kinds[8] = { 0, S_IFREG, S_IFDIR, S_IFCHR, S_IFBLK, S_IFIFO, S_IFSOCK, S_IFLNK };
     struct v6_inode n;
 
-    if (memchr(e->name, '/', e->len) || memchr(e->name, 0, e->len)) {
+    if (rafs_name_broken(e->name, e->len)) {
         fault_inode(w, d->nid, "an entry's name holds '/' or NUL");
         return;
     }
@@ -204,8 +204,6 @@ static void check_dir(struct walk *w, const struct dir_job *d)
             return;
         }
         for (uint32_t k = 0; k < b.count && !w->stop; k++) {
-            int order;
-
             if (!spend(w, &w->entries_left, d->nid, "entries of several directories overlap")) {
                 return;
             }
@@ -213,11 +211,8 @@ static void check_dir(struct walk *w, const struct dir_job *d)
                 fault_inode(w, d->nid, "a malformed directory entry");
                 return;
             }
-            if (prev.name) {
-                order = memcmp(prev.name, e.name, prev.len < e.len ? prev.len : e.len);
-                if (order > 0 || (order == 0 && prev.len >= e.len)) {
-                    fault_inode(w, d->nid, "names not in strictly ascending order: some cannot be found");
-                }
+            if (prev.name && rafs_name_compare(prev.name, prev.len, e.name, e.len) >= 0) {
+                fault_inode(w, d->nid, "names not in strictly ascending order: some cannot be found");
             }
             dots += entry_is(&e, ".") || entry_is(&e, "..");
             check_entry(w, d, &e, &subdirs);

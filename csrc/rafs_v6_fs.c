@@ -157,13 +157,6 @@ int v6_dir_entry(const struct v6_block *b, uint32_t k, struct v6_entry *out)
     return out->len == 0 || out->len > RAFS_NAME_MAX ? -EIO : 0;
 }
 
-static int name_compare(const char *a, uint32_t a_len, const struct v6_entry *b)
-{
-    int c = memcmp(a, b->name, a_len < b->len ? a_len : b->len);
-
-    return c ? c : (a_len > b->len) - (a_len < b->len);
-}
-
 /* Binary search for the last block whose first name is not above the wanted one, then in that block. */
 static int dir_find(const struct vnd_rafs *r, const struct v6_inode *dir, uint64_t blocks, const char *name,
                     uint32_t len, struct v6_entry *out)
@@ -181,7 +174,7 @@ static int dir_find(const struct vnd_rafs *r, const struct v6_inode *dir, uint64
         if (rc) {
             return rc;
         }
-        c = name_compare(name, len, out);
+        c = rafs_name_compare(name, len, out->name, out->len);
         if (c == 0) {
             return 0;
         }
@@ -199,7 +192,7 @@ static int dir_find(const struct vnd_rafs *r, const struct v6_inode *dir, uint64
         if (rc) {
             return rc;
         }
-        c = name_compare(name, len, out);
+        c = rafs_name_compare(name, len, out->name, out->len);
         if (c == 0) {
             return 0;
         }
@@ -263,10 +256,10 @@ static int v6_readdir(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, 
             if (rc) {
                 break;
             }
-            if (memchr(entry.name, '/', entry.len) || memchr(entry.name, 0, entry.len)) {
+            if (rafs_name_broken(entry.name, entry.len)) {
                 return -EIO;
             }
-            dots = entry.name[0] == '.' && (entry.len == 1 || (entry.len == 2 && entry.name[1] == '.'));
+            dots = rafs_name_is_dots(entry.name, entry.len);
             if (want_attr && !dots) {
                 rc = v6_inode(r, entry.nid, &child);
                 if (rc) {

@@ -83,6 +83,18 @@ int rafs_xattr_list(const uint8_t *body, uint32_t body_len, char *buf, size_t ca
     return rc ? rc : cap && used > cap ? -ERANGE : 0;
 }
 
+int rafs_xattr_give(const uint8_t *value, uint32_t len, char *buf, size_t cap, size_t *need)
+{
+    *need = len;
+    if (cap && len > cap) {
+        return -ERANGE;
+    }
+    if (cap) {
+        memcpy(buf, value, len);
+    }
+    return 0;
+}
+
 int rafs_xattr_get(const uint8_t *body, uint32_t body_len, const char *name, size_t len, char *buf, size_t cap,
                    size_t *need)
 {
@@ -95,14 +107,7 @@ int rafs_xattr_get(const uint8_t *body, uint32_t body_len, const char *name, siz
             memcmp(name + x.prefix_len, x.name, x.name_len) != 0) {
             continue;
         }
-        *need = x.value_len;
-        if (cap && x.value_len > cap) {
-            return -ERANGE;
-        }
-        if (cap) {
-            memcpy(buf, x.value, x.value_len);
-        }
-        return 0;
+        return rafs_xattr_give(x.value, x.value_len, buf, cap, need);
     }
     return rc ? rc : -ENODATA;
 }
