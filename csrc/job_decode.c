@@ -316,7 +316,7 @@ int vnd_job_chunks(vnd_engine *e, uint64_t job_id, vnd_chunk_view *out, int max)
     if (!j)
         return -EINVAL;
     if (!j->views_n && j->kind != VND_JOB_META && !job_unwanted(e->fetcher, j)) {
-        struct input none = { NULL, 0 };
+        struct input none = { (const uint8_t *)"", 0 };   /* no null pointer: it is moved over by nothing */
         rc = j->kind == VND_JOB_VERIFY ? decode_verify(j) : decode(j, &none);
         if (rc == -EBADMSG && j->views_n)
             rc = 0;

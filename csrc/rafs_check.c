@@ -110,7 +110,20 @@ static int put_record(void *ctx, uint64_t number, uint32_t blob, const struct bl
 void rafs_check_records(struct vnd_rafs *r, struct rafs_faults *f)
 {
     struct record_walk w = { r, f };
+    bool sized = true;
 
+    for (uint32_t k = 0; k < r->info.blob_count && f->count < f->max; k++) {
+        const vnd_blob_info *b = &r->blobs[k].info;
+
+        if (b->chunk_count && !b->compressed_size_bytes) {
+            rafs_fault(f, "blob %u (%s) has %u chunks in 0 stored bytes, as nydus-image's generated dictionaries say; "
+                       "none of them can be read", k, b->id, b->chunk_count);
+            sized = false;
+        }
+    }
+    if (!sized) {           /* each of their records would be a fault of its own */
+        return;
+    }
     r->version->records(r, UINT32_MAX, put_record, &w);
     for (uint32_t k = 0; k < r->info.blob_count && f->count < f->max; k++) {
         check_table(r, f, k);

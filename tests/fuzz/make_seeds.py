@@ -12,10 +12,14 @@ import sys
 import zlib
 from pathlib import Path
 
+import lz4.block
+import zstandard
+
 from tests.hostile.faults import FAULTS
 from tests.hostile.images import ImageV5, build, write_source
 from tests.hostile.make import good_images, make_file
 from tests.hostile.test_hostile_blobs import TOC_FAULTS
+from virtiofsd_nydus.rafs.cipher import Cipher
 
 
 def write_seed(folder: Path, content: bytes) -> None:
@@ -43,9 +47,11 @@ def make_bootstraps(top: Path, work: Path) -> None:
             holes.put(holes.record("/a", k) + 64, "Q", start)
         holes.put(holes.record("/a", 1) + 36, "I", 2 if starts[0] == 0 else 1)
         write_seed(top / "fuzz_rafs_v5", bytes(holes.bytes))
-    tarfs = bytearray(good[6].read_bytes())
-    struct.pack_into("<Q", tarfs, 1152, struct.unpack_from("<Q", tarfs, 1152)[0] | 0x200)
-    write_seed(top / "fuzz_rafs", bytes(tarfs))
+    for path in (good[6], *sorted((work / "bad").iterdir())):       # in tarfs mode chunks are looked for in the tree
+        tarfs = bytearray(path.read_bytes())
+        if len(tarfs) >= 1160 and struct.unpack_from("<I", tarfs, 1024)[0] == 0xE0F5E1E2:
+            struct.pack_into("<Q", tarfs, 1152, struct.unpack_from("<Q", tarfs, 1152)[0] | 0x200)
+            write_seed(top / "fuzz_rafs", bytes(tarfs))
     encrypted = bytearray(good[6].read_bytes())
     blob = struct.unpack_from("<Q", encrypted, 1152 + 8)[0]
     struct.pack_into("<I", encrypted, blob + 84, struct.unpack_from("<I", encrypted, blob + 84)[0] | 0x100)
@@ -156,6 +162,51 @@ def make_contexts(top: Path) -> None:
         add(context(raw, out, dictionary, bits=bits), window, raw)
 
 
+def make_batches(top: Path) -> None:
+    """See fuzz_batch.c: chunks, contexts, compressor, step, pages of plain bytes, cipher."""
+    cipher = Cipher(bytes([1]) * 16 + bytes([2]) * 16, bytes(16))
+    packers = (bytes, lambda data: lz4.block.compress(data, store_size=False),
+               lambda data: gzip.compress(data, mtime=0), zstandard.ZstdCompressor().compress)
+
+    def add(batches: list[list[bytes]], compressor: int, step: int, *, encrypted: bool = False, stored: bool = False,
+            spoil: int = -1) -> None:
+        entries, contexts, blob, page = bytearray(), bytearray(), bytearray(), 0
+        for number, members in enumerate(batches):
+            plain = b"".join(members)
+            packed = packers[compressor & 3](plain)
+            if len(packed) >= len(plain):
+                packed = plain
+            if encrypted:
+                packed = cipher.encrypt(packed)
+            alone, at = len(members) == 1, 0
+            for member in members:
+                flags = (1 if alone and compressor and packed != plain else 0 if alone else 5) | (8 if encrypted else 0)
+                entries += entry_v2(page << 12, len(member), flags, len(blob), len(packed) if alone else 0, at, number)
+                at += len(member)
+                page += -(-len(member) // 4096)
+            contexts += struct.pack("<II32x", len(packed), len(plain))
+            blob += packed
+        if spoil >= 0:
+            blob[spoil] ^= 0x40
+        head = struct.pack("<BBBBHBB", len(entries) // 24, len(batches), compressor, step, page,
+                           encrypted | stored << 1, 0)
+        write_seed(top / "fuzz_batch", head + entries + contexts + blob)
+
+    small = [b"a" * 900, b"bc" * 700, b"d" * 40]
+    for compressor in range(4):
+        for step in (0, 1, 255):
+            add([small, [b"alone" * 500], small[:2]], compressor, step)
+            add([small, [b"e" * 2000], small], compressor, step, encrypted=True)
+        for spoil in (0, 5, 20):
+            add([small, small, [b"z" * 300]], compressor, 255, spoil=spoil)
+            add([small, small], compressor, 1, encrypted=True, spoil=spoil)
+        add([[b"f" * 300], [b"gh" * 2500], [b"i" * 9]], compressor, 1, stored=True)
+        add([[b"f" * 9], [b"gh" * 2500], [b"i" * 3]], compressor, 255, encrypted=True)
+    add([small], 4, 255)             # a compressor that there is not
+    add([[b"x" * 5000, b"y" * 4097] * 6], 3, 3)
+    add([[b"%d" % (number % 10) * 300_000 for number in range(5)], [b"q" * 900_000], [b"r" * 900_000]], 3, 255)
+
+
 def main() -> int:
     top = Path(sys.argv[1])
     make_bootstraps(top, top / "work" / "bootstraps")
@@ -163,6 +214,7 @@ def main() -> int:
     make_blobs(top, top / "work" / "blobs")
     make_tables(top)
     make_contexts(top)
+    make_batches(top)
     return 0
 
 

@@ -212,6 +212,7 @@ fault("v5-digest-of-the-root", 5, CHECK, "/: its digest", lambda i: i.put(i.inod
 fault("v5-number-described-twice", 5, DATA, "described twice",
       lambda i: i.put(i.record("/d/x") + 72, "I", i.get(i.record("/d/y") + 72, "I")), "/d/x")
 fault("v6-index-and-record-differ", 6, DATA, "", lambda i: i.put(i.indexes("/d/x") + 4, "I", 0), "/d/x")
+fault("v6-blob-of-0-stored-bytes", 6, DATA, "chunks in 0 stored bytes", lambda i: i.put(i.blob + 88, "Q", 0), "/d/x")
 fault("v6-uoff-beyond-blob", 6, DATA, "data outside its blob", lambda i: i.put(i.indexes("/d/x") + 4, "I", 2**32 - 1),
       "/d/x")
 # ---- rows 22, 23, 28, 29

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.hostile.images import CHUNK, ImageV6, build, write_source
 from tests.oci.conftest import BIG, LAYERS, make_tar, skopeo, write_image
 from tests.peers.faulty_server import FaultyServer
 from tests.peers.registry import LocalRegistry
@@ -345,6 +346,21 @@ def test_a_dictionary_of_other_chunks_is_refused(convert, image: Path, registry:
         assert status == 1 and line in error
 
 
+def test_a_dictionary_without_data_is_told_by_name(convert, image: Path, tmp_path: Path) -> None:
+    """As `nydus-image chunkdict generate` writes them: blobs of 0 stored bytes, a file whose name holds '/'."""
+    write_source(tmp_path / "source.tar")
+    good = build(tmp_path / "source.tar", tmp_path / "dictionary")
+    dictionary = tmp_path / "bad"
+    for change, line in ((lambda one: one.put(one.blob + 88, "Q", 0), "chunks in 0 stored bytes"),
+                         (lambda one: one.put(one.name("/d", "x"), "B", ord("/")), "its files cannot be read")):
+        bad = ImageV6(good)
+        change(bad)
+        dictionary.write_bytes(bad.bytes)
+        status, error = convert(f"oci:{image}:t", f"oci:{tmp_path / 'out'}:x", "--chunk-size", str(CHUNK),
+                                "--chunk-dict", dictionary)
+        assert status == 1 and line in error and error.count("\n") == 1
+
+
 def test_a_reference_leaves_the_oci_image_as_it_is(convert, image: Path, registry: LocalRegistry,
                                                    tmp_path: Path) -> None:
     target = f"docker://{registry.host}/ref/a:n"
@@ -421,8 +437,8 @@ def test_a_killed_run_goes_on_where_it_was(convert, image: Path, registry: Local
         process.wait()
         front.heal()
         result = convert(f"oci:{image}:t", target)
+        blobs = stored()    # before the front ends, which lets go of what the killed run sent
     assert result["manifest_digest"] == told["manifest_digest"]
     assert {layer["blob_digest"]: layer["pushed"] for layer in result["layers"] if layer["blob_digest"]} == {
         first: False, second: True}
-    blobs = stored()
     assert {first[7:], second[7:]} <= set(blobs) and len(blobs) == len(set(blobs))

@@ -35,6 +35,11 @@ def load_dictionary(path: Path, options: BuildOptions) -> ChunkDictionary:
 
     with Bootstrap(path) as image:
         info = image.info
+        for blob in image.blobs:
+            if blob.chunk_count and not blob.compressed_size_bytes:
+                raise Failure(f"chunk dictionary {path}: blob {blob.id[:12]} has {blob.chunk_count} chunks in 0 stored "
+                              "bytes, as nydus-image's generated dictionaries say; nothing that uses them can be read: "
+                              "take an image's bootstrap", Cause.FORMAT)
         for name, theirs, ours in (
             ("RAFS version", info.fs_version, options.fs_version),
             ("chunk size", info.chunk_size_bytes, options.chunk_size),
@@ -59,18 +64,22 @@ def load_dictionary(path: Path, options: BuildOptions) -> ChunkDictionary:
             ))  # fmt: skip
         index: dict[bytes, tuple[ChunkTable, int]] = {}
         seen: set[int] = set()
-        for entry in image.walk():
-            if not stat.S_ISREG(entry.attr.mode) or entry.attr.ino in seen:
-                continue
-            seen.add(entry.attr.ino)
-            for chunk in image.chunks(entry.attr.ino):
-                table = blobs[chunk.blob_index].table
-                at = chunk.chunk_index
-                if chunk.digest is None:
-                    raise Failure(f"chunk dictionary {os.fspath(path)}: it holds no chunk digests", Cause.FORMAT)
-                if at >= len(table) or table.usize(at) or chunk.digest in index:
+        try:
+            for entry in image.walk():
+                if not stat.S_ISREG(entry.attr.mode) or entry.attr.ino in seen:
                     continue
-                table.set(at, chunk.digest, chunk.uoff, chunk.coff, chunk.csize_bytes, chunk.usize_bytes, 0,
-                          chunk.flags & layout.ChunkFlag.COMPRESSED)
-                index[chunk.digest] = table, at
+                seen.add(entry.attr.ino)
+                for chunk in image.chunks(entry.attr.ino):
+                    table = blobs[chunk.blob_index].table
+                    at = chunk.chunk_index
+                    if chunk.digest is None:
+                        raise Failure(f"chunk dictionary {os.fspath(path)}: it holds no chunk digests", Cause.FORMAT)
+                    if at >= len(table) or table.usize(at) or chunk.digest in index:
+                        continue
+                    table.set(at, chunk.digest, chunk.uoff, chunk.coff, chunk.csize_bytes, chunk.usize_bytes, 0,
+                              chunk.flags & layout.ChunkFlag.COMPRESSED)
+                    index[chunk.digest] = table, at
+        except OSError as error:
+            raise Failure(f"chunk dictionary {path}: its files cannot be read: {error.strerror} (`check` says why)",
+                          Cause.FORMAT) from error
         return ChunkDictionary(blobs, index)
