@@ -62,6 +62,21 @@ static void test_codec(struct codec *c, uint32_t id)
     }
 }
 
+/* What follows a gzip member is passed over, as nydusd does; it does not continue it. */
+static void test_after_member(struct codec *c)
+{
+    static uint8_t plain[PLAIN], packed[2 * PLAIN];
+    size_t n, more;
+
+    fill(plain, PLAIN);
+    n = fix_compress(CODEC_GZIP, plain, PLAIN / 2, packed, sizeof packed);
+    more = fix_compress(CODEC_GZIP, plain + PLAIN / 2, PLAIN / 2, packed + n, sizeof packed - n);
+    CHECK_EQ(decode(c, CODEC_GZIP, packed, n + more, plain, PLAIN / 2), 0);
+    CHECK_EQ(decode(c, CODEC_GZIP, packed, n + more, NULL, PLAIN), -EBADMSG);
+    memset(packed + n, 0xa5, more);
+    CHECK_EQ(decode(c, CODEC_GZIP, packed, n + more, plain, PLAIN / 2), 0);
+}
+
 static void test_sha256(void)
 {
     static const uint8_t abc[32] = {
@@ -181,6 +196,7 @@ int main(void)
 
     for (uint32_t id = CODEC_LZ4_BLOCK; id <= CODEC_ZSTD; id++)
         test_codec(c, id);
+    test_after_member(c);
     CHECK_EQ(decode(c, CODEC_NONE, (const uint8_t *)"abc", 3, (const uint8_t *)"abc", 3), 0);
     CHECK_EQ(decode(c, CODEC_NONE, (const uint8_t *)"abc", 3, NULL, 2), -EBADMSG);
     CHECK_EQ(decode(c, CODEC_NONE, (const uint8_t *)"abc", 3, NULL, 4), -EBADMSG);

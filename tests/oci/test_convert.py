@@ -17,6 +17,7 @@ from tests.oci.conftest import BIG, LAYERS, make_tar, skopeo, write_image
 from tests.peers.faulty_server import FaultyServer
 from tests.peers.registry import LocalRegistry
 from virtiofsd_nydus.oci.manifest import MEDIA_LAYER_GZIP, MEDIA_NYDUS_BLOB, get_host_platform
+from virtiofsd_nydus.oci.workfolder import make_work_folder
 
 pytestmark = pytest.mark.peer
 
@@ -414,7 +415,7 @@ def test_an_interrupted_run_goes_on_where_it_was(convert, image: Path, registry:
 
 def test_a_killed_run_goes_on_where_it_was(convert, image: Path, registry: LocalRegistry, tmp_path: Path) -> None:
     """SIGKILL when one blob is there and another one on its way: the next run makes the same image, and the registry's
-    own log says that no blob was stored twice."""
+    own log says that no blob was stored twice. What the killed run left on disk is removed."""
     told = convert(f"oci:{image}:t", f"oci:{tmp_path / 'whole'}:x")
     first, second = (layer["blob_digest"] for layer in told["layers"] if layer["blob_digest"])
     registry.clear_log()
@@ -436,7 +437,12 @@ def test_a_killed_run_goes_on_where_it_was(convert, image: Path, registry: Local
         process.kill()
         process.wait()
         front.heal()
-        result = convert(f"oci:{image}:t", target)
+        (left,) = tmp_path.glob("virtiofsd-nydus-convert-*")
+        with make_work_folder(tmp_path) as other:       # of a run that lives: the next one leaves it alone
+            assert not left.exists()
+            result = convert(f"oci:{image}:t", target, "--work-dir", tmp_path)
+            assert list(tmp_path.glob("virtiofsd-nydus-convert-*")) == [other]
+        assert not other.exists()
         blobs = stored()    # before the front ends, which lets go of what the killed run sent
     assert result["manifest_digest"] == told["manifest_digest"]
     assert {layer["blob_digest"]: layer["pushed"] for layer in result["layers"] if layer["blob_digest"]} == {

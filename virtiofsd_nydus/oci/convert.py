@@ -45,6 +45,7 @@ from virtiofsd_nydus.oci.manifest import (
 )
 from virtiofsd_nydus.oci.reference import DOCKER_ARCHIVE, Reference
 from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest, read_document
+from virtiofsd_nydus.oci.workfolder import make_work_folder
 from virtiofsd_nydus.rafs.blob import META_BYTES_MAX, BlobInfo, StoredMeta
 from virtiofsd_nydus.rafs.layout import BlobFeature
 from virtiofsd_nydus.rafs.meta import decode_cache_file
@@ -141,7 +142,8 @@ def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore,
     chunks of an image whose blobs are at the target.
 
     Nothing is visible at the target until all of it is there. A run that was interrupted is simply run again: the same
-    layer makes the same blob (unless encrypted), and what the target has is not pushed again. Raises Failure."""
+    layer makes the same blob (unless encrypted), and what the target has is not pushed again. What a killed run left in
+    its work folder goes with the next run there. Raises Failure."""
     began = time.monotonic()
     if work_dir is not None:
         options = replace(options, spill_dir=str(work_dir))
@@ -151,9 +153,8 @@ def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore,
         raise Failure(f"{target_ref}: a destination has a tag, its digest is not known before", Cause.FORMAT)
     manifest, config, of_platform = read_source(source, source_ref, platform)
     try:
-        with tempfile.TemporaryDirectory(prefix="virtiofsd-nydus-convert-", dir=work_dir,
-                                         ignore_cleanup_errors=True) as folder:
-            run = _Conversion(source, target, options, Path(folder), progress or _Silent(), dictionary)
+        with make_work_folder(work_dir) as folder:
+            run = _Conversion(source, target, options, folder, progress or _Silent(), dictionary)
             run.require_dictionary()
             built = run.convert_layers(manifest.layers)
             merged = merge_layers([layer for layer, _ in built], options=options, dictionary=dictionary,
