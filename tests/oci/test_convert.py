@@ -1,6 +1,7 @@
 """convert against real registries, with skopeo as the other side."""
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from tests.hostile.images import CHUNK, ImageV6, build, write_source
 from tests.oci.conftest import BIG, LAYERS, make_tar, skopeo, write_image
 from tests.peers.faulty_server import FaultyServer
 from tests.peers.registry import LocalRegistry
+from virtiofsd_nydus.cli.convert import ProgressLines
 from virtiofsd_nydus.oci.manifest import MEDIA_LAYER_GZIP, MEDIA_NYDUS_BLOB, get_host_platform
 from virtiofsd_nydus.oci.workfolder import make_work_folder
 
@@ -308,6 +310,24 @@ def test_an_index_of_both_serves_everybody(convert, image: Path, registry: Local
         # and an index can be a source: its OCI image is taken
         again = convert(target, f"oci:{tmp_path / 'alone'}:m")
         assert [one["blob_digest"] for one in again["layers"]] == [one["blob_digest"] for one in alone["layers"]]
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then() -> None:
+    """A log shows bytes, rate and time left, and nothing of a run that is over at once."""
+    now, out, mib = [100.0], io.StringIO(), 1 << 20
+    lines = ProgressLines(out, clock=lambda: now[0])
+    for name, size in (("sha256:a", 30 * mib), ("sha256:b", 10 * mib)):
+        lines.start("convert", name, size)
+    for now[0] in (104.0, 109.9):
+        lines.advance("convert", "sha256:a", 5 * mib)
+    assert out.getvalue() == ""
+    lines.start("push", "sha256:c", 4 * mib)
+    for now[0] in (110.0, 119.9):
+        lines.advance("push", "sha256:c", mib)
+    assert out.getvalue() == "read 10.0 of 40.0 MiB, 1.0 MiB/s, 30 s left; pushed 1.0 MiB\n"
+    now[0] = 120.0
+    lines.advance("convert", "sha256:b", 10 * mib)
+    assert out.getvalue().splitlines()[1:] == ["read 20.0 of 40.0 MiB, 1.0 MiB/s, 20 s left; pushed 2.0 MiB"]
 
 
 # ---- chunk dictionary, references to the OCI layers

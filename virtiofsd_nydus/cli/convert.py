@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,15 @@ from virtiofsd_nydus.errors import UsageFailure
 from virtiofsd_nydus.oci.reference import DOCKER, GRAMMAR, Reference, parse_reference
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TextIO
+
     from rich.progress import TaskID
 
     from virtiofsd_nydus.oci.convert import ConvertResult
+
+# Between two lines about progress, where it is not shown on a terminal.
+LINE_S = 10.0
 
 
 def add_registry_options(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)   # so that the work directory is emptied too
-        with ProgressBars(enabled=sys.stderr.isatty() and not args.json) as bars:
+        with ProgressBars() if sys.stderr.isatty() and not args.json else ProgressLines(sys.stderr) as bars:
             result = convert_image(source, source_ref, target, target_ref, options=options, platform=platform,
                                    merge_platform=args.merge_platform, work_dir=args.work_dir, progress=bars,
                                    dictionary=dictionary)
@@ -104,41 +111,71 @@ def print_summary(result: "ConvertResult") -> None:
 
 
 class ProgressBars:
-    """convert.Progress on a terminal; nothing elsewhere."""
+    """convert.Progress on a terminal."""
 
-    def __init__(self, *, enabled: bool) -> None:
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
         self._lock = threading.Lock()
         self._tasks: dict[tuple[str, str], TaskID] = {}
-        self._bars = None
-        if enabled:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
-
-            self._bars = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(),
-                                  TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+        self._bars = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                              TimeRemainingColumn(), console=Console(stderr=True))
 
     def __enter__(self) -> "ProgressBars":
-        if self._bars is not None:
-            self._bars.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+        self._bars.stop()
 
     def start(self, phase: str, digest: str, total_bytes: int) -> None:
-        if self._bars is not None:
-            with self._lock:
-                self._tasks[phase, digest] = self._bars.add_task(f"{phase} {digest[7:19]}", total=total_bytes)
+        with self._lock:
+            self._tasks[phase, digest] = self._bars.add_task(f"{phase} {digest[7:19]}", total=total_bytes)
 
     def advance(self, phase: str, digest: str, count_bytes: int) -> None:
-        if self._bars is not None:
-            with self._lock:
-                self._bars.advance(self._tasks[phase, digest], count_bytes)
+        with self._lock:
+            self._bars.advance(self._tasks[phase, digest], count_bytes)
+
+
+class ProgressLines:
+    """convert.Progress where there is no terminal: a line each LINE_S, so none of a short run."""
+
+    def __init__(self, out: "TextIO", clock: "Callable[[], float]" = time.monotonic) -> None:
+        self._out = out
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._total = {"convert": 0, "push": 0}
+        self._done = {"convert": 0, "push": 0}
+        self._began = self._said = clock()
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def start(self, phase: str, digest: str, total_bytes: int) -> None:
+        with self._lock:
+            self._total[phase] += total_bytes
+
+    def advance(self, phase: str, digest: str, count_bytes: int) -> None:
+        with self._lock:
+            self._done[phase] += count_bytes
+            now = self._clock()
+            if now - self._said < LINE_S:
+                return
+            self._said = now
+            mib = 1 << 20
+            done, total = self._done["convert"], self._total["convert"]
+            rate = done / (now - self._began)
+            left = f"{(total - done) / rate:.0f} s left" if rate > 0 else "time left unknown"
+            print(f"read {done / mib:.1f} of {total / mib:.1f} MiB, {rate / mib:.1f} MiB/s, {left}; pushed "
+                  f"{self._done['push'] / mib:.1f} MiB", file=self._out, flush=True)
