@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <linux/xattr.h>
 
 #include "fuse_ops.h"
 
@@ -302,6 +303,15 @@ enum req_verdict fuse_rw_lseek(struct fuse_call *c)
 
 /* ---- the rest */
 
+/* As a kernel without a security module of its own has it: security.* is root's. Guests' kernels ask their security modules,
+ * and some of those let anybody pass. What they all decide by themselves is who may set security.capability (root of a
+ * user namespace may). */
+static bool is_refused(const struct fuse_call *c, const char *name, bool removes)
+{
+    return c->r->in.uid && strncmp(name, XATTR_SECURITY_PREFIX, XATTR_SECURITY_PREFIX_LEN) == 0 &&
+           (removes || strcmp(name, XATTR_NAME_CAPS));
+}
+
 enum req_verdict fuse_op_setxattr(struct fuse_call *c)
 {
     struct fs_caller who = fuse_caller_of(c);
@@ -327,6 +337,9 @@ enum req_verdict fuse_op_setxattr(struct fuse_call *c)
     if (in.size > XATTR_VALUE_MAX) {
         return fuse_reply_error(c, E2BIG);
     }
+    if (is_refused(c, name, false)) {
+        return fuse_reply_error(c, EPERM);
+    }
     off = (uint32_t)sizeof(in) + len + 1;
     if (in.size > c->r->body_len - off || c->r->ops->in_copy(c->r, off, fuse_scratch(c), in.size)) {
         return fuse_reply_error(c, EINVAL);
@@ -345,6 +358,9 @@ enum req_verdict fuse_op_removexattr(struct fuse_call *c)
     }
     if (!len || len == c->r->args_len) {
         return fuse_reply_error(c, EINVAL);
+    }
+    if (is_refused(c, name, true)) {
+        return fuse_reply_error(c, EPERM);
     }
     return fuse_reply_rc(c, len > 255 ? -ERANGE : fuse_rw_of(c)->removexattr(c->node.fs, c->node.ino, name));
 }

@@ -182,6 +182,8 @@ int pt_open_node(struct vnd_passthrough *p, struct pt_node *n, int flags);
 /* What stands behind fd (any open mode) becomes known: one look-up counted, *out filled. take: fd is closed. above and
  * name: where it was found; above NULL: -ESTALE unless it is known already. */
 int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name, int fd, bool take, vnd_attr *out);
+/* One node more can become known in that directory: it needs no descriptor, or there is one. */
+bool pt_has_room(struct vnd_passthrough *p, const struct pt_node *dir);
 void pt_forget(struct vnd_passthrough *p, uint64_t ino, uint64_t n);
 void pt_forget_all(struct vnd_passthrough *p);
 void pt_drop_idle(struct vnd_passthrough *p, bool even_used);   /* false: those not used since the last time */
@@ -210,7 +212,7 @@ int pt_rename(struct fs *fs, const struct fs_caller *who, uint64_t dir, const ch
               const char *new_name, uint32_t flags);
 
 /* ---- passthrough_file.c */
-/* Takes fd. 0 with *fh, -ENFILE, -ENOMEM. */
+/* 0 with *fh, and fd is taken; -ENFILE, -ENOMEM. */
 int pt_file_add(struct vnd_passthrough *p, struct pt_node *n, int fd, uint64_t *fh);
 /* An open file in use; NULL: no such, or not of that node (ino 0: of any). */
 struct pt_file *pt_file_get(struct vnd_passthrough *p, uint64_t ino, uint64_t fh);

@@ -2,7 +2,6 @@
  * change this thread alone (glibc's wrappers of some would change all).
  */
 #include <errno.h>
-#include <linux/capability.h>
 #include <sched.h>
 #include <sys/fsuid.h>
 #include <sys/stat.h>
@@ -10,20 +9,7 @@
 #include <unistd.h>
 
 #include "passthrough.h"
-
-static int caps_get(struct __user_cap_data_struct cap[2])
-{
-    struct __user_cap_header_struct head = { .version = _LINUX_CAPABILITY_VERSION_3 };
-
-    return syscall(SYS_capget, &head, cap) ? -errno : 0;
-}
-
-static int caps_set(struct __user_cap_data_struct cap[2])
-{
-    struct __user_cap_header_struct head = { .version = _LINUX_CAPABILITY_VERSION_3 };
-
-    return syscall(SYS_capset, &head, cap) ? -errno : 0;
-}
+#include "privilege.h"
 
 /* A file system context of the thread's own, no supplementary groups, and that umask. */
 static void prepare_thread(mode_t mask)
@@ -75,9 +61,9 @@ int pt_cred_take(const struct fs_caller *who, struct pt_cred *saved)
     }
     /* Not allowed to write the directory by the ids alone: a group that the request does not tell may have allowed
      * it in the guest. mknod was allowed there as well. */
-    if (who->uid && uid == 0 && caps_get(cap) == 0) {
+    if (who->uid && uid == 0 && privilege_get(cap) == 0) {
         cap[0].effective |= cap[0].permitted & (1u << CAP_DAC_OVERRIDE | 1u << CAP_MKNOD);
-        caps_set(cap);
+        privilege_set(cap);
     }
     return 0;
 }
@@ -86,19 +72,19 @@ bool pt_fsetid_drop(void)
 {
     struct __user_cap_data_struct cap[2];
 
-    if (caps_get(cap) || !(cap[0].effective & 1u << CAP_FSETID)) {
+    if (privilege_get(cap) || !(cap[0].effective & 1u << CAP_FSETID)) {
         return false;
     }
     cap[0].effective &= ~(1u << CAP_FSETID);
-    return caps_set(cap) == 0;
+    return privilege_set(cap) == 0;
 }
 
 void pt_fsetid_back(bool dropped)
 {
     struct __user_cap_data_struct cap[2];
 
-    if (dropped && caps_get(cap) == 0) {
+    if (dropped && privilege_get(cap) == 0) {
         cap[0].effective |= cap[0].permitted & 1u << CAP_FSETID;
-        caps_set(cap);
+        privilege_set(cap);
     }
 }

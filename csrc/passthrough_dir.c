@@ -184,6 +184,20 @@ static int enter(struct vnd_passthrough *p, const struct fs_caller *who, uint64_
     return rc;
 }
 
+/* The same, where it could not be undone: there must be room for what is made to become known. */
+static int enter_to_name(struct vnd_passthrough *p, const struct fs_caller *who, uint64_t dir, struct pt_ref *ref,
+                         struct pt_cred *cred)
+{
+    int rc = enter(p, who, dir, ref, cred);
+
+    if (!rc && !pt_has_room(p, ref->node)) {
+        pt_cred_back(cred);
+        pt_put(p, ref);
+        rc = -ENFILE;
+    }
+    return rc;
+}
+
 /* What was made becomes known; rc: of the making. */
 static int leave_named(struct vnd_passthrough *p, struct pt_ref *ref, struct pt_cred *cred, int rc, const char *name,
                        vnd_attr *out)
@@ -202,7 +216,7 @@ int pt_mknod(struct fs *fs, const struct fs_caller *who, uint64_t dir, const cha
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
-    int rc = enter(p, who, dir, &ref, &cred);
+    int rc = enter_to_name(p, who, dir, &ref, &cred);
 
     if (rc) {
         return rc;
@@ -223,7 +237,7 @@ int pt_symlink(struct fs *fs, const struct fs_caller *who, uint64_t dir, const c
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
-    int rc = enter(p, who, dir, &ref, &cred);
+    int rc = enter_to_name(p, who, dir, &ref, &cred);
 
     if (rc) {
         return rc;
@@ -232,26 +246,40 @@ int pt_symlink(struct fs *fs, const struct fs_caller *who, uint64_t dir, const c
     return leave_named(p, &ref, &cred, rc, name, out);
 }
 
-/* The guest has the entry and a file of it, or neither. fd is taken. */
-static int open_made(struct vnd_passthrough *p, struct pt_node *dir, const char *name, int fd, vnd_attr *out,
+/* Removes a file that was just made and that the guest cannot be given, unless the host has put another there. */
+static void unmake(const struct pt_ref *dir, const char *name, int fd)
+{
+    struct stat made, there;
+
+    if (fstat(fd, &made) == 0 && fstatat(dir->fd, name, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
+        made.st_ino == there.st_ino && made.st_dev == there.st_dev) {
+        unlinkat(dir->fd, name, 0);
+    }
+}
+
+/* The guest has the entry and a file of it, or neither, and then the host neither. name: "" of a file that has none. fd is
+ * taken. */
+static int open_made(struct vnd_passthrough *p, const struct pt_ref *dir, const char *name, int fd, vnd_attr *out,
                      uint64_t *fh)
 {
     struct pt_node *n;
-    int rc = pt_learn(p, dir, name, fd, false, out);
+    int rc = pt_learn(p, dir->node, name, fd, false, out);
 
-    if (rc) {
-        close(fd);
-        return rc;
+    if (!rc) {
+        n = pt_node_find(p, out->ino);
+        rc = n ? pt_file_add(p, n, fd, fh) : -ESTALE;
+        if (n) {
+            pt_node_put(p, n);
+        }
+        if (rc) {
+            pt_forget(p, out->ino, 1);
+        }
     }
-    n = pt_node_find(p, out->ino);
-    if (!n) {
-        close(fd);
-        return -ESTALE;
-    }
-    rc = pt_file_add(p, n, fd, fh);
-    pt_node_put(p, n);
     if (rc) {
-        pt_forget(p, out->ino, 1);
+        if (name[0]) {
+            unmake(dir, name, fd);
+        }
+        close(fd);
     }
     return rc;
 }
@@ -291,7 +319,7 @@ int pt_create(struct fs *fs, const struct fs_caller *who, uint64_t dir, const ch
     rc = fd < 0 ? fail_errno() : 0;
     pt_cred_back(&cred);
     if (!rc) {
-        rc = open_made(p, ref.node, name, fd, out, fh);
+        rc = open_made(p, &ref, name, fd, out, fh);
     } else if (rc == -EEXIST && !(flags & O_EXCL)) {
         rc = open_existing(p, &ref, name, flags, kill, out, fh);
     }
@@ -315,7 +343,7 @@ int pt_tmpfile(struct fs *fs, const struct fs_caller *who, uint64_t dir, uint32_
     rc = fd < 0 ? fail_errno() : 0;
     pt_cred_back(&cred);
     if (!rc) {
-        rc = open_made(p, ref.node, "", fd, out, fh);
+        rc = open_made(p, &ref, "", fd, out, fh);
     }
     pt_put(p, &ref);
     return rc;

@@ -71,7 +71,6 @@ int pt_file_add(struct vnd_passthrough *p, struct pt_node *n, int fd, uint64_t *
         pthread_mutex_unlock(&p->lock);
     }
     if (rc) {
-        close(fd);
         free(f);
         return rc;
     }
@@ -213,6 +212,9 @@ int pt_open(struct fs *fs, uint64_t ino, uint32_t flags, bool dir, bool kill, ui
     fd = pt_open_node(p, n, dir ? O_RDONLY | O_DIRECTORY : pt_open_flags(flags));
     pt_fsetid_back(dropped);
     rc = fd < 0 ? fd : pt_file_add(p, n, fd, fh);
+    if (rc && fd >= 0) {
+        close(fd);
+    }
     pt_node_put(p, n);
     return rc;
 }

@@ -387,6 +387,16 @@ static int keep_fd(struct vnd_passthrough *p, struct pt_node *n, int fd)
     return 0;
 }
 
+bool pt_has_room(struct vnd_passthrough *p, const struct pt_node *dir)
+{
+    bool room;
+
+    pthread_mutex_lock(&p->lock);
+    room = (p->handles && dir->handle_bytes) || p->n_kept < p->kept_max;
+    pthread_mutex_unlock(&p->lock);
+    return room;
+}
+
 static bool needs_fd(const struct pt_mount *m, const struct fid *fid)
 {
     return !fid || m->no_fd;

@@ -380,6 +380,12 @@ void vnd_fusedev_free(vnd_fusedev *d);
 int vnd_mount(const char *source, const char *target, const char *type, uint64_t flags, const char *data);
 int vnd_umount(const char *target, int flags);
 
+/* Where the process runs as root: gives up, for good, what serving does not need. Kept are the capabilities CHOWN,
+ * DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETUID, SETGID, MKNOD, SETFCAP and SYS_ADMIN, as far as they are held;
+ * no supplementary groups, and no_new_privs. Threads and children inherit it: to be called before there are any, and after
+ * RLIMIT_NOFILE is raised. Goes on past what it may not do: 0, or the last -errno with its line. */
+int vnd_privilege_reduce(char *err, size_t err_len);
+
 /* ---------------------------------------------------------------- pre-content events: the kernel reads our cache files */
 typedef struct vnd_precontent vnd_precontent;
 /* A fanotify group; fds below are the caller's. fd or -errno: -EPERM without CAP_SYS_ADMIN, -EINVAL: no such class. */

@@ -38,6 +38,14 @@ def require(ok: object, err: "Any", cause: "Cause" = Cause.IO) -> None:
         raise Failure(text_of(err) or "the engine is out of memory", cause)
 
 
+def reduce_privileges() -> str:
+    """Root gives up what serving does not need, for this thread and all that come after it; a line for what could not
+    be given up, or "". After RLIMIT_NOFILE is raised, before any other thread (csrc/vnd.h)."""
+    err = ffi.new("char[]", ERR_MAX)
+    lib.vnd_privilege_reduce(err, ERR_MAX)
+    return text_of(err)
+
+
 class MountStats:
     """vnd_mount_stats: what guests did with one image. Lists are by nydusd's numbers and buckets."""
 

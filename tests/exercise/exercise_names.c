@@ -171,9 +171,6 @@ static long use_xattr(const char *path)
     size_t len;
     static char big[70000];
 
-    if (geteuid() && strncmp(name, "security.", 9) == 0) {
-        name = "trusted.a";     /* kernels before 6.10 with a BPF LSM let anybody ask */
-    }
     switch (chance(6)) {
     case 0: {
         static const uint8_t capability[20] = { 1, 0, 0, 2, 0, 4 };

@@ -9,7 +9,8 @@ import pytest
 
 from tests import tree_listing
 from tests.fusedev.host import VERB
-from tests.kernelmount.kernel import KernelMount
+from tests.kernelmount.kernel import ROLES, KernelMount
+from tests.passthrough.privileges import check_reduced
 from tests.peers.registry import LocalRegistry
 from tests.system.conftest import CODECS, Converter, resolve, run_verb
 from tests.system.daemon import ServedImage, data_ends, wait_until
@@ -53,6 +54,12 @@ def test_a_file_costs_its_chunks(kernel_mount: KernelMount, proxy: RangeProxy, u
     proxy.clear()
     assert (kernel_mount.target / path).read_bytes() == (unpacked / path).read_bytes()
     assert proxy.sent_bytes() == 0
+
+
+def test_processes_have_given_up_what_they_do_not_need(kernel_mount: KernelMount) -> None:
+    for role in ROLES:
+        check_reduced(kernel_mount.pid(role))
+        check_reduced(kernel_mount.kill(role))      # so is one that another process starts
 
 
 def test_nothing_stays_once_all_is_fetched(kernel_mount: KernelMount, expected_tree: list[Record],

@@ -1,5 +1,23 @@
 """Care points of a shared host directory: a hostile guest reaches nothing beyond the source, holds nothing down and
-owns what it makes as its own users, not as the daemon."""
+owns what it makes as its own users, not as the daemon.
+
+1 names from the wire: test_names_from_the_wire, test_dot_dot_stays_inside; test_races.py:
+  test_what_follows_a_names_end, test_names_without_an_end
+2 one component a call, no link followed: test_symlinks_are_data; test_races.py:
+  test_a_directory_that_turns_into_a_symlink
+3 links are data, also to xattrs and chmod: test_symlinks_are_data; test_operations.py: test_xattrs_unmapped
+4 only files and directories are opened: test_only_files_and_directories_are_opened; test_races.py:
+  test_a_file_that_turns_into_a_device
+5 nodes are counted, a FORGET of too many saturates: test_nodes_are_counted, test_a_number_taken_by_another_file,
+  test_numbers_are_unique_over_mounts
+6 credentials, groups, umask, set-id bits: test_new_objects_are_the_callers, test_set_id_bits_are_cleared,
+  test_security_xattrs_are_roots; test_privileges.py: test_groups_of_the_daemon_do_not_count
+7 bounds: test_descriptors_are_bounded, test_descriptors_of_nodes_are_bounded, test_sizes_and_offsets,
+  test_sizes_of_xattrs
+8 capabilities, no_new_privs: test_privileges.py
+9 mounts are not pinned: test_mounts_are_not_pinned, test_a_mount_is_found_again
+10 the top of a writable share: test_api.py: test_top_of_runtime_rs_is_kept
+"""
 
 import errno
 import os
@@ -235,6 +253,30 @@ def test_set_id_bits_are_cleared(source: Path, fuse: FuseClient) -> None:
     assert bits() == 0o6000
 
 
+def test_security_xattrs_are_roots(source: Path, fuse: FuseClient) -> None:
+    """Care 6: security.* of a plain user's, which some guests' kernels let through. Those all decide for themselves who
+    sets file capabilities: root of a user namespace does."""
+    capability = bytes.fromhex("0100000200040000000000000000000000000000")
+    with As(fuse, 1000, 1000):
+        node = fuse.create(ROOT, b"f")[0].nodeid
+        fuse.setxattr(node, b"user.own", b"v")
+        for name in (b"security.a", b"security.ima", b"security.selinux", b"security."):
+            with expect(errno.EPERM):
+                fuse.setxattr(node, name, b"v")
+        fuse.setxattr(node, b"security.capability", capability)
+    fuse.setxattr(node, b"security.a", b"v")
+    with As(fuse, 1000, 1000):
+        for name in (b"security.a", b"security.capability", b"security.none"):
+            with expect(errno.EPERM):
+                fuse.removexattr(node, name)
+        assert fuse.getxattr(node, b"security.a") == b"v"
+    found = set(os.listxattr(source / "f"))
+    assert found - {"security.selinux"} == {"user.own", "security.a", "security.capability"}
+    for name in (b"security.a", b"security.capability"):
+        fuse.removexattr(node, name)
+    assert set(os.listxattr(source / "f")) - {"security.selinux"} == {"user.own"}
+
+
 def test_descriptors_are_bounded(tmp_path: Path, source: Path) -> None:
     """Care 7: no descriptor per inode, and a guest that opens without end is told ENFILE and served on."""
     for i in range(3000):
@@ -249,6 +291,10 @@ def test_descriptors_are_bounded(tmp_path: Path, source: Path) -> None:
             for node in nodes:
                 opened.append((node, fuse.open_flags(node, os.O_RDONLY)))
         assert len(opened) > 200
+        for name in (b"one-more", b"f2999"):    # what cannot be given to the guest is not left on the host
+            with expect(errno.ENFILE):
+                fuse.create(ROOT, name)
+        assert not (source / "one-more").exists() and (source / "f2999").exists()
         for node, handle in opened:
             fuse.release(node, handle)
         assert fuse.open_flags(nodes[-1], os.O_RDONLY)
@@ -273,8 +319,13 @@ def test_descriptors_of_nodes_are_bounded(source: Path) -> None:
         assert len(listed) == 602 and sum(e.entry is not None for e in listed) <= 256
         handle = fuse.open_flags(nodes[0], os.O_RDWR)
         assert fuse.write(nodes[0], handle, 0, b"x") == 1
-        with expect(errno.ENFILE):
-            fuse.create(ROOT, b"one-more")
+        for make in (lambda: fuse.create(ROOT, b"one-more"), lambda: fuse.mkdir(ROOT, b"one-more"),
+                     lambda: fuse.symlink(ROOT, b"one-more", b"x"), lambda: fuse.create(ROOT, b"f599"),
+                     lambda: fuse.mknod(ROOT, b"one-more", stat.S_IFREG | 0o644)):
+            with expect(errno.ENFILE):
+                make()
+        assert len(list(source.iterdir())) == 600       # neither more, which was refused, nor less
+        assert fuse.create(ROOT, b"f0")[0].nodeid == nodes[0]
         fuse.release(nodes[0], handle)
         for node in nodes[1:]:
             guest.hiprio.forget(node, 1 << 20)
@@ -299,6 +350,22 @@ def test_sizes_and_offsets(source: Path, fuse: FuseClient) -> None:
     with expect(errno.EBADF):     # an open file of another node
         fuse.read(fuse.create(ROOT, b"g")[0].nodeid, 0, 10, handle)
     assert (source / "f").stat().st_size == 0
+
+
+def test_sizes_of_xattrs(source: Path, fuse: FuseClient) -> None:
+    """Care 7: at most 64 KiB of a value and 255 bytes of a name, and no more than the request carries."""
+    node = fuse.create(ROOT, b"f")[0].nodeid
+    with expect(errno.E2BIG):
+        fuse.setxattr(node, b"user.a", b"v" * 65537)
+    with expect(errno.E2BIG, errno.ENOSPC):     # the host's file system may have less room than there may be
+        fuse.setxattr(node, b"user.a", b"v" * 65536)
+    with expect(errno.ERANGE):
+        fuse.setxattr(node, b"user." + b"a" * 251, b"v")
+    for body in (struct.pack("=II", 100, 0) + b"user.a\0v", struct.pack("=II", 0, 0) + b"user.a",
+                 struct.pack("=II", 0, 0) + b"\0"):
+        with expect(errno.EINVAL):
+            fuse.request(fc.SETXATTR, node, body)
+    assert [name for name in os.listxattr(source / "f") if name.startswith("user.")] == []
 
 
 # ---- mounts below the source

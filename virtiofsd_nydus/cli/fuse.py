@@ -3,7 +3,7 @@
 Only what must be known before the mount is there is imported here.
 """
 
-from virtiofsd_nydus.cli.virtiofs import add_daemon_arguments, raise_nofile
+from virtiofsd_nydus.cli.virtiofs import add_daemon_arguments, prepare_process
 from virtiofsd_nydus.errors import Failure, UsageFailure
 
 TYPE_CHECKING = False
@@ -55,9 +55,7 @@ def run(args: "argparse.Namespace") -> int:
         log = logs.Log(args.log_level, args.log_file, args.log_format)
     except OSError as error:
         raise Failure(f"cannot write log file {args.log_file}: {error.strerror}") from error
-    clamped = raise_nofile(args.rlimit_nofile)
-    if clamped:
-        log.say(logs.WARNING, clamped)
+    prepare_process(args, log)
     service = HostService(log, fuse, instance_id=args.id, supervisor=args.supervisor,
                           read_deadline_ms=args.read_deadline_ms, allow_unverified=args.allow_unverified)
     try:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import argparse
     import socket
 
+    from virtiofsd_nydus.daemon.log import Log
+
 NOFILE_DEFAULT = 1_000_000
 
 
@@ -71,6 +73,19 @@ def raise_nofile(wanted: int) -> str | None:
         return f"RLIMIT_NOFILE is {hard}, {wanted} was asked for" if wanted != NOFILE_DEFAULT else None
 
 
+def prepare_process(args: "argparse.Namespace", log: "Log") -> None:
+    """Limits, then rights: what needs more than a daemon's is over after it. Before any thread is started."""
+    from virtiofsd_nydus.daemon import log as logs
+    from virtiofsd_nydus.engine import reduce_privileges
+
+    clamped = raise_nofile(args.rlimit_nofile)
+    if clamped:
+        log.say(logs.WARNING, clamped)
+    kept = reduce_privileges()
+    if kept:
+        log.say(logs.DEBUG, kept)
+
+
 def run(args: "argparse.Namespace") -> int:
     if args.print_capabilities:
         print('{"type": "fs", "features": []}')
@@ -115,9 +130,7 @@ def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "socket.s
         log = logs.Log(args.log_level, args.log_file, args.log_format)
     except OSError as error:
         raise Failure(f"cannot write log file {args.log_file}: {error.strerror}") from error
-    clamped = raise_nofile(args.rlimit_nofile)
-    if clamped:
-        log.say(logs.WARNING, clamped)
+    prepare_process(args, log)
     service = Service(log, instance_id=args.id, supervisor=args.supervisor, read_deadline_ms=args.read_deadline_ms,
                       allow_unverified=args.allow_unverified)
     service.catch_signals()     # one that comes as soon as RUNNING is answered is an orderly end, too

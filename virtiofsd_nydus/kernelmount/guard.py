@@ -10,6 +10,7 @@ import sys
 import time
 
 from virtiofsd_nydus._engine import ffi, lib
+from virtiofsd_nydus.engine import reduce_privileges
 from virtiofsd_nydus.kernelmount.settings import Settings, catch_signals, reap
 
 TYPE_CHECKING = False
@@ -91,6 +92,7 @@ def guard(settings: Settings, pidfd: int) -> None:
 
 def main() -> None:
     settings = Settings.load(int(sys.argv[1]))
+    reduce_privileges()
     guard(settings, int(sys.argv[2]))
     # Imported at the end alone: it costs memory
     from pathlib import Path

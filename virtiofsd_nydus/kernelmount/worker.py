@@ -16,7 +16,7 @@ from pathlib import Path
 
 from virtiofsd_nydus._engine import ffi, lib
 from virtiofsd_nydus.daemon import log as logs
-from virtiofsd_nydus.engine import ERR_MAX, text_of
+from virtiofsd_nydus.engine import ERR_MAX, reduce_privileges, text_of
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.kernelmount import record
 from virtiofsd_nydus.kernelmount.erofs import mount_erofs
@@ -242,6 +242,7 @@ def work(settings: Settings, other: int) -> None:
 
 def main() -> None:
     settings = Settings.load(int(sys.argv[1]))
+    reduce_privileges()
     if settings.group >= 0:
         lib.vnd_precontent_reserve(settings.state)      # before anything is opened
     catch_signals(lambda: detach(settings))
