@@ -11,7 +11,6 @@
 #include "claim.h"
 #include "engine.h"
 
-#define WRITE_BEHIND_BYTES (1u << 20)       /* write-out per MiB keeps fdatasync short: 1 ms after 256 MiB */
 #define SYNC_BYTES (256ull << 20)
 
 bool cachefile_doubted(const struct cachefile *c, uint32_t i)
@@ -90,6 +89,7 @@ int cachefile_write(struct cachefile *c, uint64_t off, const void *buf, size_t l
     bool begun = !rc;
     if (begun)
         write_begin(c);
+    pthread_mutex_lock(&c->write_lock);
     while (!rc && len) {
         ssize_t n = pwrite(c->data_fd, p, len, (off_t)off);
         if (n < 0 && errno == EINTR)
@@ -102,6 +102,7 @@ int cachefile_write(struct cachefile *c, uint64_t off, const void *buf, size_t l
         off += (uint64_t)n;
         len -= (size_t)n;
     }
+    pthread_mutex_unlock(&c->write_lock);
     if (begun)
         write_end(c);
     if (rc && !atomic_exchange(&c->space_said, true))
@@ -120,18 +121,10 @@ void cachefile_set_ready(struct cachefile *c, uint32_t i)
         atomic_fetch_or_explicit(&c->r[i >> 3], (uint8_t)(0x80 >> (i & 7)), memory_order_release);
 }
 
-void cachefile_settle(struct cachefile *c, uint64_t low, uint64_t high)
+/* No write-out is begun here: readers wait for this thread. */
+void cachefile_settle(struct cachefile *c, uint64_t bytes)
 {
-    uint64_t bytes = high - low;
-
-    if (!bytes)
-        return;
     atomic_fetch_add_explicit(&c->unsynced_bytes, bytes, memory_order_relaxed);
-    uint64_t behind = atomic_fetch_add_explicit(&c->write_behind_bytes, bytes, memory_order_relaxed) + bytes;
-    if (behind >= WRITE_BEHIND_BYTES) {
-        atomic_store_explicit(&c->write_behind_bytes, 0, memory_order_relaxed);
-        sync_file_range(c->data_fd, (off_t)low, (off_t)bytes, SYNC_FILE_RANGE_WRITE);
-    }
 }
 
 int cachefile_read(struct cachefile *c, uint64_t off, void *buf, size_t len)
@@ -197,12 +190,22 @@ void cachefile_examine(struct cachefile *c)
                    strerror(errno));
 }
 
-void cachefile_sync(struct cachefile *c, bool force)
+bool cachefile_write_out(struct cachefile *c, bool force)
+{
+    uint64_t bytes = atomic_load(&c->unsynced_bytes);
+
+    if (c->side_fd < 0 || !bytes || (!force && bytes < SYNC_BYTES))
+        return false;
+    sync_file_range(c->data_fd, 0, 0, SYNC_FILE_RANGE_WRITE);       /* where it is not supported fdatasync does it all */
+    return true;
+}
+
+void cachefile_sync(struct cachefile *c)
 {
     size_t words = ((size_t)c->n + 63) / 64;
     uint64_t *ready, epoch, bytes = atomic_load(&c->unsynced_bytes);
 
-    if (c->side_fd < 0 || !bytes || (!force && bytes < SYNC_BYTES))
+    if (c->side_fd < 0 || !bytes)
         return;
     if (claim_byte(c->side_fd, CLAIM_SYNC, true, 0))
         return;     /* another process does it now, for what it sees; ours comes next time */

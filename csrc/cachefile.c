@@ -376,6 +376,7 @@ int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int 
     c->data_fd = c->side_fd = -1;
     snprintf(c->id, sizeof c->id, "%s", cfg->id);
     pthread_mutex_init(&c->lock, NULL);
+    pthread_mutex_init(&c->write_lock, NULL);
     rc = data_open(c, cause, err, err_len);
     if (!rc && (rc = side_open(c, cfg->quiet)))
         io_fail(c, "cannot map its side file", rc, cause, err, err_len);
@@ -406,6 +407,7 @@ void cachefile_close(struct cachefile *c)
     if (c->data_fd >= 0)
         close(c->data_fd);
     pthread_mutex_destroy(&c->lock);
+    pthread_mutex_destroy(&c->write_lock);
     free(c);
 }
 

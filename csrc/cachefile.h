@@ -70,9 +70,11 @@ struct cachefile {
     size_t r_map_bytes;
     struct sigbus_range *guard_side, *guard_r;
     _Atomic bool nowait_missing;    /* RWF_NOWAIT is not supported here */
-    _Atomic uint64_t unsynced_bytes, write_behind_bytes;
+    _Atomic uint64_t unsynced_bytes;
+    bool sync_due;                  /* write-out has begun; for the upkeep thread */
     _Atomic bool space_said;
     pthread_mutex_t lock;           /* T is set and taken away, and D set, under it */
+    pthread_mutex_t write_lock;     /* one writes at a time: the kernel lets in no more, and there the others spin */
 };
 
 struct cachefile_cfg {
@@ -136,8 +138,8 @@ const char *cachefile_cure(int err);
 int cachefile_write(struct cachefile *c, uint64_t off, const void *buf, size_t len);
 /* With c->lock held: the chunk's bytes are in the file and were checked, all within the present epoch. */
 void cachefile_set_ready(struct cachefile *c, uint32_t i);
-/* Call once after a batch of writes in [low, high) of the data file and their set_ready. */
-void cachefile_settle(struct cachefile *c, uint64_t low, uint64_t high);
+/* Call once after a batch of writes of so many bytes and their set_ready. */
+void cachefile_settle(struct cachefile *c, uint64_t bytes);
 /* 0: all len bytes were read; -EIO otherwise. Blocks. */
 int cachefile_read(struct cachefile *c, uint64_t off, void *buf, size_t len);
 /* The file lost bytes or was changed under us: nothing in it is trusted any more. */
@@ -147,8 +149,11 @@ void cachefile_distrust(struct cachefile *c, const char *why);
 void cachefile_take_away(struct cachefile *c, bool keep_durable);
 /* Looks whether the data file still has its size; sizes it anew and distrusts it otherwise. */
 void cachefile_examine(struct cachefile *c);
-/* Makes what is trusted durable, if there is enough of it or force. */
-void cachefile_sync(struct cachefile *c, bool force);
+/* Begins to write out what is not durable, if there is enough of it or force. True: cachefile_sync is to follow a while
+ * later; an fdatasync that has much to write holds up those who write meanwhile. */
+bool cachefile_write_out(struct cachefile *c, bool force);
+/* Makes what is trusted durable. */
+void cachefile_sync(struct cachefile *c);
 
 /* ---- cachemove.c: somebody removes or replaces the files */
 enum cachefile_stray { CACHEFILE_IN_PLACE, CACHEFILE_DATA_STRAYED, CACHEFILE_SIDE_STRAYED, CACHEFILE_MAP_STRAYED };

@@ -108,7 +108,7 @@ struct commit {
     struct job *j;
     const struct blobtable *t;
     uint64_t epoch;
-    uint64_t low, high;     /* span written */
+    uint64_t written_bytes;
     int ready, wrong;
 };
 
@@ -147,10 +147,8 @@ static int write_views(struct commit *m, uint32_t from, uint32_t to)
     if (j->kind == VND_JOB_VERIFY)
         return 0;
     rc = cachefile_write(cache, off, bytes, end - off);
-    if (!rc) {
-        m->low = off < m->low ? off : m->low;
-        m->high = end > m->high ? end : m->high;
-    }
+    if (!rc)
+        m->written_bytes += end - off;
     return rc;
 }
 
@@ -214,7 +212,7 @@ static bool views_touch(const struct commit *m, uint32_t v)
 
 static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digests, int n)
 {
-    struct commit m = { .e = e, .j = j, .low = UINT64_MAX };
+    struct commit m = { .e = e, .j = j };
     uint32_t from = 0, count = (uint32_t)n;
 
     if (n < 0 || count > j->views_n || (!digests && n && j->core->info.digester != CODEC_SHA256 &&
@@ -239,8 +237,8 @@ static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digest
             from = v + 1;
         }
     }
-    if (m.low < m.high)
-        cachefile_settle(j->core->cache, m.low, m.high);
+    if (m.written_bytes)
+        cachefile_settle(j->core->cache, m.written_bytes);
     if (m.ready)
         claim_wake_all(&j->core->store->wake);
     j->views_n -= count;

@@ -1,7 +1,7 @@
 /* stream.c -- see stream.h. */
 #include "fetcher.h"
 
-#define PACE_SHARE 8        /* a window takes this many times the latency: a fifth of the time at most is waiting */
+#define PACE_SHARE 16       /* a window takes this many times the latency: a ninth of the time at most is waiting */
 
 uint32_t stream_window_max(const struct link_pace *p, uint32_t amplify_bytes)
 {

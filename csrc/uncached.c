@@ -127,7 +127,7 @@ static bool write_after_all(struct blob_core *c, uint32_t index, const struct st
     if (cachefile_epoch_holds(c->cache, epoch))
         cachefile_set_ready(c->cache, index);
     pthread_mutex_unlock(&c->cache->lock);
-    cachefile_settle(c->cache, k->uoff, k->uoff + k->usize);
+    cachefile_settle(c->cache, k->usize);
     return true;
 }
 

@@ -64,7 +64,9 @@ static void look_after(struct vnd_engine *e, bool sync_all, bool retry)
         if (!c)
             return;
         if (atomic_load_explicit(&c->table, memory_order_acquire)) {
-            cachefile_sync(c->cache, sync_all);
+            if (c->cache->sync_due)
+                cachefile_sync(c->cache);
+            c->cache->sync_due = !c->cache->sync_due && cachefile_write_out(c->cache, sync_all);
             if (store_follow(c->store, retry))
                 follow_core(c, retry);
             if (retry && c->cache->writable && atomic_load(&c->uncached)) {

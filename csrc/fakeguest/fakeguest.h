@@ -79,7 +79,8 @@ int fg_queue_wait(fg_queue *q, int timeout_ms);
  * two descriptors, as Linux makes them. */
 int fg_submit(fg_queue *q, uint32_t slot, const uint8_t *in, uint32_t in_len, int out_fixed,
               uint32_t data_bytes);
-/* Waits for any slot, checks its reply and copies it (header first) into reply. Bytes (0: none came) or fault. */
+/* Waits for any slot, checks its reply and copies it (header first) into reply, NULL: leaves it where it is. Bytes (0: none
+ * came) or fault. */
 int64_t fg_reap(fg_queue *q, uint32_t *slot, uint8_t *reply, uint64_t reply_cap, int timeout_ms);
 
 /* ---- load: keeps depth requests in flight */

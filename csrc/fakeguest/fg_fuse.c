@@ -159,6 +159,8 @@ int64_t fg_reap(fg_queue *q, uint32_t *slot, uint8_t *reply, uint64_t reply_cap,
     rc = check_untouched(q, *slot, (uint32_t)len);
     if (rc)
         return rc;
+    if (!reply)
+        return len;
     if ((uint64_t)len > reply_cap)
         return fg_fail(q, -ENOBUFS, "reply of %lld bytes", (long long)len);
     uint64_t at = 0, left = (uint64_t)len;

@@ -504,7 +504,7 @@ static void test_durable(void)
     fix_dir_make(dir, under);
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 0, (N - 1) * CHUNK);
-    cachefile_sync(f.h->cache, true);
+    cachefile_sync(f.h->cache);
     fix_down(&f);
     poke(dir, ".virtiofsd-nydus/blob.vnd", 16, 1);
     read_all(dir, b, &fetches, &verifies);

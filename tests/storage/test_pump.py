@@ -32,6 +32,11 @@ class Counting(LocalfsBackend):
         self.reader_at = 0      # told by a test: in the file, which is the blob
         self.ahead_bytes = 0    # how far ahead of that the farthest request began
         self.lock = threading.Lock()
+        self.prepared = threading.Semaphore(0)
+
+    def prepare(self) -> None:
+        self.prepared.release()
+        raise OSError("not now")
 
     def read_range(self, blob_id, offset, length, *, prefetch=False, deadline=None):
         with self.lock:
@@ -91,6 +96,16 @@ def backend(setup: Setup) -> Iterator[Counting]:
     backend = Counting(str(setup.blobs))
     yield backend
     backend.close()
+
+
+def test_backends_are_prepared_before_they_are_asked(setup: Setup, backend: Counting, tmp_path: Path) -> None:
+    opened = Opened(setup, tmp_path / "cache", backend)
+    try:
+        assert backend.prepared.acquire(timeout=20)
+        assert not backend.asked
+        assert opened.rafs.read(setup.ino, 0, 1000) == setup.data[:1000]    # a failure there costs nothing
+    finally:
+        opened.close()
 
 
 def test_prefetch_keeps_to_its_limit(setup: Setup, backend: Counting, tmp_path: Path) -> None:

@@ -25,6 +25,11 @@ if TYPE_CHECKING:
             time.monotonic() value."""
             ...
 
+        def prepare(self) -> None:
+            """Does now what the first request would do first: imports, certificates. May raise
+            anything: the first request meets it again."""
+            ...
+
         def blob_size(self, blob_id: str) -> int:
             """Size of the blob in bytes."""
             ...

@@ -80,6 +80,9 @@ class HttpBackend:
 
     # ---- storage.backend.Backend
 
+    def prepare(self) -> None:
+        self._client.prepare()
+
     def close(self) -> None:
         self._client.close()
 

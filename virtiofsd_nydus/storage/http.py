@@ -158,6 +158,10 @@ class HttpClient:
         if former is not None:
             former.close()
 
+    def prepare(self) -> None:
+        """Imports what requests need and reads the certificates."""
+        self._manager()
+
     def retry(self, retries: int, deadline: float | None) -> Retry:
         return Retry(retries, deadline, self.closing)
 

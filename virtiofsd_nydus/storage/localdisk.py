@@ -53,6 +53,9 @@ class LocaldiskBackend:
     def blob_size(self, blob_id: str) -> int:
         return self._find(blob_id)[2]
 
+    def prepare(self) -> None:
+        pass
+
     def read_range(self, blob_id: str, offset: int, length: int, *, prefetch: bool = False,
                    deadline: float | None = None) -> "Iterator[memoryview]":
         if offset < 0 or length < 0:

@@ -46,6 +46,9 @@ class LocalfsBackend:
     def blob_size(self, blob_id: str) -> int:
         return os.fstat(self._open(blob_id)[0]).st_size
 
+    def prepare(self) -> None:
+        pass
+
     def read_range(self, blob_id: str, offset: int, length: int, *, prefetch: bool = False,
                    deadline: float | None = None) -> "Iterator[memoryview]":
         if offset < 0 or length < 0:

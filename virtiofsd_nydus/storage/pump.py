@@ -4,6 +4,7 @@ decoded and commit it. C alone decides what is verified (docs/architecture.md, t
 Imports nothing heavy at load; each thread imports blake3 when it starts, after the daemon answers RUNNING.
 """
 
+import contextlib
 import errno
 import threading
 import time
@@ -35,6 +36,7 @@ class FetchPump:
         self._backends: dict[int, list[Backend]] = {}
         self._limits: dict[int, list[RateLimit]] = {}   # blob key -> limits of its mounts' prefetch
         self._lock = threading.Lock()
+        self._unprepared: list[Backend] = []
         self._threads = [
             threading.Thread(target=self._run, args=(slot < PREFETCH_SLOTS,), name=f"fetch-{slot}", daemon=True)
             for slot in range(slots)
@@ -56,6 +58,8 @@ class FetchPump:
         """The blob may be had from backend; the newest registered is asked first. prefetch_limit: bytes a second that
         prefetch of this blob may use, shared by the blobs of a mount."""
         with self._lock:
+            if all(backend not in known for known in self._backends.values()):
+                self._unprepared.append(backend)
             self._backends.setdefault(blob_key, []).insert(0, backend)
             if prefetch_limit is not None:
                 self._limits.setdefault(blob_key, []).insert(0, prefetch_limit)
@@ -88,6 +92,18 @@ class FetchPump:
                 return
             if rc == 0:
                 self._serve(worker)
+            else:
+                self._prepare_backends()
+
+    def _prepare_backends(self) -> None:
+        """What a thread does that found no job, lest the first reader wait for imports."""
+        while True:
+            with self._lock:
+                if not self._unprepared:
+                    return
+                backend = self._unprepared.pop()
+            with contextlib.suppress(Exception):    # the first request meets it again, and tells
+                backend.prepare()
 
     def _prefetch_debt_s(self) -> float:
         """Seconds for which no prefetch is taken: a limit has been used up. Demand is never held back, and no thread
