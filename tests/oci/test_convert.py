@@ -246,7 +246,9 @@ def test_an_interrupted_run_leaves_nothing(image: Path, registry: LocalRegistry,
         process = subprocess.Popen(
             [sys.executable, "-m", "virtiofsd_nydus.cli.main", "convert", f"oci:{image}:t",
              f"docker://{front.host}/cut/a:1", "--work-dir", str(tmp_path)], stderr=subprocess.PIPE,
-            env={**os.environ, "DOCKER_CONFIG": str(tmp_path)})
+            env={**os.environ, "DOCKER_CONFIG": str(tmp_path)},
+            # What runs the tests in the background may have given them an ignored SIGINT, which children inherit
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         deadline = time.monotonic() + 30
         while not any(one.method == "POST" for one in front.requests) and time.monotonic() < deadline:
             time.sleep(0.02)
