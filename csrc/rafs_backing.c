@@ -118,10 +118,13 @@ static bool is_mounted(const struct vnd_rafs *r, const struct extent *ext, int n
     return true;
 }
 
-/* 1: all of the file is ready, and in the mounted cache files if mounted is set; 0 or -errno. */
-static int is_complete(struct vnd_rafs *r, uint64_t nid, uint64_t size, bool mounted)
+enum file_state { FILE_PARTIAL, FILE_READY, FILE_MOUNTED };     /* all chunks ready; and in what is mounted */
+
+/* With b->lock. */
+static enum file_state state_of(struct vnd_rafs *r, uint64_t nid, uint64_t size)
 {
     struct extent ext[STORE_EXTENTS_MAX];
+    enum file_state state = FILE_MOUNTED;
     uint32_t got;
 
     for (uint64_t off = 0; off < size; off += got) {
@@ -129,12 +132,12 @@ static int is_complete(struct vnd_rafs *r, uint64_t nid, uint64_t size, bool mou
         int n = r->fs.ops->extents(&r->fs, nid, off, left < 1u << 30 ? (uint32_t)left : 1u << 30, ext,
                                    STORE_EXTENTS_MAX, &got);
 
-        if (n <= 0 || !got)
-            return n < 0 ? n : -EIO;
-        if (!store_ready(ext, n) || (mounted && !is_mounted(r, ext, n)))
-            return 0;
+        if (n <= 0 || !got || !store_ready(ext, n))
+            return FILE_PARTIAL;
+        if (!is_mounted(r, ext, n))
+            state = FILE_READY;
     }
-    return 1;
+    return state;
 }
 
 static int open_nid(int root_fd, uint64_t nid)
@@ -154,16 +157,19 @@ int v6_backing_fd(struct fs *fs, uint64_t nid)
     struct rafs_backing *b = r->backing;
     struct v6_inode n;
     struct stat st;
+    enum file_state state = FILE_PARTIAL;
     int fd = v6_inode(r, nid, &n);
 
     if (fd || !S_ISREG(n.mode) || n.size < BACKING_BYTES_MIN)
         return fd ? fd : -ENODATA;
-    if (is_complete(r, nid, n.size, false) != 1)
-        return -ENODATA;
     pthread_mutex_lock(&b->lock);
-    if (!b->failed && is_complete(r, nid, n.size, true) != 1)
+    if (!b->failed)
+        state = state_of(r, nid, n.size);
+    if (state == FILE_READY) {
         mount_image(r);
-    fd = b->failed || is_complete(r, nid, n.size, true) != 1 ? -ENODATA : open_nid(b->root_fd, nid);
+        state = b->failed ? FILE_PARTIAL : state_of(r, nid, n.size);
+    }
+    fd = state == FILE_MOUNTED ? open_nid(b->root_fd, nid) : -ENODATA;
     pthread_mutex_unlock(&b->lock);
     /* The kernel reads the same inode as we, or nothing at all. */
     if (fd >= 0 && (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || (uint64_t)st.st_size != n.size)) {

@@ -14,6 +14,8 @@ from virtiofsd_nydus.build.options import CODECS, DIGESTERS, FS_VERSIONS, PREFET
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from virtiofsd_nydus.build.dictionary import ChunkDictionary
 
 
@@ -167,27 +169,22 @@ def build_image(
     }
 
 
+def transfer_bars(*, transient: bool = False) -> "Progress":
+    """Bars on standard error: bytes of how many, their rate, the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    return Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+                    TimeRemainingColumn(), console=Console(stderr=True), transient=transient)
+
+
 class _Progress:
     """A bar on a terminal, nothing elsewhere."""
 
     def __init__(self, source: Path, *, enabled: bool) -> None:
         self._bar = None
         if enabled and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                DownloadColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-                TransferSpeedColumn,
-            )
-
-            self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True), transient=True,
-            )  # fmt: skip
+            self._bar = transfer_bars(transient=True)
             total = source.stat().st_size if source.is_file() else None
             self._task = self._bar.add_task(source.name, total=total)
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from virtiofsd_nydus.cli.build import add_image_options, load_chunk_dict, make_options
+from virtiofsd_nydus.cli.build import add_image_options, load_chunk_dict, make_options, transfer_bars
 from virtiofsd_nydus.errors import UsageFailure
 from virtiofsd_nydus.oci.reference import DOCKER, GRAMMAR, Reference, parse_reference
 
@@ -114,20 +114,9 @@ class ProgressBars:
     """convert.Progress on a terminal."""
 
     def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
         self._lock = threading.Lock()
         self._tasks: dict[tuple[str, str], TaskID] = {}
-        self._bars = Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                              TimeRemainingColumn(), console=Console(stderr=True))
+        self._bars = transfer_bars()
 
     def __enter__(self) -> "ProgressBars":
         self._bars.start()

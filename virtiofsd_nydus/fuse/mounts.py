@@ -94,13 +94,16 @@ def mount(source: str, target: str, fstype: str, flags: int, options: str) -> No
         raise OSError(-rc, os.strerror(-rc), target)
 
 
+def knows_filesystem(name: str) -> bool:
+    """Whether the kernel has that type of file system, loaded."""
+    with open("/proc/filesystems") as table:
+        return any(line.split()[-1] == name for line in table)
+
+
 def can_pass_through() -> bool:
     """Whether this process can give the kernel files of an EROFS of its own to read (csrc/rafs_backing.c). Whether the
     kernel takes them, INIT tells."""
-    if os.geteuid() != 0 or not os.access("/dev/loop-control", os.R_OK | os.W_OK):
-        return False
-    with open("/proc/filesystems") as table:
-        return any(line.split()[-1] == "erofs" for line in table)
+    return os.geteuid() == 0 and os.access("/dev/loop-control", os.R_OK | os.W_OK) and knows_filesystem("erofs")
 
 
 def umount(target: str) -> None:

@@ -2,7 +2,6 @@
 
 import errno
 from collections.abc import Sequence
-from pathlib import Path
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.fuse import mounts
@@ -11,7 +10,7 @@ FSTYPE = "erofs"
 
 
 def check_kernel() -> None:
-    if FSTYPE not in {line.split()[-1] for line in Path("/proc/filesystems").read_text().splitlines()}:
+    if not mounts.knows_filesystem(FSTYPE):
         raise Failure("this kernel has no EROFS or its module is not loaded: modprobe erofs, or mount without --kernel",
                       Cause.MISSING)
 
