@@ -39,6 +39,10 @@ class Backend:
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
 
+    @property
+    def session_fd(self) -> int:
+        return self._sock.fileno()
+
     def _say(self, level: int, text: str, **fields: object) -> None:
         self.said.append(text)
 
