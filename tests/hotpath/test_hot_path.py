@@ -13,6 +13,7 @@ import pytest
 from virtiofsd_nydus._fakeguest import lib
 
 from tests.fakeguest.support import Image, Load
+from tests.system.daemon import wait_until
 from virtiofsd_nydus.vmm.fakeguest import FakeGuest
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
@@ -55,6 +56,15 @@ def engine_threads(daemon: NydusDaemon) -> dict[int, str]:
     return {thread: name for thread, name in names.items() if name.startswith("vnd-") and name != "vnd-upkeep"}
 
 
+def is_at_rest(daemon: NydusDaemon) -> bool:
+    """No thread runs or waits to: none has its start, or what the read before needed, still to free."""
+    stats = Path(f"/proc/{daemon.process.pid}/task").glob("*/stat")
+    try:
+        return all(stat.read_text().rpartition(") ")[2].startswith("S") for stat in stats)
+    except (FileNotFoundError, ProcessLookupError):     # one has just ended
+        return False
+
+
 def read_counts(counts: mmap.mmap) -> dict[int, tuple[int, int]]:
     """Thread id -> allocations, frees."""
     rows = (struct.unpack_from("=III", counts, 16 * (i + 1)) for i in range(ROWS))
@@ -74,6 +84,7 @@ def test_no_allocation(counted: tuple[NydusDaemon, mmap.mmap], name: str) -> Non
         guest.fuse.init()
         guest.fuse.read_file("data")
         run_load(guest, name, 200)
+        wait_until(lambda: is_at_rest(daemon), "the daemon's rest")
         struct.pack_into("=I", counts, 0, 1)
         try:
             run_load(guest, name, OPS)
