@@ -12,8 +12,10 @@ BUILD := build
 CSTD := -std=c11 -D_GNU_SOURCE -Icsrc
 CWARN := -Wall -Wextra -Werror -Wshadow -Wno-unused-parameter -Wno-missing-field-initializers
 CLIBS := -lzstd -llz4 -lz -lcrypto -lpthread
-CSRC := $(sort $(wildcard csrc/*.c))
-CHDR := $(wildcard csrc/*.h)
+# The engine's folders. Each may use itself and those before it, no other (tests/test_house.py holds it).
+LAYERS := base blob cache store fs rafs passthrough fuse vhost fusedev precontent
+CSRC := $(sort $(foreach d,$(LAYERS),$(wildcard csrc/$(d)/*.c)))
+CHDR := csrc/vnd.h $(foreach d,$(LAYERS),$(wildcard csrc/$(d)/*.h))
 CTESTS := $(patsubst tests/c/%.c,%,$(sort $(wildcard tests/c/test_*.c)))
 FUZZERS := $(patsubst tests/fuzz/%.c,%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 SAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer

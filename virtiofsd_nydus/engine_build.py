@@ -12,6 +12,8 @@ from pathlib import Path
 from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
+# The engine's folders, as the Makefile has them: each may use itself and those before it.
+LAYERS = ("base", "blob", "cache", "store", "fs", "rafs", "passthrough", "fuse", "vhost", "fusedev", "precontent")
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 
 
@@ -34,8 +36,8 @@ ffibuilder.cdef(read_declarations(ROOT / "csrc" / "vnd.h"))
 ffibuilder.set_source(
     "virtiofsd_nydus._engine",
     '#include "vnd.h"',
-    sources=sorted(relative(p) for p in (ROOT / "csrc").glob("*.c")),
-    depends=sorted(relative(p) for p in (ROOT / "csrc").glob("*.h")),
+    sources=sorted(relative(p) for layer in LAYERS for p in (ROOT / "csrc" / layer).glob("*.c")),
+    depends=sorted(relative(p) for p in (ROOT / "csrc").rglob("*.h")),
     include_dirs=[relative(ROOT / "csrc")],
     libraries=["zstd", "lz4", "z", "crypto", "pthread"],
     define_macros=[("_GNU_SOURCE", None)],

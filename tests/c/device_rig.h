@@ -8,10 +8,10 @@
 #include "fakeguest/fg_fuse.c"
 #include "fakeguest/fg_ram.c"
 #include "fakeguest/fg_ring.c"
-#include "device.h"
-#include "fs.h"
+#include "vhost/device.h"
+#include "fs/fs.h"
 #include "store_fixture.h"
-#include "vfs.h"
+#include "fs/vfs.h"
 
 #define QUEUES 2                    /* hiprio, requests */
 #define RQ 1

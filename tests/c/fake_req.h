@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "fuse_session.h"
+#include "fuse/fuse.h"
 
 struct fake_req {
     struct req r;               /* first */

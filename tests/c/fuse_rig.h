@@ -5,7 +5,7 @@
 #include "check.h"
 #include "fake_req.h"
 #include "v6_image.h"
-#include "vfs.h"
+#include "fs/vfs.h"
 
 #define FLAGS (0x1u | 0x4u | 0x10u)
 #define FLAG_XATTR 0x20u

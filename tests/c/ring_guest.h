@@ -7,8 +7,8 @@
 #include <unistd.h>
 
 #include "check.h"
-#include "guestmem.h"
-#include "vring.h"
+#include "vhost/guestmem.h"
+#include "vhost/vring.h"
 
 #define PAGE 4096ull
 #define RING_NUM 8u

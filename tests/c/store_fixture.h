@@ -16,9 +16,9 @@
 #include <zlib.h>
 #include <zstd.h>
 
-#include "codec.h"
-#include "fetcher.h"
-#include "store.h"
+#include "blob/codec.h"
+#include "store/fetcher.h"
+#include "store/store.h"
 
 #define CHECK(x) do { if (!(x)) { fprintf(stderr, "%s:%d: %s: not so: %s\n", __FILE__, __LINE__, __func__, #x); \
                                   abort(); } } while (0)

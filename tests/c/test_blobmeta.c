@@ -1,7 +1,7 @@
 /* Chunk tables that the blob itself carries: parsing both entry forms, batches read end to end, a META job, the
  * file in the work directory, and everything in a table that can be wrong.
  */
-#include "blobmeta.h"
+#include "blob/meta.h"
 #include "store_fixture.h"
 
 #define N 60

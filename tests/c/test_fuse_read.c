@@ -4,7 +4,7 @@
 
 #include "fake_req.h"
 #include "image_of_blob.h"
-#include "vfs.h"
+#include "fs/vfs.h"
 
 /* A session on an image whose blob is the fixture's: same chunks, their true digests. */
 struct rig {

@@ -5,7 +5,7 @@
 #include <poll.h>
 #include <sys/socket.h>
 
-#include "vfs.h"
+#include "fs/vfs.h"
 
 #define FILE_BYTES (3 * IMG_CHUNK)
 

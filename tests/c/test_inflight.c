@@ -5,7 +5,7 @@
 #include <sys/ptrace.h>
 #include <sys/wait.h>
 
-#include "inflight.h"
+#include "vhost/inflight.h"
 #include "ring_guest.h"
 
 static void test_inflight(void)

@@ -1,5 +1,5 @@
 /* test_metrics.c -- counters of an image: shards, buckets, records of inodes, and many threads at once. */
-#include "metrics.h"
+#include "fs/metrics.h"
 
 #include <pthread.h>
 #include <string.h>

@@ -6,7 +6,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 
-#include "precontent_state.h"
+#include "precontent/state.h"
 
 #define CHUNKS 16u
 #define CHUNK 65536u

@@ -3,8 +3,8 @@
 #include <errno.h>
 
 #include "check.h"
-#include "rafs.h"
-#include "rafs_int.h"
+#include "rafs/rafs.h"
+#include "rafs/internal.h"
 #include "v6_image.h"
 
 #define FLAGS (0x1u | 0x4u | 0x10u | 0x20u)     /* no compression, blake3, explicit ids, xattrs */

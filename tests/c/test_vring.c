@@ -5,7 +5,7 @@
 #include <signal.h>
 
 #include "ring_guest.h"
-#include "sigbus.h"
+#include "base/sigbus.h"
 
 static int walk(struct guest *g, uint16_t head, struct vring_chain *c)
 {

@@ -6,9 +6,9 @@
 #include <zlib.h>
 
 #include "check.h"
-#include "cipher.h"
+#include "blob/cipher.h"
 #include "vnd.h"
-#include "zran.h"
+#include "blob/zran.h"
 
 #define PLAIN 900000u
 #define MEMBERS 2u

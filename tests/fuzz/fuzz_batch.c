@@ -8,12 +8,12 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "blobmeta.h"
-#include "cipher.h"
-#include "codec.h"
-#include "engine.h"
-#include "fetcher.h"
-#include "job.h"
+#include "blob/meta.h"
+#include "blob/cipher.h"
+#include "blob/codec.h"
+#include "base/engine.h"
+#include "store/fetcher.h"
+#include "store/job.h"
 
 #define HEAD 8u
 #define ENTRY 24u

@@ -6,7 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "blobmeta.h"
+#include "blob/meta.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 

@@ -8,7 +8,7 @@
  */
 #include "../c/fake_req.h"
 #include "../c/v6_image.h"
-#include "vfs.h"
+#include "fs/vfs.h"
 
 static vnd_engine *engine;
 static vnd_rafs *image, *second;

@@ -6,8 +6,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "guestmem.h"
-#include "vring.h"
+#include "vhost/guestmem.h"
+#include "vhost/vring.h"
 
 #define RING_NUM 16u
 #define REGION 8192u

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "zran.h"
+#include "blob/zran.h"
 
 #define OUT_MAX (1u << 20)              /* longer ones are only parsed */
 

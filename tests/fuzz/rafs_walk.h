@@ -5,7 +5,7 @@
 #include <errno.h>
 
 #include "../c/v6_image.h"
-#include "rafs_int.h"
+#include "rafs/internal.h"
 
 static vnd_engine *engine;
 

@@ -20,7 +20,7 @@ from virtiofsd_nydus.storage.pump import PREFETCH_SLOTS, FetchPump
 
 MIB = 1 << 20
 SIZE = 24 * MIB
-JOB_BYTES = 2 * MIB     # what one prefetch job asks for at most (csrc/fetcher.h)
+JOB_BYTES = 2 * MIB     # what one prefetch job asks for at most (csrc/store/fetcher.h)
 
 
 class Counting(LocalfsBackend):

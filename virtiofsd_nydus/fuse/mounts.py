@@ -101,7 +101,7 @@ def knows_filesystem(name: str) -> bool:
 
 
 def can_pass_through() -> bool:
-    """Whether this process can give the kernel files of an EROFS of its own to read (csrc/rafs_backing.c). Whether the
+    """Whether this process can give the kernel files of an EROFS of its own to read (csrc/rafs/backing.c). Whether the
     kernel takes them, INIT tells."""
     return os.geteuid() == 0 and os.access("/dev/loop-control", os.R_OK | os.W_OK) and knows_filesystem("erofs")
 

@@ -1,4 +1,4 @@
-"""Reads RAFS bootstraps through the engine's own reader (csrc/rafs.c): for `check`, the converter and tests.
+"""Reads RAFS bootstraps through the engine's own reader (csrc/rafs/rafs.c): for `check`, the converter and tests.
 
 Names and link targets are str as os.fsdecode makes them (surrogateescape), so that any byte survives. No C pointer
 leaves this module.

@@ -1,7 +1,7 @@
 """A cache directory seen from outside, for people: what lies in it, what is left over, whether its bytes are right.
 
 Reads Nydus's files (ID.blob.data or, compressed, ID.blob.raw; ID.blob.data.chunk_map; rafs-format 6) and our side
-files (csrc/cachefile.h says how they are laid out). Safe beside running daemons: nothing is written, and only files
+files (csrc/cache/cache.h says how they are laid out). Safe beside running daemons: nothing is written, and only files
 that no daemon has open are removed.
 """
 
@@ -33,7 +33,7 @@ MAP_HEADER_BYTES = 4096
 STALE_TMP_S = 60.0      # a side file is made whole within milliseconds: an older unfinished one has no maker any more
 READ_MAX_BYTES = 256 << 20      # no chunk is larger
 
-# csrc/cachefile.h: struct side_header, struct side_bound
+# csrc/cache/cache.h: struct side_header, struct side_bound
 _HEADER = struct.Struct("=8sII40sQQQQQQII")
 _HEADER_BYTES = 4096
 _EPOCH_OFFSET = 88
@@ -41,7 +41,7 @@ _BOUND = struct.Struct("=32sQII")
 _MAGIC = b"VNDSIDE\1"
 _VERSION = 1
 _NO_DIGEST = bytes(32)
-# csrc/claim.h
+# csrc/cache/claim.h
 _CLAIM_INIT = 1 << 41
 _CLAIM_ATTACH = (1 << 41) + 1
 _FLOCK = struct.Struct("hhqqi4x")

@@ -1,0 +1,25 @@
+/* base/sigbus.h -- mapped files that somebody else may truncate under us (guest memory, in-flight region, dirty log).
+ *
+ * A read or write past the end of such a file raises SIGBUS. The handler puts an anonymous zero page where the lost
+ * page was, notes it, and the access goes on; the owner looks at the note and gives the mapping up. A SIGBUS
+ * outside every registered range goes to the handler that was there before. A signal handler can only reach static
+ * data: the list of ranges is the one exception to "no globals".
+ */
+#ifndef VND_SIGBUS_H
+#define VND_SIGBUS_H
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+
+struct sigbus_range;
+
+/* Guards [start, start+len); page_bytes is the page size of the mapping (huge pages: theirs). hit, if not NULL, is
+ * set to 1 on the first loss. NULL: no memory. */
+struct sigbus_range *sigbus_add(void *start, size_t len, size_t page_bytes, _Atomic int *hit);
+/* Before munmap, when no thread touches the range any more. */
+void sigbus_remove(struct sigbus_range *r);
+bool sigbus_hit(struct sigbus_range *r);
+/* SIGBUS must not be blocked in a thread that touches guarded ranges: the kernel would end the process. */
+void sigbus_unblock(void);
+
+#endif

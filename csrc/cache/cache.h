@@ -1,0 +1,171 @@
+/* cache/cache.h -- one blob's bytes on this node: data file, chunk map R (Nydus's, a hint), side file with T (these
+ * bytes matched their digest, in this file, this boot), D (T that survives a power loss) and what each chunk is
+ * bound to.
+ *
+ * Files in the work directory: ID.blob.data, or ID.blob.raw when it holds chunks as the blob stores them, at the blob's own
+ * offsets; ID.blob.data.chunk_map for either, as Nydus has it (rafs-format 6); .virtiofsd-nydus/ID.vnd, or ID.raw.vnd:
+ *   0     header 4096, struct side_header
+ *   4096  T, one bit per chunk, LSB first, u64 words; then D alike
+ *   up(4096) then one 48-byte struct side_bound per chunk
+ * Order in: bytes -> T (release) -> R. Order out: epoch -> T -> bytes -> epoch.
+ * Where locks or shared maps do not work across hosts (network file systems), or nothing can be written, T is
+ * private memory: everything still works, and is verified again next time.
+ */
+#ifndef VND_CACHEFILE_H
+#define VND_CACHEFILE_H
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#include "blob/table.h"
+
+struct vnd_engine;
+
+struct side_bound {         /* what T's bit of a chunk vouches for */
+    uint8_t digest[32];
+    uint64_t off;           /* in the data file */
+    uint32_t len;
+    uint32_t state;         /* 0 nothing yet, 1 bound; of a stored chunk also 2 if it is compressed, and usize << 2 */
+};
+
+struct side_header {
+    char magic[8];
+    uint32_t version, n;
+    char boot_id[40];
+    uint64_t dev, ino, btime_ns, size_bytes;    /* of the data file */
+    _Atomic uint64_t epoch;                     /* odd: bytes are being taken away */
+    _Atomic uint64_t ctime_ns;                  /* of the data file after the last write of ours */
+    uint32_t retired;
+    _Atomic uint32_t writing;                   /* writes of ours under way, and those that somebody died over */
+    _Atomic uint64_t write_ns;                  /* wall clock when the latest of them began */
+};
+
+struct cachefile_at {       /* which file a name led to when it was opened; all 0: none */
+    uint64_t dev, ino;
+};
+
+struct cachefile {
+    struct vnd_engine *engine;
+    char id[VND_ID_MAX + 1];
+    bool stored;                    /* it holds chunks as the blob stores them: every read decodes */
+    int dir_fd;                     /* borrowed */
+    int side_dir_fd;                /* borrowed, -1: T is private */
+    /* A descriptor's number and a map's address stay when the files behind them are exchanged (cache/move.c). */
+    _Atomic int data_fd;            /* -1: nothing on disk, bytes live in memory only */
+    _Atomic int side_fd;            /* -1: T is private */
+    _Atomic bool writable;
+    _Atomic int lack_errno;         /* why it is not */
+    struct cachefile_at data_at, side_at, map_at;   /* for cachefile_open and the one thread that moves */
+    bool stray_said;                /* likewise */
+    _Atomic uint64_t moves;         /* odd: files are being exchanged */
+    uint32_t n;
+    uint64_t size_bytes;
+    struct side_header *head;
+    size_t side_map_bytes;
+    _Atomic uint64_t *t, *d;
+    _Atomic uint8_t *r;             /* private memory where there is no file */
+    uint8_t *r_map;
+    size_t r_map_bytes;
+    struct sigbus_range *guard_side, *guard_r;
+    _Atomic bool nowait_missing;    /* RWF_NOWAIT is not supported here */
+    _Atomic uint64_t unsynced_bytes;
+    bool sync_due;                  /* write-out has begun; for the upkeep thread */
+    _Atomic bool space_said;
+    pthread_mutex_t lock;           /* T is set and taken away, and D set, under it */
+    pthread_mutex_t write_lock;     /* one writes at a time: the kernel lets in no more, and there the others spin */
+};
+
+struct cachefile_cfg {
+    struct vnd_engine *engine;
+    int dir_fd, side_dir_fd;
+    bool writable;                  /* the directory is */
+    const char *id;
+    bool stored;
+    bool quiet;                     /* what is lacking was said before */
+    uint32_t n;
+    uint64_t size_bytes;            /* of the data file */
+};
+
+struct cachefile_names {
+    char data[VND_ID_MAX + 16], map[VND_ID_MAX + 32], side[VND_ID_MAX + 16];
+};
+void cachefile_names(struct cachefile_names *out, const char *id, bool stored);
+
+/* 0, or -errno with cause and line. Creates what is missing. */
+int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int *cause, char *err, size_t err_len);
+void cachefile_close(struct cachefile *c);
+/* With c->lock held: binds T's bits to what a table says of its chunks. -EEXIST with a line: the side file is in
+ * use by somebody whose image says otherwise. Without a shared side file: 0. */
+int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len);
+
+/* Where a chunk's bytes are in the data file. */
+static inline uint64_t cachefile_off(const struct cachefile *c, const struct blobtable_chunk *k)
+{
+    return c->stored ? k->coff : k->uoff;
+}
+static inline uint32_t cachefile_len(const struct cachefile *c, const struct blobtable_chunk *k)
+{
+    return c->stored ? k->csize : k->usize;
+}
+
+/* The ready test. */
+static inline bool cachefile_ready(const struct cachefile *c, uint32_t i)
+{
+    return atomic_load_explicit(&c->t[i >> 6], memory_order_acquire) >> (i & 63) & 1;
+}
+/* Changes when bytes are taken away (the side file's epoch, all processes) and when the files themselves are exchanged
+ * (moves, ours alone: another side file may well have the same epoch). Odd: do not trust. */
+static inline uint64_t cachefile_epoch(const struct cachefile *c)
+{
+    uint64_t moves = atomic_load_explicit(&c->moves, memory_order_acquire);
+    return (atomic_load_explicit(&c->head->epoch, memory_order_acquire) + (moves << 32)) | (moves & 1);
+}
+/* After the bytes were read: they may be given out only if the epoch is still the (even) one from before. */
+static inline bool cachefile_epoch_holds(const struct cachefile *c, uint64_t epoch)
+{
+    atomic_thread_fence(memory_order_acquire);
+    return !(epoch & 1) && cachefile_epoch(c) == epoch;
+}
+/* R's bit: somebody, perhaps not us, says the chunk is in the data file. */
+bool cachefile_doubted(const struct cachefile *c, uint32_t i);
+uint64_t cachefile_count_ready(const struct cachefile *c);
+
+/* What to do about an errno of the cache's disk, as the end of a line. */
+const char *cachefile_cure(int err);
+/* Writes bytes of chunks at off. 0 or -errno (-ENOSPC, -EROFS...: said once). */
+int cachefile_write(struct cachefile *c, uint64_t off, const void *buf, size_t len);
+/* With c->lock held: the chunk's bytes are in the file and were checked, all within the present epoch. */
+void cachefile_set_ready(struct cachefile *c, uint32_t i);
+/* Call once after a batch of writes of so many bytes and their set_ready. */
+void cachefile_settle(struct cachefile *c, uint64_t bytes);
+/* 0: all len bytes were read; -EIO otherwise. Blocks. */
+int cachefile_read(struct cachefile *c, uint64_t off, void *buf, size_t len);
+/* The file lost bytes or was changed under us: nothing in it is trusted any more. */
+void cachefile_distrust(struct cachefile *c, const char *why);
+/* The same without words and with c->lock held (or nobody else there yet); keep_durable: what D holds stays
+ * trusted. */
+void cachefile_take_away(struct cachefile *c, bool keep_durable);
+/* Looks whether the data file still has its size; sizes it anew and distrusts it otherwise. */
+void cachefile_examine(struct cachefile *c);
+/* Begins to write out what is not durable, if there is enough of it or force. True: cachefile_sync is to follow a while
+ * later; an fdatasync that has much to write holds up those who write meanwhile. */
+bool cachefile_write_out(struct cachefile *c, bool force);
+/* Makes what is trusted durable. */
+void cachefile_sync(struct cachefile *c);
+
+/* ---- cache/move.c: somebody removes or replaces the files */
+enum cachefile_stray { CACHEFILE_IN_PLACE, CACHEFILE_DATA_STRAYED, CACHEFILE_SIDE_STRAYED, CACHEFILE_MAP_STRAYED };
+/* Which of the names in cfg's directories no longer leads to the file that is open. A few fstatat; one thread at a
+ * time. */
+enum cachefile_stray cachefile_find_stray(const struct cachefile *c, const struct cachefile_cfg *cfg);
+/* Whether something could not be had when it was opened, for want of space or rights. */
+bool cachefile_lacks(const struct cachefile *c, const struct cachefile_cfg *cfg);
+/* Opens what the names lead to now, made anew where nothing is there, binds it to t, and exchanges the files under c.
+ * Readers of c go on meanwhile: each read is of one file and what its maps say, or is done again. only_better: not
+ * unless that has what c lacks. 0: exchanged; 1: not; -errno with cause and line: c stays as it is. */
+int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const struct blobtable *t, bool only_better,
+                   int *cause, char *err, size_t err_len);
+
+#endif

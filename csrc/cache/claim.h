@@ -1,0 +1,58 @@
+/* cache/claim.h -- who fetches what, over processes: open-file-description locks on a blob's side file, and one futex
+ * word per work directory that says "something became ready" (datapath (c)).
+ *
+ * The locks live in offsets far beyond the file's data. They belong to the open file description, so a killed
+ * holder's are free at once; they do not exclude threads that share the descriptor: the miss table does that,
+ * first.
+ */
+#ifndef VND_CLAIM_H
+#define VND_CLAIM_H
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#define CLAIM_UNITS (1ll << 40)         /* + first unit, length n */
+#define CLAIM_INIT (1ll << 41)          /* header and binding are being looked at or changed */
+#define CLAIM_ATTACH ((1ll << 41) + 1)  /* held shared by everybody who has the file open */
+#define CLAIM_SYNC ((1ll << 41) + 2)    /* makes data durable */
+#define CLAIM_EVICT ((1ll << 41) + 3)   /* takes bytes away: the epoch is odd */
+
+/* Takes units [first, first+n) or the free prefix of them: number taken, 0 = the first is taken by somebody
+ * else. */
+int claim_units(int fd, uint32_t first, uint32_t n);
+void claim_release(int fd, uint32_t first, uint32_t n);
+/* Whether another process holds a unit now. */
+bool claim_foreign(int fd, uint32_t unit);
+/* One byte; a shared one that we hold becomes exclusive only for its only holder. 0, -EAGAIN when it is taken
+ * (after waiting up to wait_ms for it), or -errno. */
+int claim_byte(int fd, int64_t at, bool exclusive, int wait_ms);
+void claim_byte_release(int fd, int64_t at);
+
+/* Who fetches a blob's stored chunk table (there may be no side file of the blob yet): a descriptor that holds the claim
+ * until it is closed; -EAGAIN: somebody else has it; or -errno: nothing can be claimed here. */
+int claim_meta(int side_dir_fd, const char *id);
+
+/* Gives a mapped file's first len bytes their blocks, so that a store into it never finds the disk full. */
+int claim_reserve(int fd, int64_t len);
+
+struct claim_wake {
+    struct claim_wake_page {
+        _Atomic uint32_t gen, waiters;
+    } *page;                            /* mapped file shared by all processes, or private memory */
+    struct sigbus_range *guard;
+    bool shared;
+    uint64_t dev, ino;                  /* of the file */
+};
+/* dir_fd -1: private. Never fails for want of a file; -ENOMEM. */
+int claim_wake_open(struct claim_wake *w, int dir_fd);
+void claim_wake_close(struct claim_wake *w);
+/* If the file was removed or could not be had: the one that is there now, made anew if need be. One thread at a time. */
+void claim_wake_follow(struct claim_wake *w, int dir_fd);
+/* After maps were set. */
+void claim_wake_all(struct claim_wake *w);
+/* Waits until the generation is no longer gen, at most timeout_ms. */
+void claim_wake_wait(struct claim_wake *w, uint32_t gen, int timeout_ms);
+uint32_t claim_wake_enter(struct claim_wake *w);    /* announces a waiter; returns the generation */
+void claim_wake_leave(struct claim_wake *w);
+
+#endif

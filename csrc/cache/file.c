@@ -1,0 +1,579 @@
+/* cache/file.c -- see cache/cache.h: opening and binding; bytes, trust and sync are in cachedata.c. */
+#include "cache/cache.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "cache/claim.h"
+#include "base/engine.h"
+#include "base/sigbus.h"
+
+#define SIDE_MAGIC "VNDSIDE\1"
+#define SIDE_VERSION 1
+#define SIDE_HEADER 4096u
+#define INIT_WAIT_MS 5000
+#define WRITE_LAG_NS 20000000u          /* died_writing: a write takes at most so long */
+#define WRITE_NS 1000000000u
+/* rafs-format 6.2 */
+#define MAP_MAGIC 0x424D4150u
+#define MAP_MAGIC2 0x434D4150u
+#define MAP_HEADER 4096u
+
+static size_t up(size_t x, size_t a)
+{
+    return (x + a - 1) / a * a;
+}
+
+static size_t bits_bytes(uint32_t n)
+{
+    return up((n + 7) / 8, 8);
+}
+
+static size_t bound_offset(uint32_t n)
+{
+    return up(SIDE_HEADER + 2 * bits_bytes(n), 4096);
+}
+
+void cachefile_names(struct cachefile_names *out, const char *id, bool stored)
+{
+    snprintf(out->data, sizeof out->data, "%s.blob.%s", id, stored ? "raw" : "data");
+    snprintf(out->map, sizeof out->map, "%s.blob.data.chunk_map", id);
+    snprintf(out->side, sizeof out->side, stored ? "%s.raw.vnd" : "%s.vnd", id);
+}
+
+static int io_fail(const struct cachefile *c, const char *what, int rc, int *cause, char *err, size_t err_len)
+{
+    *cause = rc == -ENOSPC || rc == -EROFS || rc == -EDQUOT ? VND_CAUSE_SPACE : VND_CAUSE_IO;
+    return fail_line(rc, err, err_len, "cache of blob %s: %s: %s", c->id, what, strerror(-rc));
+}
+
+static void boot_id_get(char out[40])
+{
+    int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, out, 36);
+
+    if (fd >= 0)
+        close(fd);
+    memset(out + (n == 36 ? 36 : 0), 0, n == 36 ? 4 : 40);
+}
+
+/* What T is bound to. The change time tells whether somebody wrote while nobody of us was there. */
+struct identity {
+    uint64_t dev, ino, btime_ns, ctime_ns;
+};
+
+static int identity_get(int fd, struct identity *id)
+{
+    struct statx sx;
+
+    if (statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS | STATX_BTIME, &sx))
+        return -errno;
+    id->dev = makedev(sx.stx_dev_major, sx.stx_dev_minor);
+    id->ino = sx.stx_ino;
+    id->btime_ns = sx.stx_mask & STATX_BTIME ?
+        (uint64_t)sx.stx_btime.tv_sec * 1000000000u + sx.stx_btime.tv_nsec : 0;
+    id->ctime_ns = (uint64_t)sx.stx_ctime.tv_sec * 1000000000u + sx.stx_ctime.tv_nsec;
+    return 0;
+}
+
+/* ---------------------------------------------------------------- data file */
+
+static int data_open(struct cachefile *c, int *cause, char *err, size_t err_len)
+{
+    struct cachefile_names names;
+    const char *name = names.data;
+    struct stat st;
+
+    cachefile_names(&names, c->id, c->stored);
+    if (c->writable) {
+        c->data_fd = openat(c->dir_fd, name, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0644);
+        c->lack_errno = c->data_fd < 0 ? errno : 0;
+    }
+    if (c->data_fd < 0 && (!c->writable || errno == EROFS || errno == EACCES || errno == EPERM)) {
+        c->writable = false;
+        c->data_fd = openat(c->dir_fd, name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+        if (c->data_fd < 0 && errno == ENOENT)
+            return 0;
+    }
+    if (c->data_fd < 0 && (errno == ENOSPC || errno == EDQUOT)) {
+        c->writable = false;
+        return 0;
+    }
+    if (c->data_fd < 0)
+        return io_fail(c, "cannot open its data file", -errno, cause, err, err_len);
+    if (fstat(c->data_fd, &st))
+        return io_fail(c, "cannot stat its data file", -errno, cause, err, err_len);
+    if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size > c->size_bytes) {
+        *cause = VND_CAUSE_IO;
+        return fail_line(-EIO, err, err_len, "cache of blob %s: %s is no file of at most %llu bytes; remove it",
+                         c->id, name, (unsigned long long)c->size_bytes);
+    }
+    c->data_at = (struct cachefile_at){ st.st_dev, st.st_ino };
+    return 0;
+}
+
+/* Gives the data file its size. True: it had another, so bytes may be gone. With CLAIM_INIT held where there is a
+ * side file: a file that another process has just created is not one that was cut. */
+static bool data_size(struct cachefile *c)
+{
+    struct stat st;
+
+    if (c->data_fd < 0 || fstat(c->data_fd, &st) || (uint64_t)st.st_size >= c->size_bytes)
+        return false;
+    if (c->writable && ftruncate(c->data_fd, (off_t)c->size_bytes)) {
+        c->lack_errno = errno;
+        c->writable = false;    /* no room for it: bytes are kept in memory */
+    }
+    return true;
+}
+
+/* ---------------------------------------------------------------- chunk map R */
+
+static void map_open(struct cachefile *c)
+{
+    struct cachefile_names names;
+    const char *name = names.map;
+    size_t len = MAP_HEADER + (c->n + 7) / 8;
+    void *m;
+    uint32_t head[4] = { MAP_MAGIC, 1, MAP_MAGIC2, 0 }, have[4];
+    struct stat st;
+    int fd;
+
+    cachefile_names(&names, c->id, c->stored);
+    fd = openat(c->dir_fd, name, c->writable ? O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW :
+                O_RDONLY | O_CLOEXEC | O_NOFOLLOW, 0644);
+    if (fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode))
+        goto out;
+    if (st.st_size == 0 && c->writable) {
+        if (ftruncate(fd, (off_t)len) || pwrite(fd, head, sizeof head, 0) != sizeof head)
+            goto out;
+        st.st_size = (off_t)len;
+    }
+    if ((uint64_t)st.st_size != len || pread(fd, have, sizeof have, 0) != sizeof have) {
+        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s has %lld bytes, not %zu: it is left alone",
+                   c->id, name, (long long)st.st_size, len);
+        goto out;
+    }
+    if (!have[0] && !have[1] && !have[2] && c->writable) {      /* its creator was interrupted */
+        if (pwrite(fd, head, sizeof head, 0) != sizeof head)
+            goto out;
+    } else if (have[0] != MAP_MAGIC || have[1] > 1) {
+        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s is no chunk map: it is left alone", c->id,
+                   name);
+        goto out;
+    }
+    if (c->writable && claim_reserve(fd, (int64_t)len))
+        goto out;
+    /* Over the private memory: whoever cannot have the file has that. */
+    m = mmap(c->r_map, len, c->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
+    if (m != MAP_FAILED)
+        c->map_at = (struct cachefile_at){ st.st_dev, st.st_ino };
+out:
+    if (fd >= 0)
+        close(fd);
+}
+
+static int map_reserve(struct cachefile *c)
+{
+    size_t len = MAP_HEADER + (c->n + 7) / 8;
+    void *m = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (m == MAP_FAILED)
+        return -errno;
+    c->r_map = m;
+    c->r_map_bytes = len;
+    c->r = (_Atomic uint8_t *)(c->r_map + MAP_HEADER);
+    c->guard_r = sigbus_add(c->r_map, up(len, 4096), 4096, NULL);
+    return c->guard_r ? 0 : -ENOMEM;
+}
+
+/* ---------------------------------------------------------------- side file */
+
+static bool side_matches(const struct cachefile *c, const struct side_header *h, const struct identity *id)
+{
+    return !memcmp(h->magic, SIDE_MAGIC, 8) && h->version == SIDE_VERSION && h->n == c->n && !h->retired &&
+           h->dev == id->dev && h->ino == id->ino && h->btime_ns == id->btime_ns && h->size_bytes == c->size_bytes;
+}
+
+/* A fresh side file under the name, made whole before it appears. replace: the lock of the present one is held, its
+ * other users keep it. Without, whoever is first wins. */
+static int side_create(struct cachefile *c, const char *name, const struct identity *id, bool replace)
+{
+    char tmp[VND_ID_MAX + 48];
+    struct side_header h = { .version = SIDE_VERSION, .n = c->n, .dev = id->dev, .ino = id->ino,
+                             .btime_ns = id->btime_ns, .size_bytes = c->size_bytes };
+    size_t len = bound_offset(c->n) + (size_t)c->n * sizeof(struct side_bound);
+    int fd, rc = 0;
+
+    memcpy(h.magic, SIDE_MAGIC, 8);
+    boot_id_get(h.boot_id);
+    atomic_init(&h.ctime_ns, id->ctime_ns);
+    snprintf(tmp, sizeof tmp, "%s.%d.%p.tmp", name, (int)getpid(), (void *)c);
+    fd = openat(c->side_dir_fd, tmp, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0644);
+    if (fd < 0)
+        return -errno;
+    if (ftruncate(fd, (off_t)len) || claim_reserve(fd, (int64_t)bound_offset(c->n)) ||
+        pwrite(fd, &h, sizeof h, 0) != sizeof h)
+        rc = errno ? -errno : -EIO;
+    else if (replace ? renameat(c->side_dir_fd, tmp, c->side_dir_fd, name) :
+             linkat(c->side_dir_fd, tmp, c->side_dir_fd, name, 0))
+        rc = errno == EEXIST ? 0 : -errno;
+    if (rc || !replace)
+        unlinkat(c->side_dir_fd, tmp, 0);
+    close(fd);
+    return rc;
+}
+
+static bool same_file(const struct cachefile *c, int fd, const char *name)
+{
+    struct stat a, b;
+
+    return !fstat(fd, &a) && !fstatat(c->side_dir_fd, name, &b, AT_SYMLINK_NOFOLLOW) && a.st_dev == b.st_dev &&
+           a.st_ino == b.st_ino;
+}
+
+/* Opens the current side file with CLAIM_INIT held. The file may be replaced between open and lock: look again. */
+static int side_open_locked(struct cachefile *c, const char *name, const struct identity *id)
+{
+    int rc;
+
+    for (int i = 0; i < 16; i++) {
+        int fd = openat(c->side_dir_fd, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+        if (fd < 0 && errno == ENOENT) {
+            rc = side_create(c, name, id, false);
+            if (rc)
+                return rc;
+            continue;
+        }
+        if (fd < 0)
+            return -errno;
+        rc = claim_byte(fd, CLAIM_INIT, true, INIT_WAIT_MS);
+        if (rc) {
+            close(fd);
+            return rc;
+        }
+        if (same_file(c, fd, name)) {
+            struct side_header h;
+            struct stat st;
+            size_t len = bound_offset(c->n) + (size_t)c->n * sizeof(struct side_bound);
+            if (!fstat(fd, &st) && (uint64_t)st.st_size == len && pread(fd, &h, sizeof h, 0) == sizeof h &&
+                side_matches(c, &h, id)) {
+                c->side_fd = fd;
+                c->side_at = (struct cachefile_at){ st.st_dev, st.st_ino };
+                return 0;
+            }
+            rc = side_create(c, name, id, true);    /* who waits for this lock will see */
+            close(fd);
+            if (rc)
+                return rc;
+            continue;
+        }
+        close(fd);
+    }
+    return -EAGAIN;
+}
+
+static int side_map(struct cachefile *c)
+{
+    size_t tb = bits_bytes(c->n);
+    void *m;
+
+    c->side_map_bytes = SIDE_HEADER + 2 * tb;
+    m = mmap(NULL, c->side_map_bytes, PROT_READ | PROT_WRITE,
+             c->side_fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS, c->side_fd, 0);
+    if (m == MAP_FAILED)
+        return -errno;
+    c->head = m;
+    c->t = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER);
+    c->d = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER + tb);
+    /* Cut under us, the pages read as zeroes: nothing is ready, nothing is wrong. */
+    c->guard_side = sigbus_add(m, up(c->side_map_bytes, 4096), 4096, NULL);
+    return c->guard_side ? 0 : -ENOMEM;
+}
+
+/* Whether a change time that was not noted is that of a write of ours whose process died over it: it only went to a chunk
+ * that was not trusted. Coarse clocks of file systems lag a tick behind. */
+static bool died_writing(const struct cachefile *c, uint64_t ctime_ns)
+{
+    uint64_t began = atomic_load(&c->head->write_ns);
+
+    return atomic_load(&c->head->writing) && ctime_ns + WRITE_LAG_NS >= began && ctime_ns <= began + WRITE_NS;
+}
+
+/* Opens, binds and maps the side file; on any trouble T becomes private. */
+static int side_open(struct cachefile *c, bool quiet)
+{
+    struct cachefile_names names;
+    char boot[40];
+    struct identity id;
+    int rc = -ENOENT;
+
+    if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable) {
+        cachefile_names(&names, c->id, c->stored);
+        rc = identity_get(c->data_fd, &id);
+        if (!rc)
+            rc = side_open_locked(c, names.side, &id);
+    }
+    bool grown = data_size(c);
+    if (c->side_fd < 0) {
+        if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable && !quiet)
+            engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: cannot make .virtiofsd-nydus/%s (%s): what is "
+                       "fetched now is not shared, and verified again by the next process; %s", c->id, names.side,
+                       strerror(-rc), cachefile_cure(-rc));
+        return side_map(c);
+    }
+    rc = side_map(c);
+    if (!rc)
+        rc = identity_get(c->data_fd, &id);     /* sizing has changed its time */
+    if (rc)
+        return rc;
+    boot_id_get(boot);
+    /* Alone here: nobody writes, so what differs from the last known state was done by a stranger or by a crash. */
+    bool alone = claim_byte(c->side_fd, CLAIM_ATTACH, true, 0) == 0;
+    if (grown)
+        cachefile_take_away(c, false);
+    if (alone) {
+        bool rebooted = memcmp(boot, c->head->boot_id, sizeof boot) != 0;
+        if (rebooted) {
+            cachefile_take_away(c, true);
+            memcpy(c->head->boot_id, boot, sizeof boot);
+        } else if (atomic_load(&c->head->epoch) & 1) {
+            cachefile_take_away(c, false);
+        }
+        if (!grown && atomic_load(&c->head->ctime_ns) != id.ctime_ns && !died_writing(c, id.ctime_ns))
+            cachefile_take_away(c, false);
+        atomic_store(&c->head->ctime_ns, id.ctime_ns);
+        atomic_store(&c->head->writing, 0);
+    }
+    rc = claim_byte(c->side_fd, CLAIM_ATTACH, false, INIT_WAIT_MS);
+    claim_byte_release(c->side_fd, CLAIM_INIT);
+    return rc;
+}
+
+int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int *cause, char *err, size_t err_len)
+{
+    struct cachefile *c = calloc(1, sizeof *c);
+    int rc;
+
+    *out = NULL;
+    *cause = VND_CAUSE_IO;
+    if (!c)
+        return fail_line(-ENOMEM, err, err_len, "cache of blob %s: no memory", cfg->id);
+    c->engine = cfg->engine;
+    c->dir_fd = cfg->dir_fd;
+    c->side_dir_fd = cfg->side_dir_fd;
+    c->writable = cfg->writable;
+    c->stored = cfg->stored;
+    c->n = cfg->n;
+    c->size_bytes = cfg->size_bytes;
+    c->data_fd = c->side_fd = -1;
+    snprintf(c->id, sizeof c->id, "%s", cfg->id);
+    pthread_mutex_init(&c->lock, NULL);
+    pthread_mutex_init(&c->write_lock, NULL);
+    rc = data_open(c, cause, err, err_len);
+    if (!rc && (rc = side_open(c, cfg->quiet)))
+        io_fail(c, "cannot map its side file", rc, cause, err, err_len);
+    if (!rc && (rc = map_reserve(c)))
+        io_fail(c, "no memory for its chunk map", rc, cause, err, err_len);
+    if (!rc && c->data_fd >= 0)
+        map_open(c);
+    if (rc) {
+        cachefile_close(c);
+        return rc;
+    }
+    *out = c;
+    return 0;
+}
+
+void cachefile_close(struct cachefile *c)
+{
+    if (!c)
+        return;
+    sigbus_remove(c->guard_side);
+    sigbus_remove(c->guard_r);
+    if (c->head)
+        munmap(c->head, c->side_map_bytes);
+    if (c->r_map)
+        munmap(c->r_map, c->r_map_bytes);
+    if (c->side_fd >= 0)
+        close(c->side_fd);
+    if (c->data_fd >= 0)
+        close(c->data_fd);
+    pthread_mutex_destroy(&c->lock);
+    pthread_mutex_destroy(&c->write_lock);
+    free(c);
+}
+
+/* ---------------------------------------------------------------- binding of chunks */
+
+/* The bindings are walked in blocks, and holes of the side file are skipped: an image may claim 16 million chunks
+ * and name three. */
+#define BIND_BLOCK 4096u
+
+_Static_assert(sizeof(struct side_bound) == 48, "bindings are compared as bytes, so none may be padding");
+
+struct bind {
+    struct cachefile *c;
+    const struct blobtable *t;
+    bool rebind;                /* what is bound otherwise loses its bits and is bound anew */
+    bool sorted;                /* chunks so far lie in index order */
+    uint64_t end;               /* of the last one */
+    uint32_t bad;               /* first chunk that is bound otherwise, or n */
+    struct blobtable *spans;    /* collects all that is bound, if not NULL */
+    struct side_bound block[BIND_BLOCK];
+};
+
+static bool names_any(const struct blobtable *t, uint32_t from, uint32_t to)
+{
+    while (from < to && !t->chunk[from].usize)
+        from++;
+    return from < to;
+}
+
+/* What the table says of a chunk; state 0: nothing. */
+static struct side_bound bound_of(const struct bind *b, uint32_t i)
+{
+    const struct blobtable_chunk *k = &b->t->chunk[i];
+    struct side_bound want = { .state = 0 };
+
+    if (!k->usize)
+        return want;
+    want.off = cachefile_off(b->c, k);
+    want.len = cachefile_len(b->c, k);
+    want.state = b->c->stored ? 1 | (k->flags & BLOBTABLE_COMPRESSED ? 2 : 0) | k->usize << 2 : 1;
+    memcpy(want.digest, b->t->digest[i], 32);
+    return want;
+}
+
+/* One chunk: compares, binds in the block, takes note of its span. Whether the block changed. */
+static bool bind_chunk(struct bind *b, uint32_t i, struct side_bound *k)
+{
+    const struct side_bound want = bound_of(b, i);
+    bool changed = false;
+
+    if (want.state && memcmp(k, &want, sizeof want)) {
+        if (k->state && !b->rebind && b->bad == b->c->n)
+            b->bad = i;
+        *k = want;
+        changed = true;
+    } else if (k->state && !want.state && b->rebind) {
+        *k = want;
+        changed = true;
+    }
+    if (k->state) {
+        b->sorted &= k->off >= b->end;
+        b->end = k->off + k->len;
+        if (b->spans) {
+            b->spans->chunk[i].uoff = k->off;
+            b->spans->chunk[i].usize = k->len;
+            b->spans->known++;
+        }
+    }
+    return changed;
+}
+
+/* Walks all bindings; write: stores what changed. 0 or -errno. */
+static int bind_walk(struct bind *b, bool write)
+{
+    struct cachefile *c = b->c;
+    off_t base = (off_t)bound_offset(c->n), data = base;
+
+    b->sorted = true;
+    b->end = 0;
+    b->bad = c->n;
+    for (uint32_t from = 0; from < c->n; from += BIND_BLOCK) {
+        uint32_t to = c->n - from < BIND_BLOCK ? c->n : from + BIND_BLOCK;
+        off_t at = base + (off_t)from * (off_t)sizeof *b->block;
+        size_t len = (size_t)(to - from) * sizeof *b->block;
+        bool changed = false;
+
+        if (data < at && (data = lseek(c->side_fd, at, SEEK_DATA)) < 0)
+            data = errno == ENXIO ? INT64_MAX : at;
+        if (data >= at + (off_t)len && !names_any(b->t, from, to))
+            continue;
+        if (pread(c->side_fd, b->block, len, at) != (ssize_t)len)
+            return -EIO;
+        for (uint32_t i = from; i < to; i++)
+            changed |= bind_chunk(b, i, &b->block[i - from]);
+        if (changed && write && pwrite(c->side_fd, b->block, len, at) != (ssize_t)len)
+            return errno ? -errno : -EIO;
+    }
+    return 0;
+}
+
+/* Whether chunks that would be bound together share bytes of the data file: one's commit would change the other. */
+static int bind_overlap(struct bind *b, bool *hit, uint32_t *x, uint32_t *y)
+{
+    int rc;
+
+    *hit = false;
+    if (b->sorted)
+        return 0;
+    b->spans = blobtable_new(b->c->n);
+    if (!b->spans)
+        return -ENOMEM;
+    rc = bind_walk(b, false);
+    *hit = !rc && blobtable_overlap(b->spans, x, y);
+    blobtable_free(b->spans);
+    b->spans = NULL;
+    return rc;
+}
+
+static int bind_locked(struct bind *b, char *err, size_t err_len)
+{
+    struct cachefile *c = b->c;
+    uint32_t x = 0, y = 0;
+    bool overlap;
+    int rc = bind_walk(b, false);
+    uint32_t bad = b->bad;
+
+    if (!rc)
+        rc = bind_overlap(b, &overlap, &x, &y);
+    if (!rc && (bad < c->n || overlap)) {
+        /* Whoever bound them may be gone: then the side file is ours to bind. */
+        if (claim_byte(c->side_fd, CLAIM_ATTACH, true, 0)) {
+            if (bad < c->n)
+                return fail_line(-EEXIST, err, err_len, "chunk %u is not what another image in use says of it",
+                                 bad);
+            return fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image in use",
+                             x, y);
+        }
+        b->rebind = true;
+        cachefile_take_away(c, false);
+    }
+    if (!rc)
+        rc = bind_walk(b, true);
+    if (b->rebind)
+        claim_byte(c->side_fd, CLAIM_ATTACH, false, 0);
+    return rc ? fail_line(rc, err, err_len, "cannot use its side file: %s", strerror(-rc)) : 0;
+}
+
+int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len)
+{
+    struct bind *b;
+    int rc;
+
+    if (c->side_fd < 0)
+        return 0;
+    b = calloc(1, sizeof *b);
+    if (!b)
+        return fail_line(-ENOMEM, err, err_len, "no memory");
+    b->c = c;
+    b->t = t;
+    rc = claim_byte(c->side_fd, CLAIM_INIT, true, INIT_WAIT_MS);
+    if (rc) {
+        fail_line(rc, err, err_len, "cannot lock its side file: %s", strerror(-rc));
+    } else {
+        rc = bind_locked(b, err, err_len);
+        claim_byte_release(c->side_fd, CLAIM_INIT);
+    }
+    free(b);
+    return rc;
+}

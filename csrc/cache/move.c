@@ -1,0 +1,145 @@
+/* cache/move.c -- a cache file that somebody removed or replaced under us (nydus-snapshotter's garbage collection does):
+ * the names are followed to the files that are there now, and those are exchanged for the open ones.
+ *
+ * Nobody who reads has to be stopped for it. The descriptor keeps its number and the maps their addresses (dup3, mremap:
+ * the kernel exchanges what is behind them in one step and keeps the old for whoever is in the middle of a call). Between
+ * the steps maps and data belong to different files; moves is odd then, and who began before or within reads again.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "cache/cache.h"
+#include "base/engine.h"
+
+static bool strayed(int dir_fd, const char *name, const struct cachefile_at *at)
+{
+    struct stat st;
+
+    if (!at->ino)       /* was never there */
+        return false;
+    if (fstatat(dir_fd, name, &st, AT_SYMLINK_NOFOLLOW))
+        return errno == ENOENT;
+    return st.st_dev != at->dev || st.st_ino != at->ino;
+}
+
+enum cachefile_stray cachefile_find_stray(const struct cachefile *c, const struct cachefile_cfg *cfg)
+{
+    struct cachefile_names names;
+
+    cachefile_names(&names, c->id, c->stored);
+    if (strayed(cfg->dir_fd, names.data, &c->data_at))
+        return CACHEFILE_DATA_STRAYED;
+    if (cfg->side_dir_fd >= 0 && strayed(cfg->side_dir_fd, names.side, &c->side_at))
+        return CACHEFILE_SIDE_STRAYED;
+    return strayed(cfg->dir_fd, names.map, &c->map_at) ? CACHEFILE_MAP_STRAYED : CACHEFILE_IN_PLACE;
+}
+
+bool cachefile_lacks(const struct cachefile *c, const struct cachefile_cfg *cfg)
+{
+    return c->data_fd < 0 || !c->writable || (cfg->side_dir_fd >= 0 && c->side_fd < 0);
+}
+
+static void put_fd(_Atomic int *to, _Atomic int *from)
+{
+    int fd = atomic_load(from);
+
+    if (fd < 0)
+        return;
+    if (atomic_load(to) < 0) {
+        atomic_store(to, fd);
+        atomic_store(from, -1);
+        return;
+    }
+    while (dup3(fd, atomic_load(to), O_CLOEXEC) < 0 && (errno == EINTR || errno == EBUSY))
+        ;
+}
+
+/* Both maps are as large, so nothing is needed that the kernel could lack. The look before tells whether from is in one
+ * piece, without which the move would fail after it has cleared its target. */
+static bool put_map(void *to, void *from, size_t len)
+{
+    return mremap(from, len, len, 0) == from && mremap(from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to;
+}
+
+/* A chunk map that was made anew is told what is here. */
+static void tell_map(struct cachefile *c)
+{
+    for (uint32_t w = 0; w < (c->n + 63) / 64; w++) {
+        uint64_t bits = atomic_load_explicit(&c->t[w], memory_order_acquire);
+        for (; bits; bits &= bits - 1) {
+            uint32_t i = w * 64 + (uint32_t)__builtin_ctzll(bits);
+            atomic_fetch_or_explicit(&c->r[i >> 3], (uint8_t)(0x80 >> (i & 7)), memory_order_release);
+        }
+    }
+}
+
+static bool is_better(const struct cachefile *fresh, const struct cachefile *c)
+{
+    return (fresh->data_fd >= 0 && c->data_fd < 0) || (fresh->writable && !c->writable) ||
+           (fresh->side_fd >= 0 && c->side_fd < 0);
+}
+
+static bool is_worse(const struct cachefile *fresh, const struct cachefile *c)
+{
+    return (fresh->data_fd < 0 && c->data_fd >= 0) || (!fresh->writable && c->writable) ||
+           (fresh->side_fd < 0 && c->side_fd >= 0);
+}
+
+static int exchange(struct cachefile *c, struct cachefile *fresh)
+{
+    int rc = 0;
+
+    pthread_mutex_lock(&c->lock);       /* nobody sets or takes away bits */
+    atomic_fetch_add(&c->moves, 1);
+    if (put_map(c->head, fresh->head, c->side_map_bytes)) {
+        fresh->head = NULL;
+        put_fd(&c->side_fd, &fresh->side_fd);
+        put_fd(&c->data_fd, &fresh->data_fd);
+        if (put_map(c->r_map, fresh->r_map, c->r_map_bytes)) {
+            fresh->r_map = NULL;
+            c->map_at = fresh->map_at;
+        }
+        c->data_at = fresh->data_at;
+        c->side_at = fresh->side_at;
+        atomic_store(&c->writable, atomic_load(&fresh->writable));
+        atomic_store(&c->lack_errno, atomic_load(&fresh->lack_errno));
+        atomic_store(&c->unsynced_bytes, 0);
+        atomic_store(&c->nowait_missing, false);
+        if (c->writable)
+            tell_map(c);
+    } else {
+        rc = -errno;
+    }
+    atomic_fetch_add(&c->moves, 1);
+    pthread_mutex_unlock(&c->lock);
+    return rc;
+}
+
+int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const struct blobtable *t, bool only_better,
+                   int *cause, char *err, size_t err_len)
+{
+    char why[VND_ERR_MAX] = "";
+    struct cachefile *fresh;
+    int rc = cachefile_open(&fresh, cfg, cause, err, err_len);
+
+    if (rc)
+        return rc;
+    if (only_better && !is_better(fresh, c)) {
+        rc = 1;
+    } else if (is_worse(fresh, c)) {
+        *cause = VND_CAUSE_SPACE;
+        rc = fail_line(-ENOSPC, err, err_len, "cache of blob %s: cannot make its files anew: no space, or not writable",
+                       c->id);
+    } else if ((rc = cachefile_bind(fresh, t, why, sizeof why))) {
+        *cause = VND_CAUSE_DIGEST;
+        fail_line(rc, err, err_len, "cache of blob %s: %s", c->id, why);
+    } else if ((rc = exchange(c, fresh))) {
+        fail_line(rc, err, err_len, "cache of blob %s: cannot map its side file", c->id);
+    }
+    cachefile_close(fresh);
+    return rc;
+}

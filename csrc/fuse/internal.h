@@ -1,0 +1,140 @@
+/* fuse/internal.h -- between fuse/session.c (INIT, dispatch, replies) and fuse/ops.c (the operations). */
+#ifndef VND_FUSE_OPS_H
+#define VND_FUSE_OPS_H
+#include "fs/backing.h"
+#include "fuse/fuse.h"
+#include "fs/vfs.h"
+
+/* How long the kernel may keep what a RAFS image said: it never changes. */
+#define FUSE_VALID_FOREVER_S (365ull * 24 * 3600)
+/* Largest read, listing or xattr reply: what INIT grants (256 pages). */
+#define FUSE_REPLY_MAX (1u << 20)
+
+struct fuse_session {
+    struct vnd_engine *engine;
+    struct vnd_vfs *vfs;
+    pthread_mutex_t lock;           /* INIT and reset against each other */
+    _Atomic uint32_t gen;
+    _Atomic int ready;              /* INIT is done and DESTROY is not */
+    _Atomic uint64_t detached_bytes;
+    struct fuse_waiting_worker *waiting_workers;    /* fuse/detach.c; under lock */
+    struct backing *backing;        /* NULL: none was asked for */
+    bool keeps_root;                /* the transport tells when the root's attributes change */
+    _Atomic bool passthrough;       /* the kernel took it: every open of an image's files is counted */
+};
+
+/* One request being served. */
+struct fuse_call {
+    struct fuse_session *s;
+    struct fuse_worker *w;
+    struct req *r;
+    struct vfs_node node;           /* of in.nodeid, when the operation asks for it */
+    bool failed;                    /* answered with an error that counts as one */
+    bool waited;                    /* a read whose data was not there at once */
+    bool unknown;                   /* answered with ENOSYS: not asked again, and nothing to count */
+};
+
+typedef enum req_verdict (*fuse_op_fn)(struct fuse_call *c);
+
+/* Success with len bytes of fixed reply (at most 144). */
+enum req_verdict fuse_reply(struct fuse_call *c, const void *data, uint32_t len);
+/* Success with the len bytes that stand in the worker's scratch behind room for a header. */
+enum req_verdict fuse_reply_scratch(struct fuse_call *c, uint32_t len);
+/* error: positive errno. */
+enum req_verdict fuse_reply_error(struct fuse_call *c, int error);
+/* The bytes a reply may hold: what fits into the reply space, the scratch and want. */
+uint32_t fuse_reply_room(const struct fuse_call *c, uint32_t want);
+/* A NUL-ended name at args + off: 0 with pointer and length, or a positive errno. Empty, over-long, with a '/':
+ * refused; "." and ".." only where dots is set. */
+int fuse_arg_name(const struct fuse_call *c, uint32_t off, bool dots, const char **name, uint32_t *len);
+
+/* fuse/session.c's scratch: header room, then payload. */
+static inline uint8_t *fuse_scratch(struct fuse_call *c)
+{
+    return c->w->scratch + sizeof(struct fuse_out_header);
+}
+
+/* Adds to one of the worker's own counters: no other thread writes them, so no locked instruction. */
+static inline void fuse_count(_Atomic uint64_t *counter, uint64_t n)
+{
+    atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
+}
+
+/* NULL: the call's node is of a read-only file system. */
+static inline const struct fs_rw_ops *fuse_rw_of(const struct fuse_call *c)
+{
+    return c->node.fs->ops->rw;
+}
+
+static inline struct fs_caller fuse_caller_of(const struct fuse_call *c)
+{
+    return (struct fs_caller){ c->r->in.uid, c->r->in.gid, 0 };
+}
+
+/* A reply of len bytes after its header fits. */
+static inline bool fuse_has_room(const struct fuse_call *c, size_t len)
+{
+    return c->r->out_cap >= sizeof(struct fuse_out_header) + len;
+}
+
+static inline enum req_verdict fuse_reply_rc(struct fuse_call *c, int rc)
+{
+    return rc ? fuse_reply_error(c, -rc) : fuse_reply(c, NULL, 0);
+}
+
+enum req_verdict fuse_op_lookup(struct fuse_call *c);
+enum req_verdict fuse_op_getattr(struct fuse_call *c);
+enum req_verdict fuse_op_readlink(struct fuse_call *c);
+enum req_verdict fuse_op_open(struct fuse_call *c);
+enum req_verdict fuse_op_opendir(struct fuse_call *c);
+enum req_verdict fuse_op_read(struct fuse_call *c);
+enum req_verdict fuse_op_release(struct fuse_call *c);
+enum req_verdict fuse_op_readdir(struct fuse_call *c);
+enum req_verdict fuse_op_readdirplus(struct fuse_call *c);
+enum req_verdict fuse_op_getxattr(struct fuse_call *c);
+enum req_verdict fuse_op_listxattr(struct fuse_call *c);
+enum req_verdict fuse_op_statfs(struct fuse_call *c);
+enum req_verdict fuse_op_access(struct fuse_call *c);
+enum req_verdict fuse_op_lseek(struct fuse_call *c);
+
+/* The name in dir that leads to node, and node's attributes, as LOOKUP tells them. */
+void fuse_fill_entry(struct fuse_call *c, struct fuse_entry_out *e, const struct vfs_node *dir,
+                     const struct vfs_node *node, const vnd_attr *attr);
+/* Success with the attributes of the call's own node. */
+enum req_verdict fuse_reply_attr(struct fuse_call *c, const vnd_attr *attr);
+
+/* fuse/ops_rw.c and fuse/ops_names.c: on a read-only file system these answer by themselves... */
+enum req_verdict fuse_op_forget(struct fuse_call *c);
+enum req_verdict fuse_op_batch_forget(struct fuse_call *c);
+enum req_verdict fuse_op_setattr(struct fuse_call *c);
+enum req_verdict fuse_op_mkdir(struct fuse_call *c);
+enum req_verdict fuse_op_mknod(struct fuse_call *c);
+enum req_verdict fuse_op_symlink(struct fuse_call *c);
+enum req_verdict fuse_op_link(struct fuse_call *c);
+enum req_verdict fuse_op_unlink(struct fuse_call *c);
+enum req_verdict fuse_op_rmdir(struct fuse_call *c);
+enum req_verdict fuse_op_rename(struct fuse_call *c);
+enum req_verdict fuse_op_rename2(struct fuse_call *c);
+enum req_verdict fuse_op_create(struct fuse_call *c);
+enum req_verdict fuse_op_tmpfile(struct fuse_call *c);
+enum req_verdict fuse_op_write(struct fuse_call *c);
+enum req_verdict fuse_op_fallocate(struct fuse_call *c);
+enum req_verdict fuse_op_copy_file_range(struct fuse_call *c);
+enum req_verdict fuse_op_setxattr(struct fuse_call *c);
+enum req_verdict fuse_op_removexattr(struct fuse_call *c);
+enum req_verdict fuse_op_syncfs(struct fuse_call *c);
+/* ... and these are for a read-write one alone. */
+/* fuse/detach.c: serves here, or has another thread serve where that may take long. */
+enum req_verdict fuse_rw_serve(struct fuse_call *c, fuse_op_fn fn);
+enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn);
+/* The reply of a request that another thread has served (wait.answer). */
+enum req_verdict fuse_rw_finish(struct fuse_call *c);
+void fuse_waiting_workers_free(struct fuse_session *s);
+enum req_verdict fuse_rw_open(struct fuse_call *c, bool dir);
+enum req_verdict fuse_rw_read(struct fuse_call *c);
+enum req_verdict fuse_rw_flush(struct fuse_call *c);
+enum req_verdict fuse_rw_fsync(struct fuse_call *c);
+enum req_verdict fuse_rw_lseek(struct fuse_call *c);
+enum req_verdict fuse_rw_statfs(struct fuse_call *c);
+
+#endif

@@ -1,0 +1,238 @@
+/* fuse/ops_names.c -- the FUSE operations that make, rename and remove names; see fuse_ops.h. On a read-only file system
+ * they answer EROFS. What would have to be undone if the reply found no room is not done then.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "fuse/internal.h"
+
+static struct fuse_entry_out entry_of(struct fuse_call *c, const vnd_attr *attr)
+{
+    struct vfs_node node = { c->node.fs, attr->ino, c->node.serial };
+    struct fuse_entry_out e;
+
+    fuse_fill_entry(c, &e, &c->node, &node, attr);
+    return e;
+}
+
+static enum req_verdict reply_entry(struct fuse_call *c, int rc, const vnd_attr *attr)
+{
+    struct fuse_entry_out e;
+
+    if (rc) {
+        return fuse_reply_error(c, -rc);
+    }
+    e = entry_of(c, attr);
+    return fuse_reply(c, &e, sizeof(e));
+}
+
+/* A name at off in a request on a read-write file system whose answer of out bytes has room; else the error. */
+static int get_name(struct fuse_call *c, size_t off, size_t out, const char **name)
+{
+    uint32_t len;
+
+    if (!fuse_rw_of(c)) {
+        return EROFS;
+    }
+    if (c->r->args_len < off || !fuse_has_room(c, out)) {
+        return EINVAL;
+    }
+    return fuse_arg_name(c, (uint32_t)off, false, name, &len);
+}
+
+enum req_verdict fuse_op_mkdir(struct fuse_call *c)
+{
+    struct fs_caller who = fuse_caller_of(c);
+    struct fuse_mkdir_in in;
+    const char *name;
+    vnd_attr attr;
+    int rc;
+
+    /* Kata's agent makes the parents of its mount points and tolerates EEXIST and ENOSYS only. MKDIR's ENOSYS is not
+     * remembered by the kernel. */
+    if (!c->node.serial) {
+        return fuse_reply_error(c, ENOSYS);
+    }
+    rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
+    if (rc) {
+        return fuse_reply_error(c, rc);
+    }
+    memcpy(&in, c->r->args, sizeof(in));
+    who.umask = in.umask;
+    rc = fuse_rw_of(c)->mknod(c->node.fs, &who, c->node.ino, name, S_IFDIR | (in.mode & 07777), 0, &attr);
+    return reply_entry(c, rc, &attr);
+}
+
+enum req_verdict fuse_op_mknod(struct fuse_call *c)
+{
+    struct fs_caller who = fuse_caller_of(c);
+    struct fuse_mknod_in in;
+    const char *name;
+    vnd_attr attr;
+    int rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
+
+    if (rc) {
+        return fuse_reply_error(c, rc);
+    }
+    memcpy(&in, c->r->args, sizeof(in));
+    if (S_ISDIR(in.mode) || S_ISLNK(in.mode)) {
+        return fuse_reply_error(c, EINVAL);
+    }
+    who.umask = in.umask;
+    rc = fuse_rw_of(c)->mknod(c->node.fs, &who, c->node.ino, name, in.mode, in.rdev, &attr);
+    return reply_entry(c, rc, &attr);
+}
+
+enum req_verdict fuse_op_symlink(struct fuse_call *c)
+{
+    struct fs_caller who = fuse_caller_of(c);
+    char *target = (char *)fuse_scratch(c);
+    uint32_t off, len;
+    const char *name;
+    vnd_attr attr;
+    int rc = get_name(c, 0, sizeof(struct fuse_entry_out), &name);
+
+    if (rc) {
+        return fuse_reply_error(c, rc);
+    }
+    off = (uint32_t)strlen(name) + 1;
+    len = c->r->body_len - off;
+    if (len > 4096) {
+        return fuse_reply_error(c, ENAMETOOLONG);
+    }
+    if (!len || c->r->ops->in_copy(c->r, off, target, len) || !memchr(target, 0, len)) {
+        return fuse_reply_error(c, EINVAL);
+    }
+    rc = fuse_rw_of(c)->symlink(c->node.fs, &who, c->node.ino, name, target, &attr);
+    return reply_entry(c, rc, &attr);
+}
+
+enum req_verdict fuse_op_link(struct fuse_call *c)
+{
+    struct fuse_link_in in;
+    struct vfs_node old;
+    const char *name;
+    vnd_attr attr;
+    int rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
+
+    if (rc) {
+        return fuse_reply_error(c, rc);
+    }
+    memcpy(&in, c->r->args, sizeof(in));
+    rc = vfs_resolve(c->s->vfs, in.oldnodeid, &old);
+    if (!rc && old.fs != c->node.fs) {
+        rc = -EXDEV;
+    }
+    if (!rc) {
+        rc = fuse_rw_of(c)->link(c->node.fs, old.ino, c->node.ino, name, &attr);
+    }
+    return reply_entry(c, rc, &attr);
+}
+
+static enum req_verdict remove_name(struct fuse_call *c, bool dir)
+{
+    const char *name;
+    int rc = get_name(c, 0, 0, &name);
+
+    if (rc) {
+        return fuse_reply_error(c, rc);
+    }
+    return fuse_reply_rc(c, fuse_rw_of(c)->unlink(c->node.fs, c->node.ino, name, dir));
+}
+
+enum req_verdict fuse_op_unlink(struct fuse_call *c)
+{
+    return remove_name(c, false);
+}
+
+enum req_verdict fuse_op_rmdir(struct fuse_call *c)
+{
+    return remove_name(c, true);
+}
+
+static enum req_verdict rename_name(struct fuse_call *c, size_t args, uint64_t new_dir, uint32_t flags)
+{
+    struct fs_caller who = fuse_caller_of(c);
+    const char *name, *new_name;
+    struct vfs_node to;
+    uint32_t len;
+    int rc = get_name(c, args, 0, &name);
+
+    if (!rc) {
+        rc = fuse_arg_name(c, (uint32_t)(args + strlen(name) + 1), false, &new_name, &len);
+    }
+    if (rc) {
+        return fuse_reply_error(c, rc);
+    }
+    rc = vfs_resolve(c->s->vfs, new_dir, &to);
+    if (!rc && to.fs != c->node.fs) {
+        rc = -EXDEV;
+    }
+    if (!rc) {
+        rc = fuse_rw_of(c)->rename(c->node.fs, &who, c->node.ino, name, to.ino, new_name, flags);
+    }
+    return fuse_reply_rc(c, rc);
+}
+
+enum req_verdict fuse_op_rename(struct fuse_call *c)
+{
+    struct fuse_rename_in in = { 0 };
+
+    memcpy(&in, c->r->args, c->r->args_len < sizeof(in) ? c->r->args_len : sizeof(in));
+    return rename_name(c, sizeof(in), in.newdir, 0);
+}
+
+enum req_verdict fuse_op_rename2(struct fuse_call *c)
+{
+    struct fuse_rename2_in in = { 0 };
+
+    memcpy(&in, c->r->args, c->r->args_len < sizeof(in) ? c->r->args_len : sizeof(in));
+    return rename_name(c, sizeof(in), in.newdir, in.flags);
+}
+
+static enum req_verdict make_file(struct fuse_call *c, bool tmpfile)
+{
+    struct fs_caller who = fuse_caller_of(c);
+    struct {
+        struct fuse_entry_out entry;
+        struct fuse_open_out open;
+    } out = { 0 };
+    struct fuse_create_in in;
+    const char *name = "";
+    vnd_attr attr;
+    int rc;
+
+    if (tmpfile) {      /* its name is a "/" that means nothing */
+        rc = !fuse_rw_of(c) ? EROFS : c->r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(out)) ? EINVAL : 0;
+    } else {
+        rc = get_name(c, sizeof(in), sizeof(out), &name);
+    }
+    if (rc) {
+        return fuse_reply_error(c, rc);
+    }
+    memcpy(&in, c->r->args, sizeof(in));
+    who.umask = in.umask;
+    if (tmpfile) {
+        rc = fuse_rw_of(c)->tmpfile(c->node.fs, &who, c->node.ino, in.flags, in.mode, &attr, &out.open.fh);
+    } else {
+        rc = fuse_rw_of(c)->create(c->node.fs, &who, c->node.ino, name, in.flags, in.mode,
+                              in.open_flags & FUSE_OPEN_KILL_SUIDGID, &attr, &out.open.fh);
+    }
+    if (rc) {
+        return fuse_reply_error(c, -rc);
+    }
+    out.entry = entry_of(c, &attr);
+    return fuse_reply(c, &out, sizeof(out));
+}
+
+enum req_verdict fuse_op_create(struct fuse_call *c)
+{
+    return make_file(c, false);
+}
+
+enum req_verdict fuse_op_tmpfile(struct fuse_call *c)
+{
+    return make_file(c, true);
+}

@@ -1,0 +1,506 @@
+/* fuse/session.c -- INIT, the opcode table, dispatch, replies; see fuse_session.h.
+ *
+ * What each operation answers follows from two facts: the tree is immutable, and the kernel remembers ENOSYS per
+ * connection. So a `rafs` session says ENOSYS where that saves requests for good (OPEN, FLUSH, ...), a `mixed` one
+ * never does for anything that a read-write file system beside it has (fuse/ops_rw.c).
+ */
+#include "fuse/fuse.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "fuse/internal.h"
+#include "fs/metrics.h"
+
+#define FUSE_HDR ((uint32_t)sizeof(struct fuse_out_header))
+
+/* ---- replies */
+
+static enum req_verdict reply_bytes(struct fuse_call *c, const void *reply, uint32_t total)
+{
+    struct req *r = c->r;
+
+    if (r->ops->out_copy(r, 0, reply, total)) {
+        r->out_len = 0;
+        return REQ_NOREPLY;
+    }
+    r->out_len = total;
+    fuse_count(&c->w->counters.fuse_requests, 1);
+    return REQ_REPLY;
+}
+
+enum req_verdict fuse_reply_error(struct fuse_call *c, int error)
+{
+    struct fuse_out_header h = { .len = FUSE_HDR, .error = -error, .unique = c->r->in.unique };
+
+    c->unknown = error == ENOSYS;
+    if (error != ENOENT && error != ENODATA && error != ENOSYS) {
+        fuse_count(&c->w->counters.fuse_errors, 1);
+        c->failed = true;
+    }
+    if (c->r->out_cap < FUSE_HDR) {
+        c->r->out_len = 0;
+        return REQ_NOREPLY;
+    }
+    return reply_bytes(c, &h, FUSE_HDR);
+}
+
+enum req_verdict fuse_reply(struct fuse_call *c, const void *data, uint32_t len)
+{
+    struct {
+        struct fuse_out_header h;
+        uint8_t data[144];
+    } out;
+
+    if (len > sizeof(out.data) || c->r->out_cap < FUSE_HDR + len) {
+        return fuse_reply_error(c, EINVAL);
+    }
+    out.h = (struct fuse_out_header){ .len = FUSE_HDR + len, .unique = c->r->in.unique };
+    if (len) {
+        memcpy(out.data, data, len);
+    }
+    return reply_bytes(c, &out, FUSE_HDR + len);
+}
+
+enum req_verdict fuse_reply_scratch(struct fuse_call *c, uint32_t len)
+{
+    struct fuse_out_header h = { .len = FUSE_HDR + len, .unique = c->r->in.unique };
+
+    if (c->r->out_cap < FUSE_HDR || len > c->r->out_cap - FUSE_HDR) {
+        return fuse_reply_error(c, EINVAL);
+    }
+    memcpy(c->w->scratch, &h, sizeof(h));
+    return reply_bytes(c, c->w->scratch, FUSE_HDR + len);
+}
+
+uint32_t fuse_reply_room(const struct fuse_call *c, uint32_t want)
+{
+    uint32_t room = c->r->out_cap < FUSE_HDR ? 0 : c->r->out_cap - FUSE_HDR;
+
+    if (room > c->w->scratch_bytes - FUSE_HDR) {
+        room = c->w->scratch_bytes - FUSE_HDR;
+    }
+    return room < want ? room : want;
+}
+
+int fuse_arg_name(const struct fuse_call *c, uint32_t off, bool dots, const char **name, uint32_t *len)
+{
+    const struct req *r = c->r;
+    const char *start = (const char *)r->args + off;
+    const char *end;
+
+    if (off >= r->args_len) {
+        return EINVAL;
+    }
+    end = memchr(start, 0, r->args_len - off);
+    if (!end) {
+        return r->args_len < r->body_len || r->args_len - off > 255 ? ENAMETOOLONG : EINVAL;
+    }
+    if (end == start) {
+        return EINVAL;
+    }
+    if (end - start > 255) {
+        return ENAMETOOLONG;
+    }
+    *name = start;
+    *len = (uint32_t)(end - start);
+    if (memchr(start, '/', *len)) {
+        return EINVAL;
+    }
+    if (!dots && start[0] == '.' && (*len == 1 || (*len == 2 && start[1] == '.'))) {
+        return EINVAL;
+    }
+    return 0;
+}
+
+/* ---- INIT */
+
+/* What each kind of session asks of the kernel; it gets what the kernel offered of it. virtiofs-server 3.1. */
+static uint64_t wanted_flags(int kind)
+{
+    uint64_t flags = FUSE_INIT_ASYNC_READ | FUSE_INIT_EXPORT_SUPPORT | FUSE_INIT_DO_READDIRPLUS |
+                     FUSE_INIT_READDIRPLUS_AUTO | FUSE_INIT_ASYNC_DIO | FUSE_INIT_PARALLEL_DIROPS |
+                     FUSE_INIT_MAX_PAGES | FUSE_INIT_CACHE_SYMLINKS | FUSE_INIT_INIT_EXT;
+
+    /* Immutable data is never dropped because an attribute was refreshed; a host directory's data must be. It is not
+     * for the guest alone, so the guest's kernel must not write back when it likes (WRITEBACK_CACHE). Its ACLs are
+     * obeyed by the guest's kernel; where a directory has a default one, the umask does not count, which only the host
+     * knows in time. */
+    return flags | (kind == VND_SESSION_RAFS ? FUSE_INIT_EXPLICIT_INVAL_DATA
+                                             : FUSE_INIT_AUTO_INVAL_DATA | FUSE_INIT_ATOMIC_O_TRUNC |
+                                                   FUSE_INIT_BIG_WRITES | FUSE_INIT_HANDLE_KILLPRIV_V2 |
+                                                   FUSE_INIT_POSIX_ACL | FUSE_INIT_DONT_MASK);
+}
+
+/* True: no other guest is on the mount table, so what read-write file systems know is of one that is gone. */
+static bool session_begin(struct fuse_session *s)
+{
+    bool alone;
+
+    pthread_mutex_lock(&s->lock);
+    if (atomic_load(&s->ready)) {
+        atomic_fetch_add(&s->gen, 1);   /* no DESTROY came: the guest was reset under us */
+        alone = vfs_sessions(s->vfs, 0) == 1;
+    } else {
+        alone = vfs_sessions(s->vfs, 1) == 1;
+    }
+    atomic_store(&s->ready, 1);
+    pthread_mutex_unlock(&s->lock);
+    return alone;
+}
+
+static enum req_verdict op_init(struct fuse_call *c)
+{
+    struct fuse_init_in in = { 0 };
+    struct fuse_init_out out = { .major = FUSE_WIRE_MAJOR, .minor = FUSE_WIRE_MINOR };
+    uint32_t len = c->r->args_len < sizeof(in) ? c->r->args_len : (uint32_t)sizeof(in), out_len = sizeof(out);
+    uint64_t flags;
+
+    memcpy(&in, c->r->args, len);
+    if (in.major > FUSE_WIRE_MAJOR) {
+        return fuse_reply(c, &out, sizeof(out));    /* the kernel comes again with ours */
+    }
+    if (in.major < FUSE_WIRE_MAJOR || len < 16) {
+        return fuse_reply_error(c, EPROTO);
+    }
+    if (in.minor < out.minor) {
+        out.minor = in.minor;
+    }
+    if (in.minor < 23) {
+        out_len = in.minor < 5 ? 8 : 24;            /* how the reply grew */
+    }
+    if (c->r->out_cap < FUSE_HDR + out_len) {
+        return fuse_reply_error(c, EINVAL);
+    }
+    flags = in.flags;
+    if (flags & FUSE_INIT_INIT_EXT) {
+        flags |= (uint64_t)in.flags2 << 32;
+    }
+    flags &= wanted_flags(vfs_session_kind(c->s->vfs)) | (c->s->backing ? FUSE_INIT_PASSTHROUGH : 0);
+    if (flags & FUSE_INIT_PASSTHROUGH) {
+        out.max_stack_depth = 1;        /* so that overlayfs fits on top (linux/fs.h: 2 in all) */
+    }
+    atomic_store(&c->s->passthrough, (flags & FUSE_INIT_PASSTHROUGH) != 0);
+    out.max_readahead = in.max_readahead;
+    out.flags = (uint32_t)flags;
+    out.flags2 = (uint32_t)(flags >> 32);
+    out.max_background = 256;           /* 0 would leave the kernel's 12 */
+    out.congestion_threshold = 192;
+    /* Where nothing is written, it keeps buffers of /dev/fuse small. */
+    out.max_write = vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? 4096 : FUSE_REPLY_MAX;
+    out.time_gran = 1;
+    out.max_pages = flags & FUSE_INIT_MAX_PAGES ? FUSE_REPLY_MAX / 4096 : 0;
+    if (session_begin(c->s)) {
+        vfs_reset_inside(c->s->vfs);
+    }
+    return fuse_reply(c, &out, out_len);
+}
+
+/* True: it was the last on the mount table. */
+static bool session_end(struct fuse_session *s)
+{
+    bool last;
+
+    pthread_mutex_lock(&s->lock);
+    atomic_fetch_add(&s->gen, 1);
+    last = atomic_exchange(&s->ready, 0) && vfs_sessions(s->vfs, -1) == 0;
+    pthread_mutex_unlock(&s->lock);
+    return last;
+}
+
+static enum req_verdict op_destroy(struct fuse_call *c)
+{
+    if (session_end(c->s)) {
+        vfs_reset_inside(c->s->vfs);
+    }
+    return fuse_reply(c, NULL, 0);
+}
+
+/* ---- the short answers */
+
+static enum req_verdict op_none(struct fuse_call *c)
+{
+    c->r->out_len = 0;
+    return REQ_NOREPLY;
+}
+
+static enum req_verdict op_enosys(struct fuse_call *c)
+{
+    return fuse_reply_error(c, ENOSYS);
+}
+
+static enum req_verdict op_enotty(struct fuse_call *c)
+{
+    return fuse_reply_error(c, ENOTTY);
+}
+
+/* In an image nothing is ever dirty: 0 would be right in both kinds, ENOSYS ends the asking. */
+static enum req_verdict op_flush(struct fuse_call *c)
+{
+    if (c->node.fs->ops->rw) {
+        return c->r->in.opcode == FUSE_OP_FLUSH ? fuse_rw_flush(c) : fuse_rw_fsync(c);
+    }
+    return vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? op_enosys(c) : fuse_reply(c, NULL, 0);
+}
+
+/* ---- the table */
+
+/* ANY_TIME: also before INIT. NO_REPLY: none is due, not even for what is wrong. USE_NODE: if there still is one. */
+enum { NEED_NODE = 1, ANY_TIME = 2, NO_REPLY = 4, USE_NODE = 8 };
+
+struct fuse_op {
+    fuse_op_fn fn;
+    uint16_t args_min;              /* bytes after the in header at least */
+    uint8_t flags;
+};
+
+static const struct fuse_op ops[FUSE_OP_MAX] = {
+    [FUSE_OP_LOOKUP] = { fuse_op_lookup, 2, NEED_NODE },
+    [FUSE_OP_FORGET] = { fuse_op_forget, sizeof(struct fuse_forget_in), NO_REPLY },
+    [FUSE_OP_GETATTR] = { fuse_op_getattr, 0, NEED_NODE },
+    [FUSE_OP_SETATTR] = { fuse_op_setattr, 0, NEED_NODE },
+    [FUSE_OP_READLINK] = { fuse_op_readlink, 0, NEED_NODE },
+    [FUSE_OP_SYMLINK] = { fuse_op_symlink, 0, NEED_NODE },
+    [FUSE_OP_MKNOD] = { fuse_op_mknod, 0, NEED_NODE },
+    [FUSE_OP_MKDIR] = { fuse_op_mkdir, 0, NEED_NODE },
+    [FUSE_OP_UNLINK] = { fuse_op_unlink, 0, NEED_NODE },
+    [FUSE_OP_RMDIR] = { fuse_op_rmdir, 0, NEED_NODE },
+    [FUSE_OP_RENAME] = { fuse_op_rename, 0, NEED_NODE },
+    [FUSE_OP_LINK] = { fuse_op_link, 0, NEED_NODE },
+    [FUSE_OP_OPEN] = { fuse_op_open, sizeof(struct fuse_open_in), NEED_NODE },
+    [FUSE_OP_READ] = { fuse_op_read, sizeof(struct fuse_read_in), NEED_NODE },
+    [FUSE_OP_WRITE] = { fuse_op_write, 0, NEED_NODE },
+    [FUSE_OP_STATFS] = { fuse_op_statfs, 0, NEED_NODE },
+    [FUSE_OP_RELEASE] = { fuse_op_release, 0, USE_NODE },
+    [FUSE_OP_FSYNC] = { op_flush, 0, NEED_NODE },
+    [FUSE_OP_SETXATTR] = { fuse_op_setxattr, 0, NEED_NODE },
+    [FUSE_OP_GETXATTR] = { fuse_op_getxattr, sizeof(struct fuse_getxattr_in) + 2, NEED_NODE },
+    [FUSE_OP_LISTXATTR] = { fuse_op_listxattr, sizeof(struct fuse_getxattr_in), NEED_NODE },
+    [FUSE_OP_REMOVEXATTR] = { fuse_op_removexattr, 0, NEED_NODE },
+    [FUSE_OP_FLUSH] = { op_flush, 0, NEED_NODE },
+    [FUSE_OP_INIT] = { op_init, 8, ANY_TIME },
+    [FUSE_OP_OPENDIR] = { fuse_op_opendir, sizeof(struct fuse_open_in), NEED_NODE },
+    [FUSE_OP_READDIR] = { fuse_op_readdir, sizeof(struct fuse_read_in), NEED_NODE },
+    [FUSE_OP_RELEASEDIR] = { fuse_op_release, 0, USE_NODE },
+    [FUSE_OP_FSYNCDIR] = { op_flush, 0, NEED_NODE },
+    [FUSE_OP_GETLK] = { op_enosys, 0, 0 },      /* locks stay with the kernel: INIT does not offer them */
+    [FUSE_OP_SETLK] = { op_enosys, 0, 0 },
+    [FUSE_OP_SETLKW] = { op_enosys, 0, 0 },
+    [FUSE_OP_ACCESS] = { fuse_op_access, sizeof(struct fuse_access_in), NEED_NODE },
+    [FUSE_OP_CREATE] = { fuse_op_create, 0, NEED_NODE },
+    [FUSE_OP_INTERRUPT] = { op_none, 0, ANY_TIME },     /* every read ends by its deadline */
+    [FUSE_OP_BMAP] = { op_enosys, 0, 0 },
+    [FUSE_OP_DESTROY] = { op_destroy, 0, 0 },
+    [FUSE_OP_IOCTL] = { op_enotty, 0, NEED_NODE },
+    [FUSE_OP_POLL] = { op_enosys, 0, 0 },
+    [FUSE_OP_NOTIFY_REPLY] = { op_none, 0, ANY_TIME },
+    [FUSE_OP_BATCH_FORGET] = { fuse_op_batch_forget, sizeof(struct fuse_batch_forget_in), NO_REPLY },
+    [FUSE_OP_FALLOCATE] = { fuse_op_fallocate, 0, NEED_NODE },
+    [FUSE_OP_READDIRPLUS] = { fuse_op_readdirplus, sizeof(struct fuse_read_in), NEED_NODE },
+    [FUSE_OP_RENAME2] = { fuse_op_rename2, 0, NEED_NODE },
+    [FUSE_OP_LSEEK] = { fuse_op_lseek, sizeof(struct fuse_lseek_in), NEED_NODE },
+    [FUSE_OP_COPY_FILE_RANGE] = { fuse_op_copy_file_range, 0, NEED_NODE },
+    [FUSE_OP_SETUPMAPPING] = { op_enosys, 0, 0 },       /* no DAX window */
+    [FUSE_OP_REMOVEMAPPING] = { op_enosys, 0, 0 },
+    [FUSE_OP_SYNCFS] = { fuse_op_syncfs, 0, 0 },
+    [FUSE_OP_TMPFILE] = { fuse_op_tmpfile, 0, NEED_NODE },
+    [FUSE_OP_STATX] = { op_enosys, 0, 0 },              /* sent only for a birth time, which RAFS has not */
+};
+
+static enum req_verdict serve_call(struct fuse_call *c)
+{
+    static const struct fuse_op unknown = { op_enosys, 0, 0 };
+    const struct fuse_in_header *in = &c->r->in;
+    const struct fuse_op *op = in->opcode < FUSE_OP_MAX && ops[in->opcode].fn ? &ops[in->opcode] : &unknown;
+
+    if (op->flags & NO_REPLY) {
+        c->r->out_len = 0;
+        if (c->r->session_gen != atomic_load_explicit(&c->s->gen, memory_order_acquire) ||
+            !atomic_load_explicit(&c->s->ready, memory_order_acquire) || c->r->args_len < op->args_min ||
+            c->r->args_len > c->r->body_len) {
+            return REQ_NOREPLY;
+        }
+        return op->fn(c);
+    }
+    if (!(op->flags & ANY_TIME)) {
+        if (c->r->session_gen != atomic_load_explicit(&c->s->gen, memory_order_acquire)) {
+            return op_none(c);              /* of a guest that was reset meanwhile: its memory is another's now */
+        }
+        if (!atomic_load_explicit(&c->s->ready, memory_order_acquire)) {
+            return fuse_reply_error(c, EIO);
+        }
+    }
+    if (op->fn == op_none) {
+        return op_none(c);
+    }
+    if (in->len != sizeof(*in) + (uint64_t)c->r->body_len || c->r->args_len > c->r->body_len ||
+        c->r->args_len > REQ_ARGS_MAX || c->r->args_len < op->args_min) {
+        return fuse_reply_error(c, EINVAL);
+    }
+    if (op->flags & (NEED_NODE | USE_NODE)) {
+        int rc = vfs_resolve(c->s->vfs, in->nodeid, &c->node);
+
+        if (rc && op->flags & NEED_NODE) {
+            return fuse_reply_error(c, -rc);
+        }
+        if (!rc && c->node.fs->ops->rw) {
+            return fuse_rw_serve(c, op->fn);
+        }
+    }
+    return op->fn(c);
+}
+
+/* Number of an operation among those of vnd_fop_stats, plus one; 0 for others. */
+static const uint8_t fop_numbers[FUSE_OP_MAX] = {
+    [FUSE_OP_GETATTR] = 1, [FUSE_OP_READLINK] = 2, [FUSE_OP_OPEN] = 3, [FUSE_OP_RELEASE] = 4, [FUSE_OP_READ] = 5,
+    [FUSE_OP_STATFS] = 6, [FUSE_OP_GETXATTR] = 7, [FUSE_OP_LISTXATTR] = 8, [FUSE_OP_OPENDIR] = 9,
+    [FUSE_OP_LOOKUP] = 10, [FUSE_OP_READDIR] = 11, [FUSE_OP_READDIRPLUS] = 12, [FUSE_OP_ACCESS] = 13,
+    [FUSE_OP_FORGET] = 14, [FUSE_OP_BATCH_FORGET] = 15,
+};
+
+/* Inside enter/leave: the file system may go as soon as nobody is. */
+static void count_op(struct fuse_call *c, enum req_verdict verdict)
+{
+    uint32_t opcode = c->r->in.opcode;
+    int fop = opcode < FUSE_OP_MAX ? fop_numbers[opcode] : 0;
+    struct metrics_op op = { .failed = c->failed, .waited = c->waited };
+
+    /* Forgets have no reply; of the rest what gets none was not answered (it waits, or its guest is gone). */
+    if (!fop || c->unknown || verdict == REQ_PARKED ||
+        (verdict == REQ_NOREPLY && opcode != FUSE_OP_FORGET && opcode != FUSE_OP_BATCH_FORGET)) {
+        return;
+    }
+    if (!c->node.fs && vfs_resolve(c->s->vfs, c->r->in.nodeid, &c->node)) {
+        return;
+    }
+    if (!c->node.fs->metrics) {
+        return;
+    }
+    op.fop = (uint32_t)fop - 1;
+    op.read = opcode == FUSE_OP_READ && !c->failed && c->r->out_len >= FUSE_HDR;
+    op.bytes = op.read ? c->r->out_len - FUSE_HDR : 0;
+    if (op.bytes) {
+        c->w->now_us = now_us();
+        op.took_us = c->w->now_us > c->r->began_us ? c->w->now_us - c->r->began_us : 0;
+    }
+    op.ino = c->node.ino;
+    metrics_count(c->node.fs->metrics, c->w->metrics_shard, &op);
+}
+
+enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *w, struct req *r)
+{
+    struct fuse_call c = { .s = s, .w = w, .r = r };
+    enum req_verdict verdict;
+
+    if (r->wait.answer) {       /* served and counted by another thread */
+        return fuse_rw_finish(&c);
+    }
+    if (!r->began_us) {
+        r->began_us = w->now_us ? w->now_us : now_us();
+    }
+    vfs_enter(w);
+    verdict = serve_call(&c);
+    count_op(&c, verdict);
+    vfs_leave(w);
+    return verdict;
+}
+
+enum req_verdict fuse_session_fail(struct fuse_session *s, struct fuse_worker *w, struct req *r, int error)
+{
+    struct fuse_call c = { .s = s, .w = w, .r = r };
+    enum req_verdict verdict;
+
+    if (r->session_gen != fuse_session_gen(s)) {
+        return op_none(&c);
+    }
+    verdict = fuse_reply_error(&c, error);
+    vfs_enter(w);
+    count_op(&c, verdict);
+    vfs_leave(w);
+    return verdict;
+}
+
+void fuse_session_reset(struct fuse_session *s)
+{
+    if (session_end(s)) {
+        vfs_reset(s->vfs);
+    }
+}
+
+uint32_t fuse_session_gen(struct fuse_session *s)
+{
+    return atomic_load_explicit(&s->gen, memory_order_acquire);
+}
+
+void fuse_session_resume(struct fuse_session *s)
+{
+    if (!atomic_exchange(&s->ready, 1)) {
+        vfs_sessions(s->vfs, 1);
+    }
+}
+
+void fuse_session_set_backing(struct fuse_session *s, struct backing *b)
+{
+    s->backing = b;
+}
+
+void fuse_session_keep_root(struct fuse_session *s)
+{
+    s->keeps_root = true;
+}
+
+bool fuse_session_ready(struct fuse_session *s)
+{
+    return atomic_load_explicit(&s->ready, memory_order_acquire);
+}
+
+struct fuse_session *fuse_session_new(struct vnd_engine *e, struct vnd_vfs *v)
+{
+    struct fuse_session *s = calloc(1, sizeof(*s));
+
+    if (s) {
+        s->engine = e;
+        s->vfs = v;
+        pthread_mutex_init(&s->lock, NULL);
+    }
+    return s;
+}
+
+void fuse_session_free(struct fuse_session *s)
+{
+    if (s) {
+        fuse_session_reset(s);
+        fuse_waiting_workers_free(s);
+        pthread_mutex_destroy(&s->lock);
+        free(s);
+    }
+}
+
+int fuse_worker_init(struct fuse_worker *w, struct vnd_engine *e, struct vnd_vfs *v)
+{
+    memset(w, 0, sizeof(*w));
+    w->engine = e;
+    w->scratch_bytes = FUSE_REPLY_MAX + FUSE_HDR;
+    w->scratch = malloc(w->scratch_bytes);
+    if (!w->scratch) {
+        return -ENOMEM;
+    }
+    engine_counters_register(e, &w->counters);
+    pthread_mutex_lock(&e->lock);
+    w->metrics_shard = metrics_take_shard(&e->metrics_shards);
+    pthread_mutex_unlock(&e->lock);
+    vfs_worker_add(v, w);
+    return 0;
+}
+
+void fuse_worker_free(struct fuse_worker *w, struct vnd_vfs *v)
+{
+    vfs_worker_remove(v, w);
+    engine_counters_unregister(w->engine, &w->counters);
+    pthread_mutex_lock(&w->engine->lock);
+    metrics_give_shard(&w->engine->metrics_shards, w->metrics_shard);
+    pthread_mutex_unlock(&w->engine->lock);
+    free(w->scratch);
+    w->scratch = NULL;
+}

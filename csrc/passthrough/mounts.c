@@ -1,0 +1,196 @@
+/* passthrough/mounts.c -- the mounts that a guest was led into, and the descriptors that file handles are opened on; see
+ * passthrough.h. All under the lock unless said otherwise.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <linux/stat.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <unistd.h>
+
+#include "passthrough/internal.h"
+
+#ifndef STATX_MNT_ID_UNIQUE
+#define STATX_MNT_ID_UNIQUE 0x4000u     /* linux 6.8; before it, mount ids are reused */
+#endif
+
+int pt_stat(int fd, struct statx *sx)
+{
+    if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_SYNC_AS_STAT, STATX_BASIC_STATS | STATX_MNT_ID | STATX_MNT_ID_UNIQUE,
+              sx)) {
+        return -errno;
+    }
+    return 0;
+}
+
+void pt_mount_put(struct vnd_passthrough *p, struct pt_mount *m)
+{
+    if (--m->refs) {
+        return;
+    }
+    p->n_remote -= m->remote;
+    for (struct pt_mount **at = &p->mounts; *at; at = &(*at)->next) {
+        if (*at == m) {
+            *at = m->next;
+            break;
+        }
+    }
+    if (m->slot < PT_MOUNT_SLOTS) {
+        p->slot_taken[m->slot] = false;
+    }
+    if (m->fd >= 0 && m->fd != p->root_fd) {
+        close(m->fd);
+    }
+    if (m->above) {
+        pt_node_put_locked(p, m->above);
+    }
+    free(m);
+}
+
+/* With one ref. */
+struct pt_mount *pt_mount_find(struct vnd_passthrough *p, uint64_t id)
+{
+    for (struct pt_mount *m = p->mounts; m; m = m->next) {
+        if (m->id == id) {
+            m->refs++;
+            return m;
+        }
+    }
+    return NULL;
+}
+
+bool pt_is_remote(int fd)
+{
+    /* linux/magic.h knows most; CIFS and Lustre are in their own sources. */
+    static const uint32_t types[] = { NFS_SUPER_MAGIC, SMB_SUPER_MAGIC, 0xff534d42, SMB2_SUPER_MAGIC, FUSE_SUPER_MAGIC,
+                                      V9FS_MAGIC, CEPH_SUPER_MAGIC, AFS_SUPER_MAGIC, AFS_FS_MAGIC, CODA_SUPER_MAGIC,
+                                      OCFS2_SUPER_MAGIC, 0x0bd00bd0 };
+    struct statfs st;
+
+    if (fstatfs(fd, &st)) {
+        return true;
+    }
+    for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
+        if ((uint32_t)st.f_type == types[i]) {
+            return true;
+        }
+    }
+    return false;
+}
+
+struct pt_mount *pt_mount_add(struct vnd_passthrough *p, uint64_t id, struct pt_node *above, const char *name,
+                              bool remote)
+{
+    struct pt_mount *m = calloc(1, sizeof(*m));
+    uint32_t slot = 0;
+
+    if (!m) {
+        return NULL;
+    }
+    while (slot < PT_MOUNT_SLOTS && p->slot_taken[slot]) {
+        slot++;
+    }
+    if (slot < PT_MOUNT_SLOTS) {
+        p->slot_taken[slot] = true;
+    }
+    m->id = id;
+    m->remote = remote;
+    p->n_remote += remote;
+    m->slot = slot;
+    m->refs = 1;
+    m->fd = -1;
+    m->above = above;
+    if (above) {
+        above->refs++;
+    }
+    snprintf(m->name, sizeof(m->name), "%s", name);
+    m->next = p->mounts;
+    p->mounts = m;
+    return m;
+}
+
+/* The mount's descriptor, in use; outside the lock. -ESTALE: the host has taken the mount away. */
+int pt_mount_fd_get(struct vnd_passthrough *p, struct pt_mount *m)
+{
+    struct pt_ref above;
+    struct statx sx;
+    char path[32];
+    int fd, real, rc;
+
+    pthread_mutex_lock(&p->lock);
+    if (m->fd >= 0) {
+        m->fd_users++;
+        m->fd_used = true;
+        fd = m->fd;
+        pthread_mutex_unlock(&p->lock);
+        return fd;
+    }
+    pthread_mutex_unlock(&p->lock);
+    if (!m->above || m->no_fd) {
+        return -ESTALE;
+    }
+    rc = pt_get(p, m->above->ino, &above);
+    if (rc) {
+        return rc;
+    }
+    fd = openat(above.fd, m->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    rc = fd < 0 ? -errno : pt_stat(fd, &sx);
+    pt_put(p, &above);
+    if (!rc && (sx.stx_mnt_id != m->id || !(S_ISDIR(sx.stx_mode) || S_ISREG(sx.stx_mode)))) {
+        rc = -ESTALE;
+    }
+    real = -1;
+    if (!rc) {
+        snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+        real = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+        rc = real < 0 ? -errno : 0;
+    }
+    if (fd >= 0) {
+        close(fd);
+    }
+    if (rc) {
+        return rc == -EMFILE ? -ENFILE : rc == -ENOENT ? -ESTALE : rc;
+    }
+    pthread_mutex_lock(&p->lock);
+    if (m->fd >= 0) {       /* another thread was faster */
+        close(real);
+    } else {
+        m->fd = real;
+        m->fd_drop = false;
+    }
+    m->fd_users++;
+    m->fd_used = true;
+    fd = m->fd;
+    pthread_mutex_unlock(&p->lock);
+    return fd;
+}
+
+void pt_mount_fd_put(struct vnd_passthrough *p, struct pt_mount *m)
+{
+    pthread_mutex_lock(&p->lock);
+    if (--m->fd_users == 0 && m->fd_drop && m->above && m->fd >= 0) {
+        close(m->fd);
+        m->fd = -1;
+        m->fd_drop = false;
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+void pt_mounts_drop_idle(struct vnd_passthrough *p, bool even_used)
+{
+    for (struct pt_mount *m = p->mounts; m; m = m->next) {
+        if (!m->above || m->fd < 0) {
+            continue;
+        }
+        if (m->fd_users) {
+            m->fd_drop = even_used;
+        } else if (even_used || !m->fd_used) {
+            close(m->fd);
+            m->fd = -1;
+        }
+        m->fd_used = false;
+    }
+}

@@ -1,0 +1,423 @@
+/* passthrough/names.c -- names: looked up, listed, made, renamed, removed. Each is one component below a directory
+ * that the guest was given; see passthrough.h.
+ */
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "passthrough/internal.h"
+
+struct linux_dirent64 {
+    uint64_t d_ino;
+    int64_t d_off;
+    uint16_t d_reclen;
+    uint8_t d_type;
+    char d_name[];
+};
+
+static int fail_errno(void)
+{
+    return errno == EMFILE ? -ENFILE : -errno;
+}
+
+static bool is_dots(const char *name)
+{
+    return name[0] == '.' && (!name[1] || (name[1] == '.' && !name[2]));
+}
+
+static int open_name(struct vnd_passthrough *p, int dir, const char *name)
+{
+    bool tried = false;
+    int fd;
+
+    do {
+        fd = openat(dir, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    } while (fd < 0 && pt_make_room(p, &tried));
+    return fd < 0 ? fail_errno() : fd;
+}
+
+/* A directory that something is to be changed in. */
+static int get_dir(struct vnd_passthrough *p, uint64_t ino, struct pt_ref *ref)
+{
+    struct stat st;
+    int rc = pt_get(p, ino, ref);
+
+    if (rc || !(p->flags & VND_PASSTHROUGH_KEEP_TOP) || ref->node->mount != p->root->mount) {
+        return rc;
+    }
+    if (ref->node == p->root || (fstatat(p->root_fd, "passthrough", &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+                                 st.st_ino == ref->node->host_ino)) {
+        pt_put(p, ref);
+        return -EROFS;
+    }
+    return 0;
+}
+
+int pt_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_ref ref;
+    int fd, rc = pt_get(p, dir, &ref);
+    bool dots = is_dots(name);
+
+    if (rc) {
+        return rc;
+    }
+    if (dots && (len == 1 || ref.node == p->root)) {
+        rc = pt_learn(p, NULL, name, ref.fd, false, out);
+    } else {
+        fd = open_name(p, ref.fd, name);
+        rc = fd < 0 ? fd : pt_learn(p, dots ? NULL : ref.node, name, fd, true, out);
+    }
+    pt_put(p, &ref);
+    return rc;
+}
+
+/* One entry for a listing with attributes: 1 if it was not taken. */
+static int put_plus(struct vnd_passthrough *p, struct pt_node *dir, int dir_fd, const struct linux_dirent64 *d,
+                    uint32_t type, fs_dir_put put, void *ctx)
+{
+    size_t len = strlen(d->d_name);
+    vnd_attr attr;
+    int fd = open_name(p, dir_fd, d->d_name);
+
+    if (fd < 0 || pt_learn(p, dir, d->d_name, fd, true, &attr)) {   /* gone, or no room: by a look-up, later */
+        return put(ctx, pt_ino_of(dir->mount, d->d_ino), d->d_name, len, type, (uint64_t)d->d_off, NULL);
+    }
+    if (put(ctx, attr.ino, d->d_name, len, attr.mode >> 12 & 15, (uint64_t)d->d_off, &attr)) {
+        pt_forget(p, attr.ino, 1);
+        return 1;
+    }
+    return 0;
+}
+
+static int put_plain(struct pt_node *dir, int dir_fd, const struct linux_dirent64 *d, fs_dir_put put, void *ctx)
+{
+    uint32_t type = d->d_type;
+    struct stat st;
+
+    if (type == DT_UNKNOWN && fstatat(dir_fd, d->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0) {
+        type = st.st_mode >> 12 & 15;
+    }
+    return put(ctx, pt_ino_of(dir->mount, d->d_ino), d->d_name, strlen(d->d_name), type, (uint64_t)d->d_off, NULL);
+}
+
+/* 4 KiB of entries are about what a guest takes at a time (its listings are 4 KiB, with attributes or without). */
+static int list_locked(struct vnd_passthrough *p, struct pt_file *f, uint64_t off, int want_attr, fs_dir_put put,
+                       void *ctx)
+{
+    _Alignas(8) char buf[4096];
+
+    if (lseek(f->fd, (off_t)off, SEEK_SET) < 0) {
+        return -errno;
+    }
+    for (;;) {
+        long n = syscall(SYS_getdents64, f->fd, buf, want_attr ? sizeof(buf) / 2 : sizeof(buf));
+
+        if (n <= 0) {
+            return n < 0 ? -errno : 0;
+        }
+        for (long at = 0; at < n;) {
+            const struct linux_dirent64 *d = (const struct linux_dirent64 *)(const void *)(buf + at);
+            int full;
+
+            at += d->d_reclen;
+            if (want_attr && !is_dots(d->d_name)) {
+                full = put_plus(p, f->node, f->fd, d, d->d_type, put, ctx);
+            } else {
+                full = put_plain(f->node, f->fd, d, put, ctx);
+            }
+            if (full) {
+                return 0;
+            }
+        }
+    }
+}
+
+int pt_readdir(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, int want_attr, fs_dir_put put, void *ctx)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_file *f = pt_file_get(p, dir, fh);
+    int rc;
+
+    if (!f) {
+        return -EBADF;
+    }
+    if (!f->dir) {
+        pt_file_put(p, f);
+        return -ENOTDIR;
+    }
+    pthread_mutex_lock(&f->dir_lock);
+    rc = list_locked(p, f, off, want_attr, put, ctx);
+    pthread_mutex_unlock(&f->dir_lock);
+    pt_file_put(p, f);
+    return rc;
+}
+
+/* ---- making */
+
+static int learn_name(struct vnd_passthrough *p, const struct pt_ref *dir, const char *name, vnd_attr *out)
+{
+    int fd = open_name(p, dir->fd, name);
+
+    return fd < 0 ? fd : pt_learn(p, dir->node, name, fd, true, out);
+}
+
+/* A directory in use to make something in, as the caller; 0: both to be given back. */
+static int enter(struct vnd_passthrough *p, const struct fs_caller *who, uint64_t dir, struct pt_ref *ref,
+                 struct pt_cred *cred)
+{
+    int rc = get_dir(p, dir, ref);
+
+    if (!rc) {
+        rc = pt_cred_take(who, cred);
+        if (rc) {
+            pt_put(p, ref);
+        }
+    }
+    return rc;
+}
+
+/* The same, where it could not be undone: there must be room for what is made to become known. */
+static int enter_to_name(struct vnd_passthrough *p, const struct fs_caller *who, uint64_t dir, struct pt_ref *ref,
+                         struct pt_cred *cred)
+{
+    int rc = enter(p, who, dir, ref, cred);
+
+    if (!rc && !pt_has_room(p, ref->node)) {
+        pt_cred_back(cred);
+        pt_put(p, ref);
+        rc = -ENFILE;
+    }
+    return rc;
+}
+
+/* What was made becomes known; rc: of the making. */
+static int leave_named(struct vnd_passthrough *p, struct pt_ref *ref, struct pt_cred *cred, int rc, const char *name,
+                       vnd_attr *out)
+{
+    pt_cred_back(cred);
+    if (!rc) {
+        rc = learn_name(p, ref, name, out);
+    }
+    pt_put(p, ref);
+    return rc;
+}
+
+int pt_mknod(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t mode, uint32_t rdev,
+             vnd_attr *out)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_cred cred;
+    struct pt_ref ref;
+    int rc = enter_to_name(p, who, dir, &ref, &cred);
+
+    if (rc) {
+        return rc;
+    }
+    if (S_ISDIR(mode)) {
+        rc = mkdirat(ref.fd, name, mode & 07777) ? fail_errno() : 0;
+    } else {
+        dev_t dev = makedev(rdev >> 8 & 0xfff, (rdev & 0xff) | (rdev >> 12 & 0xfff00));
+
+        rc = mknodat(ref.fd, name, mode, dev) ? fail_errno() : 0;
+    }
+    return leave_named(p, &ref, &cred, rc, name, out);
+}
+
+int pt_symlink(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, const char *target,
+               vnd_attr *out)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_cred cred;
+    struct pt_ref ref;
+    int rc = enter_to_name(p, who, dir, &ref, &cred);
+
+    if (rc) {
+        return rc;
+    }
+    rc = symlinkat(target, ref.fd, name) ? fail_errno() : 0;
+    return leave_named(p, &ref, &cred, rc, name, out);
+}
+
+/* Removes a file that was just made and that the guest cannot be given, unless the host has put another there. */
+static void unmake(const struct pt_ref *dir, const char *name, int fd)
+{
+    struct stat made, there;
+
+    if (fstat(fd, &made) == 0 && fstatat(dir->fd, name, &there, AT_SYMLINK_NOFOLLOW) == 0 &&
+        made.st_ino == there.st_ino && made.st_dev == there.st_dev) {
+        unlinkat(dir->fd, name, 0);
+    }
+}
+
+/* The guest has the entry and a file of it, or neither, and then the host neither. name: "" of a file that has none. fd is
+ * taken. */
+static int open_made(struct vnd_passthrough *p, const struct pt_ref *dir, const char *name, int fd, vnd_attr *out,
+                     uint64_t *fh)
+{
+    struct pt_node *n;
+    int rc = pt_learn(p, dir->node, name, fd, false, out);
+
+    if (!rc) {
+        n = pt_node_find(p, out->ino);
+        rc = n ? pt_file_add(p, n, fd, fh) : -ESTALE;
+        if (n) {
+            pt_node_put(p, n);
+        }
+        if (rc) {
+            pt_forget(p, out->ino, 1);
+        }
+    }
+    if (rc) {
+        if (name[0]) {
+            unmake(dir, name, fd);
+        }
+        close(fd);
+    }
+    return rc;
+}
+
+static int open_existing(struct vnd_passthrough *p, const struct pt_ref *dir, const char *name, uint32_t flags,
+                         bool kill, vnd_attr *out, uint64_t *fh)
+{
+    int rc = learn_name(p, dir, name, out);
+
+    if (rc) {
+        return rc;
+    }
+    rc = S_ISLNK(out->mode) ? -ELOOP : S_ISDIR(out->mode) ? -EISDIR : 0;
+    if (!rc) {
+        rc = pt_open(&p->fs, out->ino, flags & ~(uint32_t)(O_CREAT | O_EXCL), false, kill, fh);
+    }
+    if (rc) {
+        pt_forget(p, out->ino, 1);
+    }
+    return rc;
+}
+
+int pt_create(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t flags,
+              uint32_t mode, bool kill, vnd_attr *out, uint64_t *fh)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_cred cred;
+    struct pt_ref ref;
+    int fd, rc = enter(p, who, dir, &ref, &cred);
+
+    if (rc) {
+        return rc;
+    }
+    /* Never what is there already: it might be a device. */
+    fd = openat(ref.fd, name, (pt_open_flags(flags) & ~O_TRUNC) | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
+                mode & 07777);
+    rc = fd < 0 ? fail_errno() : 0;
+    pt_cred_back(&cred);
+    if (!rc) {
+        rc = open_made(p, &ref, name, fd, out, fh);
+    } else if (rc == -EEXIST && !(flags & O_EXCL)) {
+        rc = open_existing(p, &ref, name, flags, kill, out, fh);
+    }
+    pt_put(p, &ref);
+    return rc;
+}
+
+int pt_tmpfile(struct fs *fs, const struct fs_caller *who, uint64_t dir, uint32_t flags, uint32_t mode,
+               vnd_attr *out, uint64_t *fh)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_cred cred;
+    struct pt_ref ref;
+    int fd, rc = enter(p, who, dir, &ref, &cred);
+
+    if (rc) {
+        return rc;
+    }
+    fd = openat(ref.fd, ".", (pt_open_flags(flags) & ~O_TRUNC) | O_TMPFILE | (int)(flags & O_EXCL) | O_CLOEXEC,
+                mode & 07777);
+    rc = fd < 0 ? fail_errno() : 0;
+    pt_cred_back(&cred);
+    if (!rc) {
+        rc = open_made(p, &ref, "", fd, out, fh);
+    }
+    pt_put(p, &ref);
+    return rc;
+}
+
+int pt_link(struct fs *fs, uint64_t ino, uint64_t dir, const char *name, vnd_attr *out)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_ref ref, node;
+    char path[32];
+    int rc = get_dir(p, dir, &ref);
+
+    if (rc) {
+        return rc;
+    }
+    rc = pt_get(p, ino, &node);
+    if (!rc) {
+        if (linkat(node.fd, "", ref.fd, name, AT_EMPTY_PATH)) {
+            rc = fail_errno();
+            if (rc == -ENOENT || rc == -EPERM) {    /* without CAP_DAC_READ_SEARCH */
+                snprintf(path, sizeof(path), "/proc/self/fd/%d", node.fd);
+                rc = linkat(AT_FDCWD, path, ref.fd, name, AT_SYMLINK_FOLLOW) ? fail_errno() : 0;
+            }
+        }
+        if (!rc) {
+            rc = pt_learn(p, ref.node, name, node.fd, false, out);
+        }
+        pt_put(p, &node);
+    }
+    pt_put(p, &ref);
+    return rc;
+}
+
+/* ---- removing and renaming */
+
+int pt_unlink(struct fs *fs, uint64_t dir, const char *name, bool is_dir)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_ref ref;
+    int rc = get_dir(p, dir, &ref);
+
+    if (!rc) {
+        rc = unlinkat(ref.fd, name, is_dir ? AT_REMOVEDIR : 0) ? fail_errno() : 0;
+        pt_put(p, &ref);
+    }
+    return rc;
+}
+
+int pt_rename(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint64_t new_dir,
+              const char *new_name, uint32_t flags)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_cred cred = { 0 };
+    struct pt_ref from, to;
+    int rc;
+
+    if (flags & ~(uint32_t)(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT)) {
+        return -EINVAL;
+    }
+    rc = get_dir(p, dir, &from);
+    if (rc) {
+        return rc;
+    }
+    rc = get_dir(p, new_dir, &to);
+    if (!rc) {
+        if (flags & RENAME_WHITEOUT) {      /* that is a new object, the caller's */
+            rc = pt_cred_take(who, &cred);
+        }
+        if (!rc) {
+            rc = renameat2(from.fd, name, to.fd, new_name, flags) ? fail_errno() : 0;
+            pt_cred_back(&cred);
+        }
+        pt_put(p, &to);
+    }
+    pt_put(p, &from);
+    return rc;
+}

@@ -1,0 +1,595 @@
+/* passthrough/nodes.c -- the nodes that a guest knows, and the descriptors that reach them; see passthrough.h. All under the one lock, held for table work only: what asks the host runs outside.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/stat.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "passthrough/internal.h"
+
+#define HANDLE_MAX 128                  /* MAX_HANDLE_SZ */
+
+struct fid {
+    struct file_handle h;
+    uint8_t room[HANDLE_MAX];
+};
+
+static uint32_t bucket_of(uint64_t v)
+{
+    return (uint32_t)(v * 0x9e3779b97f4a7c15ull >> 52) % PT_BUCKETS;
+}
+
+static uint64_t key_of(const struct pt_mount *m, uint64_t host_ino)
+{
+    return host_ino ^ m->id << 44;
+}
+
+uint64_t pt_ino_of(const struct pt_mount *m, uint64_t host_ino)
+{
+    if (m->slot < PT_MOUNT_SLOTS && host_ino >> PT_HOST_INO_BITS == 0) {
+        return (uint64_t)m->slot << PT_HOST_INO_BITS | host_ino;
+    }
+    return PT_INO_TOP | (host_ino ^ (uint64_t)m->slot << 32);   /* for listings: a hint */
+}
+
+static void fill(const struct pt_node *n, const struct statx *sx, vnd_attr *out)
+{
+    *out = (vnd_attr){
+        .ino = n->ino, .generation = n->generation, .size_bytes = sx->stx_size, .blocks = sx->stx_blocks,
+        .mtime_s = (uint64_t)sx->stx_mtime.tv_sec, .mtime_nsec = sx->stx_mtime.tv_nsec,
+        .atime_s = (uint64_t)sx->stx_atime.tv_sec, .atime_nsec = sx->stx_atime.tv_nsec,
+        .ctime_s = (uint64_t)sx->stx_ctime.tv_sec, .ctime_nsec = sx->stx_ctime.tv_nsec,
+        .mode = sx->stx_mode, .nlink = sx->stx_nlink, .uid = sx->stx_uid, .gid = sx->stx_gid,
+        .rdev = (sx->stx_rdev_minor & 0xff) | sx->stx_rdev_major << 8 | (sx->stx_rdev_minor & ~0xffu) << 12,
+        .blksize_bytes = sx->stx_blksize ? sx->stx_blksize : 4096,
+    };
+}
+
+int pt_fill_attr(const struct pt_node *n, int fd, vnd_attr *out)
+{
+    struct statx sx;
+    int rc = pt_stat(fd, &sx);
+
+    if (!rc) {
+        fill(n, &sx, out);
+    }
+    return rc;
+}
+
+/* ---- nodes */
+
+static struct pt_node *find_ino(struct vnd_passthrough *p, uint64_t ino)
+{
+    struct pt_node *n = p->by_ino[bucket_of(ino)];
+
+    while (n && n->ino != ino) {
+        n = n->next_ino;
+    }
+    return n;
+}
+
+static struct pt_node *find_key(struct vnd_passthrough *p, const struct pt_mount *m, uint64_t host_ino)
+{
+    struct pt_node *n = p->by_key[bucket_of(key_of(m, host_ino))];
+
+    while (n && (n->mount != m || n->host_ino != host_ino)) {
+        n = n->next_key;
+    }
+    return n;
+}
+
+static void link_node(struct vnd_passthrough *p, struct pt_node *n)
+{
+    struct pt_node **a = &p->by_ino[bucket_of(n->ino)];
+    struct pt_node **b = &p->by_key[bucket_of(key_of(n->mount, n->host_ino))];
+
+    n->next_ino = *a;
+    *a = n;
+    n->next_key = *b;
+    *b = n;
+    n->linked = true;
+    n->refs++;
+    p->n_nodes++;
+}
+
+static void close_cached(struct vnd_passthrough *p, struct pt_node *n)
+{
+    if (n->fd < 0 || n->fd_kept) {
+        return;
+    }
+    if (n->fd_users) {
+        n->fd_drop = true;
+        return;
+    }
+    close(n->fd);
+    n->fd = -1;
+    n->fd_drop = false;
+    p->cache[n->cache_at] = NULL;
+    p->n_cached--;
+}
+
+static void unlink_node(struct vnd_passthrough *p, struct pt_node *n)
+{
+    struct pt_node **at;
+
+    for (at = &p->by_ino[bucket_of(n->ino)]; *at != n;) {
+        at = &(*at)->next_ino;
+    }
+    *at = n->next_ino;
+    for (at = &p->by_key[bucket_of(key_of(n->mount, n->host_ino))]; *at != n;) {
+        at = &(*at)->next_key;
+    }
+    *at = n->next_key;
+    n->linked = false;
+    p->n_nodes--;
+    close_cached(p, n);
+    pt_node_put_locked(p, n);
+}
+
+void pt_node_put_locked(struct vnd_passthrough *p, struct pt_node *n)
+{
+    if (--n->refs) {
+        return;
+    }
+    if (n->fd_kept) {
+        close(n->fd);
+        p->n_kept--;
+    } else {
+        close_cached(p, n);
+    }
+    pt_mount_put(p, n->mount);
+    free(n);
+}
+
+void pt_node_put(struct vnd_passthrough *p, struct pt_node *n)
+{
+    pthread_mutex_lock(&p->lock);
+    pt_node_put_locked(p, n);
+    pthread_mutex_unlock(&p->lock);
+}
+
+struct pt_node *pt_node_find(struct vnd_passthrough *p, uint64_t ino)
+{
+    struct pt_node *n;
+
+    pthread_mutex_lock(&p->lock);
+    n = find_ino(p, ino);
+    if (n) {
+        n->refs++;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return n;
+}
+
+/* Opens a node by its handle; outside the lock, the node in use. */
+static int open_handle(struct vnd_passthrough *p, struct pt_node *n, int flags)
+{
+    struct fid fid;
+    bool tried = false;
+    int mfd, fd;
+
+    if (!n->handle_bytes || !p->handles) {
+        return -ESTALE;
+    }
+    mfd = pt_mount_fd_get(p, n->mount);
+    if (mfd < 0) {
+        return mfd;
+    }
+    fid.h.handle_bytes = n->handle_bytes;
+    fid.h.handle_type = n->handle_type;
+    memcpy(fid.h.f_handle, n->handle, n->handle_bytes);
+    do {
+        fd = open_by_handle_at(mfd, &fid.h, flags | O_CLOEXEC);
+    } while (fd < 0 && pt_make_room(p, &tried));
+    if (fd < 0) {
+        fd = errno == EMFILE ? -ENFILE : -errno;
+    }
+    pt_mount_fd_put(p, n->mount);
+    return fd;
+}
+
+/* Keeps an O_PATH descriptor for next time; under the lock. False: no place. */
+static bool cache_fd(struct vnd_passthrough *p, struct pt_node *n, int fd)
+{
+    for (uint32_t i = 0; i < 8; i++) {
+        uint32_t at = p->hand++ % p->cache_max;
+        struct pt_node *old = p->cache[at];
+
+        if (old && (old->fd_used || old->fd_users)) {
+            old->fd_used = false;
+            continue;
+        }
+        if (old) {
+            close_cached(p, old);
+        }
+        p->cache[at] = n;
+        n->cache_at = at;
+        p->n_cached++;
+        n->fd = fd;
+        n->fd_drop = false;
+        n->fd_used = true;
+        return true;
+    }
+    return false;
+}
+
+int pt_get(struct vnd_passthrough *p, uint64_t ino, struct pt_ref *ref)
+{
+    struct pt_node *n;
+    int fd;
+
+    pthread_mutex_lock(&p->lock);
+    n = find_ino(p, ino);
+    if (!n) {
+        pthread_mutex_unlock(&p->lock);
+        return -ESTALE;
+    }
+    n->refs++;
+    *ref = (struct pt_ref){ n, n->fd, false };
+    if (n->fd >= 0) {
+        n->fd_users++;
+        n->fd_used = true;
+        pthread_mutex_unlock(&p->lock);
+        return 0;
+    }
+    pthread_mutex_unlock(&p->lock);
+    fd = open_handle(p, n, O_PATH);
+    pthread_mutex_lock(&p->lock);
+    if (fd < 0 && n->files) {   /* no longer to be had by its handle, but the guest has it open */
+        int other = fcntl(n->files->fd, F_DUPFD_CLOEXEC, 0);
+
+        fd = other < 0 ? fd : other;
+    } else if (fd >= 0 && n->fd < 0 && n->linked && cache_fd(p, n, fd)) {
+        n->fd_users++;
+        ref->fd = fd;
+        pthread_mutex_unlock(&p->lock);
+        return 0;
+    }
+    if (fd < 0) {
+        pt_node_put_locked(p, n);
+        pthread_mutex_unlock(&p->lock);
+        return fd;
+    }
+    pthread_mutex_unlock(&p->lock);
+    ref->fd = fd;
+    ref->own = true;
+    return 0;
+}
+
+bool pt_is_on_remote(struct vnd_passthrough *p, uint64_t ino)
+{
+    struct pt_node *n;
+    bool yes;
+
+    pthread_mutex_lock(&p->lock);
+    n = find_ino(p, ino);
+    yes = n && n->mount->remote;
+    for (struct pt_mount *m = p->mounts; n && !yes && m; m = m->next) {
+        yes = m->remote && m->above == n;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return yes;
+}
+
+void pt_put(struct vnd_passthrough *p, struct pt_ref *ref)
+{
+    struct pt_node *n = ref->node;
+
+    if (ref->own) {
+        close(ref->fd);
+    }
+    pthread_mutex_lock(&p->lock);
+    if (!ref->own && --n->fd_users == 0 && n->fd_drop) {
+        close_cached(p, n);
+    }
+    pt_node_put_locked(p, n);
+    pthread_mutex_unlock(&p->lock);
+}
+
+int pt_open_node(struct vnd_passthrough *p, struct pt_node *n, int flags)
+{
+    struct pt_ref ref;
+    char path[32];
+    int fd, rc;
+
+    if (n->type != S_IFREG && n->type != S_IFDIR) {
+        return -EBADF;
+    }
+    /* The type is no news for a handle, which stands for this very inode. */
+    fd = open_handle(p, n, flags | O_NONBLOCK | O_NOCTTY);
+    if (fd >= 0 || fd != -ESTALE) {
+        return fd;
+    }
+    rc = pt_get(p, n->ino, &ref);
+    if (rc) {
+        return rc;
+    }
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", ref.fd);
+    fd = open(path, flags | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+    if (fd < 0) {
+        fd = errno == EMFILE ? -ENFILE : -errno;
+    }
+    pt_put(p, &ref);
+    return fd;
+}
+
+/* ---- what is found */
+
+static uint64_t choose_ino(struct vnd_passthrough *p, const struct pt_mount *m, uint64_t host_ino)
+{
+    uint64_t ino = pt_ino_of(m, host_ino);
+
+    /* Taken still: by a node of a mount that had the slot before. */
+    if (ino < PT_INO_TOP && !find_ino(p, ino)) {
+        return ino;
+    }
+    return PT_INO_TOP | ++p->next_ino;
+}
+
+/* A node for what was found, with one ref for the caller; under the lock. NULL: -ENOMEM. m's ref goes into it. */
+static struct pt_node *node_add(struct vnd_passthrough *p, struct pt_mount *m, const struct statx *sx,
+                                const struct fid *fid, struct pt_node *before)
+{
+    uint32_t bytes = fid ? fid->h.handle_bytes : 0;
+    struct pt_node *n = calloc(1, sizeof(*n) + bytes);
+
+    if (!n) {
+        return NULL;
+    }
+    n->mount = m;
+    n->host_ino = sx->stx_ino;
+    n->type = sx->stx_mode & S_IFMT;
+    n->fd = -1;
+    n->handle_bytes = bytes;
+    if (fid) {
+        n->handle_type = fid->h.handle_type;
+        memcpy(n->handle, fid->h.f_handle, bytes);
+    }
+    if (before) {
+        n->ino = before->ino;
+        n->generation = before->generation + 1;
+        n->nlookup = before->nlookup;   /* the guest forgets both by one number */
+        unlink_node(p, before);
+    } else {
+        n->ino = choose_ino(p, m, sx->stx_ino);
+    }
+    n->refs = 1;
+    link_node(p, n);
+    return n;
+}
+
+static bool same_fid(const struct pt_node *n, const struct fid *fid)
+{
+    return !fid || (n->handle_bytes == fid->h.handle_bytes && n->handle_type == fid->h.handle_type &&
+                    memcmp(n->handle, fid->h.f_handle, n->handle_bytes) == 0);
+}
+
+/* Its descriptor is all that will lead to it. Under the lock. */
+static int keep_fd(struct vnd_passthrough *p, struct pt_node *n, int fd)
+{
+    int own;
+
+    if (p->n_kept >= p->kept_max) {
+        return -ENFILE;
+    }
+    own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (own < 0) {
+        return errno == EMFILE ? -ENFILE : -errno;
+    }
+    n->fd = own;
+    n->fd_kept = true;
+    p->n_kept++;
+    return 0;
+}
+
+bool pt_has_room(struct vnd_passthrough *p, const struct pt_node *dir)
+{
+    bool room;
+
+    pthread_mutex_lock(&p->lock);
+    room = (p->handles && dir->handle_bytes) || p->n_kept < p->kept_max;
+    pthread_mutex_unlock(&p->lock);
+    return room;
+}
+
+static bool needs_fd(const struct pt_mount *m, const struct fid *fid)
+{
+    return !fid || m->no_fd;
+}
+
+static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const char *name, int fd,
+                        const struct statx *sx, const struct fid *fid, int remote, vnd_attr *out)
+{
+    struct pt_mount *m = pt_mount_find(p, sx->stx_mnt_id);
+    struct pt_node *n;
+    int rc = 0;
+
+    if (!above && (!m || !find_key(p, m, sx->stx_ino))) {
+        if (m) {
+            pt_mount_put(p, m);
+        }
+        return -ESTALE;
+    }
+    if (!m && remote < 0) {
+        return -EINPROGRESS;
+    }
+    if (!m) {
+        m = pt_mount_add(p, sx->stx_mnt_id, above, name, remote);
+        if (!m) {
+            return -ENOMEM;
+        }
+        m->no_fd = above && !S_ISDIR(sx->stx_mode) && !S_ISREG(sx->stx_mode);
+    }
+    n = find_key(p, m, sx->stx_ino);
+    if (n && n->type == (sx->stx_mode & S_IFMT) && (n->fd_kept || same_fid(n, fid))) {
+        n->refs++;
+        pt_mount_put(p, m);
+    } else {
+        n = node_add(p, m, sx, fid, n);
+        if (!n) {
+            pt_mount_put(p, m);
+            return -ENOMEM;
+        }
+        if (needs_fd(m, fid)) {
+            rc = keep_fd(p, n, fd);
+        }
+        if (rc && !n->nlookup) {
+            unlink_node(p, n);
+        }
+    }
+    if (!rc) {
+        if (n->nlookup < UINT64_MAX) {
+            n->nlookup++;
+        }
+        fill(n, sx, out);
+    }
+    pt_node_put_locked(p, n);
+    return rc;
+}
+
+int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name, int fd, bool take, vnd_attr *out)
+{
+    struct fid fid;
+    struct statx sx;
+    int mnt, rc = pt_stat(fd, &sx);
+    bool has_fid;
+
+    if (!rc) {
+        fid.h.handle_bytes = HANDLE_MAX;
+        has_fid = p->handles && name_to_handle_at(fd, "", &fid.h, &mnt, AT_EMPTY_PATH) == 0;
+        pthread_mutex_lock(&p->lock);
+        rc = learn_locked(p, above, name, fd, &sx, has_fid ? &fid : NULL, -1, out);
+        pthread_mutex_unlock(&p->lock);
+        if (rc == -EINPROGRESS) {       /* a mount that was not known yet */
+            int remote = pt_is_remote(fd);
+
+            pthread_mutex_lock(&p->lock);
+            rc = learn_locked(p, above, name, fd, &sx, has_fid ? &fid : NULL, remote, out);
+            pthread_mutex_unlock(&p->lock);
+        }
+    }
+    if (take) {
+        close(fd);
+    }
+    return rc;
+}
+
+void pt_forget(struct vnd_passthrough *p, uint64_t ino, uint64_t n)
+{
+    struct pt_node *node;
+
+    pthread_mutex_lock(&p->lock);
+    node = find_ino(p, ino);
+    if (node && node != p->root) {
+        node->nlookup = n < node->nlookup ? node->nlookup - n : 0;
+        if (!node->nlookup) {
+            unlink_node(p, node);
+        }
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+void pt_forget_all(struct vnd_passthrough *p)
+{
+    pthread_mutex_lock(&p->lock);
+    for (uint32_t i = 0; i < PT_BUCKETS; i++) {
+        struct pt_node *next;
+
+        for (struct pt_node *n = p->by_ino[i]; n; n = next) {
+            next = n->next_ino;
+            if (n != p->root) {
+                unlink_node(p, n);
+            }
+        }
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+void pt_drop_idle(struct vnd_passthrough *p, bool even_used)
+{
+    pthread_mutex_lock(&p->lock);
+    for (uint32_t i = 0; i < p->cache_max; i++) {
+        struct pt_node *n = p->cache[i];
+
+        if (n && (even_used || !n->fd_used)) {
+            close_cached(p, n);
+        } else if (n) {
+            n->fd_used = false;
+        }
+    }
+    pt_mounts_drop_idle(p, even_used);
+    pthread_mutex_unlock(&p->lock);
+}
+
+bool pt_make_room(struct vnd_passthrough *p, bool *tried)
+{
+    int saved = errno;
+
+    if (saved != EMFILE || *tried) {
+        return false;
+    }
+    *tried = true;
+    pt_drop_idle(p, true);
+    errno = saved;
+    return true;
+}
+
+int pt_root_open(struct vnd_passthrough *p)
+{
+    struct fid fid;
+    struct statx sx;
+    struct pt_mount *m;
+    int mnt, rc = pt_stat(p->root_fd, &sx);
+    bool has_fid;
+
+    if (rc) {
+        return rc;
+    }
+    fid.h.handle_bytes = HANDLE_MAX;
+    has_fid = name_to_handle_at(p->root_fd, "", &fid.h, &mnt, AT_EMPTY_PATH) == 0;
+    if (has_fid) {      /* without CAP_DAC_READ_SEARCH handles are given and not taken back */
+        int fd = open_by_handle_at(p->root_fd, &fid.h, O_PATH | O_CLOEXEC);
+
+        p->handles = fd >= 0;
+        if (fd >= 0) {
+            close(fd);
+        }
+    }
+    m = pt_mount_add(p, sx.stx_mnt_id, NULL, "", pt_is_remote(p->root_fd));
+    p->root = m ? calloc(1, sizeof(*p->root) + (has_fid ? fid.h.handle_bytes : 0)) : NULL;
+    if (!p->root) {
+        return -ENOMEM;
+    }
+    m->fd = p->root_fd;
+    *p->root = (struct pt_node){ .mount = m, .ino = PT_ROOT_INO, .host_ino = sx.stx_ino, .nlookup = 1, .type = S_IFDIR,
+                                 .fd = p->root_fd, .refs = 1 };
+    if (has_fid) {
+        p->root->handle_type = fid.h.handle_type;
+        p->root->handle_bytes = fid.h.handle_bytes;
+        memcpy(p->root->handle, fid.h.f_handle, fid.h.handle_bytes);
+    }
+    p->root->fd_kept = true;
+    p->root->fd_users = 1;
+    link_node(p, p->root);
+    return 0;
+}
+
+/* Nobody uses the file system any more. */
+void pt_nodes_free(struct vnd_passthrough *p)
+{
+    pt_forget_all(p);
+    if (p->root) {
+        pthread_mutex_lock(&p->lock);
+        p->n_kept++;                        /* the root's descriptor is closed with the rest */
+        p->root->mount->fd = -1;
+        unlink_node(p, p->root);
+        pt_node_put_locked(p, p->root);
+        p->root_fd = -1;
+        pthread_mutex_unlock(&p->lock);
+    }
+}

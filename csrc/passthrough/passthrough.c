@@ -1,0 +1,398 @@
+/* passthrough/passthrough.c -- life, attributes and xattrs of the passthrough file system; see passthrough.h. */
+#include "passthrough/internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/statvfs.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+
+#include "fs/vfs.h"
+
+/* Host files change by themselves; a second is what a guest may not see of it. */
+#define VALID_MS 1000
+#define FILES_MAX (1u << 20)
+#define ACL_ACCESS "system.posix_acl_access"
+#define ACL_DEFAULT "system.posix_acl_default"
+
+/* The magic link of a descriptor, for calls that know no descriptors of O_PATH; it leads to the inode itself, a
+ * symlink's too. */
+static const char *proc_path(char path[32], int fd)
+{
+    snprintf(path, 32, "/proc/self/fd/%d", fd);
+    return path;
+}
+
+/* ---- attributes */
+
+static int pt_getattr(struct fs *fs, uint64_t ino, vnd_attr *out)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_ref ref;
+    int rc = pt_get(p, ino, &ref);
+
+    if (!rc) {
+        rc = pt_fill_attr(ref.node, ref.fd, out);
+        pt_put(p, &ref);
+    }
+    return rc;
+}
+
+static int pt_getattr_fh(struct fs *fs, uint64_t ino, uint64_t fh, vnd_attr *out)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_file *f = pt_file_get(p, ino, fh);
+    int rc;
+
+    if (!f) {
+        return -EBADF;
+    }
+    rc = pt_fill_attr(f->node, f->fd, out);
+    pt_file_put(p, f);
+    return rc;
+}
+
+static int set_size(struct vnd_passthrough *p, struct pt_node *n, struct pt_file *f, const struct fs_setattr *set)
+{
+    bool dropped;
+    int fd, rc;
+
+    if (set->size_bytes > INT64_MAX) {
+        return -EINVAL;
+    }
+    if (n->type != S_IFREG) {
+        return n->type == S_IFDIR ? -EISDIR : -EINVAL;
+    }
+    fd = f ? f->fd : pt_open_node(p, n, O_WRONLY);
+    if (fd < 0) {
+        return fd;
+    }
+    dropped = (set->valid & FS_SET_KILL) && pt_fsetid_drop();
+    rc = ftruncate(fd, (off_t)set->size_bytes) ? -errno : 0;
+    pt_fsetid_back(dropped);
+    if (!f) {
+        close(fd);
+    }
+    return rc;
+}
+
+static struct timespec time_of(uint32_t valid, uint32_t given, uint32_t now, struct timespec t)
+{
+    if (valid & now) {
+        t = (struct timespec){ .tv_nsec = UTIME_NOW };
+    } else if (!(valid & given)) {
+        t = (struct timespec){ .tv_nsec = UTIME_OMIT };
+    }
+    return t;
+}
+
+static int set_all(struct vnd_passthrough *p, const struct pt_ref *ref, struct pt_file *f, const struct fs_setattr *s)
+{
+    char path[32];
+    int rc = 0;
+
+    /* Owner before mode: the host clears set-id bits for a new owner. */
+    if (s->valid & (FS_SET_UID | FS_SET_GID)) {
+        uid_t uid = s->valid & FS_SET_UID ? s->uid : (uid_t)-1;
+        gid_t gid = s->valid & FS_SET_GID ? s->gid : (gid_t)-1;
+
+        rc = fchownat(ref->fd, "", uid, gid, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) ? -errno : 0;
+    }
+    if (!rc && (s->valid & FS_SET_MODE)) {
+        if (ref->node->type == S_IFLNK) {
+            return -EOPNOTSUPP;
+        }
+        rc = chmod(proc_path(path, ref->fd), s->mode & 07777) ? -errno : 0;
+    }
+    if (!rc && (s->valid & FS_SET_SIZE)) {
+        rc = set_size(p, ref->node, f, s);
+    }
+    if (!rc && (s->valid & (FS_SET_ATIME | FS_SET_MTIME | FS_SET_ATIME_NOW | FS_SET_MTIME_NOW))) {
+        struct timespec t[2] = { time_of(s->valid, FS_SET_ATIME, FS_SET_ATIME_NOW, s->atime),
+                                 time_of(s->valid, FS_SET_MTIME, FS_SET_MTIME_NOW, s->mtime) };
+
+        rc = utimensat(ref->fd, "", t, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) ? -errno : 0;
+    }
+    return rc;
+}
+
+static int pt_setattr(struct fs *fs, uint64_t ino, uint64_t fh, const struct fs_setattr *set, vnd_attr *out)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_file *f = fh ? pt_file_get(p, ino, fh) : NULL;
+    struct pt_ref ref;
+    int rc = fh && !f ? -EBADF : pt_get(p, ino, &ref);
+
+    if (!rc) {
+        rc = set_all(p, &ref, f, set);
+        if (!rc) {
+            rc = pt_fill_attr(ref.node, ref.fd, out);
+        }
+        pt_put(p, &ref);
+    }
+    if (f) {
+        pt_file_put(p, f);
+    }
+    return rc;
+}
+
+static int64_t pt_readlink(struct fs *fs, uint64_t ino, char *buf, size_t cap)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_ref ref;
+    int64_t n = pt_get(p, ino, &ref);
+
+    if (n) {
+        return n;
+    }
+    if (ref.node->type != S_IFLNK) {
+        n = -EINVAL;
+    } else {
+        n = readlinkat(ref.fd, "", buf, cap);
+        n = n < 0 ? -errno : (size_t)n == cap && cap < 4096 ? -ERANGE : n;
+    }
+    pt_put(p, &ref);
+    return n;
+}
+
+static int pt_statvfs(struct fs *fs, uint64_t ino, struct statvfs *out)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_ref ref;
+    int rc = pt_get(p, ino, &ref);
+
+    if (!rc) {
+        rc = fstatvfs(ref.fd, out) ? -errno : 0;
+        pt_put(p, &ref);
+    }
+    return rc;
+}
+
+static int pt_statfs(struct fs *fs, uint64_t *blocks, uint64_t *files, uint32_t *bsize)
+{
+    struct statvfs st;
+    int rc = pt_statvfs(fs, PT_ROOT_INO, &st);
+
+    if (!rc) {
+        *blocks = st.f_blocks;
+        *files = st.f_files;
+        *bsize = (uint32_t)st.f_bsize;
+    }
+    return rc;
+}
+
+/* ---- xattrs, by their own names */
+
+static bool is_acl(const char *name)
+{
+    return strcmp(name, ACL_ACCESS) == 0 || strcmp(name, ACL_DEFAULT) == 0;
+}
+
+static int xattr_result(ssize_t n, size_t cap, size_t *need)
+{
+    if (n < 0) {
+        return errno == ENOSYS ? -EOPNOTSUPP : -errno;      /* ENOSYS would end the asking for everybody */
+    }
+    *need = (size_t)n;
+    return cap && (size_t)n > cap ? -ERANGE : 0;
+}
+
+static int pt_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap, size_t *need)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_ref ref;
+    char path[32];
+    int rc = pt_get(p, ino, &ref);
+
+    if (!rc) {
+        rc = xattr_result(getxattr(proc_path(path, ref.fd), name, buf, cap), cap, need);
+        if (rc == -EOPNOTSUPP && is_acl(name)) {
+            rc = -ENODATA;      /* to a kernel that obeys ACLs anything else is a failure of the access itself */
+        }
+        pt_put(p, &ref);
+    }
+    return rc;
+}
+
+static int pt_listxattr(struct fs *fs, uint64_t ino, char *buf, size_t cap, size_t *need)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_ref ref;
+    char path[32];
+    int rc = pt_get(p, ino, &ref);
+
+    if (!rc) {
+        rc = xattr_result(listxattr(proc_path(path, ref.fd), buf, cap), cap, need);
+        pt_put(p, &ref);
+    }
+    return rc;
+}
+
+/* A mode that comes of an ACL loses its set-group-id bit unless the caller is of the group, as by chmod. */
+static bool acl_takes_bits(const struct fs_caller *who, int fd, const char *name)
+{
+    struct stat st;
+
+    return who->uid && strcmp(name, ACL_ACCESS) == 0 && fstat(fd, &st) == 0 && st.st_gid != who->gid;
+}
+
+static int pt_setxattr(struct fs *fs, const struct fs_caller *who, uint64_t ino, const char *name, const void *value,
+                       size_t len, uint32_t flags)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_ref ref;
+    char path[32];
+    size_t none;
+    int rc = pt_get(p, ino, &ref);
+
+    if (!rc) {
+        bool dropped = acl_takes_bits(who, ref.fd, name) && pt_fsetid_drop();
+
+        rc = xattr_result(setxattr(proc_path(path, ref.fd), name, value, len, (int)flags), 0, &none);
+        pt_fsetid_back(dropped);
+        pt_put(p, &ref);
+    }
+    return rc;
+}
+
+static int pt_removexattr(struct fs *fs, uint64_t ino, const char *name)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_ref ref;
+    char path[32];
+    size_t none;
+    int rc = pt_get(p, ino, &ref);
+
+    if (!rc) {
+        rc = xattr_result(removexattr(proc_path(path, ref.fd), name), 0, &none);
+        pt_put(p, &ref);
+    }
+    return rc;
+}
+
+/* ---- the rest of the table */
+
+static int pt_readdir_closed(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, fs_dir_put put, void *ctx)
+{
+    return -EBADF;      /* listings go by an open directory */
+}
+
+static int pt_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max,
+                      uint32_t *got)
+{
+    return -EBADF;
+}
+
+static uint64_t pt_root(struct fs *fs)
+{
+    return PT_ROOT_INO;
+}
+
+static int pt_has_xattr(struct fs *fs)
+{
+    return 1;
+}
+
+static void pt_forget_op(struct fs *fs, uint64_t ino, uint64_t n)
+{
+    pt_forget(pt_of(fs), ino, n);
+}
+
+static void pt_reset(struct fs *fs)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+
+    pt_files_free(p);
+    pt_forget_all(p);
+}
+
+static const struct fs_rw_ops pt_rw_ops = {
+    .valid_ms = VALID_MS, .forget = pt_forget_op, .reset = pt_reset, .open = pt_open, .release = pt_release,
+    .flush = pt_flush, .readdir = pt_readdir, .getattr = pt_getattr_fh, .setattr = pt_setattr, .create = pt_create,
+    .tmpfile = pt_tmpfile, .mknod = pt_mknod, .symlink = pt_symlink, .link = pt_link, .unlink = pt_unlink,
+    .rename = pt_rename, .read = pt_read, .write = pt_write, .sync = pt_sync, .fallocate = pt_fallocate,
+    .copy = pt_copy, .lseek = pt_lseek, .setxattr = pt_setxattr, .removexattr = pt_removexattr, .statvfs = pt_statvfs,
+    .run = pt_run, .may_wait = pt_may_wait, .note_slow = pt_note_slow,
+};
+
+static const struct fs_ops pt_ops = {
+    .name = "passthrough", .getattr = pt_getattr, .lookup = pt_lookup, .readdir = pt_readdir_closed,
+    .readlink = pt_readlink, .extents = pt_extents, .listxattr = pt_listxattr, .getxattr = pt_getxattr,
+    .statfs = pt_statfs, .root = pt_root, .has_xattr = pt_has_xattr, .rw = &pt_rw_ops,
+};
+
+/* ---- life */
+
+void vnd_passthrough_free(vnd_passthrough *p)
+{
+    if (!p) {
+        return;
+    }
+    pt_pool_stop(p);
+    pt_files_free(p);
+    pt_nodes_free(p);
+    if (p->root_fd >= 0) {
+        close(p->root_fd);
+    }
+    pthread_mutex_destroy(&p->lock);
+    free(p->files);
+    free(p->source);
+    free(p);
+}
+
+vnd_passthrough *vnd_passthrough_new(vnd_engine *e, const char *source, uint32_t flags, char *err, size_t err_len)
+{
+    struct vnd_passthrough *p = calloc(1, sizeof(*p));
+    struct rlimit limit = { 0 };
+    int rc;
+
+    if (!p) {
+        fail_line(-ENOMEM, err, err_len, "passthrough of %s: out of memory", source);
+        return NULL;
+    }
+    p->fs.ops = &pt_ops;
+    p->engine = e;
+    p->flags = flags;
+    p->source = strdup(source);
+    p->fs.label = p->source;
+    pthread_mutex_init(&p->lock, NULL);
+    getrlimit(RLIMIT_NOFILE, &limit);
+    p->kept_max = limit.rlim_cur / 4;
+    p->cache_max = limit.rlim_cur / 8 < PT_CACHE_MAX ? (uint32_t)(limit.rlim_cur / 8) + 1 : PT_CACHE_MAX;
+    p->files_max = limit.rlim_cur / 2 < FILES_MAX ? (uint32_t)(limit.rlim_cur / 2) : FILES_MAX;
+    p->root_fd = open(source, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    rc = p->root_fd < 0 ? -errno : !p->source ? -ENOMEM : pt_root_open(p);
+    if (pt_pool_start(p) && !rc) {
+        rc = -EAGAIN;
+    }
+    if (rc) {
+        fail_line(rc, err, err_len, "passthrough of %s: %s", source, strerror(-rc));
+        vnd_passthrough_free(p);
+        return NULL;
+    }
+    return p;
+}
+
+void vnd_passthrough_drop_idle(vnd_passthrough *p)
+{
+    pt_drop_idle(p, true);
+}
+
+void vnd_passthrough_stats_get(vnd_passthrough *p, vnd_passthrough_stats *out)
+{
+    pthread_mutex_lock(&p->lock);
+    *out = (vnd_passthrough_stats){ p->n_nodes, p->n_files, p->n_cached };
+    for (const struct pt_mount *m = p->mounts; m; m = m->next) {
+        out->cached_fds += m->above && m->fd >= 0;
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
+int vnd_vfs_mount_passthrough(vnd_vfs *v, const char *path, vnd_passthrough *p)
+{
+    return vfs_mount(v, path, &p->fs);
+}

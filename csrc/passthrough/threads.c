@@ -1,0 +1,168 @@
+/* passthrough/threads.c -- threads for host calls that may take long, and the sweep of idle descriptors. */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "passthrough/internal.h"
+
+static void run_task(struct pt_task *t)
+{
+    struct store_wait *w = t->wait;
+
+    t->run(t->arg);
+    free(t);
+    w->wake(w);     /* the last of it: the request and its queue may be gone now */
+}
+
+static bool sweep_due(struct vnd_passthrough *p)
+{
+    bool due;
+
+    pthread_mutex_lock(&p->lock);
+    due = p->n_cached > 0;
+    for (struct pt_mount *m = p->mounts; m && !due; m = m->next) {
+        due = m->above && m->fd >= 0;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return due;
+}
+
+static void *pool_main(void *arg)
+{
+    struct vnd_passthrough *p = arg;
+    struct pt_pool *pool = &p->pool;
+    bool sweeper, timed_out;
+
+    pthread_mutex_lock(&pool->lock);
+    sweeper = pthread_equal(pthread_self(), pool->thread[0]);
+    for (;;) {
+        struct pt_task *t = pool->head;
+        struct timespec until;
+
+        if (t) {
+            pool->head = t->next;
+            pool->queued--;
+            if (!pool->head) {
+                pool->tail = &pool->head;
+            }
+            pthread_mutex_unlock(&pool->lock);
+            run_task(t);
+            pthread_mutex_lock(&pool->lock);
+            continue;
+        }
+        if (pool->down) {
+            break;
+        }
+        pool->idle++;
+        if (!sweeper) {
+            pthread_cond_wait(&pool->some, &pool->lock);
+            pool->idle--;
+            continue;
+        }
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        until.tv_sec += PT_IDLE_MS / 1000;
+        timed_out = pthread_cond_timedwait(&pool->some, &pool->lock, &until) == ETIMEDOUT;
+        pool->idle--;
+        if (timed_out && !pool->head) {
+            pthread_mutex_unlock(&pool->lock);
+            if (sweep_due(p)) {
+                pt_drop_idle(p, false);
+            }
+            pthread_mutex_lock(&pool->lock);
+        }
+    }
+    pthread_mutex_unlock(&pool->lock);
+    return NULL;
+}
+
+/* Under the pool's lock. */
+static int start_thread(struct vnd_passthrough *p)
+{
+    struct pt_pool *pool = &p->pool;
+    int rc = thread_start(&pool->thread[pool->threads], "vnd-host-fs", pool_main, p);
+
+    pool->threads += !rc;
+    return rc > 0 ? -rc : rc;
+}
+
+int pt_pool_start(struct vnd_passthrough *p)
+{
+    struct pt_pool *pool = &p->pool;
+    pthread_condattr_t attr;
+    int rc;
+
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->some, &attr);
+    pthread_condattr_destroy(&attr);
+    pool->tail = &pool->head;
+    pthread_mutex_lock(&pool->lock);
+    rc = start_thread(p);
+    pthread_mutex_unlock(&pool->lock);
+    return rc;
+}
+
+void pt_pool_stop(struct vnd_passthrough *p)
+{
+    struct pt_pool *pool = &p->pool;
+
+    pthread_mutex_lock(&pool->lock);
+    pool->down = true;
+    pthread_cond_broadcast(&pool->some);
+    pthread_mutex_unlock(&pool->lock);
+    for (uint32_t i = 0; i < pool->threads; i++) {
+        pthread_join(pool->thread[i], NULL);
+    }
+    pthread_mutex_destroy(&pool->lock);
+    pthread_cond_destroy(&pool->some);
+}
+
+int pt_run(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    struct pt_pool *pool = &p->pool;
+    struct pt_task *t = malloc(sizeof(*t));
+
+    if (!t) {
+        return -ENOMEM;
+    }
+    *t = (struct pt_task){ .run = fn, .arg = arg, .wait = w };
+    w->parked_once = 1;
+    w->err = 0;
+    pthread_mutex_lock(&pool->lock);
+    *pool->tail = t;
+    pool->tail = &t->next;
+    if (++pool->queued > pool->idle && pool->threads < PT_THREADS) {
+        start_thread(p);        /* without one more the others come to it */
+    }
+    pthread_cond_broadcast(&pool->some);
+    pthread_mutex_unlock(&pool->lock);
+    return -EINPROGRESS;
+}
+
+static int64_t coarse_ms(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
+    return t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+void pt_note_slow(struct fs *fs)
+{
+    atomic_store_explicit(&pt_of(fs)->slow_until_ms, coarse_ms() + PT_SLOW_MS, memory_order_relaxed);
+}
+
+bool pt_may_wait(struct fs *fs, uint64_t ino)
+{
+    struct vnd_passthrough *p = pt_of(fs);
+    int64_t until = atomic_load_explicit(&p->slow_until_ms, memory_order_relaxed);
+
+    if (until && coarse_ms() < until) {
+        return true;
+    }
+    return atomic_load_explicit(&p->n_remote, memory_order_relaxed) && pt_is_on_remote(p, ino);
+}

@@ -1,0 +1,162 @@
+/* store/foreign.c -- the thread that waits for chunks and chunk tables which other processes fetch. It starts when first
+ * needed. */
+#include <errno.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "store/fetcher.h"
+
+#define TICK_MS 10      /* a dead holder, and a real nydusd that fills without our locks, are noticed within this */
+
+static void foreign_free(struct foreign *x)
+{
+    if (x->meta)
+        handle_put(x->meta);
+    core_put(x->core);
+    free(x);
+}
+
+/* The table is there, or its fetcher gave up or died: the load looks again, and fetches itself if need be. */
+static bool meta_settled(const struct foreign *x, bool tick)
+{
+    int fd = tick ? claim_meta(x->core->store->side_dir_fd, x->meta->info.id) : -EAGAIN;
+
+    if (fd >= 0)
+        close(fd);
+    if (fd == -EAGAIN && !atomic_load(&x->core->closed))
+        return false;
+    handle_raw(x->meta, NULL, 0, atomic_load(&x->core->closed) ? EIO : 0);
+    return true;
+}
+
+/* Whether the thread has nothing more to do for the chunk. */
+static bool foreign_settled(const struct foreign *x, bool tick)
+{
+    struct cachefile *c = x->core->cache;
+
+    if (x->meta)
+        return meta_settled(x, tick);
+    if (cachefile_ready(c, x->index)) {
+        miss_finish(x->core, x->index, 0);
+        return true;
+    }
+    if (atomic_load(&x->core->closed)) {
+        miss_finish(x->core, x->index, EIO);
+        return true;
+    }
+    /* Free and not ready: the holder died or failed. Doubted: somebody filled it without a lock. Ours now. */
+    if (tick && (cachefile_doubted(c, x->index) || !claim_foreign(c->side_fd, x->index))) {
+        miss_retry(x->core, x->index, 255, false, false, EIO);
+        return true;
+    }
+    return false;
+}
+
+static void *foreign_run(void *arg)
+{
+    struct fetcher *f = arg;
+    int64_t last_tick = 0;
+
+    pthread_mutex_lock(&f->foreign_lock);
+    while (!f->foreign_down) {
+        if (!f->foreign) {
+            pthread_cond_wait(&f->foreign_some, &f->foreign_lock);
+            continue;
+        }
+        struct foreign *mine = f->foreign, *keep = NULL, **keep_tail = &keep;
+        struct vnd_store *store = mine->core->store;
+        struct blob_core *held = mine->core;
+        bool tick = now_us() - last_tick >= TICK_MS * 1000;
+        f->foreign = NULL;
+        pthread_mutex_unlock(&f->foreign_lock);
+
+        core_get(held);             /* keeps the store for the wait below */
+        uint32_t gen = claim_wake_enter(&store->wake);
+        while (mine) {
+            struct foreign *x = mine;
+            mine = x->next;
+            if (foreign_settled(x, tick)) {
+                foreign_free(x);
+                continue;
+            }
+            x->next = NULL;
+            *keep_tail = x;
+            keep_tail = &x->next;
+        }
+        if (tick)
+            last_tick = now_us();
+        if (keep)
+            claim_wake_wait(&store->wake, gen, TICK_MS);
+        claim_wake_leave(&store->wake);
+        core_put(held);
+
+        pthread_mutex_lock(&f->foreign_lock);
+        *keep_tail = f->foreign;
+        if (keep)
+            f->foreign = keep;
+    }
+    pthread_mutex_unlock(&f->foreign_lock);
+    return NULL;
+}
+
+static bool add(struct fetcher *f, struct blob_core *c, uint32_t index, struct vnd_blob *meta)
+{
+    struct foreign *x = calloc(1, sizeof *x);
+    bool ok = x != NULL;
+
+    if (!ok)
+        return false;
+    x->core = c;
+    x->index = index;
+    x->meta = meta;
+    core_get(c);
+    if (meta)
+        handle_get(meta);
+    pthread_mutex_lock(&f->foreign_lock);
+    if (!f->foreign_started && !f->foreign_down)
+        f->foreign_started = !thread_start(&f->foreign_thread, "vnd-foreign", foreign_run, f);
+    ok = f->foreign_started;
+    if (ok) {
+        x->next = f->foreign;
+        f->foreign = x;
+        pthread_cond_signal(&f->foreign_some);
+    }
+    pthread_mutex_unlock(&f->foreign_lock);
+    if (!ok)
+        foreign_free(x);
+    return ok;
+}
+
+void foreign_add(struct fetcher *f, struct blob_core *c, uint32_t index)
+{
+    if (!add(f, c, index, NULL))
+        miss_finish(c, index, EIO);
+}
+
+void foreign_add_meta(struct fetcher *f, struct vnd_blob *b)
+{
+    if (!add(f, b->core, 0, b))
+        handle_raw(b, NULL, 0, EIO);
+}
+
+void foreign_stop(struct fetcher *f)
+{
+    bool join;
+
+    pthread_mutex_lock(&f->foreign_lock);
+    join = f->foreign_started;
+    f->foreign_down = true;
+    f->foreign_started = false;
+    pthread_cond_signal(&f->foreign_some);
+    pthread_mutex_unlock(&f->foreign_lock);
+    if (join)
+        pthread_join(f->foreign_thread, NULL);
+    while (f->foreign) {
+        struct foreign *x = f->foreign;
+        f->foreign = x->next;
+        if (x->meta)
+            handle_raw(x->meta, NULL, 0, ESHUTDOWN);
+        foreign_free(x);
+    }
+}

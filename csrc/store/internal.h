@@ -1,0 +1,198 @@
+/* store/internal.h -- inside of the blob store: what store/store.c, store/miss.c, store/fetch.c, store/job.c and store/page.c share.
+ *
+ * Three layers: a blob_core per (work directory, blob id) with the cache file and the union of what the images say
+ * of the blob; a vnd_blob per image that names it, with that image's own chunk table, so that no image is given
+ * bytes that were checked against another image's digest; store_units, the chunks somebody waits for or is
+ * fetching.
+ *
+ * Locks, in the order in which they may be held together: a job's lock; core->load_lock; engine->lock; a shard's
+ * lock or fetcher->lock; store->lock; core->lock. store_wait.wake is called with no lock that a reader's thread may
+ * want.
+ */
+#ifndef VND_BLOB_H
+#define VND_BLOB_H
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "blob/table.h"
+#include "cache/cache.h"
+#include "cache/claim.h"
+#include "base/engine.h"
+#include "store/store.h"
+#include "store/stream.h"
+
+struct vnd_store {
+    struct vnd_store *next;             /* engine's list, under its lock */
+    struct vnd_engine *engine;
+    uint32_t refs;                      /* under the engine's lock */
+    char *path;
+    int dir_fd;                         /* its number stays when the directory is exchanged */
+    _Atomic int side_dir_fd;            /* likewise; -1: nothing can be shared */
+    _Atomic bool writable;
+    bool network;                       /* on a network file system */
+    bool compressed;                    /* chunks are kept as they are stored, where that is possible */
+    uint64_t dev, ino;                  /* under the engine's lock */
+    bool gone_said, side_said;          /* store/upkeep.c's */
+    pthread_mutex_t lock;
+    struct blob_core *cores;
+    struct claim_wake wake;
+};
+
+enum unit_state { UNIT_QUEUED, UNIT_CLAIMED, UNIT_FOREIGN, UNIT_OTHER };
+
+/* A chunk that is not ready and that somebody wants or fetches. Under its shard's lock. */
+struct store_unit {
+    struct store_unit *next;            /* bucket */
+    struct blob_core *core;
+    uint32_t index;
+    uint8_t state;                      /* enum unit_state */
+    uint8_t tries;                      /* how often its bytes were wrong or did not come */
+    bool wanted;                        /* a reader asked for it, not only a merge or prefetch */
+    bool force_fetch;                   /* what the data file holds was found wrong */
+    int16_t slot;                       /* the job that has it, -1 none */
+    int64_t deadline_us;
+    const void *hint;                   /* the handle that asked first, compared only: whose backend to ask */
+    struct store_wait *waiters;
+};
+
+struct miss_shard {
+    pthread_mutex_t lock;
+    struct store_unit *bucket[16];
+} __attribute__((aligned(64)));
+
+struct blob_core {
+    struct blob_core *next;             /* store's list */
+    struct vnd_store *store;
+    struct vnd_engine *engine;
+    vnd_blob_info info;                 /* as the first image has it */
+    uint32_t refs;                      /* under store->lock */
+    _Atomic bool closed;                /* no image names it any more */
+    pthread_mutex_t load_lock;          /* one table is loaded at a time */
+    pthread_mutex_t lock;               /* handles */
+    struct vnd_blob *handles;
+    struct cachefile *cache;            /* set once, before table */
+    bool stored;                        /* likewise: the cache holds chunks as they are stored */
+    _Atomic(struct blobtable *) table;  /* union of all images' tables */
+    struct blobtable *tables;           /* all that were ever published; freed with the core */
+    struct stream streams[STREAMS];
+    uint64_t stream_clock;              /* under fetcher->lock */
+    _Atomic uint32_t marks;             /* streams that have one: a read that meets none looks no further */
+    struct link_pace pace;
+    _Atomic uint32_t uncached;          /* chunks held in memory for want of space */
+};
+
+struct vnd_blob {
+    _Atomic(struct blobtable *) table;  /* this image's; NULL until loaded and found free of contradiction */
+    struct cachefile *cache;            /* set before table */
+    struct blob_core *core;
+    struct vnd_blob *next;              /* core's list */
+    _Atomic uint32_t refs;
+    vnd_blob_info info;
+    _Atomic uint32_t amplify_bytes;     /* stream_miss */
+    blob_chunks_fn chunks;
+    void *ctx;
+    struct store_unit meta;             /* pseudo-unit META(blob), under its shard's lock */
+    bool loading;                       /* under that lock too: a pool thread is in the image's chunks function */
+    bool fetching, detached;            /* its stored chunk table is asked for; no image holds it any more */
+    uint8_t *raw;                       /* the stored chunk table as it came, for the load that asked for it */
+    size_t raw_len;
+    int meta_claim;                     /* held while it is fetched, -1: not; the load's */
+    char *beside;                       /* a directory that may hold its ID.blob.meta, or NULL */
+    uint8_t raw_tries;
+    int meta_errno;                     /* why it cannot be used, 0 = not known to be unusable */
+    int64_t meta_retry_us;
+    pthread_cond_t load_end;            /* with that lock */
+};
+
+struct store_buf {
+    _Atomic uint32_t refs;
+    size_t len;
+    uint8_t data[];
+};
+struct store_buf *store_buf_new(size_t len);
+void store_buf_put(struct store_buf *b);
+
+/* ---- store/store.c */
+/* Whether the work directory is there. If it, or what lies in it for all blobs, was removed and made anew, that is what is
+ * used from now on. retry: what could not be had is tried again. One thread at a time. */
+bool store_follow(struct vnd_store *s, bool retry);
+void core_get(struct blob_core *c);
+void core_put(struct blob_core *c);
+void handle_get(struct vnd_blob *b);
+void handle_put(struct vnd_blob *b);
+/* Has the handle's table loaded by a pool thread, if it is not. */
+void handle_want_load(struct vnd_blob *b);
+/* What a META job brought (taken over), or its errno; NULL and 0: look again, another process has fetched it. */
+void handle_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);
+/* Links w until the table is loaded. 0; 1: it is loaded; -errno: it cannot be. */
+int handle_park(struct vnd_blob *b, struct store_wait *w);
+/* ---- store/load.c */
+void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg);
+/* ---- store/read.c */
+/* Reads extents whose blobs are loaded: bytes, -EAGAIN (not in the page cache, only with nowait), -ENODATA
+ * (*missing is not ready), or -errno. */
+int64_t store_serve(const struct extent *ext, int n, const struct iovec *iov, int iov_n, bool nowait, int *missing);
+
+/* ---- store/miss.c: units and waiters */
+struct fetcher;
+struct miss_shard *miss_shard_of(struct fetcher *f, const void *key, uint32_t index);
+/* Links w (may be NULL) on a chunk, makes the unit if need be. 1: the chunk is ready after all, w is not linked; 0;
+ * or -ENOMEM, -ESHUTDOWN. */
+int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t deadline_us, const void *hint);
+/* Links w on a pseudo-unit whose shard's lock is held. */
+void miss_link(struct miss_shard *s, struct store_unit *u, struct store_wait *w);
+/* Detaches all waiters of a unit, its shard's lock held; miss_wake calls them after it was released. */
+struct store_wait *miss_detach(struct store_unit *u, int err);
+void miss_wake(struct store_wait *list);
+/* The job in slot takes the chunk. create: even if nobody asked for it. */
+enum miss_take { MISS_TAKEN, MISS_READY, MISS_BUSY, MISS_ABSENT };
+enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted,
+                         bool *force_fetch);
+/* The chunk is ready (err 0) or given up: wakes its waiters, forgets the unit. */
+void miss_finish(struct blob_core *c, uint32_t index, int err);
+/* Gives a chunk back: asked for again if anybody wants it and it was tried less than max_tries times, else finished
+ * with err. bad: its bytes were wrong, force: what the data file holds is wrong. Whether it was asked for again. */
+bool miss_retry(struct blob_core *c, uint32_t index, int max_tries, bool bad, bool force, int err);
+/* A fetch that had until deadline_us failed: fails the waiters whose own deadline is no later and asks anew for the others,
+ * who came to it when its time was nearly over. */
+void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err);
+/* What became of a chunk that was queued. Forgets one whose deadline has passed and that nobody waits for any more. */
+enum miss_state { MISS_QUEUED, MISS_EXPIRED, MISS_GONE };
+enum miss_state miss_look(struct blob_core *c, uint32_t index, int64_t now);
+/* Hands a chunk to the thread that waits for other processes. */
+void miss_foreign(struct blob_core *c, uint32_t index);
+void miss_fail_core(struct blob_core *c, int err);
+void miss_fail_all(struct fetcher *f, int err);
+
+/* ---- store/fetch.c: queues */
+struct fetch_want {
+    struct fetch_want *next;
+    struct blob_core *core;
+    uint32_t index;
+    int64_t deadline_us;
+    const void *hint;                   /* the handle that asked, compared only */
+    struct vnd_blob *meta;              /* referenced: its stored chunk table is wanted, not a chunk */
+};
+int fetch_push_meta(struct vnd_blob *b);
+int fetch_push(struct blob_core *c, uint32_t index, int64_t deadline_us, const void *hint, bool head);
+void fetch_purge(struct blob_core *c);
+void fetch_promote(struct fetcher *f, int slot, uint32_t index);
+
+/* ---- store/page.c */
+struct pool_task {
+    struct pool_task *next;
+    void (*run)(struct pool_task *t);
+};
+void pool_submit(struct vnd_engine *e, struct pool_task *t);
+/* Parks w until the extents' bytes were read off the queue thread. 0 or -ENOMEM. */
+int pool_park(struct vnd_engine *e, struct store_wait *w, const struct extent *ext, int n);
+
+/* ---- store/uncached.c: chunks that could not be written, kept for a moment */
+int uncached_put(struct blob_core *c, uint32_t index, const uint8_t *data, size_t len);
+struct store_buf *uncached_get(struct blob_core *c, uint32_t index);    /* referenced, or NULL */
+void uncached_drop(struct blob_core *c);
+/* Writes them after all, as far as there is room. With core->load_lock held. */
+void uncached_flush(struct blob_core *c);
+
+#endif

@@ -1,0 +1,360 @@
+/* store/job.c -- a job that was handed out: its life, digests compared, chunks committed (datapath (f)). Bytes in and chunks
+ * decoded are store/decode.c's.
+ *
+ * Nothing but the comparison here makes bytes ready. A chunk that is wrong is asked for once more; then its readers
+ * get EIO. Chunks commit as they land: a bad or slow tail never holds back the head.
+ */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "store/job.h"
+
+#define KEEP_BYTES (4u << 20)       /* buffers up to this stay with the slot */
+
+void job_init(struct job *j)
+{
+    pthread_mutex_init(&j->lock, NULL);
+}
+
+void job_begin(struct job *j, uint64_t id)
+{
+    j->id = id;
+    j->began_us = now_us();
+    j->first_us = 0;
+    j->first_bytes = 0;
+    atomic_store(&j->cancelled, false);
+    j->unspaced = j->bad = j->lost = false;
+    j->fed = j->wasted = 0;
+    j->pos = j->coff;
+    j->cursor = 0;
+    j->pend_off = j->pend_len = 0;
+    j->scratch_len = j->kept_len = 0;
+    j->views_n = 0;
+    j->batch_id = 0;
+}
+
+static void shrink(uint8_t **p, size_t *cap)
+{
+    if (*cap > KEEP_BYTES) {
+        free(*p);
+        *p = NULL;
+        *cap = 0;
+    }
+}
+
+void job_wipe(struct job *j)
+{
+    struct blob_core *c = j->core;
+
+    free(j->pend);
+    free(j->scratch);
+    free(j->kept);
+    free(j->views);
+    free(j->batch);
+    free(j->clear);
+    codec_free(j->codec);
+    pthread_mutex_destroy(&j->lock);
+    if (j->id && j->meta)
+        handle_put(j->meta);
+    if (j->id && c)
+        core_put(c);
+}
+
+struct job *job_get(struct vnd_engine *e, uint64_t id)
+{
+    struct fetcher *f = e->fetcher;
+    struct job *j = &f->slots[id % FETCH_SLOTS];
+    bool ok;
+
+    pthread_mutex_lock(&j->lock);
+    pthread_mutex_lock(&f->lock);
+    ok = id && j->id == id;
+    pthread_mutex_unlock(&f->lock);
+    if (ok)
+        return j;
+    pthread_mutex_unlock(&j->lock);
+    return NULL;
+}
+
+const struct blobtable *job_table(const struct job *j)
+{
+    return atomic_load_explicit(&j->core->table, memory_order_acquire);
+}
+
+bool job_unwanted(struct fetcher *f, struct job *j)
+{
+    uint32_t shed;
+    bool demand;
+
+    if (atomic_load(&j->cancelled) || atomic_load(&j->core->closed) || atomic_load(&f->down))
+        return true;
+    shed = atomic_load(&j->shed_after);
+    if (j->whom == FOR_READER || !shed || j->first + j->cursor < shed)
+        return false;
+    pthread_mutex_lock(&f->lock);
+    demand = f->demand != NULL;
+    pthread_mutex_unlock(&f->lock);
+    return demand;
+}
+
+/* ---------------------------------------------------------------- commit */
+
+/* What one commit goes by: taken together, so that bytes compared with one table never become ready under
+ * another. */
+struct commit {
+    struct vnd_engine *e;
+    struct job *j;
+    const struct blobtable *t;
+    uint64_t epoch;
+    uint64_t written_bytes;
+    int ready, wrong;
+};
+
+/* Whether the bytes are the chunk's. A chunk without a digest is taken only where the engine allows that. */
+static bool digest_right(const struct commit *m, uint32_t view, const uint8_t *given)
+{
+    struct job *j = m->j;
+    uint32_t i = j->first + j->views[view].rel;
+    uint8_t own[CODEC_DIGEST_BYTES];
+
+    if (!m->t->chunk[i].usize || m->t->chunk[i].usize != j->views[view].usize)
+        return false;       /* the table changed meanwhile */
+    if (!(m->t->chunk[i].flags & BLOBTABLE_DIGEST))
+        return m->e->cfg.allow_unverified &&
+               (!(m->t->chunk[i].flags & BLOBTABLE_CRC32) ||
+                m->t->chunk[i].crc32 == vnd_crc32c(j->scratch + j->views[view].at, j->views[view].usize));
+    if (j->core->info.digester == CODEC_SHA256) {
+        if (codec_sha256(j->scratch + j->views[view].at, j->views[view].usize, own))
+            return false;
+        given = own;
+    }
+    return given && !memcmp(given, m->t->digest[i], CODEC_DIGEST_BYTES);
+}
+
+/* Writes views [from, to), which touch in memory and in the data file. */
+static int write_views(struct commit *m, uint32_t from, uint32_t to)
+{
+    struct job *j = m->j;
+    struct cachefile *cache = j->core->cache;
+    const uint8_t *bytes = cache->stored ? j->kept + j->views[from].kept_at : j->scratch + j->views[from].at;
+    const struct blobtable_chunk *tail = &m->t->chunk[j->first + j->views[to - 1].rel];
+    uint64_t off = cachefile_off(cache, &m->t->chunk[j->first + j->views[from].rel]);
+    uint64_t end = cachefile_off(cache, tail) + cachefile_len(cache, tail);
+    int rc;
+
+    if (j->kind == VND_JOB_VERIFY)
+        return 0;
+    rc = cachefile_write(cache, off, bytes, end - off);
+    if (!rc)
+        m->written_bytes += end - off;
+    return rc;
+}
+
+/* A chunk that is right but could not be written. */
+static void keep_unwritten(struct job *j, uint32_t view)
+{
+    j->unspaced = true;
+    if (j->whom != FOR_READER && !atomic_load(&j->shed_after)) {
+        atomic_store(&j->cancelled, true);      /* no use in fetching ahead into nowhere */
+        fetch_drop_prefetch(j->core);
+    } else {
+        uncached_put(j->core, j->first + j->views[view].rel, j->scratch + j->views[view].at, j->views[view].usize);
+    }
+}
+
+/* Makes views [from, to) ready, or keeps them in memory. */
+static void settle_views(struct commit *m, uint32_t from, uint32_t to)
+{
+    struct job *j = m->j;
+    struct cachefile *cache = j->core->cache;
+    _Atomic uint64_t *counter = j->kind == VND_JOB_VERIFY ? &m->e->shared.verified_chunks :
+                                &m->e->shared.fetched_chunks;
+    int rc = from < to ? write_views(m, from, to) : 0;
+    bool lost = false;
+
+    if (!rc) {
+        pthread_mutex_lock(&cache->lock);
+        lost = !cachefile_epoch_holds(cache, m->epoch);     /* bytes were taken away meanwhile, perhaps these */
+        if (!lost)          /* counted first: who sees them ready finds them counted */
+            atomic_fetch_add_explicit(counter, to - from, memory_order_relaxed);
+        for (uint32_t v = from; v < to && !lost; v++)
+            cachefile_set_ready(cache, j->first + j->views[v].rel);
+        pthread_mutex_unlock(&cache->lock);
+    }
+    for (uint32_t v = from; v < to; v++) {
+        uint32_t rel = j->views[v].rel;
+        if (lost) {
+            j->state[rel] = JOB_WANT;       /* left over at the end, so asked for again */
+            j->lost = true;
+            continue;
+        }
+        j->state[rel] = JOB_DONE;
+        if (rc)
+            keep_unwritten(j, v);
+        else
+            m->ready++;
+        miss_finish(j->core, j->first + rel, 0);
+    }
+}
+
+static bool views_touch(const struct commit *m, uint32_t v)
+{
+    const struct job *j = m->j;
+    const struct blobtable_chunk *a = &m->t->chunk[j->first + j->views[v].rel];
+    const struct blobtable_chunk *b = &m->t->chunk[j->first + j->views[v + 1].rel];
+
+    if (j->core->cache->stored)
+        return a->coff + a->csize == b->coff && j->views[v].kept_at + a->csize == j->views[v + 1].kept_at;
+    return a->uoff + a->usize == b->uoff && j->views[v].at + j->views[v].usize == j->views[v + 1].at;
+}
+
+static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digests, int n)
+{
+    struct commit m = { .e = e, .j = j };
+    uint32_t from = 0, count = (uint32_t)n;
+
+    if (n < 0 || count > j->views_n || (!digests && n && j->core->info.digester != CODEC_SHA256 &&
+                                        !e->cfg.allow_unverified))
+        return -EINVAL;
+    if (!n)
+        return 0;
+    pthread_mutex_lock(&j->core->cache->lock);
+    m.t = job_table(j);
+    m.epoch = j->kind == VND_JOB_VERIFY ? j->verify_epoch : cachefile_epoch(j->core->cache);
+    pthread_mutex_unlock(&j->core->cache->lock);
+    for (uint32_t v = 0; v < count; v++) {
+        if (!digest_right(&m, v, digests ? digests + (size_t)v * CODEC_DIGEST_BYTES : NULL)) {
+            settle_views(&m, from, v);
+            from = v + 1;
+            j->state[j->views[v].rel] = JOB_BAD;
+            j->bad = true;
+            j->wasted += j->kind == VND_JOB_VERIFY ? 0 : m.t->chunk[j->first + j->views[v].rel].csize;
+            m.wrong++;
+        } else if (v + 1 == count || !views_touch(&m, v)) {
+            settle_views(&m, from, v + 1);
+            from = v + 1;
+        }
+    }
+    if (m.written_bytes)
+        cachefile_settle(j->core->cache, m.written_bytes);
+    if (m.ready)
+        claim_wake_all(&j->core->store->wake);
+    j->views_n -= count;
+    memmove(j->views, j->views + count, j->views_n * sizeof *j->views);
+    if (!j->views_n)
+        j->scratch_len = j->kept_len = 0;
+    if (!m.wrong)
+        return j->unspaced ? -ENOSPC : m.ready;
+    atomic_fetch_add_explicit(&e->shared.digest_failures, (uint64_t)m.wrong, memory_order_relaxed);
+    return -EBADMSG;
+}
+
+int vnd_job_commit(vnd_engine *e, uint64_t job_id, const uint8_t *digests, int n)
+{
+    struct job *j = job_get(e, job_id);
+    int rc;
+
+    if (!j)
+        return -EINVAL;
+    rc = job_commit(e, j, digests, n);
+    pthread_mutex_unlock(&j->lock);
+    return rc;
+}
+
+/* ---------------------------------------------------------------- end */
+
+/* Says what was wrong with a bad chunk. */
+static void say_bad(struct vnd_engine *e, const struct job *j, uint32_t i, bool again)
+{
+    const struct blobtable_chunk *k = &job_table(j)->chunk[i];
+
+    if (j->kind == VND_JOB_VERIFY)
+        engine_say(e, 30, VND_CAUSE_DIGEST, "cache of blob %s: chunk %u in the data file at %" PRIu64 " is not the "
+                   "image's; it is fetched again", j->core->info.id, i, k->uoff);
+    else if (again)
+        engine_say(e, 30, VND_CAUSE_DIGEST, "blob %s: chunk %u [%" PRIu64 ", +%u) came with wrong bytes; it is "
+                   "asked for once more", j->core->info.id, i, k->coff, k->csize);
+    else
+        engine_say(e, 40, VND_CAUSE_DIGEST, "blob %s: chunk %u [%" PRIu64 ", +%u) has wrong bytes: readers get "
+                   "EIO; the blob on the server or the image is damaged", j->core->info.id, i, k->coff, k->csize);
+}
+
+/* Settles what the job leaves: asked for again, or failed. */
+static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
+{
+    bool verify = j->kind == VND_JOB_VERIFY, dropped = job_unwanted(e->fetcher, j);
+
+    for (uint32_t rel = j->n; rel-- > 0;) {     /* backwards: each goes to the head of the queue */
+        uint32_t i = j->first + rel;
+        if (j->state[rel] == JOB_BAD) {
+            bool again = miss_retry(j->core, i, verify ? 255 : FETCH_TRIES, !verify, verify, EIO);
+            say_bad(e, j, i, again);
+        } else if (j->state[rel] == JOB_WANT || j->state[rel] == JOB_DECODED) {
+            if (j->bad || j->lost || dropped)   /* not reached, through no fault of its own */
+                miss_retry(j->core, i, 255, false, false, EIO);
+            else if (!error || j->whom != FOR_READER || verify)
+                miss_retry(j->core, i, FETCH_TRIES, true, false, EIO);
+            else
+                miss_fail(j->core, i, j->deadline_us, EIO);
+        }
+    }
+}
+
+/* Hands what a META job brought to the load that waits for it. */
+static void meta_end(struct job *j, int error)
+{
+    struct vnd_blob *b = j->meta;
+
+    if (error || j->fed != j->clen) {
+        handle_raw(b, NULL, 0, EIO);
+    } else {
+        handle_raw(b, j->pend, j->pend_len, 0);
+        j->pend = NULL;
+        j->pend_cap = 0;
+    }
+    j->meta = NULL;
+    handle_put(b);
+}
+
+uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const char *text)
+{
+    struct job *j = job_get(e, job_id);
+    struct blob_core *c;
+    uint64_t wasted;
+    bool shed;
+
+    if (!j)
+        return 0;
+    c = j->core;
+    wasted = j->wasted < j->fed ? j->wasted : j->fed;
+    shed = j->whom != FOR_READER && job_unwanted(e->fetcher, j) && !atomic_load(&j->cancelled) &&
+           !atomic_load(&c->closed) && !atomic_load(&e->fetcher->down);
+    /* First: chunks asked for again are claimed anew, maybe by another thread at once. */
+    if (j->claimed)
+        claim_release(c->cache->side_fd, j->claim_first, j->claim_n);
+    j->claimed = false;
+    if (error && !j->bad && !atomic_load(&c->closed))
+        engine_say(e, j->whom == FOR_READER ? 40 : 30, cause, "%s", text && *text ? text : "fetching failed");
+    if (j->kind == VND_JOB_META)
+        meta_end(j, error);
+    else
+        job_leftovers(e, j, error);
+    claim_wake_all(&c->store->wake);
+    /* What made way for a reader goes on later where it stopped. */
+    if (shed && !error && j->cursor < j->n)
+        fetch_later(c, j->whom, j->first + j->cursor, j->first + j->n, j->tag, j->hint, true);
+    if (!error && j->first_us && j->fed == j->clen)
+        stream_pace(&c->pace, (uint32_t)(j->first_us - j->began_us), j->fed - j->first_bytes,
+                    (uint64_t)(now_us() - j->first_us));
+    shrink(&j->pend, &j->pend_cap);
+    shrink(&j->scratch, &j->scratch_cap);
+    shrink(&j->kept, &j->kept_cap);
+    shrink(&j->batch, &j->batch_cap);
+    shrink(&j->clear, &j->clear_cap);
+    fetch_release_slot(e->fetcher, j);
+    pthread_mutex_unlock(&j->lock);
+    core_put(c);
+    return wasted;
+}

@@ -1,0 +1,370 @@
+/* store/load.c -- loading a blob's chunk table when it is first needed: on a pool thread, from the image's own records,
+ * and where those do not say where chunks lie, from the blob's stored table (ID.blob.meta, or a META job). Readers
+ * meanwhile wait on the pseudo-unit META(blob).
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "blob/meta.h"
+#include "store/fetcher.h"
+
+#define META_RETRY_US (1000 * 1000)     /* an image that was refused may be looked at again after this */
+#define META_TRIES 2
+
+void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg)
+{
+    *cfg = (struct cachefile_cfg){
+        .engine = c->engine, .dir_fd = c->store->dir_fd, .side_dir_fd = c->store->side_dir_fd,
+        .writable = c->store->writable, .id = c->info.id, .stored = c->stored, .n = c->info.chunk_count,
+        .size_bytes = c->stored ? blobtable_stored_bytes(&c->info) : c->info.uncompressed_size_bytes,
+    };
+}
+
+static int open_cache(struct blob_core *c, const struct blobtable *t, int *cause, char *err, size_t err_len)
+{
+    struct cachefile_cfg cfg;
+    const char *why = c->store->compressed || c->stored ? blobtable_unstorable(&c->info, t) : NULL;
+
+    if (c->cache) {
+        *cause = VND_CAUSE_DIGEST;
+        return c->stored && why ? fail_line(-EEXIST, err, err_len, "its cache is compressed, and %s", why) : 0;
+    }
+    if (why)
+        engine_say(c->engine, 30, VND_CAUSE_NONE, "cache of blob %s is kept uncompressed: %s", c->info.id, why);
+    c->stored = c->store->compressed && !why;
+    core_cache_cfg(c, &cfg);
+    return cachefile_open(&c->cache, &cfg, cause, err, err_len);
+}
+
+/* What the images in use now say together with own; own itself if there is no other. */
+static int live_union(struct blob_core *c, struct blobtable *own, struct blobtable **all, char *err, size_t err_len)
+{
+    int rc = 0;
+
+    *all = own;
+    pthread_mutex_lock(&c->lock);
+    for (struct vnd_blob *b = c->handles; b && !rc; b = b->next) {
+        struct blobtable *t = atomic_load_explicit(&b->table, memory_order_acquire), *more;
+        if (!t)
+            continue;
+        rc = blobtable_merge(&more, *all, t, err, err_len);
+        if (rc)
+            continue;
+        if (*all != own)
+            blobtable_free(*all);
+        *all = more;
+    }
+    pthread_mutex_unlock(&c->lock);
+    if (rc && *all != own)
+        blobtable_free(*all);
+    return rc;
+}
+
+/* Brings own into the core; on success *own is the table that the handle shall use (owned by the core). */
+static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct blobtable **own, int *cause,
+                       char *err, size_t err_len)
+{
+    struct blobtable *now = atomic_load(&c->table), *all = *own;
+    int rc = 0;
+
+    *cause = VND_CAUSE_DIGEST;
+    if (info->chunk_count != c->info.chunk_count || info->compressor != c->info.compressor ||
+        info->digester != c->info.digester || info->cipher != c->info.cipher ||
+        memcmp(info->cipher_key, c->info.cipher_key, sizeof info->cipher_key) ||
+        memcmp(info->cipher_iv, c->info.cipher_iv, sizeof info->cipher_iv) || info->uncompressed_size_bytes != c->info.uncompressed_size_bytes)
+        return fail_line(-EEXIST, err, err_len, "sizes or codecs differ from what another image in use says");
+    if (now && blobtable_equal(now, *own)) {
+        blobtable_free(*own);
+        *own = now;
+        return 0;
+    }
+    if (now)
+        rc = blobtable_merge(&all, now, *own, err, err_len);
+    if (rc == -EEXIST) {    /* perhaps with an image that is gone */
+        rc = live_union(c, *own, &all, err, err_len);
+        uncached_drop(c);   /* it may be that one's */
+    }
+    if (rc)
+        return rc;
+    rc = open_cache(c, all, cause, err, err_len);
+    if (!rc) {
+        *cause = VND_CAUSE_DIGEST;
+        /* Binding and table change in one step for whoever commits (cachefile_take_away's rule). */
+        pthread_mutex_lock(&c->cache->lock);
+        rc = cachefile_bind(c->cache, all, err, err_len);
+        if (!rc) {
+            if (all != *own) {
+                (*own)->next = c->tables;
+                c->tables = *own;
+            }
+            all->next = c->tables;
+            c->tables = all;
+            atomic_store_explicit(&c->table, all, memory_order_release);
+        }
+        pthread_mutex_unlock(&c->cache->lock);
+    }
+    if (rc && all != *own)
+        blobtable_free(all);
+    return rc;
+}
+
+/* Gives records (may be NULL: there are none) the places that a stored table states. */
+static int apply_meta(struct blobtable **records, const vnd_blob_info *info, const uint8_t *plain,
+                      const uint8_t *header, char *err, size_t err_len)
+{
+    struct blobtable *meta;
+    int rc = blobmeta_parse(&meta, info, plain, header, err, err_len);
+
+    if (rc)
+        return rc;
+    if (!*records) {
+        *records = meta;
+        return 0;
+    }
+    rc = blobmeta_place(*records, meta, info, err, err_len);
+    blobtable_free(meta);
+    return rc;
+}
+
+/* Out of the file in the work directory. Anything wrong with it only means that it is not used. */
+static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
+{
+    uint8_t header[BLOBMETA_HEADER], *plain;
+    char why[VND_ERR_MAX];
+    int rc = blobmeta_file_read(b->core->store->dir_fd, &b->info, &plain, header);
+
+    if (rc && b->beside) {
+        int dir_fd = open(b->beside, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        rc = dir_fd < 0 ? -errno : blobmeta_file_read(dir_fd, &b->info, &plain, header);
+        if (dir_fd >= 0)
+            close(dir_fd);
+    }
+    if (rc)
+        return rc;
+    rc = apply_meta(records, &b->info, plain, header, why, sizeof why);
+    if (rc)
+        engine_say(b->core->engine, 30, VND_CAUSE_FORMAT, "%s.blob.meta in the cache directory or beside the bootstrap is not used: %s",
+                   b->info.id, why);
+    free(plain);
+    return rc;
+}
+
+/* Out of what a META job brought. */
+static int meta_from_raw(struct vnd_blob *b, struct blobtable **records, char *err, size_t err_len)
+{
+    const uint8_t *header = b->raw + b->info.ci_csize_bytes;
+    uint8_t *plain = NULL;
+    int rc = b->info.cipher ? blobmeta_decrypt(&b->info, b->raw, b->raw_len, err, err_len) : 0;
+
+    if (!rc)
+        rc = blobmeta_decode(&plain, &b->info, b->raw, b->raw_len, err, err_len);
+    if (rc)
+        return rc;
+    rc = apply_meta(records, &b->info, plain, header, err, err_len);
+    if (!rc && b->core->store->writable)
+        blobmeta_file_write(b->core->store->dir_fd, &b->info, plain, header);   /* only saves the next fetch */
+    free(plain);
+    return rc;
+}
+
+/* Out of the file, or who fetches it: -EINPROGRESS: we do, and hold the claim where there can be one; -EBUSY: another
+ * process does. */
+static int meta_find(struct vnd_blob *b, struct blobtable **own)
+{
+    if (!meta_from_file(b, own))
+        return 0;
+    b->meta_claim = claim_meta(b->core->store->side_dir_fd, b->info.id);
+    if (b->meta_claim == -EAGAIN)
+        return -EBUSY;
+    /* Somebody may have finished between the look and the claim. */
+    return b->meta_claim >= 0 && !meta_from_file(b, own) ? 0 : -EINPROGRESS;
+}
+
+/* -EINPROGRESS: the stored table has to be fetched first; -EBUSY: another process does it. */
+static int load_table(struct vnd_blob *b, struct blobtable **own, int *cause, char *err, size_t err_len)
+{
+    bool batch = b->info.features & (BLOBMETA_BATCH | BLOBMETA_ZRAN);
+    int rc;
+
+    *cause = VND_CAUSE_FORMAT;
+    rc = blobtable_from_records(own, &b->info, b->chunks, b->ctx, err, err_len);
+    if (rc && rc != -ENODATA)
+        return rc;
+    if (!rc && !batch)
+        return 0;
+    /* The image's own limits first: without digests nothing is worth fetching. */
+    if (rc && !b->core->engine->cfg.allow_unverified) {
+        *cause = VND_CAUSE_DIGEST;
+        return fail_line(-EIO, err, err_len, "its image lists no chunks and so no digests of it; "
+                         "--allow-unverified serves it all the same");
+    }
+    if (!blobmeta_possible(&b->info)) {
+        rc = fail_line(-EIO, err, err_len, "neither its image nor the blob says where its chunks lie");
+    } else if (b->raw) {
+        rc = meta_from_raw(b, own, err, err_len);
+        free(b->raw);
+        b->raw = NULL;
+        if (rc && rc != -ENOMEM && b->raw_tries < META_TRIES)
+            rc = -EINPROGRESS;
+        *cause = VND_CAUSE_DIGEST;
+    } else {
+        rc = meta_find(b, own);
+    }
+    if (rc) {
+        blobtable_free(*own);
+        *own = NULL;
+    }
+    return rc;
+}
+
+static int load(struct vnd_blob *b, int *cause, char *err, size_t err_len)
+{
+    struct blob_core *c = b->core;
+    struct blobtable *own = NULL;
+    int rc = load_table(b, &own, cause, err, err_len);
+
+    if (rc)
+        return rc;
+    if (own->digests < own->known && !c->engine->cfg.allow_unverified) {
+        *cause = VND_CAUSE_DIGEST;
+        blobtable_free(own);
+        return fail_line(-EIO, err, err_len, "its image carries no chunk digests; --allow-unverified serves it all "
+                         "the same");
+    }
+    pthread_mutex_lock(&c->load_lock);
+    struct blobtable *mine = own;
+    rc = join_tables(c, &b->info, &mine, cause, err, err_len);
+    pthread_mutex_unlock(&c->load_lock);
+    if (rc) {
+        blobtable_free(own);
+        return rc;
+    }
+    b->cache = c->cache;
+    atomic_store_explicit(&b->table, mine, memory_order_release);
+    return 0;
+}
+
+/* ---------------------------------------------------------------- who waits for it */
+
+struct load_task {
+    struct pool_task task;
+    struct vnd_blob *b;
+};
+
+static void load_end(struct vnd_blob *b, int rc)
+{
+    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
+    struct store_wait *list = NULL;
+
+    pthread_mutex_lock(&s->lock);
+    b->loading = false;
+    b->fetching = rc == -EINPROGRESS || rc == -EBUSY;
+    if (rc != -EINPROGRESS && b->meta_claim >= 0)       /* the file is written, if it came */
+        close(b->meta_claim);
+    if (rc != -EINPROGRESS)
+        b->meta_claim = -1;
+    if (!b->fetching) {
+        b->raw_tries = 0;
+        b->meta_errno = rc ? EIO : 0;
+        b->meta_retry_us = now_us() + META_RETRY_US;
+        list = miss_detach(&b->meta, b->meta_errno);
+    }
+    pthread_cond_broadcast(&b->load_end);
+    pthread_mutex_unlock(&s->lock);
+    miss_wake(list);
+}
+
+static void load_run(struct pool_task *task)
+{
+    struct vnd_blob *b = ((struct load_task *)task)->b;
+    struct vnd_engine *e = b->core->engine;
+    char err[VND_ERR_MAX] = "";
+    int cause = VND_CAUSE_IO, rc;
+
+    rc = load(b, &cause, err, sizeof err);
+    if (rc == -EINPROGRESS) {
+        if (err[0])
+            engine_say(e, 30, VND_CAUSE_DIGEST, "%s; it is asked for once more", err);
+        b->raw_tries++;
+        load_end(b, rc);        /* before the job can end */
+        if (fetch_push_meta(b))
+            handle_raw(b, NULL, 0, ENOMEM);
+    } else if (rc == -EBUSY) {
+        load_end(b, rc);
+        foreign_add_meta(e->fetcher, b);
+    } else {
+        if (rc)
+            engine_say(e, 40, cause, "blob %s cannot be served: %s", b->info.id, err);
+        load_end(b, rc);
+    }
+    if (!rc) {
+        upkeep_start(e->fetcher);
+        fetch_wake(e->fetcher);
+    }
+    handle_put(b);
+    free(task);
+}
+
+/* With the shard's lock held. */
+static int load_start(struct vnd_blob *b)
+{
+    struct load_task *t;
+
+    if (b->loading || b->fetching)
+        return 0;
+    if (b->detached || atomic_load(&b->core->engine->fetcher->down))
+        return -EIO;
+    if (b->meta_errno && now_us() < b->meta_retry_us)
+        return -b->meta_errno;
+    t = calloc(1, sizeof *t);
+    if (!t)
+        return -ENOMEM;
+    t->task.run = load_run;
+    t->b = b;
+    handle_get(b);
+    b->loading = true;
+    pool_submit(b->core->engine, &t->task);
+    return 0;
+}
+
+void handle_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error)
+{
+    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
+    int rc = error ? -error : 0;
+
+    pthread_mutex_lock(&s->lock);
+    free(b->raw);
+    b->raw = raw;
+    b->raw_len = len;
+    b->fetching = false;
+    if (!rc)
+        rc = load_start(b);
+    pthread_mutex_unlock(&s->lock);
+    if (rc)
+        load_end(b, rc);
+}
+
+void handle_want_load(struct vnd_blob *b)
+{
+    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
+
+    pthread_mutex_lock(&s->lock);
+    if (!atomic_load(&b->table))
+        load_start(b);
+    pthread_mutex_unlock(&s->lock);
+}
+
+int handle_park(struct vnd_blob *b, struct store_wait *w)
+{
+    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
+    int rc = 1;
+
+    pthread_mutex_lock(&s->lock);
+    if (!atomic_load(&b->table) && !(rc = load_start(b)))
+        miss_link(s, &b->meta, w);
+    pthread_mutex_unlock(&s->lock);
+    return rc;
+}

@@ -1,0 +1,171 @@
+/* store/page.c -- a few threads for what must not run on a queue thread: reads that are not in the page cache, and
+ * loading a blob's chunk table. A task's bytes go into its own buffer, never into guest memory.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "store/fetcher.h"
+
+#define POOL_MAX 16
+#define AGAIN_MAX 2     /* then the pages are dropped faster than the reader comes back: hand the bytes over */
+
+struct pool {
+    struct vnd_engine *engine;
+    pthread_mutex_t lock;
+    pthread_cond_t some;
+    struct pool_task *head, **tail;
+    bool down;
+    uint32_t threads;
+    pthread_t thread[POOL_MAX];
+};
+
+static void *pool_run(void *arg)
+{
+    struct pool *p = arg;
+
+    pthread_mutex_lock(&p->lock);
+    for (;;) {
+        struct pool_task *t = p->head;
+        if (!t && p->down)
+            break;
+        if (!t) {
+            pthread_cond_wait(&p->some, &p->lock);
+            continue;
+        }
+        p->head = t->next;
+        if (!p->head)
+            p->tail = &p->head;
+        pthread_mutex_unlock(&p->lock);
+        t->run(t);
+        pthread_mutex_lock(&p->lock);
+    }
+    pthread_mutex_unlock(&p->lock);
+    return NULL;
+}
+
+int pool_new(struct vnd_engine *e, uint32_t threads)
+{
+    struct pool *p = calloc(1, sizeof *p);
+    int rc = 0;
+
+    if (!p)
+        return -ENOMEM;
+    p->engine = e;
+    p->tail = &p->head;
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->some, NULL);
+    e->pool = p;
+    for (uint32_t i = 0; i < threads && i < POOL_MAX && !rc; i++) {
+        rc = thread_start(&p->thread[i], "vnd-pool", pool_run, p);
+        p->threads += !rc;
+    }
+    if (rc)
+        pool_free(e);
+    return rc;
+}
+
+/* Runs what is queued, then ends. */
+void pool_free(struct vnd_engine *e)
+{
+    struct pool *p = e->pool;
+
+    pthread_mutex_lock(&p->lock);
+    p->down = true;
+    pthread_cond_broadcast(&p->some);
+    pthread_mutex_unlock(&p->lock);
+    for (uint32_t i = 0; i < p->threads; i++)
+        pthread_join(p->thread[i], NULL);
+    pthread_cond_destroy(&p->some);
+    pthread_mutex_destroy(&p->lock);
+    free(p);
+    e->pool = NULL;
+}
+
+void pool_submit(struct vnd_engine *e, struct pool_task *t)
+{
+    struct pool *p = e->pool;
+
+    t->next = NULL;
+    pthread_mutex_lock(&p->lock);
+    *p->tail = t;
+    p->tail = &t->next;
+    pthread_cond_signal(&p->some);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* ---------------------------------------------------------------- page-cache misses */
+
+struct page_task {
+    struct pool_task task;
+    struct vnd_engine *engine;
+    struct store_unit unit;     /* the reader is linked here; under its shard's lock */
+    size_t total;
+    int n;
+    bool decoded;               /* some come out of a cache that holds chunks as they are stored */
+    struct extent ext[];
+};
+
+static void page_run(struct pool_task *task)
+{
+    struct page_task *t = (struct page_task *)task;
+    struct miss_shard *s = miss_shard_of(t->engine->fetcher, t, 0);
+    struct store_buf *b = store_buf_new(t->total);
+    struct store_wait *list;
+    int64_t rc = -ENOMEM;
+    int missing, err = 0;
+
+    if (b) {
+        struct iovec iov = { b->data, t->total };
+        rc = store_serve(t->ext, t->n, &iov, 1, false, &missing);
+        if (rc == -EAGAIN)      /* the epoch was odd throughout */
+            for (int i = 0; i < t->n; i++)
+                if (t->ext[i].blob)
+                    cachefile_examine(t->ext[i].blob->cache);
+    }
+    /* Anything short of plain bytes is for the reader's next attempt to find out; only a lost disk ends it here. */
+    if (rc < 0 && rc != -ENODATA && rc != -EAGAIN)
+        err = (int)-rc;
+    pthread_mutex_lock(&s->lock);
+    if (rc >= 0 && t->unit.waiters && (t->decoded || t->unit.waiters->again >= AGAIN_MAX)) {
+        t->unit.waiters->buf = b;
+        b = NULL;
+    }
+    list = miss_detach(&t->unit, err);
+    pthread_mutex_unlock(&s->lock);
+    for (int i = 0; i < t->n; i++)
+        if (t->ext[i].blob)
+            handle_put(t->ext[i].blob);
+    store_buf_put(b);
+    free(t);
+    miss_wake(list);
+}
+
+int pool_park(struct vnd_engine *e, struct store_wait *w, const struct extent *ext, int n)
+{
+    struct page_task *t = calloc(1, sizeof *t + (size_t)n * sizeof *ext);
+    struct miss_shard *s;
+
+    if (!t)
+        return -ENOMEM;
+    s = miss_shard_of(e->fetcher, t, 0);
+    t->task.run = page_run;
+    t->engine = e;
+    t->n = n;
+    memcpy(t->ext, ext, (size_t)n * sizeof *ext);
+    for (int i = 0; i < n; i++) {
+        t->total += ext[i].len;
+        if (ext[i].blob) {
+            handle_get(ext[i].blob);
+            t->decoded |= ext[i].blob->cache->stored;
+        }
+    }
+    t->unit.state = UNIT_OTHER;
+    pthread_mutex_lock(&s->lock);
+    w->again = (uint8_t)(w->again + (w->again < 255));
+    miss_link(s, &t->unit, w);
+    pthread_mutex_unlock(&s->lock);
+    atomic_fetch_add_explicit(&e->shared.pool_reads, 1, memory_order_relaxed);
+    pool_submit(e, &t->task);
+    return 0;
+}

@@ -1,0 +1,127 @@
+/* store/upkeep.c -- the thread that looks after cache files once a second: makes written data durable, follows files that
+ * somebody removed or replaced, and comes back to a disk that was full or could not be written.
+ */
+#include <errno.h>
+#include <time.h>
+
+#include "store/fetcher.h"
+
+#define LOOK_MS 1000
+#define RETRY_US (5ll * 1000 * 1000)        /* what could not be had is asked for again after this */
+
+static const char *const STRAYED[] = {
+    [CACHEFILE_DATA_STRAYED] = "its data file was removed or replaced; what is read is fetched again",
+    [CACHEFILE_SIDE_STRAYED] = "its side file was removed or replaced; what is read is verified again",
+    [CACHEFILE_MAP_STRAYED] = "its chunk map was removed or replaced; it is written anew",
+};
+
+/* Readers go on in the open files until the move, so it is no hurry and no loss if it fails. */
+static void follow_core(struct blob_core *c, bool retry)
+{
+    struct cachefile *f = c->cache;
+    struct cachefile_cfg cfg;
+    enum cachefile_stray stray;
+    char err[VND_ERR_MAX] = "";
+    int cause = VND_CAUSE_NONE, rc;
+
+    core_cache_cfg(c, &cfg);
+    stray = cachefile_find_stray(f, &cfg);
+    if (stray == CACHEFILE_IN_PLACE && !(retry && cachefile_lacks(f, &cfg)))
+        return;
+    cfg.quiet = stray == CACHEFILE_IN_PLACE;
+    pthread_mutex_lock(&c->load_lock);      /* the table stays as it is */
+    rc = cachefile_move(f, &cfg, atomic_load(&c->table), stray == CACHEFILE_IN_PLACE, &cause, err, sizeof err);
+    pthread_mutex_unlock(&c->load_lock);
+    if (!rc && stray != CACHEFILE_IN_PLACE)
+        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s", f->id, STRAYED[stray]);
+    else if (!rc)
+        engine_say(c->engine, 20, VND_CAUSE_NONE, "cache of blob %s is written again", f->id);
+    else if (rc < 0 && stray != CACHEFILE_IN_PLACE && !f->stray_said)
+        engine_say(c->engine, 40, cause, "%s; %s, and until that is mended this daemon alone goes on with the "
+                   "removed file", err, STRAYED[stray]);
+    f->stray_said = rc < 0;
+}
+
+/* One round over all blobs. sync_all: the interval has passed, so little is worth it too. */
+static void look_after(struct vnd_engine *e, bool sync_all, bool retry)
+{
+    for (int skip = 0;; skip++) {
+        struct blob_core *c = NULL;
+        int at = 0;
+
+        /* Walks by position: lists change under us, a blob missed or met twice does no harm. */
+        pthread_mutex_lock(&e->lock);
+        for (struct vnd_store *s = e->stores; s && !c; s = s->next) {
+            pthread_mutex_lock(&s->lock);
+            for (struct blob_core *k = s->cores; k && !c; k = k->next)
+                if (at++ == skip) {
+                    c = k;
+                    c->refs++;
+                }
+            pthread_mutex_unlock(&s->lock);
+        }
+        pthread_mutex_unlock(&e->lock);
+        if (!c)
+            return;
+        if (atomic_load_explicit(&c->table, memory_order_acquire)) {
+            if (c->cache->sync_due)
+                cachefile_sync(c->cache);
+            c->cache->sync_due = !c->cache->sync_due && cachefile_write_out(c->cache, sync_all);
+            if (store_follow(c->store, retry))
+                follow_core(c, retry);
+            if (retry && c->cache->writable && atomic_load(&c->uncached)) {
+                pthread_mutex_lock(&c->load_lock);
+                uncached_flush(c);
+                pthread_mutex_unlock(&c->load_lock);
+            }
+        }
+        core_put(c);
+    }
+}
+
+static void *upkeep_run(void *arg)
+{
+    struct fetcher *f = arg;
+    int64_t synced = now_us(), retried = synced;
+
+    pthread_mutex_lock(&f->upkeep_lock);
+    while (!f->upkeep_down) {
+        struct timespec until = time_after_ms(LOOK_MS);
+        pthread_cond_timedwait(&f->upkeep_some, &f->upkeep_lock, &until);
+        if (f->upkeep_down)
+            break;
+        bool sync_all = now_us() - synced >= (int64_t)f->engine->cfg.sync_interval_ms * 1000;
+        bool retry = now_us() - retried >= RETRY_US;
+        pthread_mutex_unlock(&f->upkeep_lock);
+        look_after(f->engine, sync_all, retry);
+        if (sync_all)
+            synced = now_us();
+        if (retry)
+            retried = now_us();
+        pthread_mutex_lock(&f->upkeep_lock);
+    }
+    pthread_mutex_unlock(&f->upkeep_lock);
+    return NULL;
+}
+
+void upkeep_start(struct fetcher *f)
+{
+    pthread_mutex_lock(&f->upkeep_lock);
+    if (!f->upkeep_started && !f->upkeep_down)
+        f->upkeep_started = !thread_start(&f->upkeep_thread, "vnd-upkeep", upkeep_run, f);
+    pthread_mutex_unlock(&f->upkeep_lock);
+}
+
+void upkeep_stop(struct fetcher *f)
+{
+    bool join;
+
+    pthread_mutex_lock(&f->upkeep_lock);
+    join = f->upkeep_started;
+    f->upkeep_down = true;
+    f->upkeep_started = false;
+    pthread_cond_signal(&f->upkeep_some);
+    pthread_mutex_unlock(&f->upkeep_lock);
+    if (join)
+        pthread_join(f->upkeep_thread, NULL);
+}

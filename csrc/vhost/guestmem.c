@@ -1,0 +1,329 @@
+/* vhost/guestmem.c -- see guestmem.h. */
+#include "vhost/guestmem.h"
+
+#include <errno.h>
+#include <linux/magic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "base/engine.h"
+#include "base/sigbus.h"
+
+#define GUESTLOG_PAGE_SHIFT 12      /* vhost's dirty log page, whatever the guest's own pages are */
+
+struct guestmem_map {
+    int refs;
+    uint8_t *addr;
+    uint64_t len, offset;           /* of the mapping, block aligned */
+    dev_t dev;
+    ino_t ino;
+    struct sigbus_range *guard;
+};
+
+void guestmem_map_put(struct guestmem_map *map)
+{
+    if (map == NULL || --map->refs > 0)
+        return;
+    sigbus_remove(map->guard);
+    munmap(map->addr, map->len);
+    free(map);
+}
+
+/* Offsets of huge page files must be aligned to their page, which only statfs tells. */
+static uint64_t block_bytes(int fd)
+{
+    struct statfs fs;
+
+    if (fstatfs(fd, &fs) == 0 && fs.f_type == HUGETLBFS_MAGIC && fs.f_bsize > 0)
+        return (uint64_t)fs.f_bsize;
+    return (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+/* As guestmem_map_new; a mapping of old that holds the same bytes is shared. */
+static int map_get(int fd, uint64_t offset, uint64_t size, const struct guestmem *old, _Atomic int *lost,
+                   const char *what, struct guestmem_map **out, uint8_t **host, char *err, size_t err_len)
+{
+    struct stat st;
+    uint64_t end, block, start, len;
+    struct guestmem_map *map;
+
+    if (size == 0 || __builtin_add_overflow(offset, size, &end) || end > INT64_MAX)
+        return fail_line(-EINVAL, err, err_len, "%s: 0x%llx bytes at file offset 0x%llx make no range", what,
+                         (unsigned long long)size, (unsigned long long)offset);
+    if (fstat(fd, &st) != 0)
+        return fail_line(-errno, err, err_len, "%s: fd %d: %s", what, fd, strerror(errno));
+    if (!S_ISREG(st.st_mode))
+        return fail_line(-EINVAL, err, err_len, "%s: fd %d is not a file; share a memfd or a file", what, fd);
+    if ((uint64_t)st.st_size < end)
+        return fail_line(-EINVAL, err, err_len, "%s: the range ends at 0x%llx, its file at 0x%llx", what,
+                         (unsigned long long)end, (unsigned long long)st.st_size);
+    block = block_bytes(fd);
+    start = offset / block * block;
+    len = (end - start + block - 1) / block * block;
+    for (uint32_t i = 0; old != NULL && i < old->n; i++) {
+        map = old->region[i].map;
+        if (map->dev == st.st_dev && map->ino == st.st_ino && map->offset == start && map->len == len &&
+            !sigbus_hit(map->guard)) {
+            map->refs++;
+            goto done;
+        }
+    }
+    map = calloc(1, sizeof(*map));
+    if (map == NULL)
+        return fail_line(-ENOMEM, err, err_len, "%s: out of memory", what);
+    map->addr = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, (off_t)start);
+    if (map->addr == MAP_FAILED) {
+        int e = errno;
+
+        free(map);
+        return fail_line(-e, err, err_len, "%s: mapping 0x%llx bytes at 0x%llx: %s", what, (unsigned long long)len,
+                         (unsigned long long)start, strerror(e));
+    }
+    madvise(map->addr, len, MADV_DONTDUMP);
+    map->refs = 1;
+    map->len = len;
+    map->offset = start;
+    map->dev = st.st_dev;
+    map->ino = st.st_ino;
+    map->guard = sigbus_add(map->addr, len, block, lost);
+    if (map->guard == NULL) {
+        guestmem_map_put(map);
+        return fail_line(-ENOMEM, err, err_len, "%s: out of memory", what);
+    }
+done:
+    *out = map;
+    *host = map->addr + (offset - start);
+    return 0;
+}
+
+int guestmem_map_new(int fd, uint64_t offset, uint64_t size, _Atomic int *lost, const char *what,
+                     struct guestmem_map **out, uint8_t **host, char *err, size_t err_len)
+{
+    return map_get(fd, offset, size, NULL, lost, what, out, host, err, err_len);
+}
+
+static int compare_gpa(const void *a, const void *b)
+{
+    const struct guestmem_region *x = a, *y = b;
+
+    return (x->gpa > y->gpa) - (x->gpa < y->gpa);
+}
+
+static int compare_uaddr(const void *a, const void *b)
+{
+    const struct guestmem_region *x = a, *y = b;
+
+    return (x->uaddr > y->uaddr) - (x->uaddr < y->uaddr);
+}
+
+/* Sizes, sums and overlaps in both address spaces, on a scratch copy. */
+static int check_regions(const vnd_region *regions, uint32_t n, char *err, size_t err_len)
+{
+    struct guestmem_region *r = calloc(n ? n : 1, sizeof(*r));
+    int rc = 0;
+
+    if (r == NULL)
+        return fail_line(-ENOMEM, err, err_len, "guest memory: out of memory");
+    for (uint32_t i = 0; i < n && rc == 0; i++) {
+        uint64_t end;
+
+        r[i] = (struct guestmem_region){ .gpa = regions[i].gpa, .size = regions[i].size_bytes,
+                                         .uaddr = regions[i].user_addr };
+        if (r[i].size == 0 || __builtin_add_overflow(r[i].gpa, r[i].size, &end) ||
+            __builtin_add_overflow(r[i].uaddr, r[i].size, &end))
+            rc = fail_line(-EINVAL, err, err_len, "guest memory: region %u (0x%llx bytes at 0x%llx) is empty or "
+                           "wraps", i, (unsigned long long)r[i].size, (unsigned long long)r[i].gpa);
+    }
+    qsort(r, n, sizeof(*r), compare_uaddr);
+    for (uint32_t i = 1; i < n && rc == 0; i++)
+        if (r[i - 1].uaddr + r[i - 1].size > r[i].uaddr)
+            rc = fail_line(-EINVAL, err, err_len, "guest memory: regions overlap at user address 0x%llx",
+                           (unsigned long long)r[i].uaddr);
+    qsort(r, n, sizeof(*r), compare_gpa);
+    for (uint32_t i = 1; i < n && rc == 0; i++)
+        if (r[i - 1].gpa + r[i - 1].size > r[i].gpa)
+            rc = fail_line(-EINVAL, err, err_len, "guest memory: regions overlap at guest address 0x%llx",
+                           (unsigned long long)r[i].gpa);
+    free(r);
+    return rc;
+}
+
+int guestmem_new(const vnd_region *regions, uint32_t n, const struct guestmem *old, _Atomic int *lost,
+                 struct guestmem **out, char *err, size_t err_len)
+{
+    struct guestmem *m;
+    int rc;
+
+    if (n > VND_REGION_MAX)
+        return fail_line(-EINVAL, err, err_len, "guest memory: %u regions, at most %d", n, VND_REGION_MAX);
+    rc = check_regions(regions, n, err, err_len);
+    if (rc != 0)
+        return rc;
+    m = calloc(1, sizeof(*m) + n * sizeof(m->region[0]));
+    if (m == NULL)
+        return fail_line(-ENOMEM, err, err_len, "guest memory: out of memory");
+    for (; m->n < n; m->n++) {
+        const vnd_region *in = &regions[m->n];
+        struct guestmem_region *r = &m->region[m->n];
+
+        rc = map_get(in->fd, in->mmap_offset, in->size_bytes, old, lost, "guest memory", &r->map, &r->host, err,
+                     err_len);
+        if (rc != 0) {
+            guestmem_free(m);
+            return rc;
+        }
+        r->gpa = in->gpa;
+        r->size = in->size_bytes;
+        r->uaddr = in->user_addr;
+    }
+    qsort(m->region, n, sizeof(m->region[0]), compare_gpa);
+    *out = m;
+    return 0;
+}
+
+void guestmem_free(struct guestmem *m)
+{
+    if (m == NULL)
+        return;
+    for (uint32_t i = 0; i < m->n; i++)
+        guestmem_map_put(m->region[i].map);
+    free(m);
+}
+
+bool guestmem_hit(const struct guestmem *m)
+{
+    for (uint32_t i = 0; m != NULL && i < m->n; i++)
+        if (sigbus_hit(m->region[i].map->guard))
+            return true;
+    return false;
+}
+
+uint8_t *guestmem_host(const struct guestmem *m, uint32_t *hint, uint64_t gpa, uint64_t len, uint64_t *got)
+{
+    const struct guestmem_region *r;
+    uint32_t lo = 0, hi;
+
+    if (m == NULL)
+        return NULL;
+    if (*hint < m->n) {
+        r = &m->region[*hint];
+        if (gpa - r->gpa < r->size)
+            goto found;
+    }
+    hi = m->n;
+    while (lo < hi) {
+        uint32_t mid = lo + (hi - lo) / 2;
+
+        r = &m->region[mid];
+        if (gpa < r->gpa) {
+            hi = mid;
+        } else if (gpa - r->gpa >= r->size) {
+            lo = mid + 1;
+        } else {
+            *hint = mid;
+            goto found;
+        }
+    }
+    return NULL;
+found:
+    *got = r->size - (gpa - r->gpa);
+    if (*got > len)
+        *got = len;
+    return r->host + (gpa - r->gpa);
+}
+
+uint8_t *guestmem_ring(const struct guestmem *m, uint64_t uaddr, uint64_t len)
+{
+    for (uint32_t i = 0; m != NULL && i < m->n; i++) {
+        const struct guestmem_region *r = &m->region[i];
+
+        if (uaddr - r->uaddr < r->size)
+            return r->size - (uaddr - r->uaddr) >= len ? r->host + (uaddr - r->uaddr) : NULL;
+    }
+    return NULL;
+}
+
+int guestmem_read(const struct guestmem *m, uint32_t *hint, uint64_t gpa, void *dst, uint64_t len)
+{
+    uint8_t *to = dst;
+
+    while (len > 0) {
+        uint64_t got;
+        const uint8_t *host = guestmem_host(m, hint, gpa, len, &got);
+
+        if (host == NULL)
+            return -EFAULT;
+        memcpy(to, host, got);
+        to += got;
+        len -= got;
+        if (len > 0 && __builtin_add_overflow(gpa, got, &gpa))
+            return -EFAULT;
+    }
+    /* The guest may write on: nothing after this line may be fetched from it anew. */
+    atomic_signal_fence(memory_order_seq_cst);
+    return 0;
+}
+
+struct guestlog {
+    uint8_t *bits;
+    uint64_t size_bytes;
+    struct guestmem_map *map;
+};
+
+int guestlog_new(int fd, uint64_t offset, uint64_t size_bytes, _Atomic int *lost, struct guestlog **out, char *err,
+                 size_t err_len)
+{
+    struct guestlog *l;
+    int rc;
+
+    l = calloc(1, sizeof(*l));
+    if (l == NULL)
+        return fail_line(-ENOMEM, err, err_len, "dirty log: out of memory");
+    rc = guestmem_map_new(fd, offset, size_bytes, lost, "dirty log", &l->map, &l->bits, err, err_len);
+    if (rc != 0) {
+        free(l);
+        return rc;
+    }
+    l->size_bytes = size_bytes;
+    *out = l;
+    return 0;
+}
+
+void guestlog_free(struct guestlog *l)
+{
+    if (l == NULL)
+        return;
+    guestmem_map_put(l->map);
+    free(l);
+}
+
+void guestmem_mark(struct guestlog *log, uint64_t gpa, uint64_t len)
+{
+    uint64_t last;
+
+    if (log == NULL || len == 0)
+        return;
+    if (__builtin_add_overflow(gpa, len - 1, &last))
+        last = UINT64_MAX;
+    last >>= GUESTLOG_PAGE_SHIFT;
+    for (uint64_t page = gpa >> GUESTLOG_PAGE_SHIFT; page <= last && page / 8 < log->size_bytes; page++)
+        __atomic_fetch_or(&log->bits[page / 8], (uint8_t)(1u << (page % 8)), __ATOMIC_SEQ_CST);
+}
+
+void guestmem_write(struct guestlog *log, uint8_t *host, const void *src, uint64_t len, uint64_t gpa)
+{
+    if (len == 2 && ((uintptr_t)host & 1) == 0) {
+        uint16_t v;
+
+        memcpy(&v, src, 2);
+        __atomic_store_n((uint16_t *)(void *)host, v, __ATOMIC_RELEASE);
+    } else {
+        memcpy(host, src, len);
+    }
+    if (log != NULL)
+        guestmem_mark(log, gpa, len);
+}

@@ -1,0 +1,61 @@
+/* vhost/guestmem.h -- the guest's memory as the front-end shared it: an immutable table of mapped regions, the dirty log,
+ * and the only functions that write to the guest.
+ *
+ * Descriptors carry guest physical addresses (gpa), ring addresses are the front-end's own user addresses (uaddr).
+ * A table is built by control, handed to the queue threads and freed when none of them uses it any more.
+ */
+#ifndef VND_GUESTMEM_H
+#define VND_GUESTMEM_H
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "vnd.h"
+
+/* One guarded shared mmap of a front-end's file. Control thread only. */
+struct guestmem_map;
+/* Maps bytes [offset, offset+size) of fd; *host gets their address. lost is set to 1 when a page of it is found
+ * to be truncated away. what names it in the line. */
+int guestmem_map_new(int fd, uint64_t offset, uint64_t size, _Atomic int *lost, const char *what,
+                     struct guestmem_map **out, uint8_t **host, char *err, size_t err_len);
+void guestmem_map_put(struct guestmem_map *map);    /* NULL is fine */
+
+struct guestmem_region {
+    uint64_t gpa, size, uaddr;
+    uint8_t *host;
+    struct guestmem_map *map;
+};
+
+struct guestmem {
+    uint32_t n;
+    struct guestmem_region region[];    /* by gpa, ascending, disjoint */
+};
+
+/* Maps the regions (mappings of old that fit are shared, old stays valid). Nothing may wrap, overlap (in either
+ * address space) or reach beyond its file. lost as above. 0 or -errno with a line. */
+int guestmem_new(const vnd_region *regions, uint32_t n, const struct guestmem *old, _Atomic int *lost,
+                 struct guestmem **out, char *err, size_t err_len);
+void guestmem_free(struct guestmem *m);     /* NULL is fine */
+/* True if a page of it was lost to truncation. */
+bool guestmem_hit(const struct guestmem *m);
+
+/* Host address of gpa, and in *got how many of len bytes lie there in one piece; NULL: a hole. hint is the
+ * caller's index of the last region hit. */
+uint8_t *guestmem_host(const struct guestmem *m, uint32_t *hint, uint64_t gpa, uint64_t len, uint64_t *got);
+/* Host address of [uaddr, uaddr+len), which must lie in one region; else NULL. */
+uint8_t *guestmem_ring(const struct guestmem *m, uint64_t uaddr, uint64_t len);
+/* Copies from the guest, across regions. 0 or -EFAULT. */
+int guestmem_read(const struct guestmem *m, uint32_t *hint, uint64_t gpa, void *dst, uint64_t len);
+
+/* Dirty log of live migration: bit per 4 KiB page of guest physical memory. */
+struct guestlog;
+int guestlog_new(int fd, uint64_t offset, uint64_t size_bytes, _Atomic int *lost, struct guestlog **out, char *err,
+                 size_t err_len);
+void guestlog_free(struct guestlog *l);
+
+/* Bytes [gpa, gpa+len) of the guest have been written. log NULL: nobody asked. */
+void guestmem_mark(struct guestlog *log, uint64_t gpa, uint64_t len);
+/* The function that writes to the guest. Two aligned bytes (a ring index) are stored at once, in release order. */
+void guestmem_write(struct guestlog *log, uint8_t *host, const void *src, uint64_t len, uint64_t gpa);
+
+#endif
