@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from virtiofsd_nydus.daemon.config import (
+from virtiofsd_nydus.config import (
     CONFIG_MAX_BYTES,
     V1_SCHEMA,
     V2_SCHEMA,

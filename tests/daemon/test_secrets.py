@@ -14,7 +14,7 @@ from tests.peers.faulty_server import FaultyServer
 from tests.store.conftest import Image
 from tests.system.daemon import Daemon, ServedImage
 from virtiofsd_nydus.daemon.api import ROUTES
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 
 SECRET = "hunter2-the-secret"
 LOGIN = base64.b64encode(f"someone:{SECRET}".encode()).decode()

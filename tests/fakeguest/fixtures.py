@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fakeguest.support import DaemonKeeper, Image, assert_alive, build_image, make_tree
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from virtiofsd_nydus._fakeguest import ffi, lib
 
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest, Queue
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, Queue
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 # path -> (seed of its pattern, size); bystanders read "data"

@@ -6,11 +6,11 @@ import pytest
 from virtiofsd_nydus._fakeguest import lib
 
 from tests.fakeguest.support import FILES, BackgroundLoad, Load, pattern
-from virtiofsd_nydus.vmm import vhost_frontend as vhost
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest, NoAnswer, Region
-from virtiofsd_nydus.vmm.fuse_client import GETATTR, pack_request
+from virtiofsd_nydus.fakeguest import frontend as vhost
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, NoAnswer, Region
+from virtiofsd_nydus.fakeguest.frontend import Request
+from virtiofsd_nydus.fakeguest.fuse_client import GETATTR, pack_request
 from virtiofsd_nydus.vmm.servers import NydusDaemon
-from virtiofsd_nydus.vmm.vhost_frontend import Request
 
 GETATTR_ROOT = pack_request(GETATTR, 2, 1, bytes(16))
 

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 import pytest
 
 from tests.fakeguest.support import FILES, BackgroundLoad, Load, pattern
-from virtiofsd_nydus.vmm import vhost_frontend as vhost
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
-from virtiofsd_nydus.vmm.fuse_client import GETATTR, pack_request
+from virtiofsd_nydus.fakeguest import frontend as vhost
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.frontend import VRING_ADDR, Request
+from virtiofsd_nydus.fakeguest.fuse_client import GETATTR, pack_request
 from virtiofsd_nydus.vmm.servers import NydusDaemon
-from virtiofsd_nydus.vmm.vhost_frontend import VRING_ADDR, Request
 
 PAGE = 4096
 LOG_ALL = 1 << 26

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.fakeguest.support import FILES, LINKS, MANY, Image, pattern
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
-from virtiofsd_nydus.vmm.fuse_client import ROOT, DirEntry, FuseClient
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fuse_client import ROOT, DirEntry, FuseClient
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 EROFS_OPS = {
@@ -105,7 +105,7 @@ def test_listing_continues_from_any_cookie(guest: FakeGuest) -> None:
     for at in (0, 1, 2, 17, MANY - 1):
         body = struct.pack("=QQIIQII", 0, whole[at].next_off, 65536, 0, 0, 0, 0)
         rest = guest.fuse.request(28, node, body, 0, 65536)
-        from virtiofsd_nydus.vmm.fuse_client import parse_dirents
+        from virtiofsd_nydus.fakeguest.fuse_client import parse_dirents
 
         assert [e.name for e in parse_dirents(rest, False)] == [e.name for e in whole[at + 1 :]]
 
@@ -121,7 +121,7 @@ def test_reads_at_every_edge(guest: FakeGuest) -> None:
 
 def test_read_larger_than_the_buffers_is_refused_or_cut(guest: FakeGuest) -> None:
     """The request asks for more than its writable part holds."""
-    from virtiofsd_nydus.vmm.fuse_client import READ, READ_IN
+    from virtiofsd_nydus.fakeguest.fuse_client import READ, READ_IN
 
     node = guest.fuse.walk("data").nodeid
     for size in (8193, 1 << 20, 0xFFFF_FFFF):

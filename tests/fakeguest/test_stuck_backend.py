@@ -14,11 +14,11 @@ from virtiofsd_nydus._fakeguest import ffi, lib
 
 from tests.fakeguest.gate import GateRegistry
 from tests.fakeguest.support import Image, assert_alive, build_image, open_fds, pattern, wait_until
-from virtiofsd_nydus.vmm import vhost_frontend as vhost
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest, NoAnswer
-from virtiofsd_nydus.vmm.fuse_client import GETATTR, INIT, INIT_IN, OUT_HEADER, READ, READ_IN, pack_request
+from virtiofsd_nydus.fakeguest import frontend as vhost
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, NoAnswer
+from virtiofsd_nydus.fakeguest.frontend import Request
+from virtiofsd_nydus.fakeguest.fuse_client import GETATTR, INIT, INIT_IN, OUT_HEADER, READ, READ_IN, pack_request
 from virtiofsd_nydus.vmm.servers import NydusDaemon
-from virtiofsd_nydus.vmm.vhost_frontend import Request
 
 WARM = (21, 65536)              # seed, size
 COLD = (22, 24 << 20)           # far larger than what is fetched around a wanted chunk at first

@@ -245,7 +245,7 @@ def test_killed_reader_is_gone_at_once(image: ServedImage, proxy: RangeProxy, st
 def test_guest_and_host_in_one_process(image: ServedImage, registry: LocalRegistry, start_host: StartHost,
                                        tmp_path: Path, unpacked: Path) -> None:
     """What the guest read is warm on the host, and the other way round."""
-    from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+    from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 
     sock = tmp_path / "fs.sock"
     host: HostDaemon = start_host(extra=("--sock", str(sock)))

@@ -5,9 +5,9 @@ import struct
 import tarfile
 from pathlib import Path
 
-from virtiofsd_nydus.build.options import BuildOptions
+from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
 CHUNK = 0x10000
 RECORD = 80

@@ -10,8 +10,8 @@ import pytest
 
 from tests.hostile.images import CHUNK, build, write_source
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.rafs.data import opened_with_data
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
+from virtiofsd_nydus.reader.data import opened_with_data
 
 ENTRY, HEADER, META_HEADER = 128, 512, 4096
 

@@ -9,8 +9,8 @@ import pytest
 from tests.hostile.faults import CHECK, DATA, FAULTS, INODE, OPEN, Fault
 from tests.hostile.make import good_images, make_file
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.rafs.data import opened_with_data
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
+from virtiofsd_nydus.reader.data import opened_with_data
 
 NAMES_MAX = 200         # that a walk may meet in an image of a dozen
 

@@ -14,7 +14,7 @@ from virtiofsd_nydus._fakeguest import lib
 
 from tests.fakeguest.support import Image, Load
 from tests.system.daemon import wait_until
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 OPS = 10_000

@@ -20,7 +20,7 @@ from tests.system.daemon import Daemon, ServedImage, data_ends
 from tests.system.guest_tree import Record, differences, list_tree
 from tests.system.range_proxy import RangeProxy
 from tests.system.test_guest import guest_files, registry_of_its_own  # noqa: F401
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 from virtiofsd_nydus.vmm.guest import Deadline
 from virtiofsd_nydus.vmm.qemu import GuestFiles, Machine, MachineConfig, Share
 

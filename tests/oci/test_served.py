@@ -14,7 +14,7 @@ import pytest
 from tests.oci.conftest import BIG, SMALL
 from tests.peers.faulty_server import FaultyServer
 from tests.peers.registry import LocalRegistry
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 from virtiofsd_nydus.vmm.image import prepare_image
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.fakeguest.support import assert_alive
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
-from virtiofsd_nydus.vmm.fuse_client import FuseClient
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fuse_client import FuseClient
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 HANDLES, DESCRIPTORS = "handles", "descriptors"

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from virtiofsd_nydus.vmm import fuse_client as fc
+from virtiofsd_nydus.fakeguest import fuse_client as fc
 
 REQUEST_BYTES = 1 << 18
 NODE = 2

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests.fakeguest.support import assert_alive, build_image
-from virtiofsd_nydus.vmm import fuse_client as fc
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
-from virtiofsd_nydus.vmm.fuse_client import ROOT
+from virtiofsd_nydus.fakeguest import fuse_client as fc
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fuse_client import ROOT
 from virtiofsd_nydus.vmm.servers import NydusDaemon, UnixConnection
 
 OTHER = "Mount(MountFilesystem(Other({})))"

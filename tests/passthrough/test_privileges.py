@@ -11,8 +11,8 @@ import pytest
 from tests.passthrough.conftest import ShareDaemon
 from tests.passthrough.host import PassthroughMount
 from tests.passthrough.privileges import KEPT, check_reduced, held, thread_status
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
-from virtiofsd_nydus.vmm.fuse_client import ROOT, FuseClient
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fuse_client import ROOT, FuseClient
 
 PROJECT = Path(__file__).resolve().parents[2]
 

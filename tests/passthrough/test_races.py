@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from virtiofsd_nydus.vmm import fuse_client as fc
-from virtiofsd_nydus.vmm.fuse_client import ROOT, FuseClient
+from virtiofsd_nydus.fakeguest import fuse_client as fc
+from virtiofsd_nydus.fakeguest.fuse_client import ROOT, FuseClient
 
 ROUNDS = 400
 AT_FDCWD, RENAME_EXCHANGE = -100, 2

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from virtiofsd_nydus.vmm import fuse_client as fc
-from virtiofsd_nydus.vmm.fuse_client import ROOT, FuseClient
+from virtiofsd_nydus.fakeguest import fuse_client as fc
+from virtiofsd_nydus.fakeguest.fuse_client import ROOT, FuseClient
 
 STEPS = 400
 NAMES = [f"n{i}" for i in range(8)]

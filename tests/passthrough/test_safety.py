@@ -33,9 +33,9 @@ import pytest
 
 from tests.fakeguest.support import open_fds
 from tests.passthrough.conftest import DESCRIPTORS, ShareDaemon, only_handles
-from virtiofsd_nydus.vmm import fuse_client as fc
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
-from virtiofsd_nydus.vmm.fuse_client import ROOT, FuseClient
+from virtiofsd_nydus.fakeguest import fuse_client as fc
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fuse_client import ROOT, FuseClient
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 WAIT_S = 20.0

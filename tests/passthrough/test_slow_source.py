@@ -12,9 +12,9 @@ from tests.fakeguest.support import assert_alive, build_image
 from tests.fusedev.host import has_fuse
 from tests.passthrough.gate_fs import GateFs
 from tests.passthrough.test_api import connect_api
-from virtiofsd_nydus.vmm import fuse_client as fc
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
-from virtiofsd_nydus.vmm.fuse_client import OUT_HEADER, pack_request
+from virtiofsd_nydus.fakeguest import fuse_client as fc
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fuse_client import OUT_HEADER, pack_request
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 WARM_READS = 2000

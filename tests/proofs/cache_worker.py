@@ -13,7 +13,7 @@ from random import Random
 
 from tests.proofs.sample import load_sample
 from virtiofsd_nydus.engine import Engine, Store
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
 from virtiofsd_nydus.storage.localfs import LocalfsBackend
 from virtiofsd_nydus.storage.pump import FetchPump
 

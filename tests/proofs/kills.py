@@ -12,9 +12,9 @@ from tests.peers.faulty_server import FaultyServer
 from tests.proofs.sample import Sample
 from tests.system.daemon import Daemon, ServedImage
 from tests.system.test_kill import Gone, MortalChannel
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest, GuestFault
-from virtiofsd_nydus.vmm.fuse_client import FuseClient
-from virtiofsd_nydus.vmm.vhost_frontend import HungUp
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, GuestFault
+from virtiofsd_nydus.fakeguest.frontend import HungUp
+from virtiofsd_nydus.fakeguest.fuse_client import FuseClient
 
 KILL_WITHIN_S = 0.3
 

@@ -8,7 +8,7 @@ import pytest
 from tests.peers.faulty_server import FaultyServer
 from tests.proofs.sample import Sample, make_sample
 from tests.system.daemon import Daemon, ServedImage
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 
 FILES, FILE_BYTES = 10_000, 4096
 CHUNKS_PER_REQUEST = 64

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from virtiofsd_nydus.build.options import BuildOptions
+from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
 from virtiofsd_nydus.cli.main import main
 

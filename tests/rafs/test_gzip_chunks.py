@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.images import ImageV5, ImageV6, build, write_source
-from virtiofsd_nydus.build.chunker import Chunker
-from virtiofsd_nydus.build.options import BuildOptions
-from virtiofsd_nydus.rafs.data import opened_with_data
+from virtiofsd_nydus.builder.chunker import Chunker
+from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.rafs.layout import ChunkFlag, Codec
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
+from virtiofsd_nydus.reader.data import opened_with_data
 
 NYDUSD = os.environ.get("NYDUSD", "")
 VERSIONS = [5, 6]

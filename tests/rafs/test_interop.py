@@ -18,8 +18,8 @@ import pytest
 
 from virtiofsd_nydus.cli.check import check_data, check_structure
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.rafs.data import directory_source, opened_with_data
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
+from virtiofsd_nydus.reader.data import directory_source, opened_with_data
 
 NYDUS_IMAGE = os.environ.get("NYDUS_IMAGE", "")
 pytestmark = [

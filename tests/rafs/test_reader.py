@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from virtiofsd_nydus.build.options import BuildOptions
+from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
 from virtiofsd_nydus.cli.check import opened_with_data
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = Path(os.environ.get("NYDUS_SAMPLES", ROOT.parent / "shared" / "samples"))

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from tests.rafs.test_reader import SAMPLES, compare_entry, fill_tree, names_below, needs_samples
-from virtiofsd_nydus.build.options import BuildOptions
+from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
 from virtiofsd_nydus.errors import Failure
-from virtiofsd_nydus.rafs.data import opened_with_data
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
+from virtiofsd_nydus.reader.data import opened_with_data
 
 NYDUS_IMAGE = os.environ.get("NYDUS_IMAGE", "")
 RESULT = "sha256-nocompress-repeatable.result"

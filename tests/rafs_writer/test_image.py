@@ -13,7 +13,7 @@ import pytest
 
 from rafs_writer.decoder import Blob, Bootstrap
 from rafs_writer.trees import Entry, Tree, build_tar, check_tree, decode_image, make_tree, write_tar
-from virtiofsd_nydus.build.image import BuildOptions, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs.bootstrap import BlobInfo, BootstrapWriter
 from virtiofsd_nydus.rafs.chunktable import ChunkTable

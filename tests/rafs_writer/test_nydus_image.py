@@ -14,7 +14,7 @@ import pytest
 
 from rafs_writer.decoder import Blob, Bootstrap
 from rafs_writer.trees import Entry, Tree, build_tar, make_tree, write_tar
-from virtiofsd_nydus.build.image import BuildOptions, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
 from virtiofsd_nydus.cli.main import main
 
 NYDUS_IMAGE = os.environ.get("NYDUS_IMAGE", "")

@@ -18,10 +18,10 @@ from tests.system.daemon import Daemon, ServedImage
 from tests.system.guest_tree import Record, differences, list_tree
 from tests.system.test_kernel_erofs import mounted
 from tests.tree_listing import KINDS
-from virtiofsd_nydus.build.image import BuildOptions, merge_layers
-from virtiofsd_nydus.build.tar_stream import parse_time
+from virtiofsd_nydus.builder.image import BuildOptions, merge_layers
+from virtiofsd_nydus.builder.tar_stream import parse_time
 from virtiofsd_nydus.cli.main import main
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 
 CHUNK = 64 << 10
 WAYS: dict[str, dict[str, Any]] = {

@@ -19,11 +19,11 @@ from random import Random
 from typing import Any, NamedTuple
 
 from tests.peers.faulty_server import FAULTS, FaultyServer
-from virtiofsd_nydus.build.options import BuildOptions
+from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
 from virtiofsd_nydus.engine import Engine, Rafs, Store
 from virtiofsd_nydus.errors import Cause
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
 from virtiofsd_nydus.storage.factory import create_backend
 from virtiofsd_nydus.storage.localfs import LocalfsBackend
 from virtiofsd_nydus.storage.pump import FetchPump

@@ -9,7 +9,7 @@ import pytest
 from tests.peers.faulty_server import TOKEN_PATH, FaultyServer
 from tests.storage.conftest import DATA, read
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
-from virtiofsd_nydus.oci.auth import Credentials, find_docker_credentials, parse_challenges, parse_creds
+from virtiofsd_nydus.net.auth import Credentials, find_docker_credentials, parse_challenges, parse_creds
 
 SECRET = "the-secret-word"
 AUTH = base64.b64encode(f"someone:{SECRET}".encode()).decode()
@@ -233,7 +233,7 @@ def test_tokens_are_renewed_while_there_is_traffic(server: FaultyServer, make,
     """No read meets an old token, and without reads nothing is renewed."""
     import time
 
-    from virtiofsd_nydus.oci import auth
+    from virtiofsd_nydus.net import auth
 
     server.token_user = ""
     server.token_life_s = 2

@@ -9,9 +9,9 @@ import pytest
 from tests.peers.faulty_server import FaultyServer
 from tests.storage.conftest import DATA, read
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.net.health import Gate, RateLimit
 from virtiofsd_nydus.storage.blobs import BREAKER_FAILURES
 from virtiofsd_nydus.storage.factory import create_backend
-from virtiofsd_nydus.storage.health import Gate, RateLimit
 
 
 class Clock:

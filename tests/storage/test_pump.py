@@ -9,12 +9,12 @@ from random import Random
 import pytest
 
 from tests.peers.faulty_server import FaultyServer
-from virtiofsd_nydus.build.options import BuildOptions
+from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
 from virtiofsd_nydus.engine import Engine, Rafs, Store
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.net.health import RateLimit
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
 from virtiofsd_nydus.storage.factory import create_backend
-from virtiofsd_nydus.storage.health import RateLimit
 from virtiofsd_nydus.storage.localfs import LocalfsBackend
 from virtiofsd_nydus.storage.pump import PREFETCH_SLOTS, FetchPump
 

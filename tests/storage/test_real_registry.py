@@ -12,7 +12,7 @@ import pytest
 
 from tests.peers.registry import LocalRegistry
 from tests.storage.conftest import DATA, read
-from virtiofsd_nydus.daemon.config import parse_config
+from virtiofsd_nydus.config import parse_config
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.storage.factory import change_backend, create_backend
 

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from virtiofsd_nydus.build.options import BuildOptions
+from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
 
 CHUNK_BYTES = 64 * 1024

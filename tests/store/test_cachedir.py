@@ -12,11 +12,11 @@ from tests.store.conftest import CHUNK_BYTES, Image
 from virtiofsd_nydus.cli.main import main
 from virtiofsd_nydus.engine import Engine, Store
 from virtiofsd_nydus.errors import Failure
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
 from virtiofsd_nydus.storage.cachedir import SIDE_DIR, STALE_TMP_S, CacheDir, Kept
 from virtiofsd_nydus.storage.localfs import LocalfsBackend
 from virtiofsd_nydus.storage.pump import FetchPump
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 

@@ -13,7 +13,7 @@ from tests.proofs.power_cut import attached, can_mount, make_disk, mounted
 from tests.store.conftest import Image
 from virtiofsd_nydus.engine import Engine, Event, Store
 from virtiofsd_nydus.errors import Cause
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
 from virtiofsd_nydus.storage.localfs import LocalfsBackend
 from virtiofsd_nydus.storage.pump import FetchPump
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.store.test_nydus_images import make_source
 from virtiofsd_nydus.engine import Engine, Store
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
 from virtiofsd_nydus.storage.localfs import LocalfsBackend
 from virtiofsd_nydus.storage.pump import FetchPump
 

@@ -16,7 +16,7 @@ from virtiofsd_nydus._engine import ffi, lib
 from tests.store.conftest import CHUNK_BYTES, Image
 from virtiofsd_nydus.engine import Engine, Store
 from virtiofsd_nydus.errors import Cause
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
 from virtiofsd_nydus.storage.localfs import LocalfsBackend
 from virtiofsd_nydus.storage.pump import FetchPump
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from tests.peers.faulty_server import FaultyServer
 from tests.system.daemon import Daemon, ServedImage
-from virtiofsd_nydus.build.options import BuildOptions
+from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
-from virtiofsd_nydus.rafs.reader import Bootstrap
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
 DAEMONS = 8
 FILES = 40

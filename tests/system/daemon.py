@@ -13,7 +13,7 @@ from typing import Any, Self
 from virtiofsd_nydus._engine import ffi, lib
 
 from virtiofsd_nydus.errors import Failure
-from virtiofsd_nydus.rafs.reader import Bootstrap, Chunk
+from virtiofsd_nydus.reader.bootstrap import Bootstrap, Chunk
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 # All waits here end by an event or fail after this; a loaded machine takes many times what a free one does

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.tree_listing import KINDS
-from virtiofsd_nydus.vmm.fuse_client import ROOT, Attr, FuseClient
+from virtiofsd_nydus.fakeguest.fuse_client import ROOT, Attr, FuseClient
 
 Record = dict[str, Any]
 READ_BYTES = 131072

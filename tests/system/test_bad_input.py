@@ -14,7 +14,7 @@ import pytest
 
 from tests.peers.registry import LocalRegistry, find_free_port
 from tests.system.daemon import Daemon, ServedImage
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 
 FAILED, BOOT_FAILED = 1, 125
 SUPERBLOCK = 1024               # where EROFS has it

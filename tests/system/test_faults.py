@@ -21,9 +21,9 @@ from tests.peers.registry import LocalRegistry
 from tests.system.daemon import Daemon, ServedImage, wait_until
 from tests.system.guest_tree import Record
 from tests.system.range_proxy import RangeProxy
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
-from virtiofsd_nydus.vmm.fuse_client import OUT_HEADER, READ, READ_IN, FuseClient, pack_request
-from virtiofsd_nydus.vmm.vhost_frontend import Request
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.frontend import Request
+from virtiofsd_nydus.fakeguest.fuse_client import OUT_HEADER, READ, READ_IN, FuseClient, pack_request
 
 DEADLINE_MS = 2000
 SLACK_S = 8.0       # of a loaded machine, over the deadline

@@ -14,8 +14,8 @@ from tests.proofs.sample import CHUNK_BYTES, make_sample
 from tests.system.daemon import Daemon, ServedImage, data_ends
 from tests.system.guest_tree import Record, differences, list_tree
 from tests.system.range_proxy import RangeProxy
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
-from virtiofsd_nydus.vmm.fuse_client import FuseClient
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fuse_client import FuseClient
 
 
 def read_tree(daemon: Daemon) -> list[Record]:

@@ -10,8 +10,8 @@ from tests.hostile.images import build, write_source
 from tests.system.conftest import Converter, resolve, run_verb
 from tests.system.daemon import Daemon, ServedImage
 from tests.system.guest_tree import Record, differences, list_tree
-from virtiofsd_nydus.rafs.data import opened_with_data
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.reader.data import opened_with_data
 
 KINDS: dict[str, dict[str, object]] = {
     "v5": {"fs_version": 5}, "v5-aligned": {"fs_version": 5, "aligned_chunk": True, "compressor": "none"},

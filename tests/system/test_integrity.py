@@ -17,7 +17,7 @@ from tests.system.daemon import Daemon, ServedImage, data_ends, find_chunks
 from tests.system.guest_tree import Record, differences, list_tree
 from tests.system.image import SMALL_CHUNK_BYTES
 from tests.system.range_proxy import RangeProxy, SentRange
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 
 DEADLINE_MS = 3000
 VICTIM = "large/random"     # of many chunks, in the first blob

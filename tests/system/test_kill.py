@@ -14,9 +14,9 @@ from tests.system.daemon import WAIT_SECONDS, Daemon, ServedImage, find_chunks
 from tests.system.guest_tree import Record, differences, list_tree
 from tests.system.range_proxy import RangeProxy, SentRange
 from tests.system.test_integrity import Damage, outcome, read_all
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest, GuestFault, NoAnswer, Queue
-from virtiofsd_nydus.vmm.fuse_client import FuseClient
-from virtiofsd_nydus.vmm.vhost_frontend import HungUp
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, GuestFault, NoAnswer, Queue
+from virtiofsd_nydus.fakeguest.frontend import HungUp
+from virtiofsd_nydus.fakeguest.fuse_client import FuseClient
 
 # Far from each other in the blobs: each round finds something cold
 LARGE = ("large/random", "large/second", "sizes/1048576", "large/text", "sizes/1048577", "sizes/1048575")

@@ -20,11 +20,11 @@ from tests.system.conftest import CODECS, DIGESTERS, Converter
 from tests.system.daemon import Daemon, ServedImage, wait_until
 from tests.system.guest_tree import Record, differences, list_tree
 from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fuse_client import OUT_HEADER, FuseClient
 from virtiofsd_nydus.oci.image import open_store
 from virtiofsd_nydus.oci.manifest import Descriptor
 from virtiofsd_nydus.oci.reference import parse_reference
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
-from virtiofsd_nydus.vmm.fuse_client import OUT_HEADER, FuseClient
 
 NYDUS_IMAGE, NYDUSD = os.environ.get("NYDUS_IMAGE", ""), os.environ.get("NYDUSD", "")
 pytestmark = [

@@ -8,7 +8,7 @@ from tests.system.conftest import CODECS, DIGESTERS, Converter
 from tests.system.daemon import Daemon, ServedImage
 from tests.system.guest_tree import Record, differences, list_tree
 from tests.system.image import LARGE_CHUNK_BYTES, SMALL_CHUNK_BYTES
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 
 VARIANTS = [(codec, digester, SMALL_CHUNK_BYTES) for codec in CODECS for digester in DIGESTERS]
 VARIANTS += [("zstd", "blake3", LARGE_CHUNK_BYTES), ("none", "sha256", 4096)]

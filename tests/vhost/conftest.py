@@ -9,9 +9,9 @@ import pytest
 
 from virtiofsd_nydus.engine import SESSION_RAFS, Engine, Vfs
 from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.fakeguest.frontend import VhostFrontend
 from virtiofsd_nydus.vhost.device import EngineDevice
 from virtiofsd_nydus.vhost.session import Session
-from virtiofsd_nydus.vmm.vhost_frontend import VhostFrontend
 
 QUEUES = 3
 PATIENCE_S = 10.0

@@ -9,8 +9,8 @@ import pytest
 
 from tests.vhost.conftest import QUEUES, Backend
 from virtiofsd_nydus.errors import Cause
+from virtiofsd_nydus.fakeguest.frontend import HungUp
 from virtiofsd_nydus.vhost import messages as m
-from virtiofsd_nydus.vmm.vhost_frontend import HungUp
 
 PAGE = 4096
 MEMORY_BYTES = 1 << 20

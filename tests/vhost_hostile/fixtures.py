@@ -6,7 +6,7 @@ import pytest
 
 from tests.fakeguest.support import undisturbed
 from tests.vhost_hostile.tools import Bench
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 from tests.fakeguest.support import Image, assert_alive, open_fds, undisturbed, wait_until
-from virtiofsd_nydus.vmm import vhost_frontend as vhost
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest import frontend as vhost
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.frontend import HungUp, Request, VhostFrontend
 from virtiofsd_nydus.vmm.servers import NydusDaemon
-from virtiofsd_nydus.vmm.vhost_frontend import HungUp, Request, VhostFrontend
 
 
 def cpu_seconds(daemon: NydusDaemon) -> float:

@@ -10,10 +10,9 @@ from typing import NamedTuple
 import pytest
 
 from tests.fakeguest.support import FILES, BackgroundLoad, Load, open_fds, pattern, wait_until
-from virtiofsd_nydus.vmm import vhost_frontend as vhost
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest
-from virtiofsd_nydus.vmm.servers import NydusDaemon
-from virtiofsd_nydus.vmm.vhost_frontend import (
+from virtiofsd_nydus.fakeguest import frontend as vhost
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
+from virtiofsd_nydus.fakeguest.frontend import (
     HEADER,
     U64,
     VRING_ADDR,
@@ -23,6 +22,7 @@ from virtiofsd_nydus.vmm.vhost_frontend import (
     Request,
     VhostFrontend,
 )
+from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 PAGE = 4096
 MEMORY = 1 << 20

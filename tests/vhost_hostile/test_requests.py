@@ -6,7 +6,7 @@ import struct
 import pytest
 
 from tests.vhost_hostile.tools import GETATTR_REPLY, GETATTR_ROOT, NEXT, WRITE, Bench
-from virtiofsd_nydus.vmm.fuse_client import (
+from virtiofsd_nydus.fakeguest.fuse_client import (
     BATCH_FORGET,
     FORGET,
     GETATTR,

@@ -12,8 +12,8 @@ from virtiofsd_nydus._fakeguest import lib
 
 from tests.fakeguest.support import FILES, BackgroundLoad, Load, pattern
 from tests.vhost_hostile.tools import FILL, GETATTR_REPLY, GETATTR_ROOT, HOLE_GPA, INDIRECT, NEXT, WRITE, Bench
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest, Region
-from virtiofsd_nydus.vmm.fuse_client import READ, READ_IN, pack_request
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, Region
+from virtiofsd_nydus.fakeguest.fuse_client import READ, READ_IN, pack_request
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 SIZE = 16       # of the ring of `bench`

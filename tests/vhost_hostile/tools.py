@@ -5,8 +5,8 @@ import struct
 import time
 
 from tests.fakeguest.support import FILES, pattern
-from virtiofsd_nydus.vmm.fakeguest import FakeGuest, Queue
-from virtiofsd_nydus.vmm.fuse_client import GETATTR, OUT_HEADER, pack_request
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, Queue
+from virtiofsd_nydus.fakeguest.fuse_client import GETATTR, OUT_HEADER, pack_request
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 GETATTR_ROOT = pack_request(GETATTR, 2, 1, bytes(16))

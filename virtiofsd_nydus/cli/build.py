@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from virtiofsd_nydus.build.options import CODECS, DIGESTERS, FS_VERSIONS, PREFETCH_POLICIES, BuildOptions
+from virtiofsd_nydus.builder.options import CODECS, DIGESTERS, FS_VERSIONS, PREFETCH_POLICIES, BuildOptions
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from virtiofsd_nydus.build.dictionary import ChunkDictionary
+    from virtiofsd_nydus.builder.dictionary import ChunkDictionary
 
 
 def parse_size(text: str) -> int:
@@ -85,7 +85,7 @@ def read_patterns(args: argparse.Namespace) -> tuple[str, ...]:
 def load_chunk_dict(args: argparse.Namespace, options: BuildOptions) -> "ChunkDictionary | None":
     if args.chunk_dict is None:
         return None
-    from virtiofsd_nydus.build.dictionary import load_dictionary
+    from virtiofsd_nydus.builder.dictionary import load_dictionary
 
     return load_dictionary(args.chunk_dict, options)
 
@@ -122,7 +122,7 @@ def build_image(
     dictionary: "ChunkDictionary | None" = None,
 ) -> dict[str, object]:
     """Writes bootstrap and blob_dir/<blob id>; neither appears under its name before it is whole."""
-    from virtiofsd_nydus.build.image import build_layer, merge_layers
+    from virtiofsd_nydus.builder.image import build_layer, merge_layers
     from virtiofsd_nydus.rafs.spill import copy_pieces
 
     blob_dir.mkdir(parents=True, exist_ok=True)

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from virtiofsd_nydus.errors import Failure
-from virtiofsd_nydus.rafs.data import Source, add_source_arguments, choose_source, opened_with_data
-from virtiofsd_nydus.rafs.reader import Bootstrap, Entry
+from virtiofsd_nydus.reader.bootstrap import Bootstrap, Entry
+from virtiofsd_nydus.reader.data import Source, add_source_arguments, choose_source, opened_with_data
 
 READ_BYTES = 4 << 20
 FAULTS_MAX = 1000

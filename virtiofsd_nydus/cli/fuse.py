@@ -36,8 +36,8 @@ def run(args: "argparse.Namespace") -> int:
     if bool(args.id) != bool(args.supervisor):
         raise UsageFailure("--id and --supervisor go together")
 
-    from virtiofsd_nydus.daemon import config as configs
-    from virtiofsd_nydus.daemon import log as logs
+    from virtiofsd_nydus import config as configs
+    from virtiofsd_nydus import log as logs
     from virtiofsd_nydus.daemon.host import HostService
     from virtiofsd_nydus.daemon.prefetch import read_list
     from virtiofsd_nydus.fuse.host import HostFuse

@@ -15,7 +15,7 @@ from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs.layout import BlobFeature, SuperFlag
 
 if TYPE_CHECKING:
-    from virtiofsd_nydus.rafs.reader import Bootstrap, Entry
+    from virtiofsd_nydus.reader.bootstrap import Bootstrap, Entry
 
 COMPRESSORS = {0: "none", 1: "lz4_block", 2: "gzip", 3: "zstd"}
 DIGESTERS = {0: "blake3", 1: "sha256"}
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virtiofsd_nydus.rafs.reader import Bootstrap
+    from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
     with Bootstrap(args.bootstrap, blob_id=args.blob_id) as image:
         try:
@@ -120,7 +120,7 @@ def describe_entry(image: "Bootstrap", entry: "Entry") -> dict[str, Any]:
 
 
 def describe_file(image: "Bootstrap", path: str) -> dict[str, Any]:
-    from virtiofsd_nydus.rafs.reader import Entry
+    from virtiofsd_nydus.reader.bootstrap import Entry
 
     try:
         ino = image.resolve(path)

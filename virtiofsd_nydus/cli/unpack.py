@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
-from virtiofsd_nydus.rafs.data import add_source_arguments, choose_source, opened_with_data
+from virtiofsd_nydus.reader.data import add_source_arguments, choose_source, opened_with_data
 
 if TYPE_CHECKING:
-    from virtiofsd_nydus.build.tar_writer import TarWriter
-    from virtiofsd_nydus.rafs.reader import Attr, Bootstrap, Entry
+    from virtiofsd_nydus.builder.tar_writer import TarWriter
+    from virtiofsd_nydus.reader.bootstrap import Attr, Bootstrap, Entry
 
 READ_BYTES = 4 << 20
 KINDS = {
@@ -68,7 +68,7 @@ def open_output(name: str) -> Iterator[BinaryIO]:
 def unpack_image(image: "Bootstrap", out: BinaryIO) -> list[str]:
     """Writes every entry, each directory right before what is in it (tar restores a directory's time when it meets the
     first name outside); returns the sockets' paths. Failure when something cannot be read."""
-    from virtiofsd_nydus.build.tar_writer import TarWriter
+    from virtiofsd_nydus.builder.tar_writer import TarWriter
 
     tar = TarWriter(out)
     skipped: list[str] = []
@@ -95,7 +95,7 @@ def read_time(attr: "Attr") -> int:
 
 def walk_depth_first(image: "Bootstrap") -> Iterator["Entry"]:
     """Every name. Failure (FORMAT) when a directory is in the tree twice."""
-    from virtiofsd_nydus.rafs.reader import Entry
+    from virtiofsd_nydus.reader.bootstrap import Entry
 
     root = image.root_ino
     yield Entry("/", image.getattr(root))

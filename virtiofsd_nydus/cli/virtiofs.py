@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import argparse
     import socket
 
-    from virtiofsd_nydus.daemon.log import Log
+    from virtiofsd_nydus.log import Log
 
 NOFILE_DEFAULT = 1_000_000
 
@@ -75,7 +75,7 @@ def raise_nofile(wanted: int) -> str | None:
 
 def prepare_process(args: "argparse.Namespace", log: "Log") -> None:
     """Limits, then rights: what needs more than a daemon's is over after it. Before any thread is started."""
-    from virtiofsd_nydus.daemon import log as logs
+    from virtiofsd_nydus import log as logs
     from virtiofsd_nydus.engine import reduce_privileges
 
     clamped = raise_nofile(args.rlimit_nofile)
@@ -113,8 +113,8 @@ def run(args: "argparse.Namespace") -> int:
 
 
 def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "socket.socket | None") -> int:
-    from virtiofsd_nydus.daemon import config as configs
-    from virtiofsd_nydus.daemon import log as logs
+    from virtiofsd_nydus import config as configs
+    from virtiofsd_nydus import log as logs
     from virtiofsd_nydus.daemon.prefetch import read_list
     from virtiofsd_nydus.daemon.service import Service
 

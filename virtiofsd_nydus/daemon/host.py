@@ -10,10 +10,10 @@ import socket
 import threading
 
 from virtiofsd_nydus import __version__
-from virtiofsd_nydus.daemon import log as logs
+from virtiofsd_nydus import log as logs
+from virtiofsd_nydus.config import ImageConfig
 from virtiofsd_nydus.daemon import supervisor as supervisors
 from virtiofsd_nydus.daemon.api import ApiServer, not_ready, unexpected, unsupported
-from virtiofsd_nydus.daemon.config import ImageConfig
 from virtiofsd_nydus.daemon.service import QUEUES, SWITCH_INTERVAL_S, Service
 from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Vfs
 from virtiofsd_nydus.errors import Cause, Failure

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from virtiofsd_nydus.engine import Engine, Rafs
-    from virtiofsd_nydus.rafs.reader import Bootstrap
+    from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
     Ranges = list[tuple[int, int, int]]     # blob index, first chunk, number of chunks
 
@@ -132,7 +132,7 @@ class Prefetch:
             ended.set()
 
     def _fetch(self, paths: "Sequence[str] | None", then_all: bool, stop: threading.Event) -> str:
-        from virtiofsd_nydus.rafs.reader import Bootstrap
+        from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
         whole = [(blob.index, 0, MAX_CHUNKS) for blob in self._image.blobs() if blob.chunk_count]
         chosen: Ranges | None = None

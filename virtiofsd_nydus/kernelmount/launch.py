@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from virtiofsd_nydus.daemon.config import ImageConfig
+from virtiofsd_nydus.config import ImageConfig
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.fuse import mounts
 from virtiofsd_nydus.fuse.background import BackgroundMount

@@ -14,8 +14,8 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from virtiofsd_nydus import log as logs
 from virtiofsd_nydus._engine import ffi, lib
-from virtiofsd_nydus.daemon import log as logs
 from virtiofsd_nydus.engine import ERR_MAX, reduce_privileges, text_of
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.kernelmount import record

@@ -21,7 +21,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from virtiofsd_nydus.build.image import BuildOptions, Layer, MergedImage, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, Layer, MergedImage, build_layer, merge_layers
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.oci.manifest import (
     ANNOTATION_BLOB,
@@ -52,7 +52,7 @@ from virtiofsd_nydus.rafs.meta import decode_cache_file
 from virtiofsd_nydus.rafs.spill import relieve
 
 if TYPE_CHECKING:
-    from virtiofsd_nydus.build.dictionary import ChunkDictionary
+    from virtiofsd_nydus.builder.dictionary import ChunkDictionary
 
 LAYERS_AT_A_TIME = 2
 # How long layers under way are waited for when the run fails or is interrupted.

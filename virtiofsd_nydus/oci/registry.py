@@ -9,11 +9,11 @@ from typing import IO, Self
 from urllib.parse import urljoin
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.oci.auth import Credentials, find_docker_credentials, parse_creds
+from virtiofsd_nydus.net import http
+from virtiofsd_nydus.net.auth import Credentials, find_docker_credentials, parse_creds
 from virtiofsd_nydus.oci.manifest import ACCEPT, DOCUMENT_BYTES, Descriptor, digest_of
 from virtiofsd_nydus.oci.reference import Reference, default_scheme
 from virtiofsd_nydus.oci.store import OnBytes
-from virtiofsd_nydus.storage import http
 from virtiofsd_nydus.storage.registry import RETRIES, RegistryBackend
 
 # Nobody waits behind a conversion, so its limits are those of a slow registry. A PUT is answered after the registry

@@ -1,16 +1,16 @@
 """What all HTTP backends share: a range is read in pieces from checked answers, taken up again where it broke off,
 counted, and not asked for while the server is known to be dead.
 
-Light: see virtiofsd_nydus.storage.http.
+Light: see virtiofsd_nydus.net.http.
 """
 
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.storage import http
-from virtiofsd_nydus.storage.health import Gate
+from virtiofsd_nydus.net import http
+from virtiofsd_nydus.net.health import Gate
+from virtiofsd_nydus.net.proxy import ProxyLimited
 from virtiofsd_nydus.storage.meter import BackendMeter
-from virtiofsd_nydus.storage.proxy import ProxyLimited
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from urllib3 import BaseHTTPResponse
 
-    from virtiofsd_nydus.storage.proxy import ForwardProxy
+    from virtiofsd_nydus.net.proxy import ForwardProxy
 
 # Retries after the first attempt: nydusd's budget (nydusd-interface.md 4.1).
 RETRIES = 3

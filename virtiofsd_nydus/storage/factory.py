@@ -3,15 +3,15 @@
 import os
 
 from virtiofsd_nydus.errors import UsageFailure
-from virtiofsd_nydus.storage import http
+from virtiofsd_nydus.net import http
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
+    from virtiofsd_nydus.net.proxy import ForwardProxy
     from virtiofsd_nydus.storage.backend import Backend
-    from virtiofsd_nydus.storage.proxy import ForwardProxy
     from virtiofsd_nydus.storage.registry import Mirror
 
     Settings = Mapping[str, Any]
@@ -77,7 +77,7 @@ def _make_localdisk(settings: "Settings", say: "Say") -> "Backend":
 
 
 def _make_registry(settings: "Settings", say: "Say") -> "Backend":
-    from virtiofsd_nydus.oci.auth import decode_basic, find_docker_credentials
+    from virtiofsd_nydus.net.auth import decode_basic, find_docker_credentials
     from virtiofsd_nydus.storage.registry import RegistryBackend
 
     host, repo = _text(settings, "host"), _text(settings, "repo")
@@ -168,9 +168,9 @@ def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> list[str
     """Hot change by the keys of nydusd's PUT /api/v1/config: registry_auth (base64 of USER:PASSWORD), proxy_url ("" for
     none). Nothing is changed when one of them cannot be: UsageFailure naming keys, never values. Returns the keys that
     mean nothing to this backend."""
-    from virtiofsd_nydus.oci.auth import decode_basic
+    from virtiofsd_nydus.net.auth import decode_basic
+    from virtiofsd_nydus.net.proxy import ForwardProxy
     from virtiofsd_nydus.storage.blobs import HttpBackend
-    from virtiofsd_nydus.storage.proxy import ForwardProxy
     from virtiofsd_nydus.storage.registry import RegistryBackend
 
     for key in changes:
@@ -204,7 +204,7 @@ def _make_client(settings: "Settings", say: "Say", *, unix_socket: str = "") -> 
 
 
 def _make_proxy(settings: "Settings", connect_timeout_s: float, say: "Say") -> "ForwardProxy | None":
-    from virtiofsd_nydus.storage.proxy import ForwardProxy
+    from virtiofsd_nydus.net.proxy import ForwardProxy
 
     proxy = settings.get("proxy")
     if proxy is None:

@@ -4,7 +4,7 @@ Configuration as nydusd-interface.md 4.3 has it. Light: see storage.http.
 """
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.storage import http
+from virtiofsd_nydus.net import http
 from virtiofsd_nydus.storage.blobs import RETRIES, HttpBackend
 from virtiofsd_nydus.storage.localfs import BLOB_ID_CHARACTERS
 

@@ -6,7 +6,7 @@ import threading
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.storage.http import PIECE_BYTES
+from virtiofsd_nydus.net.http import PIECE_BYTES
 from virtiofsd_nydus.storage.meter import BackendMeter
 
 TYPE_CHECKING = False

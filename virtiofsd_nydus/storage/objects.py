@@ -9,7 +9,7 @@ import threading
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.storage import http
+from virtiofsd_nydus.net import http
 from virtiofsd_nydus.storage.blobs import RETRIES, HttpBackend
 from virtiofsd_nydus.storage.httpproxy import check_blob_id
 

@@ -17,8 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from virtiofsd_nydus.net.health import RateLimit
     from virtiofsd_nydus.storage.backend import Backend
-    from virtiofsd_nydus.storage.health import RateLimit
     from virtiofsd_nydus.storage.meter import BackendMeter
 
 FETCH_SLOTS = 8         # jobs under way at once; loopback and WAN links alike are full before that

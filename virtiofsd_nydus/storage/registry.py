@@ -6,10 +6,10 @@ Configuration as nydusd-interface.md 4.2 has it, and `mirrors` as nydusd had it 
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.oci.session import RegistrySession
-from virtiofsd_nydus.storage import http
+from virtiofsd_nydus.net import http
+from virtiofsd_nydus.net.health import Gate
+from virtiofsd_nydus.net.session import RegistrySession
 from virtiofsd_nydus.storage.blobs import RETRIES, HttpBackend
-from virtiofsd_nydus.storage.health import Gate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from urllib3 import BaseHTTPResponse
 
-    from virtiofsd_nydus.oci.auth import Credentials
+    from virtiofsd_nydus.net.auth import Credentials
 
 __all__ = ["RETRIES", "Mirror", "RegistryBackend", "blob_path"]
 

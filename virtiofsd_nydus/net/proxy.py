@@ -8,8 +8,8 @@ import threading
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.storage import http
-from virtiofsd_nydus.storage.health import Gate, RateLimit
+from virtiofsd_nydus.net import http
+from virtiofsd_nydus.net.health import Gate, RateLimit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class ForwardProxy:
     def _get_manager(self, client: http.HttpClient) -> "ProxyManager":
         import urllib3
 
-        from virtiofsd_nydus.storage import connect
+        from virtiofsd_nydus.net import connect
 
         with self._lock:
             if self._manager is None:

@@ -14,7 +14,7 @@ import threading
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
-from virtiofsd_nydus.storage import http
+from virtiofsd_nydus.net import http
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

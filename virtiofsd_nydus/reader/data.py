@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from virtiofsd_nydus.engine import Engine, Store
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
-from virtiofsd_nydus.rafs.reader import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.storage.backend import Backend
@@ -53,7 +53,7 @@ def choose_source(args: argparse.Namespace) -> Source | None:
             raise UsageFailure(f"--blob-dir {args.blob_dir}: no such directory")
         return directory_source(args.blob_dir)
     if args.config is not None:
-        from virtiofsd_nydus.daemon.config import load_config
+        from virtiofsd_nydus.config import load_config
 
         config = load_config(str(args.config))
         return Source(config.backend_type, config.backend_config)

@@ -12,7 +12,7 @@ from virtiofsd_nydus.rafs.digest import DigestFunction, digest_function
 from virtiofsd_nydus.rafs.layout import Digester, SuperFlag
 
 if TYPE_CHECKING:
-    from virtiofsd_nydus.rafs.reader import Bootstrap
+    from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
 
 def list_wrong_digests(image: "Bootstrap") -> Iterator[str]:

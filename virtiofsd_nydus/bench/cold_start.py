@@ -160,7 +160,7 @@ def pass_on(data: bytes) -> None:
 
 def summarise(args: argparse.Namespace, options: "BootOptions", sides: Sequence[Side]) -> dict[str, Any]:
     """The result as plain values. Each ratio names both its sides: full pull over lazy, medians, seconds."""
-    from virtiofsd_nydus.vmm.bench_io import describe_machine
+    from virtiofsd_nydus.bench.io import describe_machine
     from virtiofsd_nydus.vmm.servers import C_VIRTIOFSD
 
     rows = []

@@ -5,7 +5,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from virtiofsd_nydus.build.options import BuildOptions
+from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import BlobInfo
@@ -31,7 +31,7 @@ class ChunkDictionary:
 def load_dictionary(path: Path, options: BuildOptions) -> ChunkDictionary:
     """Reads a bootstrap, ours or any RAFS image's, through the engine. It must be of the same version, chunk size and
     digester as what is built. Raises Failure (FORMAT, IO)."""
-    from virtiofsd_nydus.rafs.reader import Bootstrap
+    from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
     with Bootstrap(path) as image:
         info = image.info

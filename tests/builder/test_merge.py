@@ -12,7 +12,7 @@ from layers import make_layer, write_layout
 from rafs_writer.decoder import Blob, Bootstrap, Node, read_file
 from rafs_writer.trees import build_tar, decode_image
 
-from virtiofsd_nydus.build.image import BuildOptions, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, merge_layers
 from virtiofsd_nydus.errors import Cause, Failure
 
 OPTIONS = BuildOptions(chunk_size=4096)

@@ -13,10 +13,10 @@ import pytest
 from rafs_writer.decoder import Blob, Bootstrap, read_file
 from rafs_writer.trees import ACL
 
-from virtiofsd_nydus.build.image import BuildOptions, build_layer, merge_layers
-from virtiofsd_nydus.build.options import UsageFailure
+from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
+from virtiofsd_nydus.builder.options import UsageFailure
 from virtiofsd_nydus.errors import Failure
-from virtiofsd_nydus.rafs.reader import Bootstrap as RafsBootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap as RafsBootstrap
 
 OPTIONS = BuildOptions(chunk_size=65536)
 

@@ -1,11 +1,11 @@
 """Requests to one repository of one registry: logged in, redirects followed, refusals told apart.
 
-The OCI client and the storage backend both speak through it. Light: see virtiofsd_nydus.storage.http.
+The OCI client and the storage backend both speak through it. Light: see virtiofsd_nydus.net.http.
 """
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.oci.auth import Authenticator, Credentials, pull_scope, push_scope
-from virtiofsd_nydus.storage import http
+from virtiofsd_nydus.net import http
+from virtiofsd_nydus.net.auth import Authenticator, Credentials, pull_scope, push_scope
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from virtiofsd_nydus.build.chunker import Chunker
-from virtiofsd_nydus.build.dictionary import ChunkDictionary
-from virtiofsd_nydus.build.merge import ChunkChoice, list_lower_links, merge_trees
-from virtiofsd_nydus.build.options import BuildOptions
-from virtiofsd_nydus.build.tar_stream import Readable
+from virtiofsd_nydus.builder.chunker import Chunker
+from virtiofsd_nydus.builder.dictionary import ChunkDictionary
+from virtiofsd_nydus.builder.merge import ChunkChoice, list_lower_links, merge_trees
+from virtiofsd_nydus.builder.options import BuildOptions
+from virtiofsd_nydus.builder.tar_stream import Readable
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, PlainBlobWriter, Writable
 from virtiofsd_nydus.rafs.blob_reference import ReferenceBlobWriter
@@ -20,9 +20,9 @@ from virtiofsd_nydus.rafs.spill import Arena, copy_pieces
 from virtiofsd_nydus.rafs.tree import Tree
 
 if TYPE_CHECKING:
-    from virtiofsd_nydus.build.source_dir import DirectorySource
-    from virtiofsd_nydus.build.source_tar import TarSource
-    from virtiofsd_nydus.build.zran import ZranIndex
+    from virtiofsd_nydus.builder.source_dir import DirectorySource
+    from virtiofsd_nydus.builder.source_tar import TarSource
+    from virtiofsd_nydus.builder.zran import ZranIndex
 
 __all__ = ["BuildOptions", "Layer", "MergedImage", "build_layer", "merge_layers"]
 
@@ -171,7 +171,7 @@ def _build(
 def _make_index(
     source: Readable | Path | str, options: BuildOptions, on_progress: Callable[[int], None] | None
 ) -> "ZranIndex":
-    from virtiofsd_nydus.build.zran import ZranIndex
+    from virtiofsd_nydus.builder.zran import ZranIndex
 
     if isinstance(source, (str, Path)):
         raise Failure("only a layer can be referred to, a directory has none", Cause.FORMAT)
@@ -236,7 +236,7 @@ def _make_reader(
     on_progress: Callable[[int], None] | None, label: str, index: "ZranIndex | None",
 ) -> "TarSource | DirectorySource":  # fmt: skip
     if kind == "tar":
-        from virtiofsd_nydus.build.source_tar import TarSource
+        from virtiofsd_nydus.builder.source_tar import TarSource
 
         if isinstance(source, (str, Path)):
             raise TypeError("a path is opened by build_layer")
@@ -244,7 +244,7 @@ def _make_reader(
             _count(source, on_progress), chunker, writer.table, chunk_size=options.chunk_size, label=label or "tar",
             index=index, directory=options.spill_dir,
         )  # fmt: skip
-    from virtiofsd_nydus.build.source_dir import DirectorySource
+    from virtiofsd_nydus.builder.source_dir import DirectorySource
 
     if not isinstance(source, (str, Path)):
         raise TypeError("a directory is given by its path")

@@ -5,7 +5,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from virtiofsd_nydus.build.chunker import Chunker
+from virtiofsd_nydus.builder.chunker import Chunker
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.bootstrap import is_storable_xattr

@@ -3,8 +3,8 @@
 import stat
 from collections.abc import Sequence
 
-from virtiofsd_nydus.build.source_tar import resolve_directory
-from virtiofsd_nydus.build.tar_stream import show
+from virtiofsd_nydus.builder.source_tar import resolve_directory
+from virtiofsd_nydus.builder.tar_stream import show
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs.chunktable import FOREIGN_BASE, ChunkTable, DigestIndex
 from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, relieve

@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import Any
 
 from virtiofsd_nydus._fakeguest import ffi, lib
-from virtiofsd_nydus.vmm import vhost_frontend as vhost
-from virtiofsd_nydus.vmm.fuse_client import FuseClient
-from virtiofsd_nydus.vmm.vhost_frontend import Feature, Protocol, Request, VhostFrontend
+from virtiofsd_nydus.fakeguest import frontend as vhost
+from virtiofsd_nydus.fakeguest.frontend import Feature, Protocol, Request, VhostFrontend
+from virtiofsd_nydus.fakeguest.fuse_client import FuseClient
 
 PAGE = 4096
 # As QEMU cuts PC memory: low memory, the hole at 640 KiB, the rest; both from one memfd

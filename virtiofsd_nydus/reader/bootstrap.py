@@ -249,7 +249,7 @@ class Bootstrap:
         if count > len(lines):
             lines.append(f"and {count - len(lines)} more faults")
         if not lines and self.info.fs_version == 5:
-            from virtiofsd_nydus.rafs.merkle import list_wrong_digests
+            from virtiofsd_nydus.reader.digests import list_wrong_digests
 
             lines = list(islice(list_wrong_digests(self), max_faults))
         return lines

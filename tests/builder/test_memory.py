@@ -9,7 +9,7 @@ import pytest
 LIMIT_MIB = 300
 BUILD = """
 import json, os, resource, sys, tarfile, threading
-from virtiofsd_nydus.build.image import BuildOptions, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
 from virtiofsd_nydus.rafs import spill
 
 def feed(fd, files, size):

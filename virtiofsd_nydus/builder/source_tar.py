@@ -4,8 +4,8 @@ import stat
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from virtiofsd_nydus.build.chunker import Chunker
-from virtiofsd_nydus.build.tar_stream import Readable, TarEntry, TarFailure, TarStream, ZranTarStream, show
+from virtiofsd_nydus.builder.chunker import Chunker
+from virtiofsd_nydus.builder.tar_stream import Readable, TarEntry, TarFailure, TarStream, ZranTarStream, show
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.bootstrap import encode_xattrs, is_storable_xattr
@@ -13,7 +13,7 @@ from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.tree import ROOT, RegularFile, Tree, Xattrs
 
 if TYPE_CHECKING:
-    from virtiofsd_nydus.build.zran import ZranIndex
+    from virtiofsd_nydus.builder.zran import ZranIndex
 
 # Index files of eStargz layers: descriptions of the tar, not content.
 SKIPPED_AT_ROOT = {b"stargz.index.json", b".prefetch.landmark", b".no.prefetch.landmark"}

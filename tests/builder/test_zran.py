@@ -15,7 +15,7 @@ import zstandard
 from rafs_writer.test_readback import check_tar
 from rafs_writer.trees import Entry, Tree, make_tree, write_tar
 
-from virtiofsd_nydus.build.image import BuildOptions, Layer, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, Layer, build_layer, merge_layers
 from virtiofsd_nydus.cli.main import main
 from virtiofsd_nydus.errors import Cause, Failure
 

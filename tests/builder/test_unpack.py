@@ -13,7 +13,7 @@ import pytest
 from tests import tree_listing
 from tests.system.conftest import Converter, converter, expected_tree, oci_image, registry, unpacked  # noqa: F401 - fixtures
 from tests.system.guest_tree import Record, differences
-from virtiofsd_nydus.build.options import BuildOptions
+from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
 from virtiofsd_nydus.cli.main import main
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from urllib3 import BaseHTTPResponse, PoolManager
 
-    from virtiofsd_nydus.storage.connect import Resolver
-    from virtiofsd_nydus.storage.proxy import ForwardProxy
+    from virtiofsd_nydus.net.connect import Resolver
+    from virtiofsd_nydus.net.proxy import ForwardProxy
 
 # As many connections to a host as there are fetch slots (docs/architecture.md); more are closed after one use.
 POOL_SIZE = 8
@@ -205,7 +205,7 @@ class HttpClient:
 
     def resolver(self) -> "Resolver":
         """The one memory of names for direct and proxied connections."""
-        from virtiofsd_nydus.storage.connect import Resolver
+        from virtiofsd_nydus.net.connect import Resolver
 
         if self._resolver is None:
             self._resolver = Resolver()
@@ -214,7 +214,7 @@ class HttpClient:
     def _make_manager(self) -> "PoolManager":
         import urllib3
 
-        from virtiofsd_nydus.storage import connect
+        from virtiofsd_nydus.net import connect
 
         if self._unix_socket:
             return connect.make_unix_manager(self._unix_socket, self.pool_size)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.vmm import kata_qemu
+from virtiofsd_nydus.kata import qemu as kata_qemu
 from virtiofsd_nydus.vmm.guest import Deadline, Guest, Job
 from virtiofsd_nydus.vmm.lifetime import Lifetime
 from virtiofsd_nydus.vmm.qemu import GuestFiles, Machine, MachineConfig, Share

@@ -15,7 +15,7 @@ from layers import make_layer
 from rafs_writer.decoder import read_file
 from rafs_writer.trees import build_tar, check_tree, decode_image, make_tree, write_tar
 
-from virtiofsd_nydus.build.image import BuildOptions, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
 from virtiofsd_nydus.errors import Cause, Failure
 
 OPTIONS = BuildOptions(chunk_size=4096)

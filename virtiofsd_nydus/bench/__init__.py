@@ -1,0 +1,1 @@
+"""What `virtiofsd-nydus bench` runs. No part of the daemon."""

@@ -1,0 +1,1 @@
+"""Reads RAFS images with the engine's own reader, for `check`, `inspect`, `unpack`, the converter and tests."""
