@@ -20,10 +20,10 @@ CTESTS := $(patsubst tests/c/%.c,%,$(sort $(wildcard tests/c/test_*.c)))
 FUZZERS := $(patsubst tests/fuzz/%.c,%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 SAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: help deps venv build guest demo test check ctest asan tsan fuzz fuzz-coverage bench bench-cold-start clean
+.PHONY: help deps venv build guest demo test check format ctest asan tsan fuzz fuzz-coverage bench bench-cold-start clean
 
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "make build check ctest asan tsan fuzz fuzz-coverage bench bench-cold-start clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "make build check format ctest asan tsan fuzz fuzz-coverage bench bench-cold-start clean"
 
 deps:
 	@scripts/install-packages
@@ -95,8 +95,17 @@ fuzz-coverage:
 	@scripts/fuzz-coverage
 
 # ---- the two commands of the README, and what they stand on
+PYSRC := virtiofsd_nydus tests scripts vm-images setup.py
+CFORMAT = $(shell git ls-files 'csrc/*.[ch]' 'tests/*.[ch]' 'vm-images/*.c' | grep -v /corpus/)
+
+format: build
+	@$(VENV)/bin/ruff format -q $(PYSRC)
+	@$(VENV)/bin/clang-format -i $(CFORMAT)
+
 check: build
-	@$(VENV)/bin/ruff check virtiofsd_nydus tests scripts vm-images
+	@$(VENV)/bin/ruff check $(PYSRC)
+	@$(VENV)/bin/ruff format --check -q $(PYSRC)
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CFORMAT)
 	@$(VENV)/bin/mypy
 	@$(MAKE) --no-print-directory ctest
 

@@ -13,43 +13,43 @@
 #include <stdint.h>
 #include <stddef.h>
 
-#define VND_ID_MAX 64        /* longest blob id, without the NUL (rafs-format: blob table) */
-#define VND_ERR_MAX 512      /* size of an error line buffer */
-#define VND_QUEUE_MAX 16     /* virtqueues a device has at most, queue 0 (hiprio) included */
-#define VND_RING_MAX 1024    /* entries of a virtqueue at most (QEMU's own limit) */
-#define VND_REGION_MAX 509   /* guest memory regions (what QEMU's MAX_MEM_SLOTS is answered with) */
+#define VND_ID_MAX 64      /* longest blob id, without the NUL (rafs-format: blob table) */
+#define VND_ERR_MAX 512    /* size of an error line buffer */
+#define VND_QUEUE_MAX 16   /* virtqueues a device has at most, queue 0 (hiprio) included */
+#define VND_RING_MAX 1024  /* entries of a virtqueue at most (QEMU's own limit) */
+#define VND_REGION_MAX 509 /* guest memory regions (what QEMU's MAX_MEM_SLOTS is answered with) */
 
 /* Why something failed; each is told apart in logs, errors and metrics. */
 enum vnd_cause {
     VND_CAUSE_NONE = 0,
-    VND_CAUSE_AUTH = 1,      /* the server refused our credentials */
-    VND_CAUSE_SCHEME = 2,    /* TLS spoken to a plain server or the reverse; bad certificate */
-    VND_CAUSE_NETWORK = 3,   /* unreachable, reset, timeout, 5xx */
-    VND_CAUSE_DIGEST = 4,    /* bytes arrived and are not the image's bytes */
-    VND_CAUSE_FORMAT = 5,    /* malformed image, metadata or message */
-    VND_CAUSE_SPACE = 6,     /* disk full or read-only */
-    VND_CAUSE_MISSING = 7,   /* the server does not have the blob */
-    VND_CAUSE_DEADLINE = 8,  /* not there in time */
-    VND_CAUSE_GUEST = 9,     /* the guest broke the protocol */
-    VND_CAUSE_IO = 10        /* local input or output error */
+    VND_CAUSE_AUTH = 1,     /* the server refused our credentials */
+    VND_CAUSE_SCHEME = 2,   /* TLS spoken to a plain server or the reverse; bad certificate */
+    VND_CAUSE_NETWORK = 3,  /* unreachable, reset, timeout, 5xx */
+    VND_CAUSE_DIGEST = 4,   /* bytes arrived and are not the image's bytes */
+    VND_CAUSE_FORMAT = 5,   /* malformed image, metadata or message */
+    VND_CAUSE_SPACE = 6,    /* disk full or read-only */
+    VND_CAUSE_MISSING = 7,  /* the server does not have the blob */
+    VND_CAUSE_DEADLINE = 8, /* not there in time */
+    VND_CAUSE_GUEST = 9,    /* the guest broke the protocol */
+    VND_CAUSE_IO = 10       /* local input or output error */
 };
 
 /* ---------------------------------------------------------------- engine */
 typedef struct vnd_engine vnd_engine;
 
 typedef struct {
-    uint32_t read_deadline_ms;    /* a guest read that misses fails with EIO after this; 0 = 30000 */
-    uint32_t pool_threads;        /* threads for page-cache misses and compressed hits; 0 = 2 */
-    uint32_t sync_interval_ms;    /* how often written data is made durable; 0 = 30000 */
-    uint8_t allow_unverified;     /* serve images that carry no chunk digests */
+    uint32_t read_deadline_ms; /* a guest read that misses fails with EIO after this; 0 = 30000 */
+    uint32_t pool_threads;     /* threads for page-cache misses and compressed hits; 0 = 2 */
+    uint32_t sync_interval_ms; /* how often written data is made durable; 0 = 30000 */
+    uint8_t allow_unverified;  /* serve images that carry no chunk digests */
 } vnd_engine_cfg;
 
 /* What the engine wants said. text is NUL-terminated, one line, without secrets. */
 typedef struct {
-    uint64_t time_us;             /* CLOCK_REALTIME */
-    int32_t level;                /* 10 debug, 20 info, 30 warning, 40 error (Python's logging levels) */
-    int32_t cause;                /* enum vnd_cause */
-    uint32_t repeated;            /* how often the same line was suppressed since it was last given */
+    uint64_t time_us;  /* CLOCK_REALTIME */
+    int32_t level;     /* 10 debug, 20 info, 30 warning, 40 error (Python's logging levels) */
+    int32_t cause;     /* enum vnd_cause */
+    uint32_t repeated; /* how often the same line was suppressed since it was last given */
     char text[VND_ERR_MAX];
 } vnd_event;
 
@@ -61,22 +61,22 @@ void vnd_engine_free(vnd_engine *e);
 /* Blocks up to timeout_ms; 0 = *ev filled, -ETIMEDOUT, -ESHUTDOWN. One consumer. */
 int vnd_event_next(vnd_engine *e, vnd_event *ev, int timeout_ms);
 
-typedef struct {                  /* monotonic counters since engine start, all bytes uncompressed unless named */
-    uint64_t fuse_requests;       /* requests answered */
-    uint64_t fuse_errors;         /* of them with an error other than ENOENT/ENODATA/ENOSYS */
-    uint64_t read_bytes;          /* file bytes given to readers */
-    uint64_t hits;                /* reads served without parking */
-    uint64_t parked;              /* reads that had to wait at least once */
-    uint64_t expired;             /* reads that ended by deadline */
-    uint64_t pool_reads;          /* ready data that was not in the page cache */
-    uint64_t fetch_jobs;          /* range jobs handed out */
-    uint64_t fetched_bytes;       /* compressed bytes fed */
-    uint64_t fetched_chunks;      /* chunks made ready by a fetch */
-    uint64_t verified_chunks;     /* chunks made ready by verifying what was in the cache */
-    uint64_t digest_failures;     /* chunks refused */
-    uint64_t prefetch_bytes;      /* part of fetched_bytes that prefetch asked for */
-    uint64_t ring_errors;         /* queues lost to protocol violations */
-    uint64_t oldest_wait_us;      /* age of the oldest parked read now, 0 if none */
+typedef struct {              /* monotonic counters since engine start, all bytes uncompressed unless named */
+    uint64_t fuse_requests;   /* requests answered */
+    uint64_t fuse_errors;     /* of them with an error other than ENOENT/ENODATA/ENOSYS */
+    uint64_t read_bytes;      /* file bytes given to readers */
+    uint64_t hits;            /* reads served without parking */
+    uint64_t parked;          /* reads that had to wait at least once */
+    uint64_t expired;         /* reads that ended by deadline */
+    uint64_t pool_reads;      /* ready data that was not in the page cache */
+    uint64_t fetch_jobs;      /* range jobs handed out */
+    uint64_t fetched_bytes;   /* compressed bytes fed */
+    uint64_t fetched_chunks;  /* chunks made ready by a fetch */
+    uint64_t verified_chunks; /* chunks made ready by verifying what was in the cache */
+    uint64_t digest_failures; /* chunks refused */
+    uint64_t prefetch_bytes;  /* part of fetched_bytes that prefetch asked for */
+    uint64_t ring_errors;     /* queues lost to protocol violations */
+    uint64_t oldest_wait_us;  /* age of the oldest parked read now, 0 if none */
 } vnd_stats;
 void vnd_engine_stats(vnd_engine *e, vnd_stats *out);
 
@@ -86,8 +86,8 @@ void vnd_engine_stats(vnd_engine *e, vnd_stats *out);
 #define VND_FOPS 15
 #define VND_READ_SIZES 8
 typedef struct {
-    uint64_t hits[VND_FOPS];      /* answered, be it with ENOENT, ENODATA or ENOSYS */
-    uint64_t errors[VND_FOPS];    /* answered with another error */
+    uint64_t hits[VND_FOPS];   /* answered, be it with ENOENT, ENODATA or ENOSYS */
+    uint64_t errors[VND_FOPS]; /* answered with another error */
     uint64_t read_sizes[VND_READ_SIZES];
 } vnd_fop_stats;
 
@@ -111,34 +111,34 @@ void vnd_store_free(vnd_store *s);
 /* ---------------------------------------------------------------- rafs: an opened bootstrap */
 typedef struct vnd_rafs vnd_rafs;
 
-typedef struct {                  /* one entry of the image's blob table */
+typedef struct { /* one entry of the image's blob table */
     char id[VND_ID_MAX + 1];
     uint32_t index;
     uint32_t chunk_size_bytes;
     uint32_t chunk_count;
-    uint32_t compressor;          /* 0 none, 1 lz4_block, 2 gzip, 3 zstd */
-    uint32_t digester;            /* 0 blake3, 1 sha256 */
+    uint32_t compressor; /* 0 none, 1 lz4_block, 2 gzip, 3 zstd */
+    uint32_t digester;   /* 0 blake3, 1 sha256 */
     uint32_t features;
     uint64_t compressed_size_bytes;
     uint64_t uncompressed_size_bytes;
     uint64_t ci_offset, ci_csize_bytes, ci_usize_bytes;
     uint32_t ci_compressor;
-    uint32_t cipher;              /* 0 none, 1 AES-128-XTS */
+    uint32_t cipher; /* 0 none, 1 AES-128-XTS */
     uint8_t cipher_key[32], cipher_iv[16];
     char meta_id[VND_ID_MAX + 1]; /* the blob that holds the chunk table; "" = this one */
     uint64_t prefetch_end;        /* v5: the blob's bytes up to here are to be fetched at mount; 0 = none */
 } vnd_blob_info;
 
 typedef struct {
-    uint32_t fs_version;          /* 5 or 6 */
+    uint32_t fs_version; /* 5 or 6 */
     uint32_t chunk_size_bytes;
-    uint64_t flags;               /* superblock flags, rafs-format 2.2 */
+    uint64_t flags; /* superblock flags, rafs-format 2.2 */
     uint64_t inode_count;
     uint32_t blob_count;
     uint32_t prefetch_count;
     uint64_t root_ino;
     uint32_t block_size_bytes;
-    uint32_t meta_blkaddr;        /* v6 */
+    uint32_t meta_blkaddr; /* v6 */
     uint64_t chunk_table_offset, chunk_table_size_bytes;
     uint64_t blob_table_offset, blob_table_size_bytes;
     uint64_t prefetch_table_offset, prefetch_table_size_bytes;
@@ -155,17 +155,17 @@ vnd_blob *vnd_rafs_blob(vnd_rafs *r, uint32_t index);
 /* What guests did with this image, since it was opened. A read counts in all but fops if it gave bytes. */
 #define VND_LATENCIES 8
 typedef struct {
-    vnd_fop_stats fops;           /* forgets, which name many inodes at once, are the engine's alone */
-    uint64_t read_latencies[VND_LATENCIES];   /* reads by time: up to 200 us, 1 20 50 500 ms, 1 2 s, more */
-    uint64_t read_latency_us;     /* of all */
+    vnd_fop_stats fops;                     /* forgets, which name many inodes at once, are the engine's alone */
+    uint64_t read_latencies[VND_LATENCIES]; /* reads by time: up to 200 us, 1 20 50 500 ms, 1 2 s, more */
+    uint64_t read_latency_us;               /* of all */
     uint64_t read_bytes;
     uint64_t reads_at_once, reads_waited;
 } vnd_mount_stats;
 void vnd_rafs_stats(vnd_rafs *r, vnd_mount_stats *out);
 /* Whether single inodes are counted too, from now on. */
 void vnd_rafs_count_files(vnd_rafs *r, int on);
-typedef struct {                  /* of an inode that an operation succeeded on; one inode may have several of these */
-    uint64_t ino, data_read, reads, first_read_s;     /* CLOCK_REALTIME */
+typedef struct { /* of an inode that an operation succeeded on; one inode may have several of these */
+    uint64_t ino, data_read, reads, first_read_s; /* CLOCK_REALTIME */
     uint32_t first_read_ns;
     uint32_t hits[VND_FOPS], errors[VND_FOPS], read_sizes[VND_READ_SIZES];
 } vnd_file_stats;
@@ -183,14 +183,14 @@ typedef struct {
     /* Of file systems that change; zero in an image, whose times are all mtime. */
     uint64_t generation, atime_s, ctime_s;
     uint32_t atime_nsec, ctime_nsec;
-    uint32_t blksize_bytes;       /* non-zero: atime and ctime are given too */
+    uint32_t blksize_bytes; /* non-zero: atime and ctime are given too */
 } vnd_attr;
-typedef struct {                  /* one directory entry */
-    uint64_t ino, next_off;       /* next_off: pass as off to go on after this entry */
-    uint32_t type;                /* DT_* */
+typedef struct {            /* one directory entry */
+    uint64_t ino, next_off; /* next_off: pass as off to go on after this entry */
+    uint32_t type;          /* DT_* */
     char name[256];
 } vnd_dirent;
-typedef struct {                  /* one chunk of a file */
+typedef struct { /* one chunk of a file */
     uint64_t file_off, coff, uoff;
     uint32_t blob_index, chunk_index, csize_bytes, usize_bytes, flags;
     uint8_t digest[32];
@@ -216,9 +216,9 @@ int vnd_rafs_prefetch(vnd_rafs *r, uint64_t *inos, int max);
 
 /* ---------------------------------------------------------------- blobs, jobs */
 enum vnd_job_kind {
-    VND_JOB_FETCH = 1,            /* get [coff, coff+clen) of the blob and feed it in order */
-    VND_JOB_VERIFY = 2,           /* nothing to get: hash the chunks of job_chunks, commit */
-    VND_JOB_META = 3              /* get [coff, coff+clen): the blob's stored chunk table and its header */
+    VND_JOB_FETCH = 1,  /* get [coff, coff+clen) of the blob and feed it in order */
+    VND_JOB_VERIFY = 2, /* nothing to get: hash the chunks of job_chunks, commit */
+    VND_JOB_META = 3    /* get [coff, coff+clen): the blob's stored chunk table and its header */
 };
 typedef struct {
     uint64_t id;
@@ -231,7 +231,7 @@ typedef struct {
     uint32_t digester;            /* 0 blake3: hash the views of job_chunks; 1 sha256: C does it */
     int64_t deadline_us;          /* CLOCK_MONOTONIC, of the most urgent waiter; 0 = none */
 } vnd_job;
-typedef struct {                  /* a decoded chunk; valid until the next feed, commit or end of its job */
+typedef struct { /* a decoded chunk; valid until the next feed, commit or end of its job */
     uint32_t chunk_index;
     uint32_t usize_bytes;
     const uint8_t *data;
@@ -275,7 +275,7 @@ uint32_t vnd_blob_chunks_before(vnd_blob *b, uint64_t end);
 typedef struct vnd_vfs vnd_vfs;
 enum vnd_session_kind { VND_SESSION_RAFS = 0, VND_SESSION_MIXED = 1 };
 vnd_vfs *vnd_vfs_new(vnd_engine *e, int session_kind);
-void vnd_vfs_free(vnd_vfs *v);    /* unmounts all; no device may use it */
+void vnd_vfs_free(vnd_vfs *v); /* unmounts all; no device may use it */
 /* path is absolute; missing parents appear as pseudo directories. -EEXIST if mounted there already. */
 int vnd_vfs_mount_rafs(vnd_vfs *v, const char *path, vnd_rafs *r);
 /* The number that the next mount gets; inode numbers hold it. A successor that takes a live session over sets it before
@@ -291,9 +291,9 @@ typedef struct vnd_passthrough vnd_passthrough;
  * binds what a guest may write. */
 #define VND_PASSTHROUGH_KEEP_TOP 1
 typedef struct {
-    uint64_t inodes;              /* known to the guest */
-    uint64_t files;               /* open */
-    uint64_t cached_fds;          /* held for speed alone: closed when idle for a second and by drop_idle */
+    uint64_t inodes;     /* known to the guest */
+    uint64_t files;      /* open */
+    uint64_t cached_fds; /* held for speed alone: closed when idle for a second and by drop_idle */
 } vnd_passthrough_stats;
 /* source must be a directory. NULL on failure. */
 vnd_passthrough *vnd_passthrough_new(vnd_engine *e, const char *source, uint32_t flags, char *err, size_t err_len);
@@ -311,39 +311,42 @@ int64_t vnd_rafs_read(vnd_rafs *r, uint64_t ino, uint64_t off, uint8_t *buf, siz
 /* ---------------------------------------------------------------- vhost-user device */
 typedef struct vnd_device vnd_device;
 
-typedef struct { uint64_t gpa, size_bytes, user_addr, mmap_offset; int32_t fd; } vnd_region;
-typedef struct {                  /* one ring as the front-end has set it */
-    uint32_t num;                 /* entries, 0 = not configured */
-    uint32_t flags;               /* bit 0: log used ring writes */
-    uint64_t desc_addr, used_addr, avail_addr, log_addr;   /* front-end user addresses */
-    uint16_t base;                /* next avail index; apply writes back where a stopped ring stood */
-    uint8_t started;              /* a kick (fd or not) was given since the ring was last stopped */
+typedef struct {
+    uint64_t gpa, size_bytes, user_addr, mmap_offset;
+    int32_t fd;
+} vnd_region;
+typedef struct {                                         /* one ring as the front-end has set it */
+    uint32_t num;                                        /* entries, 0 = not configured */
+    uint32_t flags;                                      /* bit 0: log used ring writes */
+    uint64_t desc_addr, used_addr, avail_addr, log_addr; /* front-end user addresses */
+    uint16_t base;   /* next avail index; apply writes back where a stopped ring stood */
+    uint8_t started; /* a kick (fd or not) was given since the ring was last stopped */
     uint8_t enabled;
-    int32_t kick_fd, call_fd, err_fd;   /* -1 = none; a changed number means a changed fd */
+    int32_t kick_fd, call_fd, err_fd; /* -1 = none; a changed number means a changed fd */
 } vnd_ring_state;
 /* Everything the front-end has told us. A value: what apply makes of it does not depend on how it came about.
  * The caller owns all fds; apply dups what it keeps, and compares with what it has by a generation number that the
  * caller raises whenever it stores a new fd. */
 typedef struct {
-    uint64_t features;            /* virtio features acked */
+    uint64_t features; /* virtio features acked */
     uint32_t region_count;
-    uint32_t region_gen;          /* raised on every memory change */
+    uint32_t region_gen; /* raised on every memory change */
     vnd_region regions[VND_REGION_MAX];
     uint32_t ring_count;
     uint32_t kick_gen[VND_QUEUE_MAX], call_gen[VND_QUEUE_MAX], err_gen[VND_QUEUE_MAX];
     vnd_ring_state rings[VND_QUEUE_MAX];
-    int32_t inflight_fd;          /* -1: the engine keeps its own */
+    int32_t inflight_fd; /* -1: the engine keeps its own */
     uint64_t inflight_offset, inflight_size_bytes;
     uint32_t inflight_gen;
-    uint16_t inflight_queues, inflight_queue_size;    /* rings and entries per ring that the region was made for */
-    int32_t log_fd;               /* dirty log, -1 = none */
+    uint16_t inflight_queues, inflight_queue_size; /* rings and entries per ring that the region was made for */
+    int32_t log_fd;                                /* dirty log, -1 = none */
     uint64_t log_offset, log_size_bytes;
     uint32_t log_gen;
 } vnd_device_state;
 
 /* queue_count: 1 hiprio + request queues, each a thread. */
 vnd_device *vnd_device_new(vnd_engine *e, vnd_vfs *v, uint32_t queue_count, char *err, size_t err_len);
-uint64_t vnd_device_features(void);   /* virtio feature bits the engine implements */
+uint64_t vnd_device_features(void); /* virtio feature bits the engine implements */
 /* Makes the device be in that state: maps, starts, swaps, enables, stops; returns when it is. A ring that stops drains
  * for at most drain_ms; its base is written into st. 0, or -errno with a line (bad address, overlap, no memory...). */
 int vnd_device_apply(vnd_device *d, vnd_device_state *st, int drain_ms, char *err, size_t err_len);
@@ -352,21 +355,21 @@ int vnd_device_apply(vnd_device *d, vnd_device_state *st, int drain_ms, char *er
 int vnd_inflight_create(uint32_t nq, uint32_t qsize, uint64_t *size_bytes);
 /* Drops the FUSE session (RESET_DEVICE, connection loss) but not the memory. */
 void vnd_device_reset(vnd_device *d);
-void vnd_device_free(vnd_device *d);  /* stops everything; never writes to the guest again */
+void vnd_device_free(vnd_device *d); /* stops everything; never writes to the guest again */
 
 /* ---------------------------------------------------------------- /dev/fuse: the host's own mounts */
 typedef struct vnd_fusedev vnd_fusedev;
 enum vnd_fusedev_flag {
-    VND_FUSEDEV_SHARED = 1,       /* all threads read fd itself: who holds it can take over. Else clones of it */
-    VND_FUSEDEV_RESUME = 2,       /* another process has answered INIT */
-    VND_FUSEDEV_RESEND = 4,       /* have the kernel send again what that one left unanswered */
-    VND_FUSEDEV_PASSTHROUGH = 8   /* have the kernel read files by itself that are wholly in the cache. Not with SHARED: a
+    VND_FUSEDEV_SHARED = 1,     /* all threads read fd itself: who holds it can take over. Else clones of it */
+    VND_FUSEDEV_RESUME = 2,     /* another process has answered INIT */
+    VND_FUSEDEV_RESEND = 4,     /* have the kernel send again what that one left unanswered */
+    VND_FUSEDEV_PASSTHROUGH = 8 /* have the kernel read files by itself that are wholly in the cache. Not with SHARED: a
                                    * successor would not know which files are open how */
 };
 /* Serves a descriptor of /dev/fuse that is mounted (it is dupped). NULL on failure. */
 vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads, uint32_t flags, char *err,
                              size_t err_len);
-int vnd_fusedev_ready(vnd_fusedev *d);    /* 1: INIT was answered */
+int vnd_fusedev_ready(vnd_fusedev *d); /* 1: INIT was answered */
 /* After the mount table changed: the kernel keeps the attributes of the root until it is told (a supervisor looks at the
  * mount point of a dead server, and must not wait for the one it is to start). 0 or -errno. */
 int vnd_fusedev_root_changed(vnd_fusedev *d);

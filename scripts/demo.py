@@ -25,8 +25,12 @@ from tests.peers.registry import LocalRegistry  # noqa: E402
 DEMO = ROOT / "build" / "demo"
 PYTHON = sys.executable
 CLI = [PYTHON, "-m", "virtiofsd_nydus.cli.main"]
-COMMAND = ["python3", "-c", "import json, ssl, sqlite3; print(json.dumps({'tls': ssl.OPENSSL_VERSION, "
-           "'sqlite': sqlite3.sqlite_version, 'said': open('/demo/hello.txt').read().strip()}))"]
+COMMAND = [
+    "python3",
+    "-c",
+    "import json, ssl, sqlite3; print(json.dumps({'tls': ssl.OPENSSL_VERSION, "
+    "'sqlite': sqlite3.sqlite_version, 'said': open('/demo/hello.txt').read().strip()}))",
+]
 # What a conversion is a function of, beside the image
 CONVERTER = ("build", "rafs", "oci")
 NYDUS_NAME, OCI_NAME = "demo:nydus", "demo:oci"
@@ -82,8 +86,17 @@ def fill_registry(registry: LocalRegistry, image: str, *, with_oci: bool = False
         done["nydus"] = key
     if with_oci and done.get("oci") != key:
         with step("push: the OCI image itself"):
-            run_tool(["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false", image,
-                      f"docker://{registry.host}/{OCI_NAME}"])
+            run_tool(
+                [
+                    "skopeo",
+                    "--insecure-policy",
+                    "copy",
+                    "--quiet",
+                    "--dest-tls-verify=false",
+                    image,
+                    f"docker://{registry.host}/{OCI_NAME}",
+                ]
+            )
         done["oci"] = key
     record.write_text(json.dumps(done))
 
@@ -93,9 +106,14 @@ def boot(registry: LocalRegistry) -> dict[str, Any]:
     shutil.rmtree(cache, ignore_errors=True)
     registry.clear_log()
     reference = f"docker://{registry.host}/{NYDUS_NAME}"
-    print(f"$ virtiofsd-nydus boot {reference} -- {COMMAND[0]} {COMMAND[1]} \"{COMMAND[2]}\"", file=sys.stderr)
-    done = subprocess.run([*CLI, "boot", reference, "--cache-dir", str(cache), "--json", "--", *COMMAND], cwd=ROOT,
-                          stdout=subprocess.PIPE, text=True, check=False)
+    print(f'$ virtiofsd-nydus boot {reference} -- {COMMAND[0]} {COMMAND[1]} "{COMMAND[2]}"', file=sys.stderr)
+    done = subprocess.run(
+        [*CLI, "boot", reference, "--cache-dir", str(cache), "--json", "--", *COMMAND],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise DemoError(f"the boot failed with status {done.returncode}")
     report: dict[str, Any] = json.loads(done.stdout)
@@ -121,8 +139,12 @@ def print_table(report: dict[str, Any]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--bench-cold-start", nargs=argparse.REMAINDER, metavar="OPTION",
-                        help="instead: bench cold-start on the demo's images, with these options")
+    parser.add_argument(
+        "--bench-cold-start",
+        nargs=argparse.REMAINDER,
+        metavar="OPTION",
+        help="instead: bench cold-start on the demo's images, with these options",
+    )
     args = parser.parse_args()
     try:
         image = make_image()
@@ -130,9 +152,21 @@ def main() -> int:
             fill_registry(registry, image, with_oci=args.bench_cold_start is not None)
             if args.bench_cold_start is not None:
                 host = f"docker://{registry.host}"
-                return subprocess.run([*CLI, "bench", "cold-start", f"{host}/{NYDUS_NAME}", "--full-pull",
-                                       f"{host}/{OCI_NAME}", *args.bench_cold_start, "--", *COMMAND], cwd=ROOT,
-                                      check=False).returncode
+                return subprocess.run(
+                    [
+                        *CLI,
+                        "bench",
+                        "cold-start",
+                        f"{host}/{NYDUS_NAME}",
+                        "--full-pull",
+                        f"{host}/{OCI_NAME}",
+                        *args.bench_cold_start,
+                        "--",
+                        *COMMAND,
+                    ],
+                    cwd=ROOT,
+                    check=False,
+                ).returncode
             print_table(boot(registry))
     except (DemoError, OSError, RuntimeError) as failure:
         print(f"demo: {failure}", file=sys.stderr)

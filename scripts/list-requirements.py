@@ -1,4 +1,5 @@
 """Prints what pyproject.toml requires, tests included, one requirement a line (for pip -r)."""
+
 import pathlib
 import tomllib
 

@@ -49,11 +49,21 @@ class Layer:
     """A layer's tar, all times EPOCH. PAX, so that names and extended attributes of any length fit."""
 
     def __init__(self, path: Path) -> None:
-        self.tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)   # noqa: SIM115  close() is ours
+        self.tar = tarfile.open(path, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115  close() is ours
 
-    def add(self, name: str, data: bytes = b"", *, kind: bytes = tarfile.REGTYPE, mode: int = 0o644, link: str = "",
-            owner: tuple[int, int] = (0, 0), device: tuple[int, int] = (0, 0), mtime: float = EPOCH,
-            xattrs: dict[str, str] | None = None) -> None:
+    def add(
+        self,
+        name: str,
+        data: bytes = b"",
+        *,
+        kind: bytes = tarfile.REGTYPE,
+        mode: int = 0o644,
+        link: str = "",
+        owner: tuple[int, int] = (0, 0),
+        device: tuple[int, int] = (0, 0),
+        mtime: float = EPOCH,
+        xattrs: dict[str, str] | None = None,
+    ) -> None:
         entry = tarfile.TarInfo(name)
         entry.type, entry.mode, entry.linkname, entry.size, entry.mtime = kind, mode, link, len(data), mtime
         entry.uid, entry.gid = owner
@@ -75,11 +85,16 @@ def make_odd_layer(path: Path) -> None:
     layer.add("demo/original", b"one inode, three names\n" * 100, mode=0o640, owner=(1000, 1000))
     layer.add("demo/hard-link", kind=tarfile.LNKTYPE, link="demo/original")
     layer.add("demo/other-hard-link", kind=tarfile.LNKTYPE, link="demo/original")
-    layer.add("demo/attributes", b"x", xattrs={"user.short": "value", "user.long": "v" * 2000,
-                                               "trusted.demo": "root's"})
+    layer.add(
+        "demo/attributes", b"x", xattrs={"user.short": "value", "user.long": "v" * 2000, "trusted.demo": "root's"}
+    )
     # a file capability, as `setcap cap_net_raw+ep` writes it: bytes below 0x80, so PAX's text carries it whole
-    layer.add("demo/capable", b"#!/bin/sh\n", mode=0o755,
-              xattrs={"security.capability": "\x01\x00\x00\x02\x00\x20" + "\x00" * 14})
+    layer.add(
+        "demo/capable",
+        b"#!/bin/sh\n",
+        mode=0o755,
+        xattrs={"security.capability": "\x01\x00\x00\x02\x00\x20" + "\x00" * 14},
+    )
     layer.add("demo/setuid", b"#!/bin/sh\n", mode=0o4755)
     layer.add("demo/sticky", kind=tarfile.DIRTYPE, mode=0o1777)
     layer.add("demo/long-symlink", kind=tarfile.SYMTYPE, mode=0o777, link="target/" * 500 + "end")
@@ -108,8 +123,16 @@ def make_image(output: Path, suite: str) -> None:
         layout = scratch / "oci"
         image = f"{layout}:{TAG}"
         system = scratch / "system.tar"
-        run_tool("mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}", "--format=tar", suite,
-                 str(system), env={"SOURCE_DATE_EPOCH": str(EPOCH)})
+        run_tool(
+            "mmdebstrap",
+            "--quiet",
+            "--variant=minbase",
+            f"--include={PACKAGES}",
+            "--format=tar",
+            suite,
+            str(system),
+            env={"SOURCE_DATE_EPOCH": str(EPOCH)},
+        )
         run_tool("umoci", "init", "--layout", str(layout))
         run_tool("umoci", "new", "--image", image)
         run_tool("umoci", "raw", "add-layer", "--image", image, str(system))
@@ -122,8 +145,17 @@ def make_image(output: Path, suite: str) -> None:
             os.utime(path, (EPOCH, EPOCH))
         rootless = [] if os.geteuid() == 0 else ["--rootless"]
         run_tool("umoci", "insert", *rootless, "--opaque", "--image", image, str(replaced), f"/{OPAQUE_DIRECTORY}")
-        run_tool("umoci", "config", "--image", image, "--config.cmd", "python3", "--config.env",
-                 "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "--no-history")
+        run_tool(
+            "umoci",
+            "config",
+            "--image",
+            image,
+            "--config.cmd",
+            "python3",
+            "--config.env",
+            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "--no-history",
+        )
         run_tool("umoci", "gc", "--layout", str(layout))
         shutil.rmtree(output, ignore_errors=True)
         layout.rename(output)

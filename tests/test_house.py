@@ -15,8 +15,27 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What the daemon may load before RUNNING costs start-up time (docs/architecture.md, start-up). These are the modules
 # that were measured and are kept out until a thread loads them afterwards.
-HEAVY = ("logging", "structlog", "urllib3", "http", "ssl", "asyncio", "dataclasses", "typing", "pathlib", "zstandard",
-         "blake3", "hashlib", "lz4", "rich", "importlib.metadata", "inspect", "email", "tempfile", "subprocess")
+HEAVY = (
+    "logging",
+    "structlog",
+    "urllib3",
+    "http",
+    "ssl",
+    "asyncio",
+    "dataclasses",
+    "typing",
+    "pathlib",
+    "zstandard",
+    "blake3",
+    "hashlib",
+    "lz4",
+    "rich",
+    "importlib.metadata",
+    "inspect",
+    "email",
+    "tempfile",
+    "subprocess",
+)
 
 
 def test_causes_are_those_of_the_seam() -> None:
@@ -38,8 +57,13 @@ def test_nothing_heavy_is_loaded_before_running() -> None:
         "import virtiofsd_nydus.daemon.service, virtiofsd_nydus.storage.factory\n"
         "print(' '.join(sorted(set(sys.modules) - before)))\n"
     )
-    done = subprocess.run([sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{program}"],
-                          capture_output=True, text=True, check=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}\n{program}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
     loaded = done.stdout.split()
     assert "virtiofsd_nydus._engine" in loaded
     assert [name for name in loaded if name in HEAVY] == []

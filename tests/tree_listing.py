@@ -14,8 +14,15 @@ import os
 import stat
 import sys
 
-KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "symlink", stat.S_IFCHR: "char",
-         stat.S_IFBLK: "block", stat.S_IFIFO: "fifo", stat.S_IFSOCK: "socket"}
+KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "dir",
+    stat.S_IFLNK: "symlink",
+    stat.S_IFCHR: "char",
+    stat.S_IFBLK: "block",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+}
 READ_BYTES = 1 << 20
 
 
@@ -23,8 +30,14 @@ def describe_entry(path, name):
     """The record of one entry; path and name are bytes, name is relative to the root ('.' is the root itself)."""
     status = os.lstat(path)
     kind = KINDS[stat.S_IFMT(status.st_mode)]
-    record = {"path": os.fsdecode(name), "kind": kind, "mode": stat.S_IMODE(status.st_mode), "uid": status.st_uid,
-              "gid": status.st_gid, "mtime_ns": status.st_mtime_ns}
+    record = {
+        "path": os.fsdecode(name),
+        "kind": kind,
+        "mode": stat.S_IMODE(status.st_mode),
+        "uid": status.st_uid,
+        "gid": status.st_gid,
+        "mtime_ns": status.st_mtime_ns,
+    }
     if kind != "dir":
         record["nlink"] = status.st_nlink
     if kind in ("file", "symlink"):
@@ -35,8 +48,10 @@ def describe_entry(path, name):
         record["target"] = os.fsdecode(os.readlink(path))
     elif kind == "file":
         record["sha256"] = hash_file(path)
-    record["xattrs"] = {os.fsdecode(key): os.getxattr(path, key, follow_symlinks=False).hex()
-                        for key in sorted(map(os.fsencode, os.listxattr(path, follow_symlinks=False)))}
+    record["xattrs"] = {
+        os.fsdecode(key): os.getxattr(path, key, follow_symlinks=False).hex()
+        for key in sorted(map(os.fsencode, os.listxattr(path, follow_symlinks=False)))
+    }
     return record
 
 

@@ -18,33 +18,74 @@ if TYPE_CHECKING:
     Schema = dict[str, "Schema | None"]
 
 CONFIG_MAX_BYTES = 1 << 20
-RANGE_MAX_BYTES = 0x1000_0000       # amplify_io, merging_size and their v2 names
+RANGE_MAX_BYTES = 0x1000_0000  # amplify_io, merging_size and their v2 names
 THREADS_MAX = 1024
 AMPLIFY_DEFAULT_BYTES = 1 << 20
 CACHE_TYPES = ("blobcache", "filecache")
 NO_CACHE_TYPES = ("dummycache", "")
 BACKEND_TYPES = ("localdisk", "localfs", "oss", "s3", "registry", "http-proxy")
 
-CACHE_CONFIG: "Schema" = {"work_dir": None, "disable_indexed_map": None, "enable_encryption": None,
-                          "enable_convergent_encryption": None, "encryption_key": None}
-V1_SCHEMA: "Schema" = {
-    "device": {"id": None, "backend": {"type": None, "config": None}, "external_backends": None,
-               "cache": {"type": None, "compressed": None, "validate": None, "config": CACHE_CONFIG}},
-    "mode": None, "digest_validate": None, "iostats_files": None, "access_pattern": None, "latest_read_files": None,
-    "enable_xattr": None, "amplify_io": None,
-    "fs_prefetch": {"enable": None, "threads_count": None, "merging_size": None, "bandwidth_rate": None,
-                    "prefetch_all": None, "stream_prefetch": None},
+CACHE_CONFIG: "Schema" = {
+    "work_dir": None,
+    "disable_indexed_map": None,
+    "enable_encryption": None,
+    "enable_convergent_encryption": None,
+    "encryption_key": None,
 }
-V2_PREFETCH: "Schema" = {"enable": None, "threads": None, "batch_size": None, "bandwidth_limit": None,
-                         "prefetch_all": None, "stream_prefetch": None}
+V1_SCHEMA: "Schema" = {
+    "device": {
+        "id": None,
+        "backend": {"type": None, "config": None},
+        "external_backends": None,
+        "cache": {"type": None, "compressed": None, "validate": None, "config": CACHE_CONFIG},
+    },
+    "mode": None,
+    "digest_validate": None,
+    "iostats_files": None,
+    "access_pattern": None,
+    "latest_read_files": None,
+    "enable_xattr": None,
+    "amplify_io": None,
+    "fs_prefetch": {
+        "enable": None,
+        "threads_count": None,
+        "merging_size": None,
+        "bandwidth_rate": None,
+        "prefetch_all": None,
+        "stream_prefetch": None,
+    },
+}
+V2_PREFETCH: "Schema" = {
+    "enable": None,
+    "threads": None,
+    "batch_size": None,
+    "bandwidth_limit": None,
+    "prefetch_all": None,
+    "stream_prefetch": None,
+}
 V2_SCHEMA: "Schema" = {
-    "version": None, "id": None,
+    "version": None,
+    "id": None,
     "backend": {"type": None, **dict.fromkeys(BACKEND_TYPES)},
     "external_backends": None,
-    "cache": {"type": None, "compressed": None, "validate": None, "prefetch": V2_PREFETCH, "filecache": CACHE_CONFIG,
-              "fscache": {"work_dir": None}},
-    "rafs": {"mode": None, "batch_size": None, "validate": None, "enable_xattr": None, "iostats_files": None,
-             "access_pattern": None, "latest_read_files": None, "prefetch": V2_PREFETCH},
+    "cache": {
+        "type": None,
+        "compressed": None,
+        "validate": None,
+        "prefetch": V2_PREFETCH,
+        "filecache": CACHE_CONFIG,
+        "fscache": {"work_dir": None},
+    },
+    "rafs": {
+        "mode": None,
+        "batch_size": None,
+        "validate": None,
+        "enable_xattr": None,
+        "iostats_files": None,
+        "access_pattern": None,
+        "latest_read_files": None,
+        "prefetch": V2_PREFETCH,
+    },
     "overlay": {"upper_dir": None, "work_dir": None},
 }
 # What nydusd once took and takes no more, by the path of the key.
@@ -66,10 +107,27 @@ class ImageConfig:
     for the log.
     """
 
-    __slots__ = ("access_pattern", "amplify_bytes", "backend_config", "backend_type", "cache_compressed",
-                 "cache_validate", "enable_xattr", "id", "iostats_files", "latest_read_files", "mode", "prefetch",
-                 "prefetch_all", "prefetch_bandwidth_bytes_s", "prefetch_batch_bytes", "prefetch_stream",
-                 "prefetch_threads", "warnings", "work_dir")
+    __slots__ = (
+        "access_pattern",
+        "amplify_bytes",
+        "backend_config",
+        "backend_type",
+        "cache_compressed",
+        "cache_validate",
+        "enable_xattr",
+        "id",
+        "iostats_files",
+        "latest_read_files",
+        "mode",
+        "prefetch",
+        "prefetch_all",
+        "prefetch_bandwidth_bytes_s",
+        "prefetch_batch_bytes",
+        "prefetch_stream",
+        "prefetch_threads",
+        "warnings",
+        "work_dir",
+    )
 
     def __init__(self, backend_type: str, backend_config: "dict[str, Any]", work_dir: str) -> None:
         self.id = ""
@@ -88,24 +146,44 @@ class ImageConfig:
 
     def public(self) -> "dict[str, Any]":
         """The configuration as nydusd shows it: v2's form, every key, nothing secret."""
-        prefetch = {"enable": self.prefetch, "threads": self.prefetch_threads, "batch_size": self.prefetch_batch_bytes,
-                    "bandwidth_limit": self.prefetch_bandwidth_bytes_s, "prefetch_all": self.prefetch_all,
-                    "stream_prefetch": self.prefetch_stream}
+        prefetch = {
+            "enable": self.prefetch,
+            "threads": self.prefetch_threads,
+            "batch_size": self.prefetch_batch_bytes,
+            "bandwidth_limit": self.prefetch_bandwidth_bytes_s,
+            "prefetch_all": self.prefetch_all,
+            "stream_prefetch": self.prefetch_stream,
+        }
         backend = hide_secrets(self.backend_config)
         if self.backend_type == "localfs":
             backend = {"blob_file": "", "dir": "", "alt_dirs": [], **backend}
         return {
-            "version": 2, "id": self.id,
+            "version": 2,
+            "id": self.id,
             "backend": {"type": self.backend_type, **dict.fromkeys(BACKEND_TYPES), self.backend_type: backend},
             "external_backends": [],
-            "cache": {"type": "blobcache", "compressed": self.cache_compressed, "validate": self.cache_validate,
-                      "prefetch": prefetch, "fscache": None,
-                      "filecache": {"work_dir": self.work_dir, "disable_indexed_map": False, "enable_encryption": False,
-                                    "enable_convergent_encryption": False, "encryption_key": ""}},
+            "cache": {
+                "type": "blobcache",
+                "compressed": self.cache_compressed,
+                "validate": self.cache_validate,
+                "prefetch": prefetch,
+                "fscache": None,
+                "filecache": {
+                    "work_dir": self.work_dir,
+                    "disable_indexed_map": False,
+                    "enable_encryption": False,
+                    "enable_convergent_encryption": False,
+                    "encryption_key": "",
+                },
+            },
             "rafs": {
-                "mode": self.mode, "batch_size": self.amplify_bytes, "validate": self.cache_validate,
-                "enable_xattr": self.enable_xattr, "iostats_files": self.iostats_files,
-                "access_pattern": self.access_pattern, "latest_read_files": self.latest_read_files,
+                "mode": self.mode,
+                "batch_size": self.amplify_bytes,
+                "validate": self.cache_validate,
+                "enable_xattr": self.enable_xattr,
+                "iostats_files": self.iostats_files,
+                "access_pattern": self.access_pattern,
+                "latest_read_files": self.latest_read_files,
                 "prefetch": prefetch,
             },
             "overlay": None,
@@ -115,8 +193,13 @@ class ImageConfig:
 def hide_secrets(value: "Any") -> "Any":
     """A copy without secret keys, without logins in addresses, and without the values of headers."""
     if isinstance(value, dict):
-        return {key: {name: "***" for name in below} if key == "headers" and isinstance(below, dict)
-                else hide_secrets(below) for key, below in value.items() if key not in SECRET_KEYS}
+        return {
+            key: {name: "***" for name in below}
+            if key == "headers" and isinstance(below, dict)
+            else hide_secrets(below)
+            for key, below in value.items()
+            if key not in SECRET_KEYS
+        }
     if isinstance(value, list):
         return [hide_secrets(one) for one in value]
     if isinstance(value, str) and "://" in value:
@@ -182,24 +265,35 @@ def _parse_toml(text: str, where: str, json_error: ValueError) -> "Any":
 
 # ---- the two forms
 
+
 def _from_v1(document: "dict[str, Any]", where: str) -> ImageConfig:
     device = _table(document, "device", where)
     backend = _table(device, "backend", where, required=True)
     cache = _table(device, "cache", where)
     kind = _kind(backend, "device.backend.type", where)
-    config = ImageConfig(kind, dict(_table(backend, "config", where)),
-                         _cache_dir(cache.get("type", ""), _table(cache, "config", where), where))
+    config = ImageConfig(
+        kind,
+        dict(_table(backend, "config", where)),
+        _cache_dir(cache.get("type", ""), _table(cache, "config", where), where),
+    )
     config.id = _text(device, "id", where)
     _note_unknown(document, V1_SCHEMA, where, config)
     config.mode = _mode(document, where)
     for key in ("iostats_files", "access_pattern", "latest_read_files", "enable_xattr"):
         setattr(config, key, _flag(document, key, where))
-    _flag(document, "digest_validate", where)       # every chunk is verified on arrival, asked or not
+    _flag(document, "digest_validate", where)  # every chunk is verified on arrival, asked or not
     config.amplify_bytes = _number(document, "amplify_io", where, AMPLIFY_DEFAULT_BYTES, RANGE_MAX_BYTES)
     _read_cache(config, cache, _table(cache, "config", where), where)
     # v1: the whole image unless told otherwise
-    _read_prefetch(config, _table(document, "fs_prefetch", where), where, "threads_count", "merging_size",
-                   "bandwidth_rate", prefetch_all=True)
+    _read_prefetch(
+        config,
+        _table(document, "fs_prefetch", where),
+        where,
+        "threads_count",
+        "merging_size",
+        "bandwidth_rate",
+        prefetch_all=True,
+    )
     _note_unused(config, device.get("external_backends"), None, where)
     return config
 
@@ -211,8 +305,11 @@ def _from_v2(document: "dict[str, Any]", where: str) -> ImageConfig:
     kind = _kind(backend, "backend.type", where)
     cache = _table(document, "cache", where, required=True)
     rafs = _table(document, "rafs", where)
-    config = ImageConfig(kind, dict(_table(backend, kind, where, required=True)),
-                         _cache_dir(cache.get("type", ""), _table(cache, "filecache", where), where))
+    config = ImageConfig(
+        kind,
+        dict(_table(backend, kind, where, required=True)),
+        _cache_dir(cache.get("type", ""), _table(cache, "filecache", where), where),
+    )
     config.id = _text(document, "id", where)
     _note_unknown(document, V2_SCHEMA, where, config)
     config.mode = _mode(rafs, where)
@@ -221,8 +318,9 @@ def _from_v2(document: "dict[str, Any]", where: str) -> ImageConfig:
     _flag(rafs, "validate", where)
     config.amplify_bytes = _number(rafs, "batch_size", where, AMPLIFY_DEFAULT_BYTES, RANGE_MAX_BYTES)
     _read_cache(config, cache, _table(cache, "filecache", where), where)
-    _read_prefetch(config, _table(rafs, "prefetch", where), where, "threads", "batch_size", "bandwidth_limit",
-                   prefetch_all=False)
+    _read_prefetch(
+        config, _table(rafs, "prefetch", where), where, "threads", "batch_size", "bandwidth_limit", prefetch_all=False
+    )
     _note_unused(config, document.get("external_backends"), document.get("overlay"), where)
     return config
 
@@ -232,14 +330,24 @@ def _read_cache(config: ImageConfig, cache: "dict[str, Any]", settings: "dict[st
     config.cache_validate = _flag(cache, "validate", where)
     _flag(settings, "disable_indexed_map", where)
     if _flag(settings, "enable_encryption", where) or _flag(settings, "enable_convergent_encryption", where):
-        raise UsageFailure(f"{where}: an encrypted cache is not supported; keep the cache directory on an encrypted "
-                           "file system instead")
+        raise UsageFailure(
+            f"{where}: an encrypted cache is not supported; keep the cache directory on an encrypted "
+            "file system instead"
+        )
     if cache.get("type", "") in NO_CACHE_TYPES:
         config.warnings.append(f"{where}: there is no mode without cache; {config.work_dir} is the cache")
 
 
-def _read_prefetch(config: ImageConfig, prefetch: "dict[str, Any]", where: str, threads: str, batch: str, limit: str, *,
-                   prefetch_all: bool) -> None:
+def _read_prefetch(
+    config: ImageConfig,
+    prefetch: "dict[str, Any]",
+    where: str,
+    threads: str,
+    batch: str,
+    limit: str,
+    *,
+    prefetch_all: bool,
+) -> None:
     config.prefetch = _flag(prefetch, "enable", where)
     config.prefetch_all = config.prefetch and _flag(prefetch, "prefetch_all", where, prefetch_all)
     config.prefetch_stream = _flag(prefetch, "stream_prefetch", where)
@@ -279,6 +387,7 @@ def _note_unknown(document: "dict[str, Any]", schema: "Schema", where: str, conf
 
 
 # ---- one key
+
 
 def _kind(backend: "dict[str, Any]", name: str, where: str) -> str:
     kind = backend.get("type")

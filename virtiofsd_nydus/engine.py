@@ -21,9 +21,23 @@ WAITING_MAX = 1024
 FILES_SLACK = 64
 INODES_AT_ONCE = 4096
 
-_STATS = ("fuse_requests", "fuse_errors", "read_bytes", "hits", "parked", "expired", "pool_reads", "fetch_jobs",
-          "fetched_bytes", "fetched_chunks", "verified_chunks", "digest_failures", "prefetch_bytes", "ring_errors",
-          "oldest_wait_us")
+_STATS = (
+    "fuse_requests",
+    "fuse_errors",
+    "read_bytes",
+    "hits",
+    "parked",
+    "expired",
+    "pool_reads",
+    "fetch_jobs",
+    "fetched_bytes",
+    "fetched_chunks",
+    "verified_chunks",
+    "digest_failures",
+    "prefetch_bytes",
+    "ring_errors",
+    "oldest_wait_us",
+)
 
 
 def text_of(buffer: "Any") -> str:
@@ -49,8 +63,16 @@ def reduce_privileges() -> str:
 class MountStats:
     """vnd_mount_stats: what guests did with one image. Lists are by nydusd's numbers and buckets."""
 
-    __slots__ = ("errors", "hits", "read_bytes", "read_latencies", "read_latency_us", "read_sizes", "reads_at_once",
-                 "reads_waited")
+    __slots__ = (
+        "errors",
+        "hits",
+        "read_bytes",
+        "read_latencies",
+        "read_latency_us",
+        "read_sizes",
+        "reads_at_once",
+        "reads_waited",
+    )
 
     def __init__(self, raw: "Any") -> None:
         self.hits, self.errors = list(raw.fops.hits), list(raw.fops.errors)
@@ -89,12 +111,23 @@ class Engine:
     read_deadline_ms: a guest read that misses ends in EIO after it.
     """
 
-    def __init__(self, *, read_deadline_ms: int = 0, pool_threads: int = 0, sync_interval_ms: int = 0,
-                 allow_unverified: bool = False) -> None:
-        cfg = ffi.new("vnd_engine_cfg *", {
-            "read_deadline_ms": read_deadline_ms, "pool_threads": pool_threads,
-            "sync_interval_ms": sync_interval_ms, "allow_unverified": allow_unverified,
-        })
+    def __init__(
+        self,
+        *,
+        read_deadline_ms: int = 0,
+        pool_threads: int = 0,
+        sync_interval_ms: int = 0,
+        allow_unverified: bool = False,
+    ) -> None:
+        cfg = ffi.new(
+            "vnd_engine_cfg *",
+            {
+                "read_deadline_ms": read_deadline_ms,
+                "pool_threads": pool_threads,
+                "sync_interval_ms": sync_interval_ms,
+                "allow_unverified": allow_unverified,
+            },
+        )
         self.handle = lib.vnd_engine_new(cfg)
         if self.handle == ffi.NULL:
             raise Failure("cannot start the engine: out of memory or threads", Cause.IO)
@@ -157,9 +190,23 @@ class Store:
 class BlobInfo:
     """One entry of an image's blob table; key identifies the store's blob in jobs (0 without a store)."""
 
-    __slots__ = ("chunk_count", "chunk_size_bytes", "ci_compressor", "ci_csize_bytes", "ci_offset", "ci_usize_bytes",
-                 "compressed_size_bytes", "compressor", "digester", "features", "id", "index", "key", "prefetch_end",
-                 "uncompressed_size_bytes")
+    __slots__ = (
+        "chunk_count",
+        "chunk_size_bytes",
+        "ci_compressor",
+        "ci_csize_bytes",
+        "ci_offset",
+        "ci_usize_bytes",
+        "compressed_size_bytes",
+        "compressor",
+        "digester",
+        "features",
+        "id",
+        "index",
+        "key",
+        "prefetch_end",
+        "uncompressed_size_bytes",
+    )
 
     def __init__(self, raw: "Any", key: int) -> None:
         self.id = text_of(raw.id)
@@ -172,11 +219,11 @@ class BlobInfo:
         self.features: int = raw.features
         self.compressed_size_bytes: int = raw.compressed_size_bytes
         self.uncompressed_size_bytes: int = raw.uncompressed_size_bytes
-        self.ci_offset: int = raw.ci_offset     # of blob.meta in the blob, v6
+        self.ci_offset: int = raw.ci_offset  # of blob.meta in the blob, v6
         self.ci_csize_bytes: int = raw.ci_csize_bytes
         self.ci_usize_bytes: int = raw.ci_usize_bytes
         self.ci_compressor: int = raw.ci_compressor
-        self.prefetch_end: int = raw.prefetch_end   # v5: stored bytes up to here are to be fetched at mount
+        self.prefetch_end: int = raw.prefetch_end  # v5: stored bytes up to here are to be fetched at mount
 
 
 class Rafs:
@@ -186,8 +233,14 @@ class Rafs:
         err = ffi.new("char[]", ERR_MAX)
         cause = ffi.new("int *")
         self.handle = lib.vnd_rafs_open(
-            engine.handle, os.fsencode(bootstrap), ffi.NULL if blob_id is None else blob_id.encode(),
-            ffi.NULL if store is None else store.handle, cause, err, ERR_MAX)
+            engine.handle,
+            os.fsencode(bootstrap),
+            ffi.NULL if blob_id is None else blob_id.encode(),
+            ffi.NULL if store is None else store.handle,
+            cause,
+            err,
+            ERR_MAX,
+        )
         require(self.handle != ffi.NULL, err, Cause(cause[0]))
         self._info = ffi.new("vnd_rafs_info *")
         lib.vnd_rafs_info_get(self.handle, self._info)
@@ -218,7 +271,7 @@ class Rafs:
     def file_stats(self) -> "list[FileStats]":
         """Of each inode that an operation succeeded on; an inode may have several, one a thread that served it."""
         count: int = lib.vnd_rafs_file_stats(self.handle, ffi.NULL, 0)
-        room = count + FILES_SLACK      # what is new meanwhile
+        room = count + FILES_SLACK  # what is new meanwhile
         out = ffi.new("vnd_file_stats[]", room)
         count = min(room, lib.vnd_rafs_file_stats(self.handle, out, room))
         return [FileStats(one) for one in out[0:count]]
@@ -287,8 +340,9 @@ class Passthrough:
 
     def __init__(self, engine: Engine, source: str, *, keep_top: bool = False) -> None:
         err = ffi.new("char[]", ERR_MAX)
-        self.handle = lib.vnd_passthrough_new(engine.handle, os.fsencode(source),
-                                              lib.VND_PASSTHROUGH_KEEP_TOP if keep_top else 0, err, ERR_MAX)
+        self.handle = lib.vnd_passthrough_new(
+            engine.handle, os.fsencode(source), lib.VND_PASSTHROUGH_KEEP_TOP if keep_top else 0, err, ERR_MAX
+        )
         require(self.handle != ffi.NULL, err)
 
     def drop_idle(self) -> None:

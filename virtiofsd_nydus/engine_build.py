@@ -41,8 +41,14 @@ ffibuilder.set_source(
     include_dirs=[relative(ROOT / "csrc")],
     libraries=["zstd", "lz4", "z", "crypto", "pthread"],
     define_macros=[("_GNU_SOURCE", None)],
-    extra_compile_args=["-std=c11", "-O2", "-g", "-fvisibility=hidden", *WARNINGS,
-                        *shlex.split(os.environ.get("VND_CFLAGS", ""))],
+    extra_compile_args=[
+        "-std=c11",
+        "-O2",
+        "-g",
+        "-fvisibility=hidden",
+        *WARNINGS,
+        *shlex.split(os.environ.get("VND_CFLAGS", "")),
+    ],
     extra_link_args=shlex.split(os.environ.get("VND_LDFLAGS", "")),
     py_limited_api=True,
 )

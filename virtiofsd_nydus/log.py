@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from typing import Any, TextIO
 
 DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40
-LEVELS = {"trace": DEBUG, "debug": DEBUG, "info": INFO, "warn": WARNING, "warning": WARNING, "error": ERROR,
-          "off": 100}
+LEVELS = {"trace": DEBUG, "debug": DEBUG, "info": INFO, "warn": WARNING, "warning": WARNING, "error": ERROR, "off": 100}
 NAMES = {DEBUG: "debug", INFO: "info", WARNING: "warning", ERROR: "error"}
 EARLY_MAX = 1000
 # Linux gives a pipe out page by page: one that polls as writable takes this much without waiting. It also keeps lines
@@ -50,7 +49,7 @@ class PipeLines:
 
     def _send(self, line: bytes) -> bool:
         if len(line) > PIPE_LINE_BYTES:
-            line = line[:PIPE_LINE_BYTES - 5] + b" ...\n"
+            line = line[: PIPE_LINE_BYTES - 5] + b" ...\n"
         if not self._poll.poll(0):
             return False
         os.write(self._fd, line)
@@ -73,9 +72,9 @@ class Log:
             self._stream = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         try:
             if stat.S_ISFIFO(os.fstat(self._stream.fileno()).st_mode):
-                self._stream = PipeLines(self._stream.fileno())     # type: ignore[assignment]
+                self._stream = PipeLines(self._stream.fileno())  # type: ignore[assignment]
         except (AttributeError, OSError, ValueError):
-            pass    # no descriptor behind it
+            pass  # no descriptor behind it
         self._logger: Any = None
 
     def set_level(self, level: str) -> None:
@@ -100,11 +99,17 @@ class Log:
             if self._early is None:
                 return
             tty = self._stream.isatty()
-            render: Any = (structlog.processors.JSONRenderer() if self._form == "json"
-                           else structlog.dev.ConsoleRenderer(colors=tty))
+            render: Any = (
+                structlog.processors.JSONRenderer()
+                if self._form == "json"
+                else structlog.dev.ConsoleRenderer(colors=tty)
+            )
             self._logger = structlog.wrap_logger(
-                structlog.PrintLogger(self._stream), processors=[render], wrapper_class=structlog.BoundLogger,
-                context_class=dict)
+                structlog.PrintLogger(self._stream),
+                processors=[render],
+                wrapper_class=structlog.BoundLogger,
+                context_class=dict,
+            )
             early, self._early = self._early, None
             for at, level, event, fields in early:
                 self._write(at, level, event, fields)
@@ -124,5 +129,5 @@ class Log:
         name = NAMES.get(level, "info")
         try:
             getattr(self._logger, name)(event, timestamp=stamp, level=name, **fields)
-        except (OSError, ValueError):   # whoever read our log is gone: serving goes on
+        except (OSError, ValueError):  # whoever read our log is gone: serving goes on
             pass

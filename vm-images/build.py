@@ -80,7 +80,7 @@ class Kernel:
 
     def __init__(self, deb: Path) -> None:
         self.vmlinuz = b""
-        self.modules: dict[str, bytes] = {}     # name with underscores -> module file, decompressed
+        self.modules: dict[str, bytes] = {}  # name with underscores -> module file, decompressed
         self.builtin: set[str] = set()
         with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as dpkg:
             assert dpkg.stdout is not None
@@ -113,7 +113,7 @@ class Kernel:
             if name not in self.modules:
                 raise BuildError(f"the kernel package has no module {name}")
             match = re.search(rb"\0depends=([^\0]*)\0", self.modules[name])
-            for dependency in (match.group(1).decode().split(",") if match else []):
+            for dependency in match.group(1).decode().split(",") if match else []:
                 if dependency:
                     visit(dependency.replace("-", "_"))
             order.append(name)
@@ -155,8 +155,21 @@ class Cpio:
 def compile_init(output: Path) -> bytes:
     with tempfile.TemporaryDirectory(prefix="init-", dir=output) as scratch:
         binary = Path(scratch) / "init"
-        run_tool(os.environ.get("CC", "cc"), "-std=c11", "-D_GNU_SOURCE", "-Os", "-s", "-static", "-Wall",
-                 "-Wextra", "-Werror", "-Wno-unused-result", "-o", str(binary), str(HERE / "init.c"))
+        run_tool(
+            os.environ.get("CC", "cc"),
+            "-std=c11",
+            "-D_GNU_SOURCE",
+            "-Os",
+            "-s",
+            "-static",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-Wno-unused-result",
+            "-o",
+            str(binary),
+            str(HERE / "init.c"),
+        )
         return binary.read_bytes()
 
 
@@ -164,7 +177,7 @@ def make_initramfs(init: bytes, kernel: Kernel, busybox: bytes | None) -> bytes:
     cpio = Cpio()
     for directory in ("dev", "proc", "sys", "modules", "bin", "rw"):
         cpio.add(directory, stat.S_IFDIR | 0o755)
-    cpio.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))    # init's stderr before devtmpfs is there
+    cpio.add("dev/console", stat.S_IFCHR | 0o600, device=(5, 1))  # init's stderr before devtmpfs is there
     cpio.add("dev/null", stat.S_IFCHR | 0o666, device=(1, 3))
     cpio.add("init", stat.S_IFREG | 0o755, init)
     for number, name in enumerate(kernel.load_order(MODULES)):
@@ -187,9 +200,12 @@ def build(output: Path, package: str, update: bool) -> str:
     busybox = BUSYBOX.resolve()
     if not busybox.exists():
         raise BuildError("busybox-static is not installed: run scripts/install-packages as root")
-    inputs = {"kernel": deb.name, "recipe": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
-              "init": hashlib.sha256((HERE / "init.c").read_bytes()).hexdigest(),
-              "busybox": hashlib.sha256(busybox.read_bytes()).hexdigest()}
+    inputs = {
+        "kernel": deb.name,
+        "recipe": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        "init": hashlib.sha256((HERE / "init.c").read_bytes()).hexdigest(),
+        "busybox": hashlib.sha256(busybox.read_bytes()).hexdigest(),
+    }
     record = output / "guest.json"
     products = [output / name for name in ("vmlinuz", "initramfs.cpio", "initramfs-busybox.cpio")]
     if record.exists() and json.loads(record.read_text()) == inputs and all(path.exists() for path in products):

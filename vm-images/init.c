@@ -32,25 +32,25 @@
 
 enum { PROTOCOL = 1, MAX_JOBS = 16, MAX_FRAME_BYTES = 256 * 1024, MAX_WORDS = 4096, DEBUG_EXIT_PORT = 0x501 };
 enum frame_type {
-    REQ_MOUNT = 1,      /* u32 flags, tag\0 */
-    REQ_EXEC = 2,       /* u32 flags, u32 argc, u32 envc, cwd\0, argv strings, env strings */
-    REQ_KILL = 3,       /* u32 signal, to the job's process group */
-    REQ_EXIT = 4,       /* u32 code: QEMU ends with (code << 1) | 1 */
-    REQ_UNMOUNT = 5,    /* nothing */
-    SAY_HELLO = 16,     /* u32 protocol, u64 now_us, u64 init_us, kernel release */
-    SAY_PHASE = 17,     /* u64 now_us, name */
+    REQ_MOUNT = 1,   /* u32 flags, tag\0 */
+    REQ_EXEC = 2,    /* u32 flags, u32 argc, u32 envc, cwd\0, argv strings, env strings */
+    REQ_KILL = 3,    /* u32 signal, to the job's process group */
+    REQ_EXIT = 4,    /* u32 code: QEMU ends with (code << 1) | 1 */
+    REQ_UNMOUNT = 5, /* nothing */
+    SAY_HELLO = 16,  /* u32 protocol, u64 now_us, u64 init_us, kernel release */
+    SAY_PHASE = 17,  /* u64 now_us, name */
     SAY_STDOUT = 18,
     SAY_STDERR = 19,
-    SAY_ENDED = 20,     /* u64 start_us, u64 end_us, u32 exit status (128 + signal when killed) */
-    SAY_ERROR = 21,     /* u32 errno, text */
+    SAY_ENDED = 20, /* u64 start_us, u64 end_us, u32 exit status (128 + signal when killed) */
+    SAY_ERROR = 21, /* u32 errno, text */
 };
 enum { MOUNT_OVERLAY = 1, MOUNT_SPECIAL = 2 };
 enum { EXEC_CHROOT = 1 };
 
 struct job {
-    pid_t pid;          /* 0: slot free */
+    pid_t pid; /* 0: slot free */
     uint16_t id;
-    int out[2];         /* read ends of stdout and stderr, -1 when at their end */
+    int out[2]; /* read ends of stdout and stderr, -1 when at their end */
     uint64_t start_us;
 };
 
@@ -59,7 +59,7 @@ struct guest {
     int signals;
     uint64_t init_us;
     struct job jobs[MAX_JOBS];
-    uint8_t *in;        /* MAX_FRAME_BYTES + 8 */
+    uint8_t *in; /* MAX_FRAME_BYTES + 8 */
     size_t in_bytes;
 };
 
@@ -103,14 +103,14 @@ static void say(struct guest *g, uint16_t type, uint16_t job, const void *payloa
     put_u32(head, (uint32_t)bytes);
     memcpy(head + 4, &type, 2);
     memcpy(head + 6, &job, 2);
-    struct iovec iov[2] = {{head, sizeof head}, {(void *)payload, bytes}};
+    struct iovec iov[2] = { { head, sizeof head }, { (void *)payload, bytes } };
     int i = 0;
     while (i < 2) {
         ssize_t n = writev(g->port, iov + i, 2 - i);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
-            machine_exit(3);    /* nobody listens any more */
+            machine_exit(3); /* nobody listens any more */
         while (i < 2 && (size_t)n >= iov[i].iov_len)
             n -= (ssize_t)iov[i++].iov_len;
         if (i < 2) {
@@ -164,7 +164,7 @@ static void load_modules(void)
 static int open_port(void)
 {
     /* The port appears a moment after its driver, from a work queue; no event tells of it before udev's time. */
-    struct timespec pause_1ms = {0, 1000000};
+    struct timespec pause_1ms = { 0, 1000000 };
     for (int i = 0; i < 5000; i++) {
         /* vportNp1: N counts all virtio devices, in the order of their slots */
         for (int number = 0; number < 8; number++) {
@@ -181,7 +181,7 @@ static int open_port(void)
 
 static void raise_loopback(void)
 {
-    struct ifreq r = {.ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING};
+    struct ifreq r = { .ifr_name = "lo", .ifr_flags = IFF_UP | IFF_RUNNING };
     int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (fd >= 0) {
         ioctl(fd, SIOCSIFFLAGS, &r);
@@ -205,8 +205,8 @@ static void mount_special(void)
 
 static void unmount_root(void)
 {
-    static const char *const points[] = {"/newroot/dev/shm", "/newroot/dev/pts", "/newroot/dev", "/newroot/sys",
-                                         "/newroot/proc", "/newroot", "/rw", "/lower"};
+    static const char *const points[] = { "/newroot/dev/shm", "/newroot/dev/pts", "/newroot/dev", "/newroot/sys",
+                                          "/newroot/proc",    "/newroot",         "/rw",          "/lower" };
     for (size_t i = 0; i < sizeof points / sizeof *points; i++)
         umount2(points[i], 0);
 }
@@ -279,7 +279,7 @@ static void child_exec(uint32_t flags, const char *cwd, char **argv, char **env,
     execvp(argv[0], argv);
     int error = errno;
     fprintf(stderr, "%s: %s\n", argv[0], strerror(error));
-    _exit(error == ENOENT ? 127 : 126);     /* as shells do */
+    _exit(error == ENOENT ? 127 : 126); /* as shells do */
 }
 
 static void start_job(struct guest *g, uint16_t id, uint8_t *p, size_t bytes)
@@ -307,7 +307,7 @@ static void start_job(struct guest *g, uint16_t id, uint8_t *p, size_t bytes)
         words[i < argc ? i : i + 1] = s;
     }
     words[argc] = words[argc + 1 + envc] = NULL;
-    int out[2] = {-1, -1}, err[2] = {-1, -1};
+    int out[2] = { -1, -1 }, err[2] = { -1, -1 };
     if (!cwd || pipe2(out, O_CLOEXEC) || pipe2(err, O_CLOEXEC)) {
         say_error(g, id, cwd ? errno : EINVAL, "exec request");
         return;
@@ -327,7 +327,7 @@ static void start_job(struct guest *g, uint16_t id, uint8_t *p, size_t bytes)
     }
     fcntl(out[0], F_SETFL, O_NONBLOCK);
     fcntl(err[0], F_SETFL, O_NONBLOCK);
-    *j = (struct job){.pid = pid, .id = id, .out = {out[0], err[0]}, .start_us = start_us};
+    *j = (struct job){ .pid = pid, .id = id, .out = { out[0], err[0] }, .start_us = start_us };
 }
 
 /* Sends what a job's stream holds now; closes it at its end. */
@@ -379,12 +379,8 @@ static void reap(struct guest *g)
 static void handle_frame(struct guest *g, uint16_t type, uint16_t id, uint8_t *p, size_t bytes)
 {
     switch (type) {
-    case REQ_MOUNT:
-        mount_root(g, p, bytes);
-        break;
-    case REQ_EXEC:
-        start_job(g, id, p, bytes);
-        break;
+    case REQ_MOUNT: mount_root(g, p, bytes); break;
+    case REQ_EXEC: start_job(g, id, p, bytes); break;
     case REQ_KILL:
         for (int i = 0; bytes >= 4 && i < MAX_JOBS; i++)
             if (g->jobs[i].pid && g->jobs[i].id == id)
@@ -399,8 +395,7 @@ static void handle_frame(struct guest *g, uint16_t type, uint16_t id, uint8_t *p
         unmount_root();
         machine_exit(bytes >= 4 ? get_u32(p) : 0);
         break;
-    default:
-        say_error(g, id, EPROTO, "request of unknown type");
+    default: say_error(g, id, EPROTO, "request of unknown type");
     }
 }
 
@@ -410,7 +405,7 @@ static void read_requests(struct guest *g)
     if (n < 0 && (errno == EINTR || errno == EAGAIN))
         return;
     if (n <= 0)
-        machine_exit(3);        /* the host has gone: so do we */
+        machine_exit(3); /* the host has gone: so do we */
     g->in_bytes += (size_t)n;
     size_t done = 0;
     while (g->in_bytes - done >= 8) {
@@ -433,10 +428,10 @@ static void read_requests(struct guest *g)
 static void serve(struct guest *g)
 {
     for (;;) {
-        struct pollfd fds[2 + 2 * MAX_JOBS] = {{g->port, POLLIN, 0}, {g->signals, POLLIN, 0}};
+        struct pollfd fds[2 + 2 * MAX_JOBS] = { { g->port, POLLIN, 0 }, { g->signals, POLLIN, 0 } };
         for (int i = 0; i < MAX_JOBS; i++)
             for (int k = 0; k < 2; k++)
-                fds[2 + 2 * i + k] = (struct pollfd){g->jobs[i].pid ? g->jobs[i].out[k] : -1, POLLIN, 0};
+                fds[2 + 2 * i + k] = (struct pollfd){ g->jobs[i].pid ? g->jobs[i].out[k] : -1, POLLIN, 0 };
         if (poll(fds, 2 + 2 * MAX_JOBS, -1) < 0)
             continue;
         for (int i = 0; i < MAX_JOBS; i++)

@@ -11,8 +11,8 @@
 
 /* Ring of lines waiting for the log thread. Small: a flood is worth one line, not memory. */
 #define EVENTS_MAX 128
-#define EVENTS_SAME_US (5 * 1000 * 1000)    /* the same line again within this is only counted */
-#define EVENTS_RECENT 16                    /* how many different lines are remembered for that */
+#define EVENTS_SAME_US (5 * 1000 * 1000) /* the same line again within this is only counted */
+#define EVENTS_RECENT 16                 /* how many different lines are remembered for that */
 
 struct recent {
     char text[VND_ERR_MAX];
@@ -148,7 +148,7 @@ void engine_say(struct vnd_engine *e, int level, int cause, const char *fmt, ...
     va_end(ap);
     for (char *c = text; *c; c++)
         if ((unsigned char)*c < 0x20 || *c == 0x7f)
-            *c = '?';   /* one line stays one line, whatever an image called its blob */
+            *c = '?'; /* one line stays one line, whatever an image called its blob */
     clock_gettime(CLOCK_REALTIME, &ts);
 
     pthread_mutex_lock(&ev->lock);
@@ -197,9 +197,12 @@ int vnd_event_next(vnd_engine *e, vnd_event *out, int timeout_ms)
 
 /* ---------------------------------------------------------------- counters */
 
+/* The tool does not settle on one form for a list of X(). */
+/* clang-format off */
 #define COUNTERS(X) \
     X(fuse_requests) X(fuse_errors) X(read_bytes) X(hits) X(parked) X(expired) X(pool_reads) X(fetch_jobs) \
     X(fetched_bytes) X(fetched_chunks) X(verified_chunks) X(digest_failures) X(prefetch_bytes) X(ring_errors)
+/* clang-format on */
 
 void engine_counters_register(struct vnd_engine *e, struct engine_counters *c)
 {
@@ -218,7 +221,7 @@ void engine_counters_unregister(struct vnd_engine *e, struct engine_counters *c)
             break;
         }
     }
-#define X(field) \
+#define X(field)                                                                                       \
     atomic_fetch_add_explicit(&e->shared.field, atomic_load_explicit(&c->field, memory_order_relaxed), \
                               memory_order_relaxed);
     COUNTERS(X)

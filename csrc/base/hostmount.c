@@ -14,7 +14,7 @@
 #include "base/engine.h"
 
 #define LOOP_TRIES 16
-#define READ_AHEAD_SECTORS 2048ul       /* 1 MiB, as for the FUSE mount itself */
+#define READ_AHEAD_SECTORS 2048ul /* 1 MiB, as for the FUSE mount itself */
 
 int vnd_mount(const char *source, const char *target, const char *type, uint64_t flags, const char *data)
 {
@@ -36,7 +36,7 @@ static int open_loop(const struct hostmount_part *part, int *number)
     config.info.lo_flags = LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR;
     if (control < 0)
         return -errno;
-    for (int i = 0; i < LOOP_TRIES && rc == -EBUSY; i++) {      /* somebody may take the free one first */
+    for (int i = 0; i < LOOP_TRIES && rc == -EBUSY; i++) { /* somebody may take the free one first */
         char path[32];
         int fd;
 
@@ -73,8 +73,8 @@ static int open_root(int fs)
 
     if (fsconfig(fs, FSCONFIG_SET_FLAG, "ro", NULL, 0) != 0 || fsconfig(fs, FSCONFIG_CMD_CREATE, NULL, NULL, 0) != 0)
         return -errno;
-    mount_fd = fsmount(fs, FSMOUNT_CLOEXEC, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV |
-                                                MOUNT_ATTR_NOATIME);
+    mount_fd =
+        fsmount(fs, FSMOUNT_CLOEXEC, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOATIME);
     if (mount_fd < 0)
         return -errno;
     /* fsmount's own descriptor is a mere path, which nothing can be looked up by handle under. */
@@ -90,8 +90,7 @@ int hostmount_erofs(const struct hostmount_part *parts, int n, char *err, size_t
     int fs = fsopen("erofs", FSOPEN_CLOEXEC);
 
     if (fs < 0)
-        return fail_line(-errno, err, err_len, "this kernel has no EROFS or lets only root mount: %s",
-                         strerror(errno));
+        return fail_line(-errno, err, err_len, "this kernel has no EROFS or lets only root mount: %s", strerror(errno));
     for (int i = 0; i < n && rc == 0; i++) {
         int fd = n <= HOSTMOUNT_PARTS_MAX ? open_loop(&parts[i], &number) : -E2BIG;
 
@@ -111,6 +110,6 @@ int hostmount_erofs(const struct hostmount_part *parts, int n, char *err, size_t
     }
     close(fs);
     while (opened > 0)
-        close(loops[--opened]);         /* the mount holds them now; without one they end here */
+        close(loops[--opened]); /* the mount holds them now; without one they end here */
     return rc;
 }

@@ -4,10 +4,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define HOSTMOUNT_PARTS_MAX 33        /* loop devices for one image: its bootstrap and its blobs */
+#define HOSTMOUNT_PARTS_MAX 33 /* loop devices for one image: its bootstrap and its blobs */
 
 /* An open file from offset to its end, as a block device sees it: in whole sectors of 512 bytes. */
-struct hostmount_part { int fd; uint64_t offset; };
+struct hostmount_part {
+    int fd;
+    uint64_t offset;
+};
 
 /* Mounts EROFS read-only over parts[0] (the bootstrap) with parts[1..n) as its devices, in the superblock's order, and
  * attaches it nowhere. Loop devices stand between, which go with the mount: the file system then lies at the bottom of

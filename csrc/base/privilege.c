@@ -13,8 +13,9 @@
 
 /* A guest's files: CHOWN to SETFCAP, and DAC_READ_SEARCH for file handles. SYS_ADMIN: trusted.* and security.* xattrs,
  * mounts on this host, pre-content events. */
-#define KEPT (BIT(CAP_CHOWN) | BIT(CAP_DAC_OVERRIDE) | BIT(CAP_DAC_READ_SEARCH) | BIT(CAP_FOWNER) | BIT(CAP_FSETID) | \
-              BIT(CAP_SETUID) | BIT(CAP_SETGID) | BIT(CAP_MKNOD) | BIT(CAP_SETFCAP) | BIT(CAP_SYS_ADMIN))
+#define KEPT                                                                                                 \
+    (BIT(CAP_CHOWN) | BIT(CAP_DAC_OVERRIDE) | BIT(CAP_DAC_READ_SEARCH) | BIT(CAP_FOWNER) | BIT(CAP_FSETID) | \
+     BIT(CAP_SETUID) | BIT(CAP_SETGID) | BIT(CAP_MKNOD) | BIT(CAP_SETFCAP) | BIT(CAP_SYS_ADMIN))
 
 int privilege_get(struct __user_cap_data_struct cap[2])
 {
@@ -38,12 +39,10 @@ static int drop_bounding(void)
     for (unsigned int cap = 0; cap < 64; cap++) {
         int held = prctl(PR_CAPBSET_READ, cap, 0, 0, 0);
 
-        if (held < 0) {     /* the kernel has no more */
+        if (held < 0) /* the kernel has no more */
             break;
-        }
-        if (held && !(KEPT & BIT(cap)) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0)) {
+        if (held && !(KEPT & BIT(cap)) && prctl(PR_CAPBSET_DROP, cap, 0, 0, 0))
             rc = -errno;
-        }
     }
     return rc;
 }
@@ -68,21 +67,17 @@ int vnd_privilege_reduce(char *err, size_t err_len)
 {
     int rc, failed = 0;
 
-    if (geteuid() != 0) {
+    if (geteuid() != 0)
         return 0;
-    }
-    syscall(SYS_setgroups, 0, NULL);    /* some user namespaces refuse it */
+    syscall(SYS_setgroups, 0, NULL); /* some user namespaces refuse it */
     rc = drop_bounding();
-    if (rc) {
+    if (rc)
         failed = fail_line(rc, err, err_len, "the bounding set of capabilities stays as it is: %s", strerror(-rc));
-    }
     rc = prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) ? -errno : 0;
-    if (rc) {
+    if (rc)
         failed = fail_line(rc, err, err_len, "no_new_privs cannot be set: %s", strerror(-rc));
-    }
     rc = drop_held();
-    if (rc) {
+    if (rc)
         failed = fail_line(rc, err, err_len, "capabilities cannot be given up: %s", strerror(-rc));
-    }
     return failed;
 }

@@ -9,7 +9,7 @@
 
 #define CIPHER_KEY_BYTES 32
 #define CIPHER_IV_BYTES 16
-#define CIPHER_PADDED 18                /* bytes of a unit that held less than 16 */
+#define CIPHER_PADDED 18 /* bytes of a unit that held less than 16 */
 
 /* Decrypts len >= 16 bytes, dst may be src. *out_len: bytes without padding. 0, -EBADMSG, -ENOMEM. */
 int cipher_decrypt(const uint8_t key[CIPHER_KEY_BYTES], const uint8_t iv[CIPHER_IV_BYTES], const uint8_t *src,

@@ -55,7 +55,7 @@ static int decode_lz4(const uint8_t *src, size_t src_len, uint8_t *dst, size_t d
 
 static int decode_gzip(struct codec *c, const uint8_t *src, size_t src_len, uint8_t *dst, size_t dst_len)
 {
-    uint8_t probe;      /* takes the byte too many that a hostile member may hold */
+    uint8_t probe; /* takes the byte too many that a hostile member may hold */
     int rc;
 
     if (src_len > UINT_MAX || dst_len > UINT_MAX)
@@ -72,7 +72,7 @@ static int decode_gzip(struct codec *c, const uint8_t *src, size_t src_len, uint
     c->gz.next_out = dst_len ? dst : &probe;
     c->gz.avail_out = (unsigned)dst_len;
     rc = inflate(&c->gz, Z_FINISH);
-    if (rc == Z_BUF_ERROR && c->gz.avail_out == 0) {    /* full: only the trailer may be left */
+    if (rc == Z_BUF_ERROR && c->gz.avail_out == 0) { /* full: only the trailer may be left */
         c->gz.next_out = &probe;
         c->gz.avail_out = 1;
         rc = inflate(&c->gz, Z_FINISH);
@@ -90,14 +90,10 @@ int codec_decode(struct codec *c, uint32_t id, const uint8_t *src, size_t src_le
             return -EBADMSG;
         memcpy(dst, src, dst_len);
         return 0;
-    case CODEC_LZ4_BLOCK:
-        return decode_lz4(src, src_len, dst, dst_len);
-    case CODEC_GZIP:
-        return decode_gzip(c, src, src_len, dst, dst_len);
-    case CODEC_ZSTD:
-        return decode_zstd(c, src, src_len, dst, dst_len);
-    default:
-        return -ENOTSUP;
+    case CODEC_LZ4_BLOCK: return decode_lz4(src, src_len, dst, dst_len);
+    case CODEC_GZIP: return decode_gzip(c, src, src_len, dst, dst_len);
+    case CODEC_ZSTD: return decode_zstd(c, src, src_len, dst, dst_len);
+    default: return -ENOTSUP;
     }
 }
 

@@ -11,7 +11,7 @@ enum codec_digest { CODEC_BLAKE3 = 0, CODEC_SHA256 = 1 };
 
 #define CODEC_DIGEST_BYTES 32
 
-struct codec;       /* reusable state of one thread or job */
+struct codec; /* reusable state of one thread or job */
 
 struct codec *codec_new(void);
 void codec_free(struct codec *c);

@@ -6,8 +6,7 @@
 #define CRC32C_POLY 0x82F63B78u
 
 #if defined(__x86_64__)
-__attribute__((target("sse4.2")))
-static uint32_t crc32c_by_cpu(uint32_t crc, const uint8_t *buf, size_t len)
+__attribute__((target("sse4.2"))) static uint32_t crc32c_by_cpu(uint32_t crc, const uint8_t *buf, size_t len)
 {
     uint64_t wide = crc;
 
@@ -20,9 +19,8 @@ static uint32_t crc32c_by_cpu(uint32_t crc, const uint8_t *buf, size_t len)
         len -= 8;
     }
     crc = (uint32_t)wide;
-    while (len--) {
+    while (len--)
         crc = __builtin_ia32_crc32qi(crc, *buf++);
-    }
     return crc;
 }
 #endif
@@ -34,9 +32,8 @@ static uint32_t crc32c_by_nibbles(uint32_t crc, const uint8_t *buf, size_t len)
     for (uint32_t i = 0; i < 16; i++) {
         uint32_t value = i;
 
-        for (int bit = 0; bit < 4; bit++) {
+        for (int bit = 0; bit < 4; bit++)
             value = value & 1 ? value >> 1 ^ CRC32C_POLY : value >> 1;
-        }
         table[i] = value;
     }
     while (len--) {
@@ -50,9 +47,8 @@ static uint32_t crc32c_by_nibbles(uint32_t crc, const uint8_t *buf, size_t len)
 uint32_t vnd_crc32c(const uint8_t *buf, size_t len)
 {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("sse4.2")) {
+    if (__builtin_cpu_supports("sse4.2"))
         return ~crc32c_by_cpu(0xFFFFFFFFu, buf, len);
-    }
 #endif
     return ~crc32c_by_nibbles(0xFFFFFFFFu, buf, len);
 }

@@ -19,8 +19,8 @@
 #define META_MAGIC 0xB10BB10Bu
 #define ENTRY_V1 16u
 #define ENTRY_V2 24u
-#define CONTEXT 40u             /* of a batch as of a gzip context */
-#define ZRAN_TABLE_MAX (1ull << 30)     /* with the dictionaries: 16 times that of a layer of 100 GiB */
+#define CONTEXT 40u                 /* of a batch as of a gzip context */
+#define ZRAN_TABLE_MAX (1ull << 30) /* with the dictionaries: 16 times that of a layer of 100 GiB */
 #define TABLE_MAX (128ull << 20)    /* decoded; 5 million chunks */
 #define V2_COMPRESSED 1u
 #define V2_ZRAN 2u
@@ -54,14 +54,14 @@ bool blobmeta_possible(const vnd_blob_info *info)
         most = ZRAN_TABLE_MAX;
 
     return n && n <= BLOBTABLE_COUNT_MAX && info->ci_csize_bytes && info->ci_csize_bytes <= info->ci_usize_bytes &&
-           info->ci_usize_bytes >= least && info->ci_usize_bytes <= most &&
-           info->ci_usize_bytes <= TABLE_MAX && codec_known(info->ci_compressor) && info->ci_offset <= 1ull << 40;
+           info->ci_usize_bytes >= least && info->ci_usize_bytes <= most && info->ci_usize_bytes <= TABLE_MAX &&
+           codec_known(info->ci_compressor) && info->ci_offset <= 1ull << 40;
 }
 
 static int bad(const vnd_blob_info *info, const char *what, char *err, size_t err_len)
 {
-    return fail_line(-EINVAL, err, err_len, "chunk table of blob %s: %s; the blob or the image is damaged",
-                     info->id, what);
+    return fail_line(-EINVAL, err, err_len, "chunk table of blob %s: %s; the blob or the image is damaged", info->id,
+                     what);
 }
 
 static int check_header(const vnd_blob_info *info, const uint8_t *h, char *err, size_t err_len)
@@ -69,9 +69,8 @@ static int check_header(const vnd_blob_info *info, const uint8_t *h, char *err, 
     if (le32(h) != META_MAGIC || le32(h + BLOBMETA_HEADER - 4) != META_MAGIC)
         return bad(info, "no header where it should be", err, err_len);
     /* Features are not compared: builders of several generations differ. */
-    if (le32(h + 12) != info->chunk_count || le32(h + 8) != info->ci_compressor ||
-        le64(h + 16) != info->ci_offset || le64(h + 24) != info->ci_csize_bytes ||
-        le64(h + 32) != info->ci_usize_bytes)
+    if (le32(h + 12) != info->chunk_count || le32(h + 8) != info->ci_compressor || le64(h + 16) != info->ci_offset ||
+        le64(h + 24) != info->ci_csize_bytes || le64(h + 32) != info->ci_usize_bytes)
         return bad(info, "its header and the image's blob table differ", err, err_len);
     return 0;
 }
@@ -80,7 +79,7 @@ static int check_header(const vnd_blob_info *info, const uint8_t *h, char *err, 
 struct contexts {
     const uint8_t *at;
     uint32_t count;
-    struct zran *zran;          /* they are those of a gzip file */
+    struct zran *zran; /* they are those of a gzip file */
 };
 
 static int find_contexts(const vnd_blob_info *info, const uint8_t *table, const uint8_t *h, struct contexts *ctx,
@@ -211,7 +210,8 @@ int blobmeta_decrypt(const vnd_blob_info *info, uint8_t *stored, size_t len, cha
     if (len != info->ci_csize_bytes + BLOBMETA_HEADER ||
         cipher_decrypt(info->cipher_key, info->cipher_iv, stored, info->ci_csize_bytes, stored, &table_len) ||
         cipher_decrypt(info->cipher_key, info->cipher_iv, stored + info->ci_csize_bytes, BLOBMETA_HEADER,
-                       stored + info->ci_csize_bytes, &header_len) || table_len != info->ci_csize_bytes) {
+                       stored + info->ci_csize_bytes, &header_len) ||
+        table_len != info->ci_csize_bytes) {
         bad(info, "it cannot be decrypted", err, err_len);
         return -EBADMSG;
     }
@@ -250,10 +250,12 @@ int blobmeta_place(struct blobtable *records, const struct blobtable *meta, cons
             continue;
         /* A bootstrap does not say where a batched chunk lies (csize 0); of all others it does. */
         if (r->uoff != m->uoff || r->usize != m->usize ||
-            (!m->batch && r->csize && (r->coff != m->coff || r->csize != m->csize ||
-                           (r->flags ^ m->flags) & BLOBTABLE_COMPRESSED)))
-            return fail_line(-EINVAL, err, err_len, "chunk table of blob %s and the image differ about chunk %u; "
-                             "one of them is damaged", info->id, i);
+            (!m->batch && r->csize &&
+             (r->coff != m->coff || r->csize != m->csize || (r->flags ^ m->flags) & BLOBTABLE_COMPRESSED)))
+            return fail_line(-EINVAL, err, err_len,
+                             "chunk table of blob %s and the image differ about chunk %u; "
+                             "one of them is damaged",
+                             info->id, i);
         /* Only the flags of what the image itself places say whether it is encrypted. */
         if (!r->csize)
             r->flags |= m->flags & BLOBTABLE_ENCRYPTED;

@@ -100,17 +100,23 @@ const char *blobtable_check(const vnd_blob_info *info, const struct blobtable_ch
 static int put_record(void *ctx, const struct blob_chunk *r)
 {
     struct build *b = ctx;
-    struct blobtable_chunk c = { .coff = r->coff, .uoff = r->uoff, .csize = r->csize, .usize = r->usize,
-                                 .flags = r->flags & (BLOBTABLE_COMPRESSED | BLOBTABLE_ENCRYPTED) }, *e;
+    struct blobtable_chunk c = { .coff = r->coff,
+                                 .uoff = r->uoff,
+                                 .csize = r->csize,
+                                 .usize = r->usize,
+                                 .flags = r->flags & (BLOBTABLE_COMPRESSED | BLOBTABLE_ENCRYPTED) },
+                           *e;
     const char *why = "index beyond the blob's chunk count";
     /* Builders leave the place of a batched chunk 0 and do not flag it either. */
     bool batch = ((r->flags & BLOBTABLE_BATCH || !r->csize) && b->info->features & BLOBMETA_BATCH) ||
-                 b->info->features & BLOBMETA_ZRAN;     /* what it says of those is no place to read */
+                 b->info->features & BLOBMETA_ZRAN; /* what it says of those is no place to read */
 
     if (!batch && !r->csize && r->flags & BLOBTABLE_COMPRESSED && b->info->compressor == CODEC_GZIP)
-        return fail_line(-EINVAL, b->err, b->err_len, "blob %s chunk %u: has no stored size, as those of eStargz "
-                         "images, which are not read; convert the image", b->info->id, r->index);
-    if (batch)     /* where it lies is not known yet; blobmeta_place brings it, checked */
+        return fail_line(-EINVAL, b->err, b->err_len,
+                         "blob %s chunk %u: has no stored size, as those of eStargz "
+                         "images, which are not read; convert the image",
+                         b->info->id, r->index);
+    if (batch) /* where it lies is not known yet; blobmeta_place brings it, checked */
         c.coff = c.csize = c.flags = 0;
     if (r->index < b->info->chunk_count)
         why = batch ? check_space(b->info, &c) : blobtable_check(b->info, &c);
@@ -124,10 +130,12 @@ static int put_record(void *ctx, const struct blob_chunk *r)
         c.crc32 = r->crc32;
     }
     e = &b->t->chunk[r->index];
-    if (e->usize) {     /* an image may name a chunk more than once, always alike */
+    if (e->usize) { /* an image may name a chunk more than once, always alike */
         if (memcmp(e, &c, sizeof c) || memcmp(b->t->digest[r->index], r->digest, 32))
-            return fail_line(-EINVAL, b->err, b->err_len, "blob %s chunk %u: described twice and differently; "
-                             "the image is damaged", b->info->id, r->index);
+            return fail_line(-EINVAL, b->err, b->err_len,
+                             "blob %s chunk %u: described twice and differently; "
+                             "the image is damaged",
+                             b->info->id, r->index);
         return 0;
     }
     *e = c;
@@ -157,7 +165,7 @@ bool blobtable_overlap(const struct blobtable *t, uint32_t *a, uint32_t *b)
         sorted = t->chunk[i].uoff >= end;
         end = t->chunk[i].uoff + t->chunk[i].usize;
     }
-    if (sorted)         /* what every builder writes: index order is offset order */
+    if (sorted) /* what every builder writes: index order is offset order */
         return false;
     s = malloc((size_t)t->known * sizeof *s);
     if (!s) {
@@ -201,8 +209,8 @@ int blobtable_from_records(struct blobtable **out, const vnd_blob_info *info, bl
     if (!rc && !b.t->known)
         rc = -ENODATA;
     if (!rc && blobtable_overlap(b.t, &x, &y))
-        rc = fail_line(-EINVAL, err, err_len, "blob %s: chunks %u and %u share bytes; the image is damaged",
-                       info->id, x, y);
+        rc = fail_line(-EINVAL, err, err_len, "blob %s: chunks %u and %u share bytes; the image is damaged", info->id,
+                       x, y);
     if (rc) {
         blobtable_free(b.t);
         return rc < 0 ? rc : -EINVAL;
@@ -274,7 +282,7 @@ int blobtable_merge(struct blobtable **out, const struct blobtable *a, const str
     for (uint32_t i = 0; i < a->n; i++) {
         const struct blobtable *from = a->chunk[i].usize ? a : b;
         if (!from->chunk[i].usize)
-            continue;       /* nor touches its memory */
+            continue; /* nor touches its memory */
         if (a->chunk[i].usize && b->chunk[i].usize && !same_chunk(a, b, i)) {
             blobtable_free(t);
             return fail_line(-EEXIST, err, err_len, "chunk %u differs from what another image says of it", i);

@@ -9,30 +9,30 @@
 
 #include "store/store.h"
 
-#define BLOBTABLE_CHUNK_MAX (16u << 20)     /* bytes of a chunk: rafs-format 7.2 */
-#define BLOBTABLE_COUNT_MAX (1u << 24)      /* chunks of a blob */
-#define BLOBTABLE_COMPRESSED 1u             /* rafs-format 2.6 */
+#define BLOBTABLE_CHUNK_MAX (16u << 20) /* bytes of a chunk: rafs-format 7.2 */
+#define BLOBTABLE_COUNT_MAX (1u << 24)  /* chunks of a blob */
+#define BLOBTABLE_COMPRESSED 1u         /* rafs-format 2.6 */
 #define BLOBTABLE_ENCRYPTED 4u
 #define BLOBTABLE_BATCH 8u
-#define BLOBTABLE_CRC32 16u                 /* kept only where there is no digest */
-#define BLOBTABLE_DIGEST 0x80000000u        /* ours: digest[] holds one */
+#define BLOBTABLE_CRC32 16u          /* kept only where there is no digest */
+#define BLOBTABLE_DIGEST 0x80000000u /* ours: digest[] holds one */
 
 struct blobtable_chunk {
     uint64_t coff, uoff;
     uint32_t csize;
-    uint32_t usize;         /* 0: the image names no such chunk */
+    uint32_t usize; /* 0: the image names no such chunk */
     uint32_t flags;
-    uint32_t batch;         /* 0, or 1 + the batch, or gzip context, it is decoded with: coff and csize are its */
-    uint32_t batch_at;      /* where it starts in the decoded batch */
+    uint32_t batch;    /* 0, or 1 + the batch, or gzip context, it is decoded with: coff and csize are its */
+    uint32_t batch_at; /* where it starts in the decoded batch */
     uint32_t batch_usize;
     uint32_t crc32;
-    uint32_t pad;           /* 0: chunks are compared as bytes */
+    uint32_t pad; /* 0: chunks are compared as bytes */
 };
 
 struct blobtable {
-    uint32_t n;             /* chunks of the blob */
-    uint32_t known;         /* of them described here */
-    uint32_t digests;       /* of them with a digest */
+    uint32_t n;       /* chunks of the blob */
+    uint32_t known;   /* of them described here */
+    uint32_t digests; /* of them with a digest */
     struct blobtable_chunk *chunk;
     uint8_t (*digest)[32];
     struct zran *zran;      /* a gzip layer's contexts, NULL: its chunks are no parts of one */

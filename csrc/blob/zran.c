@@ -30,8 +30,13 @@ static uint64_t le64(const uint8_t *p)
 /* NULL, or what is wrong with it. */
 static const char *read_context(const uint8_t *p, size_t dicts_len, struct zran_context *c)
 {
-    *c = (struct zran_context){ .in_off = le64(p), .dict_off = le64(p + 16), .in_len = le32(p + 24),
-                                .out_len = le32(p + 28), .dict_len = le32(p + 32), .byte = p[36], .bits = p[37] };
+    *c = (struct zran_context){ .in_off = le64(p),
+                                .dict_off = le64(p + 16),
+                                .in_len = le32(p + 24),
+                                .out_len = le32(p + 28),
+                                .dict_len = le32(p + 32),
+                                .byte = p[36],
+                                .bits = p[37] };
     if (!c->in_len || !c->out_len || c->out_len > ZRAN_OUT_MAX)
         return "a gzip context of impossible size";
     if (c->bits > 7)
@@ -115,15 +120,16 @@ static bool next_member(z_stream *s, bool *raw)
         s->next_in += GZIP_TRAILER;
         s->avail_in -= GZIP_TRAILER;
     }
-    *raw = false;                   /* zlib reads header and trailer of those that follow */
+    *raw = false; /* zlib reads header and trailer of those that follow */
     return s->avail_in && inflateReset2(s, 15 + 16) == Z_OK;
 }
 
 int zran_decode(const struct zran *z, uint32_t i, const uint8_t *src, uint8_t *dst)
 {
     const struct zran_context *c = &z->context[i];
-    z_stream s = { .next_in = (uint8_t *)(uintptr_t)src, .avail_in = c->in_len, .next_out = dst,
-                   .avail_out = c->out_len };
+    z_stream s = {
+        .next_in = (uint8_t *)(uintptr_t)src, .avail_in = c->in_len, .next_out = dst, .avail_out = c->out_len
+    };
     bool raw = true, good;
 
     if (inflateInit2(&s, -15) != Z_OK)

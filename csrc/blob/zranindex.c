@@ -16,8 +16,8 @@
 /* A context ends once it takes in or gives out this much: a reader fetches and decodes all of one at a time. */
 #define ZRAN_IN_BYTES (512u << 10)
 #define ZRAN_OUT_BYTES (2u << 20)
-#define ZRAN_DICT_MAX (1u << 30)    /* windows of 64 GiB of layer: a bomb, or no layer for this */
-#define ZRAN_OUT_MAX (16u << 20)    /* readers refuse more */
+#define ZRAN_DICT_MAX (1u << 30) /* windows of 64 GiB of layer: a bomb, or no layer for this */
+#define ZRAN_OUT_MAX (16u << 20) /* readers refuse more */
 
 struct zran_boundary {
     uint64_t in_off, out_off;
@@ -34,14 +34,14 @@ struct zran_context {
 
 struct vnd_zran {
     z_stream gz;
-    uint64_t in, out;               /* position, over all members */
+    uint64_t in, out; /* position, over all members */
     uint32_t chunk_size;
     uint8_t last_byte;
     int in_member, switched, known;
     struct zran_boundary last;
     struct zran_context *contexts;
     size_t count, cap;
-    uint64_t dict_len;              /* of all windows so far, which whoever calls has taken */
+    uint64_t dict_len; /* of all windows so far, which whoever calls has taken */
     uint32_t window_len;
     uint8_t window[ZRAN_WINDOW_BYTES];
 };
@@ -50,9 +50,8 @@ vnd_zran *vnd_zran_new(uint32_t chunk_size_bytes)
 {
     vnd_zran *z = calloc(1, sizeof(*z));
 
-    if (!z) {
+    if (!z)
         return NULL;
-    }
     z->chunk_size = chunk_size_bytes;
     if (inflateInit2(&z->gz, 31) != Z_OK) {
         free(z);
@@ -63,9 +62,8 @@ vnd_zran *vnd_zran_new(uint32_t chunk_size_bytes)
 
 void vnd_zran_free(vnd_zran *z)
 {
-    if (!z) {
+    if (!z)
         return;
-    }
     inflateEnd(&z->gz);
     free(z->contexts);
     free(z);
@@ -75,9 +73,8 @@ static int note_boundary(vnd_zran *z)
 {
     uInt len = ZRAN_WINDOW_BYTES;
 
-    if (inflateGetDictionary(&z->gz, z->last.window, &len) != Z_OK) {
+    if (inflateGetDictionary(&z->gz, z->last.window, &len) != Z_OK)
         return -EBADMSG;
-    }
     z->last.window_len = len;
     z->last.in_off = z->in;
     z->last.out_off = z->out;
@@ -96,9 +93,8 @@ static int inflate_step(vnd_zran *z)
 
     z->in_member = 1;
     rc = inflate(&z->gz, Z_BLOCK);
-    if (z->gz.next_in > in) {
+    if (z->gz.next_in > in)
         z->last_byte = z->gz.next_in[-1];
-    }
     z->in += (uint64_t)(z->gz.next_in - in);
     z->out += (uint64_t)(z->gz.next_out - out);
     if (rc == Z_STREAM_END) {
@@ -106,12 +102,10 @@ static int inflate_step(vnd_zran *z)
         z->switched = 1;
         return inflateReset(&z->gz) == Z_OK ? 0 : -EBADMSG;
     }
-    if (rc == Z_BUF_ERROR) {
+    if (rc == Z_BUF_ERROR)
         return 0;
-    }
-    if (rc != Z_OK) {
+    if (rc != Z_OK)
         return rc == Z_MEM_ERROR ? -ENOMEM : -EBADMSG;
-    }
     return (z->gz.data_type & 0xC0) == 0x80 ? note_boundary(z) : 0;
 }
 
@@ -120,24 +114,22 @@ int64_t vnd_zran_read(vnd_zran *z, const uint8_t *in, size_t in_len, size_t *use
     int rc;
 
     *used = 0;
-    if (in_len > UINT_MAX || out_len > UINT_MAX) {
+    if (in_len > UINT_MAX || out_len > UINT_MAX)
         return -EINVAL;
-    }
     z->gz.next_in = (uint8_t *)(uintptr_t)in;
     z->gz.avail_in = (uInt)in_len;
     z->gz.next_out = out;
     z->gz.avail_out = (uInt)out_len;
     while (z->gz.avail_in && z->gz.avail_out) {
-        if (!z->in_member && *z->gz.next_in == 0) {     /* padding behind or between members */
+        if (!z->in_member && *z->gz.next_in == 0) { /* padding behind or between members */
             z->gz.next_in++;
             z->gz.avail_in--;
             z->in++;
             continue;
         }
         rc = inflate_step(z);
-        if (rc) {
+        if (rc)
             return rc;
-        }
     }
     *used = in_len - z->gz.avail_in;
     return (int64_t)(out_len - z->gz.avail_out);
@@ -153,16 +145,13 @@ static int grow(void **what, size_t *cap, size_t need, size_t each)
     size_t wanted = *cap ? *cap : 64;
     void *moved;
 
-    while (wanted < need) {
+    while (wanted < need)
         wanted *= 2;
-    }
-    if (wanted == *cap) {
+    if (wanted == *cap)
         return 0;
-    }
     moved = realloc(*what, wanted * each);
-    if (!moved) {
+    if (!moved)
         return -ENOMEM;
-    }
     *what = moved;
     *cap = wanted;
     return 0;
@@ -173,15 +162,17 @@ static int start_context(vnd_zran *z)
     const struct zran_boundary *b = &z->last;
     struct zran_context *c;
 
-    if (z->dict_len + b->window_len > ZRAN_DICT_MAX || z->count >= INT_MAX) {
+    if (z->dict_len + b->window_len > ZRAN_DICT_MAX || z->count >= INT_MAX)
         return -E2BIG;
-    }
-    if (grow((void **)&z->contexts, &z->cap, z->count + 1, sizeof(*z->contexts))) {
+    if (grow((void **)&z->contexts, &z->cap, z->count + 1, sizeof(*z->contexts)))
         return -ENOMEM;
-    }
     c = &z->contexts[z->count++];
-    *c = (struct zran_context){ .in_off = b->in_off, .out_off = b->out_off, .dict_off = z->dict_len,
-                                .dict_len = b->window_len, .byte = b->byte, .bits = b->bits };
+    *c = (struct zran_context){ .in_off = b->in_off,
+                                .out_off = b->out_off,
+                                .dict_off = z->dict_len,
+                                .dict_len = b->window_len,
+                                .byte = b->byte,
+                                .bits = b->bits };
     memcpy(z->window, b->window, b->window_len);
     z->window_len = b->window_len;
     z->dict_len += b->window_len;
@@ -193,9 +184,8 @@ static int is_due(const vnd_zran *z)
 {
     const struct zran_context *c;
 
-    if (!z->count || z->switched) {
+    if (!z->count || z->switched)
         return 1;
-    }
     c = &z->contexts[z->count - 1];
     return z->last.out_off > c->out_off &&
            (z->in - c->in_off >= ZRAN_IN_BYTES || z->out - c->out_off + z->chunk_size >= ZRAN_OUT_BYTES);
@@ -203,15 +193,13 @@ static int is_due(const vnd_zran *z)
 
 int64_t vnd_zran_begin_chunk(vnd_zran *z, uint64_t *in_off, uint64_t *slice)
 {
-    if (!z->known) {
+    if (!z->known)
         return -EINVAL;
-    }
     if (is_due(z)) {
         int rc = start_context(z);
 
-        if (rc) {
+        if (rc)
             return rc;
-        }
     }
     *in_off = z->in;
     *slice = z->out - z->contexts[z->count - 1].out_off;
@@ -222,13 +210,11 @@ int vnd_zran_end_chunk(vnd_zran *z, uint64_t *in_off)
 {
     struct zran_context *c;
 
-    if (!z->count) {
+    if (!z->count)
         return -EINVAL;
-    }
     c = &z->contexts[z->count - 1];
-    if (z->out - c->out_off > ZRAN_OUT_MAX || z->in - c->in_off > UINT32_MAX) {
+    if (z->out - c->out_off > ZRAN_OUT_MAX || z->in - c->in_off > UINT32_MAX)
         return -E2BIG;
-    }
     c->out_len = (uint32_t)(z->out - c->out_off);
     c->in_len = (uint32_t)(z->in - c->in_off);
     *in_off = z->in;
@@ -243,9 +229,8 @@ const uint8_t *vnd_zran_window(const vnd_zran *z, uint32_t *len)
 
 static uint8_t *put_le(uint8_t *at, uint64_t value, int bytes)
 {
-    for (int i = 0; i < bytes; i++) {
+    for (int i = 0; i < bytes; i++)
         *at++ = (uint8_t)(value >> 8 * i);
-    }
     return at;
 }
 
@@ -254,9 +239,8 @@ uint64_t vnd_zran_table(const vnd_zran *z, uint8_t *out, size_t out_len, uint32_
     size_t need = z->count * ZRAN_CONTEXT_BYTES;
 
     *count = (uint32_t)z->count;
-    if (out_len < need) {
+    if (out_len < need)
         return need;
-    }
     for (size_t i = 0; i < z->count; i++) {
         const struct zran_context *c = &z->contexts[i];
 

@@ -23,69 +23,69 @@
 
 struct vnd_engine;
 
-struct side_bound {         /* what T's bit of a chunk vouches for */
+struct side_bound { /* what T's bit of a chunk vouches for */
     uint8_t digest[32];
-    uint64_t off;           /* in the data file */
+    uint64_t off; /* in the data file */
     uint32_t len;
-    uint32_t state;         /* 0 nothing yet, 1 bound; of a stored chunk also 2 if it is compressed, and usize << 2 */
+    uint32_t state; /* 0 nothing yet, 1 bound; of a stored chunk also 2 if it is compressed, and usize << 2 */
 };
 
 struct side_header {
     char magic[8];
     uint32_t version, n;
     char boot_id[40];
-    uint64_t dev, ino, btime_ns, size_bytes;    /* of the data file */
-    _Atomic uint64_t epoch;                     /* odd: bytes are being taken away */
-    _Atomic uint64_t ctime_ns;                  /* of the data file after the last write of ours */
+    uint64_t dev, ino, btime_ns, size_bytes; /* of the data file */
+    _Atomic uint64_t epoch;                  /* odd: bytes are being taken away */
+    _Atomic uint64_t ctime_ns;               /* of the data file after the last write of ours */
     uint32_t retired;
-    _Atomic uint32_t writing;                   /* writes of ours under way, and those that somebody died over */
-    _Atomic uint64_t write_ns;                  /* wall clock when the latest of them began */
+    _Atomic uint32_t writing;  /* writes of ours under way, and those that somebody died over */
+    _Atomic uint64_t write_ns; /* wall clock when the latest of them began */
 };
 
-struct cachefile_at {       /* which file a name led to when it was opened; all 0: none */
+struct cachefile_at { /* which file a name led to when it was opened; all 0: none */
     uint64_t dev, ino;
 };
 
 struct cachefile {
     struct vnd_engine *engine;
     char id[VND_ID_MAX + 1];
-    bool stored;                    /* it holds chunks as the blob stores them: every read decodes */
-    int dir_fd;                     /* borrowed */
-    int side_dir_fd;                /* borrowed, -1: T is private */
+    bool stored;     /* it holds chunks as the blob stores them: every read decodes */
+    int dir_fd;      /* borrowed */
+    int side_dir_fd; /* borrowed, -1: T is private */
     /* A descriptor's number and a map's address stay when the files behind them are exchanged (cache/move.c). */
-    _Atomic int data_fd;            /* -1: nothing on disk, bytes live in memory only */
-    _Atomic int side_fd;            /* -1: T is private */
+    _Atomic int data_fd; /* -1: nothing on disk, bytes live in memory only */
+    _Atomic int side_fd; /* -1: T is private */
     _Atomic bool writable;
-    _Atomic int lack_errno;         /* why it is not */
-    struct cachefile_at data_at, side_at, map_at;   /* for cachefile_open and the one thread that moves */
-    bool stray_said;                /* likewise */
-    _Atomic uint64_t moves;         /* odd: files are being exchanged */
+    _Atomic int lack_errno;                       /* why it is not */
+    struct cachefile_at data_at, side_at, map_at; /* for cachefile_open and the one thread that moves */
+    bool stray_said;                              /* likewise */
+    _Atomic uint64_t moves;                       /* odd: files are being exchanged */
     uint32_t n;
     uint64_t size_bytes;
     struct side_header *head;
     size_t side_map_bytes;
     _Atomic uint64_t *t, *d;
-    _Atomic uint8_t *r;             /* private memory where there is no file */
+    _Atomic uint8_t *r; /* private memory where there is no file */
     uint8_t *r_map;
     size_t r_map_bytes;
     struct sigbus_range *guard_side, *guard_r;
-    _Atomic bool nowait_missing;    /* RWF_NOWAIT is not supported here */
+    _Atomic bool nowait_missing; /* RWF_NOWAIT is not supported here */
     _Atomic uint64_t unsynced_bytes;
-    bool sync_due;                  /* write-out has begun; for the upkeep thread */
+    bool sync_due; /* write-out has begun; for the upkeep thread */
     _Atomic bool space_said;
-    pthread_mutex_t lock;           /* T is set and taken away, and D set, under it */
-    pthread_mutex_t write_lock;     /* one writes at a time: the kernel lets in no more, and there the others spin */
+    pthread_mutex_t lock;       /* T is set and taken away, and D set, under it */
+    pthread_mutex_t write_lock; /* one writes at a time: the kernel lets in no more, and there the others spin */
 };
 
 struct cachefile_cfg {
     struct vnd_engine *engine;
     int dir_fd, side_dir_fd;
-    bool writable;                  /* the directory is */
+    bool writable; /* the directory is */
     const char *id;
     bool stored;
-    bool quiet;                     /* what is lacking was said before */
+    bool quiet; /* what is lacking was said before */
     uint32_t n;
-    uint64_t size_bytes;            /* of the data file */
+    uint64_t size_bytes; /* of the data file */
 };
 
 struct cachefile_names {

@@ -89,7 +89,7 @@ void claim_byte_release(int fd, int64_t at)
 
 int claim_meta(int side_dir_fd, const char *id)
 {
-    uint64_t at = 0xCBF29CE484222325u;      /* FNV-1a; two ids with one hash wait for each other, no more */
+    uint64_t at = 0xCBF29CE484222325u; /* FNV-1a; two ids with one hash wait for each other, no more */
     int fd, rc;
 
     if (side_dir_fd < 0)
@@ -155,8 +155,8 @@ void claim_wake_follow(struct claim_wake *w, int dir_fd)
     struct stat st;
     void *page;
 
-    if (dir_fd < 0 || (w->shared && !fstatat(dir_fd, "wake", &st, AT_SYMLINK_NOFOLLOW) && st.st_dev == w->dev &&
-                       st.st_ino == w->ino))
+    if (dir_fd < 0 ||
+        (w->shared && !fstatat(dir_fd, "wake", &st, AT_SYMLINK_NOFOLLOW) && st.st_dev == w->dev && st.st_ino == w->ino))
         return;
     page = wake_map(w, dir_fd);
     if (page == MAP_FAILED)
@@ -184,7 +184,7 @@ static void futex(struct claim_wake *w, int op, uint32_t val, const struct times
 
 void claim_wake_all(struct claim_wake *w)
 {
-    atomic_fetch_add(&w->page->gen, 1);     /* seq_cst: before the look at waiters */
+    atomic_fetch_add(&w->page->gen, 1); /* seq_cst: before the look at waiters */
     if (atomic_load(&w->page->waiters))
         futex(w, FUTEX_WAKE, INT_MAX, NULL);
 }

@@ -11,11 +11,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define CLAIM_UNITS (1ll << 40)         /* + first unit, length n */
-#define CLAIM_INIT (1ll << 41)          /* header and binding are being looked at or changed */
-#define CLAIM_ATTACH ((1ll << 41) + 1)  /* held shared by everybody who has the file open */
-#define CLAIM_SYNC ((1ll << 41) + 2)    /* makes data durable */
-#define CLAIM_EVICT ((1ll << 41) + 3)   /* takes bytes away: the epoch is odd */
+#define CLAIM_UNITS (1ll << 40)        /* + first unit, length n */
+#define CLAIM_INIT (1ll << 41)         /* header and binding are being looked at or changed */
+#define CLAIM_ATTACH ((1ll << 41) + 1) /* held shared by everybody who has the file open */
+#define CLAIM_SYNC ((1ll << 41) + 2)   /* makes data durable */
+#define CLAIM_EVICT ((1ll << 41) + 3)  /* takes bytes away: the epoch is odd */
 
 /* Takes units [first, first+n) or the free prefix of them: number taken, 0 = the first is taken by somebody
  * else. */
@@ -38,10 +38,10 @@ int claim_reserve(int fd, int64_t len);
 struct claim_wake {
     struct claim_wake_page {
         _Atomic uint32_t gen, waiters;
-    } *page;                            /* mapped file shared by all processes, or private memory */
+    } *page; /* mapped file shared by all processes, or private memory */
     struct sigbus_range *guard;
     bool shared;
-    uint64_t dev, ino;                  /* of the file */
+    uint64_t dev, ino; /* of the file */
 };
 /* dir_fd -1: private. Never fails for want of a file; -ENOMEM. */
 int claim_wake_open(struct claim_wake *w, int dir_fd);
@@ -52,7 +52,7 @@ void claim_wake_follow(struct claim_wake *w, int dir_fd);
 void claim_wake_all(struct claim_wake *w);
 /* Waits until the generation is no longer gen, at most timeout_ms. */
 void claim_wake_wait(struct claim_wake *w, uint32_t gen, int timeout_ms);
-uint32_t claim_wake_enter(struct claim_wake *w);    /* announces a waiter; returns the generation */
+uint32_t claim_wake_enter(struct claim_wake *w); /* announces a waiter; returns the generation */
 void claim_wake_leave(struct claim_wake *w);
 
 #endif

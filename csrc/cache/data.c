@@ -15,8 +15,7 @@
 
 bool cachefile_doubted(const struct cachefile *c, uint32_t i)
 {
-    return c->data_fd >= 0 &&
-           (atomic_load_explicit(&c->r[i >> 3], memory_order_acquire) & (0x80 >> (i & 7)));
+    return c->data_fd >= 0 && (atomic_load_explicit(&c->r[i >> 3], memory_order_acquire) & (0x80 >> (i & 7)));
 }
 
 uint64_t cachefile_count_ready(const struct cachefile *c)
@@ -31,19 +30,13 @@ uint64_t cachefile_count_ready(const struct cachefile *c)
 const char *cachefile_cure(int err)
 {
     switch (err) {
-    case ENOSPC:
-        return "free space in the cache directory";
-    case EDQUOT:
-        return "free space in the cache directory or raise its owner's quota";
-    case EFBIG:
-        return "raise the file size limit (ulimit -f)";
-    case EROFS:
-        return "mount its file system read-write, and look in the kernel's log why it is not";
+    case ENOSPC: return "free space in the cache directory";
+    case EDQUOT: return "free space in the cache directory or raise its owner's quota";
+    case EFBIG: return "raise the file size limit (ulimit -f)";
+    case EROFS: return "mount its file system read-write, and look in the kernel's log why it is not";
     case EACCES:
-    case EPERM:
-        return "give the daemon's user the right to write there";
-    default:
-        return "look in the kernel's log for errors of its disk";
+    case EPERM: return "give the daemon's user the right to write there";
+    default: return "look in the kernel's log for errors of its disk";
     }
 }
 
@@ -64,14 +57,14 @@ static void write_end(struct cachefile *c)
     uint64_t now, had;
     uint32_t writing;
 
-    pthread_mutex_lock(&c->lock);       /* of this file in this file's header */
+    pthread_mutex_lock(&c->lock); /* of this file in this file's header */
     if (!fstat(c->data_fd, &st)) {
         now = (uint64_t)st.st_ctim.tv_sec * 1000000000u + (uint64_t)st.st_ctim.tv_nsec;
         had = atomic_load(&c->head->ctime_ns);
         while (had < now && !atomic_compare_exchange_weak(&c->head->ctime_ns, &had, now))
             ;
     }
-    writing = atomic_load(&c->head->writing);       /* 0: the files were exchanged meanwhile */
+    writing = atomic_load(&c->head->writing); /* 0: the files were exchanged meanwhile */
     while (writing && !atomic_compare_exchange_weak(&c->head->writing, &writing, writing - 1))
         ;
     pthread_mutex_unlock(&c->lock);
@@ -106,10 +99,11 @@ int cachefile_write(struct cachefile *c, uint64_t off, const void *buf, size_t l
     if (begun)
         write_end(c);
     if (rc && !atomic_exchange(&c->space_said, true))
-        engine_say(c->engine, 40, VND_CAUSE_SPACE, "cache of blob %s: %s.blob.%s cannot be written (%s): its chunks "
-                   "are served from memory and fetched again; %s", c->id, c->id, c->stored ? "raw" : "data", strerror(-rc), cachefile_cure(-rc));
-    if (!rc && atomic_load_explicit(&c->space_said, memory_order_relaxed) &&
-        atomic_exchange(&c->space_said, false))
+        engine_say(c->engine, 40, VND_CAUSE_SPACE,
+                   "cache of blob %s: %s.blob.%s cannot be written (%s): its chunks "
+                   "are served from memory and fetched again; %s",
+                   c->id, c->id, c->stored ? "raw" : "data", strerror(-rc), cachefile_cure(-rc));
+    if (!rc && atomic_load_explicit(&c->space_said, memory_order_relaxed) && atomic_exchange(&c->space_said, false))
         engine_say(c->engine, 20, VND_CAUSE_NONE, "cache of blob %s is written again", c->id);
     return rc;
 }
@@ -196,7 +190,7 @@ bool cachefile_write_out(struct cachefile *c, bool force)
 
     if (c->side_fd < 0 || !bytes || (!force && bytes < SYNC_BYTES))
         return false;
-    sync_file_range(c->data_fd, 0, 0, SYNC_FILE_RANGE_WRITE);       /* where it is not supported fdatasync does it all */
+    sync_file_range(c->data_fd, 0, 0, SYNC_FILE_RANGE_WRITE); /* where it is not supported fdatasync does it all */
     return true;
 }
 
@@ -208,7 +202,7 @@ void cachefile_sync(struct cachefile *c)
     if (c->side_fd < 0 || !bytes)
         return;
     if (claim_byte(c->side_fd, CLAIM_SYNC, true, 0))
-        return;     /* another process does it now, for what it sees; ours comes next time */
+        return; /* another process does it now, for what it sees; ours comes next time */
     ready = malloc(words * sizeof *ready);
     if (!ready) {
         claim_byte_release(c->side_fd, CLAIM_SYNC);
@@ -229,8 +223,10 @@ void cachefile_sync(struct cachefile *c)
     }
     pthread_mutex_unlock(&c->lock);
     if (rc)
-        engine_say(c->engine, 40, VND_CAUSE_IO, "cache of blob %s: cannot make it durable: %s; its newest chunks "
-                   "are checked again", c->id, strerror(rc));
+        engine_say(c->engine, 40, VND_CAUSE_IO,
+                   "cache of blob %s: cannot make it durable: %s; its newest chunks "
+                   "are checked again",
+                   c->id, strerror(rc));
     else if (fdatasync(c->side_fd))
         atomic_fetch_add(&c->unsynced_bytes, bytes);
     free(ready);

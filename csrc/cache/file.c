@@ -19,7 +19,7 @@
 #define SIDE_VERSION 1
 #define SIDE_HEADER 4096u
 #define INIT_WAIT_MS 5000
-#define WRITE_LAG_NS 20000000u          /* died_writing: a write takes at most so long */
+#define WRITE_LAG_NS 20000000u /* died_writing: a write takes at most so long */
 #define WRITE_NS 1000000000u
 /* rafs-format 6.2 */
 #define MAP_MAGIC 0x424D4150u
@@ -77,8 +77,7 @@ static int identity_get(int fd, struct identity *id)
         return -errno;
     id->dev = makedev(sx.stx_dev_major, sx.stx_dev_minor);
     id->ino = sx.stx_ino;
-    id->btime_ns = sx.stx_mask & STATX_BTIME ?
-        (uint64_t)sx.stx_btime.tv_sec * 1000000000u + sx.stx_btime.tv_nsec : 0;
+    id->btime_ns = sx.stx_mask & STATX_BTIME ? (uint64_t)sx.stx_btime.tv_sec * 1000000000u + sx.stx_btime.tv_nsec : 0;
     id->ctime_ns = (uint64_t)sx.stx_ctime.tv_sec * 1000000000u + sx.stx_ctime.tv_nsec;
     return 0;
 }
@@ -112,8 +111,8 @@ static int data_open(struct cachefile *c, int *cause, char *err, size_t err_len)
         return io_fail(c, "cannot stat its data file", -errno, cause, err, err_len);
     if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size > c->size_bytes) {
         *cause = VND_CAUSE_IO;
-        return fail_line(-EIO, err, err_len, "cache of blob %s: %s is no file of at most %llu bytes; remove it",
-                         c->id, name, (unsigned long long)c->size_bytes);
+        return fail_line(-EIO, err, err_len, "cache of blob %s: %s is no file of at most %llu bytes; remove it", c->id,
+                         name, (unsigned long long)c->size_bytes);
     }
     c->data_at = (struct cachefile_at){ st.st_dev, st.st_ino };
     return 0;
@@ -129,7 +128,7 @@ static bool data_size(struct cachefile *c)
         return false;
     if (c->writable && ftruncate(c->data_fd, (off_t)c->size_bytes)) {
         c->lack_errno = errno;
-        c->writable = false;    /* no room for it: bytes are kept in memory */
+        c->writable = false; /* no room for it: bytes are kept in memory */
     }
     return true;
 }
@@ -147,8 +146,8 @@ static void map_open(struct cachefile *c)
     int fd;
 
     cachefile_names(&names, c->id, c->stored);
-    fd = openat(c->dir_fd, name, c->writable ? O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW :
-                O_RDONLY | O_CLOEXEC | O_NOFOLLOW, 0644);
+    fd = openat(c->dir_fd, name,
+                c->writable ? O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW : O_RDONLY | O_CLOEXEC | O_NOFOLLOW, 0644);
     if (fd < 0 || fstat(fd, &st) || !S_ISREG(st.st_mode))
         goto out;
     if (st.st_size == 0 && c->writable) {
@@ -157,16 +156,15 @@ static void map_open(struct cachefile *c)
         st.st_size = (off_t)len;
     }
     if ((uint64_t)st.st_size != len || pread(fd, have, sizeof have, 0) != sizeof have) {
-        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s has %lld bytes, not %zu: it is left alone",
-                   c->id, name, (long long)st.st_size, len);
+        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s has %lld bytes, not %zu: it is left alone", c->id,
+                   name, (long long)st.st_size, len);
         goto out;
     }
-    if (!have[0] && !have[1] && !have[2] && c->writable) {      /* its creator was interrupted */
+    if (!have[0] && !have[1] && !have[2] && c->writable) { /* its creator was interrupted */
         if (pwrite(fd, head, sizeof head, 0) != sizeof head)
             goto out;
     } else if (have[0] != MAP_MAGIC || have[1] > 1) {
-        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s is no chunk map: it is left alone", c->id,
-                   name);
+        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s is no chunk map: it is left alone", c->id, name);
         goto out;
     }
     if (c->writable && claim_reserve(fd, (int64_t)len))
@@ -207,8 +205,12 @@ static bool side_matches(const struct cachefile *c, const struct side_header *h,
 static int side_create(struct cachefile *c, const char *name, const struct identity *id, bool replace)
 {
     char tmp[VND_ID_MAX + 48];
-    struct side_header h = { .version = SIDE_VERSION, .n = c->n, .dev = id->dev, .ino = id->ino,
-                             .btime_ns = id->btime_ns, .size_bytes = c->size_bytes };
+    struct side_header h = { .version = SIDE_VERSION,
+                             .n = c->n,
+                             .dev = id->dev,
+                             .ino = id->ino,
+                             .btime_ns = id->btime_ns,
+                             .size_bytes = c->size_bytes };
     size_t len = bound_offset(c->n) + (size_t)c->n * sizeof(struct side_bound);
     int fd, rc = 0;
 
@@ -222,8 +224,8 @@ static int side_create(struct cachefile *c, const char *name, const struct ident
     if (ftruncate(fd, (off_t)len) || claim_reserve(fd, (int64_t)bound_offset(c->n)) ||
         pwrite(fd, &h, sizeof h, 0) != sizeof h)
         rc = errno ? -errno : -EIO;
-    else if (replace ? renameat(c->side_dir_fd, tmp, c->side_dir_fd, name) :
-             linkat(c->side_dir_fd, tmp, c->side_dir_fd, name, 0))
+    else if (replace ? renameat(c->side_dir_fd, tmp, c->side_dir_fd, name)
+                     : linkat(c->side_dir_fd, tmp, c->side_dir_fd, name, 0))
         rc = errno == EEXIST ? 0 : -errno;
     if (rc || !replace)
         unlinkat(c->side_dir_fd, tmp, 0);
@@ -269,7 +271,7 @@ static int side_open_locked(struct cachefile *c, const char *name, const struct 
                 c->side_at = (struct cachefile_at){ st.st_dev, st.st_ino };
                 return 0;
             }
-            rc = side_create(c, name, id, true);    /* who waits for this lock will see */
+            rc = side_create(c, name, id, true); /* who waits for this lock will see */
             close(fd);
             if (rc)
                 return rc;
@@ -324,14 +326,15 @@ static int side_open(struct cachefile *c, bool quiet)
     bool grown = data_size(c);
     if (c->side_fd < 0) {
         if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable && !quiet)
-            engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: cannot make .virtiofsd-nydus/%s (%s): what is "
-                       "fetched now is not shared, and verified again by the next process; %s", c->id, names.side,
-                       strerror(-rc), cachefile_cure(-rc));
+            engine_say(c->engine, 30, VND_CAUSE_IO,
+                       "cache of blob %s: cannot make .virtiofsd-nydus/%s (%s): what is "
+                       "fetched now is not shared, and verified again by the next process; %s",
+                       c->id, names.side, strerror(-rc), cachefile_cure(-rc));
         return side_map(c);
     }
     rc = side_map(c);
     if (!rc)
-        rc = identity_get(c->data_fd, &id);     /* sizing has changed its time */
+        rc = identity_get(c->data_fd, &id); /* sizing has changed its time */
     if (rc)
         return rc;
     boot_id_get(boot);
@@ -422,11 +425,11 @@ _Static_assert(sizeof(struct side_bound) == 48, "bindings are compared as bytes,
 struct bind {
     struct cachefile *c;
     const struct blobtable *t;
-    bool rebind;                /* what is bound otherwise loses its bits and is bound anew */
-    bool sorted;                /* chunks so far lie in index order */
-    uint64_t end;               /* of the last one */
-    uint32_t bad;               /* first chunk that is bound otherwise, or n */
-    struct blobtable *spans;    /* collects all that is bound, if not NULL */
+    bool rebind;             /* what is bound otherwise loses its bits and is bound anew */
+    bool sorted;             /* chunks so far lie in index order */
+    uint64_t end;            /* of the last one */
+    uint32_t bad;            /* first chunk that is bound otherwise, or n */
+    struct blobtable *spans; /* collects all that is bound, if not NULL */
     struct side_bound block[BIND_BLOCK];
 };
 
@@ -540,10 +543,9 @@ static int bind_locked(struct bind *b, char *err, size_t err_len)
         /* Whoever bound them may be gone: then the side file is ours to bind. */
         if (claim_byte(c->side_fd, CLAIM_ATTACH, true, 0)) {
             if (bad < c->n)
-                return fail_line(-EEXIST, err, err_len, "chunk %u is not what another image in use says of it",
-                                 bad);
-            return fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image in use",
-                             x, y);
+                return fail_line(-EEXIST, err, err_len, "chunk %u is not what another image in use says of it", bad);
+            return fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image in use", x,
+                             y);
         }
         b->rebind = true;
         cachefile_take_away(c, false);

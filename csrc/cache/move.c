@@ -19,7 +19,7 @@ static bool strayed(int dir_fd, const char *name, const struct cachefile_at *at)
 {
     struct stat st;
 
-    if (!at->ino)       /* was never there */
+    if (!at->ino) /* was never there */
         return false;
     if (fstatat(dir_fd, name, &st, AT_SYMLINK_NOFOLLOW))
         return errno == ENOENT;
@@ -93,7 +93,7 @@ static int exchange(struct cachefile *c, struct cachefile *fresh)
 {
     int rc = 0;
 
-    pthread_mutex_lock(&c->lock);       /* nobody sets or takes away bits */
+    pthread_mutex_lock(&c->lock); /* nobody sets or takes away bits */
     atomic_fetch_add(&c->moves, 1);
     if (put_map(c->head, fresh->head, c->side_map_bytes)) {
         fresh->head = NULL;

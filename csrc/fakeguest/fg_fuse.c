@@ -6,7 +6,7 @@
 
 #define IN_HEADER 40u
 #define OUT_HEADER 16u
-#define FG_WRITE_HEAD 80u       /* fuse_in_header and fuse_write_in */
+#define FG_WRITE_HEAD 80u /* fuse_in_header and fuse_write_in */
 #define SEGMENTS_MAX 512
 
 uint64_t fg_slot_bytes(uint32_t data_bytes)
@@ -52,8 +52,7 @@ int fg_slot_send(fg_queue *q, uint32_t slot, uint32_t in_len, int out_fixed, uin
     return head < 0 ? head : 0;
 }
 
-int fg_submit(fg_queue *q, uint32_t slot, const uint8_t *in, uint32_t in_len, int out_fixed,
-              uint32_t data_bytes)
+int fg_submit(fg_queue *q, uint32_t slot, const uint8_t *in, uint32_t in_len, int out_fixed, uint32_t data_bytes)
 {
     uint32_t in_data = 0;
     /* What does not fit beside the header goes to the data pages, as a kernel's WRITE does. */
@@ -62,8 +61,8 @@ int fg_submit(fg_queue *q, uint32_t slot, const uint8_t *in, uint32_t in_len, in
         in_len = FG_WRITE_HEAD;
     }
     if (slot >= q->cfg.slot_count || q->slots[slot].busy || in_len == 0 || in_len > FG_SLOT_IN_MAX ||
-        in_data > q->cfg.slot_data_bytes || in_data / FG_PAGE > SEGMENTS_MAX - 8 || out_fixed > FG_OUT_FIXED_MAX || data_bytes > q->cfg.slot_data_bytes ||
-        data_bytes / FG_PAGE > SEGMENTS_MAX - 8)
+        in_data > q->cfg.slot_data_bytes || in_data / FG_PAGE > SEGMENTS_MAX - 8 || out_fixed > FG_OUT_FIXED_MAX ||
+        data_bytes > q->cfg.slot_data_bytes || data_bytes / FG_PAGE > SEGMENTS_MAX - 8)
         return fg_fail(q, -EINVAL, "slot %u busy, or request too large for it", slot);
     struct fg_slot *s = &q->slots[slot];
     memset(s->host, FG_FILL, FG_SLOT_DATA);
@@ -86,7 +85,11 @@ int fg_submit(fg_queue *q, uint32_t slot, const uint8_t *in, uint32_t in_len, in
 int64_t fg_reply_length(fg_queue *q, struct fg_slot *s, uint32_t used_len, int32_t *error)
 {
     uint32_t writable = s->out_fixed < 0 ? 0 : OUT_HEADER + (uint32_t)s->out_fixed + s->data_bytes;
-    struct { uint32_t len; int32_t error; uint64_t unique; } h;
+    struct {
+        uint32_t len;
+        int32_t error;
+        uint64_t unique;
+    } h;
     if (used_len > writable)
         return fg_fail(q, -FG_BAD_LENGTH, "used.len %u of %u writable bytes", used_len, writable);
     *error = 0;
@@ -124,7 +127,7 @@ static int check_untouched(fg_queue *q, uint32_t slot, uint32_t len)
         !all_fill(out + after_fixed, FG_SLOT_DATA - FG_SLOT_OUT - after_fixed))
         return fg_fail(q, -FG_OVERRUN, "bytes beside the reply's header were written (reply %u bytes)", len);
     if (s->in_data_bytes)
-        return 0;   /* the pages are the request's */
+        return 0; /* the pages are the request's */
     uint32_t pages = q->cfg.slot_data_bytes / FG_PAGE;
     for (uint32_t i = 0; i < pages; i++) {
         uint64_t from = (uint64_t)i * FG_PAGE, mine = left > from ? left - from : 0;

@@ -20,7 +20,9 @@ struct read_in {
     uint64_t lock_owner;
     uint32_t flags, padding;
 };
-struct create_in { uint32_t flags, mode, umask, open_flags; };
+struct create_in {
+    uint32_t flags, mode, umask, open_flags;
+};
 enum { ENTRY_BYTES = 128, OPEN_BYTES = 16, ATTR_BYTES = 104, WRITE_BYTES = 8, IN_BYTES = sizeof(struct in_header) };
 struct run {
     fg_queue *q;
@@ -100,7 +102,7 @@ static int send_write(struct run *r, uint32_t slot)
     uint32_t block = r->load->block_bytes;
     pick_random(r, s);
     const fg_file *f = &r->load->files[s->target];
-    struct read_in in = { f->fh, s->offset, block, 0, 0, 0, 0 };     /* WRITE's has the same layout */
+    struct read_in in = { f->fh, s->offset, block, 0, 0, 0, 0 }; /* WRITE's has the same layout */
     write_header(s, IN_BYTES + sizeof in + block, OP_WRITE, f->nodeid);
     memcpy(s->host + FG_SLOT_IN + IN_BYTES, &in, sizeof in);
     for (uint32_t at = 0, page = 0; at < block; at += FG_PAGE, page++)
@@ -138,7 +140,11 @@ static int send_create(struct run *r, uint32_t slot)
 static int send_release(struct run *r, uint32_t slot)
 {
     struct fg_slot *s = &r->q->slots[slot];
-    struct { uint64_t fh; uint32_t flags, release_flags; uint64_t lock_owner; } in = { 0 };
+    struct {
+        uint64_t fh;
+        uint32_t flags, release_flags;
+        uint64_t lock_owner;
+    } in = { 0 };
     uint64_t nodeid;
     memcpy(&nodeid, s->host + FG_SLOT_OUT + FG_OUT_FIXED_AT, sizeof nodeid);
     s->offset = nodeid;
@@ -195,9 +201,12 @@ static int check_read(struct run *r, const struct fg_slot *s)
 static int check_reply(struct run *r, struct fg_slot *s, uint32_t used_len)
 {
     int32_t error;
-    uint32_t want = 16 + (s->opcode == OP_LOOKUP ? ENTRY_BYTES : s->opcode == OP_GETATTR ? ATTR_BYTES
-                          : s->opcode == OP_WRITE ? WRITE_BYTES : s->opcode == OP_CREATE ? ENTRY_BYTES + OPEN_BYTES
-                          : s->opcode == OP_RELEASE ? 0 : r->load->block_bytes);
+    uint32_t want = 16 + (s->opcode == OP_LOOKUP    ? ENTRY_BYTES
+                          : s->opcode == OP_GETATTR ? ATTR_BYTES
+                          : s->opcode == OP_WRITE   ? WRITE_BYTES
+                          : s->opcode == OP_CREATE  ? ENTRY_BYTES + OPEN_BYTES
+                          : s->opcode == OP_RELEASE ? 0
+                                                    : r->load->block_bytes);
     int64_t len = fg_reply_length(r->q, s, used_len, &error);
     if (s->opcode == OP_FORGET)
         return len > 0 ? fg_fail(r->q, -FG_BAD_LENGTH, "FORGET was answered") : (int)len;
@@ -235,8 +244,8 @@ static int check_load(fg_queue *q, const fg_load *l)
     if (l->depth == 0 || l->depth > q->cfg.slot_count || q->in_flight)
         return fg_fail(q, -EINVAL, "depth %u with %u slots and %d in flight", l->depth, q->cfg.slot_count,
                        q->in_flight);
-    if (read && (l->block_bytes == 0 || l->block_bytes % 8 || l->block_bytes > q->cfg.slot_data_bytes ||
-                 !l->file_count))
+    if (read &&
+        (l->block_bytes == 0 || l->block_bytes % 8 || l->block_bytes > q->cfg.slot_data_bytes || !l->file_count))
         return fg_fail(q, -EINVAL, "block of %u bytes, %u files", l->block_bytes, l->file_count);
     for (uint32_t i = 0; read && i < l->file_count; i++)
         if (l->files[i].size_bytes < l->block_bytes)

@@ -13,7 +13,7 @@
 
 struct mapped {
     fg_region r;
-    uint8_t *reserve, *host;    /* reserve: guard, region, guard */
+    uint8_t *reserve, *host; /* reserve: guard, region, guard */
 };
 struct fg_ram {
     int fd, n;
@@ -23,8 +23,8 @@ struct fg_ram {
 
 static int map_region(fg_ram *m, struct mapped *p)
 {
-    uint8_t *at = mmap(NULL, p->r.size_bytes + 2 * GUARD_BYTES, PROT_NONE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    uint8_t *at =
+        mmap(NULL, p->r.size_bytes + 2 * GUARD_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at == MAP_FAILED)
         return -errno;
     p->reserve = at;

@@ -31,7 +31,7 @@ static int set_up_slots(fg_queue *q)
         return -ENOMEM;
     for (uint32_t i = 0; i < pages; i++)
         q->page_order[i] = (uint16_t)i;
-    for (uint32_t i = pages; q->cfg.scatter && i > 1; i--) {    /* Fisher-Yates, always the same order */
+    for (uint32_t i = pages; q->cfg.scatter && i > 1; i--) { /* Fisher-Yates, always the same order */
         uint32_t j = (i * 2654435761u >> 8) % i;
         uint16_t t = q->page_order[i - 1];
         q->page_order[i - 1] = q->page_order[j];
@@ -78,7 +78,7 @@ fg_queue *fg_queue_new(fg_ram *m, const fg_queue_config *cfg, uint16_t next)
     q->cfg = *cfg;
     q->kick_fd = -1;
     q->call_fd = -1;
-    q->next_unique = 1u << 20;      /* apart from those that Python hands out */
+    q->next_unique = 1u << 20; /* apart from those that Python hands out */
     q->desc = (void *)fg_ram_at(m, cfg->desc_gpa, 16ull * cfg->num);
     q->avail = (void *)fg_ram_at(m, cfg->avail_gpa, 6 + 2ull * cfg->num);
     q->used = (void *)fg_ram_at(m, cfg->used_gpa, 6 + 8ull * cfg->num);
@@ -112,12 +112,30 @@ static void wake(fg_queue *q)
     (void)n;
 }
 
-void fg_queue_set_kick(fg_queue *q, int fd) { q->kick_fd = fd; }
-const char *fg_queue_error(fg_queue *q) { return q->err; }
-int fg_queue_in_flight(fg_queue *q) { return q->in_flight; }
-uint16_t fg_queue_avail(fg_queue *q) { return q->avail_idx; }
-uint64_t fg_queue_kicks(fg_queue *q) { return q->kicks; }
-uint64_t fg_queue_calls(fg_queue *q) { return q->calls; }
+void fg_queue_set_kick(fg_queue *q, int fd)
+{
+    q->kick_fd = fd;
+}
+const char *fg_queue_error(fg_queue *q)
+{
+    return q->err;
+}
+int fg_queue_in_flight(fg_queue *q)
+{
+    return q->in_flight;
+}
+uint16_t fg_queue_avail(fg_queue *q)
+{
+    return q->avail_idx;
+}
+uint64_t fg_queue_kicks(fg_queue *q)
+{
+    return q->kicks;
+}
+uint64_t fg_queue_calls(fg_queue *q)
+{
+    return q->calls;
+}
 
 void fg_queue_set_call(fg_queue *q, int fd)
 {
@@ -248,8 +266,9 @@ static int spin(fg_queue *q, int timeout_ms)
     for (uint32_t i = 1; !moved(q); i++) {
         __builtin_ia32_pause();
         if ((i & 0xfff) == 0 && (now_ms() > end || atomic_load(&q->stop)))
-            return atomic_load(&q->stop) && now_ms() <= end ? 0 : fg_fail(q, -ETIMEDOUT, "no completion in %d ms",
-                                                                        timeout_ms);
+            return atomic_load(&q->stop) && now_ms() <= end
+                       ? 0
+                       : fg_fail(q, -ETIMEDOUT, "no completion in %d ms", timeout_ms);
     }
     return 0;
 }
@@ -273,8 +292,7 @@ int fg_queue_wait(fg_queue *q, int timeout_ms)
             return fg_fail(q, -errno, "poll failed");
         if (n == 0)
             return moved(q) ? fg_fail(q, -FG_LOST_CALL, "used index moved, no interrupt in %d ms", timeout_ms)
-                            : fg_fail(q, -ETIMEDOUT, "no completion in %d ms, %d in flight", timeout_ms,
-                                      q->in_flight);
+                            : fg_fail(q, -ETIMEDOUT, "no completion in %d ms, %d in flight", timeout_ms, q->in_flight);
         if (n > 0 && p[1].revents && read(q->wake_fd, &count, sizeof count) > 0 && atomic_load(&q->stop))
             return 0;
         if (n > 0 && (p[0].revents & POLLIN) && read(p[0].fd, &count, sizeof count) == sizeof count) {

@@ -7,7 +7,11 @@
 #include <unistd.h>
 
 /* linux/fuse.h of 6.9; older headers lack them. */
-struct fuse_backing_map { int32_t fd; uint32_t flags; uint64_t padding; };
+struct fuse_backing_map {
+    int32_t fd;
+    uint32_t flags;
+    uint64_t padding;
+};
 #define FUSE_DEV_IOC_BACKING_OPEN _IOW(229, 1, struct fuse_backing_map)
 #define FUSE_DEV_IOC_BACKING_CLOSE _IOW(229, 2, uint32_t)
 
@@ -17,7 +21,7 @@ struct fuse_backing_map { int32_t fd; uint32_t flags; uint64_t padding; };
 struct open_file {
     struct open_file *next;
     uint64_t nodeid, opens;
-    int32_t id;                 /* 0: through the page cache */
+    int32_t id; /* 0: through the page cache */
 };
 
 struct shard {

@@ -22,39 +22,47 @@ struct statvfs;
 
 /* Directory listing: called per entry; non-zero = no room, the entry was not taken, stop. next_off is the cookie
  * that continues after it. For "." and ".." attr is NULL; others carry attr when want_attr was set. */
-typedef int (*fs_dir_put)(void *ctx, uint64_t ino, const char *name, size_t name_len, uint32_t type,
-                          uint64_t next_off, const vnd_attr *attr);
+typedef int (*fs_dir_put)(void *ctx, uint64_t ino, const char *name, size_t name_len, uint32_t type, uint64_t next_off,
+                          const vnd_attr *attr);
 
 struct fs_ops {
-    const char *name;               /* "rafs", "pseudo", ... */
+    const char *name; /* "rafs", "pseudo", ... */
     int (*getattr)(struct fs *fs, uint64_t ino, vnd_attr *out);
-    int (*lookup)(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out);   /* out->ino too */
+    int (*lookup)(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out); /* out->ino too */
     int (*readdir)(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, fs_dir_put put, void *ctx);
     /* Copies the target, no NUL: its length, -ERANGE if cap is less. */
     int64_t (*readlink)(struct fs *fs, uint64_t ino, char *buf, size_t cap);
     /* Extents of file bytes [off, off+len) cut at end of file: their number (0 = at or past it); *got their
      * bytes. */
-    int (*extents)(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max,
-                   uint32_t *got);
+    int (*extents)(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max, uint32_t *got);
     /* NUL-ended names; *need always gets the full length. cap 0 asks for it alone; -ERANGE if 0 < cap < *need. */
     int (*listxattr)(struct fs *fs, uint64_t ino, char *buf, size_t cap, size_t *need);
     int (*getxattr)(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap, size_t *need);
     int (*statfs)(struct fs *fs, uint64_t *blocks, uint64_t *files, uint32_t *bsize);
     uint64_t (*root)(struct fs *fs);
-    int (*has_xattr)(struct fs *fs);    /* 0: no inode of it has any */
+    int (*has_xattr)(struct fs *fs); /* 0: no inode of it has any */
     /* A descriptor, the caller's, that the kernel may read the file's own bytes from at the same offsets, for as long as it
      * likes; -errno: not now. NULL: never. */
     int (*backing_fd)(struct fs *fs, uint64_t ino);
-    const struct fs_rw_ops *rw;         /* NULL: read-only and immutable */
+    const struct fs_rw_ops *rw; /* NULL: read-only and immutable */
 };
 
 /* Who asks, as the guest kernel says it. umask: of what it makes. */
-struct fs_caller { uint32_t uid, gid, umask; };
+struct fs_caller {
+    uint32_t uid, gid, umask;
+};
 
 /* What setattr changes: bits of fs_setattr.valid. */
 enum {
-    FS_SET_MODE = 1, FS_SET_UID = 2, FS_SET_GID = 4, FS_SET_SIZE = 8, FS_SET_ATIME = 16, FS_SET_MTIME = 32,
-    FS_SET_ATIME_NOW = 64, FS_SET_MTIME_NOW = 128, FS_SET_KILL = 256   /* clear set-id bits as for a plain user */
+    FS_SET_MODE = 1,
+    FS_SET_UID = 2,
+    FS_SET_GID = 4,
+    FS_SET_SIZE = 8,
+    FS_SET_ATIME = 16,
+    FS_SET_MTIME = 32,
+    FS_SET_ATIME_NOW = 64,
+    FS_SET_MTIME_NOW = 128,
+    FS_SET_KILL = 256 /* clear set-id bits as for a plain user */
 };
 struct fs_setattr {
     uint32_t valid, mode, uid, gid;
@@ -66,9 +74,9 @@ struct fs_setattr {
  * a readdir entry that was taken) counts once until forget takes it back. fh: an open file, 0 = none. Names end in a
  * NUL. The data calls move as much as the host does; all take kill to clear set-id bits as a plain user's write does. */
 struct fs_rw_ops {
-    uint32_t valid_ms;              /* how long a guest may keep entries and attributes */
+    uint32_t valid_ms; /* how long a guest may keep entries and attributes */
     void (*forget)(struct fs *fs, uint64_t ino, uint64_t n);
-    void (*reset)(struct fs *fs);   /* the session is gone: all counts and open files with it */
+    void (*reset)(struct fs *fs); /* the session is gone: all counts and open files with it */
     int (*open)(struct fs *fs, uint64_t ino, uint32_t flags, bool dir, bool kill, uint64_t *fh);
     void (*release)(struct fs *fs, uint64_t fh);
     int (*flush)(struct fs *fs, uint64_t fh);
@@ -80,7 +88,7 @@ struct fs_rw_ops {
     int (*tmpfile)(struct fs *fs, const struct fs_caller *who, uint64_t dir, uint32_t flags, uint32_t mode,
                    vnd_attr *out, uint64_t *fh);
     int (*mknod)(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t mode,
-                 uint32_t rdev, vnd_attr *out);     /* mkdir too, by the type in mode; rdev as in vnd_attr */
+                 uint32_t rdev, vnd_attr *out); /* mkdir too, by the type in mode; rdev as in vnd_attr */
     int (*symlink)(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, const char *target,
                    vnd_attr *out);
     int (*link)(struct fs *fs, uint64_t ino, uint64_t dir, const char *name, vnd_attr *out);
@@ -88,7 +96,7 @@ struct fs_rw_ops {
     int (*rename)(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint64_t new_dir,
                   const char *new_name, uint32_t flags);
     int64_t (*read)(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n,
-                    struct store_wait *w);  /* -EINPROGRESS: w will be woken, call again; w NULL: waits */
+                    struct store_wait *w); /* -EINPROGRESS: w will be woken, call again; w NULL: waits */
     int64_t (*write)(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n,
                      bool append, bool kill);
     /* These three may take long. sync: fh 0 means the whole file system. */
@@ -103,14 +111,14 @@ struct fs_rw_ops {
     int (*run)(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg);
     /* Any call on this node may take long: a network or another process answers it, or calls have lately been slow. */
     bool (*may_wait)(struct fs *fs, uint64_t ino);
-    void (*note_slow)(struct fs *fs);       /* a call was */
+    void (*note_slow)(struct fs *fs); /* a call was */
     int (*statvfs)(struct fs *fs, uint64_t ino, struct statvfs *out);
 };
 
 struct fs {
     const struct fs_ops *ops;
-    const char *label;              /* what people call it in log lines: the image's path; may be NULL */
-    struct fs_metrics *metrics;     /* NULL: its operations are counted by the engine alone */
+    const char *label;          /* what people call it in log lines: the image's path; may be NULL */
+    struct fs_metrics *metrics; /* NULL: its operations are counted by the engine alone */
 };
 
 #endif

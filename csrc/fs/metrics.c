@@ -7,7 +7,7 @@
 #include <time.h>
 
 #define SHARED_SHARD (METRICS_SHARDS - 1)
-#define RECORDS_MIN 64u             /* slots of a record table at first; a power of two, as ever after */
+#define RECORDS_MIN 64u /* slots of a record table at first; a power of two, as ever after */
 
 /* An inode that an operation of this shard's thread succeeded on. */
 struct record {
@@ -21,24 +21,23 @@ struct shard {
     _Alignas(64) _Atomic uint64_t hits[VND_FOPS];
     _Atomic uint64_t errors[VND_FOPS], read_sizes[VND_READ_SIZES], latencies[VND_LATENCIES];
     _Atomic uint64_t latency_us, read_bytes, reads_at_once, reads_waited;
-    pthread_mutex_t lock;           /* what follows */
-    struct record *records;         /* open addressing by ino */
+    pthread_mutex_t lock;   /* what follows */
+    struct record *records; /* open addressing by ino */
     uint64_t n, cap;
 };
 
 struct fs_metrics {
     uint64_t max_inodes;
-    _Atomic bool keep;              /* records of inodes */
-    _Atomic(struct shard *) shards[METRICS_SHARDS];     /* made by their thread, at its first operation */
+    _Atomic bool keep;                              /* records of inodes */
+    _Atomic(struct shard *) shards[METRICS_SHARDS]; /* made by their thread, at its first operation */
 };
 
 struct fs_metrics *metrics_new(uint64_t max_inodes)
 {
     struct fs_metrics *m = calloc(1, sizeof(*m));
 
-    if (m) {
+    if (m)
         m->max_inodes = max_inodes;
-    }
     return m;
 }
 
@@ -69,9 +68,8 @@ uint32_t metrics_take_shard(uint64_t *taken)
 
 void metrics_give_shard(uint64_t *taken, uint32_t shard)
 {
-    if (shard < SHARED_SHARD) {
+    if (shard < SHARED_SHARD)
         *taken &= ~(1ull << shard);
-    }
 }
 
 uint32_t metrics_size_bucket(uint64_t bytes)
@@ -79,9 +77,8 @@ uint32_t metrics_size_bucket(uint64_t bytes)
     static const uint32_t kib[VND_READ_SIZES - 1] = { 1, 4, 16, 64, 128, 512, 1024 };
     uint32_t i = 0;
 
-    while (i < VND_READ_SIZES - 1 && bytes >= kib[i] * 1024ull) {
+    while (i < VND_READ_SIZES - 1 && bytes >= kib[i] * 1024ull)
         i++;
-    }
     return i;
 }
 
@@ -90,9 +87,8 @@ static uint32_t latency_bucket(int64_t us)
     static const int32_t bounds[VND_LATENCIES - 1] = { 200, 1000, 20000, 50000, 500000, 1000000, 2000000 };
     uint32_t i = 0;
 
-    while (i < VND_LATENCIES - 1 && us > bounds[i]) {
+    while (i < VND_LATENCIES - 1 && us > bounds[i])
         i++;
-    }
     return i;
 }
 
@@ -100,9 +96,8 @@ static struct shard *make_shard(struct fs_metrics *m, uint32_t number)
 {
     struct shard *s = aligned_alloc(64, (sizeof(*s) + 63) / 64 * 64), *other = NULL;
 
-    if (!s) {
+    if (!s)
         return NULL;
-    }
     memset(s, 0, sizeof(*s));
     pthread_mutex_init(&s->lock, NULL);
     if (!atomic_compare_exchange_strong(&m->shards[number], &other, s)) {
@@ -119,8 +114,7 @@ static struct record *find_slot(const struct shard *s, uint64_t ino)
 {
     uint64_t i = ino * 0x9E3779B97F4A7C15ull >> 32;
 
-    for (i &= s->cap - 1; s->records[i].used && s->records[i].ino != ino; i = (i + 1) & (s->cap - 1)) {
-    }
+    for (i &= s->cap - 1; s->records[i].used && s->records[i].ino != ino; i = (i + 1) & (s->cap - 1)) {}
     return &s->records[i];
 }
 
@@ -129,14 +123,11 @@ static bool grow(struct shard *s)
     struct shard next = { .cap = s->cap ? s->cap * 2 : RECORDS_MIN };
 
     next.records = calloc(next.cap, sizeof(*next.records));
-    if (!next.records) {
+    if (!next.records)
         return false;
-    }
-    for (uint64_t i = 0; i < s->cap; i++) {
-        if (s->records[i].used) {
+    for (uint64_t i = 0; i < s->cap; i++)
+        if (s->records[i].used)
             *find_slot(&next, s->records[i].ino) = s->records[i];
-        }
-    }
     free(s->records);
     s->records = next.records;
     s->cap = next.cap;
@@ -148,12 +139,10 @@ static struct record *get_record(const struct fs_metrics *m, struct shard *s, ui
 {
     struct record *r = s->cap ? find_slot(s, ino) : NULL;
 
-    if (r && r->used) {
+    if (r && r->used)
         return r;
-    }
-    if (!make || s->n >= m->max_inodes || ((s->n + 1) * 4 > s->cap * 3 && !grow(s))) {
+    if (!make || s->n >= m->max_inodes || ((s->n + 1) * 4 > s->cap * 3 && !grow(s)))
         return NULL;
-    }
     r = find_slot(s, ino);
     r->used = true;
     r->ino = ino;
@@ -169,11 +158,10 @@ static void count_inode(const struct fs_metrics *m, struct shard *s, const struc
     pthread_mutex_lock(&s->lock);
     r = get_record(m, s, op->ino, !op->failed);
     if (r) {
-        if (op->failed) {
+        if (op->failed)
             r->errors[op->fop]++;
-        } else {
+        else
             r->hits[op->fop]++;
-        }
         if (op->read) {
             r->data_read += op->bytes;
             r->read_sizes[metrics_size_bucket(op->bytes)]++;
@@ -194,11 +182,10 @@ static void count_inode(const struct fs_metrics *m, struct shard *s, const struc
 
 static void add(_Atomic uint64_t *counter, uint64_t n, bool shared)
 {
-    if (shared) {
+    if (shared)
         atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
-    } else {
+    else
         atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
-    }
 }
 
 void metrics_count(struct fs_metrics *m, uint32_t number, const struct metrics_op *op)
@@ -206,9 +193,8 @@ void metrics_count(struct fs_metrics *m, uint32_t number, const struct metrics_o
     struct shard *s = atomic_load_explicit(&m->shards[number], memory_order_acquire);
     bool shared = number == SHARED_SHARD;
 
-    if (!s && !(s = make_shard(m, number))) {
+    if (!s && !(s = make_shard(m, number)))
         return;
-    }
     add(op->failed ? &s->errors[op->fop] : &s->hits[op->fop], 1, shared);
     if (op->read) {
         add(&s->read_sizes[metrics_size_bucket(op->bytes)], 1, shared);
@@ -219,9 +205,8 @@ void metrics_count(struct fs_metrics *m, uint32_t number, const struct metrics_o
             add(&s->latency_us, (uint64_t)op->took_us, shared);
         }
     }
-    if (atomic_load_explicit(&m->keep, memory_order_relaxed)) {
+    if (atomic_load_explicit(&m->keep, memory_order_relaxed))
         count_inode(m, s, op);
-    }
 }
 
 /* ---- asking */
@@ -233,9 +218,8 @@ void metrics_keep(struct fs_metrics *m, bool records)
 
 static void sum(uint64_t *to, const _Atomic uint64_t *from, int n)
 {
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++)
         to[i] += atomic_load_explicit(&from[i], memory_order_relaxed);
-    }
 }
 
 void metrics_sum(struct fs_metrics *m, vnd_mount_stats *out)
@@ -259,8 +243,11 @@ void metrics_sum(struct fs_metrics *m, vnd_mount_stats *out)
 
 static void give_record(const struct record *r, vnd_file_stats *out)
 {
-    *out = (vnd_file_stats){ .ino = r->ino, .data_read = r->data_read, .reads = r->reads,
-                             .first_read_s = r->first_read_s, .first_read_ns = r->first_read_ns };
+    *out = (vnd_file_stats){ .ino = r->ino,
+                             .data_read = r->data_read,
+                             .reads = r->reads,
+                             .first_read_s = r->first_read_s,
+                             .first_read_ns = r->first_read_ns };
     memcpy(out->hits, r->hits, sizeof(out->hits));
     memcpy(out->errors, r->errors, sizeof(out->errors));
     memcpy(out->read_sizes, r->read_sizes, sizeof(out->read_sizes));
@@ -273,15 +260,13 @@ uint64_t metrics_files(struct fs_metrics *m, vnd_file_stats *out, uint64_t max)
     for (uint32_t i = 0; i < METRICS_SHARDS; i++) {
         struct shard *s = atomic_load_explicit(&m->shards[i], memory_order_acquire);
 
-        if (!s) {
+        if (!s)
             continue;
-        }
         pthread_mutex_lock(&s->lock);
         for (uint64_t k = 0; k < s->cap; k++) {
             if (s->records[k].used) {
-                if (n < max) {
+                if (n < max)
                     give_record(&s->records[k], &out[n]);
-                }
                 n++;
             }
         }
@@ -297,9 +282,8 @@ uint64_t metrics_latest(struct fs_metrics *m, uint64_t *inos, uint64_t max)
     for (uint32_t i = 0; i < METRICS_SHARDS && n < max; i++) {
         struct shard *s = atomic_load_explicit(&m->shards[i], memory_order_acquire);
 
-        if (!s) {
+        if (!s)
             continue;
-        }
         pthread_mutex_lock(&s->lock);
         for (uint64_t k = 0; k < s->cap && n < max; k++) {
             if (s->records[k].latest) {

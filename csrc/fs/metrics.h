@@ -19,10 +19,10 @@ struct fs_metrics;
 /* One operation that was answered. */
 struct metrics_op {
     uint64_t ino;
-    uint32_t fop;                   /* index in vnd_fop_stats */
-    bool failed, read, waited;      /* read: it is a READ that succeeded, and what follows holds */
+    uint32_t fop;              /* index in vnd_fop_stats */
+    bool failed, read, waited; /* read: it is a READ that succeeded, and what follows holds */
     uint32_t bytes;
-    int64_t took_us;                /* of a read that gave bytes */
+    int64_t took_us; /* of a read that gave bytes */
 };
 
 /* max_inodes: records of inodes that a shard keeps at most, however many a guest asks for. NULL: no memory. */
@@ -38,7 +38,7 @@ void metrics_give_shard(uint64_t *taken, uint32_t shard);
 uint32_t metrics_size_bucket(uint64_t bytes);
 
 void metrics_sum(struct fs_metrics *m, vnd_mount_stats *out);
-void metrics_keep(struct fs_metrics *m, bool records);      /* of single inodes */
+void metrics_keep(struct fs_metrics *m, bool records); /* of single inodes */
 uint64_t metrics_files(struct fs_metrics *m, vnd_file_stats *out, uint64_t max);
 uint64_t metrics_latest(struct fs_metrics *m, uint64_t *inos, uint64_t max);
 

@@ -10,12 +10,10 @@
 
 void pseudo_tree_free(struct pseudo_tree *t)
 {
-    if (!t) {
+    if (!t)
         return;
-    }
-    for (uint32_t i = 0; i < t->count; i++) {
+    for (uint32_t i = 0; i < t->count; i++)
         free(t->nodes[i].name);
-    }
     free(t);
 }
 
@@ -23,18 +21,16 @@ static struct pseudo_tree *tree_new(uint32_t count)
 {
     struct pseudo_tree *t = calloc(1, sizeof(*t) + (size_t)count * sizeof(struct pseudo_node));
 
-    if (t) {
+    if (t)
         t->count = count;
-    }
     return t;
 }
 
 static int node_name(struct pseudo_node *n, const char *name, size_t len)
 {
     n->name = malloc(len + 1);
-    if (!n->name) {
+    if (!n->name)
         return -ENOMEM;
-    }
     memcpy(n->name, name, len);
     n->name[len] = 0;
     n->name_len = (uint32_t)len;
@@ -57,14 +53,12 @@ struct pseudo_node *pseudo_find(struct pseudo_tree *t, uint64_t ino)
     while (lo < hi) {
         uint32_t mid = lo + (hi - lo) / 2;
 
-        if (t->nodes[mid].ino == ino) {
+        if (t->nodes[mid].ino == ino)
             return &t->nodes[mid];
-        }
-        if (t->nodes[mid].ino < ino) {
+        if (t->nodes[mid].ino < ino)
             lo = mid + 1;
-        } else {
+        else
             hi = mid;
-        }
     }
     return NULL;
 }
@@ -74,9 +68,8 @@ struct pseudo_node *pseudo_child(struct pseudo_tree *t, uint64_t dir, const char
     for (uint32_t i = 1; i < t->count; i++) {
         struct pseudo_node *n = &t->nodes[i];
 
-        if (n->parent == dir && n->name_len == len && memcmp(n->name, name, len) == 0) {
+        if (n->parent == dir && n->name_len == len && memcmp(n->name, name, len) == 0)
             return n;
-        }
     }
     return NULL;
 }
@@ -89,13 +82,11 @@ static int tree_copy(struct pseudo_tree *to, const struct pseudo_tree *from, uin
     for (uint32_t i = 0; i < from->count; i++) {
         const struct pseudo_node *n = &from->nodes[i];
 
-        if (n->ino == skip) {
+        if (n->ino == skip)
             continue;
-        }
         to->nodes[k] = *n;
-        if (node_name(&to->nodes[k], n->name, n->name_len)) {
+        if (node_name(&to->nodes[k], n->name, n->name_len))
             return -ENOMEM;
-        }
         k++;
     }
     return 0;
@@ -151,17 +142,19 @@ static struct pseudo_tree *tree_of(struct fs *fs)
 
 static void fill_attr(const struct pseudo_node *n, vnd_attr *out)
 {
-    *out = (vnd_attr){ .ino = n->ino, .mtime_s = (uint64_t)n->mtime_s, .mtime_nsec = n->mtime_nsec,
-                       .mode = S_IFDIR | 0755, .nlink = 2 + n->child_count };
+    *out = (vnd_attr){ .ino = n->ino,
+                       .mtime_s = (uint64_t)n->mtime_s,
+                       .mtime_nsec = n->mtime_nsec,
+                       .mode = S_IFDIR | 0755,
+                       .nlink = 2 + n->child_count };
 }
 
 static int pseudo_getattr(struct fs *fs, uint64_t ino, vnd_attr *out)
 {
     struct pseudo_node *n = pseudo_find(tree_of(fs), ino);
 
-    if (!n) {
+    if (!n)
         return -ESTALE;
-    }
     fill_attr(n, out);
     return 0;
 }
@@ -171,17 +164,14 @@ static int pseudo_lookup(struct fs *fs, uint64_t dir, const char *name, size_t l
     struct pseudo_tree *t = tree_of(fs);
     struct pseudo_node *n = pseudo_find(t, dir);
 
-    if (!n) {
+    if (!n)
         return -ESTALE;
-    }
-    if (len == 2 && memcmp(name, "..", 2) == 0) {
+    if (len == 2 && memcmp(name, "..", 2) == 0)
         n = pseudo_find(t, n->parent);
-    } else if (len != 1 || name[0] != '.') {
+    else if (len != 1 || name[0] != '.')
         n = pseudo_child(t, dir, name, len);
-    }
-    if (!n) {
+    if (!n)
         return -ENOENT;
-    }
     fill_attr(n, out);
     return 0;
 }
@@ -193,25 +183,20 @@ static int pseudo_readdir(struct fs *fs, uint64_t dir, uint64_t off, int want_at
     struct pseudo_node *d = pseudo_find(t, dir);
     vnd_attr attr;
 
-    if (!d) {
+    if (!d)
         return -ESTALE;
-    }
-    if (off < 1 && put(ctx, d->ino, ".", 1, DT_DIR, 1, NULL)) {
+    if (off < 1 && put(ctx, d->ino, ".", 1, DT_DIR, 1, NULL))
         return 0;
-    }
-    if (off < 2 && put(ctx, d->parent, "..", 2, DT_DIR, 2, NULL)) {
+    if (off < 2 && put(ctx, d->parent, "..", 2, DT_DIR, 2, NULL))
         return 0;
-    }
     for (uint32_t i = 1; i < t->count; i++) {
         struct pseudo_node *n = &t->nodes[i];
 
-        if (n->parent != dir || n->ino + 2 <= off) {
+        if (n->parent != dir || n->ino + 2 <= off)
             continue;
-        }
         fill_attr(n, &attr);
-        if (put(ctx, n->ino, n->name, n->name_len, DT_DIR, n->ino + 2, want_attr ? &attr : NULL)) {
+        if (put(ctx, n->ino, n->name, n->name_len, DT_DIR, n->ino + 2, want_attr ? &attr : NULL))
             break;
-        }
     }
     return 0;
 }
@@ -258,9 +243,17 @@ static int pseudo_has_xattr(struct fs *fs)
 }
 
 static const struct fs_ops pseudo_ops = {
-    .name = "pseudo", .getattr = pseudo_getattr, .lookup = pseudo_lookup, .readdir = pseudo_readdir,
-    .readlink = pseudo_readlink, .extents = pseudo_extents, .listxattr = pseudo_listxattr,
-    .getxattr = pseudo_getxattr, .statfs = pseudo_statfs, .root = pseudo_root, .has_xattr = pseudo_has_xattr,
+    .name = "pseudo",
+    .getattr = pseudo_getattr,
+    .lookup = pseudo_lookup,
+    .readdir = pseudo_readdir,
+    .readlink = pseudo_readlink,
+    .extents = pseudo_extents,
+    .listxattr = pseudo_listxattr,
+    .getxattr = pseudo_getxattr,
+    .statfs = pseudo_statfs,
+    .root = pseudo_root,
+    .has_xattr = pseudo_has_xattr,
 };
 
 int pseudo_init(struct pseudo_fs *p)

@@ -13,23 +13,23 @@
 
 struct pseudo_node {
     uint64_t ino, parent;
-    int64_t mtime_s;                /* when an entry came or went: the kernel's listing cache hangs on it */
+    int64_t mtime_s; /* when an entry came or went: the kernel's listing cache hangs on it */
     uint32_t mtime_nsec;
     uint32_t child_count;
-    char *name;                     /* owned by the tree */
+    char *name; /* owned by the tree */
     uint32_t name_len;
 };
 struct pseudo_tree {
     uint32_t count;
-    struct pseudo_node nodes[];     /* sorted by ino; nodes[0] is the root */
+    struct pseudo_node nodes[]; /* sorted by ino; nodes[0] is the root */
 };
 struct pseudo_fs {
     struct fs fs;
-    _Atomic(struct pseudo_tree *) tree;     /* readers: inside a vfs epoch */
-    uint64_t next_ino;                      /* writer only */
+    _Atomic(struct pseudo_tree *) tree; /* readers: inside a vfs epoch */
+    uint64_t next_ino;                  /* writer only */
 };
 
-int pseudo_init(struct pseudo_fs *p);       /* 0 or -ENOMEM */
+int pseudo_init(struct pseudo_fs *p); /* 0 or -ENOMEM */
 void pseudo_release(struct pseudo_fs *p);
 struct pseudo_node *pseudo_find(struct pseudo_tree *t, uint64_t ino);
 struct pseudo_node *pseudo_child(struct pseudo_tree *t, uint64_t dir, const char *name, size_t len);

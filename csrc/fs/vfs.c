@@ -17,19 +17,19 @@
 #define VFS_INO_BITS 48
 #define VFS_INO_MASK ((1ull << VFS_INO_BITS) - 1)
 #define VFS_PATH_MAX 4096
-#define VFS_PSEUDO_MAX 65536        /* pseudo directories: memory bound, far above what a node's containers need */
+#define VFS_PSEUDO_MAX 65536 /* pseudo directories: memory bound, far above what a node's containers need */
 
 struct vfs_mount {
     struct fs *fs;
     uint64_t root_ino;
-    struct vfs_node on;             /* what it covers */
+    struct vfs_node on; /* what it covers */
     uint16_t serial;
-    char path[];                    /* normalised */
+    char path[]; /* normalised */
 };
 struct vfs_table {
-    struct vfs_node root;           /* what nodeid 1 means */
+    struct vfs_node root; /* what nodeid 1 means */
     uint32_t count;
-    struct vfs_mount *mounts[];     /* by serial: ascending, since serials only grow */
+    struct vfs_mount *mounts[]; /* by serial: ascending, since serials only grow */
 };
 struct vnd_vfs {
     vnd_engine *engine;
@@ -38,7 +38,7 @@ struct vnd_vfs {
     _Atomic(struct vfs_table *) table;
     uint32_t next_serial;
     _Atomic int sessions;
-    pthread_mutex_t lock;           /* mount and umount */
+    pthread_mutex_t lock; /* mount and umount */
     pthread_mutex_t workers_lock;
     struct fuse_worker *workers;
 };
@@ -89,9 +89,8 @@ static void wait_grace(struct vnd_vfs *v)
     for (struct fuse_worker *w = v->workers; w; w = w->next) {
         uint64_t e = atomic_load_explicit(&w->epoch, memory_order_acquire);
 
-        while ((e & 1) && atomic_load_explicit(&w->epoch, memory_order_acquire) == e) {
+        while ((e & 1) && atomic_load_explicit(&w->epoch, memory_order_acquire) == e)
             nanosleep(&pause, NULL);
-        }
     }
     pthread_mutex_unlock(&v->workers_lock);
 }
@@ -108,14 +107,12 @@ static struct vfs_mount *mount_find(const struct vfs_table *t, uint16_t serial)
     while (lo < hi) {
         uint32_t mid = lo + (hi - lo) / 2;
 
-        if (t->mounts[mid]->serial == serial) {
+        if (t->mounts[mid]->serial == serial)
             return t->mounts[mid];
-        }
-        if (t->mounts[mid]->serial < serial) {
+        if (t->mounts[mid]->serial < serial)
             lo = mid + 1;
-        } else {
+        else
             hi = mid;
-        }
     }
     return NULL;
 }
@@ -163,9 +160,8 @@ int vfs_resolve(struct vnd_vfs *v, uint64_t nodeid, struct vfs_node *out)
         return 0;
     }
     m = mount_find(t, serial);
-    if (!m) {
+    if (!m)
         return -ESTALE;
-    }
     *out = (struct vfs_node){ m->fs, nodeid & VFS_INO_MASK, serial };
     return 0;
 }
@@ -174,9 +170,8 @@ uint64_t vfs_nodeid(struct vnd_vfs *v, uint16_t serial, uint64_t ino)
 {
     const struct vfs_table *t = table_of(v);
 
-    if (serial == t->root.serial && ino == t->root.ino) {
+    if (serial == t->root.serial && ino == t->root.ino)
         return PSEUDO_ROOT_INO;
-    }
     return (uint64_t)serial << VFS_INO_BITS | (ino & VFS_INO_MASK);
 }
 
@@ -189,18 +184,15 @@ static int table_lookup(const struct vfs_table *t, const struct vfs_node *dir, c
 
     if (len == 1 && name[0] == '.') {
         *out = d;
-        return d.fs->ops->rw ? d.fs->ops->lookup(d.fs, d.ino, name, len, attr)    /* counted, as each look-up */
+        return d.fs->ops->rw ? d.fs->ops->lookup(d.fs, d.ino, name, len, attr) /* counted, as each look-up */
                              : d.fs->ops->getattr(d.fs, d.ino, attr);
     }
-    if (len == 2 && memcmp(name, "..", 2) == 0) {
-        while (d.serial && (m = mount_find(t, d.serial)) && m->root_ino == d.ino) {
+    if (len == 2 && memcmp(name, "..", 2) == 0)
+        while (d.serial && (m = mount_find(t, d.serial)) && m->root_ino == d.ino)
             d = m->on;
-        }
-    }
     rc = d.fs->ops->lookup(d.fs, d.ino, name, len, attr);
-    if (rc) {
+    if (rc)
         return rc;
-    }
     *out = (struct vfs_node){ d.fs, attr->ino, d.serial };
     return table_cover(t, out) ? out->fs->ops->getattr(out->fs, out->ino, attr) : 0;
 }
@@ -220,11 +212,9 @@ int vfs_has_xattr(struct vnd_vfs *v)
 {
     const struct vfs_table *t = table_of(v);
 
-    for (uint32_t i = 0; i < t->count; i++) {
-        if (t->mounts[i]->fs->ops->has_xattr(t->mounts[i]->fs)) {
+    for (uint32_t i = 0; i < t->count; i++)
+        if (t->mounts[i]->fs->ops->has_xattr(t->mounts[i]->fs))
             return 1;
-        }
-    }
     return t->count == 0;
 }
 
@@ -252,9 +242,8 @@ void vfs_reset_inside(struct vnd_vfs *v)
 {
     struct vfs_node node;
 
-    for (uint32_t i = 0; vfs_rw_mount(v, i, &node); i++) {
+    for (uint32_t i = 0; vfs_rw_mount(v, i, &node); i++)
         node.fs->ops->rw->reset(node.fs);
-    }
 }
 
 void vfs_reset(struct vnd_vfs *v)
@@ -271,9 +260,8 @@ static int path_normalise(const char *path, char *out, size_t cap)
 {
     size_t n = 0;
 
-    if (path[0] != '/') {
+    if (path[0] != '/')
         return -EINVAL;
-    }
     while (*path) {
         size_t len = strcspn(path, "/");
 
@@ -293,23 +281,19 @@ static int path_normalise(const char *path, char *out, size_t cap)
     return 0;
 }
 
-static struct vfs_table *table_copy(const struct vfs_table *t, const struct vfs_mount *without,
-                                    struct vfs_mount *with, struct pseudo_fs *pseudo)
+static struct vfs_table *table_copy(const struct vfs_table *t, const struct vfs_mount *without, struct vfs_mount *with,
+                                    struct pseudo_fs *pseudo)
 {
     struct vfs_table *n = malloc(sizeof(*n) + (t->count + 1u) * sizeof(n->mounts[0]));
 
-    if (!n) {
+    if (!n)
         return NULL;
-    }
     n->count = 0;
-    for (uint32_t i = 0; i < t->count; i++) {
-        if (t->mounts[i] != without) {
+    for (uint32_t i = 0; i < t->count; i++)
+        if (t->mounts[i] != without)
             n->mounts[n->count++] = t->mounts[i];
-        }
-    }
-    if (with) {
+    if (with)
         n->mounts[n->count++] = with;
-    }
     n->root = (struct vfs_node){ &pseudo->fs, PSEUDO_ROOT_INO, 0 };
     table_cover(n, &n->root);
     return n;
@@ -342,21 +326,18 @@ static int mount_point(struct vnd_vfs *v, const char *path, struct vfs_node *nod
         path = name + len;
         if (!*tree) {
             rc = table_lookup(t, node, name, len, node, &attr);
-            if (rc != -ENOENT || node->serial) {
+            if (rc != -ENOENT || node->serial)
                 continue;
-            }
         }
-        if (current->count >= VFS_PSEUDO_MAX) {
+        if (current->count >= VFS_PSEUDO_MAX)
             return -ENOSPC;
-        }
         current = pseudo_with(&v->pseudo, current, node->ino, name, len, &node->ino);
         pseudo_tree_free(*tree);
         *tree = current;
         rc = current ? 0 : -ENOMEM;
     }
-    if (!rc && (attr.mode & S_IFMT) != S_IFDIR) {
+    if (!rc && (attr.mode & S_IFMT) != S_IFDIR)
         rc = -ENOTDIR;
-    }
     return rc;
 }
 
@@ -366,9 +347,8 @@ static int mount_point_free(struct vnd_vfs *v, const struct vfs_node *node)
     const struct vfs_mount *m = node->serial ? mount_find(table_of(v), node->serial) : NULL;
     const struct pseudo_node *p;
 
-    if (node->serial) {
+    if (node->serial)
         return m && m->root_ino == node->ino ? -EEXIST : 0;
-    }
     p = pseudo_find(atomic_load(&v->pseudo.tree), node->ino);
     return p && p->child_count ? -EBUSY : 0;
 }
@@ -380,9 +360,8 @@ static int mount_locked(struct vnd_vfs *v, const char *path, struct fs *fs)
     struct vfs_table *table = NULL;
     int rc = m ? 0 : -ENOMEM;
 
-    if (!rc && v->next_serial > UINT16_MAX) {
+    if (!rc && v->next_serial > UINT16_MAX)
         rc = -ENOSPC;
-    }
     if (!rc) {
         strcpy(m->path, path);
         m->fs = fs;
@@ -390,9 +369,8 @@ static int mount_locked(struct vnd_vfs *v, const char *path, struct fs *fs)
         m->serial = (uint16_t)v->next_serial;
         rc = mount_point(v, path, &m->on, &tree);
     }
-    if (!rc && !tree) {
+    if (!rc && !tree)
         rc = mount_point_free(v, &m->on);
-    }
     if (!rc) {
         table = table_copy(table_of(v), NULL, m, &v->pseudo);
         rc = table ? 0 : -ENOMEM;
@@ -412,9 +390,8 @@ int vfs_mount(struct vnd_vfs *v, const char *path, struct fs *fs)
     char clean[VFS_PATH_MAX];
     int rc = path_normalise(path, clean, sizeof(clean));
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
     pthread_mutex_lock(&v->lock);
     rc = mount_locked(v, clean, fs);
     pthread_mutex_unlock(&v->lock);
@@ -433,14 +410,12 @@ static struct pseudo_tree *prune(struct vnd_vfs *v, const struct vfs_table *t, u
         struct pseudo_tree *next;
         uint64_t parent;
 
-        if (!p || p->child_count || table_cover(t, &node)) {
+        if (!p || p->child_count || table_cover(t, &node))
             break;
-        }
         parent = p->parent;
         next = pseudo_without(current, ino);
-        if (!next) {
+        if (!next)
             break;
-        }
         pseudo_tree_free(made);
         made = current = next;
         ino = parent;
@@ -453,23 +428,17 @@ static int umount_locked(struct vnd_vfs *v, const char *path)
     struct vfs_table *t = table_of(v), *table;
     struct vfs_mount *m = NULL;
 
-    for (uint32_t i = 0; i < t->count; i++) {
-        if (strcmp(t->mounts[i]->path, path) == 0) {
+    for (uint32_t i = 0; i < t->count; i++)
+        if (strcmp(t->mounts[i]->path, path) == 0)
             m = t->mounts[i];
-        }
-    }
-    if (!m) {
+    if (!m)
         return -ENOENT;
-    }
-    for (uint32_t i = 0; i < t->count; i++) {
-        if (t->mounts[i]->on.serial == m->serial) {
+    for (uint32_t i = 0; i < t->count; i++)
+        if (t->mounts[i]->on.serial == m->serial)
             return -EBUSY;
-        }
-    }
     table = table_copy(t, m, NULL, &v->pseudo);
-    if (!table) {
+    if (!table)
         return -ENOMEM;
-    }
     publish(v, table, m->on.serial ? NULL : prune(v, table, m->on.ino));
     free(m);
     return 0;
@@ -479,9 +448,8 @@ int vnd_vfs_umount(vnd_vfs *v, const char *path)
 {
     char clean[VFS_PATH_MAX];
 
-    if (path_normalise(path, clean, sizeof(clean))) {
+    if (path_normalise(path, clean, sizeof(clean)))
         return -ENOENT;
-    }
     pthread_mutex_lock(&v->lock);
     int rc = umount_locked(v, clean);
     pthread_mutex_unlock(&v->lock);
@@ -515,14 +483,12 @@ vnd_vfs *vnd_vfs_new(vnd_engine *e, int session_kind)
 
 void vnd_vfs_free(vnd_vfs *v)
 {
-    if (!v) {
+    if (!v)
         return;
-    }
     struct vfs_table *t = table_of(v);
 
-    for (uint32_t i = 0; i < t->count; i++) {
+    for (uint32_t i = 0; i < t->count; i++)
         free(t->mounts[i]);
-    }
     free(t);
     pseudo_release(&v->pseudo);
     pthread_mutex_destroy(&v->lock);
@@ -545,11 +511,10 @@ int vnd_vfs_set_next_serial(vnd_vfs *v, uint32_t serial)
     int rc = 0;
 
     pthread_mutex_lock(&v->lock);
-    if (serial < v->next_serial || serial > UINT16_MAX) {
+    if (serial < v->next_serial || serial > UINT16_MAX)
         rc = -EINVAL;
-    } else {
+    else
         v->next_serial = serial;
-    }
     pthread_mutex_unlock(&v->lock);
     return rc;
 }

@@ -10,9 +10,13 @@
 #include "fuse/fuse.h"
 
 struct vnd_vfs;
-struct vfs_node { struct fs *fs; uint64_t ino; uint16_t serial; };
+struct vfs_node {
+    struct fs *fs;
+    uint64_t ino;
+    uint16_t serial;
+};
 
-void vfs_enter(struct fuse_worker *w);      /* around each request */
+void vfs_enter(struct fuse_worker *w); /* around each request */
 void vfs_leave(struct fuse_worker *w);
 void vfs_worker_add(struct vnd_vfs *v, struct fuse_worker *w);
 void vfs_worker_remove(struct vnd_vfs *v, struct fuse_worker *w);
@@ -28,7 +32,7 @@ int vfs_lookup(struct vnd_vfs *v, const struct vfs_node *dir, const char *name, 
 /* Replaces a node that something is mounted on by the root of that mount: true if it did. */
 bool vfs_cover(struct vnd_vfs *v, struct vfs_node *node);
 bool vfs_is_mount_root(struct vnd_vfs *v, const struct vfs_node *node);
-int vfs_has_xattr(struct vnd_vfs *v);       /* 0: something is mounted and none of it has any */
+int vfs_has_xattr(struct vnd_vfs *v); /* 0: something is mounted and none of it has any */
 
 /* The index-th mount of a read-write file system: its root, or false. */
 bool vfs_rw_mount(struct vnd_vfs *v, uint32_t index, struct vfs_node *out);

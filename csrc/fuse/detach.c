@@ -21,13 +21,13 @@
 #define SLOW_MS 100
 
 struct detached {
-    struct store_answer answer;         /* first */
+    struct store_answer answer; /* first */
     struct fuse_session *s;
     struct store_wait *origin;
     struct req r;
-    size_t bytes;                       /* of all this */
+    size_t bytes; /* of all this */
     enum req_verdict verdict;
-    uint8_t *out;                       /* behind the body */
+    uint8_t *out; /* behind the body */
     uint8_t body[];
 };
 
@@ -44,36 +44,32 @@ static struct detached *detached_of(struct req *r)
 
 static int detached_in_copy(struct req *r, uint32_t off, void *dst, uint32_t len)
 {
-    if (off > r->body_len || len > r->body_len - off) {
+    if (off > r->body_len || len > r->body_len - off)
         return -EINVAL;
-    }
     memcpy(dst, detached_of(r)->body + off, len);
     return 0;
 }
 
 static int detached_out_copy(struct req *r, uint32_t off, const void *src, uint32_t len)
 {
-    if (off > r->out_cap || len > r->out_cap - off) {
+    if (off > r->out_cap || len > r->out_cap - off)
         return -EFAULT;
-    }
     memcpy(detached_of(r)->out + off, src, len);
     return 0;
 }
 
 static int detached_out_iov(struct req *r, uint32_t off, uint32_t len, struct iovec *iov, int max)
 {
-    if (off > r->out_cap || len > r->out_cap - off || max < 1) {
+    if (off > r->out_cap || len > r->out_cap - off || max < 1)
         return -EFAULT;
-    }
     iov[0] = (struct iovec){ detached_of(r)->out + off, len };
     return 1;
 }
 
 static int detached_in_iov(struct req *r, uint32_t off, uint32_t len, struct iovec *iov, int max)
 {
-    if (off > r->body_len || len > r->body_len - off || max < 1) {
+    if (off > r->body_len || len > r->body_len - off || max < 1)
         return -EINVAL;
-    }
     iov[0] = (struct iovec){ detached_of(r)->body + off, len };
     return 1;
 }
@@ -83,8 +79,11 @@ static void detached_out_dirty(struct req *r, uint32_t off, uint32_t len)
 }
 
 static const struct req_ops detached_ops = {
-    .in_copy = detached_in_copy, .out_copy = detached_out_copy, .out_iov = detached_out_iov,
-    .out_dirty = detached_out_dirty, .in_iov = detached_in_iov,
+    .in_copy = detached_in_copy,
+    .out_copy = detached_out_copy,
+    .out_iov = detached_out_iov,
+    .out_dirty = detached_out_dirty,
+    .in_iov = detached_in_iov,
 };
 
 static void drop(struct store_answer *a)
@@ -103,13 +102,11 @@ static struct fuse_waiting_worker *worker_take(struct fuse_session *s)
 
     pthread_mutex_lock(&s->lock);
     w = s->waiting_workers;
-    if (w) {
+    if (w)
         s->waiting_workers = w->next;
-    }
     pthread_mutex_unlock(&s->lock);
-    if (w) {
+    if (w)
         return w;
-    }
     w = malloc(sizeof(*w));
     if (!w || fuse_worker_init(&w->w, s->engine, s->vfs)) {
         free(w);
@@ -142,7 +139,7 @@ static void serve_detached(void *arg)
     struct detached *d = arg;
     struct fuse_waiting_worker *w = worker_take(d->s);
 
-    d->verdict = REQ_PARKED;            /* that stands for: not served */
+    d->verdict = REQ_PARKED; /* that stands for: not served */
     if (w) {
         d->verdict = fuse_session_serve(d->s, &w->w, &d->r);
         worker_give(d->s, w);
@@ -167,19 +164,17 @@ static bool takes_long(struct fuse_call *c)
     struct fuse_open_in open;
 
     switch (c->r->in.opcode) {
-    case FUSE_OP_FSYNC: case FUSE_OP_FSYNCDIR: case FUSE_OP_FALLOCATE: case FUSE_OP_COPY_FILE_RANGE:
-        return true;
+    case FUSE_OP_FSYNC:
+    case FUSE_OP_FSYNCDIR:
+    case FUSE_OP_FALLOCATE:
+    case FUSE_OP_COPY_FILE_RANGE: return true;
     case FUSE_OP_SETATTR:
-        if (c->r->args_len < sizeof(set)) {
+        if (c->r->args_len < sizeof(set))
             return false;
-        }
         memcpy(&set, c->r->args, sizeof(set));
         return set.valid & FUSE_SET_SIZE && truncates_much(c, set.size);
-    case FUSE_OP_OPEN:
-        memcpy(&open, c->r->args, sizeof(open));
-        return open.flags & O_TRUNC && truncates_much(c, 0);
-    default:
-        return false;
+    case FUSE_OP_OPEN: memcpy(&open, c->r->args, sizeof(open)); return open.flags & O_TRUNC && truncates_much(c, 0);
+    default: return false;
     }
 }
 
@@ -194,9 +189,8 @@ enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn)
         atomic_load_explicit(&c->s->detached_bytes, memory_order_relaxed) + bytes <= DETACHED_BYTES_MAX) {
         d = malloc(bytes);
     }
-    if (!d) {
+    if (!d)
         return fn(c);
-    }
     *d = (struct detached){ .answer = { drop }, .s = c->s, .origin = &r->wait, .r = *r, .bytes = bytes };
     d->out = d->body + r->body_len;
     d->r.ops = &detached_ops;
@@ -232,17 +226,14 @@ enum req_verdict fuse_rw_serve(struct fuse_call *c, fuse_op_fn fn)
     enum req_verdict verdict;
     int64_t start;
 
-    if (c->w->may_wait) {
+    if (c->w->may_wait)
         return fn(c);
-    }
-    if (takes_long(c) || rw->may_wait(fs, c->node.ino)) {
+    if (takes_long(c) || rw->may_wait(fs, c->node.ino))
         return fuse_rw_detach(c, fn);
-    }
     start = coarse_ms();
     verdict = fn(c);
-    if (coarse_ms() - start > SLOW_MS) {
+    if (coarse_ms() - start > SLOW_MS)
         rw->note_slow(fs);
-    }
     return verdict;
 }
 
@@ -254,15 +245,14 @@ enum req_verdict fuse_rw_finish(struct fuse_call *c)
 
     r->out_len = 0;
     if (r->session_gen != fuse_session_gen(c->s)) {
-        verdict = REQ_NOREPLY;          /* of a guest that was reset meanwhile */
+        verdict = REQ_NOREPLY; /* of a guest that was reset meanwhile */
     } else if (verdict == REQ_PARKED) {
         verdict = fuse_reply_error(c, ENOMEM);
     } else if (verdict == REQ_REPLY) {
-        if (r->ops->out_copy(r, 0, d->out, d->r.out_len)) {
+        if (r->ops->out_copy(r, 0, d->out, d->r.out_len))
             verdict = REQ_NOREPLY;
-        } else {
+        else
             r->out_len = d->r.out_len;
-        }
     }
     store_wait_done(&r->wait);
     return verdict;

@@ -13,14 +13,14 @@
 struct fuse_session {
     struct vnd_engine *engine;
     struct vnd_vfs *vfs;
-    pthread_mutex_t lock;           /* INIT and reset against each other */
+    pthread_mutex_t lock; /* INIT and reset against each other */
     _Atomic uint32_t gen;
-    _Atomic int ready;              /* INIT is done and DESTROY is not */
+    _Atomic int ready; /* INIT is done and DESTROY is not */
     _Atomic uint64_t detached_bytes;
-    struct fuse_waiting_worker *waiting_workers;    /* fuse/detach.c; under lock */
-    struct backing *backing;        /* NULL: none was asked for */
-    bool keeps_root;                /* the transport tells when the root's attributes change */
-    _Atomic bool passthrough;       /* the kernel took it: every open of an image's files is counted */
+    struct fuse_waiting_worker *waiting_workers; /* fuse/detach.c; under lock */
+    struct backing *backing;                     /* NULL: none was asked for */
+    bool keeps_root;                             /* the transport tells when the root's attributes change */
+    _Atomic bool passthrough;                    /* the kernel took it: every open of an image's files is counted */
 };
 
 /* One request being served. */
@@ -28,10 +28,10 @@ struct fuse_call {
     struct fuse_session *s;
     struct fuse_worker *w;
     struct req *r;
-    struct vfs_node node;           /* of in.nodeid, when the operation asks for it */
-    bool failed;                    /* answered with an error that counts as one */
-    bool waited;                    /* a read whose data was not there at once */
-    bool unknown;                   /* answered with ENOSYS: not asked again, and nothing to count */
+    struct vfs_node node; /* of in.nodeid, when the operation asks for it */
+    bool failed;          /* answered with an error that counts as one */
+    bool waited;          /* a read whose data was not there at once */
+    bool unknown;         /* answered with ENOSYS: not asked again, and nothing to count */
 };
 
 typedef enum req_verdict (*fuse_op_fn)(struct fuse_call *c);

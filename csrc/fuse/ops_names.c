@@ -21,9 +21,8 @@ static enum req_verdict reply_entry(struct fuse_call *c, int rc, const vnd_attr 
 {
     struct fuse_entry_out e;
 
-    if (rc) {
+    if (rc)
         return fuse_reply_error(c, -rc);
-    }
     e = entry_of(c, attr);
     return fuse_reply(c, &e, sizeof(e));
 }
@@ -33,12 +32,10 @@ static int get_name(struct fuse_call *c, size_t off, size_t out, const char **na
 {
     uint32_t len;
 
-    if (!fuse_rw_of(c)) {
+    if (!fuse_rw_of(c))
         return EROFS;
-    }
-    if (c->r->args_len < off || !fuse_has_room(c, out)) {
+    if (c->r->args_len < off || !fuse_has_room(c, out))
         return EINVAL;
-    }
     return fuse_arg_name(c, (uint32_t)off, false, name, &len);
 }
 
@@ -52,13 +49,11 @@ enum req_verdict fuse_op_mkdir(struct fuse_call *c)
 
     /* Kata's agent makes the parents of its mount points and tolerates EEXIST and ENOSYS only. MKDIR's ENOSYS is not
      * remembered by the kernel. */
-    if (!c->node.serial) {
+    if (!c->node.serial)
         return fuse_reply_error(c, ENOSYS);
-    }
     rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
-    if (rc) {
+    if (rc)
         return fuse_reply_error(c, rc);
-    }
     memcpy(&in, c->r->args, sizeof(in));
     who.umask = in.umask;
     rc = fuse_rw_of(c)->mknod(c->node.fs, &who, c->node.ino, name, S_IFDIR | (in.mode & 07777), 0, &attr);
@@ -73,13 +68,11 @@ enum req_verdict fuse_op_mknod(struct fuse_call *c)
     vnd_attr attr;
     int rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
 
-    if (rc) {
+    if (rc)
         return fuse_reply_error(c, rc);
-    }
     memcpy(&in, c->r->args, sizeof(in));
-    if (S_ISDIR(in.mode) || S_ISLNK(in.mode)) {
+    if (S_ISDIR(in.mode) || S_ISLNK(in.mode))
         return fuse_reply_error(c, EINVAL);
-    }
     who.umask = in.umask;
     rc = fuse_rw_of(c)->mknod(c->node.fs, &who, c->node.ino, name, in.mode, in.rdev, &attr);
     return reply_entry(c, rc, &attr);
@@ -94,17 +87,14 @@ enum req_verdict fuse_op_symlink(struct fuse_call *c)
     vnd_attr attr;
     int rc = get_name(c, 0, sizeof(struct fuse_entry_out), &name);
 
-    if (rc) {
+    if (rc)
         return fuse_reply_error(c, rc);
-    }
     off = (uint32_t)strlen(name) + 1;
     len = c->r->body_len - off;
-    if (len > 4096) {
+    if (len > 4096)
         return fuse_reply_error(c, ENAMETOOLONG);
-    }
-    if (!len || c->r->ops->in_copy(c->r, off, target, len) || !memchr(target, 0, len)) {
+    if (!len || c->r->ops->in_copy(c->r, off, target, len) || !memchr(target, 0, len))
         return fuse_reply_error(c, EINVAL);
-    }
     rc = fuse_rw_of(c)->symlink(c->node.fs, &who, c->node.ino, name, target, &attr);
     return reply_entry(c, rc, &attr);
 }
@@ -117,17 +107,14 @@ enum req_verdict fuse_op_link(struct fuse_call *c)
     vnd_attr attr;
     int rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
 
-    if (rc) {
+    if (rc)
         return fuse_reply_error(c, rc);
-    }
     memcpy(&in, c->r->args, sizeof(in));
     rc = vfs_resolve(c->s->vfs, in.oldnodeid, &old);
-    if (!rc && old.fs != c->node.fs) {
+    if (!rc && old.fs != c->node.fs)
         rc = -EXDEV;
-    }
-    if (!rc) {
+    if (!rc)
         rc = fuse_rw_of(c)->link(c->node.fs, old.ino, c->node.ino, name, &attr);
-    }
     return reply_entry(c, rc, &attr);
 }
 
@@ -136,9 +123,8 @@ static enum req_verdict remove_name(struct fuse_call *c, bool dir)
     const char *name;
     int rc = get_name(c, 0, 0, &name);
 
-    if (rc) {
+    if (rc)
         return fuse_reply_error(c, rc);
-    }
     return fuse_reply_rc(c, fuse_rw_of(c)->unlink(c->node.fs, c->node.ino, name, dir));
 }
 
@@ -160,19 +146,15 @@ static enum req_verdict rename_name(struct fuse_call *c, size_t args, uint64_t n
     uint32_t len;
     int rc = get_name(c, args, 0, &name);
 
-    if (!rc) {
+    if (!rc)
         rc = fuse_arg_name(c, (uint32_t)(args + strlen(name) + 1), false, &new_name, &len);
-    }
-    if (rc) {
+    if (rc)
         return fuse_reply_error(c, rc);
-    }
     rc = vfs_resolve(c->s->vfs, new_dir, &to);
-    if (!rc && to.fs != c->node.fs) {
+    if (!rc && to.fs != c->node.fs)
         rc = -EXDEV;
-    }
-    if (!rc) {
+    if (!rc)
         rc = fuse_rw_of(c)->rename(c->node.fs, &who, c->node.ino, name, to.ino, new_name, flags);
-    }
     return fuse_reply_rc(c, rc);
 }
 
@@ -204,25 +186,22 @@ static enum req_verdict make_file(struct fuse_call *c, bool tmpfile)
     vnd_attr attr;
     int rc;
 
-    if (tmpfile) {      /* its name is a "/" that means nothing */
+    if (tmpfile) /* its name is a "/" that means nothing */
         rc = !fuse_rw_of(c) ? EROFS : c->r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(out)) ? EINVAL : 0;
-    } else {
+    else
         rc = get_name(c, sizeof(in), sizeof(out), &name);
-    }
-    if (rc) {
+    if (rc)
         return fuse_reply_error(c, rc);
-    }
     memcpy(&in, c->r->args, sizeof(in));
     who.umask = in.umask;
     if (tmpfile) {
         rc = fuse_rw_of(c)->tmpfile(c->node.fs, &who, c->node.ino, in.flags, in.mode, &attr, &out.open.fh);
     } else {
         rc = fuse_rw_of(c)->create(c->node.fs, &who, c->node.ino, name, in.flags, in.mode,
-                              in.open_flags & FUSE_OPEN_KILL_SUIDGID, &attr, &out.open.fh);
+                                   in.open_flags & FUSE_OPEN_KILL_SUIDGID, &attr, &out.open.fh);
     }
-    if (rc) {
+    if (rc)
         return fuse_reply_error(c, -rc);
-    }
     out.entry = entry_of(c, &attr);
     return fuse_reply(c, &out, sizeof(out));
 }

@@ -38,23 +38,23 @@ struct req_ops {
 };
 
 struct req {
-    struct fuse_in_header in;       /* private copy */
-    uint8_t args[REQ_ARGS_MAX];     /* private copy of the first args_len bytes after it, always followed by 0 */
+    struct fuse_in_header in;   /* private copy */
+    uint8_t args[REQ_ARGS_MAX]; /* private copy of the first args_len bytes after it, always followed by 0 */
     uint8_t args_nul;
-    uint32_t args_len;              /* bytes in args */
-    uint32_t body_len;              /* all bytes after the in header */
-    uint32_t out_cap;               /* bytes of reply space, out header included */
-    uint32_t out_len;               /* set by the session: bytes of the reply = used.len = fuse_out_header.len */
-    uint32_t session_gen;           /* generation of the session that it belongs to */
-    int64_t began_us;               /* CLOCK_MONOTONIC when it was first served; the transport sets 0 */
+    uint32_t args_len;    /* bytes in args */
+    uint32_t body_len;    /* all bytes after the in header */
+    uint32_t out_cap;     /* bytes of reply space, out header included */
+    uint32_t out_len;     /* set by the session: bytes of the reply = used.len = fuse_out_header.len */
+    uint32_t session_gen; /* generation of the session that it belongs to */
+    int64_t began_us;     /* CLOCK_MONOTONIC when it was first served; the transport sets 0 */
     const struct req_ops *ops;
-    struct store_wait wait;         /* links a parked request to the unit it needs */
+    struct store_wait wait; /* links a parked request to the unit it needs */
 };
 
 enum req_verdict {
-    REQ_REPLY,      /* a reply of out_len bytes stands in the reply area */
-    REQ_NOREPLY,    /* none is due (FORGET), or there is no room for one: out_len is 0 */
-    REQ_PARKED      /* wait is linked; wait.wake will be called once, then serve again */
+    REQ_REPLY,   /* a reply of out_len bytes stands in the reply area */
+    REQ_NOREPLY, /* none is due (FORGET), or there is no room for one: out_len is 0 */
+    REQ_PARKED   /* wait is linked; wait.wake will be called once, then serve again */
 };
 
 #endif

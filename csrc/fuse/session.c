@@ -53,13 +53,11 @@ enum req_verdict fuse_reply(struct fuse_call *c, const void *data, uint32_t len)
         uint8_t data[144];
     } out;
 
-    if (len > sizeof(out.data) || c->r->out_cap < FUSE_HDR + len) {
+    if (len > sizeof(out.data) || c->r->out_cap < FUSE_HDR + len)
         return fuse_reply_error(c, EINVAL);
-    }
     out.h = (struct fuse_out_header){ .len = FUSE_HDR + len, .unique = c->r->in.unique };
-    if (len) {
+    if (len)
         memcpy(out.data, data, len);
-    }
     return reply_bytes(c, &out, FUSE_HDR + len);
 }
 
@@ -67,9 +65,8 @@ enum req_verdict fuse_reply_scratch(struct fuse_call *c, uint32_t len)
 {
     struct fuse_out_header h = { .len = FUSE_HDR + len, .unique = c->r->in.unique };
 
-    if (c->r->out_cap < FUSE_HDR || len > c->r->out_cap - FUSE_HDR) {
+    if (c->r->out_cap < FUSE_HDR || len > c->r->out_cap - FUSE_HDR)
         return fuse_reply_error(c, EINVAL);
-    }
     memcpy(c->w->scratch, &h, sizeof(h));
     return reply_bytes(c, c->w->scratch, FUSE_HDR + len);
 }
@@ -78,9 +75,8 @@ uint32_t fuse_reply_room(const struct fuse_call *c, uint32_t want)
 {
     uint32_t room = c->r->out_cap < FUSE_HDR ? 0 : c->r->out_cap - FUSE_HDR;
 
-    if (room > c->w->scratch_bytes - FUSE_HDR) {
+    if (room > c->w->scratch_bytes - FUSE_HDR)
         room = c->w->scratch_bytes - FUSE_HDR;
-    }
     return room < want ? room : want;
 }
 
@@ -90,27 +86,21 @@ int fuse_arg_name(const struct fuse_call *c, uint32_t off, bool dots, const char
     const char *start = (const char *)r->args + off;
     const char *end;
 
-    if (off >= r->args_len) {
+    if (off >= r->args_len)
         return EINVAL;
-    }
     end = memchr(start, 0, r->args_len - off);
-    if (!end) {
+    if (!end)
         return r->args_len < r->body_len || r->args_len - off > 255 ? ENAMETOOLONG : EINVAL;
-    }
-    if (end == start) {
+    if (end == start)
         return EINVAL;
-    }
-    if (end - start > 255) {
+    if (end - start > 255)
         return ENAMETOOLONG;
-    }
     *name = start;
     *len = (uint32_t)(end - start);
-    if (memchr(start, '/', *len)) {
+    if (memchr(start, '/', *len))
         return EINVAL;
-    }
-    if (!dots && start[0] == '.' && (*len == 1 || (*len == 2 && start[1] == '.'))) {
+    if (!dots && start[0] == '.' && (*len == 1 || (*len == 2 && start[1] == '.')))
         return EINVAL;
-    }
     return 0;
 }
 
@@ -127,10 +117,10 @@ static uint64_t wanted_flags(int kind)
      * for the guest alone, so the guest's kernel must not write back when it likes (WRITEBACK_CACHE). Its ACLs are
      * obeyed by the guest's kernel; where a directory has a default one, the umask does not count, which only the host
      * knows in time. */
-    return flags | (kind == VND_SESSION_RAFS ? FUSE_INIT_EXPLICIT_INVAL_DATA
-                                             : FUSE_INIT_AUTO_INVAL_DATA | FUSE_INIT_ATOMIC_O_TRUNC |
-                                                   FUSE_INIT_BIG_WRITES | FUSE_INIT_HANDLE_KILLPRIV_V2 |
-                                                   FUSE_INIT_POSIX_ACL | FUSE_INIT_DONT_MASK);
+    return flags |
+           (kind == VND_SESSION_RAFS ? FUSE_INIT_EXPLICIT_INVAL_DATA
+                                     : FUSE_INIT_AUTO_INVAL_DATA | FUSE_INIT_ATOMIC_O_TRUNC | FUSE_INIT_BIG_WRITES |
+                                           FUSE_INIT_HANDLE_KILLPRIV_V2 | FUSE_INIT_POSIX_ACL | FUSE_INIT_DONT_MASK);
 }
 
 /* True: no other guest is on the mount table, so what read-write file systems know is of one that is gone. */
@@ -140,7 +130,7 @@ static bool session_begin(struct fuse_session *s)
 
     pthread_mutex_lock(&s->lock);
     if (atomic_load(&s->ready)) {
-        atomic_fetch_add(&s->gen, 1);   /* no DESTROY came: the guest was reset under us */
+        atomic_fetch_add(&s->gen, 1); /* no DESTROY came: the guest was reset under us */
         alone = vfs_sessions(s->vfs, 0) == 1;
     } else {
         alone = vfs_sessions(s->vfs, 1) == 1;
@@ -158,42 +148,34 @@ static enum req_verdict op_init(struct fuse_call *c)
     uint64_t flags;
 
     memcpy(&in, c->r->args, len);
-    if (in.major > FUSE_WIRE_MAJOR) {
-        return fuse_reply(c, &out, sizeof(out));    /* the kernel comes again with ours */
-    }
-    if (in.major < FUSE_WIRE_MAJOR || len < 16) {
+    if (in.major > FUSE_WIRE_MAJOR)
+        return fuse_reply(c, &out, sizeof(out)); /* the kernel comes again with ours */
+    if (in.major < FUSE_WIRE_MAJOR || len < 16)
         return fuse_reply_error(c, EPROTO);
-    }
-    if (in.minor < out.minor) {
+    if (in.minor < out.minor)
         out.minor = in.minor;
-    }
-    if (in.minor < 23) {
-        out_len = in.minor < 5 ? 8 : 24;            /* how the reply grew */
-    }
-    if (c->r->out_cap < FUSE_HDR + out_len) {
+    if (in.minor < 23)
+        out_len = in.minor < 5 ? 8 : 24; /* how the reply grew */
+    if (c->r->out_cap < FUSE_HDR + out_len)
         return fuse_reply_error(c, EINVAL);
-    }
     flags = in.flags;
-    if (flags & FUSE_INIT_INIT_EXT) {
+    if (flags & FUSE_INIT_INIT_EXT)
         flags |= (uint64_t)in.flags2 << 32;
-    }
     flags &= wanted_flags(vfs_session_kind(c->s->vfs)) | (c->s->backing ? FUSE_INIT_PASSTHROUGH : 0);
-    if (flags & FUSE_INIT_PASSTHROUGH) {
-        out.max_stack_depth = 1;        /* so that overlayfs fits on top (linux/fs.h: 2 in all) */
-    }
+    if (flags & FUSE_INIT_PASSTHROUGH)
+        out.max_stack_depth = 1; /* so that overlayfs fits on top (linux/fs.h: 2 in all) */
     atomic_store(&c->s->passthrough, (flags & FUSE_INIT_PASSTHROUGH) != 0);
     out.max_readahead = in.max_readahead;
     out.flags = (uint32_t)flags;
     out.flags2 = (uint32_t)(flags >> 32);
-    out.max_background = 256;           /* 0 would leave the kernel's 12 */
+    out.max_background = 256; /* 0 would leave the kernel's 12 */
     out.congestion_threshold = 192;
     /* Where nothing is written, it keeps buffers of /dev/fuse small. */
     out.max_write = vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? 4096 : FUSE_REPLY_MAX;
     out.time_gran = 1;
     out.max_pages = flags & FUSE_INIT_MAX_PAGES ? FUSE_REPLY_MAX / 4096 : 0;
-    if (session_begin(c->s)) {
+    if (session_begin(c->s))
         vfs_reset_inside(c->s->vfs);
-    }
     return fuse_reply(c, &out, out_len);
 }
 
@@ -211,9 +193,8 @@ static bool session_end(struct fuse_session *s)
 
 static enum req_verdict op_destroy(struct fuse_call *c)
 {
-    if (session_end(c->s)) {
+    if (session_end(c->s))
         vfs_reset_inside(c->s->vfs);
-    }
     return fuse_reply(c, NULL, 0);
 }
 
@@ -238,9 +219,8 @@ static enum req_verdict op_enotty(struct fuse_call *c)
 /* In an image nothing is ever dirty: 0 would be right in both kinds, ENOSYS ends the asking. */
 static enum req_verdict op_flush(struct fuse_call *c)
 {
-    if (c->node.fs->ops->rw) {
+    if (c->node.fs->ops->rw)
         return c->r->in.opcode == FUSE_OP_FLUSH ? fuse_rw_flush(c) : fuse_rw_fsync(c);
-    }
     return vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? op_enosys(c) : fuse_reply(c, NULL, 0);
 }
 
@@ -251,7 +231,7 @@ enum { NEED_NODE = 1, ANY_TIME = 2, NO_REPLY = 4, USE_NODE = 8 };
 
 struct fuse_op {
     fuse_op_fn fn;
-    uint16_t args_min;              /* bytes after the in header at least */
+    uint16_t args_min; /* bytes after the in header at least */
     uint8_t flags;
 };
 
@@ -284,12 +264,12 @@ static const struct fuse_op ops[FUSE_OP_MAX] = {
     [FUSE_OP_READDIR] = { fuse_op_readdir, sizeof(struct fuse_read_in), NEED_NODE },
     [FUSE_OP_RELEASEDIR] = { fuse_op_release, 0, USE_NODE },
     [FUSE_OP_FSYNCDIR] = { op_flush, 0, NEED_NODE },
-    [FUSE_OP_GETLK] = { op_enosys, 0, 0 },      /* locks stay with the kernel: INIT does not offer them */
+    [FUSE_OP_GETLK] = { op_enosys, 0, 0 }, /* locks stay with the kernel: INIT does not offer them */
     [FUSE_OP_SETLK] = { op_enosys, 0, 0 },
     [FUSE_OP_SETLKW] = { op_enosys, 0, 0 },
     [FUSE_OP_ACCESS] = { fuse_op_access, sizeof(struct fuse_access_in), NEED_NODE },
     [FUSE_OP_CREATE] = { fuse_op_create, 0, NEED_NODE },
-    [FUSE_OP_INTERRUPT] = { op_none, 0, ANY_TIME },     /* every read ends by its deadline */
+    [FUSE_OP_INTERRUPT] = { op_none, 0, ANY_TIME }, /* every read ends by its deadline */
     [FUSE_OP_BMAP] = { op_enosys, 0, 0 },
     [FUSE_OP_DESTROY] = { op_destroy, 0, 0 },
     [FUSE_OP_IOCTL] = { op_enotty, 0, NEED_NODE },
@@ -301,11 +281,11 @@ static const struct fuse_op ops[FUSE_OP_MAX] = {
     [FUSE_OP_RENAME2] = { fuse_op_rename2, 0, NEED_NODE },
     [FUSE_OP_LSEEK] = { fuse_op_lseek, sizeof(struct fuse_lseek_in), NEED_NODE },
     [FUSE_OP_COPY_FILE_RANGE] = { fuse_op_copy_file_range, 0, NEED_NODE },
-    [FUSE_OP_SETUPMAPPING] = { op_enosys, 0, 0 },       /* no DAX window */
+    [FUSE_OP_SETUPMAPPING] = { op_enosys, 0, 0 }, /* no DAX window */
     [FUSE_OP_REMOVEMAPPING] = { op_enosys, 0, 0 },
     [FUSE_OP_SYNCFS] = { fuse_op_syncfs, 0, 0 },
     [FUSE_OP_TMPFILE] = { fuse_op_tmpfile, 0, NEED_NODE },
-    [FUSE_OP_STATX] = { op_enosys, 0, 0 },              /* sent only for a birth time, which RAFS has not */
+    [FUSE_OP_STATX] = { op_enosys, 0, 0 }, /* sent only for a birth time, which RAFS has not */
 };
 
 static enum req_verdict serve_call(struct fuse_call *c)
@@ -324,16 +304,13 @@ static enum req_verdict serve_call(struct fuse_call *c)
         return op->fn(c);
     }
     if (!(op->flags & ANY_TIME)) {
-        if (c->r->session_gen != atomic_load_explicit(&c->s->gen, memory_order_acquire)) {
-            return op_none(c);              /* of a guest that was reset meanwhile: its memory is another's now */
-        }
-        if (!atomic_load_explicit(&c->s->ready, memory_order_acquire)) {
+        if (c->r->session_gen != atomic_load_explicit(&c->s->gen, memory_order_acquire))
+            return op_none(c); /* of a guest that was reset meanwhile: its memory is another's now */
+        if (!atomic_load_explicit(&c->s->ready, memory_order_acquire))
             return fuse_reply_error(c, EIO);
-        }
     }
-    if (op->fn == op_none) {
+    if (op->fn == op_none)
         return op_none(c);
-    }
     if (in->len != sizeof(*in) + (uint64_t)c->r->body_len || c->r->args_len > c->r->body_len ||
         c->r->args_len > REQ_ARGS_MAX || c->r->args_len < op->args_min) {
         return fuse_reply_error(c, EINVAL);
@@ -341,22 +318,20 @@ static enum req_verdict serve_call(struct fuse_call *c)
     if (op->flags & (NEED_NODE | USE_NODE)) {
         int rc = vfs_resolve(c->s->vfs, in->nodeid, &c->node);
 
-        if (rc && op->flags & NEED_NODE) {
+        if (rc && op->flags & NEED_NODE)
             return fuse_reply_error(c, -rc);
-        }
-        if (!rc && c->node.fs->ops->rw) {
+        if (!rc && c->node.fs->ops->rw)
             return fuse_rw_serve(c, op->fn);
-        }
     }
     return op->fn(c);
 }
 
 /* Number of an operation among those of vnd_fop_stats, plus one; 0 for others. */
 static const uint8_t fop_numbers[FUSE_OP_MAX] = {
-    [FUSE_OP_GETATTR] = 1, [FUSE_OP_READLINK] = 2, [FUSE_OP_OPEN] = 3, [FUSE_OP_RELEASE] = 4, [FUSE_OP_READ] = 5,
-    [FUSE_OP_STATFS] = 6, [FUSE_OP_GETXATTR] = 7, [FUSE_OP_LISTXATTR] = 8, [FUSE_OP_OPENDIR] = 9,
-    [FUSE_OP_LOOKUP] = 10, [FUSE_OP_READDIR] = 11, [FUSE_OP_READDIRPLUS] = 12, [FUSE_OP_ACCESS] = 13,
-    [FUSE_OP_FORGET] = 14, [FUSE_OP_BATCH_FORGET] = 15,
+    [FUSE_OP_GETATTR] = 1, [FUSE_OP_READLINK] = 2, [FUSE_OP_OPEN] = 3,          [FUSE_OP_RELEASE] = 4,
+    [FUSE_OP_READ] = 5,    [FUSE_OP_STATFS] = 6,   [FUSE_OP_GETXATTR] = 7,      [FUSE_OP_LISTXATTR] = 8,
+    [FUSE_OP_OPENDIR] = 9, [FUSE_OP_LOOKUP] = 10,  [FUSE_OP_READDIR] = 11,      [FUSE_OP_READDIRPLUS] = 12,
+    [FUSE_OP_ACCESS] = 13, [FUSE_OP_FORGET] = 14,  [FUSE_OP_BATCH_FORGET] = 15,
 };
 
 /* Inside enter/leave: the file system may go as soon as nobody is. */
@@ -371,12 +346,10 @@ static void count_op(struct fuse_call *c, enum req_verdict verdict)
         (verdict == REQ_NOREPLY && opcode != FUSE_OP_FORGET && opcode != FUSE_OP_BATCH_FORGET)) {
         return;
     }
-    if (!c->node.fs && vfs_resolve(c->s->vfs, c->r->in.nodeid, &c->node)) {
+    if (!c->node.fs && vfs_resolve(c->s->vfs, c->r->in.nodeid, &c->node))
         return;
-    }
-    if (!c->node.fs->metrics) {
+    if (!c->node.fs->metrics)
         return;
-    }
     op.fop = (uint32_t)fop - 1;
     op.read = opcode == FUSE_OP_READ && !c->failed && c->r->out_len >= FUSE_HDR;
     op.bytes = op.read ? c->r->out_len - FUSE_HDR : 0;
@@ -393,12 +366,10 @@ enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *
     struct fuse_call c = { .s = s, .w = w, .r = r };
     enum req_verdict verdict;
 
-    if (r->wait.answer) {       /* served and counted by another thread */
+    if (r->wait.answer) /* served and counted by another thread */
         return fuse_rw_finish(&c);
-    }
-    if (!r->began_us) {
+    if (!r->began_us)
         r->began_us = w->now_us ? w->now_us : now_us();
-    }
     vfs_enter(w);
     verdict = serve_call(&c);
     count_op(&c, verdict);
@@ -411,9 +382,8 @@ enum req_verdict fuse_session_fail(struct fuse_session *s, struct fuse_worker *w
     struct fuse_call c = { .s = s, .w = w, .r = r };
     enum req_verdict verdict;
 
-    if (r->session_gen != fuse_session_gen(s)) {
+    if (r->session_gen != fuse_session_gen(s))
         return op_none(&c);
-    }
     verdict = fuse_reply_error(&c, error);
     vfs_enter(w);
     count_op(&c, verdict);
@@ -423,9 +393,8 @@ enum req_verdict fuse_session_fail(struct fuse_session *s, struct fuse_worker *w
 
 void fuse_session_reset(struct fuse_session *s)
 {
-    if (session_end(s)) {
+    if (session_end(s))
         vfs_reset(s->vfs);
-    }
 }
 
 uint32_t fuse_session_gen(struct fuse_session *s)
@@ -435,9 +404,8 @@ uint32_t fuse_session_gen(struct fuse_session *s)
 
 void fuse_session_resume(struct fuse_session *s)
 {
-    if (!atomic_exchange(&s->ready, 1)) {
+    if (!atomic_exchange(&s->ready, 1))
         vfs_sessions(s->vfs, 1);
-    }
 }
 
 void fuse_session_set_backing(struct fuse_session *s, struct backing *b)
@@ -483,9 +451,8 @@ int fuse_worker_init(struct fuse_worker *w, struct vnd_engine *e, struct vnd_vfs
     w->engine = e;
     w->scratch_bytes = FUSE_REPLY_MAX + FUSE_HDR;
     w->scratch = malloc(w->scratch_bytes);
-    if (!w->scratch) {
+    if (!w->scratch)
         return -ENOMEM;
-    }
     engine_counters_register(e, &w->counters);
     pthread_mutex_lock(&e->lock);
     w->metrics_shard = metrics_take_shard(&e->metrics_shards);

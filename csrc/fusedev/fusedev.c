@@ -151,8 +151,10 @@ vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads
         return NULL;
     }
     if ((flags & VND_FUSEDEV_RESEND) && write(d->fd, &resend, sizeof(resend)) < 0)
-        engine_say(e, 30, VND_CAUSE_IO, "the kernel does not send again what the last server left unanswered (%s): "
-                   "readers that wait for it hang until the mount is aborted", strerror(errno));
+        engine_say(e, 30, VND_CAUSE_IO,
+                   "the kernel does not send again what the last server left unanswered (%s): "
+                   "readers that wait for it hang until the mount is aborted",
+                   strerror(errno));
     return d;
 }
 
@@ -166,7 +168,7 @@ int vnd_fusedev_root_changed(vnd_fusedev *d)
     struct {
         struct fuse_out_header h;
         uint64_t nodeid;
-        int64_t off, len;           /* off below 0: attributes alone */
+        int64_t off, len; /* off below 0: attributes alone */
     } changed = { { .len = sizeof(changed), .error = FUSE_NOTIFY_INVAL_INODE }, PSEUDO_ROOT_INO, -1, 0 };
 
     if (!fuse_session_ready(d->session) || write(d->fd, &changed, sizeof(changed)) >= 0 || errno == ENOENT)

@@ -26,22 +26,22 @@
 struct fusedev_worker;
 
 enum fusedev_state {
-    FUSEDEV_SERVING,    /* one thread has it */
-    FUSEDEV_PARKED,     /* listed: linked in the store, or woken and on the done list */
-    FUSEDEV_EXPIRED     /* listed; its deadline passed or it was interrupted while a wake was under way */
+    FUSEDEV_SERVING, /* one thread has it */
+    FUSEDEV_PARKED,  /* listed: linked in the store, or woken and on the done list */
+    FUSEDEV_EXPIRED  /* listed; its deadline passed or it was interrupted while a wake was under way */
 };
 
 /* One request, from a free list. What is below the line is under the lock. */
 struct fusedev_slot {
     struct req req;
     struct vnd_fusedev *dev;
-    struct fusedev_worker *at;      /* whose buffers serve it now */
-    int fd;                         /* where it was read */
+    struct fusedev_worker *at; /* whose buffers serve it now */
+    int fd;                    /* where it was read */
     int64_t deadline_us, parked_us;
     /* ---- */
     enum fusedev_state state;
-    bool woken;                     /* before the thread that parked it had listed it */
-    struct fusedev_slot *prev, *next;   /* listed, oldest first; next alone: free */
+    bool woken;                       /* before the thread that parked it had listed it */
+    struct fusedev_slot *prev, *next; /* listed, oldest first; next alone: free */
 };
 
 struct fusedev_worker {
@@ -49,33 +49,33 @@ struct fusedev_worker {
     struct fuse_worker fuse;
     pthread_t thread;
     bool started;
-    _Atomic bool left;              /* its loop is over */
-    int fd;                         /* -1: the finisher */
-    uint8_t *in;                    /* NULL: the finisher */
+    _Atomic bool left; /* its loop is over */
+    int fd;            /* -1: the finisher */
+    uint8_t *in;       /* NULL: the finisher */
     uint32_t in_len;
-    uint8_t *out;                   /* a whole reply; the payload begins at a page */
-    struct fusedev_slot *slot;      /* the one in hand */
+    uint8_t *out;              /* a whole reply; the payload begins at a page */
+    struct fusedev_slot *slot; /* the one in hand */
 };
 
 struct vnd_fusedev {
     struct vnd_engine *engine;
     struct vnd_vfs *vfs;
     struct fuse_session *session;
-    struct backing *backing;        /* NULL: no passthrough */
+    struct backing *backing; /* NULL: no passthrough */
     int fd, wake_fd, ended_fd;
-    bool clones;                    /* readers have descriptors of their own */
-    int64_t deadline_us;            /* a request's time to live */
+    bool clones;         /* readers have descriptors of their own */
+    int64_t deadline_us; /* a request's time to live */
     uint32_t n_readers;
     struct fusedev_worker readers[FUSEDEV_THREADS_MAX], finisher;
-    _Atomic bool stop, abandon;     /* readers leave; then the finisher gives up what is parked and leaves */
+    _Atomic bool stop, abandon; /* readers leave; then the finisher gives up what is parked and leaves */
     pthread_mutex_t lock;
     struct fusedev_slot *first, *last, *free;
     uint32_t n_parked;
-    uint64_t early[FUSEDEV_EARLY_MAX];  /* a ring of uniques */
+    uint64_t early[FUSEDEV_EARLY_MAX]; /* a ring of uniques */
     uint32_t early_at;
-    _Alignas(64) _Atomic(struct store_wait *) done;     /* stack, newest first */
+    _Alignas(64) _Atomic(struct store_wait *) done; /* stack, newest first */
     _Atomic int sleeping;
-    _Atomic int wakers;             /* threads inside the wake call */
+    _Atomic int wakers; /* threads inside the wake call */
 };
 
 /* fusedev/request.c: the threads' loops; arg: a struct fusedev_worker. */

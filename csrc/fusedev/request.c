@@ -95,13 +95,15 @@ static void unlist_slot(struct vnd_fusedev *d, struct fusedev_slot *s)
 
 int fusedev_list_waiting(struct engine_counters *c, vnd_waiting *out, int max, int64_t now)
 {
-    struct vnd_fusedev *d = (struct vnd_fusedev *)(void *)((char *)c - offsetof(struct vnd_fusedev,
-                                                                               finisher.fuse.counters));
+    struct vnd_fusedev *d =
+        (struct vnd_fusedev *)(void *)((char *)c - offsetof(struct vnd_fusedev, finisher.fuse.counters));
     int n = 0;
 
     pthread_mutex_lock(&d->lock);
     for (const struct fusedev_slot *s = d->first; s != NULL && n < max; s = s->next)
-        out[n++] = (vnd_waiting){ .nodeid = s->req.in.nodeid, .unique = s->req.in.unique, .opcode = s->req.in.opcode,
+        out[n++] = (vnd_waiting){ .nodeid = s->req.in.nodeid,
+                                  .unique = s->req.in.unique,
+                                  .opcode = s->req.in.opcode,
                                   .wait_us = now > s->parked_us ? (uint64_t)(now - s->parked_us) : 0 };
     pthread_mutex_unlock(&d->lock);
     return n;
@@ -146,7 +148,10 @@ static void op_out_dirty(struct req *r, uint32_t off, uint32_t len)
 }
 
 static const struct req_ops fusedev_req_ops = {
-    .in_copy = op_in_copy, .out_copy = op_out_copy, .out_iov = op_out_iov, .out_dirty = op_out_dirty,
+    .in_copy = op_in_copy,
+    .out_copy = op_out_copy,
+    .out_iov = op_out_iov,
+    .out_dirty = op_out_dirty,
 };
 
 static void wake_slot(struct store_wait *w);
@@ -196,7 +201,7 @@ static bool park_slot(struct vnd_fusedev *d, struct fusedev_slot *s, bool *inter
         list_slot(d, s);
     pthread_mutex_unlock(&d->lock);
     if (listed && first)
-        fusedev_raise(d->wake_fd);       /* the finisher sleeps without a deadline */
+        fusedev_raise(d->wake_fd); /* the finisher sleeps without a deadline */
     return listed;
 }
 
@@ -212,7 +217,7 @@ static void interrupt_request(struct fusedev_worker *w, uint64_t unique)
             break;
     if (s != NULL && s->state == FUSEDEV_PARKED && store_wait_cancel(&s->req.wait)) {
         unlist_slot(d, s);
-    } else {                    /* not parked yet, or woken and about to be served, which may park it again */
+    } else { /* not parked yet, or woken and about to be served, which may park it again */
         d->early[d->early_at++ % FUSEDEV_EARLY_MAX] = unique;
         s = NULL;
     }
@@ -358,7 +363,7 @@ static void finish_woken(struct fusedev_worker *w, struct fusedev_slot *s)
     if (mine)
         unlist_slot(d, s);
     else
-        s->woken = true;            /* whoever is about to list it serves it again instead */
+        s->woken = true; /* whoever is about to list it serves it again instead */
     pthread_mutex_unlock(&d->lock);
     if (!mine)
         return;
@@ -387,7 +392,7 @@ static struct fusedev_slot *take_expired(struct vnd_fusedev *d, int64_t now, boo
             unlist_slot(d, s);
             break;
         }
-        s->state = FUSEDEV_EXPIRED;     /* being woken: a moment */
+        s->state = FUSEDEV_EXPIRED; /* being woken: a moment */
     }
     pthread_mutex_unlock(&d->lock);
     return s;
@@ -466,7 +471,7 @@ void *fusedev_finisher_main(void *arg)
             poll(&wait, 1, ms);
         atomic_store_explicit(&d->sleeping, 0, memory_order_relaxed);
         if (read(d->wake_fd, &count, sizeof(count)) < 0)
-            continue;               /* nobody raised it */
+            continue; /* nobody raised it */
     }
     while (atomic_load_explicit(&d->wakers, memory_order_acquire) != 0)
         sched_yield();

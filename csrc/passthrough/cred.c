@@ -17,14 +17,12 @@ static void prepare_thread(mode_t mask)
     /* The one fact that belongs to a thread and not to an engine: its context has been split off, and how. */
     static _Thread_local mode_t now = (mode_t)-1;
 
-    if (now == mask) {
+    if (now == mask)
         return;
-    }
     if (now == (mode_t)-1) {
         syscall(SYS_setgroups, 0, NULL);
-        if (unshare(CLONE_FS)) {
+        if (unshare(CLONE_FS))
             return;
-        }
     }
     umask(mask);
     now = mask;
@@ -33,7 +31,7 @@ static void prepare_thread(mode_t mask)
 void pt_cred_back(struct pt_cred *saved)
 {
     if (saved->changed) {
-        setfsuid(geteuid());    /* back to 0: the kernel gives the file system capabilities back too */
+        setfsuid(geteuid()); /* back to 0: the kernel gives the file system capabilities back too */
         setfsgid(getegid());
         saved->changed = false;
     }
@@ -46,12 +44,10 @@ int pt_cred_take(const struct fs_caller *who, struct pt_cred *saved)
 
     prepare_thread(who->umask & 0777);
     saved->changed = false;
-    if (who->uid == uid && who->gid == getegid()) {
+    if (who->uid == uid && who->gid == getegid())
         return 0;
-    }
-    if (who->uid == (uint32_t)-1 || who->gid == (uint32_t)-1) {
+    if (who->uid == (uint32_t)-1 || who->gid == (uint32_t)-1)
         return -EINVAL;
-    }
     saved->changed = true;
     setfsgid(who->gid);
     setfsuid(who->uid);
@@ -72,9 +68,8 @@ bool pt_fsetid_drop(void)
 {
     struct __user_cap_data_struct cap[2];
 
-    if (privilege_get(cap) || !(cap[0].effective & 1u << CAP_FSETID)) {
+    if (privilege_get(cap) || !(cap[0].effective & 1u << CAP_FSETID))
         return false;
-    }
     cap[0].effective &= ~(1u << CAP_FSETID);
     return privilege_set(cap) == 0;
 }

@@ -20,12 +20,10 @@ static int grow(struct vnd_passthrough *p)
     uint32_t n = p->n_slots ? p->n_slots * 2 : 64;
     struct pt_file **files = realloc(p->files, n * sizeof(*files));
 
-    if (!files) {
+    if (!files)
         return -ENOMEM;
-    }
-    for (uint32_t i = p->n_slots; i < n; i++) {
+    for (uint32_t i = p->n_slots; i < n; i++)
         files[i] = NULL;
-    }
     p->files = files;
     p->n_slots = n;
     return 0;
@@ -35,15 +33,12 @@ static int add_locked(struct vnd_passthrough *p, struct pt_file *f)
 {
     uint32_t at = p->free_hint;
 
-    if (p->n_files >= p->files_max) {
+    if (p->n_files >= p->files_max)
         return -ENFILE;
-    }
-    if (p->n_files == p->n_slots && grow(p)) {
+    if (p->n_files == p->n_slots && grow(p))
         return -ENOMEM;
-    }
-    while (at >= p->n_slots || p->files[at]) {
+    while (at >= p->n_slots || p->files[at])
         at = at + 1 < p->n_slots ? at + 1 : 0;
-    }
     p->free_hint = at + 1;
     f->slot = at;
     f->gen = ++p->next_gen;
@@ -92,12 +87,10 @@ struct pt_file *pt_file_get(struct vnd_passthrough *p, uint64_t ino, uint64_t fh
 
     pthread_mutex_lock(&p->lock);
     f = find_locked(p, fh);
-    if (f && ino && f->node->ino != ino) {
+    if (f && ino && f->node->ino != ino)
         f = NULL;
-    }
-    if (f) {
+    if (f)
         f->refs++;
-    }
     pthread_mutex_unlock(&p->lock);
     return f;
 }
@@ -107,12 +100,10 @@ static bool put_locked(struct vnd_passthrough *p, struct pt_file *f)
 {
     struct pt_file **at = &f->node->files;
 
-    if (--f->refs) {
+    if (--f->refs)
         return false;
-    }
-    while (*at != f) {
+    while (*at != f)
         at = &(*at)->next;
-    }
     *at = f->next;
     pt_node_put_locked(p, f->node);
     return true;
@@ -132,9 +123,8 @@ void pt_file_put(struct vnd_passthrough *p, struct pt_file *f)
     pthread_mutex_lock(&p->lock);
     last = put_locked(p, f);
     pthread_mutex_unlock(&p->lock);
-    if (last) {
+    if (last)
         file_free(f);
-    }
 }
 
 static void take_out(struct vnd_passthrough *p, struct pt_file *f)
@@ -157,14 +147,13 @@ void pt_release(struct fs *fs, uint64_t fh)
         last = put_locked(p, f);
     }
     pthread_mutex_unlock(&p->lock);
-    if (last) {
+    if (last)
         file_free(f);
-    }
 }
 
 void pt_files_free(struct vnd_passthrough *p)
 {
-    for (uint32_t i = 0; ; i++) {
+    for (uint32_t i = 0;; i++) {
         struct pt_file *f;
         bool last = false;
 
@@ -179,9 +168,8 @@ void pt_files_free(struct vnd_passthrough *p)
             last = put_locked(p, f);
         }
         pthread_mutex_unlock(&p->lock);
-        if (last) {
+        if (last)
             file_free(f);
-        }
     }
 }
 
@@ -201,9 +189,8 @@ int pt_open(struct fs *fs, uint64_t ino, uint32_t flags, bool dir, bool kill, ui
     int fd, rc;
     bool dropped;
 
-    if (!n) {
+    if (!n)
         return -ESTALE;
-    }
     if (dir != (n->type == S_IFDIR)) {
         pt_node_put(p, n);
         return dir ? -ENOTDIR : n->type == S_IFDIR ? -EISDIR : -EBADF;
@@ -212,9 +199,8 @@ int pt_open(struct fs *fs, uint64_t ino, uint32_t flags, bool dir, bool kill, ui
     fd = pt_open_node(p, n, dir ? O_RDONLY | O_DIRECTORY : pt_open_flags(flags));
     pt_fsetid_back(dropped);
     rc = fd < 0 ? fd : pt_file_add(p, n, fd, fh);
-    if (rc && fd >= 0) {
+    if (rc && fd >= 0)
         close(fd);
-    }
     pt_node_put(p, n);
     return rc;
 }
@@ -226,15 +212,13 @@ int pt_flush(struct fs *fs, uint64_t fh)
     struct pt_file *f = pt_file_get(p, 0, fh);
     int fd, rc = 0;
 
-    if (!f) {
+    if (!f)
         return -EBADF;
-    }
     fd = fcntl(f->fd, F_DUPFD_CLOEXEC, 0);
-    if (fd < 0) {
-        rc = errno == EMFILE ? 0 : -errno;      /* nothing was asked that needs one */
-    } else if (close(fd)) {
+    if (fd < 0)
+        rc = errno == EMFILE ? 0 : -errno; /* nothing was asked that needs one */
+    else if (close(fd))
         rc = -errno;
-    }
     pt_file_put(p, f);
     return rc;
 }
@@ -242,7 +226,7 @@ int pt_flush(struct fs *fs, uint64_t fh)
 /* ---- data */
 
 struct read_ahead {
-    int fd;                         /* its own */
+    int fd; /* its own */
     uint64_t off, len;
 };
 
@@ -255,9 +239,8 @@ static void run_read_ahead(void *arg)
     while (buf && done < r->len) {
         ssize_t n = pread(r->fd, buf, r->len - done, (off_t)(r->off + done));
 
-        if (n <= 0) {
-            break;      /* an error is met again, and told, by the request */
-        }
+        if (n <= 0)
+            break; /* an error is met again, and told, by the request */
         done += (uint64_t)n;
     }
     free(buf);
@@ -270,15 +253,13 @@ static int start_read_ahead(struct vnd_passthrough *p, struct store_wait *w, int
     struct read_ahead *r = malloc(sizeof(*r));
     int rc;
 
-    if (!r) {
+    if (!r)
         return -ENOMEM;
-    }
     *r = (struct read_ahead){ fcntl(fd, F_DUPFD_CLOEXEC, 0), off, len };
     rc = r->fd < 0 ? -ENFILE : pt_run(&p->fs, w, run_read_ahead, r);
     if (rc != -EINPROGRESS) {
-        if (r->fd >= 0) {
+        if (r->fd >= 0)
             close(r->fd);
-        }
         free(r);
     }
     return rc;
@@ -288,9 +269,8 @@ static uint64_t iov_bytes(const struct iovec *iov, int n)
 {
     uint64_t bytes = 0;
 
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++)
         bytes += iov[i].iov_len;
-    }
     return bytes;
 }
 
@@ -301,9 +281,8 @@ static int64_t read_cached(int fd, uint64_t off, const struct iovec *iov, int n,
     int64_t got = preadv2(fd, iov, n, (off_t)off, RWF_NOWAIT);
     struct iovec probe = { .iov_base = (char[1]){ 0 }, .iov_len = 1 };
 
-    if (got < 0) {
+    if (got < 0)
         return -errno;
-    }
     if (got && (uint64_t)got < want && (off + (uint64_t)got) % 4096 == 0 &&
         preadv2(fd, &probe, 1, (off_t)off + got, RWF_NOWAIT) != 0) {
         return -EAGAIN;
@@ -319,9 +298,8 @@ int64_t pt_read(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const st
     uint64_t want = iov_bytes(iov, n);
     int64_t got;
 
-    if (!f) {
+    if (!f)
         return -EBADF;
-    }
     got = w ? read_cached(f->fd, off, iov, n, want) : -EAGAIN;
     /* After RETRY_MAX rounds of another thread the pages go faster than we come, so this one waits. */
     if (got == -EAGAIN && w && w->again < RETRY_MAX) {
@@ -344,14 +322,12 @@ int64_t pt_write(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const s
     int64_t done;
     bool dropped;
 
-    if (!f) {
+    if (!f)
         return -EBADF;
-    }
     dropped = kill && pt_fsetid_drop();
     done = pwritev2(f->fd, iov, n, (off_t)off, append ? RWF_APPEND : 0);
-    if (done < 0) {
+    if (done < 0)
         done = -errno;
-    }
     pt_fsetid_back(dropped);
     pt_file_put(p, f);
     return done;
@@ -366,15 +342,13 @@ static int sync_all(struct vnd_passthrough *p)
     for (const struct pt_mount *m = p->mounts; m && n < SYNC_MOUNTS_MAX; m = m->next) {
         int fd = m->fd >= 0 ? fcntl(m->fd, F_DUPFD_CLOEXEC, 0) : -1;
 
-        if (fd >= 0) {
+        if (fd >= 0)
             fds[n++] = fd;
-        }
     }
     pthread_mutex_unlock(&p->lock);
     for (int i = 0; i < n; i++) {
-        if (syncfs(fds[i])) {
+        if (syncfs(fds[i]))
             error = errno;
-        }
         close(fds[i]);
     }
     return error;
@@ -386,13 +360,11 @@ int pt_sync(struct fs *fs, uint64_t ino, uint64_t fh, bool data_only)
     struct pt_file *f;
     int rc;
 
-    if (!fh) {
+    if (!fh)
         return -sync_all(p);
-    }
     f = pt_file_get(p, ino, fh);
-    if (!f) {
+    if (!f)
         return -EBADF;
-    }
     rc = (data_only ? fdatasync(f->fd) : fsync(f->fd)) ? -errno : 0;
     pt_file_put(p, f);
     return rc;
@@ -404,13 +376,11 @@ int pt_fallocate(struct fs *fs, uint64_t ino, uint64_t fh, uint32_t mode, uint64
     struct pt_file *f;
     int rc;
 
-    if (off > INT64_MAX || len > INT64_MAX) {
+    if (off > INT64_MAX || len > INT64_MAX)
         return -EINVAL;
-    }
     f = pt_file_get(p, ino, fh);
-    if (!f) {
+    if (!f)
         return -EBADF;
-    }
     rc = fallocate(f->fd, (int)mode, (off_t)off, (off_t)len) ? -errno : 0;
     pt_file_put(p, f);
     return rc;
@@ -426,16 +396,13 @@ int64_t pt_copy(struct fs *fs, uint64_t fh_in, uint64_t off_in, uint64_t fh_out,
     if (in && out) {
         done = copy_file_range(in->fd, &from, out->fd, &to, len < COPY_MAX_BYTES ? len : COPY_MAX_BYTES, 0);
         done = done < 0 ? -errno : done;
-        if (done == -ENOSYS) {
+        if (done == -ENOSYS)
             done = -EOPNOTSUPP;
-        }
     }
-    if (in) {
+    if (in)
         pt_file_put(p, in);
-    }
-    if (out) {
+    if (out)
         pt_file_put(p, out);
-    }
     return done;
 }
 
@@ -445,11 +412,10 @@ int64_t pt_lseek(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, uint32_
     struct pt_file *f = pt_file_get(p, ino, fh);
     int64_t at;
 
-    if (!f) {
+    if (!f)
         return -EBADF;
-    }
     if (f->dir || whence > SEEK_HOLE || off > INT64_MAX) {
-        at = -EINVAL;       /* a directory's position belongs to its listings */
+        at = -EINVAL; /* a directory's position belongs to its listings */
     } else {
         at = lseek(f->fd, (off_t)off, (int)whence);
         at = at < 0 ? -errno : at;

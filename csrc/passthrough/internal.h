@@ -44,7 +44,7 @@
 #include "base/engine.h"
 #include "fs/fs.h"
 
-#define PT_CACHE_MAX 4096           /* and an eighth of RLIMIT_NOFILE */
+#define PT_CACHE_MAX 4096 /* and an eighth of RLIMIT_NOFILE */
 #define PT_IDLE_MS 1000
 #define PT_THREADS 8
 #define PT_SLOW_MS 2000
@@ -57,15 +57,15 @@
 struct pt_node;
 
 struct pt_mount {
-    uint64_t id;                    /* the kernel's mount id, unique if it gives that */
-    uint32_t slot;                  /* PT_MOUNT_SLOTS: none */
-    uint32_t refs;                  /* nodes */
-    int fd;                         /* for open_by_handle_at; -1 */
+    uint64_t id;   /* the kernel's mount id, unique if it gives that */
+    uint32_t slot; /* PT_MOUNT_SLOTS: none */
+    uint32_t refs; /* nodes */
+    int fd;        /* for open_by_handle_at; -1 */
     uint32_t fd_users;
     bool fd_used, fd_drop;
-    bool remote;                    /* answers come from a network or another process */
-    bool no_fd;                     /* its root cannot be opened (a device bound onto a file): nodes keep their own */
-    struct pt_node *above;          /* directory that the mount point is in; NULL: the source's own */
+    bool remote;           /* answers come from a network or another process */
+    bool no_fd;            /* its root cannot be opened (a device bound onto a file): nodes keep their own */
+    struct pt_node *above; /* directory that the mount point is in; NULL: the source's own */
     struct pt_mount *next;
     char name[256];
 };
@@ -75,13 +75,13 @@ struct pt_node {
     struct pt_mount *mount;
     uint64_t ino, host_ino, generation;
     uint64_t nlookup;
-    uint32_t refs;                  /* users, open files, mounts above which it lies; freed at 0 when unlinked */
-    uint32_t type;                  /* S_IFMT bits */
-    bool linked;                    /* in the table */
-    bool fd_kept;                   /* fd is all there is: never dropped */
+    uint32_t refs; /* users, open files, mounts above which it lies; freed at 0 when unlinked */
+    uint32_t type; /* S_IFMT bits */
+    bool linked;   /* in the table */
+    bool fd_kept;  /* fd is all there is: never dropped */
     bool fd_used, fd_drop;
-    int fd;                         /* O_PATH, -1 */
-    uint32_t cache_at;              /* where it stands in the cache, if fd is not kept */
+    int fd;            /* O_PATH, -1 */
+    uint32_t cache_at; /* where it stands in the cache, if fd is not kept */
     uint32_t fd_users;
     struct pt_file *files;
     int handle_type;
@@ -90,14 +90,14 @@ struct pt_node {
 };
 
 struct pt_file {
-    struct pt_file *next;           /* of its node */
+    struct pt_file *next; /* of its node */
     struct pt_node *node;
     int fd;
-    uint32_t refs;                  /* 1 while the guest holds it, and users */
-    uint32_t gen;                   /* half of its fh */
+    uint32_t refs; /* 1 while the guest holds it, and users */
+    uint32_t gen;  /* half of its fh */
     uint32_t slot;
     bool dir;
-    pthread_mutex_t dir_lock;       /* position of a directory */
+    pthread_mutex_t dir_lock; /* position of a directory */
 };
 
 struct pt_task {
@@ -117,25 +117,25 @@ struct pt_pool {
 };
 
 struct vnd_passthrough {
-    struct fs fs;                   /* first */
+    struct fs fs; /* first */
     struct vnd_engine *engine;
     char *source;
     uint32_t flags;
-    bool handles;                   /* file handles can be opened at all */
+    bool handles; /* file handles can be opened at all */
     int root_fd;
     struct pt_node *root;
     struct pt_pool pool;
-    _Atomic uint32_t n_remote;      /* mounts that a network or another process answers for */
-    _Atomic int64_t slow_until_ms;  /* CLOCK_MONOTONIC_COARSE; 0: no call was slow */
+    _Atomic uint32_t n_remote;     /* mounts that a network or another process answers for */
+    _Atomic int64_t slow_until_ms; /* CLOCK_MONOTONIC_COARSE; 0: no call was slow */
 
-    pthread_mutex_t lock;           /* all below */
+    pthread_mutex_t lock; /* all below */
     struct pt_node *by_ino[PT_BUCKETS], *by_key[PT_BUCKETS];
     struct pt_mount *mounts;
     bool slot_taken[PT_MOUNT_SLOTS];
     uint64_t next_ino, n_nodes, n_kept, kept_max;
-    struct pt_node *cache[PT_CACHE_MAX];    /* nodes with a cached fd */
+    struct pt_node *cache[PT_CACHE_MAX]; /* nodes with a cached fd */
     uint32_t hand, n_cached, cache_max;
-    struct pt_file **files;         /* by slot */
+    struct pt_file **files; /* by slot */
     uint32_t n_slots, n_files, files_max, free_hint, next_gen;
 };
 
@@ -173,7 +173,7 @@ void pt_nodes_free(struct vnd_passthrough *p);
 /* 0 or -ESTALE (unknown, gone), -ENFILE, ... To be put. */
 int pt_get(struct vnd_passthrough *p, uint64_t ino, struct pt_ref *ref);
 void pt_put(struct vnd_passthrough *p, struct pt_ref *ref);
-struct pt_node *pt_node_find(struct vnd_passthrough *p, uint64_t ino);      /* one ref, or NULL */
+struct pt_node *pt_node_find(struct vnd_passthrough *p, uint64_t ino); /* one ref, or NULL */
 void pt_node_put(struct vnd_passthrough *p, struct pt_node *n);
 void pt_node_put_locked(struct vnd_passthrough *p, struct pt_node *n);
 /* Opens a regular file or directory for real; flags may hold access mode, O_TRUNC, O_DIRECTORY, O_SYNC... -EBADF for
@@ -186,7 +186,7 @@ int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name,
 bool pt_has_room(struct vnd_passthrough *p, const struct pt_node *dir);
 void pt_forget(struct vnd_passthrough *p, uint64_t ino, uint64_t n);
 void pt_forget_all(struct vnd_passthrough *p);
-void pt_drop_idle(struct vnd_passthrough *p, bool even_used);   /* false: those not used since the last time */
+void pt_drop_idle(struct vnd_passthrough *p, bool even_used); /* false: those not used since the last time */
 /* After a failed open: true, once, where the process is out of descriptors and cached ones were closed: try again. */
 bool pt_make_room(struct vnd_passthrough *p, bool *tried);
 /* The ino that a listing shows for a host inode of that mount. */
@@ -198,10 +198,10 @@ int pt_fill_attr(const struct pt_node *n, int fd, vnd_attr *out);
 /* ---- passthrough/names.c */
 int pt_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out);
 int pt_readdir(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, int want_attr, fs_dir_put put, void *ctx);
-int pt_create(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t flags,
-              uint32_t mode, bool kill, vnd_attr *out, uint64_t *fh);
-int pt_tmpfile(struct fs *fs, const struct fs_caller *who, uint64_t dir, uint32_t flags, uint32_t mode,
-               vnd_attr *out, uint64_t *fh);
+int pt_create(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t flags, uint32_t mode,
+              bool kill, vnd_attr *out, uint64_t *fh);
+int pt_tmpfile(struct fs *fs, const struct fs_caller *who, uint64_t dir, uint32_t flags, uint32_t mode, vnd_attr *out,
+               uint64_t *fh);
 int pt_mknod(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t mode, uint32_t rdev,
              vnd_attr *out);
 int pt_symlink(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, const char *target,
@@ -218,7 +218,7 @@ int pt_file_add(struct vnd_passthrough *p, struct pt_node *n, int fd, uint64_t *
 struct pt_file *pt_file_get(struct vnd_passthrough *p, uint64_t ino, uint64_t fh);
 void pt_file_put(struct vnd_passthrough *p, struct pt_file *f);
 void pt_files_free(struct vnd_passthrough *p);
-int pt_open_flags(uint32_t guest);      /* what of a guest's open flags reaches the host */
+int pt_open_flags(uint32_t guest); /* what of a guest's open flags reaches the host */
 int pt_open(struct fs *fs, uint64_t ino, uint32_t flags, bool dir, bool kill, uint64_t *fh);
 void pt_release(struct fs *fs, uint64_t fh);
 int pt_flush(struct fs *fs, uint64_t fh);
@@ -233,15 +233,17 @@ int64_t pt_lseek(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, uint32_
 
 /* ---- passthrough/threads.c */
 int pt_pool_start(struct vnd_passthrough *p);
-void pt_pool_stop(struct vnd_passthrough *p);           /* finishes what was given to it */
+void pt_pool_stop(struct vnd_passthrough *p); /* finishes what was given to it */
 /* fs_rw_ops' run, may_wait and note_slow. */
 int pt_run(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg);
 bool pt_may_wait(struct fs *fs, uint64_t ino);
 void pt_note_slow(struct fs *fs);
 
 /* ---- passthrough/cred.c: of the calling thread alone */
-struct pt_cred { bool changed; };
-int pt_cred_take(const struct fs_caller *who, struct pt_cred *saved);   /* ids and umask: 0, -EPERM */
+struct pt_cred {
+    bool changed;
+};
+int pt_cred_take(const struct fs_caller *who, struct pt_cred *saved); /* ids and umask: 0, -EPERM */
 void pt_cred_back(struct pt_cred *saved);
 /* Without CAP_FSETID: what is written next loses its set-id bits, by the host's kernel. */
 bool pt_fsetid_drop(void);

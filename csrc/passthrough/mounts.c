@@ -14,7 +14,7 @@
 #include "passthrough/internal.h"
 
 #ifndef STATX_MNT_ID_UNIQUE
-#define STATX_MNT_ID_UNIQUE 0x4000u     /* linux 6.8; before it, mount ids are reused */
+#define STATX_MNT_ID_UNIQUE 0x4000u /* linux 6.8; before it, mount ids are reused */
 #endif
 
 int pt_stat(int fd, struct statx *sx)
@@ -28,9 +28,8 @@ int pt_stat(int fd, struct statx *sx)
 
 void pt_mount_put(struct vnd_passthrough *p, struct pt_mount *m)
 {
-    if (--m->refs) {
+    if (--m->refs)
         return;
-    }
     p->n_remote -= m->remote;
     for (struct pt_mount **at = &p->mounts; *at; at = &(*at)->next) {
         if (*at == m) {
@@ -38,15 +37,12 @@ void pt_mount_put(struct vnd_passthrough *p, struct pt_mount *m)
             break;
         }
     }
-    if (m->slot < PT_MOUNT_SLOTS) {
+    if (m->slot < PT_MOUNT_SLOTS)
         p->slot_taken[m->slot] = false;
-    }
-    if (m->fd >= 0 && m->fd != p->root_fd) {
+    if (m->fd >= 0 && m->fd != p->root_fd)
         close(m->fd);
-    }
-    if (m->above) {
+    if (m->above)
         pt_node_put_locked(p, m->above);
-    }
     free(m);
 }
 
@@ -65,19 +61,16 @@ struct pt_mount *pt_mount_find(struct vnd_passthrough *p, uint64_t id)
 bool pt_is_remote(int fd)
 {
     /* linux/magic.h knows most; CIFS and Lustre are in their own sources. */
-    static const uint32_t types[] = { NFS_SUPER_MAGIC, SMB_SUPER_MAGIC, 0xff534d42, SMB2_SUPER_MAGIC, FUSE_SUPER_MAGIC,
-                                      V9FS_MAGIC, CEPH_SUPER_MAGIC, AFS_SUPER_MAGIC, AFS_FS_MAGIC, CODA_SUPER_MAGIC,
-                                      OCFS2_SUPER_MAGIC, 0x0bd00bd0 };
+    static const uint32_t types[] = { NFS_SUPER_MAGIC,  SMB_SUPER_MAGIC,  0xff534d42,        SMB2_SUPER_MAGIC,
+                                      FUSE_SUPER_MAGIC, V9FS_MAGIC,       CEPH_SUPER_MAGIC,  AFS_SUPER_MAGIC,
+                                      AFS_FS_MAGIC,     CODA_SUPER_MAGIC, OCFS2_SUPER_MAGIC, 0x0bd00bd0 };
     struct statfs st;
 
-    if (fstatfs(fd, &st)) {
+    if (fstatfs(fd, &st))
         return true;
-    }
-    for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
-        if ((uint32_t)st.f_type == types[i]) {
+    for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++)
+        if ((uint32_t)st.f_type == types[i])
             return true;
-        }
-    }
     return false;
 }
 
@@ -87,15 +80,12 @@ struct pt_mount *pt_mount_add(struct vnd_passthrough *p, uint64_t id, struct pt_
     struct pt_mount *m = calloc(1, sizeof(*m));
     uint32_t slot = 0;
 
-    if (!m) {
+    if (!m)
         return NULL;
-    }
-    while (slot < PT_MOUNT_SLOTS && p->slot_taken[slot]) {
+    while (slot < PT_MOUNT_SLOTS && p->slot_taken[slot])
         slot++;
-    }
-    if (slot < PT_MOUNT_SLOTS) {
+    if (slot < PT_MOUNT_SLOTS)
         p->slot_taken[slot] = true;
-    }
     m->id = id;
     m->remote = remote;
     p->n_remote += remote;
@@ -103,9 +93,8 @@ struct pt_mount *pt_mount_add(struct vnd_passthrough *p, uint64_t id, struct pt_
     m->refs = 1;
     m->fd = -1;
     m->above = above;
-    if (above) {
+    if (above)
         above->refs++;
-    }
     snprintf(m->name, sizeof(m->name), "%s", name);
     m->next = p->mounts;
     p->mounts = m;
@@ -129,33 +118,28 @@ int pt_mount_fd_get(struct vnd_passthrough *p, struct pt_mount *m)
         return fd;
     }
     pthread_mutex_unlock(&p->lock);
-    if (!m->above || m->no_fd) {
+    if (!m->above || m->no_fd)
         return -ESTALE;
-    }
     rc = pt_get(p, m->above->ino, &above);
-    if (rc) {
+    if (rc)
         return rc;
-    }
     fd = openat(above.fd, m->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
     rc = fd < 0 ? -errno : pt_stat(fd, &sx);
     pt_put(p, &above);
-    if (!rc && (sx.stx_mnt_id != m->id || !(S_ISDIR(sx.stx_mode) || S_ISREG(sx.stx_mode)))) {
+    if (!rc && (sx.stx_mnt_id != m->id || !(S_ISDIR(sx.stx_mode) || S_ISREG(sx.stx_mode))))
         rc = -ESTALE;
-    }
     real = -1;
     if (!rc) {
         snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
         real = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
         rc = real < 0 ? -errno : 0;
     }
-    if (fd >= 0) {
+    if (fd >= 0)
         close(fd);
-    }
-    if (rc) {
+    if (rc)
         return rc == -EMFILE ? -ENFILE : rc == -ENOENT ? -ESTALE : rc;
-    }
     pthread_mutex_lock(&p->lock);
-    if (m->fd >= 0) {       /* another thread was faster */
+    if (m->fd >= 0) { /* another thread was faster */
         close(real);
     } else {
         m->fd = real;
@@ -182,9 +166,8 @@ void pt_mount_fd_put(struct vnd_passthrough *p, struct pt_mount *m)
 void pt_mounts_drop_idle(struct vnd_passthrough *p, bool even_used)
 {
     for (struct pt_mount *m = p->mounts; m; m = m->next) {
-        if (!m->above || m->fd < 0) {
+        if (!m->above || m->fd < 0)
             continue;
-        }
         if (m->fd_users) {
             m->fd_drop = even_used;
         } else if (even_used || !m->fd_used) {

@@ -48,11 +48,10 @@ static int get_dir(struct vnd_passthrough *p, uint64_t ino, struct pt_ref *ref)
     struct stat st;
     int rc = pt_get(p, ino, ref);
 
-    if (rc || !(p->flags & VND_PASSTHROUGH_KEEP_TOP) || ref->node->mount != p->root->mount) {
+    if (rc || !(p->flags & VND_PASSTHROUGH_KEEP_TOP) || ref->node->mount != p->root->mount)
         return rc;
-    }
-    if (ref->node == p->root || (fstatat(p->root_fd, "passthrough", &st, AT_SYMLINK_NOFOLLOW) == 0 &&
-                                 st.st_ino == ref->node->host_ino)) {
+    if (ref->node == p->root ||
+        (fstatat(p->root_fd, "passthrough", &st, AT_SYMLINK_NOFOLLOW) == 0 && st.st_ino == ref->node->host_ino)) {
         pt_put(p, ref);
         return -EROFS;
     }
@@ -66,9 +65,8 @@ int pt_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_att
     int fd, rc = pt_get(p, dir, &ref);
     bool dots = is_dots(name);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
     if (dots && (len == 1 || ref.node == p->root)) {
         rc = pt_learn(p, NULL, name, ref.fd, false, out);
     } else {
@@ -87,9 +85,8 @@ static int put_plus(struct vnd_passthrough *p, struct pt_node *dir, int dir_fd, 
     vnd_attr attr;
     int fd = open_name(p, dir_fd, d->d_name);
 
-    if (fd < 0 || pt_learn(p, dir, d->d_name, fd, true, &attr)) {   /* gone, or no room: by a look-up, later */
+    if (fd < 0 || pt_learn(p, dir, d->d_name, fd, true, &attr)) /* gone, or no room: by a look-up, later */
         return put(ctx, pt_ino_of(dir->mount, d->d_ino), d->d_name, len, type, (uint64_t)d->d_off, NULL);
-    }
     if (put(ctx, attr.ino, d->d_name, len, attr.mode >> 12 & 15, (uint64_t)d->d_off, &attr)) {
         pt_forget(p, attr.ino, 1);
         return 1;
@@ -102,9 +99,8 @@ static int put_plain(struct pt_node *dir, int dir_fd, const struct linux_dirent6
     uint32_t type = d->d_type;
     struct stat st;
 
-    if (type == DT_UNKNOWN && fstatat(dir_fd, d->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0) {
+    if (type == DT_UNKNOWN && fstatat(dir_fd, d->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0)
         type = st.st_mode >> 12 & 15;
-    }
     return put(ctx, pt_ino_of(dir->mount, d->d_ino), d->d_name, strlen(d->d_name), type, (uint64_t)d->d_off, NULL);
 }
 
@@ -114,28 +110,24 @@ static int list_locked(struct vnd_passthrough *p, struct pt_file *f, uint64_t of
 {
     _Alignas(8) char buf[4096];
 
-    if (lseek(f->fd, (off_t)off, SEEK_SET) < 0) {
+    if (lseek(f->fd, (off_t)off, SEEK_SET) < 0)
         return -errno;
-    }
     for (;;) {
         long n = syscall(SYS_getdents64, f->fd, buf, want_attr ? sizeof(buf) / 2 : sizeof(buf));
 
-        if (n <= 0) {
+        if (n <= 0)
             return n < 0 ? -errno : 0;
-        }
         for (long at = 0; at < n;) {
             const struct linux_dirent64 *d = (const struct linux_dirent64 *)(const void *)(buf + at);
             int full;
 
             at += d->d_reclen;
-            if (want_attr && !is_dots(d->d_name)) {
+            if (want_attr && !is_dots(d->d_name))
                 full = put_plus(p, f->node, f->fd, d, d->d_type, put, ctx);
-            } else {
+            else
                 full = put_plain(f->node, f->fd, d, put, ctx);
-            }
-            if (full) {
+            if (full)
                 return 0;
-            }
         }
     }
 }
@@ -146,9 +138,8 @@ int pt_readdir(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, int want_
     struct pt_file *f = pt_file_get(p, dir, fh);
     int rc;
 
-    if (!f) {
+    if (!f)
         return -EBADF;
-    }
     if (!f->dir) {
         pt_file_put(p, f);
         return -ENOTDIR;
@@ -177,9 +168,8 @@ static int enter(struct vnd_passthrough *p, const struct fs_caller *who, uint64_
 
     if (!rc) {
         rc = pt_cred_take(who, cred);
-        if (rc) {
+        if (rc)
             pt_put(p, ref);
-        }
     }
     return rc;
 }
@@ -203,9 +193,8 @@ static int leave_named(struct vnd_passthrough *p, struct pt_ref *ref, struct pt_
                        vnd_attr *out)
 {
     pt_cred_back(cred);
-    if (!rc) {
+    if (!rc)
         rc = learn_name(p, ref, name, out);
-    }
     pt_put(p, ref);
     return rc;
 }
@@ -218,9 +207,8 @@ int pt_mknod(struct fs *fs, const struct fs_caller *who, uint64_t dir, const cha
     struct pt_ref ref;
     int rc = enter_to_name(p, who, dir, &ref, &cred);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
     if (S_ISDIR(mode)) {
         rc = mkdirat(ref.fd, name, mode & 07777) ? fail_errno() : 0;
     } else {
@@ -239,9 +227,8 @@ int pt_symlink(struct fs *fs, const struct fs_caller *who, uint64_t dir, const c
     struct pt_ref ref;
     int rc = enter_to_name(p, who, dir, &ref, &cred);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
     rc = symlinkat(target, ref.fd, name) ? fail_errno() : 0;
     return leave_named(p, &ref, &cred, rc, name, out);
 }
@@ -268,17 +255,14 @@ static int open_made(struct vnd_passthrough *p, const struct pt_ref *dir, const 
     if (!rc) {
         n = pt_node_find(p, out->ino);
         rc = n ? pt_file_add(p, n, fd, fh) : -ESTALE;
-        if (n) {
+        if (n)
             pt_node_put(p, n);
-        }
-        if (rc) {
+        if (rc)
             pt_forget(p, out->ino, 1);
-        }
     }
     if (rc) {
-        if (name[0]) {
+        if (name[0])
             unmake(dir, name, fd);
-        }
         close(fd);
     }
     return rc;
@@ -289,62 +273,55 @@ static int open_existing(struct vnd_passthrough *p, const struct pt_ref *dir, co
 {
     int rc = learn_name(p, dir, name, out);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
     rc = S_ISLNK(out->mode) ? -ELOOP : S_ISDIR(out->mode) ? -EISDIR : 0;
-    if (!rc) {
+    if (!rc)
         rc = pt_open(&p->fs, out->ino, flags & ~(uint32_t)(O_CREAT | O_EXCL), false, kill, fh);
-    }
-    if (rc) {
+    if (rc)
         pt_forget(p, out->ino, 1);
-    }
     return rc;
 }
 
-int pt_create(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t flags,
-              uint32_t mode, bool kill, vnd_attr *out, uint64_t *fh)
+int pt_create(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t flags, uint32_t mode,
+              bool kill, vnd_attr *out, uint64_t *fh)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
     int fd, rc = enter(p, who, dir, &ref, &cred);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
     /* Never what is there already: it might be a device. */
     fd = openat(ref.fd, name, (pt_open_flags(flags) & ~O_TRUNC) | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
                 mode & 07777);
     rc = fd < 0 ? fail_errno() : 0;
     pt_cred_back(&cred);
-    if (!rc) {
+    if (!rc)
         rc = open_made(p, &ref, name, fd, out, fh);
-    } else if (rc == -EEXIST && !(flags & O_EXCL)) {
+    else if (rc == -EEXIST && !(flags & O_EXCL))
         rc = open_existing(p, &ref, name, flags, kill, out, fh);
-    }
     pt_put(p, &ref);
     return rc;
 }
 
-int pt_tmpfile(struct fs *fs, const struct fs_caller *who, uint64_t dir, uint32_t flags, uint32_t mode,
-               vnd_attr *out, uint64_t *fh)
+int pt_tmpfile(struct fs *fs, const struct fs_caller *who, uint64_t dir, uint32_t flags, uint32_t mode, vnd_attr *out,
+               uint64_t *fh)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
     int fd, rc = enter(p, who, dir, &ref, &cred);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
     fd = openat(ref.fd, ".", (pt_open_flags(flags) & ~O_TRUNC) | O_TMPFILE | (int)(flags & O_EXCL) | O_CLOEXEC,
                 mode & 07777);
     rc = fd < 0 ? fail_errno() : 0;
     pt_cred_back(&cred);
-    if (!rc) {
+    if (!rc)
         rc = open_made(p, &ref, "", fd, out, fh);
-    }
     pt_put(p, &ref);
     return rc;
 }
@@ -356,21 +333,19 @@ int pt_link(struct fs *fs, uint64_t ino, uint64_t dir, const char *name, vnd_att
     char path[32];
     int rc = get_dir(p, dir, &ref);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
     rc = pt_get(p, ino, &node);
     if (!rc) {
         if (linkat(node.fd, "", ref.fd, name, AT_EMPTY_PATH)) {
             rc = fail_errno();
-            if (rc == -ENOENT || rc == -EPERM) {    /* without CAP_DAC_READ_SEARCH */
+            if (rc == -ENOENT || rc == -EPERM) { /* without CAP_DAC_READ_SEARCH */
                 snprintf(path, sizeof(path), "/proc/self/fd/%d", node.fd);
                 rc = linkat(AT_FDCWD, path, ref.fd, name, AT_SYMLINK_FOLLOW) ? fail_errno() : 0;
             }
         }
-        if (!rc) {
+        if (!rc)
             rc = pt_learn(p, ref.node, name, node.fd, false, out);
-        }
         pt_put(p, &node);
     }
     pt_put(p, &ref);
@@ -400,18 +375,15 @@ int pt_rename(struct fs *fs, const struct fs_caller *who, uint64_t dir, const ch
     struct pt_ref from, to;
     int rc;
 
-    if (flags & ~(uint32_t)(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT)) {
+    if (flags & ~(uint32_t)(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT))
         return -EINVAL;
-    }
     rc = get_dir(p, dir, &from);
-    if (rc) {
+    if (rc)
         return rc;
-    }
     rc = get_dir(p, new_dir, &to);
     if (!rc) {
-        if (flags & RENAME_WHITEOUT) {      /* that is a new object, the caller's */
+        if (flags & RENAME_WHITEOUT) /* that is a new object, the caller's */
             rc = pt_cred_take(who, &cred);
-        }
         if (!rc) {
             rc = renameat2(from.fd, name, to.fd, new_name, flags) ? fail_errno() : 0;
             pt_cred_back(&cred);

@@ -12,7 +12,7 @@
 
 #include "passthrough/internal.h"
 
-#define HANDLE_MAX 128                  /* MAX_HANDLE_SZ */
+#define HANDLE_MAX 128 /* MAX_HANDLE_SZ */
 
 struct fid {
     struct file_handle h;
@@ -31,20 +31,28 @@ static uint64_t key_of(const struct pt_mount *m, uint64_t host_ino)
 
 uint64_t pt_ino_of(const struct pt_mount *m, uint64_t host_ino)
 {
-    if (m->slot < PT_MOUNT_SLOTS && host_ino >> PT_HOST_INO_BITS == 0) {
+    if (m->slot < PT_MOUNT_SLOTS && host_ino >> PT_HOST_INO_BITS == 0)
         return (uint64_t)m->slot << PT_HOST_INO_BITS | host_ino;
-    }
-    return PT_INO_TOP | (host_ino ^ (uint64_t)m->slot << 32);   /* for listings: a hint */
+    return PT_INO_TOP | (host_ino ^ (uint64_t)m->slot << 32); /* for listings: a hint */
 }
 
 static void fill(const struct pt_node *n, const struct statx *sx, vnd_attr *out)
 {
     *out = (vnd_attr){
-        .ino = n->ino, .generation = n->generation, .size_bytes = sx->stx_size, .blocks = sx->stx_blocks,
-        .mtime_s = (uint64_t)sx->stx_mtime.tv_sec, .mtime_nsec = sx->stx_mtime.tv_nsec,
-        .atime_s = (uint64_t)sx->stx_atime.tv_sec, .atime_nsec = sx->stx_atime.tv_nsec,
-        .ctime_s = (uint64_t)sx->stx_ctime.tv_sec, .ctime_nsec = sx->stx_ctime.tv_nsec,
-        .mode = sx->stx_mode, .nlink = sx->stx_nlink, .uid = sx->stx_uid, .gid = sx->stx_gid,
+        .ino = n->ino,
+        .generation = n->generation,
+        .size_bytes = sx->stx_size,
+        .blocks = sx->stx_blocks,
+        .mtime_s = (uint64_t)sx->stx_mtime.tv_sec,
+        .mtime_nsec = sx->stx_mtime.tv_nsec,
+        .atime_s = (uint64_t)sx->stx_atime.tv_sec,
+        .atime_nsec = sx->stx_atime.tv_nsec,
+        .ctime_s = (uint64_t)sx->stx_ctime.tv_sec,
+        .ctime_nsec = sx->stx_ctime.tv_nsec,
+        .mode = sx->stx_mode,
+        .nlink = sx->stx_nlink,
+        .uid = sx->stx_uid,
+        .gid = sx->stx_gid,
         .rdev = (sx->stx_rdev_minor & 0xff) | sx->stx_rdev_major << 8 | (sx->stx_rdev_minor & ~0xffu) << 12,
         .blksize_bytes = sx->stx_blksize ? sx->stx_blksize : 4096,
     };
@@ -55,9 +63,8 @@ int pt_fill_attr(const struct pt_node *n, int fd, vnd_attr *out)
     struct statx sx;
     int rc = pt_stat(fd, &sx);
 
-    if (!rc) {
+    if (!rc)
         fill(n, &sx, out);
-    }
     return rc;
 }
 
@@ -67,9 +74,8 @@ static struct pt_node *find_ino(struct vnd_passthrough *p, uint64_t ino)
 {
     struct pt_node *n = p->by_ino[bucket_of(ino)];
 
-    while (n && n->ino != ino) {
+    while (n && n->ino != ino)
         n = n->next_ino;
-    }
     return n;
 }
 
@@ -77,9 +83,8 @@ static struct pt_node *find_key(struct vnd_passthrough *p, const struct pt_mount
 {
     struct pt_node *n = p->by_key[bucket_of(key_of(m, host_ino))];
 
-    while (n && (n->mount != m || n->host_ino != host_ino)) {
+    while (n && (n->mount != m || n->host_ino != host_ino))
         n = n->next_key;
-    }
     return n;
 }
 
@@ -99,9 +104,8 @@ static void link_node(struct vnd_passthrough *p, struct pt_node *n)
 
 static void close_cached(struct vnd_passthrough *p, struct pt_node *n)
 {
-    if (n->fd < 0 || n->fd_kept) {
+    if (n->fd < 0 || n->fd_kept)
         return;
-    }
     if (n->fd_users) {
         n->fd_drop = true;
         return;
@@ -117,13 +121,11 @@ static void unlink_node(struct vnd_passthrough *p, struct pt_node *n)
 {
     struct pt_node **at;
 
-    for (at = &p->by_ino[bucket_of(n->ino)]; *at != n;) {
+    for (at = &p->by_ino[bucket_of(n->ino)]; *at != n;)
         at = &(*at)->next_ino;
-    }
     *at = n->next_ino;
-    for (at = &p->by_key[bucket_of(key_of(n->mount, n->host_ino))]; *at != n;) {
+    for (at = &p->by_key[bucket_of(key_of(n->mount, n->host_ino))]; *at != n;)
         at = &(*at)->next_key;
-    }
     *at = n->next_key;
     n->linked = false;
     p->n_nodes--;
@@ -133,9 +135,8 @@ static void unlink_node(struct vnd_passthrough *p, struct pt_node *n)
 
 void pt_node_put_locked(struct vnd_passthrough *p, struct pt_node *n)
 {
-    if (--n->refs) {
+    if (--n->refs)
         return;
-    }
     if (n->fd_kept) {
         close(n->fd);
         p->n_kept--;
@@ -159,9 +160,8 @@ struct pt_node *pt_node_find(struct vnd_passthrough *p, uint64_t ino)
 
     pthread_mutex_lock(&p->lock);
     n = find_ino(p, ino);
-    if (n) {
+    if (n)
         n->refs++;
-    }
     pthread_mutex_unlock(&p->lock);
     return n;
 }
@@ -173,22 +173,19 @@ static int open_handle(struct vnd_passthrough *p, struct pt_node *n, int flags)
     bool tried = false;
     int mfd, fd;
 
-    if (!n->handle_bytes || !p->handles) {
+    if (!n->handle_bytes || !p->handles)
         return -ESTALE;
-    }
     mfd = pt_mount_fd_get(p, n->mount);
-    if (mfd < 0) {
+    if (mfd < 0)
         return mfd;
-    }
     fid.h.handle_bytes = n->handle_bytes;
     fid.h.handle_type = n->handle_type;
     memcpy(fid.h.f_handle, n->handle, n->handle_bytes);
     do {
         fd = open_by_handle_at(mfd, &fid.h, flags | O_CLOEXEC);
     } while (fd < 0 && pt_make_room(p, &tried));
-    if (fd < 0) {
+    if (fd < 0)
         fd = errno == EMFILE ? -ENFILE : -errno;
-    }
     pt_mount_fd_put(p, n->mount);
     return fd;
 }
@@ -204,9 +201,8 @@ static bool cache_fd(struct vnd_passthrough *p, struct pt_node *n, int fd)
             old->fd_used = false;
             continue;
         }
-        if (old) {
+        if (old)
             close_cached(p, old);
-        }
         p->cache[at] = n;
         n->cache_at = at;
         p->n_cached++;
@@ -240,7 +236,7 @@ int pt_get(struct vnd_passthrough *p, uint64_t ino, struct pt_ref *ref)
     pthread_mutex_unlock(&p->lock);
     fd = open_handle(p, n, O_PATH);
     pthread_mutex_lock(&p->lock);
-    if (fd < 0 && n->files) {   /* no longer to be had by its handle, but the guest has it open */
+    if (fd < 0 && n->files) { /* no longer to be had by its handle, but the guest has it open */
         int other = fcntl(n->files->fd, F_DUPFD_CLOEXEC, 0);
 
         fd = other < 0 ? fd : other;
@@ -269,9 +265,8 @@ bool pt_is_on_remote(struct vnd_passthrough *p, uint64_t ino)
     pthread_mutex_lock(&p->lock);
     n = find_ino(p, ino);
     yes = n && n->mount->remote;
-    for (struct pt_mount *m = p->mounts; n && !yes && m; m = m->next) {
+    for (struct pt_mount *m = p->mounts; n && !yes && m; m = m->next)
         yes = m->remote && m->above == n;
-    }
     pthread_mutex_unlock(&p->lock);
     return yes;
 }
@@ -280,13 +275,11 @@ void pt_put(struct vnd_passthrough *p, struct pt_ref *ref)
 {
     struct pt_node *n = ref->node;
 
-    if (ref->own) {
+    if (ref->own)
         close(ref->fd);
-    }
     pthread_mutex_lock(&p->lock);
-    if (!ref->own && --n->fd_users == 0 && n->fd_drop) {
+    if (!ref->own && --n->fd_users == 0 && n->fd_drop)
         close_cached(p, n);
-    }
     pt_node_put_locked(p, n);
     pthread_mutex_unlock(&p->lock);
 }
@@ -297,23 +290,19 @@ int pt_open_node(struct vnd_passthrough *p, struct pt_node *n, int flags)
     char path[32];
     int fd, rc;
 
-    if (n->type != S_IFREG && n->type != S_IFDIR) {
+    if (n->type != S_IFREG && n->type != S_IFDIR)
         return -EBADF;
-    }
     /* The type is no news for a handle, which stands for this very inode. */
     fd = open_handle(p, n, flags | O_NONBLOCK | O_NOCTTY);
-    if (fd >= 0 || fd != -ESTALE) {
+    if (fd >= 0 || fd != -ESTALE)
         return fd;
-    }
     rc = pt_get(p, n->ino, &ref);
-    if (rc) {
+    if (rc)
         return rc;
-    }
     snprintf(path, sizeof(path), "/proc/self/fd/%d", ref.fd);
     fd = open(path, flags | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
-    if (fd < 0) {
+    if (fd < 0)
         fd = errno == EMFILE ? -ENFILE : -errno;
-    }
     pt_put(p, &ref);
     return fd;
 }
@@ -325,9 +314,8 @@ static uint64_t choose_ino(struct vnd_passthrough *p, const struct pt_mount *m, 
     uint64_t ino = pt_ino_of(m, host_ino);
 
     /* Taken still: by a node of a mount that had the slot before. */
-    if (ino < PT_INO_TOP && !find_ino(p, ino)) {
+    if (ino < PT_INO_TOP && !find_ino(p, ino))
         return ino;
-    }
     return PT_INO_TOP | ++p->next_ino;
 }
 
@@ -338,9 +326,8 @@ static struct pt_node *node_add(struct vnd_passthrough *p, struct pt_mount *m, c
     uint32_t bytes = fid ? fid->h.handle_bytes : 0;
     struct pt_node *n = calloc(1, sizeof(*n) + bytes);
 
-    if (!n) {
+    if (!n)
         return NULL;
-    }
     n->mount = m;
     n->host_ino = sx->stx_ino;
     n->type = sx->stx_mode & S_IFMT;
@@ -353,7 +340,7 @@ static struct pt_node *node_add(struct vnd_passthrough *p, struct pt_mount *m, c
     if (before) {
         n->ino = before->ino;
         n->generation = before->generation + 1;
-        n->nlookup = before->nlookup;   /* the guest forgets both by one number */
+        n->nlookup = before->nlookup; /* the guest forgets both by one number */
         unlink_node(p, before);
     } else {
         n->ino = choose_ino(p, m, sx->stx_ino);
@@ -374,13 +361,11 @@ static int keep_fd(struct vnd_passthrough *p, struct pt_node *n, int fd)
 {
     int own;
 
-    if (p->n_kept >= p->kept_max) {
+    if (p->n_kept >= p->kept_max)
         return -ENFILE;
-    }
     own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    if (own < 0) {
+    if (own < 0)
         return errno == EMFILE ? -ENFILE : -errno;
-    }
     n->fd = own;
     n->fd_kept = true;
     p->n_kept++;
@@ -410,19 +395,16 @@ static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const 
     int rc = 0;
 
     if (!above && (!m || !find_key(p, m, sx->stx_ino))) {
-        if (m) {
+        if (m)
             pt_mount_put(p, m);
-        }
         return -ESTALE;
     }
-    if (!m && remote < 0) {
+    if (!m && remote < 0)
         return -EINPROGRESS;
-    }
     if (!m) {
         m = pt_mount_add(p, sx->stx_mnt_id, above, name, remote);
-        if (!m) {
+        if (!m)
             return -ENOMEM;
-        }
         m->no_fd = above && !S_ISDIR(sx->stx_mode) && !S_ISREG(sx->stx_mode);
     }
     n = find_key(p, m, sx->stx_ino);
@@ -435,17 +417,14 @@ static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const 
             pt_mount_put(p, m);
             return -ENOMEM;
         }
-        if (needs_fd(m, fid)) {
+        if (needs_fd(m, fid))
             rc = keep_fd(p, n, fd);
-        }
-        if (rc && !n->nlookup) {
+        if (rc && !n->nlookup)
             unlink_node(p, n);
-        }
     }
     if (!rc) {
-        if (n->nlookup < UINT64_MAX) {
+        if (n->nlookup < UINT64_MAX)
             n->nlookup++;
-        }
         fill(n, sx, out);
     }
     pt_node_put_locked(p, n);
@@ -465,7 +444,7 @@ int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name,
         pthread_mutex_lock(&p->lock);
         rc = learn_locked(p, above, name, fd, &sx, has_fid ? &fid : NULL, -1, out);
         pthread_mutex_unlock(&p->lock);
-        if (rc == -EINPROGRESS) {       /* a mount that was not known yet */
+        if (rc == -EINPROGRESS) { /* a mount that was not known yet */
             int remote = pt_is_remote(fd);
 
             pthread_mutex_lock(&p->lock);
@@ -473,9 +452,8 @@ int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name,
             pthread_mutex_unlock(&p->lock);
         }
     }
-    if (take) {
+    if (take)
         close(fd);
-    }
     return rc;
 }
 
@@ -487,9 +465,8 @@ void pt_forget(struct vnd_passthrough *p, uint64_t ino, uint64_t n)
     node = find_ino(p, ino);
     if (node && node != p->root) {
         node->nlookup = n < node->nlookup ? node->nlookup - n : 0;
-        if (!node->nlookup) {
+        if (!node->nlookup)
             unlink_node(p, node);
-        }
     }
     pthread_mutex_unlock(&p->lock);
 }
@@ -502,9 +479,8 @@ void pt_forget_all(struct vnd_passthrough *p)
 
         for (struct pt_node *n = p->by_ino[i]; n; n = next) {
             next = n->next_ino;
-            if (n != p->root) {
+            if (n != p->root)
                 unlink_node(p, n);
-            }
         }
     }
     pthread_mutex_unlock(&p->lock);
@@ -516,11 +492,10 @@ void pt_drop_idle(struct vnd_passthrough *p, bool even_used)
     for (uint32_t i = 0; i < p->cache_max; i++) {
         struct pt_node *n = p->cache[i];
 
-        if (n && (even_used || !n->fd_used)) {
+        if (n && (even_used || !n->fd_used))
             close_cached(p, n);
-        } else if (n) {
+        else if (n)
             n->fd_used = false;
-        }
     }
     pt_mounts_drop_idle(p, even_used);
     pthread_mutex_unlock(&p->lock);
@@ -530,9 +505,8 @@ bool pt_make_room(struct vnd_passthrough *p, bool *tried)
 {
     int saved = errno;
 
-    if (saved != EMFILE || *tried) {
+    if (saved != EMFILE || *tried)
         return false;
-    }
     *tried = true;
     pt_drop_idle(p, true);
     errno = saved;
@@ -547,27 +521,29 @@ int pt_root_open(struct vnd_passthrough *p)
     int mnt, rc = pt_stat(p->root_fd, &sx);
     bool has_fid;
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
     fid.h.handle_bytes = HANDLE_MAX;
     has_fid = name_to_handle_at(p->root_fd, "", &fid.h, &mnt, AT_EMPTY_PATH) == 0;
-    if (has_fid) {      /* without CAP_DAC_READ_SEARCH handles are given and not taken back */
+    if (has_fid) { /* without CAP_DAC_READ_SEARCH handles are given and not taken back */
         int fd = open_by_handle_at(p->root_fd, &fid.h, O_PATH | O_CLOEXEC);
 
         p->handles = fd >= 0;
-        if (fd >= 0) {
+        if (fd >= 0)
             close(fd);
-        }
     }
     m = pt_mount_add(p, sx.stx_mnt_id, NULL, "", pt_is_remote(p->root_fd));
     p->root = m ? calloc(1, sizeof(*p->root) + (has_fid ? fid.h.handle_bytes : 0)) : NULL;
-    if (!p->root) {
+    if (!p->root)
         return -ENOMEM;
-    }
     m->fd = p->root_fd;
-    *p->root = (struct pt_node){ .mount = m, .ino = PT_ROOT_INO, .host_ino = sx.stx_ino, .nlookup = 1, .type = S_IFDIR,
-                                 .fd = p->root_fd, .refs = 1 };
+    *p->root = (struct pt_node){ .mount = m,
+                                 .ino = PT_ROOT_INO,
+                                 .host_ino = sx.stx_ino,
+                                 .nlookup = 1,
+                                 .type = S_IFDIR,
+                                 .fd = p->root_fd,
+                                 .refs = 1 };
     if (has_fid) {
         p->root->handle_type = fid.h.handle_type;
         p->root->handle_bytes = fid.h.handle_bytes;
@@ -585,7 +561,7 @@ void pt_nodes_free(struct vnd_passthrough *p)
     pt_forget_all(p);
     if (p->root) {
         pthread_mutex_lock(&p->lock);
-        p->n_kept++;                        /* the root's descriptor is closed with the rest */
+        p->n_kept++; /* the root's descriptor is closed with the rest */
         p->root->mount->fd = -1;
         unlink_node(p, p->root);
         pt_node_put_locked(p, p->root);

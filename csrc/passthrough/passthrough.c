@@ -48,9 +48,8 @@ static int pt_getattr_fh(struct fs *fs, uint64_t ino, uint64_t fh, vnd_attr *out
     struct pt_file *f = pt_file_get(p, ino, fh);
     int rc;
 
-    if (!f) {
+    if (!f)
         return -EBADF;
-    }
     rc = pt_fill_attr(f->node, f->fd, out);
     pt_file_put(p, f);
     return rc;
@@ -61,32 +60,27 @@ static int set_size(struct vnd_passthrough *p, struct pt_node *n, struct pt_file
     bool dropped;
     int fd, rc;
 
-    if (set->size_bytes > INT64_MAX) {
+    if (set->size_bytes > INT64_MAX)
         return -EINVAL;
-    }
-    if (n->type != S_IFREG) {
+    if (n->type != S_IFREG)
         return n->type == S_IFDIR ? -EISDIR : -EINVAL;
-    }
     fd = f ? f->fd : pt_open_node(p, n, O_WRONLY);
-    if (fd < 0) {
+    if (fd < 0)
         return fd;
-    }
     dropped = (set->valid & FS_SET_KILL) && pt_fsetid_drop();
     rc = ftruncate(fd, (off_t)set->size_bytes) ? -errno : 0;
     pt_fsetid_back(dropped);
-    if (!f) {
+    if (!f)
         close(fd);
-    }
     return rc;
 }
 
 static struct timespec time_of(uint32_t valid, uint32_t given, uint32_t now, struct timespec t)
 {
-    if (valid & now) {
+    if (valid & now)
         t = (struct timespec){ .tv_nsec = UTIME_NOW };
-    } else if (!(valid & given)) {
+    else if (!(valid & given))
         t = (struct timespec){ .tv_nsec = UTIME_OMIT };
-    }
     return t;
 }
 
@@ -103,14 +97,12 @@ static int set_all(struct vnd_passthrough *p, const struct pt_ref *ref, struct p
         rc = fchownat(ref->fd, "", uid, gid, AT_EMPTY_PATH | AT_SYMLINK_NOFOLLOW) ? -errno : 0;
     }
     if (!rc && (s->valid & FS_SET_MODE)) {
-        if (ref->node->type == S_IFLNK) {
+        if (ref->node->type == S_IFLNK)
             return -EOPNOTSUPP;
-        }
         rc = chmod(proc_path(path, ref->fd), s->mode & 07777) ? -errno : 0;
     }
-    if (!rc && (s->valid & FS_SET_SIZE)) {
+    if (!rc && (s->valid & FS_SET_SIZE))
         rc = set_size(p, ref->node, f, s);
-    }
     if (!rc && (s->valid & (FS_SET_ATIME | FS_SET_MTIME | FS_SET_ATIME_NOW | FS_SET_MTIME_NOW))) {
         struct timespec t[2] = { time_of(s->valid, FS_SET_ATIME, FS_SET_ATIME_NOW, s->atime),
                                  time_of(s->valid, FS_SET_MTIME, FS_SET_MTIME_NOW, s->mtime) };
@@ -129,14 +121,12 @@ static int pt_setattr(struct fs *fs, uint64_t ino, uint64_t fh, const struct fs_
 
     if (!rc) {
         rc = set_all(p, &ref, f, set);
-        if (!rc) {
+        if (!rc)
             rc = pt_fill_attr(ref.node, ref.fd, out);
-        }
         pt_put(p, &ref);
     }
-    if (f) {
+    if (f)
         pt_file_put(p, f);
-    }
     return rc;
 }
 
@@ -146,9 +136,8 @@ static int64_t pt_readlink(struct fs *fs, uint64_t ino, char *buf, size_t cap)
     struct pt_ref ref;
     int64_t n = pt_get(p, ino, &ref);
 
-    if (n) {
+    if (n)
         return n;
-    }
     if (ref.node->type != S_IFLNK) {
         n = -EINVAL;
     } else {
@@ -194,9 +183,8 @@ static bool is_acl(const char *name)
 
 static int xattr_result(ssize_t n, size_t cap, size_t *need)
 {
-    if (n < 0) {
-        return errno == ENOSYS ? -EOPNOTSUPP : -errno;      /* ENOSYS would end the asking for everybody */
-    }
+    if (n < 0)
+        return errno == ENOSYS ? -EOPNOTSUPP : -errno; /* ENOSYS would end the asking for everybody */
     *need = (size_t)n;
     return cap && (size_t)n > cap ? -ERANGE : 0;
 }
@@ -210,9 +198,8 @@ static int pt_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len
 
     if (!rc) {
         rc = xattr_result(getxattr(proc_path(path, ref.fd), name, buf, cap), cap, need);
-        if (rc == -EOPNOTSUPP && is_acl(name)) {
-            rc = -ENODATA;      /* to a kernel that obeys ACLs anything else is a failure of the access itself */
-        }
+        if (rc == -EOPNOTSUPP && is_acl(name))
+            rc = -ENODATA; /* to a kernel that obeys ACLs anything else is a failure of the access itself */
         pt_put(p, &ref);
     }
     return rc;
@@ -278,7 +265,7 @@ static int pt_removexattr(struct fs *fs, uint64_t ino, const char *name)
 
 static int pt_readdir_closed(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, fs_dir_put put, void *ctx)
 {
-    return -EBADF;      /* listings go by an open directory */
+    return -EBADF; /* listings go by an open directory */
 }
 
 static int pt_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max,
@@ -311,33 +298,62 @@ static void pt_reset(struct fs *fs)
 }
 
 static const struct fs_rw_ops pt_rw_ops = {
-    .valid_ms = VALID_MS, .forget = pt_forget_op, .reset = pt_reset, .open = pt_open, .release = pt_release,
-    .flush = pt_flush, .readdir = pt_readdir, .getattr = pt_getattr_fh, .setattr = pt_setattr, .create = pt_create,
-    .tmpfile = pt_tmpfile, .mknod = pt_mknod, .symlink = pt_symlink, .link = pt_link, .unlink = pt_unlink,
-    .rename = pt_rename, .read = pt_read, .write = pt_write, .sync = pt_sync, .fallocate = pt_fallocate,
-    .copy = pt_copy, .lseek = pt_lseek, .setxattr = pt_setxattr, .removexattr = pt_removexattr, .statvfs = pt_statvfs,
-    .run = pt_run, .may_wait = pt_may_wait, .note_slow = pt_note_slow,
+    .valid_ms = VALID_MS,
+    .forget = pt_forget_op,
+    .reset = pt_reset,
+    .open = pt_open,
+    .release = pt_release,
+    .flush = pt_flush,
+    .readdir = pt_readdir,
+    .getattr = pt_getattr_fh,
+    .setattr = pt_setattr,
+    .create = pt_create,
+    .tmpfile = pt_tmpfile,
+    .mknod = pt_mknod,
+    .symlink = pt_symlink,
+    .link = pt_link,
+    .unlink = pt_unlink,
+    .rename = pt_rename,
+    .read = pt_read,
+    .write = pt_write,
+    .sync = pt_sync,
+    .fallocate = pt_fallocate,
+    .copy = pt_copy,
+    .lseek = pt_lseek,
+    .setxattr = pt_setxattr,
+    .removexattr = pt_removexattr,
+    .statvfs = pt_statvfs,
+    .run = pt_run,
+    .may_wait = pt_may_wait,
+    .note_slow = pt_note_slow,
 };
 
 static const struct fs_ops pt_ops = {
-    .name = "passthrough", .getattr = pt_getattr, .lookup = pt_lookup, .readdir = pt_readdir_closed,
-    .readlink = pt_readlink, .extents = pt_extents, .listxattr = pt_listxattr, .getxattr = pt_getxattr,
-    .statfs = pt_statfs, .root = pt_root, .has_xattr = pt_has_xattr, .rw = &pt_rw_ops,
+    .name = "passthrough",
+    .getattr = pt_getattr,
+    .lookup = pt_lookup,
+    .readdir = pt_readdir_closed,
+    .readlink = pt_readlink,
+    .extents = pt_extents,
+    .listxattr = pt_listxattr,
+    .getxattr = pt_getxattr,
+    .statfs = pt_statfs,
+    .root = pt_root,
+    .has_xattr = pt_has_xattr,
+    .rw = &pt_rw_ops,
 };
 
 /* ---- life */
 
 void vnd_passthrough_free(vnd_passthrough *p)
 {
-    if (!p) {
+    if (!p)
         return;
-    }
     pt_pool_stop(p);
     pt_files_free(p);
     pt_nodes_free(p);
-    if (p->root_fd >= 0) {
+    if (p->root_fd >= 0)
         close(p->root_fd);
-    }
     pthread_mutex_destroy(&p->lock);
     free(p->files);
     free(p->source);
@@ -366,9 +382,8 @@ vnd_passthrough *vnd_passthrough_new(vnd_engine *e, const char *source, uint32_t
     p->files_max = limit.rlim_cur / 2 < FILES_MAX ? (uint32_t)(limit.rlim_cur / 2) : FILES_MAX;
     p->root_fd = open(source, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     rc = p->root_fd < 0 ? -errno : !p->source ? -ENOMEM : pt_root_open(p);
-    if (pt_pool_start(p) && !rc) {
+    if (pt_pool_start(p) && !rc)
         rc = -EAGAIN;
-    }
     if (rc) {
         fail_line(rc, err, err_len, "passthrough of %s: %s", source, strerror(-rc));
         vnd_passthrough_free(p);
@@ -386,9 +401,8 @@ void vnd_passthrough_stats_get(vnd_passthrough *p, vnd_passthrough_stats *out)
 {
     pthread_mutex_lock(&p->lock);
     *out = (vnd_passthrough_stats){ p->n_nodes, p->n_files, p->n_cached };
-    for (const struct pt_mount *m = p->mounts; m; m = m->next) {
+    for (const struct pt_mount *m = p->mounts; m; m = m->next)
         out->cached_fds += m->above && m->fd >= 0;
-    }
     pthread_mutex_unlock(&p->lock);
 }
 

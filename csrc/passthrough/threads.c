@@ -13,7 +13,7 @@ static void run_task(struct pt_task *t)
 
     t->run(t->arg);
     free(t);
-    w->wake(w);     /* the last of it: the request and its queue may be gone now */
+    w->wake(w); /* the last of it: the request and its queue may be gone now */
 }
 
 static bool sweep_due(struct vnd_passthrough *p)
@@ -22,9 +22,8 @@ static bool sweep_due(struct vnd_passthrough *p)
 
     pthread_mutex_lock(&p->lock);
     due = p->n_cached > 0;
-    for (struct pt_mount *m = p->mounts; m && !due; m = m->next) {
+    for (struct pt_mount *m = p->mounts; m && !due; m = m->next)
         due = m->above && m->fd >= 0;
-    }
     pthread_mutex_unlock(&p->lock);
     return due;
 }
@@ -44,17 +43,15 @@ static void *pool_main(void *arg)
         if (t) {
             pool->head = t->next;
             pool->queued--;
-            if (!pool->head) {
+            if (!pool->head)
                 pool->tail = &pool->head;
-            }
             pthread_mutex_unlock(&pool->lock);
             run_task(t);
             pthread_mutex_lock(&pool->lock);
             continue;
         }
-        if (pool->down) {
+        if (pool->down)
             break;
-        }
         pool->idle++;
         if (!sweeper) {
             pthread_cond_wait(&pool->some, &pool->lock);
@@ -67,9 +64,8 @@ static void *pool_main(void *arg)
         pool->idle--;
         if (timed_out && !pool->head) {
             pthread_mutex_unlock(&pool->lock);
-            if (sweep_due(p)) {
+            if (sweep_due(p))
                 pt_drop_idle(p, false);
-            }
             pthread_mutex_lock(&pool->lock);
         }
     }
@@ -113,9 +109,8 @@ void pt_pool_stop(struct vnd_passthrough *p)
     pool->down = true;
     pthread_cond_broadcast(&pool->some);
     pthread_mutex_unlock(&pool->lock);
-    for (uint32_t i = 0; i < pool->threads; i++) {
+    for (uint32_t i = 0; i < pool->threads; i++)
         pthread_join(pool->thread[i], NULL);
-    }
     pthread_mutex_destroy(&pool->lock);
     pthread_cond_destroy(&pool->some);
 }
@@ -126,18 +121,16 @@ int pt_run(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg
     struct pt_pool *pool = &p->pool;
     struct pt_task *t = malloc(sizeof(*t));
 
-    if (!t) {
+    if (!t)
         return -ENOMEM;
-    }
     *t = (struct pt_task){ .run = fn, .arg = arg, .wait = w };
     w->parked_once = 1;
     w->err = 0;
     pthread_mutex_lock(&pool->lock);
     *pool->tail = t;
     pool->tail = &t->next;
-    if (++pool->queued > pool->idle && pool->threads < PT_THREADS) {
-        start_thread(p);        /* without one more the others come to it */
-    }
+    if (++pool->queued > pool->idle && pool->threads < PT_THREADS)
+        start_thread(p); /* without one more the others come to it */
     pthread_cond_broadcast(&pool->some);
     pthread_mutex_unlock(&pool->lock);
     return -EINPROGRESS;
@@ -161,8 +154,7 @@ bool pt_may_wait(struct fs *fs, uint64_t ino)
     struct vnd_passthrough *p = pt_of(fs);
     int64_t until = atomic_load_explicit(&p->slow_until_ms, memory_order_relaxed);
 
-    if (until && coarse_ms() < until) {
+    if (until && coarse_ms() < until)
         return true;
-    }
     return atomic_load_explicit(&p->n_remote, memory_order_relaxed) && pt_is_on_remote(p, ino);
 }

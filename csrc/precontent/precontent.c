@@ -16,15 +16,15 @@
 #include "precontent/state.h"
 #include "base/sigbus.h"
 
-#define BLOCK 4096u             /* EROFS maps and reads whole blocks */
-#define TRIES 64                /* chunks come and go faster than they can be looked at */
+#define BLOCK 4096u /* EROFS maps and reads whole blocks */
+#define TRIES 64    /* chunks come and go faster than they can be looked at */
 
 static void raise_fd(int fd)
 {
     uint64_t one = 1;
     ssize_t n = write(fd, &one, sizeof one);
 
-    (void)n;                    /* an eventfd that is full is readable all the same */
+    (void)n; /* an eventfd that is full is readable all the same */
 }
 
 /* ---------------------------------------------------------------- blobs */
@@ -56,7 +56,7 @@ static int load_table(struct vnd_precontent *p, struct vnd_blob *b)
             ;
         if (!(wait.revents & POLLIN) && store_wait_cancel(&l.wait)) {
             rc = -ETIMEDOUT;
-        } else {                /* its wake has been or is being called */
+        } else { /* its wake has been or is being called */
             uint64_t count;
             while (read(l.fd, &count, sizeof count) < 0 && errno == EINTR)
                 ;
@@ -191,12 +191,14 @@ static int settle_extents(struct precontent_blob *b, const struct extent *ext, i
         return 0;
     if (is_same_file(b, moves)) {
         b->moves = moves;
-        return -EAGAIN;         /* what was ready may have been so in another */
+        return -EAGAIN; /* what was ready may have been so in another */
     }
     for (int i = 0; i < n && !rc; i++) {
         epoch = cachefile_epoch(c);
         buf = malloc(ext[i].len);
-        rc = !buf ? -ENOMEM : !cachefile_ready(c, ext[i].chunk) ? -EAGAIN : cachefile_read(c, ext[i].uoff, buf, ext[i].len);
+        rc = !buf                                ? -ENOMEM
+             : !cachefile_ready(c, ext[i].chunk) ? -EAGAIN
+                                                 : cachefile_read(c, ext[i].uoff, buf, ext[i].len);
         if (!rc && !cachefile_epoch_holds(c, epoch))
             rc = -EAGAIN;
         if (!rc && pwrite(b->fd, buf, ext[i].len, (off_t)ext[i].uoff) != (ssize_t)ext[i].len)
@@ -290,8 +292,10 @@ static int want_range(struct precontent_request *r)
         for (int tries = 0; (at = r->at) < end;) {
             int n = gather(b, &at, end, any, ext), rc;
             if (n < 0) {
-                engine_say(p->engine, 40, VND_CAUSE_FORMAT, "blob %s: a file lies at %llu, where the image names no "
-                           "chunk: it is damaged", b->blob->info.id, (unsigned long long)r->at);
+                engine_say(p->engine, 40, VND_CAUSE_FORMAT,
+                           "blob %s: a file lies at %llu, where the image names no "
+                           "chunk: it is damaged",
+                           b->blob->info.id, (unsigned long long)r->at);
                 return n;
             }
             rc = n ? store_want(&r->wait, ext, n) : 0;
@@ -338,7 +342,7 @@ static void serve_woken(struct vnd_precontent *p)
 {
     struct store_wait *w = atomic_exchange_explicit(&p->done, NULL, memory_order_acquire), *list = NULL, *next;
 
-    for (; w; w = next) {       /* oldest first */
+    for (; w; w = next) { /* oldest first */
         next = w->done_next;
         w->done_next = list;
         list = w;
@@ -357,9 +361,10 @@ static void expire_requests(struct vnd_precontent *p)
     for (r = p->first; r && r->deadline_us <= now; r = next) {
         next = r->next;
         if (!store_wait_cancel(&r->wait))
-            continue;           /* being woken: a moment */
+            continue; /* being woken: a moment */
         atomic_fetch_add_explicit(&p->counters.expired, 1, memory_order_relaxed);
-        engine_say(p->engine, 40, VND_CAUSE_DEADLINE, "a kernel read answered with EIO: its data did not come within %lld ms",
+        engine_say(p->engine, 40, VND_CAUSE_DEADLINE,
+                   "a kernel read answered with EIO: its data did not come within %lld ms",
                    (long long)(p->ttl_us / 1000));
         finish_request(r, PRECONTENT_DENY(EIO));
     }

@@ -46,8 +46,8 @@ int vnd_precontent_mark(int group_fd, int clone_fd, int reads)
 
     snprintf(path, sizeof path, "/proc/self/fd/%d", clone_fd);
     if (reads)
-        rc = fanotify_mark(group_fd, FAN_MARK_ADD | FAN_MARK_MOUNT, PRECONTENT_ACCESS | PRECONTENT_OPEN |
-                           PRECONTENT_CLOSE, AT_FDCWD, path);
+        rc = fanotify_mark(group_fd, FAN_MARK_ADD | FAN_MARK_MOUNT,
+                           PRECONTENT_ACCESS | PRECONTENT_OPEN | PRECONTENT_CLOSE, AT_FDCWD, path);
     else
         rc = fanotify_mark(group_fd, FAN_MARK_REMOVE | FAN_MARK_MOUNT, PRECONTENT_ACCESS, AT_FDCWD, path);
     return rc ? -errno : 0;
@@ -84,7 +84,7 @@ size_t precontent_parse(const uint8_t *buf, size_t len, struct precontent_event 
         return 0;
     *out = (struct precontent_event){ .mask = get64(buf + 8), .count = UINT64_MAX };
     memcpy(&out->fd, buf + 16, sizeof out->fd);
-    while (event_len - at >= 4) {       /* records: type, a byte of nothing, length */
+    while (event_len - at >= 4) { /* records: type, a byte of nothing, length */
         uint32_t info_len = get16(buf + at + 2);
         if (info_len < 4 || info_len > event_len - at)
             return 0;

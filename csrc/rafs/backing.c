@@ -20,16 +20,19 @@
 /* A file of one or two READs gains nothing over the page cache that FUSE keeps for it. */
 #define BACKING_BYTES_MIN (128u << 10)
 #define SECTOR 512u
-#define NO_EPOCH UINT64_MAX                 /* odd: never a settled one */
-#define EROFS_FILEID 0x81                   /* FILEID_INO64_GEN: high and low half of the nid, generation 0 */
+#define NO_EPOCH UINT64_MAX /* odd: never a settled one */
+#define EROFS_FILEID 0x81   /* FILEID_INO64_GEN: high and low half of the nid, generation 0 */
 
-struct nid_handle { struct file_handle h; uint32_t words[3]; };
+struct nid_handle {
+    struct file_handle h;
+    uint32_t words[3];
+};
 
 struct rafs_backing {
     pthread_mutex_t lock;
-    int root_fd;                            /* -1: none yet */
-    bool failed;                            /* said once, not tried again */
-    uint64_t *epochs;                       /* of each blob's cache file when it was mounted, or NO_EPOCH */
+    int root_fd;      /* -1: none yet */
+    bool failed;      /* said once, not tried again */
+    uint64_t *epochs; /* of each blob's cache file when it was mounted, or NO_EPOCH */
 };
 
 void rafs_backing_free(struct vnd_rafs *r)
@@ -118,7 +121,7 @@ static bool is_mounted(const struct vnd_rafs *r, const struct extent *ext, int n
     return true;
 }
 
-enum file_state { FILE_PARTIAL, FILE_READY, FILE_MOUNTED };     /* all chunks ready; and in what is mounted */
+enum file_state { FILE_PARTIAL, FILE_READY, FILE_MOUNTED }; /* all chunks ready; and in what is mounted */
 
 /* With b->lock. */
 static enum file_state state_of(struct vnd_rafs *r, uint64_t nid, uint64_t size)

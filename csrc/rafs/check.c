@@ -16,22 +16,18 @@ bool rafs_fault(struct rafs_faults *f, const char *fmt, ...)
     va_list ap;
     size_t len;
 
-    if (f->count >= f->max) {
+    if (f->count >= f->max)
         return false;
-    }
     va_start(ap, fmt);
     vsnprintf(line, sizeof(line), fmt, ap);
     va_end(ap);
-    for (char *p = line; *p; p++) {
-        if ((unsigned char)*p < ' ' || *p == 0x7f) {
+    for (char *p = line; *p; p++)
+        if ((unsigned char)*p < ' ' || *p == 0x7f)
             *p = '?';
-        }
-    }
     len = strlen(line);
     if (f->used + len + 2 <= f->cap) {
-        if (f->used) {
+        if (f->used)
             f->out[f->used++] = '\n';
-        }
         memcpy(f->out + f->used, line, len + 1);
         f->used += len;
     }
@@ -44,26 +40,27 @@ static void check_table(struct vnd_rafs *r, struct rafs_faults *f, uint32_t blob
     struct blobtable *t;
     char line[VND_ERR_MAX] = "out of memory";
     int rc = r->blobs[blob].info.chunk_count
-        ? blobtable_from_records(&t, &r->blobs[blob].info, rafs_blob_chunks, r, line, sizeof(line)) : -ENODATA;
+                 ? blobtable_from_records(&t, &r->blobs[blob].info, rafs_blob_chunks, r, line, sizeof(line))
+                 : -ENODATA;
 
-    if (!rc) {
+    if (!rc)
         blobtable_free(t);
-    } else if (rc != -ENODATA) {
+    else if (rc != -ENODATA)
         rafs_fault(f, "%s", line);
-    }
 }
 
-struct record_walk { struct vnd_rafs *r; struct rafs_faults *f; };
+struct record_walk {
+    struct vnd_rafs *r;
+    struct rafs_faults *f;
+};
 
 static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, uint32_t blob,
                          const struct blob_chunk *c)
 {
     static const uint8_t unset[32];
 
-    if (blob >= r->info.blob_count) {
-        return rafs_fault(f, "chunk record %llu names blob %u of %u", (unsigned long long)i, blob,
-                          r->info.blob_count);
-    }
+    if (blob >= r->info.blob_count)
+        return rafs_fault(f, "chunk record %llu names blob %u of %u", (unsigned long long)i, blob, r->info.blob_count);
     const vnd_blob_info *b = &r->blobs[blob].info;
     uint64_t end = (b->uncompressed_size_bytes + 4095) & ~4095ull;
 
@@ -77,8 +74,10 @@ static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, 
     bool padded = b->cipher && c->usize < 16 && c->csize == CIPHER_PADDED;
 
     if (!c->csize && c->flags & 1 && b->compressor == CODEC_GZIP && !(b->features & RAFS_BLOB_ZRAN)) {
-        return rafs_fault(f, "chunk record %llu (blob %u, index %u) has no stored size, as those of eStargz images, "
-                          "which are not read", (unsigned long long)i, blob, c->index);
+        return rafs_fault(f,
+                          "chunk record %llu (blob %u, index %u) has no stored size, as those of eStargz images, "
+                          "which are not read",
+                          (unsigned long long)i, blob, c->index);
     }
     if (!c->usize || c->usize > r->info.chunk_size_bytes || c->csize > RAFS_CHUNK_SIZE_MAX ||
         (!(c->flags & 1) && !in_batch && !padded && c->csize != c->usize)) {
@@ -90,8 +89,8 @@ static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, 
 
     if (c->uoff > end || c->usize > end - c->uoff ||
         (!about && (c->coff > b->compressed_size_bytes || c->csize > b->compressed_size_bytes - c->coff))) {
-        return rafs_fault(f, "chunk record %llu (blob %u, index %u) lies outside its blob", (unsigned long long)i,
-                          blob, c->index);
+        return rafs_fault(f, "chunk record %llu (blob %u, index %u) lies outside its blob", (unsigned long long)i, blob,
+                          c->index);
     }
     if (memcmp(c->digest, unset, 32) == 0 && !(r->info.flags & RAFS_FLAG_TARFS)) {
         return rafs_fault(f, "chunk record %llu (blob %u, index %u) has no digest", (unsigned long long)i, blob,
@@ -116,30 +115,28 @@ void rafs_check_records(struct vnd_rafs *r, struct rafs_faults *f)
         const vnd_blob_info *b = &r->blobs[k].info;
 
         if (b->chunk_count && !b->compressed_size_bytes) {
-            rafs_fault(f, "blob %u (%s) has %u chunks in 0 stored bytes, as nydus-image's generated dictionaries say; "
-                       "none of them can be read", k, b->id, b->chunk_count);
+            rafs_fault(f,
+                       "blob %u (%s) has %u chunks in 0 stored bytes, as nydus-image's generated dictionaries say; "
+                       "none of them can be read",
+                       k, b->id, b->chunk_count);
             sized = false;
         }
     }
-    if (!sized) {           /* each of their records would be a fault of its own */
+    if (!sized) /* each of their records would be a fault of its own */
         return;
-    }
     r->version->records(r, UINT32_MAX, put_record, &w);
-    for (uint32_t k = 0; k < r->info.blob_count && f->count < f->max; k++) {
+    for (uint32_t k = 0; k < r->info.blob_count && f->count < f->max; k++)
         check_table(r, f, k);
-    }
 }
 
 int vnd_rafs_check(vnd_rafs *r, int max_faults, char *out, size_t out_len)
 {
     struct rafs_faults f = { .max = max_faults > 0 ? max_faults : 1, .out = out, .cap = out_len };
 
-    if (out_len) {
+    if (out_len)
         out[0] = 0;
-    }
     rafs_check_records(r, &f);
-    if (f.count < f.max) {
+    if (f.count < f.max)
         r->version->check(r, &f);
-    }
     return f.count;
 }

@@ -18,10 +18,14 @@
 
 #define TAR_BLOCK 512
 #define TOC_ENTRY 128
-#define TOC_WINDOW 4096                     /* a table of contents and its header lie in the last so many bytes */
-#define INLINE_BOOT_MAX (1ull << 30)        /* of an unpacked bootstrap: what a hostile blob can make us write */
+#define TOC_WINDOW 4096              /* a table of contents and its header lie in the last so many bytes */
+#define INLINE_BOOT_MAX (1ull << 30) /* of an unpacked bootstrap: what a hostile blob can make us write */
 
-struct section { uint64_t off, csize, usize; uint32_t codec; uint8_t digest[32]; };
+struct section {
+    uint64_t off, csize, usize;
+    uint32_t codec;
+    uint8_t digest[32];
+};
 
 /* Value of a numeric tar field of n bytes: octal digits, or base-256 when the first bit is set. UINT64_MAX =
  * bad. */
@@ -31,17 +35,15 @@ static uint64_t tar_number(const uint8_t *p, int n)
 
     if (p[0] & 0x80) {
         for (int i = 1; i < n; i++) {
-            if (v >> 55) {
+            if (v >> 55)
                 return UINT64_MAX;
-            }
             v = v << 8 | p[i];
         }
         return v;
     }
     for (int i = 0; i < n && p[i] && p[i] != ' '; i++) {
-        if (p[i] < '0' || p[i] > '7') {
+        if (p[i] < '0' || p[i] > '7')
             return UINT64_MAX;
-        }
         v = v << 3 | (uint64_t)(p[i] - '0');
     }
     return v;
@@ -52,12 +54,10 @@ static uint64_t tar_header_size(const uint8_t h[TAR_BLOCK])
 {
     uint64_t sum = 0;
 
-    for (int i = 0; i < TAR_BLOCK; i++) {
+    for (int i = 0; i < TAR_BLOCK; i++)
         sum += i >= 148 && i < 156 ? ' ' : h[i];
-    }
-    if (memcmp(h + 257, "ustar  ", 8) != 0 || (h[156] != '0' && h[156] != 0) || tar_number(h + 148, 8) != sum) {
+    if (memcmp(h + 257, "ustar  ", 8) != 0 || (h[156] != '0' && h[156] != 0) || tar_number(h + 148, 8) != sum)
         return UINT64_MAX;
-    }
     return tar_number(h + 124, 12);
 }
 
@@ -72,9 +72,8 @@ static bool read_all(int fd, void *buf, size_t len, uint64_t off)
         ssize_t n = pread(fd, buf, len, (off_t)off);
 
         if (n <= 0) {
-            if (n < 0 && errno == EINTR) {
+            if (n < 0 && errno == EINTR)
                 continue;
-            }
             return false;
         }
         buf = (uint8_t *)buf + n;
@@ -91,32 +90,29 @@ static int find_section(int fd, uint64_t size, struct section *s, const struct r
     uint64_t win_len = size < TOC_WINDOW ? size & ~127ull : TOC_WINDOW, len;
     const uint8_t *header = win + win_len - TAR_BLOCK;
 
-    if (win_len < TAR_BLOCK || !read_all(fd, win, win_len, size - win_len)) {
+    if (win_len < TAR_BLOCK || !read_all(fd, win, win_len, size - win_len))
         return 0;
-    }
     len = tar_header_size(header);
-    if (len == UINT64_MAX) {
+    if (len == UINT64_MAX)
         return 0;
-    }
     if (tar_header_named(header, "image.boot")) {
-        if (len > size - TAR_BLOCK) {
+        if (len > size - TAR_BLOCK)
             return rafs_fail(e, VND_CAUSE_FORMAT, "the blob's inlined bootstrap is longer than the blob");
-        }
         *s = (struct section){ .off = size - TAR_BLOCK - len, .csize = len, .usize = len, .codec = 1 };
         return 1;
     }
-    if (!tar_header_named(header, "rafs.blob.toc")) {
+    if (!tar_header_named(header, "rafs.blob.toc"))
         return 0;
-    }
     if (len > win_len - TAR_BLOCK || len % TOC_ENTRY) {
         return rafs_fail(e, VND_CAUSE_FORMAT, "the blob's table of contents has a bad size %llu",
                          (unsigned long long)len);
     }
     for (const uint8_t *t = header - len; t < header; t += TOC_ENTRY) {
-        if (strncmp((const char *)t + 8, "image.boot", 16) != 0) {
+        if (strncmp((const char *)t + 8, "image.boot", 16) != 0)
             continue;
-        }
-        *s = (struct section){ .codec = rafs_le32(t) & 0xf, .off = rafs_le64(t + 56), .csize = rafs_le64(t + 64),
+        *s = (struct section){ .codec = rafs_le32(t) & 0xf,
+                               .off = rafs_le64(t + 56),
+                               .csize = rafs_le64(t + 64),
                                .usize = rafs_le64(t + 72) };
         memcpy(s->digest, t + 24, sizeof(s->digest));
         if (s->off > size || s->csize > size - s->off || s->usize > INLINE_BOOT_MAX ||
@@ -140,15 +136,13 @@ static int map_range(struct vnd_rafs *r, int fd, uint64_t off, uint64_t len, con
     }
     r->map_off = off;
     r->map_fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    if (r->map_fd < 0) {
+    if (r->map_fd < 0)
         return rafs_fail(e, VND_CAUSE_IO, "out of descriptors: %s", strerror(errno));
-    }
     /* Who owns the file may cut it short under us: what is lost then reads as zeroes, which no check lets
      * through. */
     r->guard = sigbus_add(r->map, r->map_len, page, NULL);
-    if (!r->guard) {
+    if (!r->guard)
         return rafs_fail(e, VND_CAUSE_IO, "out of memory");
-    }
     r->base = (const uint8_t *)r->map + lead;
     r->size = len;
     return 0;
@@ -188,18 +182,16 @@ static int map_unpacked(struct vnd_rafs *r, int fd, const struct section *s, con
     uint8_t *out = MAP_FAILED;
     bool good = false;
 
-    if (mem >= 0 && ftruncate(mem, (off_t)s->usize) == 0) {
+    if (mem >= 0 && ftruncate(mem, (off_t)s->usize) == 0)
         out = mmap(NULL, s->usize, PROT_READ | PROT_WRITE, MAP_SHARED, mem, 0);
-    }
     if (out != MAP_FAILED) {
         good = unpack_zstd(fd, s, out);
         munmap(out, s->usize);
         fcntl(mem, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
     }
     if (!good) {
-        if (mem >= 0) {
+        if (mem >= 0)
             close(mem);
-        }
         return rafs_fail(e, VND_CAUSE_FORMAT, "the blob's inlined bootstrap cannot be unpacked");
     }
     int rc = map_range(r, mem, 0, s->usize, e);
@@ -216,13 +208,11 @@ static int map_section(struct vnd_rafs *r, int fd, const struct section *s, cons
              : s->codec == 2 ? map_unpacked(r, fd, s, e)
                              : map_range(r, fd, s->off, s->usize, e);
 
-    if (rc || memcmp(s->digest, unset, 32) == 0) {
+    if (rc || memcmp(s->digest, unset, 32) == 0)
         return rc;
-    }
     SHA256(r->base, r->size, digest);
-    if (memcmp(digest, s->digest, 32) != 0) {
+    if (memcmp(digest, s->digest, 32) != 0)
         return rafs_fail(e, VND_CAUSE_DIGEST, "the blob's inlined bootstrap does not match its digest");
-    }
     return 0;
 }
 
@@ -240,9 +230,8 @@ int rafs_image_map(struct vnd_rafs *r, const struct rafs_error *e)
     struct section s;
     struct stat st;
 
-    if (fd < 0) {
+    if (fd < 0)
         return rafs_fail(e, VND_CAUSE_IO, "cannot be opened: %s", strerror(errno));
-    }
     if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
         rc = rafs_fail(e, VND_CAUSE_IO, "not a regular file");
     } else if (is_bootstrap(fd)) {
@@ -251,9 +240,9 @@ int rafs_image_map(struct vnd_rafs *r, const struct rafs_error *e)
     } else {
         rc = find_section(fd, (uint64_t)st.st_size, &s, e);
         r->from_blob = rc == 1;
-        rc = rc == 1 ? map_section(r, fd, &s, e)
-             : rc == 0 ? rafs_fail(e, VND_CAUSE_FORMAT,
-                                   "not a RAFS bootstrap, nor a data blob that holds one") : rc;
+        rc = rc == 1   ? map_section(r, fd, &s, e)
+             : rc == 0 ? rafs_fail(e, VND_CAUSE_FORMAT, "not a RAFS bootstrap, nor a data blob that holds one")
+                       : rc;
     }
     close(fd);
     return rc;

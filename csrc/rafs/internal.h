@@ -13,7 +13,7 @@
 #include "rafs/rafs.h"
 
 /* Superblock flags, rafs-format 2.2. */
-#define RAFS_FLAG_COMPRESS_MASK 0xc3u       /* none 1, lz4_block 2, gzip 0x40, zstd 0x80 */
+#define RAFS_FLAG_COMPRESS_MASK 0xc3u /* none 1, lz4_block 2, gzip 0x40, zstd 0x80 */
 #define RAFS_FLAG_BLAKE3 0x4u
 #define RAFS_FLAG_SHA256 0x8u
 #define RAFS_FLAG_EXPLICIT_UID_GID 0x10u
@@ -21,7 +21,7 @@
 #define RAFS_FLAG_TARFS 0x200u
 #define RAFS_FLAG_AES_XTS 0x2000000u
 #define RAFS_FLAG_KNOWN 0x30003ffull
-#define RAFS_FLAG_COMPAT 0xfc000000ull      /* reserved, harmless */
+#define RAFS_FLAG_COMPAT 0xfc000000ull /* reserved, harmless */
 
 /* Blob features, rafs-format 4.1. */
 #define RAFS_BLOB_INLINED_FS_META 0x2u
@@ -33,21 +33,21 @@
 #define RAFS_BLOB_BATCH 0x80u
 #define RAFS_BLOB_ENCRYPTED 0x100u
 #define RAFS_BLOB_EXTERNAL 0x800u
-#define RAFS_BLOB_UNKNOWN 0xf000u           /* incompatible bits nobody has defined */
-#define RAFS_BLOB_INTERNAL 0x80000000u      /* must not be on disk */
+#define RAFS_BLOB_UNKNOWN 0xf000u      /* incompatible bits nobody has defined */
+#define RAFS_BLOB_INTERNAL 0x80000000u /* must not be on disk */
 
-#define RAFS_CHUNK_RECORD 80                /* bytes, rafs-format 2.6 */
+#define RAFS_CHUNK_RECORD 80 /* bytes, rafs-format 2.6 */
 #define RAFS_CHUNK_SIZE_MAX (16u << 20)
 #define RAFS_CHUNKS_PER_BLOB_MAX (1u << 24)
 #define RAFS_BLOB_CSIZE_MAX (1ull << 40)
 #define RAFS_BLOB_USIZE_MAX (1ull << 44)
-#define RAFS_FILE_MAX (16ull << 30)         /* of a bootstrap: far above any real one, keeps sums small */
+#define RAFS_FILE_MAX (16ull << 30) /* of a bootstrap: far above any real one, keeps sums small */
 #define RAFS_NAME_MAX 255
 #define RAFS_SYMLINK_MAX 4095
 
 struct rafs_blob {
     vnd_blob_info info;
-    struct vnd_blob *blob;                  /* NULL without a store */
+    struct vnd_blob *blob; /* NULL without a store */
 };
 
 /* One error line on its way out of an open. */
@@ -60,17 +60,17 @@ struct rafs_error {
 /* "PATH: what"; sets the cause. Returns -1. */
 int rafs_fail(const struct rafs_error *e, int cause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 
-struct rafs_chunk {                         /* one chunk of a file, as its inode tells */
+struct rafs_chunk { /* one chunk of a file, as its inode tells */
     uint64_t uoff, file_off;
-    uint32_t blob, index, size;             /* size: bytes of the file in it */
-    bool hole;                              /* zeroes, in no blob */
-    const uint8_t *record;                  /* v5: its chunk record, as stored */
+    uint32_t blob, index, size; /* size: bytes of the file in it */
+    bool hole;                  /* zeroes, in no blob */
+    const uint8_t *record;      /* v5: its chunk record, as stored */
 };
 
 /* Takes one chunk record, the number-th of the image. Non-zero: enough. */
 typedef int (*rafs_put_record)(void *ctx, uint64_t number, uint32_t blob, const struct blob_chunk *c);
 
-struct rafs_faults;                         /* rafs/check.c */
+struct rafs_faults; /* rafs/check.c */
 
 /* A version of the format: one C file, one entry of rafs/rafs.c's table. */
 struct rafs_version {
@@ -78,7 +78,7 @@ struct rafs_version {
     int (*detect)(const uint8_t *base, uint64_t size);
     /* Superblock and tables; fills info, blobs and the version's own fields. 0 or -1 with a line. */
     int (*open)(struct vnd_rafs *r, const struct rafs_error *e);
-    void (*close)(struct vnd_rafs *r);      /* frees the version's own fields; may be NULL */
+    void (*close)(struct vnd_rafs *r); /* frees the version's own fields; may be NULL */
     const struct fs_ops *fs_ops;
     /* Chunk k of a regular file: 1, 0 behind the last, -errno. */
     int (*chunk)(struct vnd_rafs *r, uint64_t ino, uint64_t k, struct rafs_chunk *out);
@@ -95,33 +95,33 @@ extern const struct rafs_version rafs_v5, rafs_v6;
 struct v5_numbers;
 
 struct vnd_rafs {
-    struct fs fs;                           /* first: the file system face */
+    struct fs fs; /* first: the file system face */
     struct vnd_engine *engine;
     const struct rafs_version *version;
-    const uint8_t *base;                    /* the bootstrap's bytes */
+    const uint8_t *base; /* the bootstrap's bytes */
     uint64_t size;
     void *map;
     size_t map_len;
-    int map_fd;                             /* what is mapped, from map_off on */
+    int map_fd; /* what is mapped, from map_off on */
     uint64_t map_off;
-    struct rafs_backing *backing;           /* rafs/backing.c */
+    struct rafs_backing *backing; /* rafs/backing.c */
     struct sigbus_range *guard;
-    int from_blob;                          /* found inside a data blob */
+    int from_blob; /* found inside a data blob */
     char *path;
     vnd_store *store;
     vnd_rafs_info info;
-    struct rafs_blob *blobs;                /* info.blob_count of them */
-    uint32_t own_uid, own_gid;              /* of all inodes, unless the image says its own */
+    struct rafs_blob *blobs;   /* info.blob_count of them */
+    uint32_t own_uid, own_gid; /* of all inodes, unless the image says its own */
     /* v6 */
-    uint64_t meta_off;                      /* where nid 0 would be */
-    uint64_t inode_end;                     /* inodes and directory data lie below */
+    uint64_t meta_off;  /* where nid 0 would be */
+    uint64_t inode_end; /* inodes and directory data lie below */
     uint64_t inos, fs_blocks;
     uint32_t root_nid;
     uint8_t blkszbits, chunk_bits;
     /* v5 */
-    uint64_t inode_table, ext_table;        /* where they lie */
-    uint32_t slots, ext_count;              /* entries of either */
-    struct v5_numbers *numbers;             /* one a blob, NULL: the image numbers its chunks itself */
+    uint64_t inode_table, ext_table; /* where they lie */
+    uint32_t slots, ext_count;       /* entries of either */
+    struct v5_numbers *numbers;      /* one a blob, NULL: the image numbers its chunks itself */
     /* The tools' index of chunk records by (blob, index), made on first use. */
     pthread_mutex_t index_lock;
     uint32_t *index;
@@ -171,7 +171,7 @@ int rafs_image_map(struct vnd_rafs *r, const struct rafs_error *e);
 void rafs_image_unmap(struct vnd_rafs *r);
 
 /* ---- rafs/backing.c */
-int rafs_backing_new(struct vnd_rafs *r);   /* 0 or -ENOMEM */
+int rafs_backing_new(struct vnd_rafs *r); /* 0 or -ENOMEM */
 void rafs_backing_free(struct vnd_rafs *r);
 
 /* ---- rafs/rafs.c */

@@ -23,9 +23,8 @@ int rafs_fail(const struct rafs_error *e, int cause, const char *fmt, ...)
     va_start(ap, fmt);
     vsnprintf(what, sizeof(what), fmt, ap);
     va_end(ap);
-    if (e->cause) {
+    if (e->cause)
         *e->cause = cause;
-    }
     return fail_line(-1, e->text, e->len, "%s: %s", e->path, what);
 }
 
@@ -48,9 +47,8 @@ static bool path_stem(const char *path, char out[VND_ID_MAX + 1])
     const char *slash = strrchr(path, '/'), *start = slash ? slash + 1 : path;
     size_t len = strcspn(start, ".");
 
-    if (len > VND_ID_MAX) {
+    if (len > VND_ID_MAX)
         return false;
-    }
     memcpy(out, start, len);
     out[len] = 0;
     return rafs_id_valid(out);
@@ -63,34 +61,28 @@ static int resolve_ids(struct vnd_rafs *r, const char *blob_id, const struct raf
     char stem[VND_ID_MAX + 1];
     int done = 0;
 
-    if (blob_id && !rafs_id_valid(blob_id)) {
+    if (blob_id && !rafs_id_valid(blob_id))
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob id '%.80s' is not 1 to 64 of [0-9a-zA-Z_-]", blob_id);
-    }
-    if (!blob_id && r->from_blob && path_stem(r->path, stem)) {
+    if (!blob_id && r->from_blob && path_stem(r->path, stem))
         blob_id = stem;
-    }
     for (uint32_t k = 0; k < r->info.blob_count; k++) {
         vnd_blob_info *i = &r->blobs[k].info;
-        bool inlined = (i->features & RAFS_BLOB_INLINED_FS_META) &&
-                       !(i->features & (RAFS_BLOB_SEPARATE | RAFS_BLOB_EXTERNAL));
+        bool inlined =
+            (i->features & RAFS_BLOB_INLINED_FS_META) && !(i->features & (RAFS_BLOB_SEPARATE | RAFS_BLOB_EXTERNAL));
 
         /* The chunk table of a layer that is used as it is lies in the blob that this bootstrap was read from. */
         if (i->features & RAFS_BLOB_SEPARATE && i->features & RAFS_BLOB_INLINED_FS_META && !i->cipher && blob_id &&
             !i->meta_id[0]) {
             strcpy(i->meta_id, blob_id);
         }
-        if (!id_placeholder(i->id) && !(inlined && blob_id && r->info.blob_count == 1)) {
+        if (!id_placeholder(i->id) && !(inlined && blob_id && r->info.blob_count == 1))
             continue;
-        }
-        if (!blob_id && r->store) {
+        if (!blob_id && r->store)
             return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has no id of its own: its name must be given", k);
-        }
-        if (blob_id && done++) {
+        if (blob_id && done++)
             return rafs_fail(e, VND_CAUSE_FORMAT, "more than one blob has no id of its own");
-        }
-        if (blob_id) {
+        if (blob_id)
             strcpy(i->id, blob_id);
-        }
     }
     return 0;
 }
@@ -107,9 +99,8 @@ static int put_bounded(void *ctx, uint64_t number, uint32_t blob, const struct b
     uint64_t end = (x->info->uncompressed_size_bytes + 4095) & ~4095ull;
 
     if (c->index >= x->info->chunk_count || c->usize == 0 || c->usize > RAFS_CHUNK_SIZE_MAX ||
-        c->csize > RAFS_CHUNK_SIZE_MAX || c->uoff > end || c->usize > end - c->uoff ||
-        c->coff > RAFS_BLOB_CSIZE_MAX) {
-        return 0;                           /* then it has no digest, and is not served */
+        c->csize > RAFS_CHUNK_SIZE_MAX || c->uoff > end || c->usize > end - c->uoff || c->coff > RAFS_BLOB_CSIZE_MAX) {
+        return 0; /* then it has no digest, and is not served */
     }
     return x->put(x->put_ctx, c);
 }
@@ -119,9 +110,8 @@ int rafs_blob_chunks(void *ctx, uint32_t blob_index, int (*put)(void *put_ctx, c
 {
     struct vnd_rafs *r = ctx;
 
-    if (blob_index >= r->info.blob_count) {
+    if (blob_index >= r->info.blob_count)
         return 0;
-    }
     struct blob_records x = { &r->blobs[blob_index].info, put, put_ctx };
 
     return r->version->records(r, blob_index, put_bounded, &x);
@@ -134,10 +124,13 @@ static int check_digests(const struct vnd_rafs *r, const struct rafs_error *e)
         const vnd_blob_info *b = &r->blobs[k].info;
 
         /* In v5 each chunk record lies with its inode and has a digest. */
-        if (r->info.fs_version == 6 && b->chunk_count && (r->info.flags & RAFS_FLAG_TARFS ||
-                               (!r->info.chunk_table_size_bytes && !(b->features & RAFS_BLOB_INLINED_DIGEST)))) {
-            return rafs_fail(e, VND_CAUSE_DIGEST, "blob %u has no chunk digests, so nothing of it can be verified: "
-                             "rebuild the image or give --allow-unverified", k);
+        if (r->info.fs_version == 6 && b->chunk_count &&
+            (r->info.flags & RAFS_FLAG_TARFS ||
+             (!r->info.chunk_table_size_bytes && !(b->features & RAFS_BLOB_INLINED_DIGEST)))) {
+            return rafs_fail(e, VND_CAUSE_DIGEST,
+                             "blob %u has no chunk digests, so nothing of it can be verified: "
+                             "rebuild the image or give --allow-unverified",
+                             k);
         }
     }
     return 0;
@@ -148,18 +141,15 @@ static int open_blobs(struct vnd_rafs *r, const struct rafs_error *e)
     const char *slash = strrchr(r->path, '/');
     char dir[PATH_MAX];
 
-    if (!r->store) {
+    if (!r->store)
         return 0;
-    }
     snprintf(dir, sizeof(dir), "%.*s", slash ? (int)(slash - r->path) + 1 : 2, slash ? r->path : "./");
-    if (!r->engine->cfg.allow_unverified && check_digests(r, e)) {
+    if (!r->engine->cfg.allow_unverified && check_digests(r, e))
         return -1;
-    }
     for (uint32_t k = 0; k < r->info.blob_count; k++) {
         r->blobs[k].blob = blob_get(r->store, &r->blobs[k].info, rafs_blob_chunks, r, e->cause, e->text, e->len);
-        if (!r->blobs[k].blob) {
+        if (!r->blobs[k].blob)
             return -1;
-        }
         blob_meta_beside(r->blobs[k].blob, dir);
     }
     return 0;
@@ -177,8 +167,8 @@ static int open_version(struct vnd_rafs *r, const struct rafs_error *e)
     return rafs_fail(e, VND_CAUSE_FORMAT, "not a RAFS bootstrap");
 }
 
-vnd_rafs *vnd_rafs_open(vnd_engine *engine, const char *bootstrap, const char *blob_id, vnd_store *store,
-                        int *cause, char *err, size_t err_len)
+vnd_rafs *vnd_rafs_open(vnd_engine *engine, const char *bootstrap, const char *blob_id, vnd_store *store, int *cause,
+                        char *err, size_t err_len)
 {
     struct rafs_error e = { bootstrap, cause, err, err_len };
     struct vnd_rafs *r = calloc(1, sizeof(*r));
@@ -200,9 +190,8 @@ vnd_rafs *vnd_rafs_open(vnd_engine *engine, const char *bootstrap, const char *b
     } else if (rafs_image_map(r, &e) == 0 && open_version(r, &e) == 0 && resolve_ids(r, blob_id, &e) == 0 &&
                open_blobs(r, &e) == 0 && rafs_backing_new(r) == 0) {
         r->fs.metrics = metrics_new(r->info.inode_count);
-        if (r->fs.metrics) {
+        if (r->fs.metrics)
             return r;
-        }
         rafs_fail(&e, VND_CAUSE_IO, "out of memory");
     }
     vnd_rafs_free(r);
@@ -211,17 +200,13 @@ vnd_rafs *vnd_rafs_open(vnd_engine *engine, const char *bootstrap, const char *b
 
 void vnd_rafs_free(vnd_rafs *r)
 {
-    if (!r) {
+    if (!r)
         return;
-    }
-    for (uint32_t k = 0; r->blobs && k < r->info.blob_count; k++) {
-        if (r->blobs[k].blob) {
+    for (uint32_t k = 0; r->blobs && k < r->info.blob_count; k++)
+        if (r->blobs[k].blob)
             blob_put(r->blobs[k].blob, r);
-        }
-    }
-    if (r->version && r->version->close) {
+    if (r->version && r->version->close)
         r->version->close(r);
-    }
     rafs_backing_free(r);
     rafs_image_unmap(r);
     metrics_free(r->fs.metrics);
@@ -239,9 +224,8 @@ void vnd_rafs_info_get(vnd_rafs *r, vnd_rafs_info *out)
 
 int vnd_rafs_blob_info(vnd_rafs *r, uint32_t index, vnd_blob_info *out)
 {
-    if (index >= r->info.blob_count) {
+    if (index >= r->info.blob_count)
         return -EINVAL;
-    }
     *out = r->blobs[index].info;
     return 0;
 }

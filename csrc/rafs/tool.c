@@ -25,13 +25,15 @@ int vnd_rafs_lookup(vnd_rafs *r, uint64_t dir_ino, const char *name, uint64_t *i
     vnd_attr attr;
     int rc = name_valid(name) ? r->fs.ops->lookup(&r->fs, dir_ino, name, strlen(name), &attr) : -EINVAL;
 
-    if (!rc) {
+    if (!rc)
         *ino = attr.ino;
-    }
     return rc;
 }
 
-struct dirents { vnd_dirent *out; int used, max; };
+struct dirents {
+    vnd_dirent *out;
+    int used, max;
+};
 
 static int put_dirent(void *ctx, uint64_t ino, const char *name, size_t name_len, uint32_t type, uint64_t next_off,
                       const vnd_attr *attr)
@@ -39,9 +41,8 @@ static int put_dirent(void *ctx, uint64_t ino, const char *name, size_t name_len
     struct dirents *d = ctx;
     vnd_dirent *e;
 
-    if (d->used >= d->max) {
+    if (d->used >= d->max)
         return 1;
-    }
     e = &d->out[d->used++];
     e->ino = ino;
     e->next_off = next_off;
@@ -88,9 +89,8 @@ int vnd_rafs_digest(vnd_rafs *r, uint64_t ino, uint8_t *out)
     struct v5_inode n;
     int rc = r->version == &rafs_v5 ? v5_inode(r, ino, &n) : -ENODATA;
 
-    if (!rc) {
+    if (!rc)
         memcpy(out, n.digest, 32);
-    }
     return rc;
 }
 
@@ -134,9 +134,8 @@ static int make_index(struct vnd_rafs *r)
         r->index = n < NO_RECORD ? malloc(n * sizeof(*r->index)) : NULL;
         rc = r->index ? 0 : -ENOMEM;
         if (!rc) {
-            for (uint64_t i = 0; i < n; i++) {
+            for (uint64_t i = 0; i < n; i++)
                 r->index[i] = (uint32_t)i;
-            }
             qsort_r(r->index, n, sizeof(*r->index), compare_records, r);
             r->index_count = n;
         }
@@ -153,11 +152,10 @@ static bool find_record(struct vnd_rafs *r, const struct rafs_chunk *c, struct b
         uint64_t mid = lo + (hi - lo) / 2;
 
         record_key(r, r->index[mid], &key, out);
-        if (key < want) {
+        if (key < want)
             lo = mid + 1;
-        } else {
+        else
             hi = mid;
-        }
     }
     return lo < r->index_count && record_key(r, r->index[lo], &key, out) == 0 && key == want;
 }
@@ -183,12 +181,12 @@ int vnd_rafs_chunks(vnd_rafs *r, uint64_t ino, uint64_t first, vnd_chunk_info *o
         uint32_t blob;
 
         rc = r->version->chunk(r, ino, first + (uint64_t)n, &c);
-        if (rc <= 0) {
+        if (rc <= 0)
             break;
-        }
         rc = 0;
-        out[n] = (vnd_chunk_info){ .file_off = c.file_off, .uoff = c.uoff, .blob_index = c.blob,
-                                   .chunk_index = c.index, .usize_bytes = c.size };
+        out[n] = (vnd_chunk_info){
+            .file_off = c.file_off, .uoff = c.uoff, .blob_index = c.blob, .chunk_index = c.index, .usize_bytes = c.size
+        };
         if (c.record) {
             v5_decode_chunk(r, c.record, &blob, &record);
             add_record(&out[n], &record);
@@ -250,12 +248,11 @@ static bool tool_wait_woken(struct tool_wait *t)
         if (late) {
             pthread_cond_wait(&t->cond, &t->lock);
         } else if (pthread_cond_timedwait(&t->cond, &t->lock, &until) == ETIMEDOUT && !t->woken) {
-            pthread_mutex_unlock(&t->lock);     /* cancel takes the store's lock: never inside ours */
+            pthread_mutex_unlock(&t->lock); /* cancel takes the store's lock: never inside ours */
             late = true;
-            if (store_wait_cancel(&t->wait)) {
+            if (store_wait_cancel(&t->wait))
                 return false;
-            }
-            pthread_mutex_lock(&t->lock);       /* its wake has been or is being called */
+            pthread_mutex_lock(&t->lock); /* its wake has been or is being called */
         }
     }
     woken = !late;
@@ -272,9 +269,8 @@ static int64_t read_piece(struct vnd_rafs *r, struct extent *ext, uint64_t ino, 
     int n = r->fs.ops->extents(&r->fs, ino, off, len, ext, STORE_EXTENTS_MAX, &got);
     int64_t done;
 
-    if (n <= 0) {
+    if (n <= 0)
         return n;
-    }
     struct iovec iov = { buf, got };
 
     tool_wait_init(&t, r->engine->cfg.read_deadline_ms);
@@ -293,11 +289,10 @@ int64_t vnd_rafs_read(vnd_rafs *r, uint64_t ino, uint64_t off, uint8_t *buf, siz
     int64_t n = ext ? 1 : -ENOMEM;
 
     while (n > 0 && done < len) {
-        n = read_piece(r, ext, ino, off + done, buf + done, len - done > READ_PIECE ? READ_PIECE
-                                                                                    : (uint32_t)(len - done));
-        if (n > 0) {
+        n = read_piece(r, ext, ino, off + done, buf + done,
+                       len - done > READ_PIECE ? READ_PIECE : (uint32_t)(len - done));
+        if (n > 0)
             done += (size_t)n;
-        }
     }
     free(ext);
     return n < 0 ? n : (int64_t)done;

@@ -13,9 +13,12 @@
 #define V5_VERSION 0x500u
 #define V5_SIZE_MAX (2ull << 30)
 #define EXT_ENTRY 64
-#define FEATURES_KNOWN 0xfffu               /* unknown low ones are dropped, as the reference does */
+#define FEATURES_KNOWN 0xfffu /* unknown low ones are dropped, as the reference does */
 
-struct table { const char *name; uint64_t off, size; };
+struct table {
+    const char *name;
+    uint64_t off, size;
+};
 
 /* ---- opening */
 
@@ -35,16 +38,14 @@ static int read_superblock(struct vnd_rafs *r, const struct rafs_error *e)
     const uint8_t *sb = r->base;
     uint64_t unknown;
 
-    if (rafs_le32(sb + 4) != V5_VERSION) {
+    if (rafs_le32(sb + 4) != V5_VERSION)
         return rafs_fail(e, VND_CAUSE_FORMAT, "RAFS version 0x%x is not supported", rafs_le32(sb + 4));
-    }
     if (r->size <= V5_SB || r->size > V5_SIZE_MAX || r->size % 8) {
         return rafs_fail(e, VND_CAUSE_FORMAT, "truncated: %llu bytes are no RAFS v5 bootstrap",
                          (unsigned long long)r->size);
     }
-    if (rafs_le32(sb + 8) != V5_SB) {
+    if (rafs_le32(sb + 8) != V5_SB)
         return rafs_fail(e, VND_CAUSE_FORMAT, "a RAFS v5 superblock of %u bytes, not %d", rafs_le32(sb + 8), V5_SB);
-    }
     i->fs_version = 5;
     i->chunk_size_bytes = rafs_le32(sb + 12);
     if (i->chunk_size_bytes < 4096 || i->chunk_size_bytes > RAFS_CHUNK_SIZE_MAX ||
@@ -94,11 +95,9 @@ static int check_tables(const struct vnd_rafs *r, const struct rafs_error *e)
                              t[a].name, (unsigned long long)t[a].size, (unsigned long long)t[a].off,
                              (unsigned long long)r->size);
         }
-        for (size_t b = 0; b < a; b++) {
-            if (t[a].size && t[b].size && t[a].off < t[b].off + t[b].size && t[b].off < t[a].off + t[a].size) {
+        for (size_t b = 0; b < a; b++)
+            if (t[a].size && t[b].size && t[a].off < t[b].off + t[b].size && t[b].off < t[a].off + t[a].size)
                 return rafs_fail(e, VND_CAUSE_FORMAT, "its %s and %s overlap", t[b].name, t[a].name);
-            }
-        }
     }
     return 0;
 }
@@ -113,9 +112,8 @@ static int64_t walk_blob_table(struct vnd_rafs *r, uint32_t max)
     while (end - p > 8) {
         size_t len = strnlen((const char *)p + 8, (size_t)(end - p) - 8);
 
-        if (n >= V5_BLOB_MAX || len > VND_ID_MAX) {
+        if (n >= V5_BLOB_MAX || len > VND_ID_MAX)
             return -1;
-        }
         if (n < max) {
             memcpy(r->blobs[n].info.id, p + 8, len);
             r->blobs[n].info.id[len] = 0;
@@ -123,13 +121,11 @@ static int64_t walk_blob_table(struct vnd_rafs *r, uint32_t max)
         }
         n++;
         p += 8 + len;
-        if (p < end) {
+        if (p < end)
             p++;
-        }
         /* Zeroes fill the table up to 8 bytes. */
-        if (end - p <= 8) {
+        if (end - p <= 8)
             break;
-        }
     }
     return n;
 }
@@ -143,14 +139,11 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const struct rafs_error *e)
     i->chunk_size_bytes = r->info.chunk_size_bytes;
     i->compressor = flags & 1 ? 0 : flags & 2 ? 1 : flags & 0x40 ? 2 : flags & 0x80 ? 3 : 1;
     i->digester = flags & RAFS_FLAG_BLAKE3 || !(flags & RAFS_FLAG_SHA256) ? 0 : 1;
-    if (!rafs_id_valid(i->id)) {
+    if (!rafs_id_valid(i->id))
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has an id that is not 1 to 64 of [0-9a-zA-Z_-]", k);
-    }
-    for (uint32_t j = 0; j < k; j++) {
-        if (strcmp(r->blobs[j].info.id, i->id) == 0) {
+    for (uint32_t j = 0; j < k; j++)
+        if (strcmp(r->blobs[j].info.id, i->id) == 0)
             return rafs_fail(e, VND_CAUSE_FORMAT, "blobs %u and %u have the same id", j, k);
-        }
-    }
     if (k < r->ext_count) {
         const uint8_t *x = r->base + r->ext_table + (uint64_t)k * EXT_ENTRY;
 
@@ -159,8 +152,8 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const struct rafs_error *e)
         i->uncompressed_size_bytes = rafs_le64(x + 8);
         i->compressed_size_bytes = rafs_le64(x + 16);
     }
-    if (i->features & (RAFS_BLOB_EXTERNAL | RAFS_BLOB_ENCRYPTED | RAFS_BLOB_BATCH | RAFS_BLOB_ZRAN |
-                       RAFS_BLOB_TARFS | RAFS_BLOB_INTERNAL)) {
+    if (i->features & (RAFS_BLOB_EXTERNAL | RAFS_BLOB_ENCRYPTED | RAFS_BLOB_BATCH | RAFS_BLOB_ZRAN | RAFS_BLOB_TARFS |
+                       RAFS_BLOB_INTERNAL)) {
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has features 0x%x, which RAFS v5 has no form for", k,
                          i->features);
     }
@@ -176,27 +169,22 @@ static int read_blobs(struct vnd_rafs *r, const struct rafs_error *e)
 {
     int64_t n = walk_blob_table(r, 0);
 
-    if (n < 0) {
+    if (n < 0)
         return rafs_fail(e, VND_CAUSE_FORMAT, "its blob table is malformed, or has more than %d blobs", V5_BLOB_MAX);
-    }
     if (r->ext_count && r->ext_count != n) {
         return rafs_fail(e, VND_CAUSE_FORMAT, "%llu blobs and %u entries in the extended blob table",
                          (unsigned long long)n, r->ext_count);
     }
-    if (!n) {
+    if (!n)
         return 0;
-    }
     r->blobs = calloc((size_t)n, sizeof(*r->blobs));
-    if (!r->blobs) {
+    if (!r->blobs)
         return rafs_fail(e, VND_CAUSE_IO, "out of memory");
-    }
     r->info.blob_count = (uint32_t)n;
     walk_blob_table(r, (uint32_t)n);
-    for (uint32_t k = 0; k < (uint32_t)n; k++) {
-        if (read_blob(r, k, e)) {
+    for (uint32_t k = 0; k < (uint32_t)n; k++)
+        if (read_blob(r, k, e))
             return -1;
-        }
-    }
     return 0;
 }
 
@@ -205,8 +193,12 @@ static int read_blobs(struct vnd_rafs *r, const struct rafs_error *e)
 void v5_decode_chunk(const struct vnd_rafs *r, const uint8_t *p, uint32_t *blob, struct blob_chunk *out)
 {
     *blob = rafs_le32(p + 32);
-    *out = (struct blob_chunk){ .flags = rafs_le32(p + 36), .csize = rafs_le32(p + 40), .usize = rafs_le32(p + 44),
-                                .coff = rafs_le64(p + 48), .uoff = rafs_le64(p + 56), .index = rafs_le32(p + 72),
+    *out = (struct blob_chunk){ .flags = rafs_le32(p + 36),
+                                .csize = rafs_le32(p + 40),
+                                .usize = rafs_le32(p + 44),
+                                .coff = rafs_le64(p + 48),
+                                .uoff = rafs_le64(p + 56),
+                                .index = rafs_le32(p + 72),
                                 .crc32 = rafs_le32(p + 76) };
     memcpy(out->digest, p, sizeof(out->digest));
     if (*blob < r->info.blob_count && r->numbers && r->numbers[*blob].uoff) {
@@ -216,11 +208,10 @@ void v5_decode_chunk(const struct vnd_rafs *r, const uint8_t *p, uint32_t *blob,
         while (lo < hi) {
             uint32_t mid = lo + (hi - lo) / 2;
 
-            if (n->uoff[mid] < out->uoff) {
+            if (n->uoff[mid] < out->uoff)
                 lo = mid + 1;
-            } else {
+            else
                 hi = mid;
-            }
         }
         out->index = lo < n->count && n->uoff[lo] == out->uoff ? lo : UINT32_MAX;
     }
@@ -235,24 +226,20 @@ static int v5_records(struct vnd_rafs *r, uint32_t only_blob, rafs_put_record pu
     int rc = 0;
 
     for (uint64_t slot = 1; slot <= r->slots && !rc; slot++) {
-        if (v5_inode(r, slot, &n) || !S_ISREG(n.mode)) {
+        if (v5_inode(r, slot, &n) || !S_ISREG(n.mode))
             continue;
-        }
         for (uint32_t k = 0; k < n.child_count && !rc; k++, number++) {
             const uint8_t *p = n.chunks + (uint64_t)k * RAFS_CHUNK_RECORD;
             struct blob_chunk c;
             uint32_t blob;
 
-            if (!left--) {
+            if (!left--)
                 return 0;
-            }
-            if (only_blob != UINT32_MAX && rafs_le32(p + 32) != only_blob) {
+            if (only_blob != UINT32_MAX && rafs_le32(p + 32) != only_blob)
                 continue;
-            }
             v5_decode_chunk(r, p, &blob, &c);
-            if (!(c.flags & V5_CHUNK_HOLE)) {
+            if (!(c.flags & V5_CHUNK_HOLE))
                 rc = put(ctx, number, blob, &c);
-            }
         }
     }
     return rc;
@@ -268,8 +255,7 @@ static bool unnumbered(const struct vnd_rafs *r, uint32_t blob)
 static bool place_sane(const struct blob_chunk *c)
 {
     return c->usize && c->usize <= RAFS_CHUNK_SIZE_MAX && c->csize <= RAFS_CHUNK_SIZE_MAX &&
-           c->uoff <= RAFS_BLOB_USIZE_MAX - RAFS_CHUNK_SIZE_MAX &&
-           c->coff <= RAFS_BLOB_CSIZE_MAX - RAFS_CHUNK_SIZE_MAX;
+           c->uoff <= RAFS_BLOB_USIZE_MAX - RAFS_CHUNK_SIZE_MAX && c->coff <= RAFS_BLOB_CSIZE_MAX - RAFS_CHUNK_SIZE_MAX;
 }
 
 static int count_record(void *ctx, uint64_t number, uint32_t blob, const struct blob_chunk *c)
@@ -280,7 +266,10 @@ static int count_record(void *ctx, uint64_t number, uint32_t blob, const struct 
     return 0;
 }
 
-struct collect { struct vnd_rafs *r; struct v5_numbers *n; };
+struct collect {
+    struct vnd_rafs *r;
+    struct v5_numbers *n;
+};
 
 static int collect_record(void *ctx, uint64_t number, uint32_t blob, const struct blob_chunk *c)
 {
@@ -289,12 +278,10 @@ static int collect_record(void *ctx, uint64_t number, uint32_t blob, const struc
 
     if (place_sane(c)) {
         x->n[blob].uoff[x->n[blob].count++] = c->uoff;
-        if (c->coff + c->csize > i->compressed_size_bytes) {
+        if (c->coff + c->csize > i->compressed_size_bytes)
             i->compressed_size_bytes = c->coff + c->csize;
-        }
-        if (c->uoff + c->usize > i->uncompressed_size_bytes) {
+        if (c->uoff + c->usize > i->uncompressed_size_bytes)
             i->uncompressed_size_bytes = c->uoff + c->usize;
-        }
     }
     return 0;
 }
@@ -314,21 +301,17 @@ static int number_blob(struct vnd_rafs *r, uint32_t k, struct v5_numbers *n)
     uint32_t used = 0;
 
     v5_records(r, k, count_record, n);
-    if (!n[k].count) {
+    if (!n[k].count)
         return 0;
-    }
     n[k].uoff = malloc(n[k].count * sizeof(*n[k].uoff));
-    if (!n[k].uoff) {
+    if (!n[k].uoff)
         return -ENOMEM;
-    }
     n[k].count = 0;
     v5_records(r, k, collect_record, &x);
     qsort(n[k].uoff, n[k].count, sizeof(*n[k].uoff), compare_u64);
-    for (uint32_t i = 0; i < n[k].count; i++) {
-        if (!used || n[k].uoff[used - 1] != n[k].uoff[i]) {
+    for (uint32_t i = 0; i < n[k].count; i++)
+        if (!used || n[k].uoff[used - 1] != n[k].uoff[i])
             n[k].uoff[used++] = n[k].uoff[i];
-        }
-    }
     n[k].count = used;
     return 0;
 }
@@ -338,22 +321,18 @@ static int number_chunks(struct vnd_rafs *r, const struct rafs_error *e)
     struct v5_numbers *n = NULL;
 
     for (uint32_t k = 0; k < r->info.blob_count; k++) {
-        if (!unnumbered(r, k)) {
+        if (!unnumbered(r, k))
             continue;
-        }
-        if (!n && !(n = calloc(r->info.blob_count, sizeof(*n)))) {
+        if (!n && !(n = calloc(r->info.blob_count, sizeof(*n))))
             return rafs_fail(e, VND_CAUSE_IO, "out of memory");
-        }
         int rc = number_blob(r, k, n);
 
-        r->numbers = n;                     /* vnd_rafs_free's */
-        if (rc) {
+        r->numbers = n; /* vnd_rafs_free's */
+        if (rc)
             return rafs_fail(e, VND_CAUSE_IO, "out of memory");
-        }
         r->blobs[k].info.chunk_count = n[k].count;
-        if (n[k].count > RAFS_CHUNKS_PER_BLOB_MAX) {
+        if (n[k].count > RAFS_CHUNKS_PER_BLOB_MAX)
             return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has %u chunks, more than can be served", k, n[k].count);
-        }
     }
     return 0;
 }
@@ -367,26 +346,24 @@ static int v5_open(struct vnd_rafs *r, const struct rafs_error *e)
         return rafs_fail(e, VND_CAUSE_FORMAT, "truncated: %llu bytes are no RAFS v5 bootstrap",
                          (unsigned long long)r->size);
     }
-    if (read_superblock(r, e) || check_tables(r, e) || read_blobs(r, e)) {
+    if (read_superblock(r, e) || check_tables(r, e) || read_blobs(r, e))
         return -1;
-    }
     /* The layout before 1.0 has no name at its place in the root (rafs-format 2.9). */
     first = rafs_at(r, (uint64_t)rafs_le32(r->base + r->inode_table) << 3, V5_INODE);
     if (first && rafs_le16(first + 100) == 0 && rafs_le32(first + 52) >> 12 == S_IFDIR >> 12) {
-        return rafs_fail(e, VND_CAUSE_FORMAT, "its inodes are of a RAFS v5 layout from before version 1.0, which is "
+        return rafs_fail(e, VND_CAUSE_FORMAT,
+                         "its inodes are of a RAFS v5 layout from before version 1.0, which is "
                          "not supported: convert the image anew");
     }
-    if (v5_inode(r, 1, &root) || !S_ISDIR(root.mode)) {
+    if (v5_inode(r, 1, &root) || !S_ISDIR(root.mode))
         return rafs_fail(e, VND_CAUSE_FORMAT, "the root inode is malformed or not a directory");
-    }
     return number_chunks(r, e);
 }
 
 static void v5_close(struct vnd_rafs *r)
 {
-    for (uint32_t k = 0; r->numbers && k < r->info.blob_count; k++) {
+    for (uint32_t k = 0; r->numbers && k < r->info.blob_count; k++)
         free(r->numbers[k].uoff);
-    }
     free(r->numbers);
 }
 
@@ -397,19 +374,29 @@ int v5_record(const struct vnd_rafs *r, uint64_t slot, struct v5_inode *out)
     uint64_t off, left;
     const uint8_t *p;
 
-    if (slot < 1 || slot > r->slots) {
+    if (slot < 1 || slot > r->slots)
         return -EIO;
-    }
     off = (uint64_t)rafs_le32(r->base + r->inode_table + (slot - 1) * 4) << 3;
-    if (off < V5_SB || !(p = rafs_at(r, off, V5_INODE))) {
+    if (off < V5_SB || !(p = rafs_at(r, off, V5_INODE)))
         return -EIO;
-    }
     *out = (struct v5_inode){
-        .slot = (uint32_t)slot, .digest = p, .parent = rafs_le64(p + 32), .ino = rafs_le64(p + 40),
-        .uid = rafs_le32(p + 48), .gid = rafs_le32(p + 52), .mode = rafs_le32(p + 60), .size = rafs_le64(p + 64),
-        .blocks = rafs_le64(p + 72), .flags = rafs_le64(p + 80), .nlink = rafs_le32(p + 88),
-        .child_index = rafs_le32(p + 92), .child_count = rafs_le32(p + 96), .name_len = rafs_le16(p + 100),
-        .link_len = rafs_le16(p + 102), .rdev = rafs_le32(p + 104), .mtime_nsec = rafs_le32(p + 108),
+        .slot = (uint32_t)slot,
+        .digest = p,
+        .parent = rafs_le64(p + 32),
+        .ino = rafs_le64(p + 40),
+        .uid = rafs_le32(p + 48),
+        .gid = rafs_le32(p + 52),
+        .mode = rafs_le32(p + 60),
+        .size = rafs_le64(p + 64),
+        .blocks = rafs_le64(p + 72),
+        .flags = rafs_le64(p + 80),
+        .nlink = rafs_le32(p + 88),
+        .child_index = rafs_le32(p + 92),
+        .child_count = rafs_le32(p + 96),
+        .name_len = rafs_le16(p + 100),
+        .link_len = rafs_le16(p + 102),
+        .rdev = rafs_le32(p + 104),
+        .mtime_nsec = rafs_le32(p + 108),
         .mtime = rafs_le64(p + 112),
     };
     left = r->size - off - V5_INODE;
@@ -423,25 +410,22 @@ int v5_record(const struct vnd_rafs *r, uint64_t slot, struct v5_inode *out)
     p += up8(out->name_len);
     left -= up8(out->name_len);
     if (S_ISLNK(out->mode)) {
-        if (up8(out->link_len) > left) {
+        if (up8(out->link_len) > left)
             return -EIO;
-        }
         out->link = (const char *)p;
         p += up8(out->link_len);
         left -= up8(out->link_len);
     }
     if (out->flags & V5_INODE_XATTR) {
-        if (left < 8 || (out->xattr_len = rafs_le64(p)) > left - 8 || up8(out->xattr_len) > left - 8) {
+        if (left < 8 || (out->xattr_len = rafs_le64(p)) > left - 8 || up8(out->xattr_len) > left - 8)
             return -EIO;
-        }
         out->xattr = p + 8;
         p += 8 + up8(out->xattr_len);
         left -= 8 + up8(out->xattr_len);
     }
     if (S_ISREG(out->mode)) {
-        if ((uint64_t)out->child_count * RAFS_CHUNK_RECORD > left) {
+        if ((uint64_t)out->child_count * RAFS_CHUNK_RECORD > left)
             return -EIO;
-        }
         out->chunks = p;
     }
     if (!(r->info.flags & RAFS_FLAG_EXPLICIT_UID_GID)) {
@@ -458,15 +442,21 @@ static int v5_prefetch(struct vnd_rafs *r, uint64_t *inos, int max)
     for (uint32_t i = 0; i < r->info.prefetch_count && n < max; i++) {
         uint32_t ino = rafs_le32(r->base + r->info.prefetch_table_offset + 4ull * i);
 
-        if (!ino) {
+        if (!ino)
             break;
-        }
         inos[n++] = ino;
     }
     return n;
 }
 
 const struct rafs_version rafs_v5 = {
-    .name = "v5", .detect = v5_detect, .open = v5_open, .close = v5_close, .fs_ops = &v5_fs_ops, .chunk = v5_chunk,
-    .records = v5_records, .prefetch = v5_prefetch, .check = v5_check,
+    .name = "v5",
+    .detect = v5_detect,
+    .open = v5_open,
+    .close = v5_close,
+    .fs_ops = &v5_fs_ops,
+    .chunk = v5_chunk,
+    .records = v5_records,
+    .prefetch = v5_prefetch,
+    .check = v5_check,
 };

@@ -13,25 +13,23 @@
 struct walk {
     struct vnd_rafs *r;
     struct rafs_faults *f;
-    uint32_t *owner;                        /* the directory that claims a slot, 0 none */
-    uint32_t *links;                        /* names of an inode that directories claim */
+    uint32_t *owner; /* the directory that claims a slot, 0 none */
+    uint32_t *links; /* names of an inode that directories claim */
     bool xattr_seen, stop;
 };
 
 static void fault_slot(struct walk *w, uint64_t slot, const char *what)
 {
-    if (!rafs_fault(w->f, "inode %llu: %s", (unsigned long long)slot, what)) {
+    if (!rafs_fault(w->f, "inode %llu: %s", (unsigned long long)slot, what))
         w->stop = true;
-    }
 }
 
 static void check_name(struct walk *w, const struct v5_inode *n)
 {
-    if (rafs_name_broken(n->name, n->name_len)) {
+    if (rafs_name_broken(n->name, n->name_len))
         fault_slot(w, n->slot, "its name holds '/' or NUL");
-    } else if (rafs_name_is_dots(n->name, n->name_len)) {
+    else if (rafs_name_is_dots(n->name, n->name_len))
         fault_slot(w, n->slot, "its name is \".\" or \"..\"");
-    }
 }
 
 static void check_dir(struct walk *w, const struct v5_inode *entry)
@@ -48,25 +46,21 @@ static void check_dir(struct walk *w, const struct v5_inode *entry)
 
         if (w->owner[slot]) {
             fault_slot(w, slot, "claimed by more than one directory");
-            return;                         /* the rest of the range would be the same */
+            return; /* the rest of the range would be the same */
         }
         w->owner[slot] = dir.slot;
-        if (v5_record(w->r, slot, &child)) {
-            continue;                       /* said when its turn comes */
-        }
-        if (child.parent != dir.ino) {
+        if (v5_record(w->r, slot, &child))
+            continue; /* said when its turn comes */
+        if (child.parent != dir.ino)
             fault_slot(w, slot, "its parent is not the directory that it is in");
-        }
-        if (prev.name && rafs_name_compare(prev.name, prev.name_len, child.name, child.name_len) >= 0) {
+        if (prev.name && rafs_name_compare(prev.name, prev.name_len, child.name, child.name_len) >= 0)
             fault_slot(w, dir.slot, "names not in strictly ascending order: some cannot be found");
-        }
         prev = child;
         subdirs += S_ISDIR(child.mode) ? 1 : 0;
     }
     /* Old builders wrote 1 (rafs-format, Appendix B). */
-    if (!w->stop && dir.nlink != subdirs + 2 && dir.nlink != 1) {
+    if (!w->stop && dir.nlink != subdirs + 2 && dir.nlink != 1)
         fault_slot(w, dir.slot, "a directory whose link count is not 2 + its sub-directories");
-    }
 }
 
 static void check_file(struct walk *w, const struct v5_inode *n)
@@ -98,15 +92,12 @@ static void check_xattrs(struct walk *w, const struct v5_inode *n)
     uint64_t at = 0;
     int rc;
 
-    if (!n->xattr) {
+    if (!n->xattr)
         return;
-    }
     w->xattr_seen = true;
-    while ((rc = v5_xattr_next(n, &at, &x)) > 0) {
-    }
-    if (rc) {
+    while ((rc = v5_xattr_next(n, &at, &x)) > 0) {}
+    if (rc)
         fault_slot(w, n->slot, "malformed xattrs");
-    }
 }
 
 static void check_alias(struct walk *w, const struct v5_inode *n)
@@ -138,19 +129,16 @@ static void check_inode(struct walk *w, const struct v5_inode *n)
     } else if (kind == S_IFREG) {
         check_file(w, n);
     } else if (kind == S_IFLNK) {
-        if (w->r->fs.ops->readlink(&w->r->fs, n->ino, buf, sizeof(buf)) < 0 || n->size != n->link_len) {
+        if (w->r->fs.ops->readlink(&w->r->fs, n->ino, buf, sizeof(buf)) < 0 || n->size != n->link_len)
             fault_slot(w, n->slot, "malformed symlink");
-        }
     } else if (kind == S_IFCHR || kind == S_IFBLK || kind == S_IFIFO || kind == S_IFSOCK) {
-        if (n->size) {
+        if (n->size)
             fault_slot(w, n->slot, "a device, fifo or socket with a size");
-        }
     } else {
         fault_slot(w, n->slot, "unknown file type in its mode");
     }
-    if (!w->stop && n->mtime_nsec >= 1000000000) {
+    if (!w->stop && n->mtime_nsec >= 1000000000)
         fault_slot(w, n->slot, "mtime with more than a second of nanoseconds");
-    }
 }
 
 static void check_links(struct walk *w)
@@ -173,16 +161,13 @@ static void check_rest(struct walk *w)
         uint32_t ino = rafs_le32(w->r->base + w->r->info.prefetch_table_offset + 4ull * i);
         struct v5_inode n;
 
-        if (!ino) {
+        if (!ino)
             break;
-        }
-        if (v5_inode(w->r, ino, &n)) {
+        if (v5_inode(w->r, ino, &n))
             fault_slot(w, ino, "named by the prefetch table, but malformed or outside the image");
-        }
     }
-    if (w->xattr_seen && !(w->r->info.flags & RAFS_FLAG_HAS_XATTR) && !w->stop) {
+    if (w->xattr_seen && !(w->r->info.flags & RAFS_FLAG_HAS_XATTR) && !w->stop)
         rafs_fault(w->f, "inodes have xattrs but the superblock says that none has");
-    }
 }
 
 void v5_check(struct vnd_rafs *r, struct rafs_faults *f)
@@ -211,20 +196,16 @@ void v5_check(struct vnd_rafs *r, struct rafs_faults *f)
             break;
         }
         chunks_left -= n.chunks ? n.child_count : 0;
-        if (slot > 1) {
+        if (slot > 1)
             check_name(&w, &n);
-        }
         w.links[n.ino]++;
-        if (!w.stop) {
+        if (!w.stop)
             check_inode(&w, &n);
-        }
     }
-    if (!w.stop) {
+    if (!w.stop)
         check_links(&w);
-    }
-    if (!w.stop) {
+    if (!w.stop)
         check_rest(&w);
-    }
     free(w.owner);
     free(w.links);
 }

@@ -22,8 +22,15 @@ int v5_inode(const struct vnd_rafs *r, uint64_t ino, struct v5_inode *out)
 static void fill_attr(const struct v5_inode *n, vnd_attr *out)
 {
     *out = (vnd_attr){
-        .ino = n->ino, .size_bytes = n->size, .blocks = n->blocks, .mtime_s = n->mtime,
-        .mtime_nsec = n->mtime_nsec, .mode = n->mode, .nlink = n->nlink, .uid = n->uid, .gid = n->gid,
+        .ino = n->ino,
+        .size_bytes = n->size,
+        .blocks = n->blocks,
+        .mtime_s = n->mtime,
+        .mtime_nsec = n->mtime_nsec,
+        .mode = n->mode,
+        .nlink = n->nlink,
+        .uid = n->uid,
+        .gid = n->gid,
         .rdev = S_ISCHR(n->mode) || S_ISBLK(n->mode) ? n->rdev : 0,
     };
 }
@@ -33,9 +40,8 @@ static int v5_getattr(struct fs *fs, uint64_t ino, vnd_attr *out)
     struct v5_inode n;
     int rc = v5_inode((struct vnd_rafs *)fs, ino, &n);
 
-    if (!rc) {
+    if (!rc)
         fill_attr(&n, out);
-    }
     return rc;
 }
 
@@ -46,9 +52,8 @@ static int attr_of_child(const struct vnd_rafs *r, const struct v5_inode *child,
     struct v5_inode n;
     int rc = v5_inode(r, child->ino, &n);
 
-    if (!rc) {
+    if (!rc)
         fill_attr(&n, out);
-    }
     return rc;
 }
 
@@ -58,12 +63,10 @@ int v5_dir(const struct vnd_rafs *r, uint64_t ino, struct v5_inode *out)
 {
     int rc = v5_inode(r, ino, out);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
-    if (!S_ISDIR(out->mode)) {
+    if (!S_ISDIR(out->mode))
         return -ENOTDIR;
-    }
     if (out->child_count && (out->child_index <= out->slot || out->child_count > r->slots ||
                              out->child_index - 1 > r->slots - out->child_count)) {
         return -EIO;
@@ -76,9 +79,8 @@ int v5_child(const struct vnd_rafs *r, const struct v5_inode *dir, uint32_t k, s
     int rc = v5_record(r, (uint64_t)dir->child_index + k, out);
     struct v5_inode first;
 
-    if (rc || out->parent != dir->ino) {
+    if (rc || out->parent != dir->ino)
         return -EIO;
-    }
     /* Only files have several names: one that leads to a directory would make a circle. */
     return out->ino == out->slot || (v5_inode(r, out->ino, &first) == 0 && S_ISREG(first.mode)) ? 0 : -EIO;
 }
@@ -90,37 +92,32 @@ static int v5_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, 
     uint32_t lo = 0, hi;
     int rc = v5_dir(r, dir, &n);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
-    if (rafs_name_is_dots(name, len)) {
+    if (rafs_name_is_dots(name, len))
         return v5_getattr(fs, len == 1 || dir == 1 ? dir : n.parent, out);
-    }
     hi = n.child_count;
     while (lo < hi) {
         uint32_t mid = lo + (hi - lo) / 2;
         int c;
 
         rc = v5_child(r, &n, mid, &child);
-        if (rc) {
+        if (rc)
             return rc;
-        }
         c = rafs_name_compare(name, len, child.name, child.name_len);
-        if (c == 0) {
+        if (c == 0)
             return attr_of_child(r, &child, out);
-        }
-        if (c < 0) {
+        if (c < 0)
             hi = mid;
-        } else {
+        else
             lo = mid + 1;
-        }
     }
     return -ENOENT;
 }
 
 static uint32_t dirent_type(uint32_t mode)
 {
-    return (mode & S_IFMT) >> 12;           /* DT_* are the types of the mode */
+    return (mode & S_IFMT) >> 12; /* DT_* are the types of the mode */
 }
 
 static bool name_usable(const struct v5_inode *n)
@@ -136,36 +133,28 @@ static int v5_readdir(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, 
     vnd_attr attr;
     int rc = v5_dir(r, dir, &n);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
     if (off == 0) {
-        if (put(ctx, dir, ".", 1, DT_DIR, 1, NULL)) {
+        if (put(ctx, dir, ".", 1, DT_DIR, 1, NULL))
             return 0;
-        }
         off = 1;
     }
     if (off == 1) {
-        if (put(ctx, dir == 1 ? 1 : n.parent, "..", 2, DT_DIR, 2, NULL)) {
+        if (put(ctx, dir == 1 ? 1 : n.parent, "..", 2, DT_DIR, 2, NULL))
             return 0;
-        }
         off = 2;
     }
     for (; off - 2 < n.child_count; off++) {
         rc = v5_child(r, &n, (uint32_t)(off - 2), &child);
-        if (!rc && !name_usable(&child)) {
+        if (!rc && !name_usable(&child))
             rc = -EIO;
-        }
-        if (!rc && want_attr) {
+        if (!rc && want_attr)
             rc = attr_of_child(r, &child, &attr);
-        }
-        if (rc) {
+        if (rc)
             return rc;
-        }
-        if (put(ctx, child.ino, child.name, child.name_len, dirent_type(child.mode), off + 1,
-                want_attr ? &attr : NULL)) {
+        if (put(ctx, child.ino, child.name, child.name_len, dirent_type(child.mode), off + 1, want_attr ? &attr : NULL))
             return 0;
-        }
     }
     return 0;
 }
@@ -177,18 +166,14 @@ static int64_t v5_readlink(struct fs *fs, uint64_t ino, char *buf, size_t cap)
     struct v5_inode n;
     int rc = v5_inode((struct vnd_rafs *)fs, ino, &n);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
-    if (!S_ISLNK(n.mode)) {
+    if (!S_ISLNK(n.mode))
         return -EINVAL;
-    }
-    if (!n.link_len || n.link_len > RAFS_SYMLINK_MAX || memchr(n.link, 0, n.link_len)) {
+    if (!n.link_len || n.link_len > RAFS_SYMLINK_MAX || memchr(n.link, 0, n.link_len))
         return -EIO;
-    }
-    if (n.link_len > cap) {
+    if (n.link_len > cap)
         return -ERANGE;
-    }
     memcpy(buf, n.link, n.link_len);
     return n.link_len;
 }
@@ -200,19 +185,18 @@ int v5_xattr_next(const struct v5_inode *n, uint64_t *at, struct v5_xattr *out)
     uint32_t len;
     size_t name;
 
-    if (!left) {
+    if (!left)
         return 0;
-    }
     p = n->xattr + *at;
-    if (left < 4 || (len = rafs_le32(p)) > left - 4) {
+    if (left < 4 || (len = rafs_le32(p)) > left - 4)
         return -EIO;
-    }
     name = strnlen((const char *)p + 4, len);
-    if (!name || name == len || name > RAFS_NAME_MAX || len - name - 1 > UINT16_MAX + 1u) {
+    if (!name || name == len || name > RAFS_NAME_MAX || len - name - 1 > UINT16_MAX + 1u)
         return -EIO;
-    }
-    *out = (struct v5_xattr){ .name = (const char *)p + 4, .name_len = (uint32_t)name,
-                              .value = p + 4 + name + 1, .value_len = len - (uint32_t)name - 1 };
+    *out = (struct v5_xattr){ .name = (const char *)p + 4,
+                              .name_len = (uint32_t)name,
+                              .value = p + 4 + name + 1,
+                              .value_len = len - (uint32_t)name - 1 };
     *at += 4 + (uint64_t)len;
     return 1;
 }
@@ -225,33 +209,28 @@ static int v5_listxattr(struct fs *fs, uint64_t ino, char *buf, size_t cap, size
     int rc = v5_inode((struct vnd_rafs *)fs, ino, &n);
 
     *need = 0;
-    if (rc) {
+    if (rc)
         return rc;
-    }
     while ((rc = v5_xattr_next(&n, &at, &x)) > 0) {
-        if (*need + x.name_len + 1 <= cap) {
+        if (*need + x.name_len + 1 <= cap)
             memcpy(buf + *need, x.name, x.name_len + 1u);
-        }
         *need += x.name_len + 1;
     }
     return rc ? rc : cap && *need > cap ? -ERANGE : 0;
 }
 
-static int v5_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap,
-                       size_t *need)
+static int v5_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap, size_t *need)
 {
     struct v5_xattr x;
     struct v5_inode n;
     uint64_t at = 0;
     int rc = v5_inode((struct vnd_rafs *)fs, ino, &n);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
     while ((rc = v5_xattr_next(&n, &at, &x)) > 0) {
-        if (len != x.name_len || memcmp(name, x.name, len) != 0) {
+        if (len != x.name_len || memcmp(name, x.name, len) != 0)
             continue;
-        }
         return rafs_xattr_give(x.value, x.value_len, buf, cap, need);
     }
     return rc ? rc : -ENODATA;
@@ -266,21 +245,18 @@ int v5_chunk_at(const struct vnd_rafs *r, const struct v5_inode *n, uint64_t k, 
     uint32_t blob;
 
     v5_decode_chunk(r, p, &blob, &c);
-    *out = (struct rafs_chunk){ .blob = blob, .index = c.index, .uoff = c.uoff, .size = c.usize, .record = p,
-                                .file_off = k << r->chunk_bits };
-    if (n->flags & V5_INODE_HAS_HOLE) {
+    *out = (struct rafs_chunk){
+        .blob = blob, .index = c.index, .uoff = c.uoff, .size = c.usize, .record = p, .file_off = k << r->chunk_bits
+    };
+    if (n->flags & V5_INODE_HAS_HOLE)
         out->file_off = rafs_le64(p + 64);
-    }
     out->hole = c.flags & V5_CHUNK_HOLE;
-    if (out->file_off >= n->size || !c.usize || c.usize > r->info.chunk_size_bytes) {
+    if (out->file_off >= n->size || !c.usize || c.usize > r->info.chunk_size_bytes)
         return -EIO;
-    }
-    if (out->size > n->size - out->file_off) {
+    if (out->size > n->size - out->file_off)
         out->size = (uint32_t)(n->size - out->file_off);
-    }
-    if (!out->hole && (blob >= r->info.blob_count || c.index >= r->blobs[blob].info.chunk_count)) {
+    if (!out->hole && (blob >= r->info.blob_count || c.index >= r->blobs[blob].info.chunk_count))
         return -EIO;
-    }
     return 0;
 }
 
@@ -288,15 +264,14 @@ static int file_inode(const struct vnd_rafs *r, uint64_t ino, struct v5_inode *n
 {
     int rc = v5_inode(r, ino, n);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
-    if (!S_ISREG(n->mode)) {
+    if (!S_ISREG(n->mode))
         return S_ISDIR(n->mode) ? -EISDIR : -EINVAL;
-    }
     /* Without holes the chunk of a byte is found by division. */
-    return n->flags & V5_INODE_HAS_HOLE ||
-           n->child_count == (n->size + r->info.chunk_size_bytes - 1) >> r->chunk_bits ? 0 : -EIO;
+    return n->flags & V5_INODE_HAS_HOLE || n->child_count == (n->size + r->info.chunk_size_bytes - 1) >> r->chunk_bits
+               ? 0
+               : -EIO;
 }
 
 /* Of a file with holes: the last chunk that starts at or before a byte, or child_count if there is none. */
@@ -307,47 +282,41 @@ static uint64_t chunk_before(const struct v5_inode *n, uint64_t at)
     while (lo < hi) {
         uint64_t mid = lo + (hi - lo) / 2;
 
-        if (rafs_le64(n->chunks + mid * RAFS_CHUNK_RECORD + 64) <= at) {
+        if (rafs_le64(n->chunks + mid * RAFS_CHUNK_RECORD + 64) <= at)
             lo = mid + 1;
-        } else {
+        else
             hi = mid;
-        }
     }
     return lo ? lo - 1 : n->child_count;
 }
 
 /* The extent at a byte of the file, as long as it goes. */
-static int extent_at(const struct vnd_rafs *r, const struct v5_inode *n, uint64_t at, struct extent *x,
-                     uint64_t *len)
+static int extent_at(const struct vnd_rafs *r, const struct v5_inode *n, uint64_t at, struct extent *x, uint64_t *len)
 {
     bool holes = n->flags & V5_INODE_HAS_HOLE;
     uint64_t k = holes ? chunk_before(n, at) : at >> r->chunk_bits, next = 0;
     struct rafs_chunk c = { 0 };
     int rc = k < n->child_count ? v5_chunk_at(r, n, k, &c) : holes ? 0 : -EIO;
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
     *x = (struct extent){ 0 };
     if (k < n->child_count && at - c.file_off < c.size) {
         *len = c.size - (at - c.file_off);
-        if (c.hole) {
+        if (c.hole)
             return 0;
-        }
         x->blob = r->blobs[c.blob].blob;
         x->chunk = c.index;
         x->chunk_off = (uint32_t)(at - c.file_off);
         x->uoff = c.uoff + x->chunk_off;
-        return x->blob ? 0 : -ENODEV;       /* opened for its metadata only */
+        return x->blob ? 0 : -ENODEV; /* opened for its metadata only */
     }
-    if (!holes) {
-        return -EIO;                        /* a chunk that is not as long as it must be */
-    }
+    if (!holes)
+        return -EIO; /* a chunk that is not as long as it must be */
     k = k < n->child_count ? k + 1 : 0;
     next = k < n->child_count ? rafs_le64(n->chunks + k * RAFS_CHUNK_RECORD + 64) : n->size;
-    if (next <= at) {
+    if (next <= at)
         return -EIO;
-    }
     *len = (next < n->size ? next : n->size) - at;
     return 0;
 }
@@ -361,17 +330,14 @@ static int v5_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, s
     int count = 0, rc = file_inode(r, ino, &n);
 
     *got = 0;
-    if (rc || off >= n.size) {
+    if (rc || off >= n.size)
         return rc;
-    }
-    if (len > n.size - off) {
+    if (len > n.size - off)
         len = (uint32_t)(n.size - off);
-    }
     while (*got < len && count < max) {
         rc = extent_at(r, &n, off + *got, &ext[count], &room);
-        if (rc) {
+        if (rc)
             return rc;
-        }
         ext[count].len = room < len - *got ? (uint32_t)room : len - *got;
         *got += ext[count].len;
         count++;
@@ -384,12 +350,10 @@ int v5_chunk(struct vnd_rafs *r, uint64_t ino, uint64_t k, struct rafs_chunk *ou
     struct v5_inode n;
     int rc = file_inode(r, ino, &n);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
-    if (k >= n.child_count) {
+    if (k >= n.child_count)
         return 0;
-    }
     rc = v5_chunk_at(r, &n, k, out);
     return rc ? rc : 1;
 }
@@ -399,9 +363,8 @@ static int v5_statfs(struct fs *fs, uint64_t *blocks, uint64_t *files, uint32_t 
     struct vnd_rafs *r = (struct vnd_rafs *)fs;
 
     *blocks = 0;
-    for (uint32_t k = 0; k < r->info.blob_count; k++) {
+    for (uint32_t k = 0; k < r->info.blob_count; k++)
         *blocks += (r->blobs[k].info.uncompressed_size_bytes + 4095) / 4096;
-    }
     *files = r->slots;
     *bsize = 4096;
     return 0;
@@ -418,7 +381,15 @@ static int v5_has_xattr(struct fs *fs)
 }
 
 const struct fs_ops v5_fs_ops = {
-    .name = "rafs", .getattr = v5_getattr, .lookup = v5_lookup, .readdir = v5_readdir, .readlink = v5_readlink,
-    .extents = v5_extents, .listxattr = v5_listxattr, .getxattr = v5_getxattr, .statfs = v5_statfs, .root = v5_root,
+    .name = "rafs",
+    .getattr = v5_getattr,
+    .lookup = v5_lookup,
+    .readdir = v5_readdir,
+    .readlink = v5_readlink,
+    .extents = v5_extents,
+    .listxattr = v5_listxattr,
+    .getxattr = v5_getxattr,
+    .statfs = v5_statfs,
+    .root = v5_root,
     .has_xattr = v5_has_xattr,
 };

@@ -13,7 +13,7 @@
 #define EROFS_COMPAT_RAFS 0x40000000u
 #define EROFS_INCOMPAT_CHUNKED_FILE 0x4u
 #define EROFS_INCOMPAT_DEVICE_TABLE 0x8u
-#define BLOB_MAX 254                        /* the kernel's device mask hides the rest, rafs-format 3.6 */
+#define BLOB_MAX 254 /* the kernel's device mask hides the rest, rafs-format 3.6 */
 
 /* ---- opening */
 
@@ -25,17 +25,22 @@ static int v6_detect(const uint8_t *base, uint64_t size)
 static int fail_incompat(uint32_t bits, const struct rafs_error *e)
 {
     static const char *const names[] = {
-        "LZ4 0padding", "compression configurations or big pclusters", NULL, NULL,
-            "tail packing of compressed data",
-        "fragments", "xattr name prefixes", "48-bit layout", "metabox",
+        "LZ4 0padding",
+        "compression configurations or big pclusters",
+        NULL,
+        NULL,
+        "tail packing of compressed data",
+        "fragments",
+        "xattr name prefixes",
+        "48-bit layout",
+        "metabox",
     };
 
     for (uint32_t i = 0; i < 32; i++) {
         if (bits & 1u << i) {
             const char *name = i < sizeof(names) / sizeof(names[0]) && names[i] ? names[i] : "unknown";
 
-            return rafs_fail(e, VND_CAUSE_FORMAT,
-                             "needs EROFS incompatible feature 0x%x (%s), which is not supported",
+            return rafs_fail(e, VND_CAUSE_FORMAT, "needs EROFS incompatible feature 0x%x (%s), which is not supported",
                              1u << i, name);
         }
     }
@@ -46,12 +51,11 @@ static int fail_incompat(uint32_t bits, const struct rafs_error *e)
 static int check_table(const struct vnd_rafs *r, const char *name, uint64_t off, uint64_t size, uint32_t align,
                        uint32_t unit, const struct rafs_error *e)
 {
-    if (!size) {
+    if (!size)
         return 0;
-    }
     if (off < V6_TABLES || off % align || size % unit || !rafs_at(r, off, size)) {
-        return rafs_fail(e, VND_CAUSE_FORMAT, "%s of %llu bytes at %llu does not fit a bootstrap of %llu bytes",
-                         name, (unsigned long long)size, (unsigned long long)off, (unsigned long long)r->size);
+        return rafs_fail(e, VND_CAUSE_FORMAT, "%s of %llu bytes at %llu does not fit a bootstrap of %llu bytes", name,
+                         (unsigned long long)size, (unsigned long long)off, (unsigned long long)r->size);
     }
     return 0;
 }
@@ -67,15 +71,12 @@ static int read_superblock(struct vnd_rafs *r, const struct rafs_error *e)
     uint32_t compat = rafs_le32(sb + 8), incompat = rafs_le32(sb + 80), bits = sb[12];
     uint64_t root_off;
 
-    if (!(compat & EROFS_COMPAT_RAFS)) {
+    if (!(compat & EROFS_COMPAT_RAFS))
         return rafs_fail(e, VND_CAUSE_FORMAT, "a plain EROFS image, not RAFS: it names no blobs to fetch");
-    }
-    if (fail_incompat(incompat & ~(EROFS_INCOMPAT_CHUNKED_FILE | EROFS_INCOMPAT_DEVICE_TABLE), e)) {
+    if (fail_incompat(incompat & ~(EROFS_INCOMPAT_CHUNKED_FILE | EROFS_INCOMPAT_DEVICE_TABLE), e))
         return -1;
-    }
-    if (bits != 12 && bits != 9) {
+    if (bits != 12 && bits != 9)
         return rafs_fail(e, VND_CAUSE_FORMAT, "block size 2^%u is not one of 512 and 4096", bits);
-    }
     if (r->size < 4096 || r->size & ((1u << bits) - 1)) {
         return rafs_fail(e, VND_CAUSE_FORMAT, "truncated: %llu bytes are not whole blocks",
                          (unsigned long long)r->size);
@@ -133,23 +134,19 @@ static int read_ext_superblock(struct vnd_rafs *r, const struct rafs_error *e)
     i->chunk_table_size_bytes = rafs_le64(x + 32);
     i->prefetch_table_offset = rafs_le64(x + 40);
     i->prefetch_table_size_bytes = rafs_le32(x + 48);
-    if (!i->prefetch_table_offset) {
-        i->prefetch_table_size_bytes = 0;       /* seen in old empty images */
-    }
+    if (!i->prefetch_table_offset)
+        i->prefetch_table_size_bytes = 0; /* seen in old empty images */
     i->blob_count = (uint32_t)(i->blob_table_size_bytes / BLOB_ENTRY);
     i->prefetch_count = (uint32_t)(i->prefetch_table_size_bytes / 4);
     if (check_table(r, "blob table", i->blob_table_offset, i->blob_table_size_bytes, 4096, BLOB_ENTRY, e) ||
-        check_table(r, "chunk table", i->chunk_table_offset, i->chunk_table_size_bytes, 4096, RAFS_CHUNK_RECORD,
-                    e) ||
+        check_table(r, "chunk table", i->chunk_table_offset, i->chunk_table_size_bytes, 4096, RAFS_CHUNK_RECORD, e) ||
         check_table(r, "prefetch table", i->prefetch_table_offset, i->prefetch_table_size_bytes, 4, 4, e)) {
         return -1;
     }
     r->inode_end = r->size;
-    if (i->chunk_table_size_bytes && i->chunk_table_offset > root_off) {
+    if (i->chunk_table_size_bytes && i->chunk_table_offset > root_off)
         r->inode_end = i->chunk_table_offset;
-    }
-    if (ranges_meet(i->blob_table_offset, i->blob_table_size_bytes, i->chunk_table_offset,
-                    i->chunk_table_size_bytes) ||
+    if (ranges_meet(i->blob_table_offset, i->blob_table_size_bytes, i->chunk_table_offset, i->chunk_table_size_bytes) ||
         ranges_meet(i->blob_table_offset, i->blob_table_size_bytes, i->prefetch_table_offset,
                     i->prefetch_table_size_bytes) ||
         ranges_meet(i->chunk_table_offset, i->chunk_table_size_bytes, i->prefetch_table_offset,
@@ -170,11 +167,9 @@ static bool copy_id(char out[VND_ID_MAX + 1], const uint8_t *field)
 
     memcpy(out, field, len);
     out[len] = 0;
-    for (size_t i = len; i < VND_ID_MAX; i++) {
-        if (field[i]) {
+    for (size_t i = len; i < VND_ID_MAX; i++)
+        if (field[i])
             return false;
-        }
-    }
     return true;
 }
 
@@ -192,14 +187,12 @@ static int read_cipher(vnd_blob_info *i, const uint8_t *b, const struct rafs_err
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u is encrypted by its features or its cipher, not by both",
                          i->index);
     }
-    if (!i->cipher) {
+    if (!i->cipher)
         return 0;
-    }
     memcpy(i->cipher_key, b + 168, sizeof(i->cipher_key));
     memcpy(i->cipher_iv, b + 200, sizeof(i->cipher_iv));
-    if (!cipher_key_valid(i->cipher_key)) {
+    if (!cipher_key_valid(i->cipher_key))
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has a key of two equal halves", i->index);
-    }
     return 0;
 }
 
@@ -208,15 +201,12 @@ static int read_meta_id(const struct vnd_rafs *r, vnd_blob_info *i, const uint8_
 {
     static const uint8_t unset[32];
 
-    if (i->features & RAFS_BLOB_ZRAN && !(i->features & RAFS_BLOB_CHUNK_INFO_V2)) {
+    if (i->features & RAFS_BLOB_ZRAN && !(i->features & RAFS_BLOB_CHUNK_INFO_V2))
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u is a gzip layer without chunk infos of version 2", i->index);
-    }
-    if (!(i->features & RAFS_BLOB_SEPARATE) || i->cipher) {
+    if (!(i->features & RAFS_BLOB_SEPARATE) || i->cipher)
         return 0;
-    }
-    if (memcmp(b + 168, unset, sizeof(unset)) == 0) {
+    if (memcmp(b + 168, unset, sizeof(unset)) == 0)
         return 0;
-    }
     for (int k = 0; k < 32; k++) {
         static const char hex[] = "0123456789abcdef";
 
@@ -243,21 +233,17 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const uint8_t *b, const str
     i->ci_offset = rafs_le64(b + 112);
     i->ci_csize_bytes = rafs_le64(b + 120);
     i->ci_usize_bytes = rafs_le64(b + 128);
-    if (!copy_id(i->id, b) || !rafs_id_valid(i->id)) {
+    if (!copy_id(i->id, b) || !rafs_id_valid(i->id))
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has an id that is not 1 to 64 of [0-9a-zA-Z_-]", k);
-    }
-    for (uint32_t j = 0; j < k; j++) {
-        if (strcmp(r->blobs[j].info.id, i->id) == 0) {
+    for (uint32_t j = 0; j < k; j++)
+        if (strcmp(r->blobs[j].info.id, i->id) == 0)
             return rafs_fail(e, VND_CAUSE_FORMAT, "blobs %u and %u have the same id", j, k);
-        }
-    }
     if (i->features & (RAFS_BLOB_UNKNOWN | RAFS_BLOB_INTERNAL)) {
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u needs feature 0x%x, which is unknown", k,
                          i->features & (RAFS_BLOB_UNKNOWN | RAFS_BLOB_INTERNAL));
     }
-    if (read_cipher(i, b, e) || read_meta_id(r, i, b, e)) {
+    if (read_cipher(i, b, e) || read_meta_id(r, i, b, e))
         return -1;
-    }
     if (rafs_le32(b + 64) != k || i->chunk_size_bytes != r->info.chunk_size_bytes || i->compressor > 3 ||
         i->digester > 1 || i->ci_compressor > 3 || i->chunk_count > RAFS_CHUNKS_PER_BLOB_MAX ||
         i->compressed_size_bytes > RAFS_BLOB_CSIZE_MAX || i->uncompressed_size_bytes > RAFS_BLOB_USIZE_MAX ||
@@ -278,27 +264,22 @@ static int read_blobs(struct vnd_rafs *r, const struct rafs_error *e)
         return rafs_fail(e, VND_CAUSE_FORMAT, "%u blobs and %llu devices: must be equal, and at most %d", n,
                          (unsigned long long)devices, BLOB_MAX);
     }
-    if (!n) {
+    if (!n)
         return 0;
-    }
     if (slots < V6_TABLES || !rafs_at(r, slots, devices * V6_DEVICE) ||
         ranges_meet(slots, devices * V6_DEVICE, r->info.blob_table_offset, r->info.blob_table_size_bytes)) {
         return rafs_fail(e, VND_CAUSE_FORMAT, "its device table does not fit");
     }
     r->blobs = calloc(n, sizeof(*r->blobs));
-    if (!r->blobs) {
+    if (!r->blobs)
         return rafs_fail(e, VND_CAUSE_IO, "out of memory");
-    }
     for (uint32_t k = 0; k < n; k++) {
         const uint8_t *entry = r->base + r->info.blob_table_offset + (uint64_t)k * BLOB_ENTRY;
 
-        if (read_blob(r, k, entry, e)) {
+        if (read_blob(r, k, entry, e))
             return -1;
-        }
-        if (memcmp(entry, r->base + slots + (uint64_t)k * V6_DEVICE, VND_ID_MAX) != 0) {
-            return rafs_fail(e, VND_CAUSE_FORMAT, "device slot %u and blob table entry %u name different blobs", k,
-                             k);
-        }
+        if (memcmp(entry, r->base + slots + (uint64_t)k * V6_DEVICE, VND_ID_MAX) != 0)
+            return rafs_fail(e, VND_CAUSE_FORMAT, "device slot %u and blob table entry %u name different blobs", k, k);
     }
     return 0;
 }
@@ -307,12 +288,10 @@ static int v6_open(struct vnd_rafs *r, const struct rafs_error *e)
 {
     struct v6_inode root;
 
-    if (read_superblock(r, e) || read_ext_superblock(r, e) || read_blobs(r, e)) {
+    if (read_superblock(r, e) || read_ext_superblock(r, e) || read_blobs(r, e))
         return -1;
-    }
-    if (v6_inode(r, r->root_nid, &root) || !S_ISDIR(root.mode)) {
+    if (v6_inode(r, r->root_nid, &root) || !S_ISDIR(root.mode))
         return rafs_fail(e, VND_CAUSE_FORMAT, "the root inode is not a directory");
-    }
     return 0;
 }
 
@@ -321,17 +300,20 @@ static int v6_open(struct vnd_rafs *r, const struct rafs_error *e)
 static void decode_record(const uint8_t *p, uint32_t *blob, struct blob_chunk *out)
 {
     *blob = rafs_le32(p + 32);
-    *out = (struct blob_chunk){ .flags = rafs_le32(p + 36), .csize = rafs_le32(p + 40), .usize = rafs_le32(p + 44),
-                                .coff = rafs_le64(p + 48), .uoff = rafs_le64(p + 56), .index = rafs_le32(p + 72),
+    *out = (struct blob_chunk){ .flags = rafs_le32(p + 36),
+                                .csize = rafs_le32(p + 40),
+                                .usize = rafs_le32(p + 44),
+                                .coff = rafs_le64(p + 48),
+                                .uoff = rafs_le64(p + 56),
+                                .index = rafs_le32(p + 72),
                                 .crc32 = rafs_le32(p + 76) };
     memcpy(out->digest, p, sizeof(out->digest));
 }
 
 static int v6_record(struct vnd_rafs *r, uint64_t i, uint32_t *blob, struct blob_chunk *out)
 {
-    if (i >= r->info.chunk_table_size_bytes / RAFS_CHUNK_RECORD) {
+    if (i >= r->info.chunk_table_size_bytes / RAFS_CHUNK_RECORD)
         return -ENOENT;
-    }
     decode_record(r->base + r->info.chunk_table_offset + i * RAFS_CHUNK_RECORD, blob, out);
     return 0;
 }
@@ -341,17 +323,15 @@ static int v6_records(struct vnd_rafs *r, uint32_t only_blob, rafs_put_record pu
     uint64_t n = r->info.chunk_table_size_bytes / RAFS_CHUNK_RECORD;
     int rc = 0;
 
-    if (r->info.flags & RAFS_FLAG_TARFS) {
+    if (r->info.flags & RAFS_FLAG_TARFS)
         return v6_walk_chunks(r, only_blob, put, ctx);
-    }
     for (uint64_t i = 0; i < n && !rc; i++) {
         const uint8_t *p = r->base + r->info.chunk_table_offset + i * RAFS_CHUNK_RECORD;
         struct blob_chunk c;
         uint32_t blob;
 
-        if (only_blob != UINT32_MAX && rafs_le32(p + 32) != only_blob) {
+        if (only_blob != UINT32_MAX && rafs_le32(p + 32) != only_blob)
             continue;
-        }
         decode_record(p, &blob, &c);
         rc = only_blob == UINT32_MAX || blob == only_blob ? put(ctx, i, blob, &c) : 0;
     }
@@ -365,15 +345,21 @@ static int v6_prefetch(struct vnd_rafs *r, uint64_t *inos, int max)
     for (uint32_t i = 0; i < r->info.prefetch_count && n < max; i++) {
         uint32_t nid = rafs_le32(r->base + r->info.prefetch_table_offset + 4ull * i);
 
-        if (!nid) {
+        if (!nid)
             break;
-        }
         inos[n++] = nid;
     }
     return n;
 }
 
 const struct rafs_version rafs_v6 = {
-    .name = "v6", .detect = v6_detect, .open = v6_open, .fs_ops = &v6_fs_ops, .chunk = v6_chunk,
-    .records = v6_records, .record = v6_record, .prefetch = v6_prefetch, .check = v6_check,
+    .name = "v6",
+    .detect = v6_detect,
+    .open = v6_open,
+    .fs_ops = &v6_fs_ops,
+    .chunk = v6_chunk,
+    .records = v6_records,
+    .record = v6_record,
+    .prefetch = v6_prefetch,
+    .check = v6_check,
 };

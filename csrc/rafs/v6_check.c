@@ -11,24 +11,25 @@
 #include "rafs/check.h"
 #include "rafs/v6.h"
 
-struct dir_job { uint64_t nid, parent; };
+struct dir_job {
+    uint64_t nid, parent;
+};
 
 struct walk {
     struct vnd_rafs *r;
     struct rafs_faults *f;
-    uint32_t *links;                /* dirents met per nid (".", ".." not counted) */
+    uint32_t *links; /* dirents met per nid (".", ".." not counted) */
     uint64_t slots;
     struct dir_job *jobs;
     size_t count, cap;
-    uint64_t entries_left, chunks_left;     /* as many as the image has room for: more means that they overlap */
+    uint64_t entries_left, chunks_left; /* as many as the image has room for: more means that they overlap */
     bool xattr_seen, stop;
 };
 
 static void fault_inode(struct walk *w, uint64_t nid, const char *what)
 {
-    if (!rafs_fault(w->f, "inode %llu: %s", (unsigned long long)nid, what)) {
+    if (!rafs_fault(w->f, "inode %llu: %s", (unsigned long long)nid, what))
         w->stop = true;
-    }
 }
 
 /* Takes one from a budget; says so once and stops the walk when it is spent. */
@@ -49,9 +50,8 @@ static bool push_dir(struct walk *w, uint64_t nid, uint64_t parent)
         size_t cap = w->cap ? w->cap * 2 : 256;
         struct dir_job *jobs = realloc(w->jobs, cap * sizeof(*jobs));
 
-        if (!jobs) {
+        if (!jobs)
             return false;
-        }
         w->jobs = jobs;
         w->cap = cap;
     }
@@ -69,9 +69,8 @@ static void check_file(struct walk *w, const struct v6_inode *n)
         return;
     }
     for (uint64_t k = 0; k < chunks && !w->stop; k++) {
-        if (!spend(w, &w->chunks_left, n->nid, "chunk indexes of several files overlap")) {
+        if (!spend(w, &w->chunks_left, n->nid, "chunk indexes of several files overlap"))
             return;
-        }
         if (v6_chunk_at(w->r, n, k, &c)) {
             fault_inode(w, n->nid, "a chunk index outside the image, or naming a blob or chunk that is not there");
             return;
@@ -89,13 +88,11 @@ static void check_inline(struct walk *w, const struct v6_inode *n)
 {
     uint64_t blksz = 1ull << w->r->blkszbits, off = n->off + n->head + n->xattr_len, tail;
 
-    if (n->layout != V6_FLAT_INLINE || !n->size) {
+    if (n->layout != V6_FLAT_INLINE || !n->size)
         return;
-    }
     tail = n->size % blksz ? n->size % blksz : blksz;
-    if (off / blksz != (off + tail - 1) / blksz) {
+    if (off / blksz != (off + tail - 1) / blksz)
         fault_inode(w, n->nid, "inline data crosses a block boundary: the kernel refuses that");
-    }
 }
 
 /* What every inode is asked once. */
@@ -108,27 +105,23 @@ static void check_inode(struct walk *w, const struct v6_inode *n)
 
     if (n->xattr_len) {
         w->xattr_seen = true;
-        if (fs->ops->listxattr(fs, n->nid, NULL, 0, &need)) {
+        if (fs->ops->listxattr(fs, n->nid, NULL, 0, &need))
             fault_inode(w, n->nid, "malformed xattrs");
-        }
     }
     check_inline(w, n);
     if (kind == S_IFREG) {
         check_file(w, n);
     } else if (kind == S_IFLNK) {
-        if (fs->ops->readlink(fs, n->nid, buf, sizeof(buf)) < 0) {
+        if (fs->ops->readlink(fs, n->nid, buf, sizeof(buf)) < 0)
             fault_inode(w, n->nid, "malformed symlink");
-        }
     } else if (kind == S_IFCHR || kind == S_IFBLK || kind == S_IFIFO || kind == S_IFSOCK) {
-        if (n->size) {
+        if (n->size)
             fault_inode(w, n->nid, "a device, fifo or socket with a size");
-        }
     } else if (kind != S_IFDIR) {
         fault_inode(w, n->nid, "unknown file type in its mode");
     }
-    if (n->mtime_nsec >= 1000000000) {
+    if (n->mtime_nsec >= 1000000000)
         fault_inode(w, n->nid, "mtime with more than a second of nanoseconds");
-    }
 }
 
 static bool entry_is(const struct v6_entry *e, const char *name)
@@ -153,30 +146,26 @@ static void check_entry(struct walk *w, const struct dir_job *d, const struct v6
         return;
     }
     if (e->file_type >= 8 || kinds[e->file_type] != (n.mode & S_IFMT)) {
-        if (!rafs_fault(w->f, "inode %llu: entry '%.*s' has a type that is not its inode's",
-                        (unsigned long long)d->nid, (int)e->len, e->name)) {
+        if (!rafs_fault(w->f, "inode %llu: entry '%.*s' has a type that is not its inode's", (unsigned long long)d->nid,
+                        (int)e->len, e->name)) {
             w->stop = true;
         }
     }
     if (entry_is(e, ".")) {
-        if (e->nid != d->nid) {
+        if (e->nid != d->nid)
             fault_inode(w, d->nid, "\".\" is another inode");
-        }
         return;
     }
     if (entry_is(e, "..")) {
-        if (e->nid != d->parent) {
+        if (e->nid != d->parent)
             fault_inode(w, d->nid, "\"..\" is not its parent");
-        }
         return;
     }
-    if (w->links[e->nid] == 0) {
+    if (w->links[e->nid] == 0)
         check_inode(w, &n);
-    }
     w->links[e->nid]++;
-    if (!S_ISDIR(n.mode)) {
+    if (!S_ISDIR(n.mode))
         return;
-    }
     ++*subdirs;
     if (w->links[e->nid] > 1 || e->nid == w->r->root_nid) {
         fault_inode(w, e->nid, "a directory that is in the tree twice");
@@ -204,28 +193,24 @@ static void check_dir(struct walk *w, const struct dir_job *d)
             return;
         }
         for (uint32_t k = 0; k < b.count && !w->stop; k++) {
-            if (!spend(w, &w->entries_left, d->nid, "entries of several directories overlap")) {
+            if (!spend(w, &w->entries_left, d->nid, "entries of several directories overlap"))
                 return;
-            }
             if (v6_dir_entry(&b, k, &e)) {
                 fault_inode(w, d->nid, "a malformed directory entry");
                 return;
             }
-            if (prev.name && rafs_name_compare(prev.name, prev.len, e.name, e.len) >= 0) {
+            if (prev.name && rafs_name_compare(prev.name, prev.len, e.name, e.len) >= 0)
                 fault_inode(w, d->nid, "names not in strictly ascending order: some cannot be found");
-            }
             dots += entry_is(&e, ".") || entry_is(&e, "..");
             check_entry(w, d, &e, &subdirs);
             prev = e;
         }
     }
-    if (!w->stop && dots != 2) {
+    if (!w->stop && dots != 2)
         fault_inode(w, d->nid, "a directory without \".\" or \"..\"");
-    }
     /* Old builders wrote 1 (rafs-format, Appendix B). */
-    if (!w->stop && n.nlink != subdirs + 2 && n.nlink != 1) {
+    if (!w->stop && n.nlink != subdirs + 2 && n.nlink != 1)
         fault_inode(w, d->nid, "a directory whose link count is not 2 + its sub-directories");
-    }
 }
 
 static void check_links(struct walk *w)
@@ -250,16 +235,13 @@ static void check_tables(struct walk *w)
     for (uint32_t i = 0; i < r->info.prefetch_count && !w->stop; i++) {
         uint32_t nid = rafs_le32(r->base + r->info.prefetch_table_offset + 4ull * i);
 
-        if (!nid) {
+        if (!nid)
             break;
-        }
-        if (v6_inode(r, nid, &n)) {
+        if (v6_inode(r, nid, &n))
             fault_inode(w, nid, "named by the prefetch table, but malformed or outside the image");
-        }
     }
-    if (w->xattr_seen && !(r->info.flags & RAFS_FLAG_HAS_XATTR) && !w->stop) {
+    if (w->xattr_seen && !(r->info.flags & RAFS_FLAG_HAS_XATTR) && !w->stop)
         rafs_fault(w->f, "inodes have xattrs but the superblock says that none has");
-    }
 }
 
 /* Where the kernel sees the blobs when they and the bootstrap are one device. Old builders left that out (0). */
@@ -273,9 +255,8 @@ static void check_mapped(struct walk *w)
         uint64_t blocks = rafs_le32(slots + (uint64_t)k * V6_DEVICE + V6_DEVICE_BLOCKS);
         uint64_t at = rafs_le32(slots + (uint64_t)k * V6_DEVICE + V6_DEVICE_MAPPED);
 
-        if (at && blocks && at < bootstrap && !rafs_fault(w->f, "blob %u is mapped over the bootstrap", k)) {
+        if (at && blocks && at < bootstrap && !rafs_fault(w->f, "blob %u is mapped over the bootstrap", k))
             w->stop = true;
-        }
         for (uint32_t j = 0; j < k && at && blocks && !w->stop; j++) {
             uint64_t others = rafs_le32(slots + (uint64_t)j * V6_DEVICE + V6_DEVICE_BLOCKS);
             uint64_t other = rafs_le32(slots + (uint64_t)j * V6_DEVICE + V6_DEVICE_MAPPED);
@@ -290,8 +271,9 @@ static void check_mapped(struct walk *w)
 
 void v6_check(struct vnd_rafs *r, struct rafs_faults *f)
 {
-    struct walk w = { .r = r, .f = f, .slots = r->inode_end / 32 + 1,
-                      .entries_left = r->size / V6_DIRENT, .chunks_left = r->size / 8 };
+    struct walk w = {
+        .r = r, .f = f, .slots = r->inode_end / 32 + 1, .entries_left = r->size / V6_DIRENT, .chunks_left = r->size / 8
+    };
     struct v6_inode root;
 
     w.links = calloc(w.slots, sizeof(*w.links));
@@ -300,9 +282,8 @@ void v6_check(struct vnd_rafs *r, struct rafs_faults *f)
         free(w.links);
         return;
     }
-    if (v6_inode(r, r->root_nid, &root) == 0) {
+    if (v6_inode(r, r->root_nid, &root) == 0)
         check_inode(&w, &root);
-    }
     while (w.count && !w.stop) {
         struct dir_job d = w.jobs[--w.count];
 

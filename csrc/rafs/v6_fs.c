@@ -18,22 +18,23 @@ int v6_inode(const struct vnd_rafs *r, uint64_t nid, struct v6_inode *out)
     uint32_t format, icount;
     const uint8_t *p;
 
-    if (nid > r->inode_end / 32) {
+    if (nid > r->inode_end / 32)
         return -EIO;
-    }
     off = r->meta_off + nid * 32;
-    if (off < V6_TABLES || off > r->inode_end || r->inode_end - off < 32) {
+    if (off < V6_TABLES || off > r->inode_end || r->inode_end - off < 32)
         return -EIO;
-    }
     p = r->base + off;
     format = rafs_le16(p);
     head = format & 1 ? 64 : 32;
-    if (r->inode_end - off < head || format & ~0xfu) {
+    if (r->inode_end - off < head || format & ~0xfu)
         return -EIO;
-    }
     icount = rafs_le16(p + 2);
-    *out = (struct v6_inode){ .nid = nid, .off = off, .layout = format >> 1 & 7, .mode = rafs_le16(p + 4),
-                              .u = rafs_le32(p + 16), .head = (uint32_t)head,
+    *out = (struct v6_inode){ .nid = nid,
+                              .off = off,
+                              .layout = format >> 1 & 7,
+                              .mode = rafs_le16(p + 4),
+                              .u = rafs_le32(p + 16),
+                              .head = (uint32_t)head,
                               .xattr_len = icount ? 12 + (icount - 1) * 4 : 0 };
     if (format & 1) {
         out->size = rafs_le64(p + 8);
@@ -47,11 +48,11 @@ int v6_inode(const struct vnd_rafs *r, uint64_t nid, struct v6_inode *out)
         out->size = rafs_le32(p + 8);
         out->uid = rafs_le16(p + 24);
         out->gid = rafs_le16(p + 26);
-        out->mtime = rafs_le64(r->base + V6_SB + 24);     /* the image's build time */
+        out->mtime = rafs_le64(r->base + V6_SB + 24); /* the image's build time */
         out->mtime_nsec = rafs_le32(r->base + V6_SB + 32);
     }
-    if (out->size > INT64_MAX || (out->layout != V6_FLAT_PLAIN && out->layout != V6_FLAT_INLINE &&
-                                  out->layout != V6_CHUNKED) ||
+    if (out->size > INT64_MAX ||
+        (out->layout != V6_FLAT_PLAIN && out->layout != V6_FLAT_INLINE && out->layout != V6_CHUNKED) ||
         r->inode_end - off - head < out->xattr_len || !(out->mode & S_IFMT)) {
         return -EIO;
     }
@@ -70,14 +71,12 @@ static const uint8_t *flat_block(const struct vnd_rafs *r, const struct v6_inode
     *len = (uint32_t)(n->size - at < blksz ? n->size - at : blksz);
     if (n->layout == V6_FLAT_INLINE && n->size - at <= blksz) {
         off = n->off + n->head + n->xattr_len;
-        if (off > r->inode_end || *len > r->inode_end - off) {
+        if (off > r->inode_end || *len > r->inode_end - off)
             return NULL;
-        }
         return r->base + off;
     }
-    if (n->layout == V6_CHUNKED) {
+    if (n->layout == V6_CHUNKED)
         return NULL;
-    }
     off = ((uint64_t)n->u + b) << r->blkszbits;
     return rafs_at(r, off, *len);
 }
@@ -85,8 +84,15 @@ static const uint8_t *flat_block(const struct vnd_rafs *r, const struct v6_inode
 static void fill_attr(const struct v6_inode *n, vnd_attr *out)
 {
     *out = (vnd_attr){
-        .ino = n->nid, .size_bytes = n->size, .blocks = (n->size + 511) / 512, .mtime_s = n->mtime,
-        .mtime_nsec = n->mtime_nsec, .mode = n->mode, .nlink = n->nlink, .uid = n->uid, .gid = n->gid,
+        .ino = n->nid,
+        .size_bytes = n->size,
+        .blocks = (n->size + 511) / 512,
+        .mtime_s = n->mtime,
+        .mtime_nsec = n->mtime_nsec,
+        .mode = n->mode,
+        .nlink = n->nlink,
+        .uid = n->uid,
+        .gid = n->gid,
         .rdev = S_ISCHR(n->mode) || S_ISBLK(n->mode) ? n->u : 0,
     };
 }
@@ -96,9 +102,8 @@ static int v6_getattr(struct fs *fs, uint64_t ino, vnd_attr *out)
     struct v6_inode n;
     int rc = v6_inode((struct vnd_rafs *)fs, ino, &n);
 
-    if (!rc) {
+    if (!rc)
         fill_attr(&n, out);
-    }
     return rc;
 }
 
@@ -108,12 +113,10 @@ int v6_dir_open(const struct vnd_rafs *r, uint64_t nid, struct v6_inode *n, uint
 {
     int rc = v6_inode(r, nid, n);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
-    if (!S_ISDIR(n->mode)) {
+    if (!S_ISDIR(n->mode))
         return -ENOTDIR;
-    }
     *blocks = (n->size + (1ull << r->blkszbits) - 1) >> r->blkszbits;
     return n->layout == V6_CHUNKED ? -EIO : 0;
 }
@@ -123,13 +126,11 @@ int v6_dir_block(const struct vnd_rafs *r, const struct v6_inode *n, uint64_t b,
     uint32_t first;
 
     out->base = flat_block(r, n, b, &out->len);
-    if (!out->base || out->len < V6_DIRENT) {
+    if (!out->base || out->len < V6_DIRENT)
         return -EIO;
-    }
     first = rafs_le16(out->base + 8);
-    if (!first || first % V6_DIRENT || first > out->len) {
+    if (!first || first % V6_DIRENT || first > out->len)
         return -EIO;
-    }
     out->count = first / V6_DIRENT;
     return 0;
 }
@@ -139,14 +140,12 @@ int v6_dir_entry(const struct v6_block *b, uint32_t k, struct v6_entry *out)
     const uint8_t *d = b->base + k * V6_DIRENT;
     uint32_t start = rafs_le16(d + 8), end;
 
-    if (start < b->count * V6_DIRENT || start > b->len) {
+    if (start < b->count * V6_DIRENT || start > b->len)
         return -EIO;
-    }
     if (k + 1 < b->count) {
         end = rafs_le16(d + V6_DIRENT + 8);
-        if (end > b->len || end < start) {
+        if (end > b->len || end < start)
             return -EIO;
-        }
     } else {
         end = start + (uint32_t)strnlen((const char *)b->base + start, b->len - start);
     }
@@ -171,13 +170,11 @@ static int dir_find(const struct vnd_rafs *r, const struct v6_inode *dir, uint64
 
         rc = v6_dir_block(r, dir, mid, &b);
         rc = rc ? rc : v6_dir_entry(&b, 0, out);
-        if (rc) {
+        if (rc)
             return rc;
-        }
         c = rafs_name_compare(name, len, out->name, out->len);
-        if (c == 0) {
+        if (c == 0)
             return 0;
-        }
         if (c < 0) {
             hi = mid;
         } else {
@@ -189,18 +186,15 @@ static int dir_find(const struct vnd_rafs *r, const struct v6_inode *dir, uint64
         uint32_t mid = a + (z - a) / 2;
 
         rc = v6_dir_entry(&best, mid, out);
-        if (rc) {
+        if (rc)
             return rc;
-        }
         c = rafs_name_compare(name, len, out->name, out->len);
-        if (c == 0) {
+        if (c == 0)
             return 0;
-        }
-        if (c < 0) {
+        if (c < 0)
             z = mid;
-        } else {
+        else
             a = mid + 1;
-        }
     }
     return -ENOENT;
 }
@@ -213,22 +207,17 @@ static int v6_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, 
     uint64_t blocks;
     int rc;
 
-    if (len == 1 && name[0] == '.') {
+    if (len == 1 && name[0] == '.')
         return v6_getattr(fs, dir, out);
-    }
     rc = v6_dir_open(r, dir, &n, &blocks);
-    if (!rc) {
+    if (!rc)
         rc = dir_find(r, &n, blocks, name, (uint32_t)len, &entry);
-    }
-    if (!rc) {
+    if (!rc)
         rc = v6_inode(r, entry.nid, &n);
-    }
-    if (!rc && len == 2 && name[0] == '.' && name[1] == '.' && !S_ISDIR(n.mode)) {
+    if (!rc && len == 2 && name[0] == '.' && name[1] == '.' && !S_ISDIR(n.mode))
         rc = -EIO;
-    }
-    if (!rc) {
+    if (!rc)
         fill_attr(&n, out);
-    }
     return rc;
 }
 
@@ -253,18 +242,15 @@ static int v6_readdir(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, 
             bool dots;
 
             rc = v6_dir_entry(&b, k, &entry);
-            if (rc) {
+            if (rc)
                 break;
-            }
-            if (rafs_name_broken(entry.name, entry.len)) {
+            if (rafs_name_broken(entry.name, entry.len))
                 return -EIO;
-            }
             dots = rafs_name_is_dots(entry.name, entry.len);
             if (want_attr && !dots) {
                 rc = v6_inode(r, entry.nid, &child);
-                if (rc) {
+                if (rc)
                     break;
-                }
                 fill_attr(&child, &attr);
             }
             if (put(ctx, entry.nid, entry.name, entry.len, entry.file_type < 8 ? dirent_types[entry.file_type] : 0,
@@ -285,24 +271,19 @@ static int64_t v6_readlink(struct fs *fs, uint64_t ino, char *buf, size_t cap)
     uint32_t len;
     int rc = v6_inode(r, ino, &n);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
-    if (!S_ISLNK(n.mode)) {
+    if (!S_ISLNK(n.mode))
         return -EINVAL;
-    }
-    if (!n.size || n.size > RAFS_SYMLINK_MAX) {
+    if (!n.size || n.size > RAFS_SYMLINK_MAX)
         return -EIO;
-    }
-    if (n.size > cap) {
+    if (n.size > cap)
         return -ERANGE;
-    }
     for (uint64_t b = 0; b << r->blkszbits < n.size; b++) {
         const uint8_t *p = flat_block(r, &n, b, &len);
 
-        if (!p || memchr(p, 0, len)) {
+        if (!p || memchr(p, 0, len))
             return -EIO;
-        }
         memcpy(buf + (b << r->blkszbits), p, len);
     }
     return (int64_t)n.size;
@@ -317,8 +298,7 @@ static int v6_listxattr(struct fs *fs, uint64_t ino, char *buf, size_t cap, size
     return rc ? rc : rafs_xattr_list(r->base + n.off + n.head, n.xattr_len, buf, cap, need);
 }
 
-static int v6_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap,
-                       size_t *need)
+static int v6_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap, size_t *need)
 {
     struct vnd_rafs *r = (struct vnd_rafs *)fs;
     struct v6_inode n;
@@ -335,27 +315,23 @@ int v6_chunk_at(const struct vnd_rafs *r, const struct v6_inode *n, uint64_t k, 
     const uint8_t *p;
     uint32_t device;
 
-    if (k > r->size / 8) {
+    if (k > r->size / 8)
         return -EIO;
-    }
     at = array + k * 8;
-    if (at > r->inode_end || r->inode_end - at < 8) {
+    if (at > r->inode_end || r->inode_end - at < 8)
         return -EIO;
-    }
     p = r->base + at;
     device = rafs_le16(p + 2);
     *out = (struct rafs_chunk){ .file_off = start };
-    out->blob = (device & 0xff) - 1;        /* 0 becomes too large */
+    out->blob = (device & 0xff) - 1; /* 0 becomes too large */
     out->index = rafs_le16(p) | (device >> 8) << 16;
     out->uoff = (uint64_t)rafs_le32(p + 4) << r->blkszbits;
     out->size = (uint32_t)(n->size - start < r->info.chunk_size_bytes ? n->size - start : r->info.chunk_size_bytes);
-    if (out->blob >= r->info.blob_count) {
+    if (out->blob >= r->info.blob_count)
         return -EIO;
-    }
     /* An index in an unfit table would be as good as none: the store looks the chunk up by it. */
-    if (!(r->info.flags & RAFS_FLAG_TARFS) && out->index >= r->blobs[out->blob].info.chunk_count) {
+    if (!(r->info.flags & RAFS_FLAG_TARFS) && out->index >= r->blobs[out->blob].info.chunk_count)
         return -EIO;
-    }
     return 0;
 }
 
@@ -363,12 +339,10 @@ static int file_inode(const struct vnd_rafs *r, uint64_t ino, struct v6_inode *n
 {
     int rc = v6_inode(r, ino, n);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
-    if (!S_ISREG(n->mode)) {
+    if (!S_ISREG(n->mode))
         return S_ISDIR(n->mode) ? -EISDIR : -EINVAL;
-    }
     return n->layout == V6_CHUNKED || n->size == 0 ? 0 : -EIO;
 }
 
@@ -381,31 +355,26 @@ static int v6_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, s
     int count = 0, rc = file_inode(r, ino, &n);
 
     *got = 0;
-    if (rc || off >= n.size) {
+    if (rc || off >= n.size)
         return rc;
-    }
-    if (len > n.size - off) {
+    if (len > n.size - off)
         len = (uint32_t)(n.size - off);
-    }
     while (*got < len && count < max) {
         uint64_t at = off + *got;
         struct extent *x = &ext[count];
 
         rc = v6_chunk_at(r, &n, at >> r->chunk_bits, &c);
-        if (rc) {
+        if (rc)
             return rc;
-        }
         x->blob = r->blobs[c.blob].blob;
-        if (!x->blob) {
-            return -ENODEV;                 /* opened for its metadata only */
-        }
+        if (!x->blob)
+            return -ENODEV; /* opened for its metadata only */
         x->chunk = c.index;
         x->chunk_off = (uint32_t)(at & (r->info.chunk_size_bytes - 1));
         x->uoff = c.uoff + x->chunk_off;
         x->len = c.size - x->chunk_off;
-        if (x->len > len - *got) {
+        if (x->len > len - *got)
             x->len = len - *got;
-        }
         *got += x->len;
         count++;
     }
@@ -417,12 +386,10 @@ int v6_chunk(struct vnd_rafs *r, uint64_t ino, uint64_t k, struct rafs_chunk *ou
     struct v6_inode n;
     int rc = file_inode(r, ino, &n);
 
-    if (rc) {
+    if (rc)
         return rc;
-    }
-    if (k >= (n.size + r->info.chunk_size_bytes - 1) >> r->chunk_bits) {
+    if (k >= (n.size + r->info.chunk_size_bytes - 1) >> r->chunk_bits)
         return 0;
-    }
     rc = v6_chunk_at(r, &n, k, out);
     return rc ? rc : 1;
 }
@@ -448,7 +415,16 @@ static int v6_has_xattr(struct fs *fs)
 }
 
 const struct fs_ops v6_fs_ops = {
-    .name = "rafs", .getattr = v6_getattr, .lookup = v6_lookup, .readdir = v6_readdir, .readlink = v6_readlink,
-    .extents = v6_extents, .listxattr = v6_listxattr, .getxattr = v6_getxattr, .statfs = v6_statfs, .root = v6_root,
-    .has_xattr = v6_has_xattr, .backing_fd = v6_backing_fd,
+    .name = "rafs",
+    .getattr = v6_getattr,
+    .lookup = v6_lookup,
+    .readdir = v6_readdir,
+    .readlink = v6_readlink,
+    .extents = v6_extents,
+    .listxattr = v6_listxattr,
+    .getxattr = v6_getxattr,
+    .statfs = v6_statfs,
+    .root = v6_root,
+    .has_xattr = v6_has_xattr,
+    .backing_fd = v6_backing_fd,
 };

@@ -11,7 +11,7 @@
 #define XATTR_ENTRY 4
 
 static const char *const prefixes[] = {
-    [1] = "user.", [2] = "system.posix_acl_access", [3] = "system.posix_acl_default", [4] = "trusted.",
+    [1] = "user.",     [2] = "system.posix_acl_access", [3] = "system.posix_acl_default", [4] = "trusted.",
     [6] = "security.",
 };
 
@@ -27,20 +27,16 @@ static int xattr_next(const uint8_t *body, uint32_t body_len, uint32_t *off, str
     uint32_t at = *off, index;
 
     if (at == 0) {
-        if (!body_len) {
+        if (!body_len)
             return 0;
-        }
-        if (body_len < XATTR_HEADER || body[4] != 0) {
+        if (body_len < XATTR_HEADER || body[4] != 0)
             return -EIO;
-        }
         at = XATTR_HEADER;
     }
-    if (at >= body_len) {
+    if (at >= body_len)
         return 0;
-    }
-    if (body_len - at < XATTR_ENTRY) {
+    if (body_len - at < XATTR_ENTRY)
         return -EIO;
-    }
     x->name_len = body[at];
     index = body[at + 1];
     x->value_len = rafs_le16(body + at + 2);
@@ -86,12 +82,10 @@ int rafs_xattr_list(const uint8_t *body, uint32_t body_len, char *buf, size_t ca
 int rafs_xattr_give(const uint8_t *value, uint32_t len, char *buf, size_t cap, size_t *need)
 {
     *need = len;
-    if (cap && len > cap) {
+    if (cap && len > cap)
         return -ERANGE;
-    }
-    if (cap) {
+    if (cap)
         memcpy(buf, value, len);
-    }
     return 0;
 }
 

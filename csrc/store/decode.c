@@ -69,7 +69,7 @@ static const uint8_t *take(struct job *j, struct input *in, size_t n, int *rc)
     const uint8_t *p = NULL;
     size_t have = pending(j);
 
-    if (have < n && have) {             /* only complete the piece: the rest is decoded where it is */
+    if (have < n && have) { /* only complete the piece: the rest is decoded where it is */
         size_t more = n - have < in->len ? n - have : in->len;
         *rc = keep(j, in->p, more);
         if (*rc)
@@ -120,8 +120,7 @@ static uint32_t codec_of(const struct job *j, const struct blobtable_chunk *k)
 }
 
 /* Decodes what is stored at a chunk's place into exactly len bytes. */
-static int decode_stored(struct job *j, const struct blobtable_chunk *k, const uint8_t *src, uint8_t *dst,
-                         size_t len)
+static int decode_stored(struct job *j, const struct blobtable_chunk *k, const uint8_t *src, uint8_t *dst, size_t len)
 {
     const struct zran *zran = job_table(j)->zran;
     const vnd_blob_info *info = &j->core->info;
@@ -129,7 +128,7 @@ static int decode_stored(struct job *j, const struct blobtable_chunk *k, const u
     size_t plain = k->csize;
     int rc;
 
-    if (k->batch && zran)           /* blobmeta_parse: the context is there, csize and len are its */
+    if (k->batch && zran) /* blobmeta_parse: the context is there, csize and len are its */
         return zran_decode(zran, k->batch - 1, src, dst);
     if (k->flags & BLOBTABLE_ENCRYPTED) {
         if (grow(&j->clear, &j->clear_cap, k->csize))
@@ -138,7 +137,7 @@ static int decode_stored(struct job *j, const struct blobtable_chunk *k, const u
         if (rc)
             return rc;
         src = j->clear;
-        if (k->batch && plain == len)   /* a batch is raw where its sizes are the same */
+        if (k->batch && plain == len) /* a batch is raw where its sizes are the same */
             codec = CODEC_NONE;
     }
     return codec_decode(j->codec, codec, src, plain, dst, len);
@@ -176,7 +175,7 @@ static int decode_chunk(struct job *j, struct input *in, const struct blobtable_
             return rc;
         j->batch_id = k->batch;
     }
-    memcpy(dst, j->batch + k->batch_at, k->usize);      /* blobtable_check: inside the batch */
+    memcpy(dst, j->batch + k->batch_at, k->usize); /* blobtable_check: inside the batch */
     return 0;
 }
 
@@ -198,7 +197,7 @@ static int decode(struct job *j, struct input *in)
         if (j->pos < k->coff)
             break;
         if (j->pos > k->coff && (!k->batch || k->batch != j->batch_id)) {
-            rc = -EBADMSG;          /* its batch did not decode */
+            rc = -EBADMSG; /* its batch did not decode */
         } else {
             if (grow(&j->scratch, &j->scratch_cap, j->scratch_len + k->usize))
                 return -ENOMEM;
@@ -241,7 +240,7 @@ static int decode_verify(struct job *j)
     const struct blobtable *t = job_table(j);
     int rc = 0;
 
-    j->verify_epoch = cachefile_epoch(j->core->cache);      /* before the bytes are read, of which they must be */
+    j->verify_epoch = cachefile_epoch(j->core->cache); /* before the bytes are read, of which they must be */
     while (!rc && j->cursor < j->n && j->scratch_len < FETCH_BATCH_BYTES) {
         const struct blobtable_chunk *k = &t->chunk[j->first + j->cursor];
         if (j->state[j->cursor] != JOB_WANT) {
@@ -316,7 +315,7 @@ int vnd_job_chunks(vnd_engine *e, uint64_t job_id, vnd_chunk_view *out, int max)
     if (!j)
         return -EINVAL;
     if (!j->views_n && j->kind != VND_JOB_META && !job_unwanted(e->fetcher, j)) {
-        struct input none = { (const uint8_t *)"", 0 };   /* no null pointer: it is moved over by nothing */
+        struct input none = { (const uint8_t *)"", 0 }; /* no null pointer: it is moved over by nothing */
         rc = j->kind == VND_JOB_VERIFY ? decode_verify(j) : decode(j, &none);
         if (rc == -EBADMSG && j->views_n)
             rc = 0;

@@ -9,7 +9,7 @@
 #include "blob/meta.h"
 #include "store/fetcher.h"
 
-#define PREFETCH_SCAN 4096          /* chunks looked at per turn */
+#define PREFETCH_SCAN 4096 /* chunks looked at per turn */
 
 /* ---------------------------------------------------------------- life cycle */
 
@@ -129,7 +129,7 @@ int fetch_push(struct blob_core *c, uint32_t index, int64_t deadline_us, const v
         f->demand = w;
         if (!w->next)
             f->demand_tail = &w->next;
-    } else {    /* the deadline is the same span for all, so arrival order is deadline order */
+    } else { /* the deadline is the same span for all, so arrival order is deadline order */
         *f->demand_tail = w;
         f->demand_tail = &w->next;
     }
@@ -245,7 +245,8 @@ void fetch_promote(struct fetcher *f, int slot, uint32_t index)
 
 /* ---------------------------------------------------------------- handing out */
 
-static const uint32_t slots_for[] = { [FOR_READER] = FETCH_SLOTS, [FOR_PREFETCH] = FETCH_PREFETCH_SLOTS,
+static const uint32_t slots_for[] = { [FOR_READER] = FETCH_SLOTS,
+                                      [FOR_PREFETCH] = FETCH_PREFETCH_SLOTS,
                                       [FOR_STREAM] = FETCH_STREAM_SLOTS };
 
 /* Demand always finds a slot before long: prefetch and streams leave it one between them. */
@@ -387,7 +388,7 @@ static int next_demand(struct fetcher *f, vnd_job *out)
     job_begin(j, ++f->next_id * FETCH_SLOTS + (uint64_t)slot);
     j->hint = w->hint;
     fill_out(j, out);
-    free(w);        /* its reference to the core is the job's now */
+    free(w); /* its reference to the core is the job's now */
     return 1;
 }
 
@@ -502,7 +503,7 @@ static int queue_range(struct blob_core *c, enum job_for whom, struct prefetch r
         at = &(*at)->next;
     p->next = *at;
     *at = p;
-    pthread_cond_broadcast(&f->some);       /* not every thread takes prefetch */
+    pthread_cond_broadcast(&f->some); /* not every thread takes prefetch */
     return 0;
 }
 
@@ -525,7 +526,8 @@ int fetch_stream(struct blob_core *c, uint32_t first, uint32_t end, const void *
 
 int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag)
 {
-    int rc = fetch_later(b->core, FOR_PREFETCH, first, n && n < UINT32_MAX - first ? first + n : UINT32_MAX, tag, b, false);
+    int rc =
+        fetch_later(b->core, FOR_PREFETCH, first, n && n < UINT32_MAX - first ? first + n : UINT32_MAX, tag, b, false);
 
     if (!rc && !atomic_load_explicit(&b->table, memory_order_acquire))
         handle_want_load(b);

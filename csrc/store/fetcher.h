@@ -7,58 +7,61 @@
 #include "blob/codec.h"
 
 #define FETCH_SHARDS 64
-#define FETCH_SLOTS 8               /* jobs under way */
-#define FETCH_PREFETCH_SLOTS 6      /* of them prefetch */
-#define FETCH_JOB_CHUNKS 4096       /* chunks of a job */
-#define FETCH_STREAM_SLOTS 3        /* of them ahead of readers who read in order */
+#define FETCH_SLOTS 8          /* jobs under way */
+#define FETCH_PREFETCH_SLOTS 6 /* of them prefetch */
+#define FETCH_JOB_CHUNKS 4096  /* chunks of a job */
+#define FETCH_STREAM_SLOTS 3   /* of them ahead of readers who read in order */
 #define FETCH_BACK_BYTES (256u << 10)
 #define FETCH_PREFETCH_BYTES (2u << 20)
 #define FETCH_BRIDGE_BYTES (64u << 10)
-#define FETCH_BATCH_BYTES (1u << 20)    /* decoded and waiting for commit */
+#define FETCH_BATCH_BYTES (1u << 20) /* decoded and waiting for commit */
 #define FETCH_TRIES 2
 
 enum job_for { FOR_READER, FOR_PREFETCH, FOR_STREAM };
 enum job_chunk { JOB_SKIP, JOB_WANT, JOB_DECODED, JOB_DONE, JOB_BAD };
 
 struct job {
-    pthread_mutex_t lock;           /* feed, chunks, commit, end; one caller is the rule, more do no harm */
-    uint64_t id;                    /* 0: free or being built; under fetcher->lock */
-    bool reserved;                  /* under fetcher->lock */
+    pthread_mutex_t lock; /* feed, chunks, commit, end; one caller is the rule, more do no harm */
+    uint64_t id;          /* 0: free or being built; under fetcher->lock */
+    bool reserved;        /* under fetcher->lock */
     struct blob_core *core;
-    const void *hint;               /* handle whose image asked, compared only */
-    struct vnd_blob *meta;          /* META job: whose table it brings; referenced */
+    const void *hint;      /* handle whose image asked, compared only */
+    struct vnd_blob *meta; /* META job: whose table it brings; referenced */
     uint64_t tag;
     int64_t deadline_us;
     uint32_t kind;
     enum job_for whom;
-    int64_t began_us, first_us;     /* handed out; first bytes came, of which there were */
+    int64_t began_us, first_us; /* handed out; first bytes came, of which there were */
     uint64_t first_bytes;
     _Atomic bool cancelled;
-    _Atomic uint32_t shed_after;    /* a job for nobody yet that somebody came to wait for: the last chunk index wanted */
-    uint32_t first, n;              /* chunk indexes [first, first+n) */
-    uint8_t state[FETCH_JOB_CHUNKS];    /* enum job_chunk */
-    bool claimed;                   /* units [claim_first, + claim_n) are locked against other processes */
+    _Atomic uint32_t shed_after; /* a job for nobody yet that somebody came to wait for: the last chunk index wanted */
+    uint32_t first, n;           /* chunk indexes [first, first+n) */
+    uint8_t state[FETCH_JOB_CHUNKS]; /* enum job_chunk */
+    bool claimed;                    /* units [claim_first, + claim_n) are locked against other processes */
     uint32_t claim_first, claim_n;
-    bool unspaced;                  /* a chunk could not be written */
-    bool lost;                      /* bytes were taken away while chunks were being committed */
-    uint64_t verify_epoch;          /* VERIFY: of the data file's bytes that the views show */
+    bool unspaced;         /* a chunk could not be written */
+    bool lost;             /* bytes were taken away while chunks were being committed */
+    uint64_t verify_epoch; /* VERIFY: of the data file's bytes that the views show */
     bool bad;
-    uint64_t coff, clen, fed;       /* compressed range and how much of it came */
-    uint64_t wasted;                /* part of fed that was of no use */
-    uint64_t pos;                   /* blob offset of the next byte to decode */
-    uint32_t cursor;                /* next chunk to decode, relative to first */
-    uint8_t *pend;                  /* bytes that came and are not decoded */
+    uint64_t coff, clen, fed; /* compressed range and how much of it came */
+    uint64_t wasted;          /* part of fed that was of no use */
+    uint64_t pos;             /* blob offset of the next byte to decode */
+    uint32_t cursor;          /* next chunk to decode, relative to first */
+    uint8_t *pend;            /* bytes that came and are not decoded */
     size_t pend_off, pend_len, pend_cap;
-    uint8_t *scratch;               /* decoded chunks */
+    uint8_t *scratch; /* decoded chunks */
     size_t scratch_len, scratch_cap;
-    uint8_t *kept;                  /* the same as they are stored, for a cache that holds them so */
+    uint8_t *kept; /* the same as they are stored, for a cache that holds them so */
     size_t kept_len, kept_cap;
-    uint8_t *batch;                 /* the last batch that was decoded; batch_id 0: none */
+    uint8_t *batch; /* the last batch that was decoded; batch_id 0: none */
     size_t batch_cap;
-    uint8_t *clear;                 /* an encrypted chunk without its cipher */
+    uint8_t *clear; /* an encrypted chunk without its cipher */
     size_t clear_cap;
     uint32_t batch_id;
-    struct { uint32_t rel, usize; size_t at, kept_at; } *views;
+    struct {
+        uint32_t rel, usize;
+        size_t at, kept_at;
+    } *views;
     uint32_t views_n, views_cap;
     struct codec *codec;
 };
@@ -69,26 +72,26 @@ struct prefetch {
     const void *hint;
     uint32_t at, end;
     uint64_t tag;
-    bool busy, cancelled;           /* a thread works on it and holds no lock: it stays in the list */
+    bool busy, cancelled; /* a thread works on it and holds no lock: it stays in the list */
 };
 
 struct foreign {
     struct foreign *next;
     struct blob_core *core;
     uint32_t index;
-    struct vnd_blob *meta;      /* referenced: its stored chunk table, not a chunk */
+    struct vnd_blob *meta; /* referenced: its stored chunk table, not a chunk */
 };
 
 struct uncached_chunk;
 
 struct fetcher {
     struct vnd_engine *engine;
-    pthread_mutex_t lock;           /* queues, slots, windows */
+    pthread_mutex_t lock; /* queues, slots, windows */
     pthread_cond_t some;
     _Atomic bool down;
     struct fetch_want *demand, **demand_tail;
     struct prefetch *ahead, *prefetch;
-    uint32_t running, running_for[3];   /* by enum job_for */
+    uint32_t running, running_for[3]; /* by enum job_for */
     uint64_t next_id;
     struct job slots[FETCH_SLOTS];
     struct miss_shard shards[FETCH_SHARDS];
@@ -100,7 +103,7 @@ struct fetcher {
     pthread_t foreign_thread;
     /* store/uncached.c */
     pthread_mutex_t uncached_lock;
-    struct uncached_chunk *uncached, *uncached_last;    /* newest first */
+    struct uncached_chunk *uncached, *uncached_last; /* newest first */
     size_t uncached_bytes;
     /* store/upkeep.c */
     pthread_mutex_t upkeep_lock;
@@ -120,8 +123,8 @@ void upkeep_stop(struct fetcher *f);
 void uncached_free(struct fetcher *f);
 /* store/job.c */
 void job_init(struct job *j);
-void job_begin(struct job *j, uint64_t id);     /* a job that was built is handed out; under fetcher->lock */
-void job_wipe(struct job *j);       /* frees its buffers */
+void job_begin(struct job *j, uint64_t id); /* a job that was built is handed out; under fetcher->lock */
+void job_wipe(struct job *j);               /* frees its buffers */
 /* store/merge.c: makes slot's job out of a chunk and its neighbours before chunk end. false: nothing to do for that chunk.
  * The slot is reserved by the caller. */
 bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool waited,

@@ -7,7 +7,7 @@
 
 #include "store/fetcher.h"
 
-#define TICK_MS 10      /* a dead holder, and a real nydusd that fills without our locks, are noticed within this */
+#define TICK_MS 10 /* a dead holder, and a real nydusd that fills without our locks, are noticed within this */
 
 static void foreign_free(struct foreign *x)
 {
@@ -71,7 +71,7 @@ static void *foreign_run(void *arg)
         f->foreign = NULL;
         pthread_mutex_unlock(&f->foreign_lock);
 
-        core_get(held);             /* keeps the store for the wait below */
+        core_get(held); /* keeps the store for the wait below */
         uint32_t gen = claim_wake_enter(&store->wake);
         while (mine) {
             struct foreign *x = mine;

@@ -23,17 +23,17 @@
 #include "store/stream.h"
 
 struct vnd_store {
-    struct vnd_store *next;             /* engine's list, under its lock */
+    struct vnd_store *next; /* engine's list, under its lock */
     struct vnd_engine *engine;
-    uint32_t refs;                      /* under the engine's lock */
+    uint32_t refs; /* under the engine's lock */
     char *path;
-    int dir_fd;                         /* its number stays when the directory is exchanged */
-    _Atomic int side_dir_fd;            /* likewise; -1: nothing can be shared */
+    int dir_fd;              /* its number stays when the directory is exchanged */
+    _Atomic int side_dir_fd; /* likewise; -1: nothing can be shared */
     _Atomic bool writable;
-    bool network;                       /* on a network file system */
-    bool compressed;                    /* chunks are kept as they are stored, where that is possible */
-    uint64_t dev, ino;                  /* under the engine's lock */
-    bool gone_said, side_said;          /* store/upkeep.c's */
+    bool network;              /* on a network file system */
+    bool compressed;           /* chunks are kept as they are stored, where that is possible */
+    uint64_t dev, ino;         /* under the engine's lock */
+    bool gone_said, side_said; /* store/upkeep.c's */
     pthread_mutex_t lock;
     struct blob_core *cores;
     struct claim_wake wake;
@@ -43,16 +43,16 @@ enum unit_state { UNIT_QUEUED, UNIT_CLAIMED, UNIT_FOREIGN, UNIT_OTHER };
 
 /* A chunk that is not ready and that somebody wants or fetches. Under its shard's lock. */
 struct store_unit {
-    struct store_unit *next;            /* bucket */
+    struct store_unit *next; /* bucket */
     struct blob_core *core;
     uint32_t index;
-    uint8_t state;                      /* enum unit_state */
-    uint8_t tries;                      /* how often its bytes were wrong or did not come */
-    bool wanted;                        /* a reader asked for it, not only a merge or prefetch */
-    bool force_fetch;                   /* what the data file holds was found wrong */
-    int16_t slot;                       /* the job that has it, -1 none */
+    uint8_t state;    /* enum unit_state */
+    uint8_t tries;    /* how often its bytes were wrong or did not come */
+    bool wanted;      /* a reader asked for it, not only a merge or prefetch */
+    bool force_fetch; /* what the data file holds was found wrong */
+    int16_t slot;     /* the job that has it, -1 none */
     int64_t deadline_us;
-    const void *hint;                   /* the handle that asked first, compared only: whose backend to ask */
+    const void *hint; /* the handle that asked first, compared only: whose backend to ask */
     struct store_wait *waiters;
 };
 
@@ -62,47 +62,47 @@ struct miss_shard {
 } __attribute__((aligned(64)));
 
 struct blob_core {
-    struct blob_core *next;             /* store's list */
+    struct blob_core *next; /* store's list */
     struct vnd_store *store;
     struct vnd_engine *engine;
-    vnd_blob_info info;                 /* as the first image has it */
-    uint32_t refs;                      /* under store->lock */
-    _Atomic bool closed;                /* no image names it any more */
-    pthread_mutex_t load_lock;          /* one table is loaded at a time */
-    pthread_mutex_t lock;               /* handles */
+    vnd_blob_info info;        /* as the first image has it */
+    uint32_t refs;             /* under store->lock */
+    _Atomic bool closed;       /* no image names it any more */
+    pthread_mutex_t load_lock; /* one table is loaded at a time */
+    pthread_mutex_t lock;      /* handles */
     struct vnd_blob *handles;
-    struct cachefile *cache;            /* set once, before table */
-    bool stored;                        /* likewise: the cache holds chunks as they are stored */
-    _Atomic(struct blobtable *) table;  /* union of all images' tables */
-    struct blobtable *tables;           /* all that were ever published; freed with the core */
+    struct cachefile *cache;           /* set once, before table */
+    bool stored;                       /* likewise: the cache holds chunks as they are stored */
+    _Atomic(struct blobtable *) table; /* union of all images' tables */
+    struct blobtable *tables;          /* all that were ever published; freed with the core */
     struct stream streams[STREAMS];
-    uint64_t stream_clock;              /* under fetcher->lock */
-    _Atomic uint32_t marks;             /* streams that have one: a read that meets none looks no further */
+    uint64_t stream_clock;  /* under fetcher->lock */
+    _Atomic uint32_t marks; /* streams that have one: a read that meets none looks no further */
     struct link_pace pace;
-    _Atomic uint32_t uncached;          /* chunks held in memory for want of space */
+    _Atomic uint32_t uncached; /* chunks held in memory for want of space */
 };
 
 struct vnd_blob {
-    _Atomic(struct blobtable *) table;  /* this image's; NULL until loaded and found free of contradiction */
-    struct cachefile *cache;            /* set before table */
+    _Atomic(struct blobtable *) table; /* this image's; NULL until loaded and found free of contradiction */
+    struct cachefile *cache;           /* set before table */
     struct blob_core *core;
-    struct vnd_blob *next;              /* core's list */
+    struct vnd_blob *next; /* core's list */
     _Atomic uint32_t refs;
     vnd_blob_info info;
-    _Atomic uint32_t amplify_bytes;     /* stream_miss */
+    _Atomic uint32_t amplify_bytes; /* stream_miss */
     blob_chunks_fn chunks;
     void *ctx;
-    struct store_unit meta;             /* pseudo-unit META(blob), under its shard's lock */
-    bool loading;                       /* under that lock too: a pool thread is in the image's chunks function */
-    bool fetching, detached;            /* its stored chunk table is asked for; no image holds it any more */
-    uint8_t *raw;                       /* the stored chunk table as it came, for the load that asked for it */
+    struct store_unit meta;  /* pseudo-unit META(blob), under its shard's lock */
+    bool loading;            /* under that lock too: a pool thread is in the image's chunks function */
+    bool fetching, detached; /* its stored chunk table is asked for; no image holds it any more */
+    uint8_t *raw;            /* the stored chunk table as it came, for the load that asked for it */
     size_t raw_len;
-    int meta_claim;                     /* held while it is fetched, -1: not; the load's */
-    char *beside;                       /* a directory that may hold its ID.blob.meta, or NULL */
+    int meta_claim; /* held while it is fetched, -1: not; the load's */
+    char *beside;   /* a directory that may hold its ID.blob.meta, or NULL */
     uint8_t raw_tries;
-    int meta_errno;                     /* why it cannot be used, 0 = not known to be unusable */
+    int meta_errno; /* why it cannot be used, 0 = not known to be unusable */
     int64_t meta_retry_us;
-    pthread_cond_t load_end;            /* with that lock */
+    pthread_cond_t load_end; /* with that lock */
 };
 
 struct store_buf {
@@ -147,8 +147,7 @@ struct store_wait *miss_detach(struct store_unit *u, int err);
 void miss_wake(struct store_wait *list);
 /* The job in slot takes the chunk. create: even if nobody asked for it. */
 enum miss_take { MISS_TAKEN, MISS_READY, MISS_BUSY, MISS_ABSENT };
-enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted,
-                         bool *force_fetch);
+enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted, bool *force_fetch);
 /* The chunk is ready (err 0) or given up: wakes its waiters, forgets the unit. */
 void miss_finish(struct blob_core *c, uint32_t index, int err);
 /* Gives a chunk back: asked for again if anybody wants it and it was tried less than max_tries times, else finished
@@ -171,8 +170,8 @@ struct fetch_want {
     struct blob_core *core;
     uint32_t index;
     int64_t deadline_us;
-    const void *hint;                   /* the handle that asked, compared only */
-    struct vnd_blob *meta;              /* referenced: its stored chunk table is wanted, not a chunk */
+    const void *hint;      /* the handle that asked, compared only */
+    struct vnd_blob *meta; /* referenced: its stored chunk table is wanted, not a chunk */
 };
 int fetch_push_meta(struct vnd_blob *b);
 int fetch_push(struct blob_core *c, uint32_t index, int64_t deadline_us, const void *hint, bool head);
@@ -190,7 +189,7 @@ int pool_park(struct vnd_engine *e, struct store_wait *w, const struct extent *e
 
 /* ---- store/uncached.c: chunks that could not be written, kept for a moment */
 int uncached_put(struct blob_core *c, uint32_t index, const uint8_t *data, size_t len);
-struct store_buf *uncached_get(struct blob_core *c, uint32_t index);    /* referenced, or NULL */
+struct store_buf *uncached_get(struct blob_core *c, uint32_t index); /* referenced, or NULL */
 void uncached_drop(struct blob_core *c);
 /* Writes them after all, as far as there is room. With core->load_lock held. */
 void uncached_flush(struct blob_core *c);

@@ -11,7 +11,7 @@
 
 #include "store/job.h"
 
-#define KEEP_BYTES (4u << 20)       /* buffers up to this stay with the slot */
+#define KEEP_BYTES (4u << 20) /* buffers up to this stay with the slot */
 
 void job_init(struct job *j)
 {
@@ -120,7 +120,7 @@ static bool digest_right(const struct commit *m, uint32_t view, const uint8_t *g
     uint8_t own[CODEC_DIGEST_BYTES];
 
     if (!m->t->chunk[i].usize || m->t->chunk[i].usize != j->views[view].usize)
-        return false;       /* the table changed meanwhile */
+        return false; /* the table changed meanwhile */
     if (!(m->t->chunk[i].flags & BLOBTABLE_DIGEST))
         return m->e->cfg.allow_unverified &&
                (!(m->t->chunk[i].flags & BLOBTABLE_CRC32) ||
@@ -157,7 +157,7 @@ static void keep_unwritten(struct job *j, uint32_t view)
 {
     j->unspaced = true;
     if (j->whom != FOR_READER && !atomic_load(&j->shed_after)) {
-        atomic_store(&j->cancelled, true);      /* no use in fetching ahead into nowhere */
+        atomic_store(&j->cancelled, true); /* no use in fetching ahead into nowhere */
         fetch_drop_prefetch(j->core);
     } else {
         uncached_put(j->core, j->first + j->views[view].rel, j->scratch + j->views[view].at, j->views[view].usize);
@@ -169,15 +169,15 @@ static void settle_views(struct commit *m, uint32_t from, uint32_t to)
 {
     struct job *j = m->j;
     struct cachefile *cache = j->core->cache;
-    _Atomic uint64_t *counter = j->kind == VND_JOB_VERIFY ? &m->e->shared.verified_chunks :
-                                &m->e->shared.fetched_chunks;
+    _Atomic uint64_t *counter =
+        j->kind == VND_JOB_VERIFY ? &m->e->shared.verified_chunks : &m->e->shared.fetched_chunks;
     int rc = from < to ? write_views(m, from, to) : 0;
     bool lost = false;
 
     if (!rc) {
         pthread_mutex_lock(&cache->lock);
-        lost = !cachefile_epoch_holds(cache, m->epoch);     /* bytes were taken away meanwhile, perhaps these */
-        if (!lost)          /* counted first: who sees them ready finds them counted */
+        lost = !cachefile_epoch_holds(cache, m->epoch); /* bytes were taken away meanwhile, perhaps these */
+        if (!lost)                                      /* counted first: who sees them ready finds them counted */
             atomic_fetch_add_explicit(counter, to - from, memory_order_relaxed);
         for (uint32_t v = from; v < to && !lost; v++)
             cachefile_set_ready(cache, j->first + j->views[v].rel);
@@ -186,7 +186,7 @@ static void settle_views(struct commit *m, uint32_t from, uint32_t to)
     for (uint32_t v = from; v < to; v++) {
         uint32_t rel = j->views[v].rel;
         if (lost) {
-            j->state[rel] = JOB_WANT;       /* left over at the end, so asked for again */
+            j->state[rel] = JOB_WANT; /* left over at the end, so asked for again */
             j->lost = true;
             continue;
         }
@@ -215,8 +215,8 @@ static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digest
     struct commit m = { .e = e, .j = j };
     uint32_t from = 0, count = (uint32_t)n;
 
-    if (n < 0 || count > j->views_n || (!digests && n && j->core->info.digester != CODEC_SHA256 &&
-                                        !e->cfg.allow_unverified))
+    if (n < 0 || count > j->views_n ||
+        (!digests && n && j->core->info.digester != CODEC_SHA256 && !e->cfg.allow_unverified))
         return -EINVAL;
     if (!n)
         return 0;
@@ -271,14 +271,20 @@ static void say_bad(struct vnd_engine *e, const struct job *j, uint32_t i, bool 
     const struct blobtable_chunk *k = &job_table(j)->chunk[i];
 
     if (j->kind == VND_JOB_VERIFY)
-        engine_say(e, 30, VND_CAUSE_DIGEST, "cache of blob %s: chunk %u in the data file at %" PRIu64 " is not the "
-                   "image's; it is fetched again", j->core->info.id, i, k->uoff);
+        engine_say(e, 30, VND_CAUSE_DIGEST,
+                   "cache of blob %s: chunk %u in the data file at %" PRIu64 " is not the "
+                   "image's; it is fetched again",
+                   j->core->info.id, i, k->uoff);
     else if (again)
-        engine_say(e, 30, VND_CAUSE_DIGEST, "blob %s: chunk %u [%" PRIu64 ", +%u) came with wrong bytes; it is "
-                   "asked for once more", j->core->info.id, i, k->coff, k->csize);
+        engine_say(e, 30, VND_CAUSE_DIGEST,
+                   "blob %s: chunk %u [%" PRIu64 ", +%u) came with wrong bytes; it is "
+                   "asked for once more",
+                   j->core->info.id, i, k->coff, k->csize);
     else
-        engine_say(e, 40, VND_CAUSE_DIGEST, "blob %s: chunk %u [%" PRIu64 ", +%u) has wrong bytes: readers get "
-                   "EIO; the blob on the server or the image is damaged", j->core->info.id, i, k->coff, k->csize);
+        engine_say(e, 40, VND_CAUSE_DIGEST,
+                   "blob %s: chunk %u [%" PRIu64 ", +%u) has wrong bytes: readers get "
+                   "EIO; the blob on the server or the image is damaged",
+                   j->core->info.id, i, k->coff, k->csize);
 }
 
 /* Settles what the job leaves: asked for again, or failed. */
@@ -286,13 +292,13 @@ static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
 {
     bool verify = j->kind == VND_JOB_VERIFY, dropped = job_unwanted(e->fetcher, j);
 
-    for (uint32_t rel = j->n; rel-- > 0;) {     /* backwards: each goes to the head of the queue */
+    for (uint32_t rel = j->n; rel-- > 0;) { /* backwards: each goes to the head of the queue */
         uint32_t i = j->first + rel;
         if (j->state[rel] == JOB_BAD) {
             bool again = miss_retry(j->core, i, verify ? 255 : FETCH_TRIES, !verify, verify, EIO);
             say_bad(e, j, i, again);
         } else if (j->state[rel] == JOB_WANT || j->state[rel] == JOB_DECODED) {
-            if (j->bad || j->lost || dropped)   /* not reached, through no fault of its own */
+            if (j->bad || j->lost || dropped) /* not reached, through no fault of its own */
                 miss_retry(j->core, i, 255, false, false, EIO);
             else if (!error || j->whom != FOR_READER || verify)
                 miss_retry(j->core, i, FETCH_TRIES, true, false, EIO);

@@ -11,14 +11,19 @@
 #include "blob/meta.h"
 #include "store/fetcher.h"
 
-#define META_RETRY_US (1000 * 1000)     /* an image that was refused may be looked at again after this */
+#define META_RETRY_US (1000 * 1000) /* an image that was refused may be looked at again after this */
 #define META_TRIES 2
 
 void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg)
 {
     *cfg = (struct cachefile_cfg){
-        .engine = c->engine, .dir_fd = c->store->dir_fd, .side_dir_fd = c->store->side_dir_fd,
-        .writable = c->store->writable, .id = c->info.id, .stored = c->stored, .n = c->info.chunk_count,
+        .engine = c->engine,
+        .dir_fd = c->store->dir_fd,
+        .side_dir_fd = c->store->side_dir_fd,
+        .writable = c->store->writable,
+        .id = c->info.id,
+        .stored = c->stored,
+        .n = c->info.chunk_count,
         .size_bytes = c->stored ? blobtable_stored_bytes(&c->info) : c->info.uncompressed_size_bytes,
     };
 }
@@ -64,8 +69,8 @@ static int live_union(struct blob_core *c, struct blobtable *own, struct blobtab
 }
 
 /* Brings own into the core; on success *own is the table that the handle shall use (owned by the core). */
-static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct blobtable **own, int *cause,
-                       char *err, size_t err_len)
+static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct blobtable **own, int *cause, char *err,
+                       size_t err_len)
 {
     struct blobtable *now = atomic_load(&c->table), *all = *own;
     int rc = 0;
@@ -74,7 +79,8 @@ static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct bl
     if (info->chunk_count != c->info.chunk_count || info->compressor != c->info.compressor ||
         info->digester != c->info.digester || info->cipher != c->info.cipher ||
         memcmp(info->cipher_key, c->info.cipher_key, sizeof info->cipher_key) ||
-        memcmp(info->cipher_iv, c->info.cipher_iv, sizeof info->cipher_iv) || info->uncompressed_size_bytes != c->info.uncompressed_size_bytes)
+        memcmp(info->cipher_iv, c->info.cipher_iv, sizeof info->cipher_iv) ||
+        info->uncompressed_size_bytes != c->info.uncompressed_size_bytes)
         return fail_line(-EEXIST, err, err_len, "sizes or codecs differ from what another image in use says");
     if (now && blobtable_equal(now, *own)) {
         blobtable_free(*own);
@@ -83,9 +89,9 @@ static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct bl
     }
     if (now)
         rc = blobtable_merge(&all, now, *own, err, err_len);
-    if (rc == -EEXIST) {    /* perhaps with an image that is gone */
+    if (rc == -EEXIST) { /* perhaps with an image that is gone */
         rc = live_union(c, *own, &all, err, err_len);
-        uncached_drop(c);   /* it may be that one's */
+        uncached_drop(c); /* it may be that one's */
     }
     if (rc)
         return rc;
@@ -146,8 +152,8 @@ static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
         return rc;
     rc = apply_meta(records, &b->info, plain, header, why, sizeof why);
     if (rc)
-        engine_say(b->core->engine, 30, VND_CAUSE_FORMAT, "%s.blob.meta in the cache directory or beside the bootstrap is not used: %s",
-                   b->info.id, why);
+        engine_say(b->core->engine, 30, VND_CAUSE_FORMAT,
+                   "%s.blob.meta in the cache directory or beside the bootstrap is not used: %s", b->info.id, why);
     free(plain);
     return rc;
 }
@@ -165,7 +171,7 @@ static int meta_from_raw(struct vnd_blob *b, struct blobtable **records, char *e
         return rc;
     rc = apply_meta(records, &b->info, plain, header, err, err_len);
     if (!rc && b->core->store->writable)
-        blobmeta_file_write(b->core->store->dir_fd, &b->info, plain, header);   /* only saves the next fetch */
+        blobmeta_file_write(b->core->store->dir_fd, &b->info, plain, header); /* only saves the next fetch */
     free(plain);
     return rc;
 }
@@ -198,7 +204,8 @@ static int load_table(struct vnd_blob *b, struct blobtable **own, int *cause, ch
     /* The image's own limits first: without digests nothing is worth fetching. */
     if (rc && !b->core->engine->cfg.allow_unverified) {
         *cause = VND_CAUSE_DIGEST;
-        return fail_line(-EIO, err, err_len, "its image lists no chunks and so no digests of it; "
+        return fail_line(-EIO, err, err_len,
+                         "its image lists no chunks and so no digests of it; "
                          "--allow-unverified serves it all the same");
     }
     if (!blobmeta_possible(&b->info)) {
@@ -231,7 +238,8 @@ static int load(struct vnd_blob *b, int *cause, char *err, size_t err_len)
     if (own->digests < own->known && !c->engine->cfg.allow_unverified) {
         *cause = VND_CAUSE_DIGEST;
         blobtable_free(own);
-        return fail_line(-EIO, err, err_len, "its image carries no chunk digests; --allow-unverified serves it all "
+        return fail_line(-EIO, err, err_len,
+                         "its image carries no chunk digests; --allow-unverified serves it all "
                          "the same");
     }
     pthread_mutex_lock(&c->load_lock);
@@ -262,7 +270,7 @@ static void load_end(struct vnd_blob *b, int rc)
     pthread_mutex_lock(&s->lock);
     b->loading = false;
     b->fetching = rc == -EINPROGRESS || rc == -EBUSY;
-    if (rc != -EINPROGRESS && b->meta_claim >= 0)       /* the file is written, if it came */
+    if (rc != -EINPROGRESS && b->meta_claim >= 0) /* the file is written, if it came */
         close(b->meta_claim);
     if (rc != -EINPROGRESS)
         b->meta_claim = -1;
@@ -289,7 +297,7 @@ static void load_run(struct pool_task *task)
         if (err[0])
             engine_say(e, 30, VND_CAUSE_DIGEST, "%s; it is asked for once more", err);
         b->raw_tries++;
-        load_end(b, rc);        /* before the job can end */
+        load_end(b, rc); /* before the job can end */
         if (fetch_push_meta(b))
             handle_raw(b, NULL, 0, ENOMEM);
     } else if (rc == -EBUSY) {

@@ -7,7 +7,7 @@
 #include "store/fetcher.h"
 
 #define VERIFY_BYTES (1u << 20)
-#define WANTED_BYTES (1u << 20)     /* chunks that somebody asked for merge up to this whatever the window is */
+#define WANTED_BYTES (1u << 20) /* chunks that somebody asked for merge up to this whatever the window is */
 
 struct build {
     struct fetcher *f;
@@ -15,11 +15,11 @@ struct build {
     int slot;
     struct blobtable *t;
     struct cachefile *cache;
-    bool verify, wanted;        /* wanted: somebody waits for the first chunk */
+    bool verify, wanted; /* wanted: somebody waits for the first chunk */
     uint32_t window_bytes;
-    uint32_t limit;             /* chunks from here on are not taken */
-    uint32_t batch;             /* of the last taken chunk */
-    uint64_t end, bridged;      /* end of the last taken chunk; bytes of the range that nobody needs */
+    uint32_t limit;        /* chunks from here on are not taken */
+    uint32_t batch;        /* of the last taken chunk */
+    uint64_t end, bridged; /* end of the last taken chunk; bytes of the range that nobody needs */
 };
 
 static uint64_t chunk_end(const struct blobtable_chunk *k)
@@ -40,7 +40,7 @@ static bool may_join(const struct build *b, uint32_t i, bool *speculative)
     }
     if (cachefile_doubted(b->cache, i))
         return false;
-    if (k->batch && k->batch == b->batch) {     /* comes with what is fetched already */
+    if (k->batch && k->batch == b->batch) { /* comes with what is fetched already */
         *speculative = true;
         return true;
     }
@@ -68,7 +68,7 @@ static void merge_forward(struct build *b)
         j->state[rel] = JOB_SKIP;
         if (!k->usize)
             continue;
-        if (cachefile_ready(b->cache, i)) {     /* bridged, if something follows that is worth it */
+        if (cachefile_ready(b->cache, i)) { /* bridged, if something follows that is worth it */
             if (!b->verify && k->coff > b->end + FETCH_BRIDGE_BYTES)
                 break;
             continue;
@@ -82,7 +82,7 @@ static void merge_forward(struct build *b)
         }
         if (got != MISS_TAKEN)
             break;
-        if (b->verify && force) {               /* its bytes in the file are known to be wrong */
+        if (b->verify && force) { /* its bytes in the file are known to be wrong */
             miss_retry(j->core, i, 255, false, true, EIO);
             break;
         }
@@ -186,7 +186,11 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
                uint32_t window_bytes)
 {
     struct job *j = &f->slots[slot];
-    struct build b = { .f = f, .j = j, .slot = slot, .cache = c->cache, .wanted = waited,
+    struct build b = { .f = f,
+                       .j = j,
+                       .slot = slot,
+                       .cache = c->cache,
+                       .wanted = waited,
                        .window_bytes = window_bytes,
                        .t = atomic_load_explicit(&c->table, memory_order_acquire) };
     bool wanted = false, force = false;

@@ -5,7 +5,7 @@
 
 #include "store/fetcher.h"
 
-#define BUCKETS (sizeof ((struct miss_shard *)0)->bucket / sizeof ((struct miss_shard *)0)->bucket[0])
+#define BUCKETS (sizeof((struct miss_shard *)0)->bucket / sizeof((struct miss_shard *)0)->bucket[0])
 
 static uint64_t miss_hash(const void *key, uint32_t index)
 {
@@ -39,7 +39,7 @@ static struct store_unit *unit_add(struct store_unit **at, struct blob_core *c, 
     u->index = index;
     u->state = (uint8_t)state;
     u->slot = -1;
-    *at = u;            /* at is the end of its bucket */
+    *at = u; /* at is the end of its bucket */
     return u;
 }
 
@@ -93,7 +93,7 @@ bool store_wait_cancel(struct store_wait *w)
         pthread_mutex_unlock(&s->lock);
     }
     if (linked || !s)
-        drop_buf(w);    /* not the answer: who makes one may be at it */
+        drop_buf(w); /* not the answer: who makes one may be at it */
     return linked;
 }
 
@@ -111,7 +111,7 @@ struct store_wait *miss_detach(struct store_unit *u, int err)
 {
     struct store_wait *list = NULL, *w;
 
-    while ((w = u->waiters)) {      /* turned round: who came first is woken first */
+    while ((w = u->waiters)) { /* turned round: who came first is woken first */
         unlink_wait(w);
         if (err)
             w->err = err;
@@ -125,7 +125,7 @@ void miss_wake(struct store_wait *list)
 {
     while (list) {
         struct store_wait *w = list;
-        list = w->next;             /* once woken it may be linked elsewhere */
+        list = w->next; /* once woken it may be linked elsewhere */
         w->next = NULL;
         w->wake(w);
     }
@@ -168,8 +168,7 @@ int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t
     return rc;
 }
 
-enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted,
-                         bool *force_fetch)
+enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted, bool *force_fetch)
 {
     struct miss_shard *s = miss_shard_of(c->engine->fetcher, c, index);
     struct store_unit **at, *u;
@@ -240,7 +239,7 @@ void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err
         u->slot = -1;
         u->deadline_us = later_us;
         hint = u->hint;
-        u = NULL;           /* it stays */
+        u = NULL; /* it stays */
     } else if (u) {
         *at = u->next;
     }

@@ -8,7 +8,7 @@
 #include "store/fetcher.h"
 
 #define POOL_MAX 16
-#define AGAIN_MAX 2     /* then the pages are dropped faster than the reader comes back: hand the bytes over */
+#define AGAIN_MAX 2 /* then the pages are dropped faster than the reader comes back: hand the bytes over */
 
 struct pool {
     struct vnd_engine *engine;
@@ -99,10 +99,10 @@ void pool_submit(struct vnd_engine *e, struct pool_task *t)
 struct page_task {
     struct pool_task task;
     struct vnd_engine *engine;
-    struct store_unit unit;     /* the reader is linked here; under its shard's lock */
+    struct store_unit unit; /* the reader is linked here; under its shard's lock */
     size_t total;
     int n;
-    bool decoded;               /* some come out of a cache that holds chunks as they are stored */
+    bool decoded; /* some come out of a cache that holds chunks as they are stored */
     struct extent ext[];
 };
 
@@ -118,7 +118,7 @@ static void page_run(struct pool_task *task)
     if (b) {
         struct iovec iov = { b->data, t->total };
         rc = store_serve(t->ext, t->n, &iov, 1, false, &missing);
-        if (rc == -EAGAIN)      /* the epoch was odd throughout */
+        if (rc == -EAGAIN) /* the epoch was odd throughout */
             for (int i = 0; i < t->n; i++)
                 if (t->ext[i].blob)
                     cachefile_examine(t->ext[i].blob->cache);

@@ -10,7 +10,7 @@
 
 #include "store/fetcher.h"
 
-#define IOV_MAX_RUN 272     /* a whole reply (fuse/req.h: 264) in one call */
+#define IOV_MAX_RUN 272 /* a whole reply (fuse/req.h: 264) in one call */
 #define EPOCH_TRIES 3
 
 struct cursor {
@@ -84,7 +84,7 @@ static int read_run(struct cachefile *c, uint64_t uoff, size_t len, struct curso
         }
         if (n < 0)
             return errno == EAGAIN ? -EAGAIN : errno == EFAULT ? -EFAULT : -EIO;
-        if ((size_t)n < want)       /* some pages are not there; or the file was cut, which a blocking read tells */
+        if ((size_t)n < want) /* some pages are not there; or the file was cut, which a blocking read tells */
             return nowait ? -EAGAIN : -EIO;
         uoff += want;
         len -= want;
@@ -109,7 +109,7 @@ static int read_uncached(const struct extent *x, struct cursor *cur)
 static int read_stored(struct cachefile *c, const struct extent *x, struct cursor *cur)
 {
     const struct blobtable *t = atomic_load_explicit(&x->blob->table, memory_order_acquire);
-    const struct blobtable_chunk *k = &t->chunk[x->chunk];      /* blobtable_covers: there is one */
+    const struct blobtable_chunk *k = &t->chunk[x->chunk]; /* blobtable_covers: there is one */
     uint32_t codec = k->flags & BLOBTABLE_COMPRESSED ? x->blob->info.compressor : CODEC_NONE;
     uint8_t *stored = malloc(k->csize), *plain = malloc(k->usize);
     struct codec *state = codec_new();
@@ -161,7 +161,7 @@ int64_t store_serve(const struct extent *ext, int n, const struct iovec *iov, in
         if (c->data_fd < 0)
             return -EIO;
         if (c->stored) {
-            if (nowait)         /* nothing is decoded on a queue's thread */
+            if (nowait) /* nothing is decoded on a queue's thread */
                 return -EAGAIN;
             j = i + 1;
             len = x->len;
@@ -177,7 +177,7 @@ int64_t store_serve(const struct extent *ext, int n, const struct iovec *iov, in
         }
         if (rc && (rc != -EIO || holds))
             return rc;
-        if (!holds) {       /* bytes were taken away meanwhile: look again */
+        if (!holds) { /* bytes were taken away meanwhile: look again */
             if (++tries >= EPOCH_TRIES)
                 return -EAGAIN;
             cur = at;
@@ -220,8 +220,10 @@ static int park_missing(struct store_wait *w, const struct extent *ext, int n)
 
 static int64_t refuse_extent(const struct extent *x)
 {
-    engine_say(x->blob->core->engine, 40, VND_CAUSE_FORMAT, "blob %s: a file names chunk %u at %llu, its chunk "
-               "table does not: the image is damaged", x->blob->info.id, x->chunk, (unsigned long long)x->uoff);
+    engine_say(x->blob->core->engine, 40, VND_CAUSE_FORMAT,
+               "blob %s: a file names chunk %u at %llu, its chunk "
+               "table does not: the image is damaged",
+               x->blob->info.id, x->chunk, (unsigned long long)x->uoff);
     return -EIO;
 }
 
@@ -298,7 +300,7 @@ int64_t store_read(struct store_wait *w, const struct extent *ext, int n, const 
         rc = park_missing(w, ext, n);
         if (rc <= 0)
             return rc ? rc : -EINPROGRESS;
-        if (tries > 64)     /* chunks come and go faster than they are read */
+        if (tries > 64) /* chunks come and go faster than they are read */
             return -EIO;
     }
 }
@@ -340,7 +342,7 @@ int store_want(struct store_wait *w, const struct extent *ext, int n)
             return rc ? rc : -EINPROGRESS;
         if (any_uncached(ext, n))
             return -ENOSPC;
-        if (tries > 64)     /* chunks come and go faster than they can be looked at */
+        if (tries > 64) /* chunks come and go faster than they can be looked at */
             return -EIO;
     }
 }

@@ -22,8 +22,8 @@
 static bool is_network_fs(int fd)
 {
     static const unsigned long magics[] = {
-        0x6969 /* NFS */, 0xFF534D42 /* CIFS */, 0xFE534D42 /* SMB2 */, 0x65735546 /* FUSE */, 0x01021997 /* 9p */,
-        0x00C36400 /* Ceph */, 0x5346414F /* AFS */, 0x6B414653 /* kAFS */,
+        0x6969 /* NFS */,      0xFF534D42 /* CIFS */,   0xFE534D42 /* SMB2 */, 0x65735546 /* FUSE */,
+        0x01021997 /* 9p */,   0x00C36400 /* Ceph */,   0x5346414F /* AFS */,  0x6B414653 /* kAFS */,
         0x47504653 /* GPFS */, 0x0BD00BD0 /* Lustre */,
     };
     struct statfs st;
@@ -45,8 +45,10 @@ static void side_dir_open(struct vnd_store *s)
         return;
     if (mkdirat(s->dir_fd, SIDE_DIR, 0700) && errno != EEXIST) {
         if (!s->side_said)
-            engine_say(s->engine, 30, VND_CAUSE_SPACE, "cache directory %s cannot be written (%s): what is not in it "
-                       "is served from memory only and fetched again; %s", s->path, strerror(errno), cachefile_cure(errno));
+            engine_say(s->engine, 30, VND_CAUSE_SPACE,
+                       "cache directory %s cannot be written (%s): what is not in it "
+                       "is served from memory only and fetched again; %s",
+                       s->path, strerror(errno), cachefile_cure(errno));
         s->side_said = true;
         s->writable = !(errno == EROFS || errno == EACCES || errno == EPERM);
         return;
@@ -81,8 +83,10 @@ bool store_follow(struct vnd_store *s, bool retry)
         fd = open(s->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         if (fd < 0 || fstat(fd, &st)) {
             if (!s->gone_said)
-                engine_say(s->engine, 40, VND_CAUSE_IO, "cache directory %s is gone (%s): this daemon alone goes on "
-                           "with the removed files; make it anew", s->path, strerror(errno));
+                engine_say(s->engine, 40, VND_CAUSE_IO,
+                           "cache directory %s is gone (%s): this daemon alone goes on "
+                           "with the removed files; make it anew",
+                           s->path, strerror(errno));
             s->gone_said = true;
             if (fd >= 0)
                 close(fd);
@@ -153,8 +157,10 @@ vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, int compressed, c
     s->path = strdup(work_dir);
     s->network = is_network_fs(fd);
     if (s->network)
-        engine_say(e, 30, VND_CAUSE_NONE, "cache directory %s is on a network file system: fetches are not shared "
-                   "between daemons and everything is verified once per start", work_dir);
+        engine_say(e, 30, VND_CAUSE_NONE,
+                   "cache directory %s is on a network file system: fetches are not shared "
+                   "between daemons and everything is verified once per start",
+                   work_dir);
     side_dir_open(s);
     if (!s->path || claim_wake_open(&s->wake, s->side_dir_fd)) {
         fail_line(0, err, err_len, "cache directory %s: no memory", work_dir);
@@ -162,7 +168,7 @@ vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, int compressed, c
         return NULL;
     }
     pthread_mutex_lock(&e->lock);
-    old = store_find(e, &st, compressed);           /* another thread may have been faster */
+    old = store_find(e, &st, compressed); /* another thread may have been faster */
     if (!old) {
         s->next = e->stores;
         e->stores = s;
@@ -320,8 +326,10 @@ struct vnd_blob *blob_get(vnd_store *s, const vnd_blob_info *info, blob_chunks_f
         return NULL;
     }
     if (feature) {
-        fail_line(0, err, err_len, "blob %s needs the feature %s, which is not supported; convert the image "
-                  "without it", info->id, feature);
+        fail_line(0, err, err_len,
+                  "blob %s needs the feature %s, which is not supported; convert the image "
+                  "without it",
+                  info->id, feature);
         return NULL;
     }
     if (!codec_known(info->compressor) || info->digester > CODEC_SHA256) {
@@ -370,7 +378,7 @@ void blob_put(struct vnd_blob *b, void *ctx)
 
     pthread_mutex_lock(&s->lock);
     b->detached = true;
-    while (b->loading)          /* it calls the image's chunks function */
+    while (b->loading) /* it calls the image's chunks function */
         pthread_cond_wait(&b->load_end, &s->lock);
     list = miss_detach(&b->meta, EIO);
     pthread_mutex_unlock(&s->lock);
@@ -383,7 +391,7 @@ void blob_put(struct vnd_blob *b, void *ctx)
             break;
         }
     last = !c->handles;
-    if (last)       /* an image that names the blob from now on gets a core of its own */
+    if (last) /* an image that names the blob from now on gets a core of its own */
         atomic_store(&c->closed, true);
     pthread_mutex_unlock(&c->lock);
     pthread_mutex_unlock(&c->store->lock);
@@ -408,7 +416,7 @@ uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total)
     *total = t ? t->known : 0;
     if (t && t->known == t->n)
         return cachefile_count_ready(b->cache);
-    for (uint32_t i = 0; t && i < t->n; i++)    /* this image names some of the blob's chunks only */
+    for (uint32_t i = 0; t && i < t->n; i++) /* this image names some of the blob's chunks only */
         ready += t->chunk[i].usize && cachefile_ready(b->cache, i);
     return ready;
 }

@@ -18,13 +18,13 @@
 /* Bytes of one chunk, as a file system names them. Never bytes themselves (law 6). blob NULL: zeroes. */
 struct extent {
     struct vnd_blob *blob;
-    uint64_t uoff;          /* where they start in the uncompressed blob = in the cache file */
-    uint32_t chunk;         /* chunk index in the blob */
+    uint64_t uoff;  /* where they start in the uncompressed blob = in the cache file */
+    uint32_t chunk; /* chunk index in the blob */
     uint32_t len;
-    uint32_t chunk_off;     /* where they start in the chunk: uoff - chunk_off is the chunk's own start */
+    uint32_t chunk_off; /* where they start in the chunk: uoff - chunk_off is the chunk's own start */
 };
 
-struct store_buf;           /* refcounted bytes for what could not come from the cache file */
+struct store_buf; /* refcounted bytes for what could not come from the cache file */
 
 /* What another thread made for a waiter. */
 struct store_answer {
@@ -34,14 +34,14 @@ struct store_answer {
 /* A waiter: embedded in whatever waits, owned by it. Only the store touches the fields above the line while
  * linked. */
 struct store_wait {
-    struct store_wait *next, **prev;    /* shard list */
-    struct store_unit *unit;            /* the unit it is linked on, NULL = not linked */
-    void *shard;                        /* whose lock guards the link */
-    struct store_buf *buf;              /* set by the waker: the wanted bytes, served by the next store_read */
-    struct store_answer *answer;        /* set by a waker that is not the store: what it waited for */
-    int32_t err;                        /* set by the waker: positive errno to fail with */
-    uint8_t again;                      /* EAGAINs so far (page cache) */
-    uint8_t parked_once;                /* for the statistics */
+    struct store_wait *next, **prev; /* shard list */
+    struct store_unit *unit;         /* the unit it is linked on, NULL = not linked */
+    void *shard;                     /* whose lock guards the link */
+    struct store_buf *buf;           /* set by the waker: the wanted bytes, served by the next store_read */
+    struct store_answer *answer;     /* set by a waker that is not the store: what it waited for */
+    int32_t err;                     /* set by the waker: positive errno to fail with */
+    uint8_t again;                   /* EAGAINs so far (page cache) */
+    uint8_t parked_once;             /* for the statistics */
     /* ---- the owner's */
     int64_t deadline_us;                /* CLOCK_MONOTONIC; orders demand */
     void (*wake)(struct store_wait *w); /* called once per park, any thread, no store lock held; must not block */
@@ -68,9 +68,9 @@ bool store_wait_cancel(struct store_wait *w);
 void store_wait_done(struct store_wait *w);
 
 /* ---- for file systems that open blobs */
-struct blob_chunk {         /* what a bootstrap says of one chunk */
-    uint32_t index, csize, usize, flags;    /* flags: rafs-format 2.6 */
-    uint32_t crc32;                         /* CRC-32C, if flagged */
+struct blob_chunk {                      /* what a bootstrap says of one chunk */
+    uint32_t index, csize, usize, flags; /* flags: rafs-format 2.6 */
+    uint32_t crc32;                      /* CRC-32C, if flagged */
     uint64_t coff, uoff;
     uint8_t digest[32];
 };

@@ -1,7 +1,7 @@
 /* store/stream.c -- see stream.h. */
 #include "store/fetcher.h"
 
-#define PACE_SHARE 16       /* a window takes this many times the latency: a ninth of the time at most is waiting */
+#define PACE_SHARE 16 /* a window takes this many times the latency: a ninth of the time at most is waiting */
 
 uint32_t stream_window_max(const struct link_pace *p, uint32_t amplify_bytes)
 {
@@ -134,7 +134,7 @@ void stream_fetched(struct blob_core *c, uint64_t number, uint32_t end, uint64_t
     s->fetched_bytes += bytes;
     s->next = end;
     if (s->ahead > end)
-        return;             /* what is ahead still is; its mark is before the reader */
+        return; /* what is ahead still is; its mark is before the reader */
     s->ahead = end;
     set_mark(c, s, STREAM_NONE);
     if (established(s))

@@ -17,27 +17,27 @@ struct blob_core;
 struct fetcher;
 struct job;
 
-#define STREAMS 4                           /* told apart in a blob; the one used longest ago makes room */
+#define STREAMS 4 /* told apart in a blob; the one used longest ago makes room */
 #define STREAM_NONE UINT32_MAX
-#define STREAM_AHEAD_AFTER (4u << 20)       /* bytes read in order, from then on there is fetching ahead */
-#define STREAM_WINDOW_MAX (32u << 20)       /* whatever the link is */
-#define AMPLIFY_MIN_BYTES (128u << 10)      /* what nydusd makes of a smaller amplify_io */
+#define STREAM_AHEAD_AFTER (4u << 20)  /* bytes read in order, from then on there is fetching ahead */
+#define STREAM_WINDOW_MAX (32u << 20)  /* whatever the link is */
+#define AMPLIFY_MIN_BYTES (128u << 10) /* what nydusd makes of a smaller amplify_io */
 #define AMPLIFY_DEFAULT_BYTES (1u << 20)
 
 /* All but mark under fetcher->lock. Places are chunk indexes. */
 struct stream {
-    uint64_t used;                          /* 0: free; else the stream's number in order of use */
+    uint64_t used; /* 0: free; else the stream's number in order of use */
     uint32_t window_bytes, amplify_bytes;
-    uint64_t fetched_bytes;                 /* compressed, in order, so far */
-    uint32_t next;                          /* behind the last fetch that somebody waited for */
-    uint32_t ahead;                         /* behind the window ahead, or next */
-    _Atomic uint32_t mark;                  /* start of that window: a reader who gets here asks for more */
+    uint64_t fetched_bytes; /* compressed, in order, so far */
+    uint32_t next;          /* behind the last fetch that somebody waited for */
+    uint32_t ahead;         /* behind the window ahead, or next */
+    _Atomic uint32_t mark;  /* start of that window: a reader who gets here asks for more */
 };
 
 /* What a link gives, of the fetches so far: smoothed. 0: not known. */
 struct link_pace {
-    _Atomic uint32_t latency_us;            /* from the job to its first bytes */
-    _Atomic uint64_t bytes_per_s;           /* after them */
+    _Atomic uint32_t latency_us;  /* from the job to its first bytes */
+    _Atomic uint64_t bytes_per_s; /* after them */
 };
 
 /* Bytes that a window of a stream grows to: amplify, or more where the link's bandwidth and latency ask for it. */

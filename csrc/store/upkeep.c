@@ -7,7 +7,7 @@
 #include "store/fetcher.h"
 
 #define LOOK_MS 1000
-#define RETRY_US (5ll * 1000 * 1000)        /* what could not be had is asked for again after this */
+#define RETRY_US (5ll * 1000 * 1000) /* what could not be had is asked for again after this */
 
 static const char *const STRAYED[] = {
     [CACHEFILE_DATA_STRAYED] = "its data file was removed or replaced; what is read is fetched again",
@@ -29,7 +29,7 @@ static void follow_core(struct blob_core *c, bool retry)
     if (stray == CACHEFILE_IN_PLACE && !(retry && cachefile_lacks(f, &cfg)))
         return;
     cfg.quiet = stray == CACHEFILE_IN_PLACE;
-    pthread_mutex_lock(&c->load_lock);      /* the table stays as it is */
+    pthread_mutex_lock(&c->load_lock); /* the table stays as it is */
     rc = cachefile_move(f, &cfg, atomic_load(&c->table), stray == CACHEFILE_IN_PLACE, &cause, err, sizeof err);
     pthread_mutex_unlock(&c->load_lock);
     if (!rc && stray != CACHEFILE_IN_PLACE)
@@ -37,8 +37,10 @@ static void follow_core(struct blob_core *c, bool retry)
     else if (!rc)
         engine_say(c->engine, 20, VND_CAUSE_NONE, "cache of blob %s is written again", f->id);
     else if (rc < 0 && stray != CACHEFILE_IN_PLACE && !f->stray_said)
-        engine_say(c->engine, 40, cause, "%s; %s, and until that is mended this daemon alone goes on with the "
-                   "removed file", err, STRAYED[stray]);
+        engine_say(c->engine, 40, cause,
+                   "%s; %s, and until that is mended this daemon alone goes on with the "
+                   "removed file",
+                   err, STRAYED[stray]);
     f->stray_said = rc < 0;
 }
 

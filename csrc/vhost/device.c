@@ -119,21 +119,28 @@ static int map_inflight(const vnd_device_state *st, _Atomic int *lost, struct gu
 static void fill_conf(struct vnd_device *d, uint32_t i, struct queue_conf *c)
 {
     *c = (struct queue_conf){
-        .kick_fd = -1, .call_fd = -1, .err_fd = -1, .mem = d->mem, .log = d->log, .features = d->features,
-        .inflight = queue_inflight(d, i), .recover = d->rings[i].recover, .ring = d->rings[i].state,
+        .kick_fd = -1,
+        .call_fd = -1,
+        .err_fd = -1,
+        .mem = d->mem,
+        .log = d->log,
+        .features = d->features,
+        .inflight = queue_inflight(d, i),
+        .recover = d->rings[i].recover,
+        .ring = d->rings[i].state,
     };
 }
 
 static bool same_ring(const vnd_ring_state *a, const vnd_ring_state *b)
 {
-    return a->num == b->num && a->flags == b->flags && a->desc_addr == b->desc_addr &&
-           a->used_addr == b->used_addr && a->avail_addr == b->avail_addr && a->log_addr == b->log_addr &&
-           a->base == b->base && a->started == b->started && a->enabled == b->enabled;
+    return a->num == b->num && a->flags == b->flags && a->desc_addr == b->desc_addr && a->used_addr == b->used_addr &&
+           a->avail_addr == b->avail_addr && a->log_addr == b->log_addr && a->base == b->base &&
+           a->started == b->started && a->enabled == b->enabled;
 }
 
 /* Posts what changed of ring i. 2: the ring itself did, 1: only what is common, 0: nothing, or -errno. */
-static int post_ring(struct vnd_device *d, const vnd_device_state *st, uint32_t i, bool all, int drain_ms,
-                     char *err, size_t err_len)
+static int post_ring(struct vnd_device *d, const vnd_device_state *st, uint32_t i, bool all, int drain_ms, char *err,
+                     size_t err_len)
 {
     struct device_ring *r = &d->rings[i];
     struct queue_conf *c = &d->confs[i];

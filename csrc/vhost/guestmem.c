@@ -13,12 +13,12 @@
 #include "base/engine.h"
 #include "base/sigbus.h"
 
-#define GUESTLOG_PAGE_SHIFT 12      /* vhost's dirty log page, whatever the guest's own pages are */
+#define GUESTLOG_PAGE_SHIFT 12 /* vhost's dirty log page, whatever the guest's own pages are */
 
 struct guestmem_map {
     int refs;
     uint8_t *addr;
-    uint64_t len, offset;           /* of the mapping, block aligned */
+    uint64_t len, offset; /* of the mapping, block aligned */
     dev_t dev;
     ino_t ino;
     struct sigbus_range *guard;
@@ -131,12 +131,15 @@ static int check_regions(const vnd_region *regions, uint32_t n, char *err, size_
     for (uint32_t i = 0; i < n && rc == 0; i++) {
         uint64_t end;
 
-        r[i] = (struct guestmem_region){ .gpa = regions[i].gpa, .size = regions[i].size_bytes,
+        r[i] = (struct guestmem_region){ .gpa = regions[i].gpa,
+                                         .size = regions[i].size_bytes,
                                          .uaddr = regions[i].user_addr };
         if (r[i].size == 0 || __builtin_add_overflow(r[i].gpa, r[i].size, &end) ||
             __builtin_add_overflow(r[i].uaddr, r[i].size, &end))
-            rc = fail_line(-EINVAL, err, err_len, "guest memory: region %u (0x%llx bytes at 0x%llx) is empty or "
-                           "wraps", i, (unsigned long long)r[i].size, (unsigned long long)r[i].gpa);
+            rc = fail_line(-EINVAL, err, err_len,
+                           "guest memory: region %u (0x%llx bytes at 0x%llx) is empty or "
+                           "wraps",
+                           i, (unsigned long long)r[i].size, (unsigned long long)r[i].gpa);
     }
     qsort(r, n, sizeof(*r), compare_uaddr);
     for (uint32_t i = 1; i < n && rc == 0; i++)

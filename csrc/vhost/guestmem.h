@@ -18,7 +18,7 @@ struct guestmem_map;
  * to be truncated away. what names it in the line. */
 int guestmem_map_new(int fd, uint64_t offset, uint64_t size, _Atomic int *lost, const char *what,
                      struct guestmem_map **out, uint8_t **host, char *err, size_t err_len);
-void guestmem_map_put(struct guestmem_map *map);    /* NULL is fine */
+void guestmem_map_put(struct guestmem_map *map); /* NULL is fine */
 
 struct guestmem_region {
     uint64_t gpa, size, uaddr;
@@ -28,14 +28,14 @@ struct guestmem_region {
 
 struct guestmem {
     uint32_t n;
-    struct guestmem_region region[];    /* by gpa, ascending, disjoint */
+    struct guestmem_region region[]; /* by gpa, ascending, disjoint */
 };
 
 /* Maps the regions (mappings of old that fit are shared, old stays valid). Nothing may wrap, overlap (in either
  * address space) or reach beyond its file. lost as above. 0 or -errno with a line. */
 int guestmem_new(const vnd_region *regions, uint32_t n, const struct guestmem *old, _Atomic int *lost,
                  struct guestmem **out, char *err, size_t err_len);
-void guestmem_free(struct guestmem *m);     /* NULL is fine */
+void guestmem_free(struct guestmem *m); /* NULL is fine */
 /* True if a page of it was lost to truncation. */
 bool guestmem_hit(const struct guestmem *m);
 

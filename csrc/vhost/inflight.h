@@ -14,12 +14,12 @@ struct vring_used_elem;
 struct inflight_desc {
     uint8_t inflight;
     uint8_t padding[5];
-    uint16_t next;              /* batch list: the head staged before this one */
-    uint64_t counter;           /* order of fetching */
+    uint16_t next;    /* batch list: the head staged before this one */
+    uint64_t counter; /* order of fetching */
 };
 struct inflight_region {
     uint64_t features;
-    uint16_t version;           /* 1; 0 = blank */
+    uint16_t version; /* 1; 0 = blank */
     uint16_t desc_num;
     uint16_t last_batch_head;
     uint16_t used_idx;
@@ -27,8 +27,8 @@ struct inflight_region {
 };
 
 struct inflight {
-    struct inflight_region *region;     /* NULL: none */
-    uint32_t num;                       /* entries it has room for */
+    struct inflight_region *region; /* NULL: none */
+    uint32_t num;                   /* entries it has room for */
     uint64_t counter;
 };
 

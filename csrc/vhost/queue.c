@@ -12,8 +12,8 @@
 
 #include "base/sigbus.h"
 
-#define FETCH_BUDGET 64             /* heads between two looks at the woken */
-#define POLL_MS 1                   /* a ring without a kick fd is looked at this often */
+#define FETCH_BUDGET 64 /* heads between two looks at the woken */
+#define POLL_MS 1       /* a ring without a kick fd is looked at this often */
 #define VHOST_F_LOG_ALL (1ull << 26)
 
 static void close_fd(int *fd)
@@ -119,7 +119,7 @@ static void take_conf(struct queue *q, struct queue_conf *c)
     if (c->exit)
         return;
     if (c->inflight.region != q->inflight.region) {
-        queue_drop_all(q);          /* the requests held are marked in the old region */
+        queue_drop_all(q); /* the requests held are marked in the old region */
         q->inflight = c->inflight;
     }
     swap_memory(q, c);
@@ -155,7 +155,7 @@ static bool finish_stop(struct queue *q)
         if (q->log_all && q->n_parked > 0) {
             queue_fail_parked(q);
             if (q->n_parked > 0 && !q->broken)
-                return false;       /* being woken: a moment */
+                return false; /* being woken: a moment */
         }
         queue_flush(q);
     }
@@ -190,12 +190,11 @@ static bool fetch(struct queue *q)
     }
     vring_disarm(&q->vring);
     now = q->worker.now_us = now_us();
-    for (n = n < FETCH_BUDGET ? n : FETCH_BUDGET; n > 0 && !q->broken; n--) {
+    for (n = n < FETCH_BUDGET ? n : FETCH_BUDGET; n > 0 && !q->broken; n--)
         if (vring_next(&q->vring, &head) != 0)
             queue_break(q, VND_CAUSE_GUEST, "a head beyond the ring was offered");
         else
             queue_fetch_head(q, head, false, now);
-    }
     return true;
 }
 

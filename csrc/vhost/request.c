@@ -20,16 +20,17 @@ static struct queue_slot *slot_of(struct req *r)
 struct cursor {
     struct queue *q;
     const struct vring_seg *seg;
-    uint32_t n, skip, left;         /* segments, bytes to skip in the first, bytes wanted */
-    uint8_t *host;                  /* the piece */
+    uint32_t n, skip, left; /* segments, bytes to skip in the first, bytes wanted */
+    uint8_t *host;          /* the piece */
     uint64_t gpa, len;
 };
 
 /* Bytes [off, off+len) of the readable or writable part. False: out of its bounds. */
 static bool cursor_open(struct cursor *c, const struct queue_slot *s, bool out, uint32_t off, uint32_t len)
 {
-    *c = (struct cursor){ .q = s->queue, .seg = s->segs + (out ? s->n_in : 0), .n = out ? s->n_out : s->n_in,
-                          .left = len };
+    *c = (struct cursor){
+        .q = s->queue, .seg = s->segs + (out ? s->n_in : 0), .n = out ? s->n_out : s->n_in, .left = len
+    };
     while (c->n > 0 && off >= c->seg->len) {
         off -= c->seg->len;
         c->seg++;
@@ -153,7 +154,10 @@ static void op_out_dirty(struct req *r, uint32_t off, uint32_t len)
 }
 
 static const struct req_ops queue_req_ops = {
-    .in_copy = op_in_copy, .out_copy = op_out_copy, .out_iov = op_out_iov, .out_dirty = op_out_dirty,
+    .in_copy = op_in_copy,
+    .out_copy = op_out_copy,
+    .out_iov = op_out_iov,
+    .out_dirty = op_out_dirty,
     .in_iov = op_in_iov,
 };
 
@@ -161,8 +165,7 @@ static const struct req_ops queue_req_ops = {
 
 static void note_oldest(struct queue *q)
 {
-    atomic_store_explicit(&q->worker.counters.oldest_park_us, q->first ? q->first->parked_us : 0,
-                          memory_order_relaxed);
+    atomic_store_explicit(&q->worker.counters.oldest_park_us, q->first ? q->first->parked_us : 0, memory_order_relaxed);
 }
 
 static void link_parked(struct queue *q, struct queue_slot *s)
@@ -204,7 +207,9 @@ int queue_list_waiting(struct engine_counters *c, vnd_waiting *out, int max, int
 
     pthread_mutex_lock(&q->parked_lock);
     for (const struct queue_slot *s = q->first; s != NULL && n < max; s = s->next)
-        out[n++] = (vnd_waiting){ .nodeid = s->req.in.nodeid, .unique = s->req.in.unique, .opcode = s->req.in.opcode,
+        out[n++] = (vnd_waiting){ .nodeid = s->req.in.nodeid,
+                                  .unique = s->req.in.unique,
+                                  .opcode = s->req.in.opcode,
                                   .wait_us = now > s->parked_us ? (uint64_t)(now - s->parked_us) : 0 };
     pthread_mutex_unlock(&q->parked_lock);
     return n;
@@ -287,7 +292,7 @@ static void fail(struct queue *q, struct queue_slot *s, int error)
 static void park(struct queue *q, struct queue_slot *s)
 {
     if (s->state != SLOT_SERVING) {
-        s->state = SLOT_PARKED;     /* again: it keeps its place and its deadline */
+        s->state = SLOT_PARKED; /* again: it keeps its place and its deadline */
         return;
     }
     if (keep_segs(q, s)) {
@@ -364,7 +369,7 @@ void queue_fetch_head(struct queue *q, uint16_t head, bool again, int64_t now)
     if (rc == 0)
         rc = load_request(q, s, &q->chain);
     if (rc != 0) {
-        answer(q, s, REQ_NOREPLY);      /* its addresses lead nowhere: there is no unique to answer to */
+        answer(q, s, REQ_NOREPLY); /* its addresses lead nowhere: there is no unique to answer to */
         return;
     }
     s->deadline_us = now + q->deadline_us;

@@ -8,7 +8,7 @@
 #include "vhost/internal.h"
 
 #define VIRTIO_RING_F_EVENT_IDX (1ull << 29)
-#define VRING_F_LOG 1u              /* vnd_ring_state.flags: log writes to the used ring */
+#define VRING_F_LOG 1u /* vnd_ring_state.flags: log writes to the used ring */
 
 static void write_event(int fd)
 {
@@ -63,10 +63,10 @@ void queue_break(struct queue *q, int cause, const char *why)
         return;
     q->broken = true;
     if (atomic_load_explicit(q->mem_lost, memory_order_relaxed)) {
-        cause = VND_CAUSE_IO;       /* the zeroes that came in its place look like a fault of the guest */
+        cause = VND_CAUSE_IO; /* the zeroes that came in its place look like a fault of the guest */
         why = "a memory file of the guest was truncated";
     } else {
-        publish(q);                 /* what came before the fault is answered */
+        publish(q); /* what came before the fault is answered */
     }
     engine_say(q->engine, 40, cause, "queue %u stopped: %s; the guest must reset its device", q->index, why);
     queue_signal_error(q);
@@ -160,20 +160,23 @@ int queue_start(struct queue *q, struct queue_conf *c)
     q->ring = c->ring;
     rc = queue_resolve(q);
     if (rc == -EINVAL)
-        return fail_line(rc, c->err, sizeof(c->err), "ring %u: %u entries (a power of two up to %d is due) or a "
-                         "badly aligned part", q->index, c->ring.num, VND_RING_MAX);
+        return fail_line(rc, c->err, sizeof(c->err),
+                         "ring %u: %u entries (a power of two up to %d is due) or a "
+                         "badly aligned part",
+                         q->index, c->ring.num, VND_RING_MAX);
     if (rc != 0)
-        return fail_line(rc, c->err, sizeof(c->err), "ring %u: not in guest memory (descriptors 0x%llx, available "
-                         "0x%llx, used 0x%llx)", q->index, (unsigned long long)c->ring.desc_addr,
-                         (unsigned long long)c->ring.avail_addr, (unsigned long long)c->ring.used_addr);
+        return fail_line(rc, c->err, sizeof(c->err),
+                         "ring %u: not in guest memory (descriptors 0x%llx, available "
+                         "0x%llx, used 0x%llx)",
+                         q->index, (unsigned long long)c->ring.desc_addr, (unsigned long long)c->ring.avail_addr,
+                         (unsigned long long)c->ring.used_addr);
     if (q->inflight.region == NULL || q->inflight.num < c->ring.num)
-        return fail_line(-EINVAL, c->err, sizeof(c->err), "ring %u: %u entries, the in-flight region has %u",
-                         q->index, c->ring.num, q->inflight.num);
+        return fail_line(-EINVAL, c->err, sizeof(c->err), "ring %u: %u entries, the in-flight region has %u", q->index,
+                         c->ring.num, q->inflight.num);
     used = vring_used_now(&q->vring);
     /* A guest that was stopped and goes on finds its requests where they were; a rebooted one starts at 0, which
      * cannot be where a ring with requests in flight stood (avail and used differ there). */
-    if (q->n_parked > 0 && !q->broken && c->ring.num == q->n_slots && c->ring.base == old_avail &&
-        used == old_used) {
+    if (q->n_parked > 0 && !q->broken && c->ring.num == q->n_slots && c->ring.base == old_avail && used == old_used) {
         q->vring.force_signal = true;
         q->running = true;
         return 0;
@@ -192,8 +195,10 @@ int queue_start(struct queue *q, struct queue_conf *c)
     if (c->recover && q->inflight.region->version != 0) {
         rc = inflight_recover(&q->inflight, c->ring.num, used, q->resubmit);
         if (rc < 0)
-            return fail_line(rc, c->err, sizeof(c->err), "ring %u: the in-flight region is of another version or "
-                             "size", q->index);
+            return fail_line(rc, c->err, sizeof(c->err),
+                             "ring %u: the in-flight region is of another version or "
+                             "size",
+                             q->index);
         q->n_resubmit = (uint32_t)rc;
         q->vring.last_avail = (uint16_t)(used + q->n_resubmit);
     } else {

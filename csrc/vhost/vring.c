@@ -11,7 +11,7 @@
 #define AVAIL_NO_INTERRUPT 1u
 #define USED_NO_NOTIFY 1u
 
-#define AVAIL_IDX 2                 /* byte offsets */
+#define AVAIL_IDX 2 /* byte offsets */
 #define AVAIL_RING 4
 #define USED_IDX 2
 #define USED_RING 4
@@ -31,8 +31,7 @@ static void put_used(struct vring *v, uint32_t off, const void *src, uint32_t le
     guestmem_write(v->log, v->used + off, src, len, v->used_gpa + off);
 }
 
-int vring_resolve(struct vring *v, const struct guestmem *m, uint32_t num, uint64_t desc, uint64_t avail,
-                  uint64_t used)
+int vring_resolve(struct vring *v, const struct guestmem *m, uint32_t num, uint64_t desc, uint64_t avail, uint64_t used)
 {
     v->desc = v->avail = v->used = NULL;
     if (num == 0 || num > VND_RING_MAX || (num & (num - 1)) != 0)
@@ -79,8 +78,9 @@ static struct vring_desc load_desc(const uint8_t *p)
     const uint64_t *q = (const uint64_t *)(const void *)p;
     uint64_t lo = __atomic_load_n(&q[0], __ATOMIC_RELAXED), hi = __atomic_load_n(&q[1], __ATOMIC_RELAXED);
 
-    return (struct vring_desc){ .addr = lo, .len = (uint32_t)hi, .flags = (uint16_t)(hi >> 32),
-                                .next = (uint16_t)(hi >> 48) };
+    return (struct vring_desc){
+        .addr = lo, .len = (uint32_t)hi, .flags = (uint16_t)(hi >> 32), .next = (uint16_t)(hi >> 48)
+    };
 }
 
 /* Appends one checked descriptor. */
@@ -158,8 +158,8 @@ static int walk_indirect(const struct guestmem *m, uint32_t *hint, const struct 
     return -EBADMSG;
 }
 
-int vring_walk(const struct vring *v, const struct guestmem *m, uint32_t *hint, uint16_t head,
-               struct vring_chain *c, const char **why)
+int vring_walk(const struct vring *v, const struct guestmem *m, uint32_t *hint, uint16_t head, struct vring_chain *c,
+               const char **why)
 {
     uint32_t i = head;
 

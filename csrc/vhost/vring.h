@@ -11,8 +11,8 @@
 
 #include "vhost/guestmem.h"
 
-#define VRING_BATCH 16              /* used entries published at once */
-#define VRING_CHAIN_MAX 1032        /* descriptors of a request: the largest ring and a little */
+#define VRING_BATCH 16       /* used entries published at once */
+#define VRING_CHAIN_MAX 1032 /* descriptors of a request: the largest ring and a little */
 
 struct vring_desc {
     uint64_t addr;
@@ -24,14 +24,14 @@ struct vring_used_elem {
 };
 
 struct vring {
-    uint32_t num;                   /* entries, a power of two */
+    uint32_t num; /* entries, a power of two */
     bool event_idx;
-    bool notify_off;                /* used.flags says "do not kick" (without EVENT_IDX) */
-    bool force_signal;              /* the first batch after a start is always signalled */
+    bool notify_off;   /* used.flags says "do not kick" (without EVENT_IDX) */
+    bool force_signal; /* the first batch after a start is always signalled */
     uint16_t last_avail, used_idx, signalled_used;
-    uint8_t *desc, *avail, *used;   /* host addresses, NULL = not resolved */
-    struct guestlog *log;           /* NULL: used ring is not logged */
-    uint64_t used_gpa;              /* where the dirty log has the used ring */
+    uint8_t *desc, *avail, *used; /* host addresses, NULL = not resolved */
+    struct guestlog *log;         /* NULL: used ring is not logged */
+    uint64_t used_gpa;            /* where the dirty log has the used ring */
     uint32_t n_staged;
     struct vring_used_elem staged[VRING_BATCH];
 };
@@ -43,10 +43,10 @@ struct vring_seg {
 };
 /* A request's ranges, readable ones first; adjacent ones are joined. */
 struct vring_chain {
-    uint32_t n_in, n_out;           /* segments */
+    uint32_t n_in, n_out; /* segments */
     uint32_t in_bytes, out_bytes;
     struct vring_seg seg[VRING_CHAIN_MAX];
-    struct vring_desc table[VRING_CHAIN_MAX];   /* private copy of an indirect table */
+    struct vring_desc table[VRING_CHAIN_MAX]; /* private copy of an indirect table */
 };
 
 /* Resolves the three parts. -EINVAL: not aligned, or num not a power of two in 1..VND_RING_MAX; -EFAULT: not in one
@@ -60,8 +60,8 @@ int vring_pending(const struct vring *v);
 /* Next head: 0, or -EBADMSG. */
 int vring_next(struct vring *v, uint16_t *head);
 /* Walks the chain at head. why: what is wrong, static text. */
-int vring_walk(const struct vring *v, const struct guestmem *m, uint32_t *hint, uint16_t head,
-               struct vring_chain *c, const char **why);
+int vring_walk(const struct vring *v, const struct guestmem *m, uint32_t *hint, uint16_t head, struct vring_chain *c,
+               const char **why);
 /* Puts a used entry behind those staged; the caller publishes before VRING_BATCH are there. */
 void vring_stage(struct vring *v, uint16_t head, uint32_t len);
 /* Publishes the staged entries. True: the guest wants to be signalled. */

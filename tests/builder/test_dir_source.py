@@ -115,8 +115,11 @@ def test_the_blob_policy_tells_how_far_the_prefetched_files_go(source: Path, tmp
     (tmp_path / "boot").write_bytes(merge_layers([layer], options=options).bootstrap)
     with RafsBootstrap(tmp_path / "boot") as image:
         wanted = {path for entry in image.walk() if (path := entry.path).startswith(("/d/", "/holes"))}
-        ends = {entry.path: max((chunk.coff + chunk.csize_bytes for chunk in image.chunks(entry.attr.ino)), default=0)
-                for entry in image.walk() if stat.S_ISREG(entry.attr.mode)}
+        ends = {
+            entry.path: max((chunk.coff + chunk.csize_bytes for chunk in image.chunks(entry.attr.ino)), default=0)
+            for entry in image.walk()
+            if stat.S_ISREG(entry.attr.mode)
+        }
         assert image.prefetch() == []
         (blob,) = image.blobs
     assert layer.blob_info is not None

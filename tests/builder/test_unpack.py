@@ -84,9 +84,7 @@ def test_damage_is_one_failure_and_leaves_no_tar(
     ([], "either --blob-dir or --config"), (["--blob-dir", "/absent"], "no such directory"),
     (["--config", "/absent"], "cannot read configuration"),
 ])  # fmt: skip
-def test_wrong_usage(
-    image: tuple[Path, Path], words: list[str], line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_usage(image: tuple[Path, Path], words: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["unpack", str(image[0]), "--output", "/dev/null", *words]) == 2
     said = capsys.readouterr().err
     assert line in said and said.count("\n") == 1

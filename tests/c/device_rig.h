@@ -13,7 +13,7 @@
 #include "store_fixture.h"
 #include "fs/vfs.h"
 
-#define QUEUES 2                    /* hiprio, requests */
+#define QUEUES 2 /* hiprio, requests */
 #define RQ 1
 #define RING 16u
 #define SLOTS 12u
@@ -41,7 +41,7 @@ static inline int one_getattr(struct fs *fs, uint64_t ino, vnd_attr *out)
 }
 
 static inline int one_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max,
-                       uint32_t *got)
+                              uint32_t *got)
 {
     struct one_file *o = (struct one_file *)(void *)fs;
 
@@ -49,16 +49,26 @@ static inline int one_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_
     return fix_extents(o->fix->h, o->blob, off, len, ext, max);
 }
 
-static inline uint64_t one_root(struct fs *fs) { return 1; }
+static inline uint64_t one_root(struct fs *fs)
+{
+    return 1;
+}
 static inline int one_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out)
 {
     return -ENOENT;
 }
 
-static inline int one_xattr(struct fs *fs) { return 0; }
+static inline int one_xattr(struct fs *fs)
+{
+    return 0;
+}
 
 static const struct fs_ops one_ops = {
-    .name = "one", .getattr = one_getattr, .lookup = one_lookup, .extents = one_extents, .root = one_root,
+    .name = "one",
+    .getattr = one_getattr,
+    .lookup = one_lookup,
+    .extents = one_extents,
+    .root = one_root,
     .has_xattr = one_xattr,
 };
 
@@ -97,17 +107,25 @@ static inline void set_memory(struct rig *r)
     r->st.region_count = 2;
     r->st.region_gen++;
     for (int i = 0; i < 2; i++)
-        r->st.regions[i] = (vnd_region){ .gpa = regions[i].gpa, .size_bytes = regions[i].size_bytes,
+        r->st.regions[i] = (vnd_region){ .gpa = regions[i].gpa,
+                                         .size_bytes = regions[i].size_bytes,
                                          .user_addr = (uintptr_t)fg_ram_at(r->ram, regions[i].gpa, 1),
-                                         .mmap_offset = regions[i].file_offset, .fd = fg_ram_fd(r->ram) };
+                                         .mmap_offset = regions[i].file_offset,
+                                         .fd = fg_ram_fd(r->ram) };
 }
 
 static inline fg_queue_config ring_config(const struct rig *r, uint32_t i)
 {
-    return (fg_queue_config){ .num = RING, .desc_gpa = 0x1000 + 0x4000 * i, .avail_gpa = 0x2000 + 0x4000 * i,
-                              .used_gpa = 0x3000 + 0x4000 * i, .event_idx = !!(r->st.features & F_EVENT_IDX),
-                              .indirect = 1, .slot_gpa = 0x10000 + i * (RAM_BYTES / 2), .slot_count = SLOTS,
-                              .slot_data_bytes = SLOT_DATA, .scatter = 1 };
+    return (fg_queue_config){ .num = RING,
+                              .desc_gpa = 0x1000 + 0x4000 * i,
+                              .avail_gpa = 0x2000 + 0x4000 * i,
+                              .used_gpa = 0x3000 + 0x4000 * i,
+                              .event_idx = !!(r->st.features & F_EVENT_IDX),
+                              .indirect = 1,
+                              .slot_gpa = 0x10000 + i * (RAM_BYTES / 2),
+                              .slot_count = SLOTS,
+                              .slot_data_bytes = SLOT_DATA,
+                              .scatter = 1 };
 }
 
 /* Fresh rings, as after a boot. */
@@ -175,7 +193,7 @@ static inline void load_table(struct rig *r)
     }
     if (!store_wait_cancel(&reader.w))
         fix_reader_wait(&reader);
-    pthread_mutex_lock(&reader.lock);   /* the waker may still be on its way out of it */
+    pthread_mutex_lock(&reader.lock); /* the waker may still be on its way out of it */
     pthread_mutex_unlock(&reader.lock);
     store_wait_done(&reader.w);
 }
@@ -232,8 +250,9 @@ static inline void rig_down(struct rig *r)
 static inline uint32_t make(struct rig *r, uint8_t *buf, uint32_t opcode, uint64_t nodeid, const void *args,
                             uint32_t len)
 {
-    struct fuse_in_header h = { .len = (uint32_t)sizeof(h) + len, .opcode = opcode, .unique = r->unique += 2,
-                                .nodeid = nodeid };
+    struct fuse_in_header h = {
+        .len = (uint32_t)sizeof(h) + len, .opcode = opcode, .unique = r->unique += 2, .nodeid = nodeid
+    };
 
     memcpy(buf, &h, sizeof(h));
     memcpy(buf + sizeof(h), args, len);
@@ -366,7 +385,10 @@ static inline void restart_rings(struct rig *r)
 }
 
 /* ---- a test program: all its tests, or the one named */
-struct rig_test { const char *name; void (*run)(void); };
+struct rig_test {
+    const char *name;
+    void (*run)(void);
+};
 
 static inline int run_tests(const struct rig_test *tests, size_t n, int argc, char **argv)
 {

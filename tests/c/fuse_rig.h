@@ -21,8 +21,8 @@ struct rig {
     struct img_nids n;
     struct fake_req f;
     enum req_verdict verdict;
-    int32_t error;              /* errno of the reply, positive */
-    uint32_t len;               /* payload bytes */
+    int32_t error; /* errno of the reply, positive */
+    uint32_t len;  /* payload bytes */
     const uint8_t *data;
 };
 
@@ -50,7 +50,8 @@ static inline void call_filled(struct rig *g)
     g->data = g->f.out + sizeof(h);
 }
 
-static inline void call_cap(struct rig *g, uint32_t op, uint64_t nodeid, const void *body, uint32_t len, uint32_t out_cap)
+static inline void call_cap(struct rig *g, uint32_t op, uint64_t nodeid, const void *body, uint32_t len,
+                            uint32_t out_cap)
 {
     fake_done(&g->f);
     fake_fill(&g->f, op, nodeid, body, len, out_cap);
@@ -71,7 +72,10 @@ static inline int error_of(struct rig *g, uint32_t op, uint64_t nodeid, const vo
 
 static inline struct fuse_init_out init(struct rig *g, uint32_t major, uint32_t minor, uint64_t flags)
 {
-    struct fuse_init_in in = { .major = major, .minor = minor, .max_readahead = 131072, .flags = (uint32_t)flags,
+    struct fuse_init_in in = { .major = major,
+                               .minor = minor,
+                               .max_readahead = 131072,
+                               .flags = (uint32_t)flags,
                                .flags2 = (uint32_t)(flags >> 32) };
     struct fuse_init_out out = { 0 };
 
@@ -141,15 +145,19 @@ static inline int xattr(struct rig *g, uint64_t nodeid, const char *name, uint32
     uint32_t len = name ? (uint32_t)strlen(name) + 1 : 0;
 
     memcpy(body, &size, 4);
-    if (name) {
+    if (name)
         memcpy(body + 8, name, len);
-    }
     return error_of(g, name ? FUSE_OP_GETXATTR : FUSE_OP_LISTXATTR, nodeid, body, 8 + len);
 }
 
 /* ---- listings */
 
-struct seen { uint64_t ino, off; char name[256]; struct fuse_entry_out e; uint32_t type; };
+struct seen {
+    uint64_t ino, off;
+    char name[256];
+    struct fuse_entry_out e;
+    uint32_t type;
+};
 
 /* One reply's entries; checks padding and bounds. */
 static inline int parse_dir(struct rig *g, bool plus, struct seen *out, int max)
@@ -170,9 +178,8 @@ static inline int parse_dir(struct rig *g, bool plus, struct seen *out, int max)
         CHECK(g->len - at >= ((sizeof(d) + d.namelen + 7) & ~7u));
         memcpy(out[n].name, g->data + at + sizeof(d), d.namelen);
         out[n].name[d.namelen] = 0;
-        for (uint32_t k = at + (uint32_t)sizeof(d) + d.namelen; k % 8; k++) {
+        for (uint32_t k = at + (uint32_t)sizeof(d) + d.namelen; k % 8; k++)
             CHECK_EQ(g->data[k], 0);
-        }
         out[n].ino = d.ino;
         out[n].off = d.off;
         out[n].type = d.type;
@@ -183,13 +190,12 @@ static inline int parse_dir(struct rig *g, bool plus, struct seen *out, int max)
 }
 
 static inline int read_dir(struct rig *g, uint64_t nodeid, bool plus, uint64_t off, uint32_t size, struct seen *out,
-                    int max)
+                           int max)
 {
     struct fuse_read_in in = { .offset = off, .size = size };
 
-    if (error_of(g, plus ? FUSE_OP_READDIRPLUS : FUSE_OP_READDIR, nodeid, &in, sizeof(in))) {
+    if (error_of(g, plus ? FUSE_OP_READDIRPLUS : FUSE_OP_READDIR, nodeid, &in, sizeof(in)))
         return -g->error;
-    }
     CHECK(g->len <= size);
     return parse_dir(g, plus, out, max);
 }
@@ -199,12 +205,11 @@ static inline int read_dir(struct rig *g, uint64_t nodeid, bool plus, uint64_t o
 #define ZERO_SIZE (2u << 20)
 
 static inline int zero_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *x, int max,
-                        uint32_t *got)
+                               uint32_t *got)
 {
     *got = 0;
-    if (off >= ZERO_SIZE) {
+    if (off >= ZERO_SIZE)
         return 0;
-    }
     *got = len < ZERO_SIZE - off ? len : (uint32_t)(ZERO_SIZE - off);
     *x = (struct extent){ .len = *got };
     return 1;
@@ -216,9 +221,8 @@ static inline int zero_getattr(struct fs *fs, uint64_t ino, vnd_attr *out)
 }
 static inline int zero_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out)
 {
-    if (len == 2 && name[0] == '.') {
+    if (len == 2 && name[0] == '.')
         return zero_getattr(fs, 5, out);
-    }
     return len == 1 && (*name == 'z' || *name == 'd') ? zero_getattr(fs, *name == 'z' ? 6 : 5, out) : -ENOENT;
 }
 static inline uint64_t zero_root(struct fs *fs)
@@ -229,7 +233,11 @@ static inline int zero_has_xattr(struct fs *fs)
 {
     return 0;
 }
-static const struct fs_ops zero_ops = { .name = "zero", .getattr = zero_getattr, .lookup = zero_lookup,
-    .extents = zero_extents, .root = zero_root, .has_xattr = zero_has_xattr };
+static const struct fs_ops zero_ops = { .name = "zero",
+                                        .getattr = zero_getattr,
+                                        .lookup = zero_lookup,
+                                        .extents = zero_extents,
+                                        .root = zero_root,
+                                        .has_xattr = zero_has_xattr };
 
 #endif

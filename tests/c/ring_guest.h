@@ -12,16 +12,20 @@
 
 #define PAGE 4096ull
 #define RING_NUM 8u
-#define DESC 0x0ull         /* guest addresses of the parts */
+#define DESC 0x0ull /* guest addresses of the parts */
 #define AVAIL 0x1000ull
 #define USED 0x2000ull
 #define TABLE 0x3000ull
-#define LOW 0x10000ull      /* first region: [0, LOW) */
-#define HIGH 0x20000ull     /* second: [LOW, HIGH), adjacent, elsewhere in the file; third after a hole at HIGH2 */
+#define LOW 0x10000ull  /* first region: [0, LOW) */
+#define HIGH 0x20000ull /* second: [LOW, HIGH), adjacent, elsewhere in the file; third after a hole at HIGH2 */
 #define HIGH2 0x40000ull
 #define USER 0x7000000000ull
 
-struct desc { uint64_t addr; uint32_t len; uint16_t flags, next; };
+struct desc {
+    uint64_t addr;
+    uint32_t len;
+    uint16_t flags, next;
+};
 
 struct guest {
     int fd;
@@ -82,8 +86,7 @@ static inline void put_desc(struct guest *g, uint32_t i, uint64_t addr, uint32_t
     memcpy(g->low + DESC + 16 * i, &d, 16);
 }
 
-static inline void put_table(struct guest *g, uint32_t i, uint64_t addr, uint32_t len, uint16_t flags,
-                             uint16_t next)
+static inline void put_table(struct guest *g, uint32_t i, uint64_t addr, uint32_t len, uint16_t flags, uint16_t next)
 {
     struct desc d = { addr, len, flags, next };
 

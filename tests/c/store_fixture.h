@@ -20,18 +20,28 @@
 #include "store/fetcher.h"
 #include "store/store.h"
 
-#define CHECK(x) do { if (!(x)) { fprintf(stderr, "%s:%d: %s: not so: %s\n", __FILE__, __LINE__, __func__, #x); \
-                                  abort(); } } while (0)
-#define CHECK_EQ(a, b) do { long long a_ = (long long)(a), b_ = (long long)(b); if (a_ != b_) { \
-        fprintf(stderr, "%s:%d: %s: %s is %lld, not %lld\n", __FILE__, __LINE__, __func__, #a, a_, b_); \
-        abort(); } } while (0)
+#define CHECK(x)                                                                          \
+    do {                                                                                  \
+        if (!(x)) {                                                                       \
+            fprintf(stderr, "%s:%d: %s: not so: %s\n", __FILE__, __LINE__, __func__, #x); \
+            abort();                                                                      \
+        }                                                                                 \
+    } while (0)
+#define CHECK_EQ(a, b)                                                                                      \
+    do {                                                                                                    \
+        long long a_ = (long long)(a), b_ = (long long)(b);                                                 \
+        if (a_ != b_) {                                                                                     \
+            fprintf(stderr, "%s:%d: %s: %s is %lld, not %lld\n", __FILE__, __LINE__, __func__, #a, a_, b_); \
+            abort();                                                                                        \
+        }                                                                                                   \
+    } while (0)
 
 struct fix_blob {
     vnd_blob_info info;
     struct blob_chunk *chunk;
-    uint8_t *plain, *stored;    /* uncompressed space, blob */
+    uint8_t *plain, *stored; /* uncompressed space, blob */
     size_t plain_len, stored_len;
-    uint32_t hide_from, hide_to;    /* chunks that the image does not name */
+    uint32_t hide_from, hide_to; /* chunks that the image does not name */
 };
 
 static inline uint32_t fix_random(uint32_t *state)
@@ -80,8 +90,12 @@ static inline struct fix_blob *fix_blob_new(const char *id, uint32_t codec, uint
         for (uint32_t k = 0; k < usize; k++)
             p[k] = (uint8_t)(k % 3 ? 'a' + i % 26 : fix_random(&seed));
         size_t len = fix_compress(codec, p, usize, b->stored + b->stored_len, cap - b->stored_len);
-        *c = (struct blob_chunk){ .index = i, .usize = usize, .uoff = (uint64_t)i * chunk_size,
-                                  .coff = b->stored_len, .csize = (uint32_t)len, .flags = codec ? 1 : 0 };
+        *c = (struct blob_chunk){ .index = i,
+                                  .usize = usize,
+                                  .uoff = (uint64_t)i * chunk_size,
+                                  .coff = b->stored_len,
+                                  .csize = (uint32_t)len,
+                                  .flags = codec ? 1 : 0 };
         if (len >= usize) {
             memcpy(b->stored + b->stored_len, p, usize);
             c->csize = usize;
@@ -90,8 +104,12 @@ static inline struct fix_blob *fix_blob_new(const char *id, uint32_t codec, uint
         b->stored_len += c->csize;
         CHECK(codec_sha256(p, usize, c->digest) == 0);
     }
-    b->info = (vnd_blob_info){ .chunk_size_bytes = chunk_size, .chunk_count = n, .compressor = codec, .digester = 1,
-                               .features = 1, .compressed_size_bytes = b->stored_len,
+    b->info = (vnd_blob_info){ .chunk_size_bytes = chunk_size,
+                               .chunk_count = n,
+                               .compressor = codec,
+                               .digester = 1,
+                               .features = 1,
+                               .compressed_size_bytes = b->stored_len,
                                .uncompressed_size_bytes = b->plain_len };
     snprintf(b->info.id, sizeof b->info.id, "%s", id);
     return b;
@@ -182,8 +200,7 @@ static inline int fix_extents(struct vnd_blob *h, const struct fix_blob *b, uint
 }
 
 /* As a file system would read: blocks till done. */
-static inline int64_t fix_read(struct vnd_blob *h, const struct fix_blob *b, uint64_t off, uint32_t len,
-                               uint8_t *buf)
+static inline int64_t fix_read(struct vnd_blob *h, const struct fix_blob *b, uint64_t off, uint32_t len, uint8_t *buf)
 {
     struct extent ext[STORE_EXTENTS_MAX];
     int n = fix_extents(h, b, off, len, ext, STORE_EXTENTS_MAX);
@@ -196,7 +213,7 @@ static inline int64_t fix_read(struct vnd_blob *h, const struct fix_blob *b, uin
     while ((rc = store_read(&r.w, ext, n, &iov, 1)) == -EINPROGRESS)
         fix_reader_wait(&r);
     store_wait_done(&r.w);
-    pthread_mutex_lock(&r.lock);    /* the waker may still be on its way out of it */
+    pthread_mutex_lock(&r.lock); /* the waker may still be on its way out of it */
     pthread_mutex_unlock(&r.lock);
     return rc;
 }
@@ -220,10 +237,10 @@ struct fix_server {
     pthread_t thread[4];
     int threads, take_prefetch;
     uint32_t feed_bytes;
-    _Atomic int fail_errno;             /* each job ends with it */
+    _Atomic int fail_errno; /* each job ends with it */
     _Atomic uint64_t jobs, verify_jobs, meta_jobs, fed_bytes;
-    _Atomic int flip_from, flip_to;     /* jobs with these numbers get a flipped byte */
-    _Atomic int hold;                   /* do not serve while set */
+    _Atomic int flip_from, flip_to; /* jobs with these numbers get a flipped byte */
+    _Atomic int hold;               /* do not serve while set */
 };
 
 static inline int fix_settle(vnd_engine *e, uint64_t id)
@@ -260,7 +277,7 @@ static inline void fix_serve(struct fix_server *s, const vnd_job *job)
     CHECK(job->coff + job->clen <= s->blob->stored_len);
     while (off < job->clen && rc >= 0) {
         size_t n = job->clen - off < s->feed_bytes ? (size_t)(job->clen - off) : s->feed_bytes;
-        uint8_t *p = malloc(n);         /* exactly as long: a read past it shows under the sanitizer */
+        uint8_t *p = malloc(n); /* exactly as long: a read past it shows under the sanitizer */
         memcpy(p, s->blob->stored + job->coff + off, n);
         if (flip && off == 0)
             p[n > 200 ? 100 : n / 2] ^= 0x40;
@@ -333,7 +350,7 @@ static inline void fix_dir_remove(const char *dir)
 
 /* engine + store + server over one blob */
 struct fix {
-    int compressed;             /* the cache is to hold chunks as they are stored */
+    int compressed; /* the cache is to hold chunks as they are stored */
     vnd_engine *e;
     vnd_store *s;
     struct vnd_blob *h;

@@ -10,8 +10,14 @@
 
 static const char *under;
 
-static void put32(uint8_t *p, uint32_t v) { memcpy(p, &v, 4); }
-static void put64(uint8_t *p, uint64_t v) { memcpy(p, &v, 8); }
+static void put32(uint8_t *p, uint32_t v)
+{
+    memcpy(p, &v, 4);
+}
+static void put64(uint8_t *p, uint64_t v)
+{
+    memcpy(p, &v, 8);
+}
 
 /* Appends the stored form of a table with its header to the blob, and states it in the blob table. */
 static void seal(struct fix_blob *b, const uint8_t *table, size_t len, uint32_t ctx_offset, uint32_t ctx_count)
@@ -59,13 +65,16 @@ static struct fix_blob *batch_blob(uint32_t codec, uint8_t **table_out)
     b->plain_len = N * SLOT;
     b->plain = calloc(1, b->plain_len);
     b->stored = malloc(4 * N * SLOT);
-    b->info = (vnd_blob_info){ .chunk_size_bytes = SLOT, .chunk_count = N, .compressor = codec, .digester = 1,
+    b->info = (vnd_blob_info){ .chunk_size_bytes = SLOT,
+                               .chunk_count = N,
+                               .compressor = codec,
+                               .digester = 1,
                                .features = 1 | BLOBMETA_CHUNK_INFO_V2 | BLOBMETA_BATCH,
                                .uncompressed_size_bytes = b->plain_len };
     strcpy(b->info.id, "batched");
     for (uint32_t i = 0; i <= N; i++) {
         bool alone = i < N && i % 11 == 10;
-        if (in_batch == PER_BATCH || i == N || (alone && in_batch)) {      /* flush */
+        if (in_batch == PER_BATCH || i == N || (alone && in_batch)) { /* flush */
             size_t n = fix_compress(codec, buffer, used, b->stored + b->stored_len, 2 * PER_BATCH * SLOT);
             if (n >= used) {
                 memcpy(b->stored + b->stored_len, buffer, used);
@@ -100,7 +109,7 @@ static struct fix_blob *batch_blob(uint32_t codec, uint8_t **table_out)
         } else {
             if (!in_batch)
                 from = i;
-            c->flags = 0x10;        /* no place and no mark, as real bootstraps have it */
+            c->flags = 0x10; /* no place and no mark, as real bootstraps have it */
             flags = 1 | 4;
             put64(table + i * 24 + 16, used | (uint64_t)contexts << 32);
             memcpy(buffer + used, p, c->usize);
@@ -143,7 +152,7 @@ static void test_batches(void)
         fix_dir_make(dir, under);
         f.server.feed_bytes = k ? 5 : 100000;
         fix_up(&f, dir, b, 1);
-        read_chunk(f.h, b, 7);      /* in the middle of a batch */
+        read_chunk(f.h, b, 7); /* in the middle of a batch */
         CHECK_EQ(atomic_load(&f.server.meta_jobs), 1);
         /* All that was decoded with it becomes ready. */
         for (int64_t until = now_us() + 5000000; vnd_blob_ready(f.h, &total) < PER_BATCH; usleep(100))
@@ -190,7 +199,7 @@ static void test_flips(void)
 
         fix_dir_make(dir, under);
         f.server.feed_bytes = 1000000;
-        f.server.flip_to = until;           /* the table first */
+        f.server.flip_to = until; /* the table first */
         fix_up(&f, dir, b, 1);
         if (until == 1) {
             for (uint32_t i = 0; i < N; i++)
@@ -212,7 +221,7 @@ static void test_flips(void)
             for (uint32_t i = 0; i < N; i++)
                 read_chunk(f.h, b, i);
         } else {
-            int failed = 0;     /* a flip may spare some of a batch; what is given out is right */
+            int failed = 0; /* a flip may spare some of a batch; what is given out is right */
             for (uint32_t i = 0; i < N; i++) {
                 uint8_t all[SLOT];
                 int64_t n = fix_read(f.h, b, (uint64_t)i * SLOT, b->chunk[i].usize, all);
@@ -232,7 +241,7 @@ static void refuse(struct fix_blob *b, const uint8_t *table, const uint8_t *head
 {
     struct blobtable *t;
     char err[VND_ERR_MAX] = "";
-    uint8_t *copy = malloc(b->info.ci_usize_bytes);     /* of the exact size, for the sanitizer */
+    uint8_t *copy = malloc(b->info.ci_usize_bytes); /* of the exact size, for the sanitizer */
 
     memcpy(copy, table, b->info.ci_usize_bytes);
     CHECK_EQ(blobmeta_parse(&t, &b->info, copy, header, err, sizeof err), -EINVAL);
@@ -265,8 +274,13 @@ static void test_refuses(void)
     blobtable_free(t);
     blobtable_free(rec);
 
-#define TRY(at, len, change, word) do { \
-        memcpy(was, at, len); change; refuse(b, table, h, word); memcpy(at, was, len); } while (0)
+#define TRY(at, len, change, word) \
+    do {                           \
+        memcpy(was, at, len);      \
+        change;                    \
+        refuse(b, table, h, word); \
+        memcpy(at, was, len);      \
+    } while (0)
     TRY(h, 4, h[0]++, "no header");
     TRY(h + 4092, 4, h[4092]++, "no header");
     TRY(h + 12, 4, h[12]++, "differ");
@@ -304,10 +318,16 @@ static void test_v1(void)
         0x00, 0x00, 0x00, 0x00, 0x00, 0x20, 0x22, 0x04, 0x00, 0x00, 0x00, 0x00, 0x00, 0xb0, 0x2d, 0x01,
         0x00, 0x50, 0x00, 0x00, 0x00, 0x70, 0x45, 0x03, 0xdc, 0x12, 0x00, 0x00, 0x00, 0xd0, 0xb9, 0x00,
     };
-    vnd_blob_info info = { .id = "real", .chunk_count = 2, .compressor = CODEC_ZSTD, .features = 1,
-                           .ci_compressor = 3, .compressed_size_bytes = 7802, .uncompressed_size_bytes = 36864,
+    vnd_blob_info info = { .id = "real",
+                           .chunk_count = 2,
+                           .compressor = CODEC_ZSTD,
+                           .features = 1,
+                           .ci_compressor = 3,
+                           .compressed_size_bytes = 7802,
+                           .uncompressed_size_bytes = 36864,
                            .ci_offset = 7802,
-                           .ci_csize_bytes = 30, .ci_usize_bytes = 32 };
+                           .ci_csize_bytes = 30,
+                           .ci_usize_bytes = 32 };
     uint8_t h[4096] = { 0 };
     struct blobtable *t;
     char err[VND_ERR_MAX], dir[200];
@@ -345,7 +365,7 @@ static void test_v1(void)
     uint8_t buf[8];
     fix_dir_make(dir, under);
     fix_up(&f, dir, b, 1);
-    CHECK_EQ(fix_read(f.h, b, 0, 8, buf), -EIO);        /* not without being asked */
+    CHECK_EQ(fix_read(f.h, b, 0, 8, buf), -EIO); /* not without being asked */
     CHECK(fix_said(f.e, VND_CAUSE_DIGEST, "--allow-unverified"));
     CHECK_EQ(atomic_load(&f.server.jobs), 0);
     fix_down(&f);
@@ -469,13 +489,12 @@ static void test_fetched_once(bool ends)
     first_read_start(&two, &g, b);
     while (!is_fetching(g.h))
         usleep(200);
-    usleep(30000);              /* some ticks, in which it must not fetch */
+    usleep(30000); /* some ticks, in which it must not fetch */
     CHECK_EQ(atomic_load(&g.server.meta_jobs), 0);
-    if (ends) {
+    if (ends)
         vnd_engine_shutdown(f.e);
-    } else {
+    else
         atomic_store(&f.server.hold, 0);
-    }
     CHECK(!pthread_join(one.thread, NULL) && !pthread_join(two.thread, NULL));
     CHECK_EQ(two.rc, b->chunk[3].usize);
     CHECK_EQ(one.rc < 0, ends);

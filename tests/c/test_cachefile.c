@@ -303,7 +303,7 @@ static void test_no_space(void)
     fix_dir_make(dir, under);
     signal(SIGXFSZ, SIG_IGN);
     fix_up(&f, dir, b, 1);
-    fix_check(f.h, b, 20 * CHUNK, 100);     /* files exist in full size */
+    fix_check(f.h, b, 20 * CHUNK, 100); /* files exist in full size */
     getrlimit(RLIMIT_FSIZE, &old);
     none = old;
     none.rlim_cur = 0;
@@ -311,7 +311,7 @@ static void test_no_space(void)
     for (int round = 0; round < 2; round++) {
         fix_check(f.h, b, 0, 6 * CHUNK);
         fix_check(f.h, b, 5 * CHUNK + 5, 3 * CHUNK);
-        fix_check(f.h, b, 19 * CHUNK, 2 * CHUNK);      /* one from memory, one from the file */
+        fix_check(f.h, b, 19 * CHUNK, 2 * CHUNK); /* one from memory, one from the file */
     }
     CHECK(fix_said(f.e, VND_CAUSE_SPACE, "memory"));
     CHECK(!setrlimit(RLIMIT_FSIZE, &old));
@@ -358,7 +358,7 @@ static void test_no_space_ends_prefetch(void)
         left = f.e->fetcher->prefetch || f.e->fetcher->running;
         pthread_mutex_unlock(&f.e->fetcher->lock);
     }
-    CHECK(atomic_load(&f.server.fed_bytes) < 8u << 20);     /* of 32 MiB */
+    CHECK(atomic_load(&f.server.fed_bytes) < 8u << 20); /* of 32 MiB */
     fix_check(f.h, b, 1500 * CHUNK, 4 * CHUNK);
     CHECK(!setrlimit(RLIMIT_FSIZE, &old));
     fix_down(&f);
@@ -449,7 +449,7 @@ static void test_killed_between_write_and_bit(void)
     close(fd);
     read_all(dir, b, &fetches, &verifies);
     CHECK(fetches > 0);
-    poke(dir, "blob.blob.data.chunk_map", 4096, 0xff);      /* R loses eight chunks */
+    poke(dir, "blob.blob.data.chunk_map", 4096, 0xff); /* R loses eight chunks */
     read_all(dir, b, &fetches, &verifies);
     CHECK_EQ(fetches + verifies, 0);
     fix_blob_free(b);
@@ -516,7 +516,7 @@ static void test_durable(void)
 int main(int argc, char **argv)
 {
     under = argc > 1 ? argv[1] : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
-    test_sigkill();         /* forks: before any thread of ours */
+    test_sigkill(); /* forks: before any thread of ours */
     test_restart_uses_cache();
     test_reboot_verifies();
     test_side_file_lost();

@@ -106,19 +106,19 @@ static void hold_job(const char *dir, struct fix_blob *b, int how)
     x.blob = f.h;
     fix_reader_init(&r);
     CHECK_EQ(store_read(&r.w, &x, 1, &iov, 1), -EINPROGRESS);
-    fix_reader_wait(&r);        /* the table is there */
+    fix_reader_wait(&r); /* the table is there */
     CHECK_EQ(store_read(&r.w, &x, 1, &iov, 1), -EINPROGRESS);
     CHECK_EQ(vnd_job_next(f.e, &job, 0, 5000), 0);
     atomic_store(&board->step, 1);
     wait_for(&board->go, 1);
-    if (how == 1) {             /* fails: the error stays in this process */
+    if (how == 1) { /* fails: the error stays in this process */
         vnd_job_end(f.e, job.id, EIO, VND_CAUSE_NETWORK, "gone");
         fix_reader_wait(&r);
         CHECK_EQ(r.w.err, EIO);
         fix_down(&f);
         return;
     }
-    if (how == 2) {             /* succeeds */
+    if (how == 2) { /* succeeds */
         f.server.e = f.e;
         f.server.feed_bytes = 100000;
         fix_serve(&f.server, &job);
@@ -160,7 +160,10 @@ static void wait_for_holder(const char *dir, struct fix_blob *b, int how)
     atomic_store(&board->step, 2);
     pthread_join(t, NULL);
     if (getenv("VERBOSE"))
-        fprintf(stderr, "  holder %s: served after %lld us\n", how == 0 ? "killed" : how == 1 ? "failed" : "done",
+        fprintf(stderr, "  holder %s: served after %lld us\n",
+                how == 0   ? "killed"
+                : how == 1 ? "failed"
+                           : "done",
                 (long long)(now_us() - start));
     vnd_engine_stats(f.e, &st);
     if (how == 2)
@@ -258,7 +261,7 @@ static void test_locks(void)
     b = open(path, O_RDWR);
     CHECK_EQ(claim_units(a, 10, 5), 5);
     CHECK_EQ(claim_units(a, 30, 5), 5);
-    CHECK_EQ(claim_units(b, 0, 40), 10);        /* the free prefix, whichever conflict the kernel names */
+    CHECK_EQ(claim_units(b, 0, 40), 10); /* the free prefix, whichever conflict the kernel names */
     claim_release(b, 0, 10);
     CHECK_EQ(claim_units(b, 12, 2), 0);
     CHECK_EQ(claim_units(b, 15, 40), 15);

@@ -112,17 +112,50 @@ static void refuse(void (*spoil)(struct fix_blob *b), const char *word)
     fix_blob_free(b);
 }
 
-static void spoil_index(struct fix_blob *b) { b->chunk[2].index = 6; }
-static void spoil_usize(struct fix_blob *b) { b->chunk[2].usize = BLOBTABLE_CHUNK_MAX + 1; }
-static void spoil_usize0(struct fix_blob *b) { b->chunk[2].usize = 0; }
-static void spoil_csize(struct fix_blob *b) { b->chunk[5].csize++; }
-static void spoil_coff(struct fix_blob *b) { b->chunk[2].coff = UINT64_MAX - 4; }
-static void spoil_uoff(struct fix_blob *b) { b->chunk[2].uoff = UINT64_MAX - 4096; }
-static void spoil_end(struct fix_blob *b) { b->info.uncompressed_size_bytes = 5 * 8192; }
-static void spoil_raw(struct fix_blob *b) { b->chunk[2].flags = 0; }
-static void spoil_overlap(struct fix_blob *b) { b->chunk[2].uoff -= 1; }
-static void spoil_twice(struct fix_blob *b) { b->chunk[3].index = 2; }
-static void spoil_count(struct fix_blob *b) { b->info.chunk_count = 0; }
+static void spoil_index(struct fix_blob *b)
+{
+    b->chunk[2].index = 6;
+}
+static void spoil_usize(struct fix_blob *b)
+{
+    b->chunk[2].usize = BLOBTABLE_CHUNK_MAX + 1;
+}
+static void spoil_usize0(struct fix_blob *b)
+{
+    b->chunk[2].usize = 0;
+}
+static void spoil_csize(struct fix_blob *b)
+{
+    b->chunk[5].csize++;
+}
+static void spoil_coff(struct fix_blob *b)
+{
+    b->chunk[2].coff = UINT64_MAX - 4;
+}
+static void spoil_uoff(struct fix_blob *b)
+{
+    b->chunk[2].uoff = UINT64_MAX - 4096;
+}
+static void spoil_end(struct fix_blob *b)
+{
+    b->info.uncompressed_size_bytes = 5 * 8192;
+}
+static void spoil_raw(struct fix_blob *b)
+{
+    b->chunk[2].flags = 0;
+}
+static void spoil_overlap(struct fix_blob *b)
+{
+    b->chunk[2].uoff -= 1;
+}
+static void spoil_twice(struct fix_blob *b)
+{
+    b->chunk[3].index = 2;
+}
+static void spoil_count(struct fix_blob *b)
+{
+    b->info.chunk_count = 0;
+}
 
 static void test_tables(void)
 {
@@ -160,7 +193,7 @@ static void test_tables(void)
     half->digest[0][3] ^= 1;
     CHECK_EQ(blobtable_merge(&all, half, t, err, sizeof err), -EEXIST);
     half->digest[0][3] ^= 1;
-    half->chunk[0].usize++;     /* now reaches into chunk 1 of the other */
+    half->chunk[0].usize++; /* now reaches into chunk 1 of the other */
     t->chunk[0].usize = 0;
     CHECK_EQ(blobtable_merge(&all, half, t, err, sizeof err), -EEXIST);
     blobtable_free(half);

@@ -27,7 +27,7 @@ static void test_kick_before_enable(void)
     CHECK_EQ(apply(&r), 0);
     send_init(&r);
     fg_queue_kick(r.q[RQ]);
-    CHECK_EQ(apply(&r), 0);             /* passes through the queue's loop */
+    CHECK_EQ(apply(&r), 0); /* passes through the queue's loop */
     CHECK_EQ(used_idx(&r), 0);
     r.st.rings[RQ].enabled = 1;
     CHECK_EQ(apply(&r), 0);
@@ -47,7 +47,7 @@ static void test_call_swap(void)
     send_read(&r, 0, 3, 4096);
     await_parked(&r, 1);
     int fd = eventfd(0, EFD_CLOEXEC);
-    close(r.call[RQ]);                  /* the old one is ours to close: the device has its own */
+    close(r.call[RQ]); /* the old one is ours to close: the device has its own */
     r.call[RQ] = fd;
     r.st.rings[RQ].call_fd = fd;
     r.st.call_gen[RQ]++;
@@ -60,7 +60,10 @@ static void test_call_swap(void)
     rig_down(&r);
 }
 
-struct swapper { struct rig *r; _Atomic int stop, calls; };
+struct swapper {
+    struct rig *r;
+    _Atomic int stop, calls;
+};
 
 static void *swap_main(void *arg)
 {
@@ -176,7 +179,7 @@ static void test_hole(void)
         fg_queue_publish(r.q[RQ]);
         CHECK_EQ(fg_queue_wait(r.q[RQ], WAIT_MS), 0);
         CHECK_EQ(fg_queue_pop(r.q[RQ], &cookie, &len), 1);
-        CHECK_EQ(len, i == 2 ? 16 : 0);     /* there is room for an error in the last */
+        CHECK_EQ(len, i == 2 ? 16 : 0); /* there is room for an error in the last */
     }
     check_read(&r, 1, 0, 4096);
     CHECK_EQ(stats(&r).ring_errors, 0);
@@ -189,7 +192,7 @@ static void test_truncated(void)
 
     rig_up(&r, 0);
     init_session(&r);
-    CHECK(ftruncate(fg_ram_fd(r.ram), 0x100000 + 0x4000) == 0);     /* rings of queue 1 and all data */
+    CHECK(ftruncate(fg_ram_fd(r.ram), 0x100000 + 0x4000) == 0); /* rings of queue 1 and all data */
     uint64_t one = 1;
     CHECK(write(r.kick[RQ], &one, 8) == 8);
     CHECK(err_signalled(r.errfd[RQ]));
@@ -198,7 +201,7 @@ static void test_truncated(void)
     CHECK(ftruncate(fg_ram_fd(r.ram), 0x100000 + RAM_BYTES * 3 / 2) == 0);
     fg_ram_free(r.ram);
     r.ram = fg_ram_new(regions, 2, 0);
-    plug(&r);                           /* the daemon serves the next front-end */
+    plug(&r); /* the daemon serves the next front-end */
     init_session(&r);
     serve_now(&r, 0);
     check_read(&r, 0, 0, 4096);
@@ -250,11 +253,11 @@ static void test_refused(void)
     CHECK(err_signalled(r.errfd[RQ]));
     CHECK_EQ(stats(&r).ring_errors, 1);
     set_memory(&r);
-    CHECK_EQ(apply(&r), 0);             /* tries again, fails again: no news */
+    CHECK_EQ(apply(&r), 0); /* tries again, fails again: no news */
     CHECK_EQ(stats(&r).ring_errors, 1);
     set_rings(&r, false);
     int file = open("/proc/self/exe", O_RDONLY | O_CLOEXEC);
-    r.st.rings[RQ].kick_fd = file;      /* a plain file cannot be waited on */
+    r.st.rings[RQ].kick_fd = file; /* a plain file cannot be waited on */
     CHECK_EQ(apply(&r), -EPERM);
     close(file);
     set_rings(&r, false);

@@ -14,7 +14,7 @@ static void test_cold_beside_warm(void)
     serve_now(&r, 0);
     check_read(&r, 0, 0, 4096);
     atomic_store(&r.fix.server.hold, 1);
-    usleep(60000);                      /* the server's own wait for a job ends */
+    usleep(60000); /* the server's own wait for a job ends */
     uint64_t parked = stats(&r).parked;
     send_read(&r, 1, 20, 4096);
     await_parked(&r, parked + 1);
@@ -42,10 +42,10 @@ static void test_stop_and_continue(void)
     CHECK(now_us() - before < 1000 * (DRAIN_MS + 2000));
     CHECK_EQ(r.st.rings[RQ].base, 3);
     CHECK_EQ(used_idx(&r), 1);
-    serve_now(&r, 0);                   /* data comes while the guest stands still: it must not be written */
+    serve_now(&r, 0); /* data comes while the guest stands still: it must not be written */
     while (stats(&r).fetched_chunks == 0)
         usleep(500);
-    vnd_device_state other = r.st;      /* passes through the queues' loops */
+    vnd_device_state other = r.st; /* passes through the queues' loops */
     other.log_gen++;
     CHECK_EQ(vnd_device_apply(r.dev, &other, DRAIN_MS, r.err, sizeof(r.err)), 0);
     r.st.log_gen = other.log_gen;
@@ -104,8 +104,8 @@ static void test_stop_for_migration(void)
     CHECK(pread(fd, bits, sizeof(bits), 0) == sizeof(bits));
     uint64_t header = ring_config(&r, RQ).slot_gpa + fg_slot_bytes(SLOT_DATA) + FG_SLOT_OUT;
     CHECK(bits[header / 4096 / 8] & 1 << header / 4096 % 8);
-    CHECK(bits[0x7000 / 4096 / 8] & 1 << 0x7000 / 4096 % 8);    /* used ring of queue 1 */
-    CHECK_EQ(bits[0x10000 / 4096 / 8], 0);                      /* the other queue's requests: nothing */
+    CHECK(bits[0x7000 / 4096 / 8] & 1 << 0x7000 / 4096 % 8); /* used ring of queue 1 */
+    CHECK_EQ(bits[0x10000 / 4096 / 8], 0);                   /* the other queue's requests: nothing */
     restart_rings(&r);
     serve_now(&r, 0);
     CHECK(pwrite(fd, (uint8_t[64]){ 0 }, 64, 0) == 64);
@@ -225,7 +225,7 @@ static void test_blank_inflight(void)
     r.st.inflight_queue_size = RING;
     r.st.inflight_gen++;
     set_rings(&r, false);
-    send_init(&r);                      /* lies before the base: never served */
+    send_init(&r); /* lies before the base: never served */
     r.st.rings[RQ].base = 1;
     CHECK_EQ(apply(&r), 0);
     CHECK_EQ(apply(&r), 0);
@@ -290,7 +290,7 @@ static void test_races(void)
     uint32_t slot;
 
     rig_up(&r, 20);
-    serve_now(&r, EIO);                 /* chunks never come, every job wakes its readers */
+    serve_now(&r, EIO); /* chunks never come, every job wakes its readers */
     for (int round = 0; round < 60; round++) {
         init_session(&r);
         for (uint32_t i = 0; i < SLOTS; i++)

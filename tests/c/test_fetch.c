@@ -47,7 +47,7 @@ static void *race_run(void *arg)
         pthread_mutex_lock(&r.lock);
         CHECK_EQ(r.woken, 0);
         pthread_mutex_unlock(&r.lock);
-        if (i % 8 == 0) {           /* take it all away again, so that there is something to wait for */
+        if (i % 8 == 0) { /* take it all away again, so that there is something to wait for */
             pthread_mutex_lock(&me->f->h->cache->lock);
             cachefile_take_away(me->f->h->cache, false);
             pthread_mutex_unlock(&me->f->h->cache->lock);
@@ -109,11 +109,11 @@ static void test_ends_wake(void)
             CHECK_EQ(r.w.err, ESHUTDOWN);
         } else {
             CHECK(how == 1 || other);
-            if (how == 1) {         /* the last image that names it */
+            if (how == 1) { /* the last image that names it */
                 blob_put(f.h, NULL);
                 fix_reader_wait(&r);
                 CHECK_EQ(r.w.err, EIO);
-            } else {                /* another still does: it is fetched on */
+            } else { /* another still does: it is fetched on */
                 blob_put(f.h, NULL);
                 atomic_store(&f.server.hold, 0);
                 fix_reader_wait(&r);
@@ -143,7 +143,7 @@ static void test_windows(void)
     fix_up(&f, dir, b, 0);
     fix_load_table(&f);
 
-    fix_park(&f, b, &r[0], 100);                     /* first miss: 256 KiB */
+    fix_park(&f, b, &r[0], 100); /* first miss: 256 KiB */
     fix_next_job(&f, &job);
     CHECK_EQ(job.coff, 100 * 16384);
     CHECK_EQ(job.clen, 256 << 10);
@@ -152,7 +152,7 @@ static void test_windows(void)
     /* A second reader of a chunk that is being fetched adds no job; one of another chunk does. */
     fix_park(&f, b, &r[1], 110);
     CHECK_EQ(vnd_job_next(f.e, &job, 0, 0), -ETIMEDOUT);
-    fix_park(&f, b, &r[2], 90);                      /* stops where the other job begins */
+    fix_park(&f, b, &r[2], 90); /* stops where the other job begins */
     vnd_job before;
     fix_next_job(&f, &before);
     CHECK_EQ(before.coff, 90 * 16384);
@@ -183,7 +183,7 @@ static void test_windows(void)
     fix_next_job(&f, &job);
     CHECK_EQ(job.clen, 1024 << 10);
     fix_serve_now(&f, &job);
-    while (vnd_job_next(f.e, &job, 0, 0) == 0)      /* what is ahead of that stream */
+    while (vnd_job_next(f.e, &job, 0, 0) == 0) /* what is ahead of that stream */
         fix_serve_now(&f, &job);
     fix_park(&f, b, &r[3], 460);
     fix_next_job(&f, &job);
@@ -193,11 +193,11 @@ static void test_windows(void)
     /* Small ready gaps are bridged; they count as waste, 12 % at most. */
     fix_park(&f, b, &r[4], 520);
     fix_next_job(&f, &job);
-    fix_serve_now(&f, &job);                            /* 520..535 ready (window 256 KiB) */
+    fix_serve_now(&f, &job); /* 520..535 ready (window 256 KiB) */
     CHECK_EQ(job.clen, 256 << 10);
     fix_park(&f, b, &r[4], 510);
     fix_next_job(&f, &job);
-    CHECK_EQ(job.clen, 10 * 16384);                 /* 16 ready ones are no small gap */
+    CHECK_EQ(job.clen, 10 * 16384); /* 16 ready ones are no small gap */
     fix_serve_now(&f, &job);
 
     /* Demand goes before prefetch; prefetch comes in pieces and can be cancelled. */
@@ -234,7 +234,7 @@ static void test_windows(void)
     CHECK_EQ(job.coff, 480 * 16384);
     fix_serve_now(&f, &job);
     fix_reader_wait(&r[7]);
-    CHECK_EQ(vnd_job_next(f.e, &job, 1, 1000), 0);  /* then the prefetch goes on where it was */
+    CHECK_EQ(vnd_job_next(f.e, &job, 1, 1000), 0); /* then the prefetch goes on where it was */
     CHECK_EQ(job.prefetch, 1);
     CHECK_EQ(job.coff, 2 * 16384);
     fix_serve_now(&f, &job);
@@ -382,7 +382,7 @@ static void test_seam_misuse(void)
     CHECK_EQ(v[3].chunk_index, 3);
     CHECK(!memcmp(v[3].data, b->plain + 3 * 16384, 16384));
     CHECK_EQ(vnd_job_commit(f.e, job.id, NULL, 3), 3);
-    vnd_job_end(f.e, job.id, 0, 0, NULL);   /* the rest was never committed: only who waits is served again */
+    vnd_job_end(f.e, job.id, 0, 0, NULL); /* the rest was never committed: only who waits is served again */
     fix_reader_wait(&r);
     CHECK_EQ(vnd_job_next(f.e, &job, 1, 0), -ETIMEDOUT);
     /* Ended over and over without a byte: the reader gets EIO in the end, not an endless loop. */

@@ -28,7 +28,7 @@ static void follow(struct fix *f, const char *path, _Atomic int *fd)
 }
 
 struct paths {
-    size_t whole;               /* size of the data file */
+    size_t whole; /* size of the data file */
     char data[300], map[300], side[300], side_dir[300], wake[300], other[300];
 };
 
@@ -46,7 +46,7 @@ static void remove_tree(const char *dir)
 {
     char cmd[700], gone[320];
 
-    snprintf(gone, sizeof gone, "%s.gone", dir);        /* at once: what is made anew meanwhile is not in the way */
+    snprintf(gone, sizeof gone, "%s.gone", dir); /* at once: what is made anew meanwhile is not in the way */
     CHECK(!rename(dir, gone) || errno == ENOENT);
     snprintf(cmd, sizeof cmd, "rm -rf '%s'", gone);
     CHECK(system(cmd) == 0);
@@ -101,10 +101,10 @@ static void test_data_removed(void)
     fix_check(f.h, b, 0, (N - 1) * CHUNK);
     /* As the snapshotter does it: the map first. */
     CHECK(!unlink(p.map) && !unlink(p.data));
-    fix_check(f.h, b, 0, (N - 1) * CHUNK);      /* mostly not looked yet: the open file serves on */
+    fix_check(f.h, b, 0, (N - 1) * CHUNK); /* mostly not looked yet: the open file serves on */
     follow(&f, p.data, &f.h->cache->data_fd);
     CHECK(fix_said(f.e, VND_CAUSE_IO, "data file was removed"));
-    expect_jobs(&f, b, YES, ANY);               /* it may have looked between the two, and told a new map */
+    expect_jobs(&f, b, YES, ANY); /* it may have looked between the two, and told a new map */
     expect_jobs(&f, b, NO, NO);
     expect_shared(dir, b, 0);
     /* Another file is put in its place, with the map that says all is there. */
@@ -133,7 +133,8 @@ static void test_data_replaced_by_a_stranger(void)
     fix_check(f.h, b, 0, 5 * CHUNK);
     put_file(p.other, (size_t)b->plain_len + 1, 0xa5);
     CHECK(!rename(p.other, p.data));
-    for (int64_t until = now_us() + 20000000; !fix_said(f.e, VND_CAUSE_IO, "blob.blob.data is no file of"); usleep(500)) {
+    for (int64_t until = now_us() + 20000000; !fix_said(f.e, VND_CAUSE_IO, "blob.blob.data is no file of");
+         usleep(500)) {
         CHECK(now_us() < until);
         pthread_cond_signal(&f.e->fetcher->upkeep_some);
     }
@@ -207,8 +208,8 @@ static void test_directory_removed(void)
         CHECK(now_us() < until);
         pthread_cond_signal(&f.e->fetcher->upkeep_some);
     }
-    fix_check(f.h, b, 0, 10 * CHUNK);       /* what is fetched now goes to the removed file */
-    CHECK(stat(dir, &st));                  /* and no directory comes from nowhere: a disk may be about to be mounted */
+    fix_check(f.h, b, 0, 10 * CHUNK); /* what is fetched now goes to the removed file */
+    CHECK(stat(dir, &st));            /* and no directory comes from nowhere: a disk may be about to be mounted */
     CHECK(!mkdir(dir, 0700));
     follow(&f, p.data, &f.h->cache->data_fd);
     expect_jobs(&f, b, YES, NO);
@@ -247,29 +248,19 @@ static void vanish(struct paths *p, const char *dir, uint32_t how)
     case 0:
         unlink(p->map);
         /* fallthrough */
-    case 1:
-        unlink(p->data);
-        break;
-    case 2:
-        unlink(p->map);
-        break;
-    case 3:
-        unlink(p->side);
-        break;
+    case 1: unlink(p->data); break;
+    case 2: unlink(p->map); break;
+    case 3: unlink(p->side); break;
     case 4:
         put_file(p->other, 3 * CHUNK, 0x5a);
         CHECK(!rename(p->other, p->data));
         break;
-    case 5:
-        remove_tree(p->side_dir);
-        break;
+    case 5: remove_tree(p->side_dir); break;
     case 6:
         put_file(p->other, p->whole, 0x5a);
         CHECK(!rename(p->other, p->data));
         break;
-    default:
-        remove_tree(dir);
-        CHECK(!mkdir(dir, 0700));
+    default: remove_tree(dir); CHECK(!mkdir(dir, 0700));
     }
 }
 
@@ -297,13 +288,13 @@ static void test_under_readers(int compressed)
     }
     for (uint32_t round = 0; round < ROUNDS; round++) {
         vanish(&p, dir, round < 8 ? round : fix_random(&seed));
-        if (round & 1) {            /* else the next thing goes while this one is being followed */
+        if (round & 1) { /* else the next thing goes while this one is being followed */
             follow(&f, p.data, &f.h->cache->data_fd);
             follow(&g, p.data, &g.h->cache->data_fd);
         }
         usleep(fix_random(&seed) % 3000);
     }
-    for (int settled = 0; settled < 3; settled++) {     /* each may yet replace what the other has just made */
+    for (int settled = 0; settled < 3; settled++) { /* each may yet replace what the other has just made */
         follow(&f, p.side, &f.h->cache->side_fd);
         follow(&g, p.side, &g.h->cache->side_fd);
     }

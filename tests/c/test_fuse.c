@@ -10,7 +10,7 @@ static void test_init(void)
 {
     struct rig g;
     struct fuse_init_out out;
-    uint64_t guest61 = 0xb7bfffffbull;      /* what a 6.1 guest offers */
+    uint64_t guest61 = 0xb7bfffffbull; /* what a 6.1 guest offers */
     uint32_t gen;
 
     rig_new(&g, VND_SESSION_RAFS);
@@ -18,7 +18,7 @@ static void test_init(void)
     CHECK_EQ(error_of(&g, FUSE_OP_INIT, 0, "\7\0\0\0", 4), EINVAL);
     out = init(&g, 8, 0, 0);
     CHECK_EQ(out.major, 7);
-    CHECK_EQ(error_of(&g, FUSE_OP_GETATTR, 1, NULL, 0), EIO);      /* not yet: the kernel comes again */
+    CHECK_EQ(error_of(&g, FUSE_OP_GETATTR, 1, NULL, 0), EIO); /* not yet: the kernel comes again */
     CHECK_EQ(error_of(&g, FUSE_OP_INIT, 0, "\6\0\0\0\1\0\0\0\0\0\0\0\0\0\0\0", 16), EPROTO);
     gen = fuse_session_gen(g.s);
     out = init(&g, 7, 38, guest61 | FUSE_INIT_INIT_EXT);
@@ -105,7 +105,7 @@ static void test_malformed(void)
     longer[256] = 0;
     CHECK_EQ(error_of(&g, FUSE_OP_LOOKUP, 1, longer, 257), ENAMETOOLONG);
     longer[255] = 0;
-    CHECK_EQ(error_of(&g, FUSE_OP_LOOKUP, 1, longer, 256), 0);      /* absent, and said so for good */
+    CHECK_EQ(error_of(&g, FUSE_OP_LOOKUP, 1, longer, 256), 0); /* absent, and said so for good */
     rig_free(&g);
     vnd_rafs_free(r);
 }
@@ -155,18 +155,17 @@ static void test_lookup_and_attr(void)
 
 static void test_refusals(void)
 {
-    static const uint32_t erofs[] = { FUSE_OP_SETATTR, FUSE_OP_SYMLINK, FUSE_OP_MKNOD, FUSE_OP_MKDIR,
-        FUSE_OP_UNLINK,
-        FUSE_OP_RMDIR, FUSE_OP_RENAME, FUSE_OP_LINK, FUSE_OP_WRITE, FUSE_OP_SETXATTR, FUSE_OP_REMOVEXATTR,
-        FUSE_OP_CREATE, FUSE_OP_FALLOCATE, FUSE_OP_RENAME2, FUSE_OP_COPY_FILE_RANGE, FUSE_OP_TMPFILE };
+    static const uint32_t erofs[] = { FUSE_OP_SETATTR,   FUSE_OP_SYMLINK,  FUSE_OP_MKNOD,           FUSE_OP_MKDIR,
+                                      FUSE_OP_UNLINK,    FUSE_OP_RMDIR,    FUSE_OP_RENAME,          FUSE_OP_LINK,
+                                      FUSE_OP_WRITE,     FUSE_OP_SETXATTR, FUSE_OP_REMOVEXATTR,     FUSE_OP_CREATE,
+                                      FUSE_OP_FALLOCATE, FUSE_OP_RENAME2,  FUSE_OP_COPY_FILE_RANGE, FUSE_OP_TMPFILE };
     struct fuse_open_in rdwr = { .flags = O_RDWR }, trunc = { .flags = O_TRUNC }, read_only = { 0 };
     struct rig g;
     vnd_rafs *r = rig_rafs(&g, FLAGS);
     uint64_t file = 1ull << 48 | g.n.file;
 
-    for (size_t i = 0; i < sizeof(erofs) / sizeof(erofs[0]); i++) {
+    for (size_t i = 0; i < sizeof(erofs) / sizeof(erofs[0]); i++)
         CHECK_EQ(error_of(&g, erofs[i], file, NULL, 0), EROFS);
-    }
     CHECK_EQ(error_of(&g, FUSE_OP_IOCTL, file, NULL, 0), ENOTTY);
     CHECK_EQ(error_of(&g, FUSE_OP_SETUPMAPPING, file, NULL, 0), ENOSYS);
     CHECK_EQ(error_of(&g, FUSE_OP_STATX, file, NULL, 0), ENOSYS);
@@ -191,7 +190,7 @@ static void test_access_and_lseek(void)
     uint64_t file = 1ull << 48 | g.n.file, off;
 
     CHECK_EQ(error_of(&g, FUSE_OP_ACCESS, file, &write, 8), EROFS);
-    CHECK_EQ(error_of(&g, FUSE_OP_ACCESS, file, &exec, 8), EACCES);     /* root needs one x bit */
+    CHECK_EQ(error_of(&g, FUSE_OP_ACCESS, file, &exec, 8), EACCES); /* root needs one x bit */
     CHECK_EQ(error_of(&g, FUSE_OP_ACCESS, file, &reading, 8), 0);
     CHECK_EQ(error_of(&g, FUSE_OP_ACCESS, 1, &exec, 8), 0);
     CHECK_EQ(error_of(&g, FUSE_OP_LSEEK, file, &data, 24), 0);
@@ -259,11 +258,10 @@ static void test_listings(void)
                 for (int i = 0; i < n; i++, total++) {
                     char want[IMG_NAME] = "..";
 
-                    if (total < 2) {
+                    if (total < 2)
                         want[total + 1] = 0;
-                    } else {
+                    else
                         img_many_name(want, total - 2);
-                    }
                     CHECK(strcmp(d[i].name, want) == 0);
                     CHECK_EQ(d[i].type, total < 2 ? DT_DIR : DT_REG);
                     if (plus) {
@@ -276,7 +274,7 @@ static void test_listings(void)
             CHECK_EQ(n, 0);
             CHECK_EQ(total, IMG_MANY + 2);
         }
-        CHECK_EQ(read_dir(&g, big, plus, 0, 24, d, 300), -EINVAL);  /* not even one: no end, an error */
+        CHECK_EQ(read_dir(&g, big, plus, 0, 24, d, 300), -EINVAL); /* not even one: no end, an error */
         CHECK_EQ(read_dir(&g, 1ull << 48 | g.n.file, plus, 0, 4096, d, 300), -ENOTDIR);
         CHECK_EQ(read_dir(&g, big, plus, UINT64_MAX, 4096, d, 300), 0);
         CHECK_EQ(read_dir(&g, big, plus, 123456, 4096, d, 300), 0);
@@ -313,7 +311,7 @@ static void test_reads(void)
     CHECK(g.data[0] == 0 && g.data[4095] == 0);
     CHECK_EQ(g.f.dirty, 4096);
     CHECK_EQ(read_at(&g, file, 0, 1u << 20, 16 + (1u << 20)), 1 << 20);
-    CHECK_EQ(read_at(&g, file, ZERO_SIZE - 10, 4096, 16 + 10), 10);     /* the end, and room for it */
+    CHECK_EQ(read_at(&g, file, ZERO_SIZE - 10, 4096, 16 + 10), 10); /* the end, and room for it */
     CHECK_EQ(read_at(&g, file, ZERO_SIZE, 4096, 16), 0);
     CHECK_EQ(read_at(&g, file, UINT64_MAX, 4096, 8192), 0);
     /* A short reply would be taken for the end of the file: an error instead. */

@@ -19,7 +19,7 @@ struct rig {
     struct fix_server server;
     struct img_nids n;
     struct fake_req f;
-    struct fix_reader woken;        /* counts wakes of f */
+    struct fix_reader woken; /* counts wakes of f */
 };
 
 static void rig_new(struct rig *g, uint32_t deadline_ms)
@@ -183,9 +183,8 @@ static void test_reset_while_parked(void)
     atomic_store(&g.server.hold, 0);
     CHECK_EQ(finish_read(&g), REQ_NOREPLY);
     CHECK_EQ(g.f.r.out_len, 0);
-    for (uint32_t i = 0; i < g.f.r.out_cap; i++) {
+    for (uint32_t i = 0; i < g.f.r.out_cap; i++)
         CHECK_EQ(g.f.out[i], 0xee);
-    }
     store_wait_done(&g.f.r.wait);
     rig_free(&g);
 }
@@ -212,7 +211,7 @@ static void test_tool_read(void)
     struct rig g;
 
     rig_new(&g, 100);
-    CHECK_EQ(vnd_rafs_read(g.image, g.n.file, 0, buf, 10), -ETIMEDOUT);     /* nobody serves */
+    CHECK_EQ(vnd_rafs_read(g.image, g.n.file, 0, buf, 10), -ETIMEDOUT); /* nobody serves */
     atomic_store(&g.server.hold, 0);
     CHECK_EQ(vnd_rafs_read(g.image, g.n.file, 0, buf, IMG_FILE_SIZE + 100), IMG_FILE_SIZE);
     CHECK(memcmp(buf, g.blob->plain + 3 * IMG_CHUNK, IMG_FILE_SIZE) == 0);

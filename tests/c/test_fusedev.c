@@ -19,15 +19,21 @@ struct rig {
     struct fix_blob *blob;
     struct fix_server server;
     struct img_nids n;
-    int fd;                         /* the kernel's end */
+    int fd; /* the kernel's end */
     uint8_t reply[(1 << 20) + 64];
 };
 
-struct answer { struct fuse_out_header h; uint32_t len; };
+struct answer {
+    struct fuse_out_header h;
+    uint32_t len;
+};
 
 static void send_request(struct rig *g, uint64_t unique, uint32_t op, uint64_t node, const void *body, uint32_t len)
 {
-    struct { struct fuse_in_header h; uint8_t body[256]; } m = {
+    struct {
+        struct fuse_in_header h;
+        uint8_t body[256];
+    } m = {
         .h = { .len = (uint32_t)sizeof(struct fuse_in_header) + len, .opcode = op, .unique = unique, .nodeid = node },
     };
 
@@ -163,7 +169,7 @@ static void test_cold_beside_warm(struct rig *g)
     struct answer a = receive(g);
     CHECK_EQ(a.h.unique, 10);
     check_data(g, a, 0, 4096);
-    send_read(g, 11, 100, 3000);        /* warm now: the reader answers itself */
+    send_read(g, 11, 100, 3000); /* warm now: the reader answers itself */
     check_data(g, receive(g), 100, 3000);
     CHECK(stats(g).hits >= 1);
     rig_free(g);
@@ -231,7 +237,7 @@ static void test_stop_and_resume(struct rig *g)
     vnd_fusedev_free(g->dev);
     close(g->fd);
     start_device(g, 2, VND_FUSEDEV_RESUME | VND_FUSEDEV_RESEND);
-    struct answer a = receive(g);       /* its notification: unique 0, code RESEND */
+    struct answer a = receive(g); /* its notification: unique 0, code RESEND */
     CHECK_EQ(a.h.unique, 0);
     CHECK_EQ(a.h.error, 7);
     CHECK(vnd_fusedev_ready(g->dev));
@@ -280,14 +286,17 @@ static void test_root_is_kept(struct rig *g)
 {
     struct fuse_getattr_in in = { 0 };
     struct fuse_attr_out out;
-    struct { uint64_t nodeid; int64_t off, len; } told;
+    struct {
+        uint64_t nodeid;
+        int64_t off, len;
+    } told;
     struct answer a;
 
     rig_new(g, 1, 30000);
     CHECK_EQ(vnd_vfs_umount(g->vfs, "/"), 0);
     CHECK_EQ(vnd_fusedev_root_changed(g->dev), 0);
     a = receive(g);
-    CHECK(a.h.unique == 0 && a.h.error == 2 && a.len == sizeof(told));     /* FUSE_NOTIFY_INVAL_INODE */
+    CHECK(a.h.unique == 0 && a.h.error == 2 && a.len == sizeof(told)); /* FUSE_NOTIFY_INVAL_INODE */
     memcpy(&told, g->reply + sizeof(a.h), sizeof(told));
     CHECK(told.nodeid == 1 && told.off < 0);
     send_request(g, 7, FUSE_OP_GETATTR, 1, &in, sizeof(in));

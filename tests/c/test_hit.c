@@ -122,8 +122,8 @@ static void bench(struct fix *f, struct fix_blob *b, const char *what, uint32_t 
     }
     qsort(ours, 101, sizeof *ours, by_value);
     qsort(plain, 101, sizeof *plain, by_value);
-    printf("%-30s store_read %7.0f (median %7.0f) ns, preadv2 %7.0f (%7.0f), difference %5.0f (%5.0f)\n", what,
-           ours[0], ours[50], plain[0], plain[50], ours[0] - plain[0], ours[50] - plain[50]);
+    printf("%-30s store_read %7.0f (median %7.0f) ns, preadv2 %7.0f (%7.0f), difference %5.0f (%5.0f)\n", what, ours[0],
+           ours[50], plain[0], plain[50], ours[0] - plain[0], ours[50] - plain[50]);
 }
 
 int main(int argc, char **argv)

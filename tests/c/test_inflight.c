@@ -17,7 +17,7 @@ static void test_inflight(void)
     struct vring_used_elem batch[2] = { { .id = 3 }, { .id = 5 } };
 
     CHECK(fd >= 0 && size == 2 * inflight_stride(8) && inflight_stride(8) == 192 && inflight_stride(3) == 64);
-    CHECK(ftruncate(fd, 0) < 0);                /* sealed */
+    CHECK(ftruncate(fd, 0) < 0); /* sealed */
     f.region = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     inflight_reset(&f, 8, 7);
     CHECK(f.region->version == 1 && f.region->desc_num == 8);
@@ -112,7 +112,7 @@ static long run_and_kill(struct guest *g, struct inflight *f, long steps)
             return -1;
         CHECK(!WIFEXITED(status));
         if (WSTOPSIG(status) == SIGSTOP)
-            break;                  /* through with it */
+            break; /* through with it */
         n++;
     }
     kill(child, SIGKILL);
@@ -142,7 +142,7 @@ static void test_killed_anywhere(void)
 {
     struct guest g;
     struct inflight f = { .num = RING_NUM };
-    long total = LONG_MAX, budget = 60000;     /* steps in all: sanitizers make many more of them */
+    long total = LONG_MAX, budget = 60000; /* steps in all: sanitizers make many more of them */
 
     guest_open(&g, true);
     f.region = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);

@@ -13,8 +13,10 @@
 
 static void count_read(struct fs_metrics *m, uint32_t shard, uint64_t ino, uint32_t bytes, int64_t took_us)
 {
-    metrics_count(m, shard, &(struct metrics_op){ .ino = ino, .fop = READ_FOP, .read = true, .bytes = bytes,
-                                                  .took_us = took_us, .waited = took_us > 1000 });
+    metrics_count(
+        m, shard,
+        &(struct metrics_op){
+            .ino = ino, .fop = READ_FOP, .read = true, .bytes = bytes, .took_us = took_us, .waited = took_us > 1000 });
 }
 
 /* nydusd's bounds: a size belongs to the bucket that begins at it, a latency to the one that ends at it. */
@@ -37,9 +39,8 @@ static void test_buckets(void)
     }
     metrics_sum(m, &sum);
     CHECK_EQ(sum.read_latencies[0], 1);
-    for (uint32_t i = 1; i < VND_LATENCIES - 1; i++) {
+    for (uint32_t i = 1; i < VND_LATENCIES - 1; i++)
         CHECK_EQ(sum.read_latencies[i], 2);
-    }
     CHECK_EQ(sum.read_latencies[VND_LATENCIES - 1], 1);
     CHECK_EQ(sum.reads_at_once, 3);
     CHECK_EQ(sum.reads_waited, 11);
@@ -64,10 +65,9 @@ static void test_shards(void)
 {
     uint64_t taken = 0;
 
-    for (uint32_t i = 0; i < METRICS_SHARDS - 1; i++) {
+    for (uint32_t i = 0; i < METRICS_SHARDS - 1; i++)
         CHECK_EQ(metrics_take_shard(&taken), i);
-    }
-    CHECK_EQ(metrics_take_shard(&taken), METRICS_SHARDS - 1);       /* shared */
+    CHECK_EQ(metrics_take_shard(&taken), METRICS_SHARDS - 1); /* shared */
     CHECK_EQ(metrics_take_shard(&taken), METRICS_SHARDS - 1);
     metrics_give_shard(&taken, METRICS_SHARDS - 1);
     metrics_give_shard(&taken, 5);
@@ -82,15 +82,13 @@ static void test_records(void)
     uint64_t inos[7], n = 0, got;
 
     count_read(m, 0, 77, 10, 1);
-    CHECK_EQ(metrics_files(m, NULL, 0), 0);     /* not asked for */
+    CHECK_EQ(metrics_files(m, NULL, 0), 0); /* not asked for */
     metrics_keep(m, true);
-    for (uint64_t i = 0; i < 100000; i++) {
+    for (uint64_t i = 0; i < 100000; i++)
         metrics_count(m, 0, &(struct metrics_op){ .ino = i << 8, .fop = GETATTR_FOP, .failed = true });
-    }
     CHECK_EQ(metrics_files(m, NULL, 0), 0);
-    for (uint64_t i = 0; i < 1000; i++) {
+    for (uint64_t i = 0; i < 1000; i++)
         count_read(m, 0, i << 12, 10, 1);
-    }
     CHECK_EQ(metrics_files(m, out, 400), 300);
     for (uint32_t i = 0; i < 300; i++) {
         CHECK_EQ(out[i].reads, 1);
@@ -100,10 +98,9 @@ static void test_records(void)
     }
     metrics_count(m, 0, &(struct metrics_op){ .ino = 0, .fop = GETATTR_FOP, .failed = true });
     metrics_count(m, 1, &(struct metrics_op){ .ino = 0, .fop = GETATTR_FOP });
-    CHECK_EQ(metrics_files(m, out, 1), 301);    /* more than there is room for are told */
-    while ((got = metrics_latest(m, inos, 7))) {
+    CHECK_EQ(metrics_files(m, out, 1), 301); /* more than there is room for are told */
+    while ((got = metrics_latest(m, inos, 7)))
         n += got;
-    }
     CHECK_EQ(n, 300);
     count_read(m, 0, 5 << 12, 10, 1);
     CHECK_EQ(metrics_latest(m, inos, 7), 1);
@@ -120,9 +117,8 @@ static void *count_many(void *arg)
 {
     struct counting *c = arg;
 
-    for (uint64_t i = 0; i < OPS; i++) {
+    for (uint64_t i = 0; i < OPS; i++)
         count_read(c->m, c->shard, i % 50, 100, 1);
-    }
     return NULL;
 }
 
@@ -137,27 +133,24 @@ static void test_threads(void)
     uint64_t before = 0, n, reads = 0;
 
     metrics_keep(m, true);
-    for (int i = 0; i < THREADS; i++) {
+    for (int i = 0; i < THREADS; i++)
         CHECK_EQ(pthread_create(&t[i], NULL, count_many, &c[i]), 0);
-    }
     do {
         metrics_sum(m, &sum);
         CHECK(sum.fops.hits[READ_FOP] >= before);
         before = sum.fops.hits[READ_FOP];
         metrics_files(m, out, THREADS * 50);
     } while (before < THREADS * OPS);
-    for (int i = 0; i < THREADS; i++) {
+    for (int i = 0; i < THREADS; i++)
         pthread_join(t[i], NULL);
-    }
     metrics_sum(m, &sum);
     CHECK_EQ(sum.fops.hits[READ_FOP], THREADS * OPS);
     CHECK_EQ(sum.read_bytes, 100ull * THREADS * OPS);
     CHECK_EQ(sum.read_latency_us, THREADS * OPS);
     n = metrics_files(m, out, THREADS * 50);
     CHECK_EQ(n, 3 * 50);
-    for (uint64_t i = 0; i < n; i++) {
+    for (uint64_t i = 0; i < n; i++)
         reads += out[i].reads;
-    }
     CHECK_EQ(reads, THREADS * OPS);
     metrics_free(m);
 }

@@ -13,7 +13,7 @@
 static char source[] = "/tmp/vnd-passthrough-XXXXXX";
 
 struct client {
-    struct rig rig;         /* shares vfs and session with the others */
+    struct rig rig; /* shares vfs and session with the others */
     struct fake_req f;
     _Atomic int woken;
     unsigned int seed;
@@ -46,16 +46,13 @@ static int ask_cap(struct client *c, uint32_t op, uint64_t nodeid, const void *b
     for (;;) {
         atomic_store(&c->woken, 0);
         v = fuse_session_serve(c->rig.s, &c->rig.w, &c->f.r);
-        if (v != REQ_PARKED) {
+        if (v != REQ_PARKED)
             break;
-        }
-        while (!atomic_load(&c->woken)) {
+        while (!atomic_load(&c->woken))
             sched_yield();
-        }
     }
-    if (v == REQ_NOREPLY) {
+    if (v == REQ_NOREPLY)
         return 0;
-    }
     memcpy(&h, c->f.out, sizeof(h));
     return -h.error;
 }
@@ -87,25 +84,26 @@ static void use_file(struct client *c, const char *name)
     struct fuse_create_in in = { .flags = O_RDWR, .mode = S_IFREG | 0644 };
     struct fuse_entry_out e;
     struct fuse_open_out open;
-    struct { struct fuse_write_in in; uint8_t data[5000]; } write = { .in = { .size = 5000 } };
+    struct {
+        struct fuse_write_in in;
+        uint8_t data[5000];
+    } write = { .in = { .size = 5000 } };
     struct fuse_read_in read = { .size = 8192 };
     struct fuse_fsync_in sync = { 0 };
     struct fuse_release_in release = { 0 };
     uint8_t body[512];
 
     c->rig.f.r.in.uid = 0;
-    if (ask(c, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), name))) {
+    if (ask(c, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), name)))
         return;
-    }
     memcpy(&e, answer(c), sizeof(e));
     memcpy(&open, answer(c) + sizeof(e), sizeof(open));
     write.in.fh = read.fh = sync.fh = release.fh = open.fh;
     memset(write.data, 'w', sizeof(write.data));
     ask(c, FUSE_OP_WRITE, e.nodeid, &write, sizeof(write));
     ask(c, FUSE_OP_READ, e.nodeid, &read, sizeof(read));
-    if (rand_r(&c->seed) % 16 == 0) {
+    if (rand_r(&c->seed) % 16 == 0)
         ask(c, FUSE_OP_FSYNC, e.nodeid, &sync, sizeof(sync));
-    }
     ask(c, FUSE_OP_GETATTR, e.nodeid, NULL, 0);
     ask(c, FUSE_OP_RELEASE, e.nodeid, &release, sizeof(release));
     forget(c, e.nodeid, 1);
@@ -118,9 +116,8 @@ static void list(struct client *c)
     struct fuse_read_in read = { .size = 4096 };
     struct fuse_release_in release = { 0 };
 
-    if (ask(c, FUSE_OP_OPENDIR, 1, &in, sizeof(in))) {
+    if (ask(c, FUSE_OP_OPENDIR, 1, &in, sizeof(in)))
         return;
-    }
     memcpy(&open, answer(c), sizeof(open));
     read.fh = release.fh = open.fh;
     if (ask(c, FUSE_OP_READDIRPLUS, 1, &read, sizeof(read)) == 0) {
@@ -134,9 +131,8 @@ static void list(struct client *c)
 
             memcpy(&e, copy + at, sizeof(e));
             memcpy(&d, copy + at + sizeof(e), sizeof(d));
-            if (e.nodeid) {
+            if (e.nodeid)
                 forget(c, e.nodeid, 1);
-            }
             at += (uint32_t)((sizeof(e) + sizeof(d) + d.namelen + 7) & ~7ull);
         }
     }
@@ -156,17 +152,13 @@ static void *client_run(void *arg)
         snprintf(name, sizeof(name), "f%d", rand_r(&c->seed) % NAMES);
         snprintf(other, sizeof(other), "f%d", rand_r(&c->seed) % NAMES);
         switch (rand_r(&c->seed) % 5) {
-        case 0:
-            ask(c, FUSE_OP_UNLINK, 1, name, (uint32_t)strlen(name) + 1);
-            break;
+        case 0: ask(c, FUSE_OP_UNLINK, 1, name, (uint32_t)strlen(name) + 1); break;
         case 1:
             len = with_name(body, &to, sizeof(to), name);
             memcpy(body + len, other, strlen(other) + 1);
             ask(c, FUSE_OP_RENAME, 1, body, len + (uint32_t)strlen(other) + 1);
             break;
-        case 2:
-            list(c);
-            break;
+        case 2: list(c); break;
         case 3:
             if (ask(c, FUSE_OP_LOOKUP, 1, name, (uint32_t)strlen(name) + 1) == 0) {
                 struct fuse_entry_out e;
@@ -176,8 +168,7 @@ static void *client_run(void *arg)
                 forget(c, e.nodeid, 1);
             }
             break;
-        default:
-            use_file(c, name);
+        default: use_file(c, name);
         }
     }
     return NULL;

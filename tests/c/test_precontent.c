@@ -21,10 +21,13 @@ struct rig {
     struct vnd_blob *h;
     struct fix_server server;
     vnd_precontent *p;
-    int fd, group, state;       /* fd: the kernel's end of group */
+    int fd, group, state; /* fd: the kernel's end of group */
 };
 
-struct answer { int32_t fd; uint32_t response; };
+struct answer {
+    int32_t fd;
+    uint32_t response;
+};
 
 static size_t put_event(uint8_t *at, uint64_t mask, int32_t fd, uint64_t offset, uint64_t count, bool range)
 {
@@ -186,10 +189,10 @@ static void test_parse(void)
     CHECK_EQ(ev.count, 8192);
     for (size_t n = 0; n < 48; n++)
         CHECK_EQ(precontent_parse(raw, n, &ev), 0);
-    raw[4] = 2;                     /* another version of the interface */
+    raw[4] = 2; /* another version of the interface */
     CHECK_EQ(precontent_parse(raw, sizeof raw, &ev), 0);
     raw[4] = 3;
-    for (info = 0; info < 200; info++) {    /* a record that is shorter than its kind, or longer than the event */
+    for (info = 0; info < 200; info++) { /* a record that is shorter than its kind, or longer than the event */
         memcpy(raw + 26, &info, 2);
         CHECK_EQ(precontent_parse(raw, sizeof raw, &ev), info == 24 ? 48 : 0);
     }
@@ -199,7 +202,7 @@ static void test_parse(void)
     CHECK_EQ(put_event(raw, PRECONTENT_ACCESS, 7, 0, 0, false), 24);
     CHECK_EQ(precontent_parse(raw, sizeof raw, &ev), 24);
     CHECK_EQ(ev.offset, 0);
-    CHECK(ev.count == UINT64_MAX);  /* no range: the whole file */
+    CHECK(ev.count == UINT64_MAX); /* no range: the whole file */
 }
 
 static void test_answers(void)
@@ -211,7 +214,7 @@ static void test_answers(void)
     rig_init(&g, 0, 0, 0);
     first = send_event(&g, 0, 4096);
     expect(&g, first, ALLOW);
-    CHECK(fcntl(first, F_GETFD) < 0 && errno == EBADF);         /* the event's descriptor is closed */
+    CHECK(fcntl(first, F_GETFD) < 0 && errno == EBADF); /* the event's descriptor is closed */
     /* A fetch takes the next 256 KiB along; these are farther off. What is here is answered beside what is not, and that when it comes */
     first = send_event(&g, 8 * CHUNK - 4096, 8192);
     second = send_event(&g, 12 * CHUNK, CHUNK);
@@ -242,7 +245,7 @@ static void test_failures(void)
     int fd;
 
     rig_init(&g, 0, 4, 5);
-    fd = send_event(&g, 4 * CHUNK, 4096);       /* no chunk of the image */
+    fd = send_event(&g, 4 * CHUNK, 4096); /* no chunk of the image */
     expect(&g, fd, DENY_EIO);
     fd = send_event(&g, 3 * CHUNK, 2 * CHUNK);
     expect(&g, fd, DENY_EIO);
@@ -255,7 +258,7 @@ static void test_failures(void)
     rig_free(&g);
     rig_init(&g, 100, 0, 0);
     fd = send_event(&g, 8 * CHUNK, 4096);
-    CHECK(!is_silent(&g, 20000));               /* it did not come in time */
+    CHECK(!is_silent(&g, 20000)); /* it did not come in time */
     expect(&g, fd, DENY_EIO);
     rig_free(&g);
 }
@@ -274,7 +277,7 @@ static void test_another_goes_on(void)
     wait_for_events(s, 2);
     CHECK(is_silent(&g, 0));
     vnd_precontent_free(g.p);
-    CHECK(is_silent(&g, 0));                    /* unanswered, not refused */
+    CHECK(is_silent(&g, 0)); /* unanswered, not refused */
     /* Here the dead process's descriptors are this one's: closed, as by its death */
     close(fds[0]);
     close(fds[1]);
@@ -284,7 +287,7 @@ static void test_another_goes_on(void)
     memcpy(s->buffer, raw, 48);
     CHECK_EQ(vnd_precontent_reserve(g.state), 3);
     for (int i = 0; i < 3; i++)
-        CHECK(fcntl(fds[i], F_GETFD) >= 0);     /* no event of ours gets their numbers */
+        CHECK(fcntl(fds[i], F_GETFD) >= 0); /* no event of ours gets their numbers */
     begin(&g);
     CHECK(is_silent(&g, 30));
     for (int i = 0; i < 3; i++) {

@@ -7,7 +7,7 @@
 #include "rafs/internal.h"
 #include "v6_image.h"
 
-#define FLAGS (0x1u | 0x4u | 0x10u | 0x20u)     /* no compression, blake3, explicit ids, xattrs */
+#define FLAGS (0x1u | 0x4u | 0x10u | 0x20u) /* no compression, blake3, explicit ids, xattrs */
 
 static vnd_engine *engine;
 
@@ -27,9 +27,8 @@ static vnd_rafs *open_image(const struct img *m)
     int cause = 0;
     vnd_rafs *r = open_bytes(m->b, sizeof(m->b), &cause, err);
 
-    if (!r) {
+    if (!r)
         fprintf(stderr, "%s\n", err);
-    }
     CHECK(r);
     return r;
 }
@@ -151,7 +150,7 @@ static void test_compact_and_owner(void)
     struct img_nids n;
     vnd_attr a;
 
-    img_init(&m, 0x1 | 0x4);                /* ids are the daemon's */
+    img_init(&m, 0x1 | 0x4); /* ids are the daemon's */
     n = img_tree(&m);
     memset(m.b + img_off(n.empty), 0, 64);
     img_16(&m, img_off(n.empty), 4 << 1);
@@ -253,7 +252,12 @@ static void test_refused(void)
 
     img_init(&good, FLAGS);
     img_tree(&good);
-#define BREAK(change, cause, word) do { m = good; change; refused(&m, sizeof(m.b), cause, word); } while (0)
+#define BREAK(change, cause, word)             \
+    do {                                       \
+        m = good;                              \
+        change;                                \
+        refused(&m, sizeof(m.b), cause, word); \
+    } while (0)
     BREAK(img_32(&m, 1024, 7), VND_CAUSE_FORMAT, "not a RAFS bootstrap");
     BREAK(img_32(&m, 0, 0x52414653); img_32(&m, 4, 0x500), VND_CAUSE_FORMAT, "RAFS v5");
     BREAK(img_32(&m, 1024 + 8, 0), VND_CAUSE_FORMAT, "plain EROFS");
@@ -312,12 +316,17 @@ static void test_check(void)
 {
     struct img good, m;
     struct img_nids n;
-    uint32_t root_dir = img_off(IMG_ROOT) + 64, entry = root_dir + 5 * 12, name;    /* "file" */
+    uint32_t root_dir = img_off(IMG_ROOT) + 64, entry = root_dir + 5 * 12, name; /* "file" */
 
     img_init(&good, FLAGS);
     n = img_tree(&good);
     check_says(&good, NULL);
-#define BREAK(change, word) do { m = good; change; check_says(&m, word); } while (0)
+#define BREAK(change, word)   \
+    do {                      \
+        m = good;             \
+        change;               \
+        check_says(&m, word); \
+    } while (0)
     name = root_dir + rafs_le16(good.b + entry + 8);
     BREAK(m.b[name] = 'z', "ascending");
     BREAK(m.b[name] = '/', "'/' or NUL");
@@ -388,13 +397,12 @@ static void test_check_stops_at_max(void)
 
     img_init(&m, FLAGS);
     img_tree(&m);
-    for (int i = 0; i < 11; i++) {
+    for (int i = 0; i < 11; i++)
         img_32(&m, IMG_CHUNKS_OFF + 80 * i + 44, 0);
-    }
     vnd_rafs *r = open_image(&m);
 
     CHECK_EQ(vnd_rafs_check(r, 3, out, sizeof(out)), 3);
-    CHECK_EQ(vnd_rafs_check(r, 100, out, 1), 11);       /* counted where there is no room to say */
+    CHECK_EQ(vnd_rafs_check(r, 100, out, 1), 11); /* counted where there is no room to say */
     vnd_rafs_free(r);
 }
 

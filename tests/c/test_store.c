@@ -81,7 +81,7 @@ static void test_server_away(void)
     atomic_store(&f.server.fail_errno, EIO);
     CHECK_EQ(fix_read(f.h, b, 39 * 16384, 4096, buf), -EIO);
     CHECK(fix_said(f.e, VND_CAUSE_NETWORK, "away"));
-    fix_check(f.h, b, 0, 4096);         /* what is there is served on */
+    fix_check(f.h, b, 0, 4096); /* what is there is served on */
     atomic_store(&f.server.fail_errno, 0);
     fix_check(f.h, b, 39 * 16384, 4096);
     fix_down(&f);
@@ -117,15 +117,36 @@ static void test_hostile_extents(void)
     fix_check(f.h, b, 0, 20 * 16384);
     struct extent ok = { .blob = f.h, .uoff = 16384 + 8, .chunk = 1, .len = 64, .chunk_off = 8 }, x;
     CHECK_EQ(read_extent(ok), 64);
-    x = ok; x.chunk = 2;                                                CHECK_EQ(read_extent(x), -EIO);
-    x = ok; x.chunk = 40;                                               CHECK_EQ(read_extent(x), -EIO);
-    x = ok; x.chunk = UINT32_MAX;                                       CHECK_EQ(read_extent(x), -EIO);
-    x = ok; x.uoff = 0;                                                 CHECK_EQ(read_extent(x), -EIO);
-    x = ok; x.uoff += 1;                                                CHECK_EQ(read_extent(x), -EIO);
-    x = ok; x.uoff = 30 * 16384; x.chunk_off = 29 * 16384;              CHECK_EQ(read_extent(x), -EIO);
-    x = ok; x.uoff = 16384 * 2 - 8; x.chunk_off = 16384 - 8;            CHECK_EQ(read_extent(x), -EIO);
-    x = ok; x.chunk = 30; x.uoff = 30 * 16384 + 8;                      CHECK_EQ(read_extent(x), -EIO);
-    x = ok; x.blob = NULL;                                              CHECK_EQ(read_extent(x), 64);
+    x = ok;
+    x.chunk = 2;
+    CHECK_EQ(read_extent(x), -EIO);
+    x = ok;
+    x.chunk = 40;
+    CHECK_EQ(read_extent(x), -EIO);
+    x = ok;
+    x.chunk = UINT32_MAX;
+    CHECK_EQ(read_extent(x), -EIO);
+    x = ok;
+    x.uoff = 0;
+    CHECK_EQ(read_extent(x), -EIO);
+    x = ok;
+    x.uoff += 1;
+    CHECK_EQ(read_extent(x), -EIO);
+    x = ok;
+    x.uoff = 30 * 16384;
+    x.chunk_off = 29 * 16384;
+    CHECK_EQ(read_extent(x), -EIO);
+    x = ok;
+    x.uoff = 16384 * 2 - 8;
+    x.chunk_off = 16384 - 8;
+    CHECK_EQ(read_extent(x), -EIO);
+    x = ok;
+    x.chunk = 30;
+    x.uoff = 30 * 16384 + 8;
+    CHECK_EQ(read_extent(x), -EIO);
+    x = ok;
+    x.blob = NULL;
+    CHECK_EQ(read_extent(x), 64);
     CHECK(fix_said(f.e, VND_CAUSE_FORMAT, "chunk table"));
     fix_down(&f);
     fix_blob_free(b);
@@ -156,7 +177,7 @@ static void test_scattered(void)
     memcpy(want + 8000, b->plain + 3 * 16384, 16385);
     memcpy(want + 8000 + 16385, b->plain + 3 * 16384 + 1, 7);
     memset(buf, 0xee, sizeof buf);
-    for (size_t left = total; left; k++) {      /* pieces with a byte between them that must stay */
+    for (size_t left = total; left; k++) { /* pieces with a byte between them that must stay */
         size_t n = left < 70 ? left : 70;
         iov[k] = (struct iovec){ buf + at, n };
         at += n + 1;
@@ -216,7 +237,7 @@ static void test_contradicting_images(void)
     memset(&f, 0, sizeof f);
     fix_up(&f, dir, b, 2);
     fix_check(f.h, b, 0, 10 * 16384);
-    b->chunk[5].digest[1] ^= 1;         /* what the second image says of it */
+    b->chunk[5].digest[1] ^= 1; /* what the second image says of it */
     bad = fix_open(f.s, b);
     CHECK_EQ(fix_read(bad, b, 0, 64, buf), -EIO);
     blob_put(f.h, NULL);

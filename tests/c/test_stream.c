@@ -55,7 +55,7 @@ static uint32_t read_till_ahead(struct fix *f, struct fix_blob *b, uint32_t from
         check_miss(f, b, from, PER_MIB);
     }
     check_none(f);
-    check_miss(f, b, from, PER_MIB);    /* with this, more than 4 MiB */
+    check_miss(f, b, from, PER_MIB); /* with this, more than 4 MiB */
     return from + PER_MIB;
 }
 
@@ -85,16 +85,16 @@ static void test_ahead(void)
 
     up(&f, dir, &b, 1000);
     uint32_t at = read_till_ahead(&f, b, 10);
-    fix_next_job(&f, &job);                         /* by a thread that takes no prefetch */
+    fix_next_job(&f, &job); /* by a thread that takes no prefetch */
     CHECK_EQ(job.coff, b->chunk[at].coff);
     CHECK_EQ(job.chunk_count, PER_MIB);
     CHECK_EQ(job.prefetch, 0);
     check_none(&f);
     serve(&f, &job);
-    fix_check(f.h, b, (uint64_t)(at + 1) * CHUNK, 8);       /* not its start */
+    fix_check(f.h, b, (uint64_t)(at + 1) * CHUNK, 8); /* not its start */
     check_none(&f);
-    fix_check(f.h, b, (uint64_t)at * CHUNK + 9, 8);         /* a hit there asks for the next one */
-    fix_check(f.h, b, (uint64_t)at * CHUNK, 8);             /* once */
+    fix_check(f.h, b, (uint64_t)at * CHUNK + 9, 8); /* a hit there asks for the next one */
+    fix_check(f.h, b, (uint64_t)at * CHUNK, 8);     /* once */
 
     /* A miss in what is ahead and under way waits for it; what is behind is asked for then; demand goes first. */
     at += PER_MIB;
@@ -169,7 +169,7 @@ static void test_apart(void)
             continue;
         fix_park(&f, b, &r, chunk);
         fix_next_job(&f, &job);
-        CHECK(job.clen <= 512 << 10);       /* by chance where another has ended */
+        CHECK(job.clen <= 512 << 10); /* by chance where another has ended */
         serve(&f, &job);
         fix_reader_wait(&r);
         check_none(&f);
@@ -201,8 +201,9 @@ static void test_closed(void)
 /* What the image wants of a miss; 0: nothing but what is asked for, however it is read. */
 static void test_amplify(void)
 {
-    static const struct { uint32_t amplify, chunks; } cases[] = {
-        { 0, 1 }, { 1, 8 }, { 128 << 10, 8 }, { 512 << 10, 8 }, { 1 << 20, 16 }, { 4 << 20, 64 } };
+    static const struct {
+        uint32_t amplify, chunks;
+    } cases[] = { { 0, 1 }, { 1, 8 }, { 128 << 10, 8 }, { 512 << 10, 8 }, { 1 << 20, 16 }, { 4 << 20, 64 } };
 
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         char dir[200];
@@ -230,18 +231,18 @@ static void test_pace(void)
     struct link_pace p = { 0 };
 
     CHECK_EQ(stream_window_max(&p, 1 << 20), 1 << 20);
-    stream_pace(&p, 20000, 4 << 20, 400000);                /* 20 ms, 10 MiB/s */
+    stream_pace(&p, 20000, 4 << 20, 400000); /* 20 ms, 10 MiB/s */
     CHECK(stream_window_max(&p, 1 << 20) > 32 * 100000 && stream_window_max(&p, 1 << 20) < 34 * 100000);
     CHECK_EQ(stream_window_max(&p, 4 << 20), 4 << 20);
     CHECK_EQ(stream_window_max(&p, 128 << 10), stream_window_max(&p, 1 << 20));
     for (int i = 0; i < 40; i++)
-        stream_pace(&p, 100000, 100 << 20, 1000000);        /* far and wide */
+        stream_pace(&p, 100000, 100 << 20, 1000000); /* far and wide */
     CHECK_EQ(stream_window_max(&p, 1 << 20), STREAM_WINDOW_MAX);
     for (int i = 0; i < 40; i++)
-        stream_pace(&p, 100, 10 << 20, 1000000);            /* next door */
+        stream_pace(&p, 100, 10 << 20, 1000000); /* next door */
     CHECK_EQ(stream_window_max(&p, 1 << 20), 1 << 20);
     uint64_t had = atomic_load(&p.bytes_per_s);
-    stream_pace(&p, 100, 1000, 1);                          /* too little to tell a rate */
+    stream_pace(&p, 100, 1000, 1); /* too little to tell a rate */
     stream_pace(&p, 100, 1 << 20, 0);
     CHECK_EQ(atomic_load(&p.bytes_per_s), had);
 }
@@ -275,7 +276,7 @@ static void test_at_once(void)
     }
     for (int i = 0; i < 4; i++)
         pthread_join(thread[i], NULL);
-    CHECK(atomic_load(&f.server.fed_bytes) <= b->stored_len);       /* each chunk once */
+    CHECK(atomic_load(&f.server.fed_bytes) <= b->stored_len); /* each chunk once */
     down(&f, dir, b);
 }
 

@@ -19,7 +19,7 @@ static void test_pseudo_and_mixed(void)
 
     rig_new(&g, VND_SESSION_MIXED);
     init(&g, 7, 38, ~0ull);
-    CHECK_EQ(error_of(&g, FUSE_OP_LOOKUP, 1, "rafs", 5), ENOENT);       /* never cached: it may come */
+    CHECK_EQ(error_of(&g, FUSE_OP_LOOKUP, 1, "rafs", 5), ENOENT); /* never cached: it may come */
     CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "rafs", a), -EINVAL);
     CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs/../x", a), -EINVAL);
     CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs//c1/lowerdir/", a), 0);
@@ -37,7 +37,7 @@ static void test_pseudo_and_mixed(void)
     e = lookup(&g, cid, "lowerdir");
     root_a = e.nodeid;
     CHECK_EQ(root_a, 1ull << 48 | IMG_ROOT);
-    CHECK_EQ(e.entry_valid, 0);             /* the mount may go */
+    CHECK_EQ(e.entry_valid, 0); /* the mount may go */
     CHECK_EQ(e.attr_valid, YEAR_S);
     root_b = lookup(&g, rafs_dir, "c2").nodeid;
     CHECK_EQ(root_b, 2ull << 48 | IMG_ROOT);
@@ -90,13 +90,13 @@ static void test_pseudo_and_mixed(void)
     CHECK_EQ(vnd_vfs_umount(g.vfs, "/rafs/c1/lowerdir"), 0);
     vnd_rafs_free(a);
     CHECK_EQ(error_of(&g, FUSE_OP_GETATTR, file, NULL, 0), ESTALE);
-    CHECK_EQ(error_of(&g, FUSE_OP_GETATTR, cid, NULL, 0), ESTALE);      /* nothing needed it any more */
+    CHECK_EQ(error_of(&g, FUSE_OP_GETATTR, cid, NULL, 0), ESTALE); /* nothing needed it any more */
     CHECK_EQ(error_of(&g, FUSE_OP_LOOKUP, rafs_dir, "c1", 3), ENOENT);
     CHECK_EQ(lookup(&g, rafs_dir, "c2").nodeid, root_b);
     a = open_tree(FLAGS, &n);
     CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs/c1/lowerdir", a), 0);
     cid = lookup(&g, rafs_dir, "c1").nodeid;
-    CHECK_EQ(lookup(&g, cid, "lowerdir").nodeid >> 48, 3);              /* serials are never used again */
+    CHECK_EQ(lookup(&g, cid, "lowerdir").nodeid >> 48, 3); /* serials are never used again */
     rig_free(&g);
     vnd_rafs_free(a);
     vnd_rafs_free(b);
@@ -133,7 +133,11 @@ static void test_nested(void)
 
 /* ---- mounts come and go under requests: under a sanitizer, a use of what was freed shows */
 
-struct racer { struct rig *g; _Atomic int *stop; uint64_t done; };
+struct racer {
+    struct rig *g;
+    _Atomic int *stop;
+    uint64_t done;
+};
 
 static void *race(void *arg)
 {
@@ -165,9 +169,8 @@ static void test_mounts_under_load(void)
 
     rig_new(&g, VND_SESSION_MIXED);
     init(&g, 7, 38, ~0ull);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2; i++)
         CHECK_EQ(pthread_create(&threads[i], NULL, race, &racers[i]), 0);
-    }
     for (int i = 0; i < 100; i++) {
         vnd_rafs *r = open_tree(FLAGS, &n);
 
@@ -177,9 +180,8 @@ static void test_mounts_under_load(void)
         vnd_rafs_free(r);
     }
     atomic_store(&stop, 1);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2; i++)
         pthread_join(threads[i], NULL);
-    }
     rig_free(&g);
 }
 

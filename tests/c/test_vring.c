@@ -48,18 +48,27 @@ static void test_memory(void)
 
 static void test_memory_refused(void)
 {
-    static const struct { const char *what; vnd_region r[2]; uint32_t n; } bad[] = {
+    static const struct {
+        const char *what;
+        vnd_region r[2];
+        uint32_t n;
+    } bad[] = {
         { "beyond the file", { { .gpa = 0, .size_bytes = 0x41000, .user_addr = USER } }, 1 },
-        { "offset beyond the file", { { .gpa = 0, .size_bytes = PAGE, .user_addr = USER, .mmap_offset = 1 << 20 } },
+        { "offset beyond the file",
+          { { .gpa = 0, .size_bytes = PAGE, .user_addr = USER, .mmap_offset = 1 << 20 } },
           1 },
         { "empty", { { .gpa = 0, .size_bytes = 0, .user_addr = USER } }, 1 },
         { "gpa wraps", { { .gpa = UINT64_MAX - 10, .size_bytes = PAGE, .user_addr = USER } }, 1 },
         { "user address wraps", { { .gpa = 0, .size_bytes = PAGE, .user_addr = UINT64_MAX - 10 } }, 1 },
         { "offset wraps", { { .size_bytes = PAGE, .user_addr = USER, .mmap_offset = UINT64_MAX - 10 } }, 1 },
-        { "gpa overlap", { { .gpa = 0, .size_bytes = 2 * PAGE, .user_addr = USER },
-                           { .gpa = PAGE, .size_bytes = PAGE, .user_addr = 2 * USER } }, 2 },
-        { "user overlap", { { .gpa = 0, .size_bytes = 2 * PAGE, .user_addr = USER },
-                            { .gpa = 4 * PAGE, .size_bytes = PAGE, .user_addr = USER + PAGE } }, 2 },
+        { "gpa overlap",
+          { { .gpa = 0, .size_bytes = 2 * PAGE, .user_addr = USER },
+            { .gpa = PAGE, .size_bytes = PAGE, .user_addr = 2 * USER } },
+          2 },
+        { "user overlap",
+          { { .gpa = 0, .size_bytes = 2 * PAGE, .user_addr = USER },
+            { .gpa = 4 * PAGE, .size_bytes = PAGE, .user_addr = USER + PAGE } },
+          2 },
     };
     struct guest g;
     struct guestmem *m = NULL;
@@ -80,7 +89,7 @@ static void test_memory_refused(void)
     CHECK(guestmem_new(&r, 1, NULL, &g.lost, &m, err, sizeof(err)) == -EBADF);
     close(pipe_fds[0]);
     close(pipe_fds[1]);
-    CHECK(map_layout(&g, layout, 0, &m) == 0);    /* none at all is a table */
+    CHECK(map_layout(&g, layout, 0, &m) == 0); /* none at all is a table */
     guestmem_free(m);
     guest_close(&g);
 }
@@ -123,10 +132,10 @@ static void test_truncated(void)
     guest_open(&g, true);
     sigbus_unblock();
     CHECK(!guestmem_hit(g.mem));
-    CHECK(ftruncate(g.fd, 0x30000) == 0);       /* the first region is gone */
+    CHECK(ftruncate(g.fd, 0x30000) == 0); /* the first region is gone */
     CHECK(guestmem_read(g.mem, &hint, 0x100, buf, sizeof(buf)) == 0 && buf[0] == 0);
     CHECK(guestmem_hit(g.mem) && g.lost == 1);
-    CHECK(guestmem_read(g.mem, &hint, LOW, buf, sizeof(buf)) == 0);     /* the others live */
+    CHECK(guestmem_read(g.mem, &hint, LOW, buf, sizeof(buf)) == 0); /* the others live */
     guest_close(&g);
 }
 
@@ -146,10 +155,10 @@ static void test_other_sigbus(void)
     int fd = memfd_create("other", MFD_CLOEXEC);
 
     CHECK(sigaction(SIGBUS, &sa, NULL) == 0);
-    guest_open(&g, true);                       /* guards its regions */
+    guest_open(&g, true); /* guards its regions */
     const volatile uint8_t *other = mmap(NULL, PAGE, PROT_READ, MAP_SHARED, fd, 0);
     if (sigsetjmp(back, 1) == 0)
-        CHECK(*other == 1);                     /* an empty file: no such byte */
+        CHECK(*other == 1); /* an empty file: no such byte */
     else
         reached = true;
     CHECK(reached && !guestmem_hit(g.mem));
@@ -172,9 +181,9 @@ static void test_log(void)
     CHECK(guestlog_new(fd, 0, 8192, &g.lost, &log, err, sizeof(err)) < 0);
     CHECK(guestlog_new(fd, 0, 0, &g.lost, &log, err, sizeof(err)) < 0);
     CHECK(guestlog_new(fd, 8, 2, &g.lost, &log, err, sizeof(err)) == 0);
-    guestmem_mark(log, 0xfff, 2);               /* pages 0 and 1 */
+    guestmem_mark(log, 0xfff, 2); /* pages 0 and 1 */
     guestmem_write(log, g.mem->region[0].host, &word, 4, 9 * PAGE);
-    guestmem_mark(log, 16 * PAGE, 1);           /* beyond the log: nothing */
+    guestmem_mark(log, 16 * PAGE, 1); /* beyond the log: nothing */
     guestmem_mark(log, UINT64_MAX - 3, 100);
     guestmem_mark(log, 3 * PAGE, 0);
     CHECK(pread(fd, bits, 8, 6) == 8);
@@ -210,11 +219,11 @@ static void test_chain(void)
 
     guest_open(&g, true);
     put_desc(&g, 0, 0x5000, 40, 1, 3);
-    put_desc(&g, 3, 0x5028, 10, 1, 4);                  /* adjoins: one segment */
-    put_desc(&g, 4, 0x5900, 0, 1, 5);                   /* empty: skipped */
+    put_desc(&g, 3, 0x5028, 10, 1, 4); /* adjoins: one segment */
+    put_desc(&g, 4, 0x5900, 0, 1, 5);  /* empty: skipped */
     put_desc(&g, 5, 0x6000, 16, 3, 6);
     put_desc(&g, 6, 0x7000, 4096, 3, 7);
-    put_desc(&g, 7, 0x8000, 4096, 2, 0xffff);           /* adjoins; next means nothing here */
+    put_desc(&g, 7, 0x8000, 4096, 2, 0xffff); /* adjoins; next means nothing here */
     CHECK(walk(&g, 0, &chain) == 0);
     CHECK(chain.n_in == 1 && chain.in_bytes == 50 && chain.n_out == 2 && chain.out_bytes == 16 + 8192);
     CHECK(chain.seg[0].gpa == 0x5000 && chain.seg[1].gpa == 0x6000 && chain.seg[2].len == 8192);
@@ -241,21 +250,21 @@ static void test_indirect(void)
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
     put_desc(&g, 0, TABLE, 16 * 2048, 4, 0);
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
-    put_desc(&g, 0, TABLE, 32, 4, 0);                   /* entry 2 lies beyond the table */
+    put_desc(&g, 0, TABLE, 32, 4, 0); /* entry 2 lies beyond the table */
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
     put_desc(&g, 0, TABLE, 48, 4 | 1, 1);
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
     put_desc(&g, 0, 0x5000, 8, 1, 1);
-    put_desc(&g, 1, TABLE, 48, 4 | 2, 0);               /* not first, and its write flag means nothing */
+    put_desc(&g, 1, TABLE, 48, 4 | 2, 0); /* not first, and its write flag means nothing */
     CHECK(walk(&g, 0, &chain) == 0 && chain.in_bytes == 48 && chain.out_bytes == 24);
-    put_desc(&g, 1, TABLE, 16 * 1024, 4, 0);            /* with it longer than any ring */
+    put_desc(&g, 1, TABLE, 16 * 1024, 4, 0); /* with it longer than any ring */
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
     put_desc(&g, 0, TABLE, 48, 4, 0);
-    put_table(&g, 1, TABLE, 48, 4, 0);                  /* a table in a table */
+    put_table(&g, 1, TABLE, 48, 4, 0); /* a table in a table */
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
-    put_table(&g, 1, 0x7000, 8, 3, 0);                  /* a loop */
+    put_table(&g, 1, 0x7000, 8, 3, 0); /* a loop */
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
-    put_desc(&g, 0, HIGH, 48, 4, 0);                    /* a hole: this request only */
+    put_desc(&g, 0, HIGH, 48, 4, 0); /* a hole: this request only */
     CHECK(walk(&g, 0, &chain) == -EFAULT);
     /* A table that lies across two regions. */
     put_table(&g, 1, 0x7000, 8, 2, 0);
@@ -272,19 +281,19 @@ static void test_hostile_chain(void)
     uint16_t head;
 
     guest_open(&g, true);
-    put_desc(&g, 0, 0x5000, 8, 1, RING_NUM);            /* next beyond the ring */
+    put_desc(&g, 0, 0x5000, 8, 1, RING_NUM); /* next beyond the ring */
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
-    put_desc(&g, 0, 0x5000, 8, 1, 0);                   /* a loop of one */
+    put_desc(&g, 0, 0x5000, 8, 1, 0); /* a loop of one */
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
-    put_desc(&g, 0, 0x5000, 0, 1, 1);                   /* of two, empty ones */
+    put_desc(&g, 0, 0x5000, 0, 1, 1); /* of two, empty ones */
     put_desc(&g, 1, 0x5000, 0, 1, 0);
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
-    put_desc(&g, 0, 0x5000, 8, 3, 1);                   /* readable after writable */
+    put_desc(&g, 0, 0x5000, 8, 3, 1); /* readable after writable */
     put_desc(&g, 1, 0x5000, 8, 0, 0);
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
-    put_desc(&g, 0, UINT64_MAX - 4, 8, 0, 0);           /* wraps */
+    put_desc(&g, 0, UINT64_MAX - 4, 8, 0, 0); /* wraps */
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
-    put_desc(&g, 0, 0, UINT32_MAX, 1, 1);               /* sums to more than 32 bits */
+    put_desc(&g, 0, 0, UINT32_MAX, 1, 1); /* sums to more than 32 bits */
     put_desc(&g, 1, 0, UINT32_MAX, 0, 0);
     CHECK(walk(&g, 0, &chain) == -EBADMSG);
     /* The longest possible chain is fine. */
@@ -296,7 +305,7 @@ static void test_hostile_chain(void)
     CHECK(vring_pending(&g.ring) == 1 && vring_next(&g.ring, &head) == -EBADMSG);
     put16(g.low + AVAIL + 2, RING_NUM + 1);
     CHECK(vring_pending(&g.ring) == -EBADMSG);
-    put16(g.low + AVAIL + 2, 0xffff);                   /* going back */
+    put16(g.low + AVAIL + 2, 0xffff); /* going back */
     CHECK(vring_pending(&g.ring) == -EBADMSG);
     put16(g.low + AVAIL + 2, RING_NUM);
     CHECK(vring_pending(&g.ring) == RING_NUM);
@@ -345,7 +354,7 @@ static void test_batch_event(void)
     put16(g.low + AVAIL + 4 + 2 * RING_NUM, 2);
     for (uint16_t i = 0; i < 4; i++)
         vring_stage(&g.ring, i, 0);
-    CHECK(vring_publish(&g.ring));              /* entries 0..3 pass 2 */
+    CHECK(vring_publish(&g.ring)); /* entries 0..3 pass 2 */
     vring_stage(&g.ring, 4, 0);
     CHECK(!vring_publish(&g.ring));
     g.ring.force_signal = true;
@@ -353,7 +362,7 @@ static void test_batch_event(void)
     CHECK(vring_publish(&g.ring));
     vring_stage(&g.ring, 6, 0);
     CHECK(!vring_publish(&g.ring));
-    CHECK(!vring_publish(&g.ring));             /* nothing staged */
+    CHECK(!vring_publish(&g.ring)); /* nothing staged */
     guest_close(&g);
 }
 
@@ -364,7 +373,7 @@ static void test_flags(void)
     guest_open(&g, false);
     vring_stage(&g.ring, 0, 0);
     CHECK(vring_publish(&g.ring));
-    put16(g.low + AVAIL, 1);                    /* no interrupts, please */
+    put16(g.low + AVAIL, 1); /* no interrupts, please */
     vring_stage(&g.ring, 1, 0);
     CHECK(!vring_publish(&g.ring));
     vring_disarm(&g.ring);

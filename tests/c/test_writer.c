@@ -26,12 +26,11 @@ static void test_crc32c(void)
     CHECK(vnd_crc32c((const uint8_t *)"123456789", 9) == 0xE3069283u);
     CHECK(vnd_crc32c(data, 0) == 0);
     memset(data, 0, 32);
-    CHECK(vnd_crc32c(data, 32) == 0x8A9136AAu);     /* RFC 3720, B.4 */
+    CHECK(vnd_crc32c(data, 32) == 0x8A9136AAu); /* RFC 3720, B.4 */
     memset(data, 0xFF, 32);
     CHECK(vnd_crc32c(data, 32) == 0x62A8AB43u);
-    for (int i = 0; i < 32; i++) {
+    for (int i = 0; i < 32; i++)
         data[i] = (uint8_t)i;
-    }
     CHECK(vnd_crc32c(data, 32) == 0x46DD794Eu);
 }
 
@@ -59,8 +58,7 @@ static uint8_t *make_plain(void)
 
     for (uint32_t i = 0; i < PLAIN_BYTES; i++) {
         /* text-like, with a stretch that cannot be compressed: blocks of every kind */
-        plain[i] = (uint8_t)(i / CHUNK % 8 == 3 ? next_random() :
-                             (uint32_t)"etaoin shrdlu"[next_random() % 13]);
+        plain[i] = (uint8_t)(i / CHUNK % 8 == 3 ? next_random() : (uint32_t)"etaoin shrdlu"[next_random() % 13]);
     }
     return plain;
 }
@@ -88,14 +86,12 @@ static int64_t read_all(vnd_zran *z, const uint8_t *gz, size_t gz_len, size_t *a
     int64_t got;
 
     while (have < len) {
-        if (*at == gz_len) {
+        if (*at == gz_len)
             return -ENODATA;
-        }
         piece = gz_len - *at < 10007 ? gz_len - *at : 10007;
         got = vnd_zran_read(z, gz + *at, piece, &used, out + have, len - have);
-        if (got < 0) {
+        if (got < 0)
             return got;
-        }
         *at += used;
         have += (size_t)got;
     }
@@ -106,9 +102,8 @@ static uint64_t get_le(const uint8_t *at, int bytes)
 {
     uint64_t value = 0;
 
-    while (bytes--) {
+    while (bytes--)
         value = value << 8 | at[bytes];
-    }
     return value;
 }
 
@@ -121,12 +116,10 @@ static void check_context(const uint8_t *c, const uint8_t *dict, const uint8_t *
     z_stream z = { 0 };
 
     CHECK(inflateInit2(&z, -15) == Z_OK);
-    if (c[37]) {
+    if (c[37])
         CHECK(inflatePrime(&z, c[37], c[36] >> (8 - c[37])) == Z_OK);
-    }
-    if (dict_len) {
+    if (dict_len)
         CHECK(inflateSetDictionary(&z, dict + get_le(c + 16, 8), dict_len) == Z_OK);
-    }
     z.next_in = (uint8_t *)(uintptr_t)(gz + in_off);
     z.avail_in = in_len;
     z.next_out = out;
@@ -151,7 +144,7 @@ static void test_index(void)
     uint32_t count, len;
     int64_t known = 0;
 
-    CHECK(vnd_zran_begin_chunk(z, &in_off, &slice) == -EINVAL);     /* nothing read: no boundary yet */
+    CHECK(vnd_zran_begin_chunk(z, &in_off, &slice) == -EINVAL); /* nothing read: no boundary yet */
     CHECK(vnd_zran_end_chunk(z, &in_off) == -EINVAL);
     CHECK(read_all(z, gz, gz_len, &at, out, 512) == 0);
     for (uint32_t pos = 512; pos + CHUNK <= PLAIN_BYTES; pos += CHUNK) {
@@ -173,9 +166,8 @@ static void test_index(void)
     CHECK(count > 3 && count == known && need == 40ull * count);
     table = malloc(need);
     CHECK(vnd_zran_table(z, table, need, &count) == need);
-    for (uint32_t i = 0; i < count; i++) {
+    for (uint32_t i = 0; i < count; i++)
         check_context(table + 40 * i, windows, gz, plain);
-    }
     vnd_zran_free(z);
     free(windows);
     free(table);
@@ -200,9 +192,8 @@ static void test_damage(void)
         gz[hit] ^= (uint8_t)(1 + next_random() % 255);
         for (size_t pos = 0; pos < len; pos += 4096) {
             vnd_zran_begin_chunk(z, &in_off, &slice);
-            if (read_all(z, gz, gz_len, &at, out, 4096)) {
+            if (read_all(z, gz, gz_len, &at, out, 4096))
                 break;
-            }
             vnd_zran_end_chunk(z, &in_off);
         }
         gz[hit] = old;

@@ -42,8 +42,10 @@ static void make_gzip(struct file *f)
     f->gz = malloc(2 * PLAIN);
     f->gz_len = 0;
     for (uint32_t m = 0; m < MEMBERS; m++) {
-        z_stream s = { .next_in = f->plain + m * (PLAIN / MEMBERS), .avail_in = PLAIN / MEMBERS,
-                       .next_out = f->gz + f->gz_len, .avail_out = (unsigned)(2 * PLAIN - f->gz_len) };
+        z_stream s = { .next_in = f->plain + m * (PLAIN / MEMBERS),
+                       .avail_in = PLAIN / MEMBERS,
+                       .next_out = f->gz + f->gz_len,
+                       .avail_out = (unsigned)(2 * PLAIN - f->gz_len) };
         CHECK_EQ(deflateInit2(&s, 6, Z_DEFLATED, 31, 8, Z_DEFAULT_STRATEGY), Z_OK);
         CHECK_EQ(deflate(&s, Z_FINISH), Z_STREAM_END);
         f->gz_len += s.total_out;
@@ -131,9 +133,18 @@ static void test_contexts(struct file *f)
 
 static void test_hostile(struct file *f)
 {
-    struct { size_t at; int bytes; uint64_t value; const char *word; } t[] = {
-        { 24, 4, 0, "impossible size" }, { 28, 4, 0, "impossible size" }, { 28, 4, ZRAN_OUT_MAX + 1, "impossible" },
-        { 37, 1, 8, "7 bits" }, { 32, 4, ZRAN_WINDOW + 1, "outside" }, { 16, 8, UINT64_MAX, "outside" },
+    struct {
+        size_t at;
+        int bytes;
+        uint64_t value;
+        const char *word;
+    } t[] = {
+        { 24, 4, 0, "impossible size" },
+        { 28, 4, 0, "impossible size" },
+        { 28, 4, ZRAN_OUT_MAX + 1, "impossible" },
+        { 37, 1, 8, "7 bits" },
+        { 32, 4, ZRAN_WINDOW + 1, "outside" },
+        { 16, 8, UINT64_MAX, "outside" },
         { 16, 8, (uint64_t)f->n * ZRAN_WINDOW - 1, "outside" },
     };
     const char *why;
@@ -164,8 +175,8 @@ static void test_hostile(struct file *f)
 
 static void test_cipher(void)
 {
-    static const uint8_t short_plain[18] = { 0x61, 0x62, 14, 14, 14, 14, 14, 14, 14, 14, 14, 14, 14, 14, 14, 14, 0x78,
-                                             0x90 };
+    static const uint8_t short_plain[18] = { 0x61, 0x62, 14, 14, 14, 14, 14, 14,   14,
+                                             14,   14,   14, 14, 14, 14, 14, 0x78, 0x90 };
     uint8_t key[32], iv[16], plain[1000], stored[1000], back[1000];
     size_t len = 0;
 

@@ -28,13 +28,29 @@ struct img {
     uint8_t b[IMG_SIZE];
     uint32_t next_nid, next_block, records;
 };
-struct img_name { const char *name; uint64_t nid; uint8_t type; };
+struct img_name {
+    const char *name;
+    uint64_t nid;
+    uint8_t type;
+};
 
-static inline void img_16(struct img *m, uint32_t at, uint32_t v) { uint16_t x = (uint16_t)v; memcpy(m->b + at, &x,
-                                                                                                     2); }
-static inline void img_32(struct img *m, uint32_t at, uint32_t v) { memcpy(m->b + at, &v, 4); }
-static inline void img_64(struct img *m, uint32_t at, uint64_t v) { memcpy(m->b + at, &v, 8); }
-static inline uint32_t img_off(uint64_t nid) { return (uint32_t)(IMG_META + nid * 32); }
+static inline void img_16(struct img *m, uint32_t at, uint32_t v)
+{
+    uint16_t x = (uint16_t)v;
+    memcpy(m->b + at, &x, 2);
+}
+static inline void img_32(struct img *m, uint32_t at, uint32_t v)
+{
+    memcpy(m->b + at, &v, 4);
+}
+static inline void img_64(struct img *m, uint32_t at, uint64_t v)
+{
+    memcpy(m->b + at, &v, 8);
+}
+static inline uint32_t img_off(uint64_t nid)
+{
+    return (uint32_t)(IMG_META + nid * 32);
+}
 
 /* flags as in the ext superblock; one blob. */
 static inline void img_init(struct img *m, uint64_t flags)
@@ -45,7 +61,7 @@ static inline void img_init(struct img *m, uint64_t flags)
     m->b[1024 + 12] = 12;
     img_16(m, 1024 + 14, IMG_ROOT);
     img_64(m, 1024 + 16, 10);
-    img_64(m, 1024 + 24, 1234);             /* build time: mtime of compact inodes */
+    img_64(m, 1024 + 24, 1234); /* build time: mtime of compact inodes */
     img_32(m, 1024 + 36, 4096);
     img_32(m, 1024 + 40, IMG_META / 4096);
     img_32(m, 1024 + 80, 0xc);
@@ -69,8 +85,8 @@ static inline void img_init(struct img *m, uint64_t flags)
 }
 
 /* Writes an extended inode; layout 0 plain, 2 inline, 4 chunked. */
-static inline void img_inode(struct img *m, uint64_t nid, uint32_t layout, uint32_t mode, uint32_t nlink,
-                             uint64_t size, uint32_t u)
+static inline void img_inode(struct img *m, uint64_t nid, uint32_t layout, uint32_t mode, uint32_t nlink, uint64_t size,
+                             uint32_t u)
 {
     uint32_t at = img_off(nid);
 
@@ -90,9 +106,8 @@ static inline uint64_t img_alloc(struct img *m, uint32_t extra)
 {
     uint32_t need = (64 + extra + 31) / 32, in_block = (IMG_META + m->next_nid * 32) % 4096 / 32;
 
-    if (in_block + need > 128) {
+    if (in_block + need > 128)
         m->next_nid += 128 - in_block;
-    }
     m->next_nid += need;
     return m->next_nid - need;
 }
@@ -106,9 +121,8 @@ static inline uint64_t img_pack_dir(uint8_t *out, const struct img_name *names, 
         uint32_t count = 0, bytes = 0;
         uint8_t *b = out + block * 4096;
 
-        while (i + count < n && bytes + 12 + strlen(names[i + count].name) <= 4096) {
+        while (i + count < n && bytes + 12 + strlen(names[i + count].name) <= 4096)
             bytes += 12 + (uint32_t)strlen(names[i + count++].name);
-        }
         for (uint32_t k = 0, name_at = 12 * count; k < count; k++) {
             uint16_t off = (uint16_t)name_at;
 
@@ -156,8 +170,7 @@ static inline void img_record(struct img *m, uint32_t blob, uint32_t index, uint
 }
 
 /* A file over consecutive chunks from index first on. */
-static inline void img_file(struct img *m, uint64_t nid, uint32_t nlink, uint64_t size, uint32_t first,
-                            bool records)
+static inline void img_file(struct img *m, uint64_t nid, uint32_t nlink, uint64_t size, uint32_t first, bool records)
 {
     uint32_t n = (uint32_t)((size + IMG_CHUNK - 1) / IMG_CHUNK);
 
@@ -177,8 +190,8 @@ static inline void img_file(struct img *m, uint64_t nid, uint32_t nlink, uint64_
 }
 
 enum {
-    IMG_MANY = 400,                 /* names of the large directory: five blocks */
-    IMG_NAME = 40,                  /* room for one of them */
+    IMG_MANY = 400, /* names of the large directory: five blocks */
+    IMG_NAME = 40,  /* room for one of them */
     IMG_FILE_SIZE = 10 * 4096 + 100,
 };
 /* Name i of the large directory: 36 bytes, ascending. */
@@ -187,7 +200,9 @@ static inline void img_many_name(char out[IMG_NAME], int i)
     snprintf(out, IMG_NAME, "n%03d-%s", i % 1000, "of-many-with-a-rather-long-name");
 }
 
-struct img_nids { uint64_t big, dev, empty, file, link, sub, deep, xfile; };
+struct img_nids {
+    uint64_t big, dev, empty, file, link, sub, deep, xfile;
+};
 
 /* The tree of the tests: / { big/ n000..n399, dev, empty, file, hard -> file, link, sub/ { deep/ }, xfile }. */
 static inline struct img_nids img_tree(struct img *m)
@@ -206,12 +221,19 @@ static inline struct img_nids img_tree(struct img *m)
     n.deep = img_alloc(m, 256);
     n.xfile = img_alloc(m, IMG_XATTR_ROOM);
     one = img_alloc(m, 0);
-    img_dir(m, root, 4, (const struct img_name[]){
-        { ".", root, 2 }, { "..", root, 2 }, { "big", n.big, 2 }, { "dev", n.dev, 3 }, { "empty", n.empty, 1 },
-        { "file", n.file, 1 }, { "hard", n.file, 1 }, { "link", n.link, 7 }, { "sub", n.sub, 2 },
-        { "xfile", n.xfile, 1 } }, 10);
-    img_dir(m, n.sub, 3, (const struct img_name[]){ { ".", n.sub, 2 }, { "..", root, 2 }, { "deep", n.deep, 2 } },
-            3);
+    img_dir(m, root, 4,
+            (const struct img_name[]){ { ".", root, 2 },
+                                       { "..", root, 2 },
+                                       { "big", n.big, 2 },
+                                       { "dev", n.dev, 3 },
+                                       { "empty", n.empty, 1 },
+                                       { "file", n.file, 1 },
+                                       { "hard", n.file, 1 },
+                                       { "link", n.link, 7 },
+                                       { "sub", n.sub, 2 },
+                                       { "xfile", n.xfile, 1 } },
+            10);
+    img_dir(m, n.sub, 3, (const struct img_name[]){ { ".", n.sub, 2 }, { "..", root, 2 }, { "deep", n.deep, 2 } }, 3);
     img_dir(m, n.deep, 2, (const struct img_name[]){ { ".", n.deep, 2 }, { "..", n.sub, 2 } }, 2);
     many[0] = (struct img_name){ ".", n.big, 2 };
     many[1] = (struct img_name){ "..", root, 2 };
@@ -238,9 +260,8 @@ static inline int img_fd(const void *bytes, size_t len, char path[32])
 {
     int fd = memfd_create("image", MFD_CLOEXEC);
 
-    if (fd < 0 || write(fd, bytes, len) != (ssize_t)len) {
+    if (fd < 0 || write(fd, bytes, len) != (ssize_t)len)
         abort();
-    }
     snprintf(path, 32, "/proc/self/fd/%d", fd);
     return fd;
 }

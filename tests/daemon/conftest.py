@@ -35,18 +35,28 @@ class Daemon:
         self.service = Service(Log("info", str(self.log)), read_deadline_ms=3000)
 
     def config(self, identity: str, work_dir: str, rafs: dict[str, bool] | None = None, **prefetch: object) -> str:
-        return json.dumps({
-            "version": 2, "id": identity,
-            "backend": {"type": "registry", "registry": {
-                "scheme": "http", "host": self.server.host, "repo": "a/b", "auth": AUTH, "timeout": 1}},
-            "cache": {"type": "blobcache", "filecache": {"work_dir": str(self.directory / work_dir)}},
-            "rafs": {**(COUNT_ALL if rafs is None else rafs), "prefetch": prefetch}})
+        return json.dumps(
+            {
+                "version": 2,
+                "id": identity,
+                "backend": {
+                    "type": "registry",
+                    "registry": {"scheme": "http", "host": self.server.host, "repo": "a/b", "auth": AUTH, "timeout": 1},
+                },
+                "cache": {"type": "blobcache", "filecache": {"work_dir": str(self.directory / work_dir)}},
+                "rafs": {**(COUNT_ALL if rafs is None else rafs), "prefetch": prefetch},
+            }
+        )
 
     def start(self, with_image: bool = True, rafs: dict[str, bool] | None = None, **prefetch: object) -> None:
         where = {"sock": str(self.directory / "fs.sock"), "fd": None, "apisock": str(self.api)}
         if with_image:
-            self.service.start(**where, bootstrap=str(self.image.bootstrap), mountpoint="/",
-                               config=parse_config(self.config("conf-1", "cache", rafs, **prefetch)))
+            self.service.start(
+                **where,
+                bootstrap=str(self.image.bootstrap),
+                mountpoint="/",
+                config=parse_config(self.config("conf-1", "cache", rafs, **prefetch)),
+            )
         else:
             self.service.start(**where, bootstrap=None, config=None)
 

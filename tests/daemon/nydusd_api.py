@@ -45,9 +45,15 @@ class Request:
 
 
 def rafs(source: str = "{dir}/image/image.boot", **other: object) -> dict[str, object]:
-    config = json.dumps({
-        "device": {"backend": {"type": "localfs", "config": {"dir": "{dir}/image"}},
-                   "cache": {"type": "blobcache", "config": {"work_dir": "{dir}/cache"}}}, "mode": "direct"})
+    config = json.dumps(
+        {
+            "device": {
+                "backend": {"type": "localfs", "config": {"dir": "{dir}/image"}},
+                "cache": {"type": "blobcache", "config": {"work_dir": "{dir}/cache"}},
+            },
+            "mode": "direct",
+        }
+    )
     return {"fs_type": "rafs", "source": source, "config": config, **other}
 
 
@@ -185,8 +191,9 @@ def ask(api: Path, request: Request, directory: Path) -> dict[str, Any]:
     connection = UnixConnection(api, 30)
     try:
         body = request.sent_body(directory)
-        connection.request(request.method, request.target, body,
-                           {"Content-Type": "application/json"} if body is not None else {})
+        connection.request(
+            request.method, request.target, body, {"Content-Type": "application/json"} if body is not None else {}
+        )
         answer = connection.getresponse()
         raw = answer.read()
     finally:
@@ -198,7 +205,7 @@ def ask(api: Path, request: Request, directory: Path) -> dict[str, Any]:
             found["message"] = error["message"].replace(str(directory), "{dir}")
             assert error["code"] == "UNDEFINED"
         except (ValueError, KeyError):
-            found["message"] = None     # not the API's own: what comes before it could not make sense of the request
+            found["message"] = None  # not the API's own: what comes before it could not make sense of the request
     elif raw:
         found["document"] = shape(json.loads(raw))
     return found
@@ -218,8 +225,22 @@ def ask_all(words: Sequence[str], directory: Path) -> list[tuple[Request, dict[s
     """Starts `words --mountpoint ... --apisock ...` below a directory made ready, asks everything; the daemon ends."""
     api, mountpoint = directory / "api.sock", directory / "mnt"
     with (directory / "log").open("wb") as log:
-        daemon = subprocess.Popen([*words, "--mountpoint", str(mountpoint), "--apisock", str(api), "--log-level",
-                                   "error", "--rlimit-nofile", "0"], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        daemon = subprocess.Popen(
+            [
+                *words,
+                "--mountpoint",
+                str(mountpoint),
+                "--apisock",
+                str(api),
+                "--log-level",
+                "error",
+                "--rlimit-nofile",
+                "0",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
 
     def runs() -> bool:
         assert daemon.poll() is None, (directory / "log").read_text()

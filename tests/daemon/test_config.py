@@ -24,25 +24,68 @@ AUTH = base64.b64encode(f"someone:{SECRET}".encode()).decode()
 V1 = {
     "device": {
         "id": "/snap-1",
-        "backend": {"type": "registry", "config": {
-            "scheme": "https", "host": "registry.example", "repo": "a/b", "auth": AUTH, "timeout": 5,
-            "connect_timeout": 5, "retry_limit": 2}},
-        "cache": {"type": "blobcache", "compressed": False, "validate": True,
-                  "config": {"work_dir": "/cache", "disable_indexed_map": False}}},
-    "mode": "direct", "digest_validate": False, "iostats_files": True, "access_pattern": True,
-    "latest_read_files": True, "enable_xattr": True, "amplify_io": 4096,
-    "fs_prefetch": {"enable": True, "threads_count": 10, "merging_size": 131072, "bandwidth_rate": 1048576,
-                    "prefetch_all": False, "stream_prefetch": False},
+        "backend": {
+            "type": "registry",
+            "config": {
+                "scheme": "https",
+                "host": "registry.example",
+                "repo": "a/b",
+                "auth": AUTH,
+                "timeout": 5,
+                "connect_timeout": 5,
+                "retry_limit": 2,
+            },
+        },
+        "cache": {
+            "type": "blobcache",
+            "compressed": False,
+            "validate": True,
+            "config": {"work_dir": "/cache", "disable_indexed_map": False},
+        },
+    },
+    "mode": "direct",
+    "digest_validate": False,
+    "iostats_files": True,
+    "access_pattern": True,
+    "latest_read_files": True,
+    "enable_xattr": True,
+    "amplify_io": 4096,
+    "fs_prefetch": {
+        "enable": True,
+        "threads_count": 10,
+        "merging_size": 131072,
+        "bandwidth_rate": 1048576,
+        "prefetch_all": False,
+        "stream_prefetch": False,
+    },
 }
 V2 = {
-    "version": 2, "id": "/snap-1",
+    "version": 2,
+    "id": "/snap-1",
     "backend": {"type": "registry", "registry": V1["device"]["backend"]["config"]},
-    "cache": {"type": "blobcache", "compressed": False, "validate": True,
-              "filecache": {"work_dir": "/cache", "disable_indexed_map": False}},
-    "rafs": {"mode": "direct", "batch_size": 4096, "validate": False, "enable_xattr": True, "iostats_files": True,
-             "access_pattern": True, "latest_read_files": True,
-             "prefetch": {"enable": True, "threads": 10, "batch_size": 131072, "bandwidth_limit": 1048576,
-                          "prefetch_all": False, "stream_prefetch": False}},
+    "cache": {
+        "type": "blobcache",
+        "compressed": False,
+        "validate": True,
+        "filecache": {"work_dir": "/cache", "disable_indexed_map": False},
+    },
+    "rafs": {
+        "mode": "direct",
+        "batch_size": 4096,
+        "validate": False,
+        "enable_xattr": True,
+        "iostats_files": True,
+        "access_pattern": True,
+        "latest_read_files": True,
+        "prefetch": {
+            "enable": True,
+            "threads": 10,
+            "batch_size": 131072,
+            "bandwidth_limit": 1048576,
+            "prefetch_all": False,
+            "stream_prefetch": False,
+        },
+    },
 }
 TOML = f"""
 version = 2
@@ -98,23 +141,32 @@ def changed(document: dict, path: str, value: object) -> str:
 def test_every_key_is_read(text: str) -> None:
     config = parse_config(text)
     assert config.warnings == []
-    assert (config.id, config.backend_type, config.work_dir, config.mode) == (
-        "/snap-1", "registry", "/cache", "direct")
+    assert (config.id, config.backend_type, config.work_dir, config.mode) == ("/snap-1", "registry", "/cache", "direct")
     assert config.backend_config == V1["device"]["backend"]["config"]
     assert (config.cache_validate, config.cache_compressed) == (True, False)
     assert config.iostats_files and config.access_pattern and config.latest_read_files and config.enable_xattr
     assert config.amplify_bytes == 4096
     assert config.prefetch and not config.prefetch_all and not config.prefetch_stream
     assert (config.prefetch_threads, config.prefetch_batch_bytes, config.prefetch_bandwidth_bytes_s) == (
-        10, 131072, 1048576)
+        10,
+        131072,
+        1048576,
+    )
 
 
 def test_defaults_differ_as_nydusd_has_it() -> None:
     """v1 fetches the whole image when prefetch is on, v2 does not."""
-    v1 = {"device": {"backend": {"type": "localfs", "config": {"dir": "/b"}}, "cache": {"type": "blobcache"}},
-          "mode": "direct", "fs_prefetch": {"enable": True}}
-    v2 = {"version": 2, "backend": {"type": "localfs", "localfs": {"dir": "/b"}}, "cache": {"type": "filecache"},
-          "rafs": {"prefetch": {"enable": True}}}
+    v1 = {
+        "device": {"backend": {"type": "localfs", "config": {"dir": "/b"}}, "cache": {"type": "blobcache"}},
+        "mode": "direct",
+        "fs_prefetch": {"enable": True},
+    }
+    v2 = {
+        "version": 2,
+        "backend": {"type": "localfs", "localfs": {"dir": "/b"}},
+        "cache": {"type": "filecache"},
+        "rafs": {"prefetch": {"enable": True}},
+    }
     one, two = parse_config(json.dumps(v1)), parse_config(json.dumps(v2))
     assert (one.prefetch_all, two.prefetch_all) == (True, False)
     for config in (one, two):
@@ -135,41 +187,66 @@ def test_every_backend_in_both_forms(kind: str) -> None:
 def test_unknown_keys_are_one_warning() -> None:
     text = changed(json.loads(changed(V1, "device.cache.colour", 1)), "fs_prefetch.taste", 2)
     assert parse_config(text, "c").warnings == [
-        "c: unknown keys, without effect: device.cache.colour, fs_prefetch.taste"]
+        "c: unknown keys, without effect: device.cache.colour, fs_prefetch.taste"
+    ]
     assert parse_config(changed(V2, "zest", 1), "c").warnings == ["c: unknown keys, without effect: zest"]
 
 
-@pytest.mark.parametrize(("document", "path", "value", "word"), [
-    (V1, "rafs_type", "x", "image itself"), (V1, "fs_prefetch.prefetch_files", "/x", "--prefetch-files"),
-    (V1, "device.external_backends", [{"type": "x"}], "external_backends"),
-    (V1, "device.cache.type", "", "without cache"), (V1, "device.cache.type", "dummycache", "without cache"),
-    (V2, "overlay", {"upper_dir": "/u"}, "writable layer"), (V2, "rafs.prefetch.stream_prefetch", True, "ranges")])
+@pytest.mark.parametrize(
+    ("document", "path", "value", "word"),
+    [
+        (V1, "rafs_type", "x", "image itself"),
+        (V1, "fs_prefetch.prefetch_files", "/x", "--prefetch-files"),
+        (V1, "device.external_backends", [{"type": "x"}], "external_backends"),
+        (V1, "device.cache.type", "", "without cache"),
+        (V1, "device.cache.type", "dummycache", "without cache"),
+        (V2, "overlay", {"upper_dir": "/u"}, "writable layer"),
+        (V2, "rafs.prefetch.stream_prefetch", True, "ranges"),
+    ],
+)
 def test_what_has_no_effect_is_explained(document: dict, path: str, value: object, word: str) -> None:
     (line,) = parse_config(changed(document, path, value)).warnings
     assert word in line
 
 
-@pytest.mark.parametrize(("document", "path", "value", "word"), [
-    (V1, "device.backend", None, "backend is missing"), (V1, "device.backend.type", None, "type is missing"),
-    (V1, "device.backend.config", [], "must be an object"),
-    (V1, "device.cache", {"type": "dummycache"}, "must be blobcache"), (V1, "device.cache.type", "fscache", "fscache"),
-    (V1, "device.cache.type", "x", "unknown"), (V1, "device.cache.config.work_dir", 5, "work_dir"),
-    (V1, "device.cache.config.enable_encryption", True, "encrypted"), (V1, "mode", "x", "direct or cached"),
-    (V1, "amplify_io", 0x10000001, "amplify_io"), (V1, "amplify_io", "1", "amplify_io"),
-    (V1, "fs_prefetch.threads_count", 0, "threads_count"), (V1, "fs_prefetch.threads_count", 1025, "threads_count"),
-    (V1, "fs_prefetch.merging_size", -1, "merging_size"), (V1, "fs_prefetch.enable", "yes", "true or false"),
-    (V1, "fs_prefetch.bandwidth_rate", 1.5, "bandwidth_rate"), (V1, "device.id", 5, "id must be a string"),
-    (V2, "version", 3, "version = 2"), (V2, "cache", None, "cache is missing"), (V2, "backend", None, "missing"),
-    (V2, "backend.registry", None, "registry is missing"), (V2, "rafs.batch_size", True, "batch_size"),
-    (V2, "rafs.prefetch", [], "must be an object")])
+@pytest.mark.parametrize(
+    ("document", "path", "value", "word"),
+    [
+        (V1, "device.backend", None, "backend is missing"),
+        (V1, "device.backend.type", None, "type is missing"),
+        (V1, "device.backend.config", [], "must be an object"),
+        (V1, "device.cache", {"type": "dummycache"}, "must be blobcache"),
+        (V1, "device.cache.type", "fscache", "fscache"),
+        (V1, "device.cache.type", "x", "unknown"),
+        (V1, "device.cache.config.work_dir", 5, "work_dir"),
+        (V1, "device.cache.config.enable_encryption", True, "encrypted"),
+        (V1, "mode", "x", "direct or cached"),
+        (V1, "amplify_io", 0x10000001, "amplify_io"),
+        (V1, "amplify_io", "1", "amplify_io"),
+        (V1, "fs_prefetch.threads_count", 0, "threads_count"),
+        (V1, "fs_prefetch.threads_count", 1025, "threads_count"),
+        (V1, "fs_prefetch.merging_size", -1, "merging_size"),
+        (V1, "fs_prefetch.enable", "yes", "true or false"),
+        (V1, "fs_prefetch.bandwidth_rate", 1.5, "bandwidth_rate"),
+        (V1, "device.id", 5, "id must be a string"),
+        (V2, "version", 3, "version = 2"),
+        (V2, "cache", None, "cache is missing"),
+        (V2, "backend", None, "missing"),
+        (V2, "backend.registry", None, "registry is missing"),
+        (V2, "rafs.batch_size", True, "batch_size"),
+        (V2, "rafs.prefetch", [], "must be an object"),
+    ],
+)
 def test_what_cannot_be_is_refused(document: dict, path: str, value: object, word: str) -> None:
     with pytest.raises(UsageFailure, match=word) as caught:
         parse_config(changed(document, path, value))
     assert SECRET not in str(caught.value) and AUTH not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "5", '{"a"', "a = ", f'{{"auth": "{AUTH}', f'auth = "{AUTH}', "[" * 100_000,
-                                  '{"device": ' * 10_000])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "5", '{"a"', "a = ", f'{{"auth": "{AUTH}', f'auth = "{AUTH}', "[" * 100_000, '{"device": ' * 10_000],
+)
 def test_what_is_no_configuration(text: str) -> None:
     with pytest.raises(UsageFailure) as caught:
         parse_config(text, "c")
@@ -178,9 +255,14 @@ def test_what_is_no_configuration(text: str) -> None:
 
 
 def test_public_form_has_no_secret() -> None:
-    secrets = {"auth": AUTH, "registry_token": SECRET, "access_key_secret": SECRET, "session_token": SECRET,
-               "proxy": {"url": f"http://user:{SECRET}@proxy:1", "ping_url": f"http://proxy/p?token={SECRET}"},
-               "mirrors": [{"host": f"http://u:{SECRET}@m", "headers": {"Authorization": SECRET}}]}
+    secrets = {
+        "auth": AUTH,
+        "registry_token": SECRET,
+        "access_key_secret": SECRET,
+        "session_token": SECRET,
+        "proxy": {"url": f"http://user:{SECRET}@proxy:1", "ping_url": f"http://proxy/p?token={SECRET}"},
+        "mirrors": [{"host": f"http://u:{SECRET}@m", "headers": {"Authorization": SECRET}}],
+    }
     document = json.loads(changed(V2, "backend.registry", {**V2["backend"]["registry"], **secrets}))
     shown = parse_config(json.dumps(document)).public()
     text = json.dumps(shown)

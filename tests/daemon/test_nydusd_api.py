@@ -29,17 +29,20 @@ def is_as(ours: Any, theirs: Any) -> bool:
 def is_answer_as(request: nydusd_api.Request, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     if ours["status"] != theirs["status"]:
         return False
-    if theirs.get("message", "") is None:       # nydusd's HTTP server refused it before its API saw it
+    if theirs.get("message", "") is None:  # nydusd's HTTP server refused it before its API saw it
         return True
 
     def said(answer: dict[str, Any]) -> str:
         message = str(answer.get("message", ""))
         if request.said == "kind":
             return message.partition('"')[0]
-        return re.sub(r"column: \d+", "column: N", message)    # columns of faults in JSON are for people
+        return re.sub(r"column: \d+", "column: N", message)  # columns of faults in JSON are for people
 
-    return (ours["type"] == theirs["type"] and said(ours) == said(theirs)
-            and is_as(ours.get("document"), theirs.get("document")))
+    return (
+        ours["type"] == theirs["type"]
+        and said(ours) == said(theirs)
+        and is_as(ours.get("document"), theirs.get("document"))
+    )
 
 
 def test_answers_as_nydusd(tmp_path: Path) -> None:

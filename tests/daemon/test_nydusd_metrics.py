@@ -28,8 +28,17 @@ pytestmark = [
 
 PAGE = 4096
 FILES = {"one": 3 << 20, "two": 700_001, "three": 5000}
-READS = [("one", 0, 4096), ("one", 0, 131072), ("one", 1 << 20, 1 << 20), ("one", 65536, 65536), ("two", 0, 262144),
-         ("two", 655360, 65536), ("three", 0, 8192), ("three", 0, 8192), ("two", 1 << 20, 4096)]
+READS = [
+    ("one", 0, 4096),
+    ("one", 0, 131072),
+    ("one", 1 << 20, 1 << 20),
+    ("one", 65536, 65536),
+    ("two", 0, 262144),
+    ("two", 655360, 65536),
+    ("three", 0, 8192),
+    ("three", 0, 8192),
+    ("two", 1 << 20, 4096),
+]
 READ_FOP, LOOKUP_FOP = 4, 9
 
 
@@ -65,16 +74,41 @@ def serve(words: list[str], directory: Path, image: Path) -> Iterator[Peer]:
     for name in ("work", "mnt"):
         (directory / name).mkdir()
     config = directory / "config.json"
-    config.write_text(json.dumps({
-        "device": {"id": "/one", "backend": {"type": "localfs", "config": {"dir": str(image / "blobs")}},
-                   "cache": {"type": "blobcache", "config": {"work_dir": str(directory / "work")}}},
-        "mode": "direct", "digest_validate": False, "enable_xattr": True, "iostats_files": True, "access_pattern": True,
-        "latest_read_files": True, "fs_prefetch": {"enable": False}}))
+    config.write_text(
+        json.dumps(
+            {
+                "device": {
+                    "id": "/one",
+                    "backend": {"type": "localfs", "config": {"dir": str(image / "blobs")}},
+                    "cache": {"type": "blobcache", "config": {"work_dir": str(directory / "work")}},
+                },
+                "mode": "direct",
+                "digest_validate": False,
+                "enable_xattr": True,
+                "iostats_files": True,
+                "access_pattern": True,
+                "latest_read_files": True,
+                "fs_prefetch": {"enable": False},
+            }
+        )
+    )
     peer = Peer(directory / "api.sock", directory / "mnt")
     with (directory / "log").open("wb") as log:
-        process = subprocess.Popen([*words, "--config", str(config), "--bootstrap", str(image / "image.boot"),
-                                    "--mountpoint", str(peer.mount), "--apisock", str(peer.api)],
-                                   stdout=log, stderr=log)
+        process = subprocess.Popen(
+            [
+                *words,
+                "--config",
+                str(config),
+                "--bootstrap",
+                str(image / "image.boot"),
+                "--mountpoint",
+                str(peer.mount),
+                "--apisock",
+                str(peer.api),
+            ],
+            stdout=log,
+            stderr=log,
+        )
     try:
         wait_until(lambda: process.poll() is not None or (peer.mount.is_mount() and peer.api.exists()), "the mount")
         assert process.poll() is None, (directory / "log").read_text()
@@ -92,11 +126,26 @@ def peers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     source.mkdir()
     for name, size in FILES.items():
         (source / name).write_bytes(random.randbytes(size))
-    subprocess.run([*VERB, "build", str(source), "--bootstrap", str(directory / "image.boot"), "--blob-dir",
-                    str(directory / "blobs"), "--fs-version", request.param], check=True, capture_output=True)
+    subprocess.run(
+        [
+            *VERB,
+            "build",
+            str(source),
+            "--bootstrap",
+            str(directory / "image.boot"),
+            "--blob-dir",
+            str(directory / "blobs"),
+            "--fs-version",
+            request.param,
+        ],
+        check=True,
+        capture_output=True,
+    )
     nydusd = [NYDUSD, "fuse", "--rlimit-nofile", "0", "--log-level", "error"]
-    with serve(nydusd, directory / "nydusd", directory) as theirs, \
-            serve([*VERB, "fuse", "--fuse-passthrough", "off"], directory / "ours", directory) as ours:
+    with (
+        serve(nydusd, directory / "nydusd", directory) as theirs,
+        serve([*VERB, "fuse", "--fuse-passthrough", "off"], directory / "ours", directory) as ours,
+    ):
         for peer in (theirs, ours):
             for name, offset, size in READS:
                 assert peer.read(name, offset, size) == max(0, min(size, FILES[name] - offset))
@@ -106,15 +155,24 @@ def peers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_global(peers: tuple[Peer, Peer]) -> None:
     (status, theirs), (_, ours) = (peer.get("") for peer in peers)
     assert status == 200 and set(ours) == set(theirs)
-    for key in ("files_account_enabled", "access_pattern_enabled", "record_latest_read_files_enabled",
-                "measure_latency", "nr_opens", "data_read", "block_count_read", "id"):
+    for key in (
+        "files_account_enabled",
+        "access_pattern_enabled",
+        "record_latest_read_files_enabled",
+        "measure_latency",
+        "nr_opens",
+        "data_read",
+        "block_count_read",
+        "id",
+    ):
         assert ours[key] == theirs[key], key
     for fop in (READ_FOP, LOOKUP_FOP):
         assert ours["fop_hits"][fop] == theirs["fop_hits"][fop]
     assert ours["fop_errors"] == theirs["fop_errors"]
     assert sum(ours["read_latency_dist"]) == sum(theirs["read_latency_dist"])
     assert [bool(total) for total in ours["fop_cumulative_latency_total"]] == [
-        bool(total) for total in theirs["fop_cumulative_latency_total"]]
+        bool(total) for total in theirs["fop_cumulative_latency_total"]
+    ]
 
 
 def test_files(peers: tuple[Peer, Peer]) -> None:
@@ -158,8 +216,16 @@ def test_blobcache(peers: tuple[Peer, Peer]) -> None:
     (status, theirs), (_, ours) = (peer.get("/blobcache") for peer in peers)
     assert status == 200 and set(ours) == set(theirs)
     assert ours["underlying_files"] == theirs["underlying_files"] and ours["data_all_ready"] is theirs["data_all_ready"]
-    for key in ("prefetch_data_amount", "prefetch_requests_count", "prefetch_unmerged_chunks", "whole_hits",
-                "buffered_backend_size", "prefetch_cumulative_time_millis", "prefetch_end_time_secs", "total"):
+    for key in (
+        "prefetch_data_amount",
+        "prefetch_requests_count",
+        "prefetch_unmerged_chunks",
+        "whole_hits",
+        "buffered_backend_size",
+        "prefetch_cumulative_time_millis",
+        "prefetch_end_time_secs",
+        "total",
+    ):
         assert ours[key] == theirs[key], key
     assert 0 < ours["partial_hits"] <= ours["total"]
 

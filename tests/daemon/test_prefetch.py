@@ -34,15 +34,18 @@ class Tree:
 
     def __init__(self, directory: Path, *, fs_version: int = 6, prefetch_policy: str = "fs") -> None:
         random = Random("prefetch")
-        self.files = {name: random.randbytes(FILE_CHUNKS * CHUNK_BYTES)
-                      for name in ("hot/one", "hot/deep/two", "cold/three", "lone")}
+        self.files = {
+            name: random.randbytes(FILE_CHUNKS * CHUNK_BYTES)
+            for name in ("hot/one", "hot/deep/two", "cold/three", "lone")
+        }
         source = directory / "source"
         for name, data in self.files.items():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes(data)
         self.bootstrap = directory / "image.boot"
-        options = BuildOptions(fs_version=fs_version, chunk_size=CHUNK_BYTES, prefetch_policy=prefetch_policy,
-                               prefetch_patterns=("/hot",))
+        options = BuildOptions(
+            fs_version=fs_version, chunk_size=CHUNK_BYTES, prefetch_policy=prefetch_policy, prefetch_patterns=("/hot",)
+        )
         build_image(source, self.bootstrap, directory / "blobs", options)
         (self.blob,) = [path for path in (directory / "blobs").iterdir() if not path.name.startswith(".")]
 
@@ -64,16 +67,27 @@ class Daemon:
         self.service = Service(Log("info", str(directory / "log")), read_deadline_ms=5000)
 
     def config(self, **prefetch: object) -> str:
-        return json.dumps({
-            "version": 2, "backend": {"type": "registry", "registry": {
-                "scheme": "http", "host": self.server.host, "repo": "a/b", "timeout": 2}},
-            "cache": {"type": "blobcache", "filecache": {"work_dir": str(self.directory / "cache")}},
-            "rafs": {"prefetch": prefetch}})
+        return json.dumps(
+            {
+                "version": 2,
+                "backend": {
+                    "type": "registry",
+                    "registry": {"scheme": "http", "host": self.server.host, "repo": "a/b", "timeout": 2},
+                },
+                "cache": {"type": "blobcache", "filecache": {"work_dir": str(self.directory / "cache")}},
+                "rafs": {"prefetch": prefetch},
+            }
+        )
 
     def start(self, files: list[str] | None = None, with_image: bool = True, **prefetch: object) -> None:
-        self.service.start(sock=str(self.directory / "fs.sock"), fd=None, apisock=str(self.directory / "api.sock"),
-                           bootstrap=str(self.tree.bootstrap) if with_image else None,
-                           config=parse_config(self.config(**prefetch)) if with_image else None, prefetch_files=files)
+        self.service.start(
+            sock=str(self.directory / "fs.sock"),
+            fd=None,
+            apisock=str(self.directory / "api.sock"),
+            bootstrap=str(self.tree.bootstrap) if with_image else None,
+            config=parse_config(self.config(**prefetch)) if with_image else None,
+            prefetch_files=files,
+        )
 
     def call(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("localhost", timeout=60)
@@ -91,7 +105,8 @@ class Daemon:
 
     def wait_for(self, state: str) -> dict[str, Any]:
         found: dict[str, Any] = wait_until(
-            lambda: one if (one := self.progress())["state"] == state else None, f"prefetch {state}")
+            lambda: one if (one := self.progress())["state"] == state else None, f"prefetch {state}"
+        )
         return found
 
     def ready(self) -> int:
@@ -234,8 +249,12 @@ def test_limit_holds_prefetch_alone(tree: Tree, daemon: Daemon) -> None:
 
 def test_requests_that_are_wrong(daemon: Daemon, tmp_path: Path) -> None:
     daemon.start()
-    for target, body, status in ((f"{ROUTE}?mountpoint=/other", None, 404), (ROUTE, {"files": "x"}, 400),
-                                 (ROUTE, {"files": ["x"]}, 500), (f"{ROUTE}?wait=soon", None, 400)):
+    for target, body, status in (
+        (f"{ROUTE}?mountpoint=/other", None, 404),
+        (ROUTE, {"files": "x"}, 400),
+        (ROUTE, {"files": ["x"]}, 500),
+        (f"{ROUTE}?wait=soon", None, 400),
+    ):
         assert daemon.call("PUT", target, body)[0] == status, target
     listed = tmp_path / "list"
     listed.write_text("/a\n\n/b c\n")
@@ -246,8 +265,10 @@ def test_requests_that_are_wrong(daemon: Daemon, tmp_path: Path) -> None:
     assert main(["virtiofs", "--sock", str(tmp_path / "s"), "--prefetch-files", str(listed)]) == 2
 
 
-@pytest.mark.parametrize(("chunks", "ranges"), [
-    ([(0, 1), (0, 2), (0, 3)], [(0, 1, 3)]), ([(0, 1), (1, 2), (1, 4)], [(0, 1, 1), (1, 2, 1), (1, 4, 1)])])
+@pytest.mark.parametrize(
+    ("chunks", "ranges"),
+    [([(0, 1), (0, 2), (0, 3)], [(0, 1, 3)]), ([(0, 1), (1, 2), (1, 4)], [(0, 1, 1), (1, 2, 1), (1, 4, 1)])],
+)
 def test_neighbours_are_one_range(chunks: list[tuple[int, int]], ranges: list[tuple[int, int, int]]) -> None:
     made: list[tuple[int, int, int]] = []
     for one in chunks:

@@ -20,8 +20,8 @@ from virtiofsd_nydus.vmm.servers import call_api
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_SECONDS = 30
-STOP_SECONDS = 5        # Kata's, from SIGTERM to SIGKILL
-GO_LINE_BYTES = 64 << 10    # bufio.Scanner gives up at a longer one, and nobody reads any more
+STOP_SECONDS = 5  # Kata's, from SIGTERM to SIGKILL
+GO_LINE_BYTES = 64 << 10  # bufio.Scanner gives up at a longer one, and nobody reads any more
 PIPE_BYTES = 16384
 FORMS = {"go": ["--log-level", "info"], "rs": ["--hybrid-mode", "--log-level", "info"]}
 
@@ -46,27 +46,43 @@ class Daemon:
             except (FileNotFoundError, ConnectionRefusedError):
                 assert time.monotonic() < end
         with socket.socket(socket.AF_UNIX) as front:
-            os.chdir(self.sock.parent)      # its path may be too long for an address
+            os.chdir(self.sock.parent)  # its path may be too long for an address
             front.connect(self.sock.name)
 
     def say_lines(self, count: int) -> None:
         """Has the daemon log that many mounts."""
         for _ in range(count):
-            assert self.call("POST", "/api/v1/mount?mountpoint=/x",
-                             {"fs_type": "passthrough_fs", "source": "/tmp", "config": ""}) == (204, None)
+            assert self.call(
+                "POST", "/api/v1/mount?mountpoint=/x", {"fs_type": "passthrough_fs", "source": "/tmp", "config": ""}
+            ) == (204, None)
             assert self.call("DELETE", "/api/v1/mount?mountpoint=/x") == (204, None)
 
 
 @contextmanager
-def start(directory: Path, form: str = "go", *extra: str, stdout: int | None = subprocess.PIPE,
-          relative: bool = False) -> Iterator[Daemon]:
+def start(
+    directory: Path, form: str = "go", *extra: str, stdout: int | None = subprocess.PIPE, relative: bool = False
+) -> Iterator[Daemon]:
     names = ["vhost-fs.sock", "nydusd-api.sock"]
     sock, api = names if relative else [str(directory / name) for name in names]
     process = subprocess.Popen(
-        [sys.executable, "-m", "virtiofsd_nydus.cli.main", "virtiofs", *FORMS[form], "--apisock", api, "--sock", sock,
-         *extra],
-        stdin=subprocess.DEVNULL, stdout=stdout, stderr=subprocess.STDOUT if form == "go" else stdout,
-        cwd=directory if relative else ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        [
+            sys.executable,
+            "-m",
+            "virtiofsd_nydus.cli.main",
+            "virtiofs",
+            *FORMS[form],
+            "--apisock",
+            api,
+            "--sock",
+            sock,
+            *extra,
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.STDOUT if form == "go" else stdout,
+        cwd=directory if relative else ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     try:
         yield Daemon(directory, process)
     finally:
@@ -122,8 +138,11 @@ def test_relative_names(tmp_path: Path) -> None:
         daemon.wait_running()
         source = tmp_path / "rw"
         source.mkdir()
-        assert daemon.call("POST", "/api/v1/mount?mountpoint=%2Fcontainers",
-                           {"fs_type": "passthrough_fs", "source": str(source), "config": ""}) == (204, None)
+        assert daemon.call(
+            "POST",
+            "/api/v1/mount?mountpoint=%2Fcontainers",
+            {"fs_type": "passthrough_fs", "source": str(source), "config": ""},
+        ) == (204, None)
         daemon.process.terminate()
         daemon.process.communicate(timeout=STOP_SECONDS)
         assert list(directory.iterdir()) == []
@@ -161,13 +180,20 @@ def test_lines_are_short(tmp_path: Path) -> None:
     """Here a warning about an unknown key of a configuration."""
     (tmp_path / "tree").mkdir()
     image = build_image(tmp_path / "tree", tmp_path / "image")
-    config = json.dumps({"device": {"backend": {"type": "localfs", "config": {"dir": str(image.blob_dir)}},
-                                    "cache": {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}}},
-                         "x" * 2 * GO_LINE_BYTES: 1})
+    config = json.dumps(
+        {
+            "device": {
+                "backend": {"type": "localfs", "config": {"dir": str(image.blob_dir)}},
+                "cache": {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}},
+            },
+            "x" * 2 * GO_LINE_BYTES: 1,
+        }
+    )
     with start(tmp_path) as daemon:
         daemon.wait_running()
-        assert daemon.call("POST", "/api/v1/mount?mountpoint=/x",
-                           {"fs_type": "rafs", "source": str(image.bootstrap), "config": config}) == (204, None)
+        assert daemon.call(
+            "POST", "/api/v1/mount?mountpoint=/x", {"fs_type": "rafs", "source": str(image.bootstrap), "config": config}
+        ) == (204, None)
         daemon.process.terminate()
         output, _ = daemon.process.communicate(timeout=STOP_SECONDS)
     assert b"xxxx" in output

@@ -18,8 +18,11 @@ def scrape(one: Daemon) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     status, text = one.call(ROUTE)
     assert status == 200
     lint(text)
-    return {(sample.name.removeprefix(PREFIX), frozenset(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(text) for sample in family.samples}
+    return {
+        (sample.name.removeprefix(PREFIX), frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 def lint(text: str) -> None:
@@ -74,15 +77,17 @@ def test_numbers(image: Image, daemon: Callable[..., Daemon]) -> None:
     reads = of(found, "file_operations_total", operation="read", **mount)
     hit, waited = of(found, "reads_hit_total", **mount), of(found, "reads_waited_total", **mount)
     assert waited >= 1 and hit + waited == of(found, "read_seconds_count", **mount) <= reads
-    buckets = [of(found, "read_seconds_bucket", le=le, **mount) for le in
-               ("0.0002", "0.001", "0.02", "0.05", "0.5", "1", "2", "+Inf")]
+    buckets = [
+        of(found, "read_seconds_bucket", le=le, **mount)
+        for le in ("0.0002", "0.001", "0.02", "0.05", "0.5", "1", "2", "+Inf")
+    ]
     assert buckets == sorted(buckets) and buckets[-1] == hit + waited
     assert of(found, "oldest_wait_seconds", **mount) == 0
     assert of(found, "backend_healthy", **backend) == 1 and of(found, "backend_login_refused", **backend) == 0
     assert one.read(name) == image.files[name]
     again = scrape(one)
     assert of(again, "needed_bytes_total", **mount) == 2 * len(image.files[name])
-    assert of(again, "fetched_bytes_total", **backend) == fetched       # all of it was here
+    assert of(again, "fetched_bytes_total", **backend) == fetched  # all of it was here
 
 
 def test_mounts_count_apart(image: Image, daemon: Callable[..., Daemon]) -> None:
@@ -110,8 +115,9 @@ def test_what_came_for_nothing(image: Image, daemon: Callable[..., Daemon]) -> N
     assert of(scrape(one), "wasted_bytes_total", **backend) == 0
     one.server.inject("corrupt")
     assert one.read("file-11") == image.files["file-11"]
-    found = wait_until(lambda: of(found := scrape(one), "wasted_bytes_total", **backend) and found,
-                       "the bad bytes are counted")     # when their range is over
+    found = wait_until(
+        lambda: of(found := scrape(one), "wasted_bytes_total", **backend) and found, "the bad bytes are counted"
+    )  # when their range is over
     assert of(found, "wasted_bytes_total", **backend) < of(found, "fetched_bytes_total", **backend)
 
 

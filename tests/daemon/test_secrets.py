@@ -41,7 +41,7 @@ def command_lines(pid: int) -> bytes:
     """Of a process and all below it."""
     found = Path(f"/proc/{pid}/cmdline").read_bytes()
     for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):    # threads and children come and go
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # threads and children come and go
             for child in (task / "children").read_text().split():
                 found += command_lines(int(child))
     return found
@@ -50,15 +50,35 @@ def command_lines(pid: int) -> bytes:
 def backends(server: FaultyServer) -> dict[str, tuple[str, dict[str, Any]]]:
     """Each refuses its login or cannot be reached, so that there is something to log."""
     host = {"scheme": "http", "timeout": 1, "connect_timeout": 1}
-    objects = {**host, "endpoint": server.host, "bucket_name": "bucket", "access_key_id": "someone",
-               "access_key_secret": SECRET}
+    objects = {
+        **host,
+        "endpoint": server.host,
+        "bucket_name": "bucket",
+        "access_key_id": "someone",
+        "access_key_secret": SECRET,
+    }
     return {
         "registry": ("registry", {**host, "host": server.host, "repo": "a/b", "auth": LOGIN}),
         "registry token": ("registry", {**host, "host": server.host, "repo": "a/b", "registry_token": SECRET}),
-        "proxy": ("registry", {**host, "host": server.host, "repo": "a/b",
-                               "proxy": {"url": f"http://someone:{SECRET}@127.0.0.1:1", "fallback": False}}),
-        "mirror": ("registry", {**host, "host": server.host, "repo": "a/b", "auth": LOGIN, "mirrors": [
-            {"host": "http://127.0.0.1:1", "headers": {"X-Key": SECRET}, "auth_through": True}]}),
+        "proxy": (
+            "registry",
+            {
+                **host,
+                "host": server.host,
+                "repo": "a/b",
+                "proxy": {"url": f"http://someone:{SECRET}@127.0.0.1:1", "fallback": False},
+            },
+        ),
+        "mirror": (
+            "registry",
+            {
+                **host,
+                "host": server.host,
+                "repo": "a/b",
+                "auth": LOGIN,
+                "mirrors": [{"host": "http://127.0.0.1:1", "headers": {"X-Key": SECRET}, "auth_through": True}],
+            },
+        ),
         "s3": ("s3", {**objects, "region": "us-east-1", "session_token": f"token-{SECRET}"}),
         "oss": ("oss", {**objects, "session_token": f"token-{SECRET}"}),
         "http-proxy": ("http-proxy", {**host, "addr": f"http://someone:{SECRET}@{server.host}"}),
@@ -79,8 +99,12 @@ def test_no_secret_leaves(image: Image, tmp_path: Path, monkeypatch: pytest.Monk
             with FakeGuest(daemon.socket_path) as guest, pytest.raises(OSError):
                 guest.fuse.init()
                 guest.fuse.read_file("file-05")
-            told = b"".join(get_raw(daemon.api_path, route + query) for route, methods in ROUTES.items()
-                            if "GET" in methods for query in QUERIES)
+            told = b"".join(
+                get_raw(daemon.api_path, route + query)
+                for route, methods in ROUTES.items()
+                if "GET" in methods
+                for query in QUERIES
+            )
             told += command_lines(daemon.process.pid)
             assert json.loads(get_raw(daemon.api_path, "/api/v1/daemon"))["state"] == "RUNNING"
         told += daemon.log_text().encode()

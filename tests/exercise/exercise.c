@@ -37,11 +37,10 @@ void say(const char *fmt, ...)
 
 void say_result(long rc)
 {
-    if (rc < 0) {
+    if (rc < 0)
         say(" = %s\n", strerrorname_np(errno));
-    } else {
+    else
         say(" = %ld\n", rc);
-    }
 }
 
 static void must(long rc, const char *what)
@@ -56,9 +55,8 @@ void become(uid_t uid)
 {
     must(syscall(SYS_setresuid, -1, 0, -1), "setresuid 0");
     must(syscall(SYS_setresgid, -1, uid == 1002 ? 1000 : uid, -1), "setresgid");
-    if (uid) {
+    if (uid)
         must(syscall(SYS_setresuid, -1, uid, -1), "setresuid");
-    }
 }
 
 /* 1002 shares the group of 1000. */
@@ -73,9 +71,8 @@ uint64_t hash_bytes(uint64_t hash, const void *data, size_t len)
 {
     const uint8_t *at = data;
 
-    for (size_t i = 0; i < len; i++) {
+    for (size_t i = 0; i < len; i++)
         hash = (hash ^ at[i]) * 0x100000001b3ull;
-    }
     return hash;
 }
 
@@ -86,12 +83,10 @@ static uint64_t hash_file(const char *path)
     int fd = open(path, O_RDONLY | O_NOFOLLOW);
     ssize_t n;
 
-    if (fd < 0) {
+    if (fd < 0)
         return 0;
-    }
-    while ((n = read(fd, buf, sizeof(buf))) > 0) {
+    while ((n = read(fd, buf, sizeof(buf))) > 0)
         hash = hash_bytes(hash, buf, (size_t)n);
-    }
     close(fd);
     return hash;
 }
@@ -108,15 +103,14 @@ static void say_xattrs(const char *path)
     size_t n = 0;
     ssize_t len = llistxattr(path, list, sizeof(list));
 
-    for (char *at = list; len > 0 && at < list + len && n < NAMES_MAX; at += strlen(at) + 1) {
+    for (char *at = list; len > 0 && at < list + len && n < NAMES_MAX; at += strlen(at) + 1)
         names[n++] = at;
-    }
     qsort(names, n, sizeof(names[0]), by_name);
     for (size_t i = 0; i < n; i++) {
         ssize_t got = lgetxattr(path, names[i], value, sizeof(value));
 
-        say(" %s:%zd:%llx", names[i], got, got < 0 ? (unsigned long long)errno
-                                                    : (unsigned long long)hash_bytes(7, value, (size_t)got));
+        say(" %s:%zd:%llx", names[i], got,
+            got < 0 ? (unsigned long long)errno : (unsigned long long)hash_bytes(7, value, (size_t)got));
     }
 }
 
@@ -136,29 +130,25 @@ void say_state(const char *path, const struct stat *before)
         return;
     }
     say(" %o %u:%u", st.st_mode, st.st_uid, st.st_gid);
-    if (!S_ISDIR(st.st_mode)) {
+    if (!S_ISDIR(st.st_mode))
         say(" n%lu s%lld", (unsigned long)st.st_nlink, (long long)st.st_size);
-    } else {
+    else
         say(" n%lu", (unsigned long)st.st_nlink);
-    }
-    if (S_ISCHR(st.st_mode) || S_ISBLK(st.st_mode)) {
+    if (S_ISCHR(st.st_mode) || S_ISBLK(st.st_mode))
         say(" r%llx", (unsigned long long)st.st_rdev);
-    }
     if (S_ISLNK(st.st_mode)) {
         ssize_t n = readlink(path, target, sizeof(target));
 
         say(" ->%llx", n < 0 ? 0ull : (unsigned long long)hash_bytes(7, target, (size_t)n));
     }
-    if (S_ISREG(st.st_mode)) {
+    if (S_ISREG(st.st_mode))
         say(" h%llx", (unsigned long long)hash_file(path));
-    }
     if (before && before->st_ino == st.st_ino) {
         say("%s%s", same_time(before->st_mtim, st.st_mtim) ? "" : " m+",
             same_time(before->st_ctim, st.st_ctim) ? "" : " c+");
     }
-    if (st.st_mtim.tv_sec < OLD_S + 1000) {
+    if (st.st_mtim.tv_sec < OLD_S + 1000)
         say(" m%lld.%ld", (long long)st.st_mtim.tv_sec, st.st_mtim.tv_nsec);
-    }
     say_xattrs(path);
     say("\n");
 }
@@ -209,7 +199,10 @@ void remove_all(const char *path)
 size_t make_acl(uint8_t out[64], uint32_t user_bits, uint32_t named_bits, uint32_t group_bits, uint32_t mask_bits)
 {
     /* posix_acl_xattr.h: version 2, then tag, bits and id of each entry. */
-    const struct { uint16_t tag; uint32_t bits, id; } entries[] = {
+    const struct {
+        uint16_t tag;
+        uint32_t bits, id;
+    } entries[] = {
         { 1, user_bits, ~0u }, { 2, named_bits, 1001 }, { 4, group_bits, ~0u }, { 16, mask_bits, ~0u }, { 32, 0, ~0u },
     };
     uint32_t version = 2;

@@ -27,7 +27,7 @@ void data_run(uint32_t steps);
 void tree_run(uint32_t steps);
 
 /* ---- exercise.c */
-uint32_t chance(uint32_t n);                    /* 0 to n-1, from the seed */
+uint32_t chance(uint32_t n); /* 0 to n-1, from the seed */
 bool one_in(uint32_t n);
 /* Starts a line with part, number and call; end_line adds the result: a number, or the error's name. */
 void say(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
@@ -38,7 +38,7 @@ uid_t chance_user(void);
 /* What there is at a path: type, mode, owner, size, link target, xattrs, a hash of the bytes. before: its stat then,
  * of which is told what has changed. */
 void say_state(const char *path, const struct stat *before);
-void make_old(const char *path);                /* atime and mtime become OLD */
+void make_old(const char *path); /* atime and mtime become OLD */
 void remove_all(const char *path);
 uint64_t hash_bytes(uint64_t hash, const void *data, size_t len);
 /* An ACL of three classes and a named user 1001, as an xattr's value: its length. */

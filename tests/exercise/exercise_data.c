@@ -12,15 +12,14 @@
 
 static uint8_t buf[CALL_BYTES];
 static const char *const names[] = { "f0", "f1" };
-static int fds[2][3];               /* read-write, append, opened for one call */
+static int fds[2][3]; /* read-write, append, opened for one call */
 
 static void fill(size_t len)
 {
     uint32_t v = chance(1u << 31);
 
-    for (size_t i = 0; i < len; i++) {
+    for (size_t i = 0; i < len; i++)
         buf[i] = (uint8_t)((v >> (i % 4 * 8)) + i / 251);
-    }
 }
 
 static void open_all(void)
@@ -34,9 +33,8 @@ static void open_all(void)
 
 static void close_all(void)
 {
-    for (int i = 0; i < 6; i++) {
+    for (int i = 0; i < 6; i++)
         close(fds[i / 3][i % 3]);
-    }
 }
 
 static void say_read(int fd, off_t at, size_t len)
@@ -59,7 +57,8 @@ static void use_map(int fd, bool change)
         say(" map beyond = 0\n");
         return;
     }
-    map = mmap(NULL, from + len, PROT_READ | (change ? PROT_WRITE : 0), change ? MAP_SHARED : MAP_PRIVATE, fd, (off_t)page);
+    map = mmap(NULL, from + len, PROT_READ | (change ? PROT_WRITE : 0), change ? MAP_SHARED : MAP_PRIVATE, fd,
+               (off_t)page);
     if (map == MAP_FAILED) {
         say_result(-1);
         return;
@@ -116,7 +115,9 @@ static void step(uint32_t number)
 
     say("d%u f%u.%u:", number, which, how);
     switch (chance(19)) {
-    case 0: case 1: case 2:
+    case 0:
+    case 1:
+    case 2:
         fill(len);
         say(" pwrite %lld %zu", (long long)at, len);
         say_result(pwrite(fd, buf, len, at));
@@ -125,11 +126,12 @@ static void step(uint32_t number)
         fill(len);
         say(" write %zu", len);
         say_result(write(fds[which][1], buf, len));
-        if (fstat(fd, &st) == 0 && st.st_size > (off_t)(2 * FILE_BYTES)) {
+        if (fstat(fd, &st) == 0 && st.st_size > (off_t)(2 * FILE_BYTES))
             ftruncate(fd, 1000);
-        }
         break;
-    case 4: case 5: case 6:
+    case 4:
+    case 5:
+    case 6:
         say(" pread %lld %zu", (long long)at, len);
         say_read(fd, at, len);
         break;
@@ -145,22 +147,15 @@ static void step(uint32_t number)
         say(" punch %lld %zu", (long long)at, len);
         say_result(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, (off_t)len));
         break;
-    case 10:
-        use_space(fds[0][how]);
-        break;
-    case 11: case 12:
-        use_map(fds[which][0], one_in(2));
-        break;
-    case 13:
-        use_seek(fds[1][0]);
-        break;
+    case 10: use_space(fds[0][how]); break;
+    case 11:
+    case 12: use_map(fds[which][0], one_in(2)); break;
+    case 13: use_seek(fds[1][0]); break;
     case 14:
         say(" copy %lld to %lld, %zu", (long long)at, (long long)to, len);
         say_result(copy_file_range(fd, &at, one_in(2) ? other : fd, &to, len, 0));
         break;
-    case 15:
-        use_vector(fd, at, len);
-        break;
+    case 15: use_vector(fd, at, len); break;
     case 16:
         flags = (int)chance(3);
         say(" sync %d", flags);
@@ -194,19 +189,16 @@ void data_run(uint32_t steps)
 {
     umask(0);
     mkdir("data", 0777);
-    if (chdir("data")) {
+    if (chdir("data"))
         exit(2);
-    }
     open_all();
-    for (uint32_t i = 0; i < steps; i++) {
+    for (uint32_t i = 0; i < steps; i++)
         step(i);
-    }
     close_all();
     say_state(names[0], NULL);
     say_state(names[1], NULL);
-    if (chdir("..")) {
+    if (chdir(".."))
         exit(2);
-    }
     remove_all("data");
     rmdir("data");
 }

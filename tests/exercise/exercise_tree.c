@@ -26,9 +26,8 @@ static void keep(int fd)
     uint32_t at = chance(OPEN_FILES);
 
     if (fd >= 0) {
-        if (files[at] >= 0) {
+        if (files[at] >= 0)
             close(files[at]);
-        }
         files[at] = fd;
     }
     say_result(fd < 0 ? -1 : 0);
@@ -93,9 +92,7 @@ static void use_file(int fd)
         /* Linux 6.10 lets whoever opened it, those before root alone. */
         say_result(geteuid() ? 0 : linkat(fd, "", AT_FDCWD, path, AT_EMPTY_PATH));
         break;
-    default:
-        say(" fallocate");
-        say_result(fallocate(fd, (int)chance(2), chance(1000), 1 + chance(1000)));
+    default: say(" fallocate"); say_result(fallocate(fd, (int)chance(2), chance(1000), 1 + chance(1000)));
     }
     say("  ");
     say_open_state(fd);
@@ -126,12 +123,10 @@ static void use_places(const char *path)
         wrong += !e || strcmp(e->d_name, after[at + 1]);
     }
     rewinddir(dir);
-    for (at = 0; readdir(dir);) {
+    for (at = 0; readdir(dir);)
         at++;
-    }
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = 0; i < n; i++)
         free(after[i]);
-    }
     closedir(dir);
     say(" %u entries, %u again, wrong %u", n, at, wrong);
     say_names(path);
@@ -170,8 +165,8 @@ static void use_acl(const char *path)
 
 static void step(uint32_t number)
 {
-    static const int kinds[] = { O_RDWR | O_CREAT, O_RDWR | O_CREAT | O_EXCL, O_RDONLY, O_RDWR | O_TRUNC,
-                                 O_WRONLY | O_APPEND, O_RDONLY | O_DIRECTORY };
+    static const int kinds[] = { O_RDWR | O_CREAT, O_RDWR | O_CREAT | O_EXCL, O_RDONLY,
+                                 O_RDWR | O_TRUNC, O_WRONLY | O_APPEND,       O_RDONLY | O_DIRECTORY };
     uid_t caller = one_in(2) ? 0 : chance_user();
     char a[64], b[64], proc[64];
     const char *dir = dirs[chance(6)];
@@ -184,7 +179,9 @@ static void step(uint32_t number)
     say("t%u %u:", number, caller);
     become(caller);
     switch (chance(22)) {
-    case 0: case 1: case 2:
+    case 0:
+    case 1:
+    case 2:
         say(" open %s %x", a, kinds[n % 6]);
         /* Which devices there are is the kernel's own affair, and the mount's. */
         if (lstat(a, &st) == 0 && S_ISCHR(st.st_mode)) {
@@ -202,9 +199,10 @@ static void step(uint32_t number)
         say(" link open to %s", a);
         say_result(linkat(AT_FDCWD, proc, AT_FDCWD, a, AT_SYMLINK_FOLLOW));
         break;
-    case 5: case 6: case 7: case 8:
-        use_file(fd);
-        break;
+    case 5:
+    case 6:
+    case 7:
+    case 8: use_file(fd); break;
     case 9:
         say(" unlink %s", a);
         say_result(unlink(a));
@@ -217,7 +215,8 @@ static void step(uint32_t number)
         say(" rmdir %s", n == 0 ? dir : a);
         say_result(rmdir(n == 0 ? dir : a));
         break;
-    case 12: case 13:
+    case 12:
+    case 13:
         n = n < 5 ? 0 : 1u << (n - 5);
         say(" rename %s %s %x", a, one_in(6) ? dir : b, n);
         say_result(renameat2(AT_FDCWD, a, AT_FDCWD, b, n));
@@ -234,9 +233,7 @@ static void step(uint32_t number)
         say(" list %s", dir);
         use_places(dir);
         break;
-    case 17:
-        use_locks(fd, chance_file());
-        break;
+    case 17: use_locks(fd, chance_file()); break;
     case 18:
         say(" acl of %s", n < 4 ? dir : a);
         use_acl(n < 4 ? dir : a);
@@ -257,7 +254,6 @@ static void step(uint32_t number)
     become(0);
 }
 
-
 static void say_tree(const char *dir)
 {
     /* The order of a directory is its own file system's: by names that are known. */
@@ -267,9 +263,8 @@ static void say_tree(const char *dir)
         struct stat st;
 
         snprintf(path, sizeof(path), "%s/n%u", dir, i);
-        if (lstat(path, &st) == 0) {
+        if (lstat(path, &st) == 0)
             say_state(path, NULL);
-        }
     }
 }
 
@@ -277,32 +272,26 @@ void tree_run(uint32_t steps)
 {
     umask(022);
     mkdir("tree", 0777);
-    if (chdir("tree")) {
+    if (chdir("tree"))
         exit(2);
-    }
     chmod(".", 0777);
     for (uint32_t i = 1; i < 6; i++) {
         mkdir(dirs[i], 0777);
         chmod(dirs[i], 0777);
     }
-    for (uint32_t i = 0; i < OPEN_FILES; i++) {
+    for (uint32_t i = 0; i < OPEN_FILES; i++)
         files[i] = -1;
-    }
-    for (uint32_t i = 0; i < steps; i++) {
+    for (uint32_t i = 0; i < steps; i++)
         step(i);
-    }
     for (uint32_t i = 0; i < 6; i++) {
         say_state(dirs[i], NULL);
         say_tree(dirs[i]);
     }
-    for (uint32_t i = 0; i < OPEN_FILES; i++) {
-        if (files[i] >= 0) {
+    for (uint32_t i = 0; i < OPEN_FILES; i++)
+        if (files[i] >= 0)
             close(files[i]);
-        }
-    }
-    if (chdir("..")) {
+    if (chdir(".."))
         exit(2);
-    }
     remove_all("tree");
     rmdir("tree");
 }

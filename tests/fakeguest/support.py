@@ -18,11 +18,15 @@ from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 # path -> (seed of its pattern, size); bystanders read "data"
 FILES = {
-    "data": (7, 4 << 20), "odd": (8, 12345), "empty": (9, 0), "page": (10, 4096), "over": (11, 4097),
+    "data": (7, 4 << 20),
+    "odd": (8, 12345),
+    "empty": (9, 0),
+    "page": (10, 4096),
+    "over": (11, 4097),
     "sub/deep/file": (12, 70_000),
 }
 LINKS = {"link": "sub/deep/file", "sub/long": "x" * 300}
-MANY = 600      # entries of the directory "many": several listings of 4096 bytes
+MANY = 600  # entries of the directory "many": several listings of 4096 bytes
 DEADLINE_S = 10.0
 
 
@@ -57,8 +61,13 @@ def make_tree(root: Path) -> None:
 def build_image(tree: Path, output: Path) -> Image:
     output.mkdir()
     words = ["build", str(tree), "--bootstrap", str(output / "image.boot"), "--blob-dir", str(output)]
-    done = subprocess.run([sys.executable, "-m", "virtiofsd_nydus.cli.main", *words], capture_output=True, text=True,
-                          timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "virtiofsd_nydus.cli.main", *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return Image(tree, output / "image.boot", output)
 
@@ -73,8 +82,9 @@ class DaemonKeeper:
     def get(self) -> NydusDaemon:
         if self.running is None or self.running.process.poll() is not None:
             self.close()
-            self.running = NydusDaemon(["--bootstrap", str(self.image.bootstrap), "--localfs-dir",
-                                        str(self.image.blob_dir)])
+            self.running = NydusDaemon(
+                ["--bootstrap", str(self.image.bootstrap), "--localfs-dir", str(self.image.blob_dir)]
+            )
             self.running.__enter__()
         return self.running
 
@@ -109,8 +119,17 @@ class Load:
         self.files = ffi.new("fg_file[]", [(data.nodeid, 0, data.attr.size, FILES["data"][0])])
         self.names = ffi.new("fg_name[]", [(1, data.nodeid, b"data")])
         values: dict[str, Any] = {
-            "kind": lib.FG_LOAD_READ_RANDOM, "depth": 2, "block_bytes": 4096, "check": 1, "timeout_ms": 5000,
-            "random_seed": 1, "files": self.files, "file_count": 1, "names": self.names, "name_count": 1} | fields
+            "kind": lib.FG_LOAD_READ_RANDOM,
+            "depth": 2,
+            "block_bytes": 4096,
+            "check": 1,
+            "timeout_ms": 5000,
+            "random_seed": 1,
+            "files": self.files,
+            "file_count": 1,
+            "names": self.names,
+            "name_count": 1,
+        } | fields
         self.handle = ffi.new("fg_load *", values)
 
     def run(self, queue: Queue) -> Any:
@@ -160,7 +179,7 @@ class BackgroundLoad:
 
     def stop(self) -> None:
         """Stops in whatever state it is, waits for what is in flight."""
-        while self.thread.is_alive():       # a stop that comes before the loop begins is lost: say it again
+        while self.thread.is_alive():  # a stop that comes before the loop begins is lost: say it again
             self.queue.stop()
             self.thread.join(self.load.handle.timeout_ms / 1000 + 0.1)
 

@@ -13,8 +13,13 @@ SHORT = ["--rounds", "2", "--seconds", "0.05", "--files", "200", "--data-mib", "
 
 
 def bench(*words: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "virtiofsd_nydus.cli.main", "bench", "io", *SHORT, *words],
-                          capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "virtiofsd_nydus.cli.main", "bench", "io", *SHORT, *words],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -28,14 +33,17 @@ def test_ours_alone() -> None:
     result = json.loads(bench("--no-peer", "--json"))
     assert result["peer"] is None
     assert {(row["workload"], row["depth"]) for row in result["rows"]} == {
-        (name, depth) for name in ("4 KiB random read", "1 MiB sequential read", "look-up") for depth in (1, 16)}
+        (name, depth) for name in ("4 KiB random read", "1 MiB sequential read", "look-up") for depth in (1, 16)
+    }
     for row in result["rows"]:
         check_side(row["ours"])
 
 
 @pytest.mark.skipif("VIRTIOFSD_NYDUS_SANITIZED" in os.environ, reason="the other server does not run under a sanitizer")
-@pytest.mark.skipif(not (C_VIRTIOFSD.exists() or RUST_VIRTIOFSD.exists()) or os.geteuid() != 0,
-                    reason="needs another virtio-fs server (qemu-system-common or virtiofsd) and root")
+@pytest.mark.skipif(
+    not (C_VIRTIOFSD.exists() or RUST_VIRTIOFSD.exists()) or os.geteuid() != 0,
+    reason="needs another virtio-fs server (qemu-system-common or virtiofsd) and root",
+)
 def test_beside_the_other_server() -> None:
     result = json.loads(bench("--json"))
     assert "virtiofsd" in result["peer"] and result["peer"][-1].isdecimal()
@@ -47,7 +55,12 @@ def test_beside_the_other_server() -> None:
 
 
 def test_bad_sizes_are_one_line() -> None:
-    done = subprocess.run([sys.executable, "-m", "virtiofsd_nydus.cli.main", "bench", "io", "--files", "20000"],
-                          capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "virtiofsd_nydus.cli.main", "bench", "io", "--files", "20000"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "--files" in done.stderr

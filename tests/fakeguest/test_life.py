@@ -29,7 +29,7 @@ def test_kick_before_enable_is_served_on_enable(daemon: NydusDaemon) -> None:
         queue.kick()
         with pytest.raises(NoAnswer):
             queue.reap(150)
-        guest.enable(queue)     # no kick after it
+        guest.enable(queue)  # no kick after it
         assert len(queue.reap()[1]) == 120
 
 
@@ -131,7 +131,7 @@ def test_stop_and_resume_with_the_same_rings(guest: FakeGuest) -> None:
         at = queue.avail_index()
         guest.enable(queue, False)
         assert guest.get_base(queue) == at
-        queue.submit(GETATTR_ROOT, 104, 0)      # the guest may still queue
+        queue.submit(GETATTR_ROOT, 104, 0)  # the guest may still queue
         with pytest.raises(NoAnswer):
             queue.reap(20)
         guest.send_ring(queue, at)
@@ -208,13 +208,23 @@ def test_rings_start_near_the_wrap(daemon: NydusDaemon) -> None:
         guest.close()
 
 
-@pytest.mark.parametrize(("indirect", "event_idx", "poll", "size"), [
-    (False, True, False, 64), (True, False, False, 64), (False, False, False, 64), (True, True, True, 64),
-    (True, False, True, 64), (True, True, False, 2), (True, True, False, 1024), (False, False, False, 1024),
-])
+@pytest.mark.parametrize(
+    ("indirect", "event_idx", "poll", "size"),
+    [
+        (False, True, False, 64),
+        (True, False, False, 64),
+        (False, False, False, 64),
+        (True, True, True, 64),
+        (True, False, True, 64),
+        (True, True, False, 2),
+        (True, True, False, 1024),
+        (False, False, False, 1024),
+    ],
+)
 def test_ring_variants(daemon: NydusDaemon, indirect: bool, event_idx: bool, poll: bool, size: int) -> None:
-    with FakeGuest(daemon.socket_path, indirect=indirect, event_idx=event_idx, poll=poll, queue_size=size,
-                   scatter=True) as guest:
+    with FakeGuest(
+        daemon.socket_path, indirect=indirect, event_idx=event_idx, poll=poll, queue_size=size, scatter=True
+    ) as guest:
         guest.fuse.init()
         read_odd(guest)
         depth = 1 if size == 2 else 4

@@ -18,7 +18,7 @@ from virtiofsd_nydus.vmm.servers import NydusDaemon
 PAGE = 4096
 LOG_ALL = 1 << 26
 LOG = struct.Struct("=QQ")
-INFLIGHT_REGION = struct.Struct("=QHHHH")       # features, version, descriptors, last batch head, used index
+INFLIGHT_REGION = struct.Struct("=QHHHH")  # features, version, descriptors, last batch head, used index
 GETATTR_ROOT = pack_request(GETATTR, 2, 1, bytes(16))
 
 
@@ -43,8 +43,9 @@ def start_logging(guest: FakeGuest, fd: int, size: int, offset: int = 0) -> None
     guest.front.command(Request.SET_FEATURES, vhost.U64.pack(guest.features | LOG_ALL), (), guest.acks)
     at = guest.memory.user_address
     for queue in guest.queues:
-        addresses = VRING_ADDR.pack(queue.index, 1, at(queue.desc_gpa), at(queue.used_gpa), at(queue.avail_gpa),
-                                    queue.used_gpa)
+        addresses = VRING_ADDR.pack(
+            queue.index, 1, at(queue.desc_gpa), at(queue.used_gpa), at(queue.avail_gpa), queue.used_gpa
+        )
         guest.front.command(Request.SET_VRING_ADDR, addresses, (), guest.acks)
 
 
@@ -63,15 +64,16 @@ def test_every_write_to_the_guest_is_logged(daemon: NydusDaemon) -> None:
             start_logging(guest, fd, size)
             guest.memory.write(guest.scratch_gpa, GETATTR_ROOT)
             queue = guest.queues[1]
-            out = guest.scratch_gpa + 16 * PAGE - 60        # a reply over a page's end
+            out = guest.scratch_gpa + 16 * PAGE - 60  # a reply over a page's end
             queue.add([(guest.scratch_gpa, 56, False), (out, 120, True)])
             queue.publish()
             assert queue.pop() == 120
             written = {out // PAGE, out // PAGE + 1, queue.used_gpa // PAGE}
             assert written <= marked_pages(fd, size) <= written | {each.used_gpa // PAGE for each in guest.queues}
             node = guest.fuse.walk("data").nodeid
-            before = {i: guest.memory.read(i * PAGE, PAGE) for i in range(queue.slot_gpa // PAGE,
-                                                                        queue.slot_gpa // PAGE + 44)}
+            before = {
+                i: guest.memory.read(i * PAGE, PAGE) for i in range(queue.slot_gpa // PAGE, queue.slot_gpa // PAGE + 44)
+            }
             guest.fuse.read(node, 0, 131072)
             changed = {i for i, page in before.items() if guest.memory.read(i * PAGE, PAGE) != page}
             assert len(changed) >= 32
@@ -90,10 +92,18 @@ def test_logging_begins_and_ends_under_load(guest: FakeGuest) -> None:
             load.wait_progress(10)
 
 
-@pytest.mark.parametrize(("size", "offset", "file_size"), [
-    (1, 0, PAGE), (0, 0, PAGE), (PAGE * 2, 0, PAGE), (PAGE, PAGE, PAGE), (PAGE, (1 << 64) - PAGE, PAGE),
-    ((1 << 64) - 1, 0, PAGE), (PAGE, 100, 2 * PAGE),
-])
+@pytest.mark.parametrize(
+    ("size", "offset", "file_size"),
+    [
+        (1, 0, PAGE),
+        (0, 0, PAGE),
+        (PAGE * 2, 0, PAGE),
+        (PAGE, PAGE, PAGE),
+        (PAGE, (1 << 64) - PAGE, PAGE),
+        ((1 << 64) - 1, 0, PAGE),
+        (PAGE, 100, 2 * PAGE),
+    ],
+)
 def test_log_that_does_not_fit(daemon: NydusDaemon, size: int, offset: int, file_size: int) -> None:
     """Too small for memory, larger than its file, wrapping: refused, or pages beyond it are left out."""
     guest = FakeGuest(daemon.socket_path)

@@ -14,12 +14,22 @@ from virtiofsd_nydus.fakeguest.fuse_client import ROOT, DirEntry, FuseClient
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 EROFS_OPS = {
-    "SETATTR": (4, bytes(88), 104), "SYMLINK": (6, b"a\0b\0", 128), "MKNOD": (8, bytes(16) + b"a\0", 128),
-    "MKDIR": (9, bytes(8) + b"a\0", 128), "UNLINK": (10, b"data\0", 0), "RMDIR": (11, b"sub\0", 0),
-    "RENAME": (12, b"\1" + bytes(7) + b"data\0b\0", 0), "LINK": (13, b"\1" + bytes(7) + b"a\0", 128),
-    "WRITE": (16, bytes(40), 8), "SETXATTR": (21, bytes(8) + b"user.a\0", 0), "REMOVEXATTR": (24, b"user.a\0", 0),
-    "CREATE": (35, bytes(16) + b"a\0", 144), "RENAME2": (45, b"\1" + bytes(15) + b"data\0b\0", 0),
-    "FALLOCATE": (43, bytes(32), 0), "COPY_FILE_RANGE": (47, bytes(56), 8), "TMPFILE": (51, bytes(16), 144),
+    "SETATTR": (4, bytes(88), 104),
+    "SYMLINK": (6, b"a\0b\0", 128),
+    "MKNOD": (8, bytes(16) + b"a\0", 128),
+    "MKDIR": (9, bytes(8) + b"a\0", 128),
+    "UNLINK": (10, b"data\0", 0),
+    "RMDIR": (11, b"sub\0", 0),
+    "RENAME": (12, b"\1" + bytes(7) + b"data\0b\0", 0),
+    "LINK": (13, b"\1" + bytes(7) + b"a\0", 128),
+    "WRITE": (16, bytes(40), 8),
+    "SETXATTR": (21, bytes(8) + b"user.a\0", 0),
+    "REMOVEXATTR": (24, b"user.a\0", 0),
+    "CREATE": (35, bytes(16) + b"a\0", 144),
+    "RENAME2": (45, b"\1" + bytes(15) + b"data\0b\0", 0),
+    "FALLOCATE": (43, bytes(32), 0),
+    "COPY_FILE_RANGE": (47, bytes(56), 8),
+    "TMPFILE": (51, bytes(16), 144),
 }
 
 
@@ -38,8 +48,12 @@ def check_tree(fuse: FuseClient, node: int, place: Path) -> int:
         attr = there.entry.attr
         assert attr == fuse.lookup(node, child.name.encode()).attr == fuse.getattr(there.entry.nodeid)
         assert there.type == stat.S_IFMT(status.st_mode) >> 12
-        assert (attr.mode, attr.uid, attr.gid, attr.mtime) == (status.st_mode, status.st_uid, status.st_gid,
-                                                               int(status.st_mtime))
+        assert (attr.mode, attr.uid, attr.gid, attr.mtime) == (
+            status.st_mode,
+            status.st_uid,
+            status.st_gid,
+            int(status.st_mtime),
+        )
         seen += 1
         if child.is_symlink():
             assert fuse.readlink(there.entry.nodeid) == os.fsencode(child.readlink())
@@ -138,8 +152,11 @@ def test_xattrs(guest: FakeGuest) -> None:
     assert guest.fuse.getxattr(node, b"user.colour") == b"green"
     assert guest.fuse.getxattr(node, b"user.colour", 0) == (5).to_bytes(4, "little") + bytes(4)
     assert guest.fuse.listxattr(node) == [b"user.colour"]
-    for name, size, code in ((b"user.colour", 4, errno.ERANGE), (b"user.none", 100, errno.ENODATA),
-                             (b"security.capability", 24, errno.ENODATA)):
+    for name, size, code in (
+        (b"user.colour", 4, errno.ERANGE),
+        (b"user.none", 100, errno.ENODATA),
+        (b"security.capability", 24, errno.ENODATA),
+    ):
         with pytest.raises(OSError) as caught:
             guest.fuse.getxattr(node, name, size)
         assert caught.value.errno == code
@@ -157,8 +174,12 @@ def test_changes_are_refused(guest: FakeGuest, name: str) -> None:
 def test_what_is_not_there_latches(guest: FakeGuest) -> None:
     """ENOSYS makes the kernel stop asking: no open, no flush, no statx."""
     node = guest.fuse.walk("data").nodeid
-    for opcode, asked, body, out in ((14, node, bytes(8), 16), (27, ROOT, bytes(8), 16), (25, node, bytes(24), 0),
-                                     (52, node, bytes(24), 288)):
+    for opcode, asked, body, out in (
+        (14, node, bytes(8), 16),
+        (27, ROOT, bytes(8), 16),
+        (25, node, bytes(24), 0),
+        (52, node, bytes(24), 288),
+    ):
         with pytest.raises(OSError) as caught:
             guest.fuse.request(opcode, asked, body, out)
         assert caught.value.errno == errno.ENOSYS, opcode

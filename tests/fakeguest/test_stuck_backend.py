@@ -20,10 +20,10 @@ from virtiofsd_nydus.fakeguest.frontend import Request
 from virtiofsd_nydus.fakeguest.fuse_client import GETATTR, INIT, INIT_IN, OUT_HEADER, READ, READ_IN, pack_request
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
-WARM = (21, 65536)              # seed, size
-COLD = (22, 24 << 20)           # far larger than what is fetched around a wanted chunk at first
+WARM = (21, 65536)  # seed, size
+COLD = (22, 24 << 20)  # far larger than what is fetched around a wanted chunk at first
 BLOCK = 65536
-STOP_MOST_S = 2.0               # the drain is bounded by 200 ms; the rest is this machine
+STOP_MOST_S = 2.0  # the drain is bounded by 200 ms; the rest is this machine
 DEADLINE_MS = 1500
 
 
@@ -69,8 +69,12 @@ def start(cold_image: Image, tmp_path: Path) -> Iterator[Callable[..., Stuck]]:
     """Starts a daemon on a gate; its guest has mounted and read "warm"."""
     guests: list[FakeGuest] = []
     with GateRegistry(cold_image.blob_dir) as gate:
-        config = {"version": 2, "id": "stuck", "cache": {"type": "blobcache", "filecache": {"work_dir": str(tmp_path)}},
-                  "backend": {"type": "registry", "registry": {"scheme": "http", "host": gate.host, "repo": "stuck"}}}
+        config = {
+            "version": 2,
+            "id": "stuck",
+            "cache": {"type": "blobcache", "filecache": {"work_dir": str(tmp_path)}},
+            "backend": {"type": "registry", "registry": {"scheme": "http", "host": gate.host, "repo": "stuck"}},
+        }
         (tmp_path / "config.json").write_text(json.dumps(config))
         options = ["--bootstrap", str(cold_image.bootstrap), "--config", str(tmp_path / "config.json")]
         daemon: NydusDaemon | None = None
@@ -85,7 +89,7 @@ def start(cold_image: Image, tmp_path: Path) -> Iterator[Callable[..., Stuck]]:
             guest.connect()
             guest.start()
             guest.fuse.init()
-            for _ in range(10):     # the first fetch waits for late imports, on a slow machine past a deadline
+            for _ in range(10):  # the first fetch waits for late imports, on a slow machine past a deadline
                 with contextlib.suppress(OSError):
                     guest.fuse.read_file("warm")
                     break
@@ -153,7 +157,7 @@ def test_deadline_is_an_error(start: Callable[..., Stuck]) -> None:
     assert OUT_HEADER.unpack(reply)[1] == -5
     assert DEADLINE_MS / 1000 - 0.5 < took < DEADLINE_MS / 1000 + 2
     stuck.gate.open()
-    for _ in range(5):      # the fetch that was given up may still be in the way of the next
+    for _ in range(5):  # the fetch that was given up may still be in the way of the next
         stuck.submit_cold()
         reply = stuck.guest.queues[1].reap()[1]
         if OUT_HEADER.unpack_from(reply)[1] == 0:
@@ -208,7 +212,7 @@ def test_reboot_drops_what_waits(start: Callable[..., Stuck]) -> None:
     stuck.gate.open()
     assert stuck.guest.fuse.read(stuck.node, 20 << 20, BLOCK) == cold_bytes(20 << 20)
     for _ in range(20):
-        stuck.guest.fuse.getattr(1)     # any stray used entry would be told
+        stuck.guest.fuse.getattr(1)  # any stray used entry would be told
     assert stuck.guest.queues[1].used_index() == 22
 
 
@@ -245,7 +249,7 @@ def test_end_while_it_waits(start: Callable[..., Stuck]) -> None:
     stuck.daemon.process.terminate()
     assert stuck.daemon.process.wait(10) == 0
     assert time.monotonic() - begin < 6
-    start()     # the next one, on the same cache
+    start()  # the next one, on the same cache
 
 
 def test_live_head_offered_again(start: Callable[..., Stuck]) -> None:

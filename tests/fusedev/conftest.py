@@ -41,6 +41,7 @@ def mounts_dir(tmp_path: Path) -> Iterator[Path]:
 def start_host(mounts_dir: Path, tmp_path: Path, image: ServedImage) -> Iterator[StartHost]:  # noqa: F811
     """Starts `fuse` daemons; they end with the test."""
     with ExitStack() as stack:
+
         def start(name: str = "m", served: ServedImage | None = None, **options: object) -> HostDaemon:
             options.setdefault("cache", tmp_path / "cache")
             daemon = HostDaemon(served or image, mounts_dir / name, tmp_path / f"run-{name}", **options)  # type: ignore[arg-type]

@@ -39,19 +39,39 @@ def umount_below(directory: Path) -> None:
 class HostDaemon:
     """virtiofsd-nydus fuse, RUNNING (or in `state`) on its API once entered. run: its sockets, log, configuration."""
 
-    def __init__(self, image: ServedImage, mountpoint: Path, run: Path, *, cache: Path, extra: Sequence[str] = (),
-                 deadline_ms: int = 10_000, bootstrap: bool = True, state: str = "RUNNING", number: int = 0,
-                 env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        image: ServedImage,
+        mountpoint: Path,
+        run: Path,
+        *,
+        cache: Path,
+        extra: Sequence[str] = (),
+        deadline_ms: int = 10_000,
+        bootstrap: bool = True,
+        state: str = "RUNNING",
+        number: int = 0,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.image, self.mountpoint, self.run, self.state = image, mountpoint, run, state
         run.mkdir(exist_ok=True)
-        if find_mount(str(mountpoint)) is None:     # else not to be touched: perhaps nobody serves it
+        if find_mount(str(mountpoint)) is None:  # else not to be touched: perhaps nobody serves it
             mountpoint.mkdir(exist_ok=True)
         cache.mkdir(exist_ok=True, parents=True)
         self.api_path = run / f"api{number}.sock"
         self.log_path = run / f"log{number}"
         self.config = image.write_config(run / "config.json", cache)
-        self.words = [*VERB, "fuse", "--mountpoint", str(mountpoint), "--apisock", str(self.api_path),
-                      "--read-deadline-ms", str(deadline_ms), *extra]
+        self.words = [
+            *VERB,
+            "fuse",
+            "--mountpoint",
+            str(mountpoint),
+            "--apisock",
+            str(self.api_path),
+            "--read-deadline-ms",
+            str(deadline_ms),
+            *extra,
+        ]
         if bootstrap:
             self.words += ["--bootstrap", str(image.bootstrap), "--config", str(self.config)]
         self.env = {**os.environ, **(env or {})}
@@ -67,8 +87,9 @@ class HostDaemon:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.process.poll() is None:
             self.process.terminate()
             try:

@@ -85,7 +85,7 @@ class Supervisor:
         yield from self._beside(server, send)
 
     def _beside(self, server: socket.socket, work: object) -> Iterator[None]:
-        thread = threading.Thread(target=work)      # type: ignore[arg-type]
+        thread = threading.Thread(target=work)  # type: ignore[arg-type]
         thread.start()
         try:
             yield
@@ -178,7 +178,7 @@ def test_the_dead_mount_can_be_looked_at(start_host: StartHost, supervisor: Supe
     before = host.mountpoint.stat().st_nlink
     mount = {"fs_type": "rafs", "source": str(image.bootstrap), "config": host.config.read_text()}
     assert host.request("POST", "/api/v1/mount?mountpoint=/s1", mount)[0] == 204
-    assert host.mountpoint.stat().st_nlink == before + 1      # kept, and asked again when it changed
+    assert host.mountpoint.stat().st_nlink == before + 1  # kept, and asked again when it changed
     with supervisor.receiving():
         host.put("fuse/sendfd")
     host.kill()
@@ -189,8 +189,9 @@ def test_the_dead_mount_can_be_looked_at(start_host: StartHost, supervisor: Supe
     assert any((host.mountpoint / "s1").iterdir())
 
 
-def test_kill_with_a_read_under_way(image: ServedImage, proxy: RangeProxy, start_host: StartHost,
-                                    supervisor: Supervisor, unpacked: Path) -> None:
+def test_kill_with_a_read_under_way(
+    image: ServedImage, proxy: RangeProxy, start_host: StartHost, supervisor: Supervisor, unpacked: Path
+) -> None:
     """A read that waits for the registry when its server dies is answered by the next one."""
     served = image.with_backend(host=proxy.host)
     host = start_host(served=served, extra=options(supervisor), deadline_ms=60_000)
@@ -224,7 +225,7 @@ def test_upgrade(start_host: StartHost, supervisor: Supervisor, readers: list[Re
     new = start_host(extra=(*options(supervisor), "--upgrade"), state="INIT", number=1)
     assert new.request("PUT", "/api/v1/daemon/start")[0] == 400
     take_over(supervisor, new)
-    readers[0].wait_rounds(1)       # the old one serves until it is told to go
+    readers[0].wait_rounds(1)  # the old one serves until it is told to go
     old.put("exit")
     assert old.process.wait(WAIT_SECONDS) == 0
     assert new.is_mounted()
@@ -246,8 +247,12 @@ def test_shared_daemon_keeps_its_images(start_host: StartHost, supervisor: Super
         assert host.request("POST", f"/api/v1/mount?mountpoint=/{name}", body)[0] == 204
     assert host.request("DELETE", "/api/v1/mount?mountpoint=/one")[0] == 204
     name = host.mountpoint / "three/large/text"
-    holder = subprocess.Popen(["sh", "-c", 'exec 9<"$1"; echo; read _; exec sha256sum <&9', "-", str(name)],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        ["sh", "-c", 'exec 9<"$1"; echo; read _; exec sha256sum <&9', "-", str(name)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert holder.stdout and holder.stdout.readline()
     before = name.stat()
     with supervisor.receiving():
@@ -265,7 +270,7 @@ def test_shared_daemon_keeps_its_images(start_host: StartHost, supervisor: Super
 
 def test_states_and_refusals(start_host: StartHost, supervisor: Supervisor) -> None:
     host = start_host(extra=options(supervisor))
-    assert host.request("PUT", "/api/v1/daemon/fuse/sendfd")[0] == 500      # nobody listens there
+    assert host.request("PUT", "/api/v1/daemon/fuse/sendfd")[0] == 500  # nobody listens there
     assert host.request("PUT", "/api/v1/daemon/fuse/takeover")[0] == 400
     waiting = start_host(extra=(*options(supervisor), "--upgrade"), state="INIT", number=1)
     assert waiting.request("PUT", "/api/v1/daemon/fuse/sendfd")[0] == 503

@@ -35,8 +35,9 @@ def listing(root: Path) -> list[Record]:
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_tree_is_what_umoci_unpacks(converter: Converter, expected_tree: list[Record], start_host: StartHost,
-                                    codec: str) -> None:
+def test_tree_is_what_umoci_unpacks(
+    converter: Converter, expected_tree: list[Record], start_host: StartHost, codec: str
+) -> None:
     host = start_host(served=converter.convert(codec))
     assert differences(expected_tree, listing(host.mountpoint)) == []
     counters = host.counters()
@@ -46,8 +47,21 @@ def test_tree_is_what_umoci_unpacks(converter: Converter, expected_tree: list[Re
 def test_version_5(unpacked: Path, expected_tree: list[Record], start_host: StartHost, tmp_path: Path) -> None:
     blobs = tmp_path / "blobs"
     blobs.mkdir()
-    subprocess.run([*VERB, "build", "--fs-version", "5", "--bootstrap", str(tmp_path / "v5.boot"), "--blob-dir",
-                    str(blobs), str(unpacked)], check=True, capture_output=True)
+    subprocess.run(
+        [
+            *VERB,
+            "build",
+            "--fs-version",
+            "5",
+            "--bootstrap",
+            str(tmp_path / "v5.boot"),
+            "--blob-dir",
+            str(blobs),
+            str(unpacked),
+        ],
+        check=True,
+        capture_output=True,
+    )
     served = ServedImage(tmp_path / "v5.boot", "localfs", {"dir": str(blobs)}, {})
     host = start_host(served=served)
     # As Nydus: the root of a directory that an image is made of gives no time to it
@@ -60,21 +74,32 @@ def test_read_only_errors(start_host: StartHost, tmp_path: Path) -> None:
     (tree / "etc").mkdir(parents=True)
     (tree / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\n")
     (tree / "loop").symlink_to("loop")
-    subprocess.run([*VERB, "build", "--bootstrap", str(tmp_path / "b.boot"), "--blob-dir", str(tmp_path / "blobs"),
-                    str(tree)], check=True, capture_output=True)
+    subprocess.run(
+        [*VERB, "build", "--bootstrap", str(tmp_path / "b.boot"), "--blob-dir", str(tmp_path / "blobs"), str(tree)],
+        check=True,
+        capture_output=True,
+    )
     served = ServedImage(tmp_path / "b.boot", "localfs", {"dir": str(tmp_path / "blobs")}, {})
     root = start_host(served=served).mountpoint
 
     def fails(code: int, call: object, *args: object) -> None:
         with pytest.raises(OSError) as caught:
-            call(*args)     # type: ignore[operator]
+            call(*args)  # type: ignore[operator]
         assert caught.value.errno == code
 
     passwd = root / "etc/passwd"
-    for call, args in ((os.mkdir, (root / "new",)), (os.unlink, (passwd,)), (os.rename, (passwd, root / "x")),
-                       (os.chmod, (passwd, 0o600)), (os.truncate, (passwd, 0)), (os.symlink, ("a", root / "l")),
-                       (os.link, (passwd, root / "l")), (os.setxattr, (passwd, "user.a", b"1")),
-                       (os.open, (passwd, os.O_RDWR)), (os.open, (root / "new", os.O_CREAT | os.O_WRONLY))):
+    for call, args in (
+        (os.mkdir, (root / "new",)),
+        (os.unlink, (passwd,)),
+        (os.rename, (passwd, root / "x")),
+        (os.chmod, (passwd, 0o600)),
+        (os.truncate, (passwd, 0)),
+        (os.symlink, ("a", root / "l")),
+        (os.link, (passwd, root / "l")),
+        (os.setxattr, (passwd, "user.a", b"1")),
+        (os.open, (passwd, os.O_RDWR)),
+        (os.open, (root / "new", os.O_CREAT | os.O_WRONLY)),
+    ):
         fails(errno.EROFS, call, *args)
     fails(errno.ENOENT, os.stat, root / "no-such")
     fails(errno.ENOENT, os.stat, root / "no-such/below")
@@ -86,7 +111,7 @@ def test_read_only_errors(start_host: StartHost, tmp_path: Path) -> None:
 def test_sigterm_unmounts(start_host: StartHost) -> None:
     host = start_host()
     assert host.is_mounted()
-    inside = os.open(host.mountpoint / "etc/passwd", os.O_RDONLY)      # somebody is in it: gone all the same
+    inside = os.open(host.mountpoint / "etc/passwd", os.O_RDONLY)  # somebody is in it: gone all the same
     assert host.kill(signal.SIGTERM) == 0
     assert not host.is_mounted() and not host.api_path.exists()
     with contextlib.suppress(OSError):
@@ -164,8 +189,11 @@ kill $daemon; wait $daemon || exit 1
 def is_for_all(python: Path) -> bool:
     """Others reach this interpreter, and it is of our version."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    return python.exists() and python.resolve().name == version and all(
-        parent.stat().st_mode & 0o001 for parent in python.resolve().parents)
+    return (
+        python.exists()
+        and python.resolve().name == version
+        and all(parent.stat().st_mode & 0o001 for parent in python.resolve().parents)
+    )
 
 
 @pytest.fixture
@@ -193,8 +221,12 @@ def test_unprivileged_through_fusermount(image: ServedImage, open_dir: Path, unp
     if python is None:
         pytest.skip("no Python of this version that others may run")
     daemon = (python, *VERB[1:], "fuse", "-M", str(where), "--bootstrap", str(boot), "--config", str(config))
-    done = subprocess.run(["unshare", "-m", "sh", "-c", UNPRIVILEGED, "-", str(where), "large/text", *daemon],
-                          capture_output=True, timeout=100, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", UNPRIVILEGED, "-", str(where), "large/text", *daemon],
+        capture_output=True,
+        timeout=100,
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+    )
     if done.returncode == 77:
         pytest.skip("no mount namespace with a device of its own here")
     assert done.returncode == 0, done.stderr.decode()
@@ -242,8 +274,9 @@ def test_killed_reader_is_gone_at_once(image: ServedImage, proxy: RangeProxy, st
         proxy.gate.set()
 
 
-def test_guest_and_host_in_one_process(image: ServedImage, registry: LocalRegistry, start_host: StartHost,
-                                       tmp_path: Path, unpacked: Path) -> None:
+def test_guest_and_host_in_one_process(
+    image: ServedImage, registry: LocalRegistry, start_host: StartHost, tmp_path: Path, unpacked: Path
+) -> None:
     """What the guest read is warm on the host, and the other way round."""
     from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 

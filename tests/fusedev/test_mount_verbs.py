@@ -26,12 +26,12 @@ def target(mounts_dir: Path) -> Path:
     return directory
 
 
-def test_reference(oci_image: str, registry: LocalRegistry, expected_tree: list[Record], target: Path,
-                   tmp_path: Path) -> None:
+def test_reference(
+    oci_image: str, registry: LocalRegistry, expected_tree: list[Record], target: Path, tmp_path: Path
+) -> None:
     reference = f"docker://{registry.host}/on-the-host:v1"
     run_verb("convert", f"oci:{oci_image}", reference)
-    done = run_verb("mount", reference, str(target), "--cache-dir",
-                    str(tmp_path / "cache"))
+    done = run_verb("mount", reference, str(target), "--cache-dir", str(tmp_path / "cache"))
     assert f"is on {target}" in done.stdout
     assert differences(expected_tree, list(tree_listing.list_tree(target))) == []
     place = BackgroundMount(str(target))
@@ -65,20 +65,39 @@ def rootfs(target: Path, tmp_path: Path) -> Iterator[Path]:
     (tree / "data/gone").write_text("to be deleted\n")
     (tree / "data/deep/kept").write_text("kept\n")
     run_verb("build", "--bootstrap", str(tmp_path / "c.boot"), "--blob-dir", str(tmp_path / "blobs"), str(tree))
-    run_verb("mount", str(tmp_path / "c.boot"), str(target), "--blob-dir", str(tmp_path / "blobs"), "--cache-dir",
-             str(tmp_path / "cache"))
+    run_verb(
+        "mount",
+        str(tmp_path / "c.boot"),
+        str(target),
+        "--blob-dir",
+        str(tmp_path / "blobs"),
+        "--cache-dir",
+        str(tmp_path / "cache"),
+    )
     merged = target.parent / "rootfs"
     for name in (merged, tmp_path / "upper", tmp_path / "work"):
         name.mkdir()
-    subprocess.run(["mount", "-t", "overlay", "overlay", "-o",
-                    f"lowerdir={target},upperdir={tmp_path}/upper,workdir={tmp_path}/work", str(merged)], check=True)
+    subprocess.run(
+        [
+            "mount",
+            "-t",
+            "overlay",
+            "overlay",
+            "-o",
+            f"lowerdir={target},upperdir={tmp_path}/upper,workdir={tmp_path}/work",
+            str(merged),
+        ],
+        check=True,
+    )
     yield merged
     subprocess.run(["umount", str(merged)], check=True)
     run_verb("umount", str(target))
 
 
-FIRST = ("set -e; cd /data; rm gone; rm -r deep; mkdir deep; echo new >>/etc/lower; echo mine >made; ls; ls deep; "
-         "cat /etc/lower")
+FIRST = (
+    "set -e; cd /data; rm gone; rm -r deep; mkdir deep; echo new >>/etc/lower; echo mine >made; ls; ls deep; "
+    "cat /etc/lower"
+)
 SECOND = "cd /data; ls; ls deep; cat made /etc/lower; test ! -e gone"
 # crun wants pure cgroup 2, runc what the host has; either way in a mount namespace of its own
 INSIDE = """
@@ -97,24 +116,29 @@ def test_containers(rootfs: Path, tmp_path: Path, runtime: str) -> None:
     config = json.loads((bundle / "config.json").read_text())
     config["root"] = {"path": str(rootfs), "readonly": False}
     config["process"]["terminal"] = False
-    config["process"].pop("rlimits", None)      # not for every root to raise
-    config["linux"].pop("resources", None)      # crun raises a limit to load its device filter
+    config["process"].pop("rlimits", None)  # not for every root to raise
+    config["linux"].pop("resources", None)  # crun raises a limit to load its device filter
 
     def run(name: str, script: str) -> str:
-        config["process"]["args"] = ["/bin/busybox", "sh", "-c", f'for i in rm mkdir ls cat; do alias $i="busybox $i";'
-                                     f' done; export PATH=/bin; {script}']
+        config["process"]["args"] = [
+            "/bin/busybox",
+            "sh",
+            "-c",
+            f'for i in rm mkdir ls cat; do alias $i="busybox $i"; done; export PATH=/bin; {script}',
+        ]
         (bundle / "config.json").write_text(json.dumps(config))
         words = [runtime, "--root", str(tmp_path / "state"), "run", name]
-        done = subprocess.run(["unshare", "-m", "sh", "-c", INSIDE, "-", *words], cwd=bundle, capture_output=True,
-                              text=True, timeout=60)
+        done = subprocess.run(
+            ["unshare", "-m", "sh", "-c", INSIDE, "-", *words], cwd=bundle, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     said = run("one", FIRST)
     assert said.split() == ["deep", "made", "of", "the", "image", "new"]
-    assert run("two", SECOND).split() == ["deep", "made", "mine", "of", "the", "image", "new"]     # restarted
+    assert run("two", SECOND).split() == ["deep", "made", "mine", "of", "the", "image", "new"]  # restarted
     gone = (tmp_path / "upper/data/gone").lstat()
-    assert gone.st_rdev == 0 and not (rootfs / "data/gone").exists()        # a whiteout
+    assert gone.st_rdev == 0 and not (rootfs / "data/gone").exists()  # a whiteout
 
 
 def test_usage() -> None:

@@ -24,8 +24,21 @@ def build(base: Path, name: str, *, version: str = "6") -> tuple[Path, ServedIma
     noise = random.Random(name)
     for file, size in (("large", LARGE_BYTES), ("other", LARGE_BYTES + 4097), ("small", 9000)):
         (tree / file).write_bytes(noise.randbytes(size))
-    subprocess.run([*VERB, "build", "--fs-version", version, "--bootstrap", str(base / f"{name}.boot"), "--blob-dir",
-                    str(blobs), str(tree)], check=True, capture_output=True)
+    subprocess.run(
+        [
+            *VERB,
+            "build",
+            "--fs-version",
+            version,
+            "--bootstrap",
+            str(base / f"{name}.boot"),
+            "--blob-dir",
+            str(blobs),
+            str(tree),
+        ],
+        check=True,
+        capture_output=True,
+    )
     return tree, ServedImage(base / f"{name}.boot", "localfs", {"dir": str(blobs)}, {})
 
 
@@ -40,7 +53,7 @@ def loops_of(directory: Path) -> list[str]:
     for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
         try:
             name = entry.read_text().strip()
-        except OSError:     # ended meanwhile
+        except OSError:  # ended meanwhile
             continue
         if name.startswith(f"{directory}/"):
             found.append(name)
@@ -58,8 +71,9 @@ def requests(host: HostDaemon) -> dict[str, int]:
     return {name: counters[name] for name in ("read_bytes", "fuse_requests")}
 
 
-def test_a_compressed_cache_is_not_read_past_us(start_host: StartHost,
-                                                tree_and_image: tuple[Path, ServedImage]) -> None:
+def test_a_compressed_cache_is_not_read_past_us(
+    start_host: StartHost, tree_and_image: tuple[Path, ServedImage]
+) -> None:
     tree, image = tree_and_image
     host = start_host(served=replace(image, compressed=True))
     large = host.mountpoint / "large"
@@ -72,12 +86,13 @@ def test_a_compressed_cache_is_not_read_past_us(start_host: StartHost,
     assert requests(host)["read_bytes"] >= before + PART_BYTES
 
 
-def test_complete_files_are_read_past_us(start_host: StartHost, tree_and_image: tuple[Path, ServedImage],
-                                         tmp_path: Path) -> None:
+def test_complete_files_are_read_past_us(
+    start_host: StartHost, tree_and_image: tuple[Path, ServedImage], tmp_path: Path
+) -> None:
     tree, image = tree_and_image
     host = start_host(served=image)
     large = host.mountpoint / "large"
-    with large.open("rb") as stream:            # not complete: through us
+    with large.open("rb") as stream:  # not complete: through us
         assert stream.read(PART_BYTES) == (tree / "large").read_bytes()[:PART_BYTES]
     assert loops_of(tmp_path) == []
     assert digest(large) == digest(tree / "large")
@@ -93,7 +108,7 @@ def test_complete_files_are_read_past_us(start_host: StartHost, tree_and_image: 
     assert requests(host)["read_bytes"] == through_us
     assert sorted(loops_of(tmp_path)) != []
     assert digest(host.mountpoint / "small") == digest(tree / "small")
-    assert requests(host)["read_bytes"] == through_us + 9000    # small ones stay with FUSE's own page cache
+    assert requests(host)["read_bytes"] == through_us + 9000  # small ones stay with FUSE's own page cache
     host.process.terminate()
     assert host.process.wait(WAIT_SECONDS) == 0
     wait_until(lambda: loops_of(tmp_path) == [], "the loop devices' end")
@@ -125,14 +140,20 @@ def test_opens_of_one_file_agree(start_host: StartHost, tree_and_image: tuple[Pa
     expected = (tree / "large").read_bytes()
     early = os.open(path, os.O_RDONLY)
     try:
-        assert path.read_bytes() == expected        # complete now, and opened twice
+        assert path.read_bytes() == expected  # complete now, and opened twice
         through_us = requests(host)["read_bytes"]
         assert path.read_bytes() == expected
         assert os.pread(early, 100, 5) == expected[5:105]
     finally:
         os.close(early)
-    wait_until(lambda: path.read_bytes() == expected and requests(host)["read_bytes"] == through_us
-               and loops_of(host.config.parent.parent) != [], "a read past the daemon")
+    wait_until(
+        lambda: (
+            path.read_bytes() == expected
+            and requests(host)["read_bytes"] == through_us
+            and loops_of(host.config.parent.parent) != []
+        ),
+        "a read past the daemon",
+    )
     late = os.open(path, os.O_RDONLY)
     try:
         assert path.read_bytes() == expected and os.pread(late, 100, 5) == expected[5:105]
@@ -140,8 +161,9 @@ def test_opens_of_one_file_agree(start_host: StartHost, tree_and_image: tuple[Pa
         os.close(late)
 
 
-def test_open_files_outlive_the_daemon(start_host: StartHost, tree_and_image: tuple[Path, ServedImage],
-                                       tmp_path: Path) -> None:
+def test_open_files_outlive_the_daemon(
+    start_host: StartHost, tree_and_image: tuple[Path, ServedImage], tmp_path: Path
+) -> None:
     tree, image = tree_and_image
     host = start_host(served=image)
     path = host.mountpoint / "other"
@@ -164,8 +186,11 @@ def test_a_second_image_in_the_same_mount(start_host: StartHost, tmp_path: Path)
     for name in ("a", "b"):
         tree, image = build(tmp_path, name)
         config = image.write_config(tmp_path / f"{name}.json", tmp_path / "cache").read_text()
-        status, answer = host.request("POST", f"/api/v1/mount?mountpoint=/{name}",
-                                      {"source": str(image.bootstrap), "fs_type": "rafs", "config": config})
+        status, answer = host.request(
+            "POST",
+            f"/api/v1/mount?mountpoint=/{name}",
+            {"source": str(image.bootstrap), "fs_type": "rafs", "config": config},
+        )
         assert status == 204, answer
         path = host.mountpoint / name / "large"
         assert digest(path) == digest(tree / "large")
@@ -181,8 +206,9 @@ def test_a_second_image_in_the_same_mount(start_host: StartHost, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("version", "words"), [("5", ()), ("6", ("--fuse-passthrough", "off"))])
-def test_where_it_is_not_used_nobody_asks_for_opens(start_host: StartHost, tmp_path: Path, version: str,
-                                                    words: tuple[str, ...]) -> None:
+def test_where_it_is_not_used_nobody_asks_for_opens(
+    start_host: StartHost, tmp_path: Path, version: str, words: tuple[str, ...]
+) -> None:
     tree, image = build(tmp_path, "plain", version=version)
     host = start_host(served=image, extra=words)
     for _ in range(2):

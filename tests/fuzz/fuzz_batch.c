@@ -18,8 +18,8 @@
 #define HEAD 8u
 #define ENTRY 24u
 #define CONTEXT 40u
-#define BATCH_MAX (1u << 22)            /* larger ones are only parsed */
-#define ENCRYPTED 0x100u                /* features of the blob table */
+#define BATCH_MAX (1u << 22) /* larger ones are only parsed */
+#define ENCRYPTED 0x100u     /* features of the blob table */
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -56,24 +56,21 @@ static int take(struct job *j, const struct blobtable *t)
 
     while ((n = vnd_job_chunks(engine, j->id, &view, 1)) > 0 || n == -EBADMSG) {
         if (n < 0) {
-            if (++bad > t->n) {
-                abort();                /* a chunk that is bad must be passed over */
-            }
+            if (++bad > t->n)
+                abort(); /* a chunk that is bad must be passed over */
             continue;
         }
-        if (view.chunk_index >= t->n || view.usize_bytes != t->chunk[view.chunk_index].usize) {
+        if (view.chunk_index >= t->n || view.usize_bytes != t->chunk[view.chunk_index].usize)
             abort();
-        }
         const struct blobtable_chunk *k = &t->chunk[view.chunk_index];
         const uint8_t *bytes = cache.stored ? j->kept + j->views[0].kept_at : view.data;
 
-        if (j->kind == VND_JOB_FETCH && pwrite(cache.data_fd, bytes, cachefile_len(&cache, k),
-                                               (off_t)cachefile_off(&cache, k)) < 0) {
+        if (j->kind == VND_JOB_FETCH &&
+            pwrite(cache.data_fd, bytes, cachefile_len(&cache, k), (off_t)cachefile_off(&cache, k)) < 0) {
             abort();
         }
-        if (!--j->views_n) {            /* as a commit of all of them leaves it */
+        if (!--j->views_n) /* as a commit of all of them leaves it */
             j->scratch_len = j->kept_len = 0;
-        }
         memmove(j->views, j->views + 1, j->views_n * sizeof(*j->views));
     }
     return n;
@@ -85,7 +82,7 @@ static void begin(struct job *j, const struct blobtable *t, uint32_t kind)
     j->whom = FOR_READER;
     j->n = t->n;
     memset(j->state, JOB_WANT, t->n);
-    job_begin(j, FETCH_SLOTS);          /* its slot is the first */
+    job_begin(j, FETCH_SLOTS); /* its slot is the first */
 }
 
 static void run(const vnd_blob_info *info, struct blobtable *t, const uint8_t *blob, size_t step)
@@ -100,15 +97,14 @@ static void run(const vnd_blob_info *info, struct blobtable *t, const uint8_t *b
     begin(j, t, VND_JOB_FETCH);
     for (uint64_t at = 0; at < j->clen; at += step) {
         size_t n = j->clen - at < step ? (size_t)(j->clen - at) : step;
-        uint8_t *piece = malloc(n);     /* exactly as long: a read past it shows */
+        uint8_t *piece = malloc(n); /* exactly as long: a read past it shows */
         int rc;
 
         memcpy(piece, blob + j->coff + at, n);
         rc = vnd_job_feed(engine, j->id, piece, n);
         free(piece);
-        if ((rc < 0 && rc != -EBADMSG) || take(j, t) < 0) {
+        if ((rc < 0 && rc != -EBADMSG) || take(j, t) < 0)
             break;
-        }
     }
     begin(j, t, VND_JOB_VERIFY);
     take(j, t);
@@ -130,12 +126,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         engine = vnd_engine_new(&(vnd_engine_cfg){ 0 });
         cache.data_fd = memfd_create("fuzz", MFD_CLOEXEC);
     }
-    if (size < HEAD) {
+    if (size < HEAD)
         return 0;
-    }
     info.chunk_count = data[0];
     contexts = data[1];
-    info.compressor = data[2] & 7;      /* 4 to 7: there is none */
+    info.compressor = data[2] & 7; /* 4 to 7: there is none */
     step = 1 + (size_t)data[3] * 64;
     info.uncompressed_size_bytes = ((uint64_t)data[5] << 8 | data[4]) << 12;
     if (data[6] & 1) {
@@ -143,31 +138,27 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         info.features |= ENCRYPTED;
         memset(info.cipher_key, 1, 16);
         memset(info.cipher_key + 16, 2, 16);
-        if (!cipher_key_valid(info.cipher_key)) {
+        if (!cipher_key_valid(info.cipher_key))
             abort();
-        }
     }
     cache.stored = data[6] & 2;
     data += HEAD;
     size -= HEAD;
     len = (size_t)info.chunk_count * ENTRY + (size_t)contexts * CONTEXT;
-    if (!info.chunk_count || len > size) {
+    if (!info.chunk_count || len > size)
         return 0;
-    }
     info.ci_csize_bytes = info.ci_usize_bytes = len;
     info.compressed_size_bytes = size - len;
     table = malloc(len);
     memcpy(table, data, len);
     t = parse(&info, table, contexts);
     for (uint32_t i = 0; t && i < t->n; i++) {
-        if (t->chunk[i].batch_usize > BATCH_MAX || t->chunk[i].usize > BATCH_MAX) {
+        if (t->chunk[i].batch_usize > BATCH_MAX || t->chunk[i].usize > BATCH_MAX)
             info.chunk_count = 0;
-        }
-        cache.stored &= !t->chunk[i].batch && !info.cipher;     /* blobtable_unstorable */
+        cache.stored &= !t->chunk[i].batch && !info.cipher; /* blobtable_unstorable */
     }
-    if (t && info.chunk_count && !ftruncate(cache.data_fd, 0)) {
+    if (t && info.chunk_count && !ftruncate(cache.data_fd, 0))
         run(&info, t, data + len, step);
-    }
     blobtable_free(t);
     free(table);
     return 0;

@@ -78,7 +78,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     info.compressed_size_bytes = take(&data, &size, 4);
     info.uncompressed_size_bytes = take(&data, &size, 6);
     n = size < 64 ? size : 64;
-    memcpy(header, data, n);            /* the fields; the rest is reserved */
+    memcpy(header, data, n); /* the fields; the rest is reserved */
     data += n;
     size -= n;
     info.ci_compressor = header[8] & 3;
@@ -98,14 +98,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     table = malloc(size ? size : 1);
     memcpy(table, data, size);
     info.cipher = header[5] & 1;
-    if (header[5] == 0x5a)             /* seldom: files are slow */
+    if (header[5] == 0x5a) /* seldom: files are slow */
         through_file(&info, table, header);
     if (!blobmeta_parse(&t, &info, table, header, err, sizeof err)) {
         /* What passed must be safe to use. */
         for (uint32_t i = 0; i < t->n; i++) {
             const struct blobtable_chunk *c = &t->chunk[i];
-            if (c->coff + c->csize > info.compressed_size_bytes ||
-                c->uoff + c->usize > info.uncompressed_size_bytes ||
+            if (c->coff + c->csize > info.compressed_size_bytes || c->uoff + c->usize > info.uncompressed_size_bytes ||
                 (c->batch && c->batch_at + c->usize > c->batch_usize))
                 abort();
         }

@@ -13,7 +13,7 @@
 static vnd_engine *engine;
 static vnd_rafs *image, *second;
 static struct img_nids nids;
-static struct fuse_worker worker;           /* its scratch is a megabyte: once */
+static struct fuse_worker worker; /* its scratch is a megabyte: once */
 
 static vnd_rafs *open_tree(void)
 {
@@ -40,18 +40,15 @@ static void check_reply(const struct fake_req *f, enum req_verdict verdict)
     struct fuse_out_header h;
 
     if (verdict == REQ_NOREPLY) {
-        if (f->r.out_len != 0) {
+        if (f->r.out_len != 0)
             __builtin_trap();
-        }
         return;
     }
-    if (verdict != REQ_REPLY || f->r.out_len < 16 || f->r.out_len > f->r.out_cap) {
+    if (verdict != REQ_REPLY || f->r.out_len < 16 || f->r.out_len > f->r.out_cap)
         __builtin_trap();
-    }
     memcpy(&h, f->out, sizeof(h));
-    if (h.len != f->r.out_len || h.unique != 77 || h.error > 0 || h.error <= -512 || (h.error && h.len != 16)) {
+    if (h.len != f->r.out_len || h.unique != 77 || h.error > 0 || h.error <= -512 || (h.error && h.len != 16))
         __builtin_trap();
-    }
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -63,19 +60,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         engine = vnd_engine_new(&(vnd_engine_cfg){ 0 });
         image = open_tree();
         second = open_tree();
-        if (!image || !second) {
+        if (!image || !second)
             abort();
-        }
     }
-    if (size < 1) {
+    if (size < 1)
         return 0;
-    }
     vnd_vfs *vfs = vnd_vfs_new(engine, data[0] & 1);
     struct fuse_session *s = fuse_session_new(engine, vfs);
 
-    if (!worker.scratch && fuse_worker_init(&worker, engine, vfs)) {
+    if (!worker.scratch && fuse_worker_init(&worker, engine, vfs))
         abort();
-    }
     vnd_vfs_mount_rafs(vfs, data[0] & 4 ? "/a/b" : "/", image);
     if (data[0] & 2) {
         fake_fill(&f, FUSE_OP_INIT, 0, &init, sizeof(init), 80);
@@ -83,26 +77,29 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         fake_done(&f);
     }
     for (size_t at = 1; size - at >= 5;) {
-        const uint64_t nodes[8] = { 1, 1ull << 48 | nids.file, 1ull << 48 | nids.big, 1ull << 48 | nids.xfile, 2,
-                                    1ull << 48 | nids.sub, 0, UINT64_MAX };
+        const uint64_t nodes[8] = { 1,
+                                    1ull << 48 | nids.file,
+                                    1ull << 48 | nids.big,
+                                    1ull << 48 | nids.xfile,
+                                    2,
+                                    1ull << 48 | nids.sub,
+                                    0,
+                                    UINT64_MAX };
         uint8_t op = data[at], what = data[at + 1];
         uint32_t room = room_of(data + at + 2), len = data[at + 4];
         uint64_t nodeid = nodes[what & 7];
 
         at += 5;
-        if (len > size - at) {
+        if (len > size - at)
             len = (uint32_t)(size - at);
-        }
         if (what >> 5 == 7) {
-            if (vnd_vfs_mount_rafs(vfs, op & 1 ? "/sub/deep" : "/c", second)) {
+            if (vnd_vfs_mount_rafs(vfs, op & 1 ? "/sub/deep" : "/c", second))
                 vnd_vfs_umount(vfs, op & 1 ? "/sub/deep" : "/c");
-            }
             at += len;
             continue;
         }
-        if ((what & 7) == 6 && len >= 8) {
+        if ((what & 7) == 6 && len >= 8)
             memcpy(&nodeid, data + at, 8);
-        }
         fake_fill(&f, op, nodeid, data + at, len, room);
         f.r.in.len += what >> 3 & 1;
         f.r.session_gen = fuse_session_gen(s) - (what >> 4 & 1);

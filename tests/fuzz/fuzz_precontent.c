@@ -8,15 +8,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    uint8_t *exact = malloc(size ? size : 1);   /* a read past it shows under the sanitizer */
+    uint8_t *exact = malloc(size ? size : 1); /* a read past it shows under the sanitizer */
     struct precontent_event ev;
     size_t at = 0, n;
 
     memcpy(exact, data, size);
     while ((n = precontent_parse(exact + at, size - at, &ev)) != 0) {
-        if (n < 24 || n > size - at) {
+        if (n < 24 || n > size - at)
             abort();
-        }
         at += n;
     }
     free(exact);

@@ -36,7 +36,7 @@ def make_bootstraps(top: Path, work: Path) -> None:
         path = make_file(one, good[one.version], work / "bad")
         write_seed(top / ("fuzz_rafs" if one.version == 6 else "fuzz_rafs_v5"), path.read_bytes())
     plain = bytearray(good[5].read_bytes())
-    plain[68:80] = bytes(12)                        # without an extended blob table
+    plain[68:80] = bytes(12)  # without an extended blob table
     write_seed(top / "fuzz_rafs_v5", bytes(plain))
     for starts in ((0, 100_000, 200_000), (70_000, 10, 5), (5, 6, 2**40)):
         holes = ImageV5(good[5])
@@ -47,7 +47,7 @@ def make_bootstraps(top: Path, work: Path) -> None:
             holes.put(holes.record("/a", k) + 64, "Q", start)
         holes.put(holes.record("/a", 1) + 36, "I", 2 if starts[0] == 0 else 1)
         write_seed(top / "fuzz_rafs_v5", bytes(holes.bytes))
-    for path in (good[6], *sorted((work / "bad").iterdir())):       # in tarfs mode chunks are looked for in the tree
+    for path in (good[6], *sorted((work / "bad").iterdir())):  # in tarfs mode chunks are looked for in the tree
         tarfs = bytearray(path.read_bytes())
         if len(tarfs) >= 1160 and struct.unpack_from("<I", tarfs, 1024)[0] == 0xE0F5E1E2:
             struct.pack_into("<Q", tarfs, 1152, struct.unpack_from("<Q", tarfs, 1152)[0] | 0x200)
@@ -56,11 +56,11 @@ def make_bootstraps(top: Path, work: Path) -> None:
     blob = struct.unpack_from("<Q", encrypted, 1152 + 8)[0]
     struct.pack_into("<I", encrypted, blob + 84, struct.unpack_from("<I", encrypted, blob + 84)[0] | 0x100)
     struct.pack_into("<I", encrypted, blob + 216, 1)
-    encrypted[blob + 168:blob + 200] = bytes(range(32))
+    encrypted[blob + 168 : blob + 200] = bytes(range(32))
     write_seed(top / "fuzz_rafs", bytes(encrypted))
     separate = bytearray(good[6].read_bytes())
     struct.pack_into("<I", separate, blob + 84, struct.unpack_from("<I", separate, blob + 84)[0] | 0x10)
-    separate[blob + 168:blob + 200] = bytes(range(32))
+    separate[blob + 168 : blob + 200] = bytes(range(32))
     write_seed(top / "fuzz_rafs", bytes(separate))
 
 
@@ -75,10 +75,14 @@ def make_blobs(top: Path, work: Path) -> None:
             changed = bytearray(content)
             change(changed)
             write_seed(top / "fuzz_toc", fix + bytes(changed))
-        for name, size in ((b"image.boot", boot.stat().st_size), (b"image.boot", 1 << 30), (b"image.boot", 100),
-                           (b"other", 100)):
+        for name, size in (
+            (b"image.boot", boot.stat().st_size),
+            (b"image.boot", 1 << 30),
+            (b"image.boot", 100),
+            (b"other", 100),
+        ):
             header = bytearray(512)
-            header[:len(name)] = name
+            header[: len(name)] = name
             header[124:136] = b"%011o\0" % size
             header[156:157] = b"0"
             header[257:265] = b"ustar  \0"
@@ -87,8 +91,18 @@ def make_blobs(top: Path, work: Path) -> None:
             write_seed(top / "fuzz_toc", fix + boot.read_bytes() + header)
 
 
-def meta_seed(features: int, compressor: int, csize: int, usize: int, table: bytes, count: int, *, ctx: tuple[int, ...],
-              fixed: int = 1, choice: tuple[int, int] = (0, 0)) -> bytes:
+def meta_seed(
+    features: int,
+    compressor: int,
+    csize: int,
+    usize: int,
+    table: bytes,
+    count: int,
+    *,
+    ctx: tuple[int, ...],
+    fixed: int = 1,
+    choice: tuple[int, int] = (0, 0),
+) -> bytes:
     """choice: header bytes 5 and 6, see fuzz_blobmeta.c."""
     header = bytearray(64)
     header[4:9] = bytes((fixed, *choice, 0, compressor))
@@ -97,7 +111,7 @@ def meta_seed(features: int, compressor: int, csize: int, usize: int, table: byt
 
 
 def entry_v1(uoff: int, usize: int, coff: int, csize: int) -> bytes:
-    high = lambda size: (size - 1 & 0xFFFFF) << 44 | (size - 1 >> 20)     # noqa: E731
+    high = lambda size: (size - 1 & 0xFFFFF) << 44 | (size - 1 >> 20)  # noqa: E731
     return struct.pack("<QQ", uoff | (usize - 1 & 0xFFFFF) << 44, coff | high(csize))
 
 
@@ -107,7 +121,7 @@ def entry_v2(uoff: int, usize: int, flags: int, coff: int, csize: int, low: int 
 
 def make_tables(top: Path) -> None:
     def add(*args: object, **more: object) -> None:
-        write_seed(top / "fuzz_blobmeta", meta_seed(*args, **more))     # type: ignore[arg-type]
+        write_seed(top / "fuzz_blobmeta", meta_seed(*args, **more))  # type: ignore[arg-type]
 
     v1 = entry_v1(0, 100, 0, 50) + entry_v1(4096, 200, 50, 200)
     v2 = entry_v2(0, 100, 1, 0, 50) + entry_v2(4096, 200, 0, 50, 200)
@@ -131,7 +145,7 @@ def make_tables(top: Path) -> None:
     add(0x4, 1, 1000, 8192, entry_v2(0, 100, 9, 0, 50) + v2[24:], 2, ctx=none, choice=(1, 0))
     add(0x4, 1, 1000, 8192, entry_v2(0, 100, 3, 0, 50) + v2[24:], 2, ctx=none)
     add(0xC, 2, 1000, 8192, zran[:48] + context[:24] + bytes(16) + bytes(16), 2, ctx=(48, 56, 1))
-    for compressor in (0, 1, 3):        # a table with its header behind it: decoded and decrypted
+    for compressor in (0, 1, 3):  # a table with its header behind it: decoded and decrypted
         body = zlib.compress(v2) if compressor else v2
         add(0x4, compressor, 1000, 8192, (body + bytes(24 * 2))[:48] + bytes(4096), 2, ctx=none, choice=(1, 0))
 
@@ -157,7 +171,7 @@ def make_contexts(top: Path) -> None:
     add(context(streams[:5000], 27000, 0, at=10), b"", streams)
     cut = gzip.compress(plain, mtime=0)
     for left in range(0, 12, 3):
-        add(context(cut[:len(cut) - left], len(plain) + 1, 0, at=10), b"", cut)
+        add(context(cut[: len(cut) - left], len(plain) + 1, 0, at=10), b"", cut)
     for out, dictionary, bits in ((0, 0, 0), (1 << 25, 0, 0), (100, 40000, 0), (100, 2001, 0), (100, 0, 8)):
         add(context(raw, out, dictionary, bits=bits), window, raw)
 
@@ -165,11 +179,22 @@ def make_contexts(top: Path) -> None:
 def make_batches(top: Path) -> None:
     """See fuzz_batch.c: chunks, contexts, compressor, step, pages of plain bytes, cipher."""
     cipher = Cipher(bytes([1]) * 16 + bytes([2]) * 16, bytes(16))
-    packers = (bytes, lambda data: lz4.block.compress(data, store_size=False),
-               lambda data: gzip.compress(data, mtime=0), zstandard.ZstdCompressor().compress)
+    packers = (
+        bytes,
+        lambda data: lz4.block.compress(data, store_size=False),
+        lambda data: gzip.compress(data, mtime=0),
+        zstandard.ZstdCompressor().compress,
+    )
 
-    def add(batches: list[list[bytes]], compressor: int, step: int, *, encrypted: bool = False, stored: bool = False,
-            spoil: int = -1) -> None:
+    def add(
+        batches: list[list[bytes]],
+        compressor: int,
+        step: int,
+        *,
+        encrypted: bool = False,
+        stored: bool = False,
+        spoil: int = -1,
+    ) -> None:
         entries, contexts, blob, page = bytearray(), bytearray(), bytearray(), 0
         for number, members in enumerate(batches):
             plain = b"".join(members)
@@ -188,8 +213,9 @@ def make_batches(top: Path) -> None:
             blob += packed
         if spoil >= 0:
             blob[spoil] ^= 0x40
-        head = struct.pack("<BBBBHBB", len(entries) // 24, len(batches), compressor, step, page,
-                           encrypted | stored << 1, 0)
+        head = struct.pack(
+            "<BBBBHBB", len(entries) // 24, len(batches), compressor, step, page, encrypted | stored << 1, 0
+        )
         write_seed(top / "fuzz_batch", head + entries + contexts + blob)
 
     small = [b"a" * 900, b"bc" * 700, b"d" * 40]
@@ -202,7 +228,7 @@ def make_batches(top: Path) -> None:
             add([small, small], compressor, 1, encrypted=True, spoil=spoil)
         add([[b"f" * 300], [b"gh" * 2500], [b"i" * 9]], compressor, 1, stored=True)
         add([[b"f" * 9], [b"gh" * 2500], [b"i" * 3]], compressor, 255, encrypted=True)
-    add([small], 4, 255)             # a compressor that there is not
+    add([small], 4, 255)  # a compressor that there is not
     add([[b"x" * 5000, b"y" * 4097] * 6], 3, 3)
     add([[b"%d" % (number % 10) * 300_000 for number in range(5)], [b"q" * 900_000], [b"r" * 900_000]], 3, 255)
 

@@ -32,9 +32,8 @@ static void visit(vnd_rafs *r, uint64_t ino, uint32_t *budget)
     uint32_t got;
     int n;
 
-    if (*budget == 0 || vnd_rafs_getattr(r, ino, &a)) {
+    if (*budget == 0 || vnd_rafs_getattr(r, ino, &a))
         return;
-    }
     --*budget;
     vnd_rafs_readlink(r, ino, buf, sizeof(buf));
     vnd_rafs_readlink(r, ino, buf, 3);
@@ -53,13 +52,11 @@ static void visit(vnd_rafs *r, uint64_t ino, uint32_t *budget)
     while ((n = vnd_rafs_readdir(r, ino, off, d, 16)) > 0 && *budget) {
         for (int i = 0; i < n; i++) {
             vnd_rafs_lookup(r, ino, d[i].name, &found);
-            if (strcmp(d[i].name, ".") != 0 && strcmp(d[i].name, "..") != 0) {
+            if (strcmp(d[i].name, ".") != 0 && strcmp(d[i].name, "..") != 0)
                 visit(r, d[i].ino, budget);
-            }
         }
-        if (d[n - 1].next_off <= off) {
-            __builtin_trap();               /* a listing that would never end */
-        }
+        if (d[n - 1].next_off <= off)
+            __builtin_trap(); /* a listing that would never end */
         off = d[n - 1].next_off;
     }
 }
@@ -73,9 +70,8 @@ static void walk_image(const char *path, size_t size)
     uint64_t inos[4];
     int cause;
 
-    if (!engine) {
+    if (!engine)
         engine = vnd_engine_new(&(vnd_engine_cfg){ 0 });
-    }
     vnd_rafs *r = vnd_rafs_open(engine, path, NULL, NULL, &cause, err, sizeof(err));
 
     if (r) {
@@ -83,10 +79,9 @@ static void walk_image(const char *path, size_t size)
             uint32_t count = 0;
 
             rafs_blob_chunks(r, k, put_nothing, &count);
-            if (r->info.fs_version == 6) {
+            if (r->info.fs_version == 6)
                 r->version->record(r, 0, &count, &(struct blob_chunk){ 0 });
-            }
-            r->blobs[k].blob = blob;        /* extents name it, nobody reads */
+            r->blobs[k].blob = blob; /* extents name it, nobody reads */
         }
         struct fs *fs = rafs_fs(r);
         uint32_t bsize;
@@ -99,9 +94,8 @@ static void walk_image(const char *path, size_t size)
         visit(r, size, &budget);
         vnd_rafs_prefetch(r, inos, 4);
         vnd_rafs_check(r, 10, out, 2000);
-        for (uint32_t k = 0; k < r->info.blob_count; k++) {
+        for (uint32_t k = 0; k < r->info.blob_count; k++)
             r->blobs[k].blob = NULL;
-        }
         vnd_rafs_free(r);
     }
     free(out);

@@ -27,18 +27,23 @@ def test_output_is_passed_on_byte_for_byte_and_as_it_comes(machine: Machine, dea
 
 
 def test_arguments_environment_and_directory(machine: Machine, deadline: Deadline) -> None:
-    job = machine.guest.run(["sh", "-c", 'echo "$0|$1|$COLOUR|$PWD"', "a b", ""], deadline, cwd="/bin",
-                            env={"COLOUR": "grün"})
+    job = machine.guest.run(
+        ["sh", "-c", 'echo "$0|$1|$COLOUR|$PWD"', "a b", ""], deadline, cwd="/bin", env={"COLOUR": "grün"}
+    )
     assert job.text == "a b||grün|/bin\n"
 
 
-@pytest.mark.parametrize(("argv", "status", "said"), [
-    (["/bin/nothing"], 127, b"/bin/nothing: No such file or directory\n"),
-    (["/lower.txt"], 126, b"/lower.txt: Permission denied\n"),
-    (["sh", "-c", "kill -9 $$"], 128 + 9, b""),
-])
-def test_commands_that_do_not_run(machine: Machine, deadline: Deadline, argv: list[str], status: int,
-                                  said: bytes) -> None:
+@pytest.mark.parametrize(
+    ("argv", "status", "said"),
+    [
+        (["/bin/nothing"], 127, b"/bin/nothing: No such file or directory\n"),
+        (["/lower.txt"], 126, b"/lower.txt: Permission denied\n"),
+        (["sh", "-c", "kill -9 $$"], 128 + 9, b""),
+    ],
+)
+def test_commands_that_do_not_run(
+    machine: Machine, deadline: Deadline, argv: list[str], status: int, said: bytes
+) -> None:
     job = machine.guest.run(argv, deadline)
     assert (job.status, bytes(job.stderr)) == (status, said)
 

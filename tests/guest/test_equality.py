@@ -41,8 +41,9 @@ def daemon(nydus_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="module")
 def booted(guest_files: GuestFiles, daemon: NydusDaemon) -> Iterator[Machine]:
     """The image as it is, no overlay, no /proc and /dev in it."""
-    with Machine(MachineConfig(guest_files, [Share(daemon.socket_path)],
-                               watches={daemon.pidfd: daemon.explain_end})) as machine:
+    with Machine(
+        MachineConfig(guest_files, [Share(daemon.socket_path)], watches={daemon.pidfd: daemon.explain_end})
+    ) as machine:
         deadline = Deadline(60, "the boot")
         machine.guest.wait_hello(deadline)
         machine.guest.mount("vfs", deadline, overlay=False, special=False)

@@ -37,8 +37,9 @@ def boot_cli(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*CLI, "boot", *words], cwd=ROOT, capture_output=True, text=True, timeout=150, check=False)
 
 
-def test_a_boot_fetches_what_it_reads_and_the_next_one_nothing(nydus_image: str, registry: LocalRegistry,
-                                                              guest_files: GuestFiles, tmp_path: Path) -> None:
+def test_a_boot_fetches_what_it_reads_and_the_next_one_nothing(
+    nydus_image: str, registry: LocalRegistry, guest_files: GuestFiles, tmp_path: Path
+) -> None:
     registry.clear_log()
     first = boot_cli(nydus_image, "--cache-dir", str(tmp_path), "--json", "--", *IMPORTS)
     assert (first.returncode, first.stderr) == (0, "imported\n")
@@ -46,7 +47,7 @@ def test_a_boot_fetches_what_it_reads_and_the_next_one_nothing(nydus_image: str,
     assert 0 < report["fetched_bytes"] < 0.35 * report["image_bytes"]
     assert 0 < report["init_s"] < report["root_s"] < report["end_s"]
     sent = sent_by_blob(registry)
-    bootstrap, = (tmp_path / "bootstraps").glob("*.boot")
+    (bootstrap,) = (tmp_path / "bootstraps").glob("*.boot")
     assert sum(size for blob, size in sent.items() if blob in report_blobs(tmp_path)) == report["fetched_bytes"]
     assert sent[bootstrap.stem] < report["image_bytes"] / 20
 
@@ -74,8 +75,9 @@ def test_timeout(nydus_image: str, tmp_path: Path, guest_files: GuestFiles) -> N
     assert "did not end within" in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_two_guests_on_two_daemons_fetch_each_chunk_once(nydus_image: str, registry: LocalRegistry,
-                                                         guest_files: GuestFiles, tmp_path: Path) -> None:
+def test_two_guests_on_two_daemons_fetch_each_chunk_once(
+    nydus_image: str, registry: LocalRegistry, guest_files: GuestFiles, tmp_path: Path
+) -> None:
     def boot() -> tuple[BootReport, dict[str, int]]:
         with prepare_image(nydus_image, cache_dir=tmp_path) as image, NydusDaemon(image.daemon_options) as daemon:
             report = boot_guest(daemon, BootOptions(guest_files, IMPORTS), started_at=time.monotonic())
@@ -93,12 +95,14 @@ def test_two_guests_on_two_daemons_fetch_each_chunk_once(nydus_image: str, regis
     assert sent == sum(report.fetched_bytes for report in reports)
 
 
-def test_a_registry_that_dies_gives_eio_and_the_guest_goes_on(nydus_image: str, registry: LocalRegistry,
-                                                              guest_files: GuestFiles, tmp_path: Path,
-                                                              deadline: Deadline) -> None:
-    with prepare_image(nydus_image, cache_dir=tmp_path) as image, \
-            NydusDaemon([*image.daemon_options, "--read-deadline-ms", "2000"]) as daemon, \
-            Machine(MachineConfig(guest_files, [Share(daemon.socket_path)])) as machine:
+def test_a_registry_that_dies_gives_eio_and_the_guest_goes_on(
+    nydus_image: str, registry: LocalRegistry, guest_files: GuestFiles, tmp_path: Path, deadline: Deadline
+) -> None:
+    with (
+        prepare_image(nydus_image, cache_dir=tmp_path) as image,
+        NydusDaemon([*image.daemon_options, "--read-deadline-ms", "2000"]) as daemon,
+        Machine(MachineConfig(guest_files, [Share(daemon.socket_path)])) as machine,
+    ):
         guest = machine.guest
         guest.wait_hello(deadline)
         guest.mount("vfs", deadline)
@@ -118,10 +122,14 @@ def test_a_registry_that_dies_gives_eio_and_the_guest_goes_on(nydus_image: str, 
         assert guest.run(["sha256sum", "/demo/noise"], deadline).status == 0
 
 
-def test_a_guest_that_reboots_mounts_again_on_the_same_socket(nydus_image: str, guest_files: GuestFiles,
-                                                              tmp_path: Path, deadline: Deadline) -> None:
-    with prepare_image(nydus_image, cache_dir=tmp_path) as image, NydusDaemon(image.daemon_options) as daemon, \
-            Machine(MachineConfig(guest_files, [Share(daemon.socket_path)])) as machine:
+def test_a_guest_that_reboots_mounts_again_on_the_same_socket(
+    nydus_image: str, guest_files: GuestFiles, tmp_path: Path, deadline: Deadline
+) -> None:
+    with (
+        prepare_image(nydus_image, cache_dir=tmp_path) as image,
+        NydusDaemon(image.daemon_options) as daemon,
+        Machine(MachineConfig(guest_files, [Share(daemon.socket_path)])) as machine,
+    ):
         for boots in (1, 2):
             machine.guest.wait_hello(deadline)
             machine.guest.mount("vfs", deadline)
@@ -135,26 +143,33 @@ def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None
     at = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < at, what
-        time.sleep(0.01)    # between two looks; the deadline decides
+        time.sleep(0.01)  # between two looks; the deadline decides
 
 
 def descendants(pid: int) -> set[int]:
     try:
-        below = {int(word) for task in Path(f"/proc/{pid}/task").iterdir()
-                 for word in (task / "children").read_text().split()}
+        below = {
+            int(word)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for word in (task / "children").read_text().split()
+        }
     except FileNotFoundError:
         return set()
     return below.union(*(descendants(child) for child in below)) if below else set()
 
 
 @pytest.mark.parametrize(("how", "status"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
-def test_a_boot_that_is_ended_takes_its_guest_and_daemon_along(nydus_image: str, guest_files: GuestFiles,
-                                                               tmp_path: Path, how: signal.Signals,
-                                                               status: int) -> None:
+def test_a_boot_that_is_ended_takes_its_guest_and_daemon_along(
+    nydus_image: str, guest_files: GuestFiles, tmp_path: Path, how: signal.Signals, status: int
+) -> None:
     scratch = tmp_path / "tmp"
     scratch.mkdir()
-    process = subprocess.Popen([*CLI, "boot", nydus_image, "--cache-dir", str(tmp_path / "cache"), "--", "sleep", "99"],
-                               cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(scratch)})
+    process = subprocess.Popen(
+        [*CLI, "boot", nydus_image, "--cache-dir", str(tmp_path / "cache"), "--", "sleep", "99"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(scratch)},
+    )
     try:
         wait_for(lambda: len(descendants(process.pid)) == 2, 30, "QEMU and the daemon to start")
         below = descendants(process.pid)

@@ -37,8 +37,9 @@ def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def children_of(pid: int) -> list[int]:
-    return [int(word) for task in Path(f"/proc/{pid}/task").iterdir()
-            for word in (task / "children").read_text().split()]
+    return [
+        int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()
+    ]
 
 
 def boots(guest_files: GuestFiles, *command: str, timeout_s: float = 60) -> BootOptions:
@@ -48,8 +49,9 @@ def boots(guest_files: GuestFiles, *command: str, timeout_s: float = 60) -> Boot
 def test_a_boot_reports_status_and_times(guest_files: GuestFiles, peer: PeerVirtiofsd) -> None:
     with peer as server:
         out = bytearray()
-        report = boot_guest(server, boots(guest_files, "sh", "-c", "echo hello; exit 7"),
-                            started_at=time.monotonic(), stdout=out.extend)
+        report = boot_guest(
+            server, boots(guest_files, "sh", "-c", "echo hello; exit 7"), started_at=time.monotonic(), stdout=out.extend
+        )
     assert (report.status, bytes(out)) == (7, b"hello\n")
     assert 0 < report.init_s < report.root_s < report.end_s
 
@@ -75,8 +77,7 @@ def test_a_guest_that_stops_answering_is_ended_by_the_deadline(guest_files: Gues
 
 def test_a_panic_is_told_by_its_line(guest_files: GuestFiles, peer: PeerVirtiofsd) -> None:
     with peer as server, pytest.raises(Failure, match="kernel died: Kernel panic - not syncing: sysrq") as caught:
-        boot_guest(server, boots(guest_files, "sh", "-c", "echo c > /proc/sysrq-trigger"),
-                   started_at=time.monotonic())
+        boot_guest(server, boots(guest_files, "sh", "-c", "echo c > /proc/sysrq-trigger"), started_at=time.monotonic())
     assert caught.value.cause == Cause.GUEST
 
 
@@ -115,8 +116,12 @@ def test_a_server_that_does_not_start_is_named(guest_files: GuestFiles, peer: Pe
 
 
 def test_a_server_that_dies_ends_the_wait(guest_files: GuestFiles, peer: PeerVirtiofsd) -> None:
-    with peer as server, Machine(MachineConfig(guest_files, [Share(server.socket_path)],
-                                               watches={server.pidfd: server.explain_end})) as machine:
+    with (
+        peer as server,
+        Machine(
+            MachineConfig(guest_files, [Share(server.socket_path)], watches={server.pidfd: server.explain_end})
+        ) as machine,
+    ):
         server.process.kill()
         with pytest.raises(Failure, match="virtiofsd was killed by signal 9"):
             machine.guest.wait_hello(Deadline(60, "the boot"))
@@ -136,31 +141,36 @@ def test_socket_path_too_long(guest_files: GuestFiles) -> None:
 
 
 def boot_cli(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*CLI, "boot", *words], cwd=ROOT, capture_output=True, text=True, timeout=60,
-                          env={**os.environ, **env})
+    return subprocess.run(
+        [*CLI, "boot", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, env={**os.environ, **env}
+    )
 
 
-@pytest.mark.parametrize(("words", "env", "status", "line"), [
-    (["/no/such/image"], {}, 125, "no image /no/such/image"),
-    (["/etc/passwd"], {}, 2, "a bootstrap file needs --blob-dir"),
-    (["/etc/passwd", "--blob-dir", "/no/such"], {}, 125, "no blob directory /no/such"),
-    (["oci:/x", "--blob-dir", "/"], {}, 2, "--blob-dir and --config go with a bootstrap"),
-    (["/x", "--kernel", "/no/such"], {}, 125, "no guest kernel at /no/such: run make guest"),
-    (["/x", "--initrd", "/no/such"], {}, 125, "no guest initramfs at /no/such"),
-    (["/x"], {"VIRTIOFSD_NYDUS_GUEST_DIR": "/no/such"}, 125, "no guest kernel at /no/such/vmlinuz"),
-    (["/x"], {"PATH": "/no/such"}, 125, "qemu-system-x86_64 is not installed: apt-get install qemu-system-x86"),
-    (["/x", "--memory", "much"], {}, 2, "'much' is no memory size"),
-    (["/x", "--memory", "4M"], {}, 2, "give it 96M at least"),
-    (["/x", "--timeout", "0"], {}, 2, "must be positive"),
-])
+@pytest.mark.parametrize(
+    ("words", "env", "status", "line"),
+    [
+        (["/no/such/image"], {}, 125, "no image /no/such/image"),
+        (["/etc/passwd"], {}, 2, "a bootstrap file needs --blob-dir"),
+        (["/etc/passwd", "--blob-dir", "/no/such"], {}, 125, "no blob directory /no/such"),
+        (["oci:/x", "--blob-dir", "/"], {}, 2, "--blob-dir and --config go with a bootstrap"),
+        (["/x", "--kernel", "/no/such"], {}, 125, "no guest kernel at /no/such: run make guest"),
+        (["/x", "--initrd", "/no/such"], {}, 125, "no guest initramfs at /no/such"),
+        (["/x"], {"VIRTIOFSD_NYDUS_GUEST_DIR": "/no/such"}, 125, "no guest kernel at /no/such/vmlinuz"),
+        (["/x"], {"PATH": "/no/such"}, 125, "qemu-system-x86_64 is not installed: apt-get install qemu-system-x86"),
+        (["/x", "--memory", "much"], {}, 2, "'much' is no memory size"),
+        (["/x", "--memory", "4M"], {}, 2, "give it 96M at least"),
+        (["/x", "--timeout", "0"], {}, 2, "must be positive"),
+    ],
+)
 def test_what_cannot_boot_is_one_line(words: list[str], env: dict[str, str], status: int, line: str) -> None:
     done = boot_cli(*words, **env)
     assert done.returncode == status
     assert done.stdout == "" and line in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_kvm_is_used_only_where_a_guest_boots_with_it(guest_files: GuestFiles, monkeypatch: pytest.MonkeyPatch,
-                                                      tmp_path: Path) -> None:
+def test_kvm_is_used_only_where_a_guest_boots_with_it(
+    guest_files: GuestFiles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(accel, "KVM_DEVICE", tmp_path / "kvm")
     assert accel.choose_accel("tcg", guest_files) == "tcg"
     assert accel.choose_accel("auto", guest_files) == "tcg"

@@ -41,13 +41,13 @@ def cut(image: ImageV5 | ImageV6, size: int) -> None:
 
 
 def write(image: ImageV5 | ImageV6, offset: int, data: bytes) -> None:
-    image.bytes[offset:offset + len(data)] = data
+    image.bytes[offset : offset + len(data)] = data
 
 
 def add_blob(image: ImageV6, blob_id: bytes | None) -> None:
     """A second blob that is the first but for its id (None: and for that too), in a blob table of its own behind all
     else, and mapped where the first is."""
-    entry, slot = image.bytes[image.blob:image.blob + 256], image.bytes[image.DEVICE:image.DEVICE + 128]
+    entry, slot = image.bytes[image.blob : image.blob + 256], image.bytes[image.DEVICE : image.DEVICE + 128]
     table = len(image.bytes)
     image.bytes += bytes(4096)
     write(image, table, entry + entry)
@@ -137,23 +137,36 @@ fault("v6-indexes-run-into-what-follows", 6, DATA, "outside", lambda i: i.put(i.
 # ---- row 11
 fault("v6-nameoff-no-multiple", 6, INODE, "directory block", lambda i: i.put(i.body("/d") + 8, "H", 13), "/d")
 fault("v6-nameoff-zero", 6, INODE, "directory block", lambda i: i.put(i.body("/d") + 8, "H", 0), "/d")
-fault("v6-nameoff-descending", 6, INODE, "directory entry",
-      lambda i: i.put(i.dirent("/d", "y") + 8, "H", i.get(i.dirent("/d", "x") + 8, "H") - 1), "/d")
+fault(
+    "v6-nameoff-descending",
+    6,
+    INODE,
+    "directory entry",
+    lambda i: i.put(i.dirent("/d", "y") + 8, "H", i.get(i.dirent("/d", "x") + 8, "H") - 1),
+    "/d",
+)
 fault("v6-nameoff-beyond-block", 6, INODE, "directory entry", lambda i: i.put(i.dirent("/d", "y") + 8, "H", 4095), "/d")
-fault("v6-first-nameoff-beyond-block", 6, INODE, "directory block", lambda i: i.put(i.body("/d") + 8, "H", 12 * 300),
-      "/d")
-fault("v6-directory-larger-than-image", 6, INODE, "directory block", lambda i: i.put(i.inode("/d") + 8, "Q", 1 << 50),
-      "/d")
+fault(
+    "v6-first-nameoff-beyond-block", 6, INODE, "directory block", lambda i: i.put(i.body("/d") + 8, "H", 12 * 300), "/d"
+)
+fault(
+    "v6-directory-larger-than-image",
+    6,
+    INODE,
+    "directory block",
+    lambda i: i.put(i.inode("/d") + 8, "Q", 1 << 50),
+    "/d",
+)
 fault("v6-directory-size-negative", 6, INODE, "malformed", lambda i: i.put(i.inode("/d") + 8, "Q", 1 << 63), "/d")
 # ---- row 12: names
 fault("v6-name-with-slash", 6, INODE, "'/' or NUL", lambda i: write(i, i.name("/", "link"), b"l/nk"), "/")
 fault("v6-name-with-nul", 6, INODE, "'/' or NUL", lambda i: write(i, i.name("/d", "x"), b"\0"), "/d")
 fault("v6-name-twice", 6, CHECK, "ascending order", lambda i: write(i, i.name("/d", "x"), b"y"))
 fault("v6-names-unsorted", 6, CHECK, "ascending order", lambda i: write(i, i.name("/d", "x"), b"z"))
-fault("v6-dot-missing", 6, CHECK, "without \".\"", lambda i: write(i, i.name("/d", "."), b"-"))
+fault("v6-dot-missing", 6, CHECK, 'without "."', lambda i: write(i, i.name("/d", "."), b"-"))
 fault("v5-name-with-slash", 5, INODE, "'/' or NUL", lambda i: write(i, i.inode("/link") + 128, b"l/nk"), "/")
 fault("v5-name-with-nul", 5, INODE, "'/' or NUL", lambda i: write(i, i.inode("/link") + 128, b"l\0nk"), "/")
-fault("v5-name-dot", 5, INODE, "\".\" or \"..\"", lambda i: write(i, i.inode("/d/x") + 128, b"."), "/d")
+fault("v5-name-dot", 5, INODE, '"." or ".."', lambda i: write(i, i.inode("/d/x") + 128, b"."), "/d")
 fault("v5-name-twice", 5, CHECK, "ascending order", lambda i: write(i, i.inode("/d/x") + 128, b"y"))
 fault("v5-names-unsorted", 5, CHECK, "ascending order", lambda i: write(i, i.inode("/d/x") + 128, b"z"))
 # ---- row 13
@@ -162,17 +175,31 @@ fault("v6-layout-unknown", 6, INODE, "malformed", lambda i: i.put(i.inode("/d/x"
 fault("v6-compressed-layout", 6, INODE, "malformed", lambda i: i.put(i.inode("/d/x"), "H", 1 | 1 << 1), "/d/x")
 fault("v6-file-not-chunk-based", 6, DATA, "not chunk-based", lambda i: i.put(i.inode("/d/x"), "H", 1), "/d/x")
 fault("v6-mode-without-type", 6, INODE, "malformed", lambda i: i.put(i.inode("/d/x") + 4, "H", 0o644), "/d/x")
-fault("v6-fifo-with-a-size", 6, CHECK, "with a size",
-      lambda i: (i.put(i.inode("/d/x") + 4, "H", 0o010644), i.put(i.inode("/d/x"), "H", 1),
-                 i.put(i.dirent("/d", "x") + 10, "B", 5)))
+fault(
+    "v6-fifo-with-a-size",
+    6,
+    CHECK,
+    "with a size",
+    lambda i: (
+        i.put(i.inode("/d/x") + 4, "H", 0o010644),
+        i.put(i.inode("/d/x"), "H", 1),
+        i.put(i.dirent("/d", "x") + 10, "B", 5),
+    ),
+)
 # ---- row 14
 fault("v5-too-few-chunks", 5, DATA, "number of chunks", lambda i: i.put(i.inode("/a") + 96, "I", 1), "/a")
 fault("v5-size-beyond-chunks", 5, DATA, "number of chunks", lambda i: i.put(i.inode("/d/x") + 64, "Q", 1 << 24), "/d/x")
 fault("v5-size-negative", 5, INODE, "malformed", lambda i: i.put(i.inode("/d/x") + 64, "Q", 1 << 63), "/d/x")
 fault("v5-chunks-outside", 5, INODE, "malformed", lambda i: i.put(i.inode("/d/x") + 96, "I", 1 << 30), "/d/x")
 fault("v5-short-chunk-in-the-middle", 5, DATA, "short chunk", lambda i: i.put(i.record("/a", 1) + 44, "I", 100), "/a")
-fault("v5-chunk-larger-than-chunk-size", 5, DATA, "impossible size",
-      lambda i: i.put(i.record("/d/x") + 44, "I", 1 << 24), "/d/x")
+fault(
+    "v5-chunk-larger-than-chunk-size",
+    5,
+    DATA,
+    "impossible size",
+    lambda i: i.put(i.record("/d/x") + 44, "I", 1 << 24),
+    "/d/x",
+)
 # ---- row 15
 fault("v5-blob-not-there", 5, DATA, "names blob 7 of 1", lambda i: i.put(i.record("/d/x") + 32, "I", 7), "/d/x")
 fault("v5-chunk-number-beyond", 5, DATA, "has index", lambda i: i.put(i.record("/d/x") + 72, "I", 1000), "/d/x")
@@ -182,52 +209,134 @@ fault("v6-chunk-number-beyond", 6, DATA, "chunk index", lambda i: i.put(i.indexe
 fault("v6-record-of-no-blob", 6, DATA, "names blob 7 of 1", lambda i: i.put(i.record("/d/x") + 32, "I", 7), "/d/x")
 # ---- row 16
 for number in (5, 6):
-    fault(f"v{number}-stored-beyond-blob", number, DATA, "outside its blob",
-          lambda i: i.put(i.record("/d/x") + 48, "Q", 1 << 39), "/d/x")
-    fault(f"v{number}-stored-offset-overflow", number, DATA, "outside its blob",
-          lambda i: i.put(i.record("/d/x") + 48, "Q", 2**64 - 1), "/d/x")
-    fault(f"v{number}-plain-beyond-blob", number, DATA, "outside its blob",
-          lambda i: i.put(i.record("/d/x") + 56, "Q", 1 << 43), "/d/x")
-    fault(f"v{number}-stored-size-huge", number, DATA, "bad sizes",
-          lambda i: i.put(i.record("/d/x") + 40, "I", 0xFFFFFFFF), "/d/x")
-    fault(f"v{number}-plain-size-zero", number, DATA, "bad sizes",
-          lambda i: i.put(i.record("/d/x") + 44, "I", 0), "/d/x")
-    fault(f"v{number}-raw-of-two-sizes", number, DATA, "bad sizes",
-          lambda i: i.put(i.record("/d/x") + 36, "I", 0), "/d/x")
+    fault(
+        f"v{number}-stored-beyond-blob",
+        number,
+        DATA,
+        "outside its blob",
+        lambda i: i.put(i.record("/d/x") + 48, "Q", 1 << 39),
+        "/d/x",
+    )
+    fault(
+        f"v{number}-stored-offset-overflow",
+        number,
+        DATA,
+        "outside its blob",
+        lambda i: i.put(i.record("/d/x") + 48, "Q", 2**64 - 1),
+        "/d/x",
+    )
+    fault(
+        f"v{number}-plain-beyond-blob",
+        number,
+        DATA,
+        "outside its blob",
+        lambda i: i.put(i.record("/d/x") + 56, "Q", 1 << 43),
+        "/d/x",
+    )
+    fault(
+        f"v{number}-stored-size-huge",
+        number,
+        DATA,
+        "bad sizes",
+        lambda i: i.put(i.record("/d/x") + 40, "I", 0xFFFFFFFF),
+        "/d/x",
+    )
+    fault(
+        f"v{number}-plain-size-zero", number, DATA, "bad sizes", lambda i: i.put(i.record("/d/x") + 44, "I", 0), "/d/x"
+    )
+    fault(
+        f"v{number}-raw-of-two-sizes", number, DATA, "bad sizes", lambda i: i.put(i.record("/d/x") + 36, "I", 0), "/d/x"
+    )
     # ---- row 17
-    fault(f"v{number}-chunks-share-bytes", number, DATA, "share bytes",
-          lambda i: i.put(i.record("/d/x") + 56, "Q", i.get(i.record("/d/y") + 56, "Q")), "/d/x")
+    fault(
+        f"v{number}-chunks-share-bytes",
+        number,
+        DATA,
+        "share bytes",
+        lambda i: i.put(i.record("/d/x") + 56, "Q", i.get(i.record("/d/y") + 56, "Q")),
+        "/d/x",
+    )
     # ---- row 20: more or less comes out than the record says
-    fault(f"v{number}-decodes-to-more", number, DATA, "",
-          lambda i: (i.put(i.record("/d/y") + 44, "I", 100),
-                     i.put(i.inode("/d/y") + (64 if isinstance(i, ImageV5) else 8), "Q", 100)), "/d/y")
-    fault(f"v{number}-compressed-in-part", number, DATA, "",
-          lambda i: i.put(i.record("/d/x") + 40, "I", i.get(i.record("/d/x") + 40, "I") - 3), "/d/x")
+    fault(
+        f"v{number}-decodes-to-more",
+        number,
+        DATA,
+        "",
+        lambda i: (
+            i.put(i.record("/d/y") + 44, "I", 100),
+            i.put(i.inode("/d/y") + (64 if isinstance(i, ImageV5) else 8), "Q", 100),
+        ),
+        "/d/y",
+    )
+    fault(
+        f"v{number}-compressed-in-part",
+        number,
+        DATA,
+        "",
+        lambda i: i.put(i.record("/d/x") + 40, "I", i.get(i.record("/d/x") + 40, "I") - 3),
+        "/d/x",
+    )
     # ---- row 27
     fault(f"v{number}-digest", number, DATA, "", lambda i: i.put(i.record("/d/x"), "I", 1), "/d/x")
 fault("v5-digest-of-a-file", 5, CHECK, "/d/x: its digest", lambda i: i.put(i.inode("/d/x"), "I", 1))
 fault("v5-digest-of-a-link", 5, CHECK, "/link: its digest", lambda i: i.put(i.inode("/link"), "I", 1))
 fault("v5-digest-of-a-directory", 5, CHECK, "/d: its digest", lambda i: i.put(i.inode("/d"), "I", 1))
 fault("v5-digest-of-the-root", 5, CHECK, "/: its digest", lambda i: i.put(i.inode("/"), "I", 1))
-fault("v5-number-described-twice", 5, DATA, "described twice",
-      lambda i: i.put(i.record("/d/x") + 72, "I", i.get(i.record("/d/y") + 72, "I")), "/d/x")
+fault(
+    "v5-number-described-twice",
+    5,
+    DATA,
+    "described twice",
+    lambda i: i.put(i.record("/d/x") + 72, "I", i.get(i.record("/d/y") + 72, "I")),
+    "/d/x",
+)
 fault("v6-index-and-record-differ", 6, DATA, "", lambda i: i.put(i.indexes("/d/x") + 4, "I", 0), "/d/x")
 fault("v6-blob-of-0-stored-bytes", 6, DATA, "chunks in 0 stored bytes", lambda i: i.put(i.blob + 88, "Q", 0), "/d/x")
-fault("v6-uoff-beyond-blob", 6, DATA, "data outside its blob", lambda i: i.put(i.indexes("/d/x") + 4, "I", 2**32 - 1),
-      "/d/x")
+fault(
+    "v6-uoff-beyond-blob",
+    6,
+    DATA,
+    "data outside its blob",
+    lambda i: i.put(i.indexes("/d/x") + 4, "I", 2**32 - 1),
+    "/d/x",
+)
 # ---- rows 22, 23, 28, 29
 PATH_ID = b"../../../../etc/passwd"
 fault("v5-blob-id-is-a-path", 5, OPEN, "id that is not", lambda i: write(i, i.blob + 8, PATH_ID))
-fault("v6-blob-id-is-a-path", 6, OPEN, "id that is not",
-      lambda i: (write(i, i.blob, PATH_ID), write(i, i.DEVICE, PATH_ID)))
-fault("v6-blob-id-empty", 6, OPEN, "id that is not",
-      lambda i: (write(i, i.blob, bytes(64)), write(i, i.DEVICE, bytes(64))))
+fault(
+    "v6-blob-id-is-a-path",
+    6,
+    OPEN,
+    "id that is not",
+    lambda i: (write(i, i.blob, PATH_ID), write(i, i.DEVICE, PATH_ID)),
+)
+fault(
+    "v6-blob-id-empty",
+    6,
+    OPEN,
+    "id that is not",
+    lambda i: (write(i, i.blob, bytes(64)), write(i, i.DEVICE, bytes(64))),
+)
 fault("v6-blob-id-goes-on-after-nul", 6, OPEN, "id that is not", lambda i: i.put(i.blob + 10, "B", 0))
-fault("v5-blob-id-twice", 5, OPEN, "same id",
-      lambda i: (write(i, i.blob, bytes(8) + b"ab\0" + bytes(8) + b"ab"), i.put(64, "I", 21), i.put(68, "I", 0)))
-fault("v5-blob-id-too-long", 5, OPEN, "blob table", lambda i: (i.put(i.blob + 72, "Q", 0x6161616161616161),
-                                                               i.put(64, "I", i.get(64, "I") + 8), i.put(68, "I", 0),
-                                                               i.put(72, "Q", 0)))
+fault(
+    "v5-blob-id-twice",
+    5,
+    OPEN,
+    "same id",
+    lambda i: (write(i, i.blob, bytes(8) + b"ab\0" + bytes(8) + b"ab"), i.put(64, "I", 21), i.put(68, "I", 0)),
+)
+fault(
+    "v5-blob-id-too-long",
+    5,
+    OPEN,
+    "blob table",
+    lambda i: (
+        i.put(i.blob + 72, "Q", 0x6161616161616161),
+        i.put(64, "I", i.get(64, "I") + 8),
+        i.put(68, "I", 0),
+        i.put(72, "Q", 0),
+    ),
+)
 fault("v6-blob-id-twice", 6, OPEN, "same id", lambda i: add_blob(i, None))
 fault("v6-blob-size-huge", 6, OPEN, "out of range", lambda i: i.put(i.blob + 96, "Q", 1 << 45))
 fault("v6-blob-stored-size-huge", 6, OPEN, "out of range", lambda i: i.put(i.blob + 88, "Q", 2**64 - 1))
@@ -235,33 +344,85 @@ fault("v6-chunk-count-huge", 6, OPEN, "out of range", lambda i: i.put(i.blob + 7
 fault("v5-chunk-count-huge", 5, OPEN, "out of range", lambda i: i.put(i.ext, "I", 1 << 25))
 fault("v5-blob-size-huge", 5, OPEN, "out of range", lambda i: i.put(i.ext + 8, "Q", 1 << 45))
 fault("v6-chunk-count-zero", 6, DATA, "has index", lambda i: i.put(i.blob + 72, "I", 0), "/d/x")
-fault("v6-blob-feature-unknown", 6, OPEN, "which is unknown",
-      lambda i: i.put(i.blob + 84, "I", i.get(i.blob + 84, "I") | 0x1000))
+fault(
+    "v6-blob-feature-unknown",
+    6,
+    OPEN,
+    "which is unknown",
+    lambda i: i.put(i.blob + 84, "I", i.get(i.blob + 84, "I") | 0x1000),
+)
 fault("v6-blob-number", 6, OPEN, "out of range", lambda i: i.put(i.blob + 64, "I", 3))
 fault("v6-compressor-unknown", 6, OPEN, "out of range", lambda i: i.put(i.blob + 76, "I", 9))
 fault("v6-cipher-unknown", 6, OPEN, "AES-256-GCM", lambda i: i.put(i.blob + 216, "I", 3))
 fault("v6-cipher-without-feature", 6, OPEN, "not by both", lambda i: i.put(i.blob + 216, "I", 1))
-fault("v6-key-of-equal-halves", 6, OPEN, "equal halves",
-      lambda i: (i.put(i.blob + 216, "I", 1), i.put(i.blob + 84, "I", i.get(i.blob + 84, "I") | 0x100),
-                 write(i, i.blob + 168, b"k" * 32)))
-fault("v6-gzip-layer-without-infos", 6, OPEN, "gzip layer",
-      lambda i: i.put(i.blob + 84, "I", i.get(i.blob + 84, "I") & ~4 | 8))
+fault(
+    "v6-key-of-equal-halves",
+    6,
+    OPEN,
+    "equal halves",
+    lambda i: (
+        i.put(i.blob + 216, "I", 1),
+        i.put(i.blob + 84, "I", i.get(i.blob + 84, "I") | 0x100),
+        write(i, i.blob + 168, b"k" * 32),
+    ),
+)
+fault(
+    "v6-gzip-layer-without-infos",
+    6,
+    OPEN,
+    "gzip layer",
+    lambda i: i.put(i.blob + 84, "I", i.get(i.blob + 84, "I") & ~4 | 8),
+)
 fault("v5-feature-of-v6", 5, OPEN, "no form for", lambda i: i.put(i.ext + 4, "I", 0x100))
 # ---- row 24
 fault("v6-xattrs-shared", 6, INODE, "malformed xattrs", lambda i: write(i, i.inode("/xattr") + 68, b"\1"), "/xattr")
-fault("v6-xattr-beyond-body", 6, INODE, "malformed xattrs",
-      lambda i: i.put(i.inode("/xattr") + 64 + 12 + 2, "H", 60000), "/xattr")
-fault("v6-xattr-prefix-unknown", 6, INODE, "malformed xattrs", lambda i: i.put(i.inode("/xattr") + 64 + 13, "B", 77),
-      "/xattr")
+fault(
+    "v6-xattr-beyond-body",
+    6,
+    INODE,
+    "malformed xattrs",
+    lambda i: i.put(i.inode("/xattr") + 64 + 12 + 2, "H", 60000),
+    "/xattr",
+)
+fault(
+    "v6-xattr-prefix-unknown",
+    6,
+    INODE,
+    "malformed xattrs",
+    lambda i: i.put(i.inode("/xattr") + 64 + 13, "B", 77),
+    "/xattr",
+)
 fault("v5-xattrs-outside", 5, INODE, "malformed", lambda i: i.put(i.inode("/xattr") + 128 + 8, "Q", 1 << 40), "/xattr")
-fault("v5-xattr-beyond-area", 5, INODE, "malformed xattrs", lambda i: i.put(i.inode("/xattr") + 128 + 16, "I", 1 << 30),
-      "/xattr")
-fault("v5-xattr-without-name", 5, INODE, "malformed xattrs", lambda i: i.put(i.inode("/xattr") + 128 + 20, "B", 0),
-      "/xattr")
-fault("v6-xattrs-that-the-superblock-denies", 6, CHECK, "says that none has",
-      lambda i: i.put(1152, "Q", i.get(1152, "Q") & ~0x20))
-fault("v5-xattrs-that-the-superblock-denies", 5, CHECK, "says that none has",
-      lambda i: i.put(16, "Q", i.get(16, "Q") & ~0x20))
+fault(
+    "v5-xattr-beyond-area",
+    5,
+    INODE,
+    "malformed xattrs",
+    lambda i: i.put(i.inode("/xattr") + 128 + 16, "I", 1 << 30),
+    "/xattr",
+)
+fault(
+    "v5-xattr-without-name",
+    5,
+    INODE,
+    "malformed xattrs",
+    lambda i: i.put(i.inode("/xattr") + 128 + 20, "B", 0),
+    "/xattr",
+)
+fault(
+    "v6-xattrs-that-the-superblock-denies",
+    6,
+    CHECK,
+    "says that none has",
+    lambda i: i.put(1152, "Q", i.get(1152, "Q") & ~0x20),
+)
+fault(
+    "v5-xattrs-that-the-superblock-denies",
+    5,
+    CHECK,
+    "says that none has",
+    lambda i: i.put(16, "Q", i.get(16, "Q") & ~0x20),
+)
 # ---- row 25
 fault("v6-link-empty", 6, INODE, "malformed symlink", lambda i: i.put(i.inode("/link") + 8, "Q", 0), "/link")
 fault("v6-link-too-long", 6, INODE, "malformed symlink", lambda i: i.put(i.inode("/link") + 8, "Q", 5000), "/link")
@@ -270,18 +431,35 @@ fault("v5-link-empty", 5, INODE, "malformed symlink", lambda i: i.put(i.inode("/
 fault("v5-link-too-long", 5, INODE, "malformed", lambda i: i.put(i.inode("/link") + 102, "H", 60000), "/link")
 fault("v5-link-with-nul", 5, INODE, "malformed symlink", lambda i: write(i, i.inode("/link") + 136, b"\0"), "/link")
 # ---- row 26
-fault("v6-blob-mapped-over-bootstrap", 6, CHECK, "blob 0 is mapped over the bootstrap",
-      lambda i: i.put(i.DEVICE + 68, "I", 1))
-fault("v6-blobs-mapped-over-each-other", 6, CHECK, "mapped ranges of blobs 0 and 1 overlap",
-      lambda i: add_blob(i, b"a" * 64))
+fault(
+    "v6-blob-mapped-over-bootstrap",
+    6,
+    CHECK,
+    "blob 0 is mapped over the bootstrap",
+    lambda i: i.put(i.DEVICE + 68, "I", 1),
+)
+fault(
+    "v6-blobs-mapped-over-each-other",
+    6,
+    CHECK,
+    "mapped ranges of blobs 0 and 1 overlap",
+    lambda i: add_blob(i, b"a" * 64),
+)
 # ---- row 30
-fault("v6-prefetch-of-nothing", 6, CHECK, "prefetch table",
-      lambda i: i.put(i.get(1152 + 40, "Q"), "I", 0x7FFFFFFF))
+fault("v6-prefetch-of-nothing", 6, CHECK, "prefetch table", lambda i: i.put(i.get(1152 + 40, "Q"), "I", 0x7FFFFFFF))
 fault("v5-prefetch-of-nothing", 5, CHECK, "prefetch table", lambda i: i.put(i.get(40, "Q"), "I", 999))
 # ---- rows 31, 32
-fault("v5-children-shared", 5, INODE, "more than one directory",
-      lambda i: (i.put(i.inode("/e") + 92, "I", i.get(i.inode("/d") + 92, "I")),
-                 i.put(i.inode("/e") + 96, "I", i.get(i.inode("/d") + 96, "I"))), "/e")
+fault(
+    "v5-children-shared",
+    5,
+    INODE,
+    "more than one directory",
+    lambda i: (
+        i.put(i.inode("/e") + 92, "I", i.get(i.inode("/d") + 92, "I")),
+        i.put(i.inode("/e") + 96, "I", i.get(i.inode("/d") + 96, "I")),
+    ),
+    "/e",
+)
 fault("v5-alias-differs", 5, CHECK, "differs from its first", lambda i: i.put(i.inode("/c") + 48, "I", 77))
 fault("v5-alias-of-a-directory", 5, INODE, "malformed", lambda i: i.put(i.inode("/d/x") + 40, "Q", 1), "/d/x")
 fault("v5-link-count", 5, CHECK, "link count", lambda i: i.put(i.inode("/d/x") + 88, "I", 3))

@@ -15,12 +15,21 @@ RECORD = 80
 
 def write_source(path: Path) -> None:
     """A tar of /a of three chunks with an alias /c, /d/x and /d/y, /e/z, /link, and /xattr with an attribute."""
-    files = {"a": b"".join(b"%09d\n" % number for number in range(15_000)), "d/x": b"x" * 9000, "d/y": b"y" * 9000,
-             "e/z": b"z" * 9000, "xattr": b"with an attribute"}
+    files = {
+        "a": b"".join(b"%09d\n" % number for number in range(15_000)),
+        "d/x": b"x" * 9000,
+        "d/y": b"y" * 9000,
+        "e/z": b"z" * 9000,
+        "xattr": b"with an attribute",
+    }
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for name, kind, link in (("d", tarfile.DIRTYPE, ""), ("e", tarfile.DIRTYPE, ""),
-                                 *((name, tarfile.REGTYPE, "") for name in files),
-                                 ("c", tarfile.LNKTYPE, "a"), ("link", tarfile.SYMTYPE, "d/x")):
+        for name, kind, link in (
+            ("d", tarfile.DIRTYPE, ""),
+            ("e", tarfile.DIRTYPE, ""),
+            *((name, tarfile.REGTYPE, "") for name in files),
+            ("c", tarfile.LNKTYPE, "a"),
+            ("link", tarfile.SYMTYPE, "d/x"),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname, info.mode = kind, link, 0o755
             data = files.get(name, b"") if kind == tarfile.REGTYPE else b""
@@ -33,8 +42,7 @@ def write_source(path: Path) -> None:
 def build(source: Path, to: Path, **options: object) -> Path:
     """The bootstrap; its blob is in blobs/ beside it."""
     to.mkdir(parents=True)
-    build_image(source, to / "boot", to / "blobs",
-                BuildOptions(chunk_size=CHUNK, prefetch_policy="fs", **options))  # type: ignore[arg-type]
+    build_image(source, to / "boot", to / "blobs", BuildOptions(chunk_size=CHUNK, prefetch_policy="fs", **options))  # type: ignore[arg-type]
     return to / "boot"
 
 
@@ -89,7 +97,7 @@ class ImageV6(Image):
         count = self.get(base + 8, "H") // 12
         starts = [self.get(base + 12 * k + 8, "H") for k in range(count)] + [size]
         for k in range(count):
-            if self.bytes[base + starts[k]:base + starts[k + 1]] == name.encode():
+            if self.bytes[base + starts[k] : base + starts[k + 1]] == name.encode():
                 return base + 12 * k
         raise KeyError(name)
 
@@ -128,7 +136,7 @@ class ImageV5(Image):
         for k in range(first, first + count):
             at = self.slots + 4 * (k - 1)
             record = self.get(at, "I") << 3
-            if self.bytes[record + 128:record + 128 + self.get(record + 100, "H")] == name.encode():
+            if self.bytes[record + 128 : record + 128 + self.get(record + 100, "H")] == name.encode():
                 return at
         raise KeyError(path)
 

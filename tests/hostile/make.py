@@ -1,6 +1,6 @@
 """Writes one file for each fault, named for it, beside a good image of either version.
 
-    python -m tests.hostile.make DIRECTORY
+python -m tests.hostile.make DIRECTORY
 """
 
 import sys

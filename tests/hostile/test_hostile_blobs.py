@@ -27,9 +27,9 @@ def inlined(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def toc_entry(content: bytearray, name: bytes) -> int:
-    size = int(content[-HEADER + 124:-HEADER + 135], 8)
+    size = int(content[-HEADER + 124 : -HEADER + 135], 8)
     for at in range(len(content) - HEADER - size, len(content) - HEADER, ENTRY):
-        if content[at + 8:at + 24].rstrip(b"\0") == name:
+        if content[at + 8 : at + 24].rstrip(b"\0") == name:
             return at
     raise KeyError(name)
 
@@ -57,8 +57,10 @@ TOC_FAULTS: dict[str, tuple[str, Callable[[bytearray], None]]] = {
     "toc-size-base-256": ("bad size", lambda c: set_header_size(c, b"\x80\0\0\0\x7f\xff\xff\xff\xff\xff\xff\xff")),
     "boot-outside-blob": ("places its bootstrap badly", lambda c: put(c, toc_entry(c, BOOT) + 56, "<Q", 1 << 40)),
     "boot-offset-overflow": ("places its bootstrap badly", lambda c: put(c, toc_entry(c, BOOT) + 56, "<Q", 2**64 - 1)),
-    "boot-stored-size-overflow": ("places its bootstrap badly",
-                                  lambda c: put(c, toc_entry(c, BOOT) + 64, "<Q", 2**64 - 1)),
+    "boot-stored-size-overflow": (
+        "places its bootstrap badly",
+        lambda c: put(c, toc_entry(c, BOOT) + 64, "<Q", 2**64 - 1),
+    ),
     "boot-bomb": ("places its bootstrap badly", lambda c: put(c, toc_entry(c, BOOT) + 72, "<Q", 1 << 40)),
     "boot-more-than-it-says": ("cannot be unpacked", lambda c: put(c, toc_entry(c, BOOT) + 72, "<Q", 8192)),
     "boot-less-than-it-says": ("cannot be unpacked", lambda c: put(c, toc_entry(c, BOOT) + 72, "<Q", 1 << 20)),
@@ -94,7 +96,7 @@ def batched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(top / "source.tar", top / "image", compressor="none", batch_size=CHUNK)
 
 
-META_FAULTS: dict[str, tuple[str, int, str, int]] = {       # line, offset (negative: in the header), form, value
+META_FAULTS: dict[str, tuple[str, int, str, int]] = {  # line, offset (negative: in the header), form, value
     "header-magic": ("no header", -META_HEADER, "<I", 1),
     "header-magic-at-its-end": ("no header", -4, "<I", 1),
     "header-count": ("differ", -META_HEADER + 12, "<I", 70),
@@ -128,7 +130,7 @@ def test_chunk_table(batched: Path, tmp_path: Path, name: str, capfd: pytest.Cap
         info = image.blobs[0]
     assert info.ci_csize_bytes == info.ci_usize_bytes
     end = info.ci_offset + info.ci_csize_bytes
-    table = bytes(content[info.ci_offset:end])
+    table = bytes(content[info.ci_offset : end])
     at = end + META_HEADER + offset if offset < 0 else info.ci_offset + batch_member(table) + offset
     put(content, at, form, value)
     (tmp_path / "blobs").mkdir()
@@ -163,8 +165,8 @@ def test_table_beside_the_bootstrap(batched: Path, tmp_path: Path, damaged: bool
         info = image.blobs[0]
     content = bytearray(blob.read_bytes())
     end = info.ci_offset + info.ci_csize_bytes
-    table, header = content[info.ci_offset:end], bytes(content[end:end + META_HEADER])
-    content[info.ci_offset:end] = bytes(len(table))
+    table, header = content[info.ci_offset : end], bytes(content[end : end + META_HEADER])
+    content[info.ci_offset : end] = bytes(len(table))
     if damaged:
         put(table, batch_member(table) + 20, "<I", 99)
     (tmp_path / "blobs").mkdir()

@@ -12,7 +12,7 @@ from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.reader.bootstrap import Bootstrap
 from virtiofsd_nydus.reader.data import opened_with_data
 
-NAMES_MAX = 200         # that a walk may meet in an image of a dozen
+NAMES_MAX = 200  # that a walk may meet in an image of a dozen
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,13 @@ def use_everything(image: Bootstrap) -> None:
             continue
         seen.add(ino)
         assert len(seen) < NAMES_MAX
-        for call in (image.getattr, image.xattrs, image.readlink, lambda one: list(image.chunks(one)),
-                     lambda one: image.read(one, 0, 100_000)):
+        for call in (
+            image.getattr,
+            image.xattrs,
+            image.readlink,
+            lambda one: list(image.chunks(one)),
+            lambda one: image.read(one, 0, 100_000),
+        ):
             try:
                 call(ino)
             except OSError as error:

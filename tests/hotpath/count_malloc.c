@@ -14,8 +14,13 @@
 
 #define ROWS 511
 
-struct row { _Atomic uint32_t thread, allocations, frees, pad; };
-struct table { _Atomic uint32_t enabled, pad[3]; struct row rows[ROWS]; };
+struct row {
+    _Atomic uint32_t thread, allocations, frees, pad;
+};
+struct table {
+    _Atomic uint32_t enabled, pad[3];
+    struct row rows[ROWS];
+};
 
 extern void *__libc_malloc(size_t n);
 extern void *__libc_calloc(size_t n, size_t size);
@@ -58,11 +63,31 @@ static void count_allocation(void)
         atomic_fetch_add_explicit(&r->allocations, 1, memory_order_relaxed);
 }
 
-void *malloc(size_t n) { count_allocation(); return __libc_malloc(n); }
-void *calloc(size_t n, size_t size) { count_allocation(); return __libc_calloc(n, size); }
-void *realloc(void *p, size_t n) { count_allocation(); return __libc_realloc(p, n); }
-void *memalign(size_t align, size_t n) { count_allocation(); return __libc_memalign(align, n); }
-void *aligned_alloc(size_t align, size_t n) { count_allocation(); return __libc_memalign(align, n); }
+void *malloc(size_t n)
+{
+    count_allocation();
+    return __libc_malloc(n);
+}
+void *calloc(size_t n, size_t size)
+{
+    count_allocation();
+    return __libc_calloc(n, size);
+}
+void *realloc(void *p, size_t n)
+{
+    count_allocation();
+    return __libc_realloc(p, n);
+}
+void *memalign(size_t align, size_t n)
+{
+    count_allocation();
+    return __libc_memalign(align, n);
+}
+void *aligned_alloc(size_t align, size_t n)
+{
+    count_allocation();
+    return __libc_memalign(align, n);
+}
 
 int posix_memalign(void **out, size_t align, size_t n)
 {

@@ -20,8 +20,22 @@ from virtiofsd_nydus.vmm.servers import NydusDaemon
 OPS = 10_000
 DEPTH = 16
 ROWS = 511
-DATA_CALLS = ("preadv2", "preadv", "pread64", "pwrite64", "pwritev", "openat", "statx", "newfstatat", "fstat", "lseek",
-              "mmap", "munmap", "madvise", "process_vm_readv")
+DATA_CALLS = (
+    "preadv2",
+    "preadv",
+    "pread64",
+    "pwrite64",
+    "pwritev",
+    "openat",
+    "statx",
+    "newfstatat",
+    "fstat",
+    "lseek",
+    "mmap",
+    "munmap",
+    "madvise",
+    "process_vm_readv",
+)
 # Per request, by the load that names it: block, kind, data syscalls
 LOADS = {
     "4 KiB": (4096, lib.FG_LOAD_READ_RANDOM, 1),
@@ -34,9 +48,23 @@ LOADS = {
 def counted(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[NydusDaemon, mmap.mmap]]:
     """Our daemon with the counting allocator in it, and the table of counts."""
     library, table = tmp_path / "count_malloc.so", tmp_path / "counts"
-    subprocess.run([os.environ.get("CC", "cc"), "-std=gnu11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra",
-                    "-Werror", "-fPIC", "-shared", "-o", str(library),
-                    str(Path(__file__).with_name("count_malloc.c"))], check=True)
+    subprocess.run(
+        [
+            os.environ.get("CC", "cc"),
+            "-std=gnu11",
+            "-D_GNU_SOURCE",
+            "-O2",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-fPIC",
+            "-shared",
+            "-o",
+            str(library),
+            str(Path(__file__).with_name("count_malloc.c")),
+        ],
+        check=True,
+    )
     table.write_bytes(bytes(16 * (ROWS + 1)))
     with table.open("r+b") as stream:
         counts = mmap.mmap(stream.fileno(), 0)
@@ -61,7 +89,7 @@ def is_at_rest(daemon: NydusDaemon) -> bool:
     stats = Path(f"/proc/{daemon.process.pid}/task").glob("*/stat")
     try:
         return all(stat.read_text().rpartition(") ")[2].startswith("S") for stat in stats)
-    except (FileNotFoundError, ProcessLookupError):     # one has just ended
+    except (FileNotFoundError, ProcessLookupError):  # one has just ended
         return False
 
 
@@ -115,8 +143,9 @@ class Strace:
         self.calls: dict[str, int] = {}
         self.threads = list(threads)
         which = [word for thread in self.threads for word in ("-p", str(thread))]
-        self.process = subprocess.Popen([program, "-c", "-U", "name,calls", "-o", str(output), *which],
-                                        stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [program, "-c", "-U", "name,calls", "-o", str(output), *which], stderr=subprocess.PIPE, text=True
+        )
 
     def __enter__(self) -> "Strace":
         assert self.process.stderr is not None
@@ -149,5 +178,5 @@ def test_syscalls(daemon: NydusDaemon, tmp_path: Path, name: str, scatter: bool)
     assert data.get("preadv2", 0) == per_request * OPS
     # No lock is ever waited for; a thread that sleeps in one when strace comes is counted once
     assert strace.calls.get("futex", 0) <= len(strace.threads)
-    for call in ("write", "read", "epoll_wait", "epoll_pwait"):     # a batch is up to DEPTH requests
+    for call in ("write", "read", "epoll_wait", "epoll_pwait"):  # a batch is up to DEPTH requests
         assert strace.calls.get(call, 0) <= OPS / DEPTH * 3, (call, strace.calls)

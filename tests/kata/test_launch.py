@@ -11,8 +11,26 @@ import pytest
 from tests.guest.conftest import BUSYBOX
 from tests.kata.conftest import CLI, ROOT, launch
 
-APPLETS = ("sh", "cat", "echo", "rm", "mv", "mkdir", "mknod", "ln", "ls", "touch", "dd", "sha256sum", "chmod", "stat",
-           "test", "sync", "seq", "cp")
+APPLETS = (
+    "sh",
+    "cat",
+    "echo",
+    "rm",
+    "mv",
+    "mkdir",
+    "mknod",
+    "ln",
+    "ls",
+    "touch",
+    "dd",
+    "sha256sum",
+    "chmod",
+    "stat",
+    "test",
+    "sync",
+    "seq",
+    "cp",
+)
 # Every step ends the command where it goes wrong
 SCRIPT = """
 cat /etc/hostname; test "$(cat /etc/resolv.conf)" = "nameserver 127.0.0.1"

@@ -14,7 +14,7 @@ from tests.kata.conftest import CLI, ROOT, launch
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 LISTING = ROOT / "tests" / "tree_listing.py"
-COPY_UP_MIB = int(os.environ.get("COPY_UP_MIB", "256"))     # docs/kata.md tells of 1024
+COPY_UP_MIB = int(os.environ.get("COPY_UP_MIB", "256"))  # docs/kata.md tells of 1024
 LISTED = ("etc", "srv", "opt", "var/lib/dpkg")
 # What cannot be said of a tree twice: /etc holds the pod's files, whose binds only the guest has
 POD_FILES = ("hostname", "hosts", "resolv.conf")
@@ -34,7 +34,7 @@ test "$(dpkg-query -W vnd-demo)" = "$(printf 'vnd-demo\\t2')"
 date +%s%N > /tmp/start; printf X >> /big; sync; date +%s%N > /tmp/end
 test "$(stat -c %s /big)" = {(COPY_UP_MIB << 20) + 1}
 python3 -c 'print((int(open("/tmp/end").read()) - int(open("/tmp/start").read())) // 1000000)'
-for d in {' '.join(LISTED)}; do python3 /opt/tree_listing.py /$d; echo; done
+for d in {" ".join(LISTED)}; do python3 /opt/tree_listing.py /$d; echo; done
 """
 
 
@@ -48,12 +48,15 @@ def write_big(path: Path) -> None:
 def make_package(base: Path, version: str) -> Path:
     """A package with a program, a configuration file and a script that runs after unpacking."""
     top = base / f"package-{version}"
-    files = {"DEBIAN/control": f"Package: vnd-demo\nVersion: {version}\nArchitecture: all\n"
-                               "Maintainer: nobody <n@o.invalid>\nDescription: a package for a test\n",
-             "DEBIAN/conffiles": "/etc/vnd-demo.conf\n",
-             "DEBIAN/postinst": f"#!/bin/sh\nset -e\necho {version} >> /srv/installed\n",
-             "usr/bin/vnd-demo": f"#!/bin/sh\necho {version}\n", "etc/vnd-demo.conf": f"version {version}\n",
-             f"usr/share/vnd-demo/{'old' if version == '1' else 'new'}": "x\n" * 5000}
+    files = {
+        "DEBIAN/control": f"Package: vnd-demo\nVersion: {version}\nArchitecture: all\n"
+        "Maintainer: nobody <n@o.invalid>\nDescription: a package for a test\n",
+        "DEBIAN/conffiles": "/etc/vnd-demo.conf\n",
+        "DEBIAN/postinst": f"#!/bin/sh\nset -e\necho {version} >> /srv/installed\n",
+        "usr/bin/vnd-demo": f"#!/bin/sh\necho {version}\n",
+        "etc/vnd-demo.conf": f"version {version}\n",
+        f"usr/share/vnd-demo/{'old' if version == '1' else 'new'}": "x\n" * 5000,
+    }
     for name, text in files.items():
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).write_text(text)
@@ -67,8 +70,11 @@ def make_package(base: Path, version: str) -> Path:
 def rootfs(demo_image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo image's tree, with two packages and a large file."""
     base = tmp_path_factory.mktemp("overlay")
-    subprocess.run(["umoci", "unpack", "--image", demo_image.removeprefix("oci:"), str(base / "bundle")], check=True,
-                   capture_output=True)
+    subprocess.run(
+        ["umoci", "unpack", "--image", demo_image.removeprefix("oci:"), str(base / "bundle")],
+        check=True,
+        capture_output=True,
+    )
     tree = base / "bundle" / "rootfs"
     write_big(tree / "big")
     for version, name in (("1", "one.deb"), ("2", "two.deb")):
@@ -86,8 +92,12 @@ def parse(text: str) -> list[dict[str, dict[str, object]]]:
 def test_the_hosts_upper_is_a_normal_one(rootfs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    subprocess.run([*CLI, "build", str(rootfs), "--bootstrap", str(out / "image.boot"), "--blob-dir", str(out)],
-                   check=True, capture_output=True, cwd=ROOT)
+    subprocess.run(
+        [*CLI, "build", str(rootfs), "--bootstrap", str(out / "image.boot"), "--blob-dir", str(out)],
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+    )
     keep = tmp_path / "uppers"
     done = launch(out, tmp_path, "go", keep, SCRIPT, "--memory", "768M", "--timeout", "500")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
@@ -99,13 +109,31 @@ def test_the_hosts_upper_is_a_normal_one(rootfs: Path, tmp_path: Path) -> None:
     assert same.returncode == 0
 
     # mounts end with the shell's namespace
-    script = ('mount -t overlay overlay -o "lowerdir=$1,upperdir=$2,workdir=$3,index=off" "$4"; '
-              f'for d in {" ".join(LISTED)}; do "$5" "$6" "$4/$d"; echo; done')
+    script = (
+        'mount -t overlay overlay -o "lowerdir=$1,upperdir=$2,workdir=$3,index=off" "$4"; '
+        f'for d in {" ".join(LISTED)}; do "$5" "$6" "$4/$d"; echo; done'
+    )
     for name in ("work", "merged"):
         (tmp_path / name).mkdir()
-    host = subprocess.run(["unshare", "-m", "sh", "-ec", script, "sh", str(rootfs), str(upper), str(tmp_path / "work"),
-                           str(tmp_path / "merged"), sys.executable, str(LISTING)],
-                          check=True, capture_output=True, text=True)
+    host = subprocess.run(
+        [
+            "unshare",
+            "-m",
+            "sh",
+            "-ec",
+            script,
+            "sh",
+            str(rootfs),
+            str(upper),
+            str(tmp_path / "work"),
+            str(tmp_path / "merged"),
+            sys.executable,
+            str(LISTING),
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     for name, seen, expected in zip(LISTED, parse(listing), parse(host.stdout), strict=True):
         if name == "etc":
             for file in POD_FILES:

@@ -24,8 +24,10 @@ from tests.system.range_proxy import RangeProxy
 
 @pytest.fixture(autouse=True)
 def need_erofs() -> None:
-    if "erofs" not in Path("/proc/filesystems").read_text() and subprocess.run(
-            ["modprobe", "erofs"], capture_output=True).returncode:
+    if (
+        "erofs" not in Path("/proc/filesystems").read_text()
+        and subprocess.run(["modprobe", "erofs"], capture_output=True).returncode
+    ):
         pytest.skip("this kernel has no EROFS")
 
 
@@ -36,8 +38,12 @@ def proxy(registry: LocalRegistry) -> Iterator[RangeProxy]:  # noqa: F811
 
 
 @pytest.fixture
-def kernel_mount(image: ServedImage, proxy: RangeProxy, mounts_dir: Path,  # noqa: F811
-                 tmp_path: Path) -> Iterator[KernelMount]:
+def kernel_mount(
+    image: ServedImage,  # noqa: F811
+    proxy: RangeProxy,
+    mounts_dir: Path,  # noqa: F811
+    tmp_path: Path,
+) -> Iterator[KernelMount]:
     """A lazy mount with nothing in its cache, through the proxy."""
     with KernelMount(image.with_backend(host=proxy.host), mounts_dir / "k", tmp_path) as mount:
         yield mount

@@ -37,8 +37,9 @@ class KernelMount:
         self.said = run_verb(*self.words).stdout
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if find_mount(str(self.target)):
             run_verb("umount", str(self.target))
         for role in ROLES:
@@ -49,8 +50,11 @@ class KernelMount:
         """Its processes of that role: those that hold its lock file, which no other mount's do."""
         module = f"virtiofsd_nydus.kernelmount.{role}".encode()
         lock = str(self.place.directory / "lock")
-        return [int(process.name) for process in Path("/proc").iterdir()
-                if process.name.isdecimal() and module in read_words(process) and lock in open_files(process)]
+        return [
+            int(process.name)
+            for process in Path("/proc").iterdir()
+            if process.name.isdecimal() and module in read_words(process) and lock in open_files(process)
+        ]
 
     def pid(self, role: str) -> int:
         found: int = wait_until(lambda: next(iter(self.pids(role)), 0), f"a {role}")
@@ -77,7 +81,7 @@ class KernelMount:
 def read_words(process: Path) -> list[bytes]:
     try:
         return (process / "cmdline").read_bytes().split(b"\0")
-    except OSError:     # it has ended
+    except OSError:  # it has ended
         return []
 
 

@@ -60,8 +60,9 @@ def want(unpacked: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("victims", [("worker",), ("guard", "worker"), ("worker", "guard")])
-def test_a_waiting_reader_goes_on(kernel_mount: KernelMount, proxy: RangeProxy, unpacked: Path,
-                                  victims: tuple[str, ...]) -> None:
+def test_a_waiting_reader_goes_on(
+    kernel_mount: KernelMount, proxy: RangeProxy, unpacked: Path, victims: tuple[str, ...]
+) -> None:
     """Its event was read, and not answered, by a process that is gone."""
     proxy.gate.clear()
     readers = [Reader(kernel_mount.target / path) for path in LARGE]
@@ -84,7 +85,7 @@ def test_kills_under_load(kernel_mount: KernelMount, proxy: RangeProxy, want: di
     for victim in ("worker", "guard", "worker", "worker", "guard"):
         proxy.held.acquire(timeout=20)
         kernel_mount.kill(victim)
-        proxy.gate.set()        # lets through what is held
+        proxy.gate.set()  # lets through what is held
         proxy.gate.clear()
     proxy.gate.set()
     for thread in threads:
@@ -92,8 +93,9 @@ def test_kills_under_load(kernel_mount: KernelMount, proxy: RangeProxy, want: di
     assert [one == want for one in found] == [True] * 4
 
 
-def test_wrong_bytes_are_an_error_and_are_asked_for_again(kernel_mount: KernelMount, proxy: RangeProxy,
-                                                          unpacked: Path) -> None:
+def test_wrong_bytes_are_an_error_and_are_asked_for_again(
+    kernel_mount: KernelMount, proxy: RangeProxy, unpacked: Path
+) -> None:
     proxy.damage = lambda sent, body: bytes(len(body))
     reader = Reader(kernel_mount.target / "large/random")
     assert reader.end() == b"" and reader.error == 5
@@ -111,8 +113,7 @@ def without_bootstrap(kernel_mount: KernelMount) -> Iterator[Path]:
         away.rename(kernel_mount.image.bootstrap)
 
 
-def test_readers_fail_while_no_worker_stays(kernel_mount: KernelMount, without_bootstrap: Path,
-                                            unpacked: Path) -> None:
+def test_readers_fail_while_no_worker_stays(kernel_mount: KernelMount, without_bootstrap: Path, unpacked: Path) -> None:
     """And read again once one does."""
     os.kill(kernel_mount.pid("worker"), 9)
     reader = Reader(kernel_mount.target / "large/random")

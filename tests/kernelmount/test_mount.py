@@ -23,8 +23,14 @@ from virtiofsd_nydus.kernelmount.record import wait_ended
 
 @pytest.mark.parametrize("options", [(), ("--fetch-all",)], ids=["lazy", "whole"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_tree_is_what_umoci_unpacks(converter: Converter, expected_tree: list[Record], mounts_dir: Path, tmp_path: Path,
-                                    codec: str, options: tuple[str, ...]) -> None:
+def test_tree_is_what_umoci_unpacks(
+    converter: Converter,
+    expected_tree: list[Record],
+    mounts_dir: Path,
+    tmp_path: Path,
+    codec: str,
+    options: tuple[str, ...],
+) -> None:
     with KernelMount(converter.convert(codec), mounts_dir / "k", tmp_path, *options) as mounted:
         assert mounted.is_lazy() == (not options)
         assert differences(expected_tree, list(tree_listing.list_tree(mounted.target))) == []
@@ -34,8 +40,9 @@ def test_tree_is_what_umoci_unpacks(converter: Converter, expected_tree: list[Re
 
 
 @pytest.mark.parametrize("way", ["--batch-size 64K", "--oci-ref", "--encrypt"])
-def test_ways_of_storing_chunks(oci_image: str, registry: LocalRegistry, expected_tree: list[Record], mounts_dir: Path,
-                                tmp_path: Path, way: str) -> None:
+def test_ways_of_storing_chunks(
+    oci_image: str, registry: LocalRegistry, expected_tree: list[Record], mounts_dir: Path, tmp_path: Path, way: str
+) -> None:
     """Of batches and gzip layers the blob's own table says where chunks are: it is fetched before the mount."""
     reference = f"docker://{registry.host}/kernel{way.partition(' ')[0]}:v1"
     run_verb("convert", f"oci:{oci_image}", reference, *way.split())
@@ -59,16 +66,17 @@ def test_a_file_costs_its_chunks(kernel_mount: KernelMount, proxy: RangeProxy, u
 def test_processes_have_given_up_what_they_do_not_need(kernel_mount: KernelMount) -> None:
     for role in ROLES:
         check_reduced(kernel_mount.pid(role))
-        check_reduced(kernel_mount.kill(role))      # so is one that another process starts
+        check_reduced(kernel_mount.kill(role))  # so is one that another process starts
 
 
-def test_nothing_stays_once_all_is_fetched(kernel_mount: KernelMount, expected_tree: list[Record],
-                                           mounts_dir: Path) -> None:
+def test_nothing_stays_once_all_is_fetched(
+    kernel_mount: KernelMount, expected_tree: list[Record], mounts_dir: Path
+) -> None:
     assert f"process {kernel_mount.pid('worker')}" in kernel_mount.said
     second = mounts_dir / "second"
     second.mkdir()
     words = ["mount", str(kernel_mount.image.bootstrap), str(second), *kernel_mount.words[3:]]
-    run_verb(*words, "--fetch-all")      # another process brings the rest
+    run_verb(*words, "--fetch-all")  # another process brings the rest
     assert wait_ended(kernel_mount.place.directory, 10)
     assert not kernel_mount.is_lazy()
     assert differences(expected_tree, list(tree_listing.list_tree(kernel_mount.target))) == []
@@ -100,8 +108,13 @@ def test_in_use_elsewhere(kernel_mount: KernelMount, unpacked: Path, tmp_path: P
     merged = mounts_dir / "merged"
     for name in (merged, tmp_path / "upper", tmp_path / "work"):
         name.mkdir()
-    mount("overlay", str(merged), "overlay", 0,
-          f"lowerdir={kernel_mount.target},upperdir={tmp_path}/upper,workdir={tmp_path}/work")
+    mount(
+        "overlay",
+        str(merged),
+        "overlay",
+        0,
+        f"lowerdir={kernel_mount.target},upperdir={tmp_path}/upper,workdir={tmp_path}/work",
+    )
     done = run_verb("umount", str(kernel_mount.target))
     assert "still in use" in done.stdout and find_mount(str(kernel_mount.target)) is None
     for path in ("large/random", "large/second"):
@@ -126,8 +139,9 @@ def test_a_mount_of_others_is_refused(kernel_mount: KernelMount, mounts_dir: Pat
         umount(str(place))
 
 
-def test_a_verb_that_is_killed_leaves_nothing(oci_image: str, registry: LocalRegistry, proxy: RangeProxy,
-                                              mounts_dir: Path, tmp_path: Path) -> None:
+def test_a_verb_that_is_killed_leaves_nothing(
+    oci_image: str, registry: LocalRegistry, proxy: RangeProxy, mounts_dir: Path, tmp_path: Path
+) -> None:
     """While its worker waits for the table of a blob."""
     reference = f"docker://{registry.host}/kernel--oci-ref:v1"
     run_verb("convert", f"oci:{oci_image}", reference, "--oci-ref")
@@ -147,8 +161,16 @@ def test_a_verb_that_is_killed_leaves_nothing(oci_image: str, registry: LocalReg
 def test_version_5_is_refused_in_a_line(mounts_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/file").write_text("x")
-    run_verb("build", "--fs-version", "5", "--bootstrap", str(tmp_path / "b"), "--blob-dir", str(tmp_path / "blobs"),
-             str(tmp_path / "tree"))
+    run_verb(
+        "build",
+        "--fs-version",
+        "5",
+        "--bootstrap",
+        str(tmp_path / "b"),
+        "--blob-dir",
+        str(tmp_path / "blobs"),
+        str(tmp_path / "tree"),
+    )
     image = ServedImage(tmp_path / "b", "localfs", {"dir": str(tmp_path / "blobs")}, {})
     for options in ((), ("--fetch-all",)):
         done = run_verb(*KernelMount.prepare(image, mounts_dir / "k", tmp_path, *options), status=1)
@@ -188,7 +210,8 @@ def test_without_the_right_to_it_is_refused_in_a_line(image: ServedImage, mounts
     """As in a container: root, but without CAP_SYS_ADMIN."""
     for options in ((), ("--fetch-all",)):
         words = KernelMount.prepare(image, mounts_dir / "k", tmp_path, *options)
-        done = subprocess.run(["setpriv", "--bounding-set", "-sys_admin", *VERB, *words], capture_output=True,
-                              text=True)
+        done = subprocess.run(
+            ["setpriv", "--bounding-set", "-sys_admin", *VERB, *words], capture_output=True, text=True
+        )
         assert done.returncode == 1 and "needs root" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not BackgroundMount(str(mounts_dir / "k")).directory.exists()

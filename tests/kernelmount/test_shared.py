@@ -38,14 +38,23 @@ def run_together(*works: Callable[[], None]) -> None:
         thread.join(150)
 
 
-def test_each_chunk_is_fetched_once(image: ServedImage, proxy: RangeProxy, start_host: StartHost,
-                                    expected_tree: list[Record], mounts_dir: Path, tmp_path: Path) -> None:
+def test_each_chunk_is_fetched_once(
+    image: ServedImage,
+    proxy: RangeProxy,
+    start_host: StartHost,
+    expected_tree: list[Record],
+    mounts_dir: Path,
+    tmp_path: Path,
+) -> None:
     """No byte of a blob goes over the wire twice."""
     served = image.with_backend(host=proxy.host)
     host = start_host(served=served)
     found: dict[str, list[Record]] = {}
-    with KernelMount(served, mounts_dir / "k", tmp_path) as kernel, \
-            Daemon(served, tmp_path / "cache") as daemon, FakeGuest(daemon.socket_path) as guest:
+    with (
+        KernelMount(served, mounts_dir / "k", tmp_path) as kernel,
+        Daemon(served, tmp_path / "cache") as daemon,
+        FakeGuest(daemon.socket_path) as guest,
+    ):
         guest.fuse.init()
 
         def list_mount(name: str, root: Path) -> None:
@@ -55,8 +64,9 @@ def test_each_chunk_is_fetched_once(image: ServedImage, proxy: RangeProxy, start
         def list_guest() -> None:
             found["guest"] = list(list_tree(guest.fuse))
 
-        run_together(list_guest, lambda: list_mount("host", host.mountpoint),
-                     lambda: list_mount("kernel", kernel.target))
+        run_together(
+            list_guest, lambda: list_mount("host", host.mountpoint), lambda: list_mount("kernel", kernel.target)
+        )
     for who in ("guest", "host", "kernel"):
         assert differences(expected_tree, found[who]) == [], who
     assert proxy.overlaps(data_ends(image)) == []
@@ -80,18 +90,26 @@ def hash_tree(root: Path) -> dict[str, str]:
 
 
 @pytest.mark.guest
-def test_the_registrys_log_with_a_real_guest(registry_of_its_own: tuple[LocalRegistry, ServedImage],  # noqa: F811
-                                             guest_files: GuestFiles, start_host: StartHost,  # noqa: F811
-                                             mounts_dir: Path, tmp_path: Path) -> None:
+def test_the_registrys_log_with_a_real_guest(
+    registry_of_its_own: tuple[LocalRegistry, ServedImage],  # noqa: F811
+    guest_files: GuestFiles,  # noqa: F811
+    start_host: StartHost,
+    mounts_dir: Path,
+    tmp_path: Path,
+) -> None:
     """QEMU's guest, FUSE and EROFS, each reading every file: the registry has sent each blob's bytes once."""
     registry, image = registry_of_its_own
     registry.clear_log()
     found: dict[str, dict[str, str]] = {}
     host = start_host(served=image)
     deadline = Deadline(BOOT_SECONDS, "the guest's part")
-    with KernelMount(image, mounts_dir / "k", tmp_path) as kernel, Daemon(image, tmp_path / "cache") as daemon, \
-            Machine(MachineConfig(guest_files, [Share(daemon.socket_path)],
-                                  watches={daemon.pidfd: daemon.explain_end})) as machine:
+    with (
+        KernelMount(image, mounts_dir / "k", tmp_path) as kernel,
+        Daemon(image, tmp_path / "cache") as daemon,
+        Machine(
+            MachineConfig(guest_files, [Share(daemon.socket_path)], watches={daemon.pidfd: daemon.explain_end})
+        ) as machine,
+    ):
         machine.guest.wait_hello(deadline)
         machine.guest.mount("vfs", deadline)
 
@@ -103,8 +121,9 @@ def test_the_registrys_log_with_a_real_guest(registry_of_its_own: tuple[LocalReg
         def hash_mount(name: str, root: Path) -> None:
             found[name] = hash_tree(root)
 
-        run_together(hash_guest, lambda: hash_mount("fuse", host.mountpoint),
-                     lambda: hash_mount("kernel", kernel.target))
+        run_together(
+            hash_guest, lambda: hash_mount("fuse", host.mountpoint), lambda: hash_mount("kernel", kernel.target)
+        )
         machine.shut_down()
     assert len(found["kernel"]) > 20
     assert found["guest"] == found["kernel"] == found["fuse"]

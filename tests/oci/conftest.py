@@ -44,11 +44,18 @@ def make_tar(entries: list[tuple[str, bytes | None, dict]]) -> bytes:
 
 DIRECTORY = {"type": tarfile.DIRTYPE}
 LAYERS = [
-    make_tar([("etc", None, DIRECTORY), ("etc/hosts", b"hosts\n", {}), ("etc/gone", b"gone\n", {}),
-              ("big", BIG, {}), ("copy", BIG, {"mode": 0o600}),
-              ("link", None, {"type": tarfile.SYMTYPE, "linkname": "etc/hosts"}),
-              *((f"small{index}", data, {}) for index, data in enumerate(SMALL))]),
-    make_tar([("etc/.wh.gone", b"", {}), ("etc/two", b"two\n", {}), ("again", BIG[:2 << 20], {})]),
+    make_tar(
+        [
+            ("etc", None, DIRECTORY),
+            ("etc/hosts", b"hosts\n", {}),
+            ("etc/gone", b"gone\n", {}),
+            ("big", BIG, {}),
+            ("copy", BIG, {"mode": 0o600}),
+            ("link", None, {"type": tarfile.SYMTYPE, "linkname": "etc/hosts"}),
+            *((f"small{index}", data, {}) for index, data in enumerate(SMALL)),
+        ]
+    ),
+    make_tar([("etc/.wh.gone", b"", {}), ("etc/two", b"two\n", {}), ("again", BIG[: 2 << 20], {})]),
     make_tar([("dir", None, {"type": tarfile.DIRTYPE, "mode": 0o700})]),
 ]
 
@@ -65,8 +72,15 @@ def compress(data: bytes, how: str) -> tuple[bytes, str]:
     return data, MEDIA_LAYER
 
 
-def write_image(directory: Path, layers: list[bytes], compression: str | list[str] = "gzip", *, tag: str = "t",
-                architecture: str = "amd64", folder: Path | None = None) -> str:
+def write_image(
+    directory: Path,
+    layers: list[bytes],
+    compression: str | list[str] = "gzip",
+    *,
+    tag: str = "t",
+    architecture: str = "amd64",
+    folder: Path | None = None,
+) -> str:
     """Puts an image into the OCI layout at directory; the manifest's digest."""
     store = LayoutStore(directory)
     spool = directory.parent / "spool"
@@ -81,14 +95,24 @@ def write_image(directory: Path, layers: list[bytes], compression: str | list[st
 
     ways = [compression] * len(layers) if isinstance(compression, str) else compression
     packed = [put(*compress(layer, way)) for layer, way in zip(layers, ways, strict=True)]
-    config = {"architecture": architecture, "os": "linux", "config": {"Cmd": ["/bin/true"], "Env": ["A=b"]},
-              "rootfs": {"type": "layers", "diff_ids": [digest_of(layer) for layer in layers]},
-              "history": [{"created_by": f"layer {index}"} for index in range(len(layers))]
-              + [{"created_by": "CMD", "empty_layer": True}]}
+    config = {
+        "architecture": architecture,
+        "os": "linux",
+        "config": {"Cmd": ["/bin/true"], "Env": ["A=b"]},
+        "rootfs": {"type": "layers", "diff_ids": [digest_of(layer) for layer in layers]},
+        "history": [{"created_by": f"layer {index}"} for index in range(len(layers))]
+        + [{"created_by": "CMD", "empty_layer": True}],
+    }
     config_descriptor = put(json.dumps(config).encode(), MEDIA_CONFIG)
-    manifest = json.dumps({"schemaVersion": 2, "mediaType": MEDIA_MANIFEST, "config": config_descriptor.to_json(),
-                           "layers": [layer.to_json() for layer in packed],
-                           "annotations": {"a.note": "kept"}}).encode()
+    manifest = json.dumps(
+        {
+            "schemaVersion": 2,
+            "mediaType": MEDIA_MANIFEST,
+            "config": config_descriptor.to_json(),
+            "layers": [layer.to_json() for layer in packed],
+            "annotations": {"a.note": "kept"},
+        }
+    ).encode()
     store.put_manifest(manifest, MEDIA_MANIFEST, tag)
     store.close()
     return digest_of(manifest)

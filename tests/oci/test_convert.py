@@ -42,16 +42,23 @@ def test_the_manifest_is_what_nydus_tools_expect(convert, image: Path, registry:
     result = convert(f"oci:{image}:t", f"docker://{registry.host}/form/a:n")
     raw = skopeo("inspect", "--raw", "--tls-verify=false", f"docker://{registry.host}/form/a:n")
     assert hashlib.sha256(raw.encode()).hexdigest() == result["manifest_digest"][7:]
-    skopeo("copy", "--insecure-policy", "--src-tls-verify=false", f"docker://{registry.host}/form/a:n",
-           f"oci:{tmp_path / 'copy'}:c")
+    skopeo(
+        "copy",
+        "--insecure-policy",
+        "--src-tls-verify=false",
+        f"docker://{registry.host}/form/a:n",
+        f"oci:{tmp_path / 'copy'}:c",
+    )
     manifest, config = read_layout(tmp_path / "copy", "c")
     assert manifest == json.loads(raw)
     *blobs, bootstrap = manifest["layers"]
-    assert [one["mediaType"] for one in blobs] == [MEDIA_NYDUS_BLOB] * 2      # the third layer has no file data
+    assert [one["mediaType"] for one in blobs] == [MEDIA_NYDUS_BLOB] * 2  # the third layer has no file data
     assert all(one["annotations"] == {"containerd.io/snapshot/nydus-blob": "true"} for one in blobs)
     assert bootstrap["mediaType"] == MEDIA_LAYER_GZIP
-    assert bootstrap["annotations"] == {"containerd.io/snapshot/nydus-bootstrap": "true",
-                                        "containerd.io/snapshot/nydus-fs-version": "6"}
+    assert bootstrap["annotations"] == {
+        "containerd.io/snapshot/nydus-bootstrap": "true",
+        "containerd.io/snapshot/nydus-fs-version": "6",
+    }
     assert manifest["annotations"] == {"a.note": "kept"}
     assert [one["blob_digest"] for one in result["layers"]] == [blobs[0]["digest"], blobs[1]["digest"], ""]
     assert result["target_bytes"] == sum(one["size"] for one in manifest["layers"])
@@ -62,38 +69,50 @@ def test_the_manifest_is_what_nydus_tools_expect(convert, image: Path, registry:
         assert boot is not None
         data = boot.read()
     assert [(one.name, one.mode, one.isdir(), one.mtime, one.uid) for one in members] == [
-        ("image", 0o755, True, 0, 0), ("image/image.boot", 0o444, False, 0, 0),
-        *((f"image/{one['digest'][7:]}.blob.meta", 0o444, False, 0, 0) for one in blobs)]
-    assert data[1024:1028] == bytes.fromhex("e2e1f5e0")     # EROFS
+        ("image", 0o755, True, 0, 0),
+        ("image/image.boot", 0o444, False, 0, 0),
+        *((f"image/{one['digest'][7:]}.blob.meta", 0o444, False, 0, 0) for one in blobs),
+    ]
+    assert data[1024:1028] == bytes.fromhex("e2e1f5e0")  # EROFS
     assert len(data) == result["bootstrap_bytes"]
     import gzip
 
     tar = gzip.decompress(blob(tmp_path / "copy", bootstrap["digest"]))
-    assert config["rootfs"]["diff_ids"] == [blobs[0]["digest"], blobs[1]["digest"],
-                                            f"sha256:{hashlib.sha256(tar).hexdigest()}"]
+    assert config["rootfs"]["diff_ids"] == [
+        blobs[0]["digest"],
+        blobs[1]["digest"],
+        f"sha256:{hashlib.sha256(tar).hexdigest()}",
+    ]
     assert config["config"] == {"Cmd": ["/bin/true"], "Env": ["A=b"]}
     full = [one for one in config["history"] if not one.get("empty_layer")]
     assert len(full) == len(config["rootfs"]["diff_ids"])
     assert full[-1] == {"created_by": "Nydus Converter", "comment": "Nydus Bootstrap Layer"}
 
 
-def test_the_same_image_from_anywhere_gives_the_same_digest(convert, image: Path, registry: LocalRegistry,
-                                                            tmp_path: Path) -> None:
+def test_the_same_image_from_anywhere_gives_the_same_digest(
+    convert, image: Path, registry: LocalRegistry, tmp_path: Path
+) -> None:
     first = convert(f"oci:{image}:t", f"docker://{registry.host}/same/a:1")
-    skopeo("copy", "--insecure-policy", "--dest-tls-verify=false", f"oci:{image}:t",
-           f"docker://{registry.host}/same/src:t")
+    skopeo(
+        "copy", "--insecure-policy", "--dest-tls-verify=false", f"oci:{image}:t", f"docker://{registry.host}/same/src:t"
+    )
     skopeo("copy", "--insecure-policy", f"oci:{image}:t", f"docker-archive:{tmp_path / 'a.tar'}:x:y")
     for compression in ("zstd", ["none", "zstd", "gzip"]):
         write_image(tmp_path / f"layout-{len(compression)}", LAYERS, compression)
-    sources = [f"oci:{image}:t", f"docker://{registry.host}/same/src:t", f"docker-archive:{tmp_path / 'a.tar'}",
-               f"docker://{registry.host}/same/src@{first['source_digest']}", f"oci:{tmp_path / 'layout-4'}",
-               f"oci:{tmp_path / 'layout-3'}:t"]
+    sources = [
+        f"oci:{image}:t",
+        f"docker://{registry.host}/same/src:t",
+        f"docker-archive:{tmp_path / 'a.tar'}",
+        f"docker://{registry.host}/same/src@{first['source_digest']}",
+        f"oci:{tmp_path / 'layout-4'}",
+        f"oci:{tmp_path / 'layout-3'}:t",
+    ]
     blobs = [one["blob_digest"] for one in first["layers"]]
     for source in sources:
         again = convert(source, f"oci:{tmp_path / 'out'}:x")
         assert [one["blob_digest"] for one in again["layers"]] == blobs
         assert again["bootstrap_bytes"] == first["bootstrap_bytes"]
-        if not source.startswith("docker-archive"):     # which keeps neither annotations nor the config's form
+        if not source.startswith("docker-archive"):  # which keeps neither annotations nor the config's form
             assert again["manifest_digest"] == first["manifest_digest"]
 
 
@@ -102,8 +121,9 @@ def test_a_second_run_sends_no_blob_again(convert, image: Path, registry: LocalR
     registry.clear_log()
     result = convert(f"oci:{image}:t", f"docker://{registry.host}/again/a:2")
     assert not any(layer["pushed"] for layer in result["layers"])
-    sent = {(one.method, one.path.partition("?")[0]) for one in registry.requests()
-            if one.method not in ("HEAD", "GET")}
+    sent = {
+        (one.method, one.path.partition("?")[0]) for one in registry.requests() if one.method not in ("HEAD", "GET")
+    }
     assert sent == {("PUT", "/v2/again/a/manifests/2")}
 
 
@@ -130,7 +150,9 @@ def test_tags_live_side_by_side_in_a_layout(convert, image: Path, tmp_path: Path
     assert one["manifest_digest"] == three["manifest_digest"]
     index = json.loads((tmp_path / "out/index.json").read_bytes())
     assert sorted(entry["annotations"]["org.opencontainers.image.ref.name"] for entry in index["manifests"]) == [
-        "one", "two"]
+        "one",
+        "two",
+    ]
     skopeo("inspect", f"oci:{tmp_path / 'out'}:two")
     assert not [path for path in (tmp_path / "out").rglob(".*")]
 
@@ -139,12 +161,25 @@ def test_platforms(convert, tmp_path: Path) -> None:
     """An index: this host's image by default, another when asked, a clear line for none."""
     layout = tmp_path / "multi"
     host = get_host_platform().architecture
-    digests = {arch: write_image(layout, [make_tar([("arch", arch.encode(), {})])], tag=arch, architecture=arch)
-               for arch in (host, "riscv64")}
-    index = json.dumps({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [
-        {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest,
-         "size": (layout / "blobs/sha256" / digest[7:]).stat().st_size,
-         "platform": {"os": "linux", "architecture": arch}} for arch, digest in digests.items()]}).encode()
+    digests = {
+        arch: write_image(layout, [make_tar([("arch", arch.encode(), {})])], tag=arch, architecture=arch)
+        for arch in (host, "riscv64")
+    }
+    index = json.dumps(
+        {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.index.v1+json",
+            "manifests": [
+                {
+                    "mediaType": "application/vnd.oci.image.manifest.v1+json",
+                    "digest": digest,
+                    "size": (layout / "blobs/sha256" / digest[7:]).stat().st_size,
+                    "platform": {"os": "linux", "architecture": arch},
+                }
+                for arch, digest in digests.items()
+            ],
+        }
+    ).encode()
     from virtiofsd_nydus.oci.layout import LayoutStore
 
     LayoutStore(layout).put_manifest(index, "application/vnd.oci.image.index.v1+json", "all")
@@ -185,8 +220,9 @@ def test_logins_and_tls(convert, image: Path, tmp_path: Path, variant: str, monk
 
         folder = tmp_path / "docker"
         folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(
-            {"auths": {registry.host: {"auth": base64.b64encode(good.encode()).decode()}}}))
+        (folder / "config.json").write_text(
+            json.dumps({"auths": {registry.host: {"auth": base64.b64encode(good.encode()).decode()}}})
+        )
         monkeypatch.setenv("DOCKER_CONFIG", str(folder))
         assert convert(f"oci:{image}:t", target)["manifest_digest"] == result["manifest_digest"]
         if registry.token_server is not None:
@@ -215,8 +251,9 @@ def test_uploads_survive_faults(convert, image: Path, registry: LocalRegistry) -
 
 
 def test_pulls_survive_faults(convert, image: Path, registry: LocalRegistry, tmp_path: Path) -> None:
-    skopeo("copy", "--insecure-policy", "--dest-tls-verify=false", f"oci:{image}:t",
-           f"docker://{registry.host}/pull/src:t")
+    skopeo(
+        "copy", "--insecure-policy", "--dest-tls-verify=false", f"oci:{image}:t", f"docker://{registry.host}/pull/src:t"
+    )
     with FaultyServer(upstream=registry.host) as front:
         front.inject("truncate", at_bytes=100_000, match="GET /v2/pull/src/blobs", times=2)
         front.inject("status", status=502, match="GET /v2/pull/src/manifests")
@@ -226,8 +263,9 @@ def test_pulls_survive_faults(convert, image: Path, registry: LocalRegistry, tmp
 
 
 def test_a_flipped_byte_of_a_layer_is_found(convert, image: Path, registry: LocalRegistry, tmp_path: Path) -> None:
-    skopeo("copy", "--insecure-policy", "--dest-tls-verify=false", f"oci:{image}:t",
-           f"docker://{registry.host}/flip/src:t")
+    skopeo(
+        "copy", "--insecure-policy", "--dest-tls-verify=false", f"oci:{image}:t", f"docker://{registry.host}/flip/src:t"
+    )
     manifest, _ = read_layout(image, "t")
     for layer in manifest["layers"][:2]:
         for at_bytes in (20, layer["size"] // 2, layer["size"] - 1):
@@ -239,34 +277,49 @@ def test_a_flipped_byte_of_a_layer_is_found(convert, image: Path, registry: Loca
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(image: Path, registry: LocalRegistry, tmp_path: Path,
-                                           how: signal.Signals) -> None:
+def test_an_interrupted_run_leaves_nothing(
+    image: Path, registry: LocalRegistry, tmp_path: Path, how: signal.Signals
+) -> None:
     with FaultyServer(upstream=registry.host) as front:
         front.inject("delay", seconds=60, match="PUT /v2/cut/a/blobs", times=-1)
         process = subprocess.Popen(
-            [sys.executable, "-m", "virtiofsd_nydus.cli.main", "convert", f"oci:{image}:t",
-             f"docker://{front.host}/cut/a:1", "--work-dir", str(tmp_path)], stderr=subprocess.PIPE,
+            [
+                sys.executable,
+                "-m",
+                "virtiofsd_nydus.cli.main",
+                "convert",
+                f"oci:{image}:t",
+                f"docker://{front.host}/cut/a:1",
+                "--work-dir",
+                str(tmp_path),
+            ],
+            stderr=subprocess.PIPE,
             env={**os.environ, "DOCKER_CONFIG": str(tmp_path)},
             # What runs the tests in the background may have given them an ignored SIGINT, which children inherit
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         deadline = time.monotonic() + 30
         while not any(one.method == "POST" for one in front.requests) and time.monotonic() < deadline:
             time.sleep(0.02)
         assert any(tmp_path.iterdir())
         process.send_signal(how)
-        assert process.wait(20) == 130      # without the answers that are still out
+        assert process.wait(20) == 130  # without the answers that are still out
     assert list(tmp_path.iterdir()) == []
-    done = subprocess.run(["skopeo", "inspect", "--tls-verify=false", f"docker://{registry.host}/cut/a:1"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        ["skopeo", "inspect", "--tls-verify=false", f"docker://{registry.host}/cut/a:1"], capture_output=True, text=True
+    )
     assert "manifest unknown" in done.stderr or "name unknown" in done.stderr
 
 
 def test_sources_that_cannot_be(convert, image: Path, tmp_path: Path) -> None:
     out = f"oci:{tmp_path / 'out'}:x"
     (tmp_path / "junk").write_bytes(b"junk" * 1000)
-    for source, words in ((f"oci:{tmp_path / 'none'}", "no OCI layout"), (f"oci:{image}:nope", "tags there: t"),
-                          (f"docker-archive:{tmp_path / 'none'}", "no such file"),
-                          (f"docker-archive:{tmp_path / 'junk'}", "not a docker archive")):
+    for source, words in (
+        (f"oci:{tmp_path / 'none'}", "no OCI layout"),
+        (f"oci:{image}:nope", "tags there: t"),
+        (f"docker-archive:{tmp_path / 'none'}", "no such file"),
+        (f"docker-archive:{tmp_path / 'junk'}", "not a docker archive"),
+    ):
         status, line = convert(source, out)
         assert status == 1 and words in line and line.count("\n") == 1, line
     status, line = convert("nonsense", out)
@@ -287,8 +340,9 @@ def test_a_full_work_dir_says_so(convert, image: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source_kind", ["oci", "docker", "docker-archive"])
-def test_an_index_of_both_serves_everybody(convert, image: Path, registry: LocalRegistry, tmp_path: Path,
-                                           source_kind: str) -> None:
+def test_an_index_of_both_serves_everybody(
+    convert, image: Path, registry: LocalRegistry, tmp_path: Path, source_kind: str
+) -> None:
     from virtiofsd_nydus.oci.image import resolve_image
 
     source = f"oci:{image}:t"
@@ -306,7 +360,7 @@ def test_an_index_of_both_serves_everybody(convert, image: Path, registry: Local
         skopeo("copy", "--insecure-policy", *tls, target, f"oci:{tmp_path / 'pulled'}:p")
         pulled, config = read_layout(tmp_path / "pulled", "p")
         assert len(pulled["layers"]) == len(result["layers"])
-        if source_kind != "docker-archive":     # whose plain layers skopeo compresses for a layout
+        if source_kind != "docker-archive":  # whose plain layers skopeo compresses for a layout
             assert [one["digest"] for one in pulled["layers"]] == [one["source_digest"] for one in result["layers"]]
         assert config["config"]["Cmd"] == ["/bin/true"]
         # and an index can be a source: its OCI image is taken
@@ -341,8 +395,9 @@ def fetch_bootstrap(reference: str, folder: Path) -> Path:
     return resolve_image(reference, cache_dir=folder).bootstrap
 
 
-def test_a_dictionary_saves_what_another_image_has(convert, image: Path, registry: LocalRegistry,
-                                                   tmp_path: Path) -> None:
+def test_a_dictionary_saves_what_another_image_has(
+    convert, image: Path, registry: LocalRegistry, tmp_path: Path
+) -> None:
     reference = f"docker://{registry.host}/dict/a:base"
     base = convert(f"oci:{image}:t", reference)
     bootstrap = fetch_bootstrap(reference, tmp_path / "cache")
@@ -363,8 +418,11 @@ def test_a_dictionary_of_other_chunks_is_refused(convert, image: Path, registry:
     reference = f"docker://{registry.host}/dict/b:base"
     convert(f"oci:{image}:t", reference)
     bootstrap = fetch_bootstrap(reference, tmp_path / "cache")
-    for words, line in ((("--chunk-size", "64K"), "its chunk size is"), (("--digester", "sha256"), "other digests"),
-                        (("--fs-version", "5"), "its RAFS version is 6, the image's 5")):
+    for words, line in (
+        (("--chunk-size", "64K"), "its chunk size is"),
+        (("--digester", "sha256"), "other digests"),
+        (("--fs-version", "5"), "its RAFS version is 6, the image's 5"),
+    ):
         status, error = convert(f"oci:{image}:t", f"oci:{tmp_path / 'out'}:x", "--chunk-dict", bootstrap, *words)
         assert status == 1 and line in error
 
@@ -374,29 +432,35 @@ def test_a_dictionary_without_data_is_told_by_name(convert, image: Path, tmp_pat
     write_source(tmp_path / "source.tar")
     good = build(tmp_path / "source.tar", tmp_path / "dictionary")
     dictionary = tmp_path / "bad"
-    for change, line in ((lambda one: one.put(one.blob + 88, "Q", 0), "chunks in 0 stored bytes"),
-                         (lambda one: one.put(one.name("/d", "x"), "B", ord("/")), "its files cannot be read")):
+    for change, line in (
+        (lambda one: one.put(one.blob + 88, "Q", 0), "chunks in 0 stored bytes"),
+        (lambda one: one.put(one.name("/d", "x"), "B", ord("/")), "its files cannot be read"),
+    ):
         bad = ImageV6(good)
         change(bad)
         dictionary.write_bytes(bad.bytes)
-        status, error = convert(f"oci:{image}:t", f"oci:{tmp_path / 'out'}:x", "--chunk-size", str(CHUNK),
-                                "--chunk-dict", dictionary)
+        status, error = convert(
+            f"oci:{image}:t", f"oci:{tmp_path / 'out'}:x", "--chunk-size", str(CHUNK), "--chunk-dict", dictionary
+        )
         assert status == 1 and line in error and error.count("\n") == 1
 
 
-def test_a_reference_leaves_the_oci_image_as_it_is(convert, image: Path, registry: LocalRegistry,
-                                                   tmp_path: Path) -> None:
+def test_a_reference_leaves_the_oci_image_as_it_is(
+    convert, image: Path, registry: LocalRegistry, tmp_path: Path
+) -> None:
     target = f"docker://{registry.host}/ref/a:n"
     result = convert(f"oci:{image}:t", target, "--oci-ref")
     index = json.loads(skopeo("inspect", "--raw", "--tls-verify=false", target))
     oci, nydus = index["manifests"]
     assert oci["digest"] == result["source_digest"]
-    manifest = json.loads(skopeo("inspect", "--raw", "--tls-verify=false",
-                                 f"{target.rpartition(':')[0]}@{nydus['digest']}"))
+    manifest = json.loads(
+        skopeo("inspect", "--raw", "--tls-verify=false", f"{target.rpartition(':')[0]}@{nydus['digest']}")
+    )
     original, _ = read_layout(image, "t")
     *metas, _ = manifest["layers"]
     assert [one["annotations"]["containerd.io/snapshot/nydus-ref"] for one in metas] == [
-        one["digest"] for one in original["layers"][:2]]
+        one["digest"] for one in original["layers"][:2]
+    ]
     assert sum(one["size"] for one in manifest["layers"]) < result["source_bytes"] / 4
     # whoever knows nothing of Nydus gets the very layers it got before
     skopeo("copy", "--insecure-policy", "--src-tls-verify=false", target, f"oci:{tmp_path / 'plain'}:p")
@@ -415,8 +479,12 @@ def test_references_need_gzip_layers(convert, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("way", ["--fs-version 5", "--batch-size 64K", "--oci-ref", "--compressor lz4_block"])
 def test_threads_change_nothing(convert, image: Path, tmp_path: Path, way: str) -> None:
-    digests = {convert(f"oci:{image}:t", f"oci:{tmp_path / f'out{threads}'}:x", *way.split(), "--threads", threads)
-               ["manifest_digest"] for threads in (1, 2, 7)}
+    digests = {
+        convert(f"oci:{image}:t", f"oci:{tmp_path / f'out{threads}'}:x", *way.split(), "--threads", threads)[
+            "manifest_digest"
+        ]
+        for threads in (1, 2, 7)
+    }
     assert len(digests) == 1
 
 
@@ -443,15 +511,28 @@ def test_a_killed_run_goes_on_where_it_was(convert, image: Path, registry: Local
     registry.clear_log()
 
     def stored() -> list[str]:
-        return [one.path.rpartition("sha256")[2][-64:] for one in registry.requests()
-                if one.method == "PUT" and "/blobs/uploads/" in one.path and one.status == 201]
+        return [
+            one.path.rpartition("sha256")[2][-64:]
+            for one in registry.requests()
+            if one.method == "PUT" and "/blobs/uploads/" in one.path and one.status == 201
+        ]
 
     with FaultyServer(upstream=registry.host) as front:
         target = f"docker://{front.host}/killed/a:1"
         front.inject("delay", seconds=60, match=f"digest={second}", times=-1)
         process = subprocess.Popen(
-            [sys.executable, "-m", "virtiofsd_nydus.cli.main", "convert", f"oci:{image}:t", target, "--work-dir",
-             str(tmp_path)], env={**os.environ, "DOCKER_CONFIG": str(tmp_path)})
+            [
+                sys.executable,
+                "-m",
+                "virtiofsd_nydus.cli.main",
+                "convert",
+                f"oci:{image}:t",
+                target,
+                "--work-dir",
+                str(tmp_path),
+            ],
+            env={**os.environ, "DOCKER_CONFIG": str(tmp_path)},
+        )
         deadline = time.monotonic() + 60
         while first[7:] not in stored() or sum(one.method == "POST" for one in front.requests) < 2:
             assert time.monotonic() < deadline and process.poll() is None
@@ -460,13 +541,15 @@ def test_a_killed_run_goes_on_where_it_was(convert, image: Path, registry: Local
         process.wait()
         front.heal()
         (left,) = tmp_path.glob("virtiofsd-nydus-convert-*")
-        with make_work_folder(tmp_path) as other:       # of a run that lives: the next one leaves it alone
+        with make_work_folder(tmp_path) as other:  # of a run that lives: the next one leaves it alone
             assert not left.exists()
             result = convert(f"oci:{image}:t", target, "--work-dir", tmp_path)
             assert list(tmp_path.glob("virtiofsd-nydus-convert-*")) == [other]
         assert not other.exists()
-        blobs = stored()    # before the front ends, which lets go of what the killed run sent
+        blobs = stored()  # before the front ends, which lets go of what the killed run sent
     assert result["manifest_digest"] == told["manifest_digest"]
     assert {layer["blob_digest"]: layer["pushed"] for layer in result["layers"] if layer["blob_digest"]} == {
-        first: False, second: True}
+        first: False,
+        second: True,
+    }
     assert {first[7:], second[7:]} <= set(blobs) and len(blobs) == len(set(blobs))

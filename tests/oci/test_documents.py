@@ -19,16 +19,28 @@ GOOD = {"mediaType": "x", "digest": DIGEST, "size": 5}
 LINUX = Platform("linux", "amd64")
 
 
-@pytest.mark.parametrize("value", [
-    None, [], "x", 5, {}, {"schemaVersion": 1}, {"schemaVersion": 2}, {"schemaVersion": 2, "layers": []},
-    {"schemaVersion": 2, "layers": {}, "config": GOOD}, {"schemaVersion": 2, "layers": [], "config": 5},
-    {"schemaVersion": 2, "layers": [], "config": {**GOOD, "size": -1}},
-    {"schemaVersion": 2, "layers": [], "config": {**GOOD, "size": "5"}},
-    {"schemaVersion": 2, "layers": [], "config": {**GOOD, "size": True}},
-    {"schemaVersion": 2, "layers": [], "config": {**GOOD, "digest": "sha256:../../etc/passwd"}},
-    {"schemaVersion": 2, "layers": [], "config": {**GOOD, "digest": DIGEST.upper()}},
-    {"schemaVersion": 2, "layers": [{**GOOD, "annotations": {"a": 1}}], "config": GOOD},
-    {"schemaVersion": 2, "layers": [None], "config": GOOD}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        [],
+        "x",
+        5,
+        {},
+        {"schemaVersion": 1},
+        {"schemaVersion": 2},
+        {"schemaVersion": 2, "layers": []},
+        {"schemaVersion": 2, "layers": {}, "config": GOOD},
+        {"schemaVersion": 2, "layers": [], "config": 5},
+        {"schemaVersion": 2, "layers": [], "config": {**GOOD, "size": -1}},
+        {"schemaVersion": 2, "layers": [], "config": {**GOOD, "size": "5"}},
+        {"schemaVersion": 2, "layers": [], "config": {**GOOD, "size": True}},
+        {"schemaVersion": 2, "layers": [], "config": {**GOOD, "digest": "sha256:../../etc/passwd"}},
+        {"schemaVersion": 2, "layers": [], "config": {**GOOD, "digest": DIGEST.upper()}},
+        {"schemaVersion": 2, "layers": [{**GOOD, "annotations": {"a": 1}}], "config": GOOD},
+        {"schemaVersion": 2, "layers": [None], "config": GOOD},
+    ],
+)
 def test_manifests_that_are_none(value: object) -> None:
     data = json.dumps(value).encode()
     with pytest.raises(Failure, match="image X") as caught:
@@ -36,8 +48,9 @@ def test_manifests_that_are_none(value: object) -> None:
     assert caught.value.cause is Cause.FORMAT
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b"null", b'{"manifests": 5}',
-                                  b'{"manifests": [5]}'])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b"null", b'{"manifests": 5}', b'{"manifests": [5]}']
+)
 def test_indexes_that_are_none(data: bytes) -> None:
     with pytest.raises(Failure):
         parse_index(data, "index X")
@@ -48,15 +61,18 @@ def test_an_index_that_names_itself_ends(tmp_path: Path) -> None:
         name = "loop"
 
         def get_manifest(self, version: str) -> tuple[bytes, str]:
-            return json.dumps({"manifests": [{**GOOD, "platform": {"os": "linux", "architecture": "amd64"}}]}
-                              ).encode(), "application/vnd.oci.image.index.v1+json"
+            return json.dumps(
+                {"manifests": [{**GOOD, "platform": {"os": "linux", "architecture": "amd64"}}]}
+            ).encode(), "application/vnd.oci.image.index.v1+json"
 
     with pytest.raises(Failure):
-        find_manifest(Store(), "t", LINUX, nydus=True)      # type: ignore[arg-type]
+        find_manifest(Store(), "t", LINUX, nydus=True)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("pieces", "right"), [
-    ([b"ab", b"", b"cde"], True), ([b"abcd"], False), ([b"abcde", b"f"], False), ([b"abcdx"], False), ([], False)])
+@pytest.mark.parametrize(
+    ("pieces", "right"),
+    [([b"ab", b"", b"cde"], True), ([b"abcd"], False), ([b"abcde", b"f"], False), ([b"abcdx"], False), ([], False)],
+)
 def test_verified_reader(pieces: list[bytes], right: bool) -> None:
     told: list[int] = []
     descriptor = Descriptor("", digest_of(b"abcde"), 5)
@@ -114,21 +130,37 @@ def make_archive(path: Path, members: dict[str, bytes | str]) -> DockerArchiveSt
 
 def test_docker_archive_with_linked_layers(tmp_path: Path) -> None:
     """As docker before 25 wrote it: a directory a layer, layers that occur twice are links."""
-    store = make_archive(tmp_path / "a.tar", {
-        "one/layer.tar": LAYERS[1], "two/layer.tar": "../one/layer.tar", "c.json": b'{"os":"linux"}',
-        "manifest.json": json.dumps([{"Config": "c.json", "RepoTags": ["x:y"],
-                                      "Layers": ["one/layer.tar", "two/layer.tar"]}]).encode()})
+    store = make_archive(
+        tmp_path / "a.tar",
+        {
+            "one/layer.tar": LAYERS[1],
+            "two/layer.tar": "../one/layer.tar",
+            "c.json": b'{"os":"linux"}',
+            "manifest.json": json.dumps(
+                [{"Config": "c.json", "RepoTags": ["x:y"], "Layers": ["one/layer.tar", "two/layer.tar"]}]
+            ).encode(),
+        },
+    )
     manifest = find_manifest(store, "", LINUX, nydus=False)
     assert [one.digest for one in manifest.layers] == [digest_of(LAYERS[1])] * 2
     for descriptor, data in ((manifest.layers[1], LAYERS[1]), (manifest.config, b'{"os":"linux"}')):
         assert VerifiedReader(store.read_blob(descriptor), descriptor, "x").readall() == data
 
 
-@pytest.mark.parametrize("members", [
-    {}, {"manifest.json": b"{"}, {"manifest.json": b"[]"}, {"manifest.json": b"[{},{}]"}, {"manifest.json": b"[5]"},
-    {"manifest.json": b'[{"Config":"c","Layers":["l"]}]'}, {"manifest.json": b'[{"Config":"c","Layers":5}]', "c": b""},
-    {"manifest.json": b'[{"Config":"c","Layers":["l"]}]', "c": b"", "l": "l"},
-    {"manifest.json": "c", "c": "manifest.json"}])
+@pytest.mark.parametrize(
+    "members",
+    [
+        {},
+        {"manifest.json": b"{"},
+        {"manifest.json": b"[]"},
+        {"manifest.json": b"[{},{}]"},
+        {"manifest.json": b"[5]"},
+        {"manifest.json": b'[{"Config":"c","Layers":["l"]}]'},
+        {"manifest.json": b'[{"Config":"c","Layers":5}]', "c": b""},
+        {"manifest.json": b'[{"Config":"c","Layers":["l"]}]', "c": b"", "l": "l"},
+        {"manifest.json": "c", "c": "manifest.json"},
+    ],
+)
 def test_docker_archives_that_are_none(tmp_path: Path, members: dict) -> None:
     with pytest.raises(Failure, match=r"a\.tar") as caught:
         make_archive(tmp_path / "a.tar", members).get_manifest("")

@@ -22,8 +22,9 @@ def references(convert, image: Path, registry: LocalRegistry, tmp_path: Path) ->
 
 
 def test_resolve(references: list[str], tmp_path: Path) -> None:
-    found = [resolve_image(reference, cache_dir=tmp_path / f"cache{index}")
-             for index, reference in enumerate(references)]
+    found = [
+        resolve_image(reference, cache_dir=tmp_path / f"cache{index}") for index, reference in enumerate(references)
+    ]
     assert found[0].manifest_digest == found[1].manifest_digest
     assert found[0].bootstrap.read_bytes() == found[1].bootstrap.read_bytes()
     assert found[0].blobs == found[1].blobs and len(found[0].blobs) == 2

@@ -33,14 +33,37 @@ def mounted(image: NydusImage, directory: Path) -> Iterator[Path]:
     mount.mkdir()
     work_dir.mkdir()
     config = directory / "nydusd.json"
-    config.write_text(json.dumps({
-        "device": {"backend": image.backend_config(),
-                   "cache": {"type": "blobcache", "validate": True, "config": {"work_dir": str(work_dir)}}},
-        "mode": "direct", "digest_validate": False, "enable_xattr": True}))
+    config.write_text(
+        json.dumps(
+            {
+                "device": {
+                    "backend": image.backend_config(),
+                    "cache": {"type": "blobcache", "validate": True, "config": {"work_dir": str(work_dir)}},
+                },
+                "mode": "direct",
+                "digest_validate": False,
+                "enable_xattr": True,
+            }
+        )
+    )
     log = directory / "nydusd.log"
     with log.open("wb") as out:
-        process = subprocess.Popen([NYDUSD, "fuse", "--config", str(config), "--bootstrap", str(image.bootstrap),
-                                    "--mountpoint", str(mount), "--rlimit-nofile", "0"], stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [
+                NYDUSD,
+                "fuse",
+                "--config",
+                str(config),
+                "--bootstrap",
+                str(image.bootstrap),
+                "--mountpoint",
+                str(mount),
+                "--rlimit-nofile",
+                "0",
+            ],
+            stdout=out,
+            stderr=out,
+        )
     try:
         deadline = time.monotonic() + 30
         while not mount.is_mount() and process.poll() is None and time.monotonic() < deadline:
@@ -53,11 +76,21 @@ def mounted(image: NydusImage, directory: Path) -> Iterator[Path]:
 
 
 WAYS = [
-    *(f"--fs-version {version} --compressor {compressor} --digester {digester} --chunk-size {size}"
-      for version in (5, 6) for compressor in ("none", "lz4_block", "zstd") for digester in ("blake3", "sha256")
-      for size in ("64K", "1M")),
-    "--fs-version 5 --aligned-chunk", "--batch-size 64K", "--batch-size 1M --compressor lz4_block --chunk-size 2M",
-    "--encrypt", "--encrypt --compressor none", "--encrypt --batch-size 64K", "--oci-ref", "--oci-ref --chunk-size 64K",
+    *(
+        f"--fs-version {version} --compressor {compressor} --digester {digester} --chunk-size {size}"
+        for version in (5, 6)
+        for compressor in ("none", "lz4_block", "zstd")
+        for digester in ("blake3", "sha256")
+        for size in ("64K", "1M")
+    ),
+    "--fs-version 5 --aligned-chunk",
+    "--batch-size 64K",
+    "--batch-size 1M --compressor lz4_block --chunk-size 2M",
+    "--encrypt",
+    "--encrypt --compressor none",
+    "--encrypt --batch-size 64K",
+    "--oci-ref",
+    "--oci-ref --chunk-size 64K",
 ]
 
 
@@ -72,7 +105,7 @@ def test_nydusd_serves_what_convert_pushed(convert, image: Path, tmp_path: Path,
         with mounted(found, tmp_path) as root:
             assert sorted(path.name for path in (root / "etc").iterdir()) == ["hosts", "two"]
             assert (root / "big").read_bytes() == (root / "copy").read_bytes() == BIG
-            assert (root / "again").read_bytes() == BIG[:2 << 20]
+            assert (root / "again").read_bytes() == BIG[: 2 << 20]
             assert [(root / f"small{index}").read_bytes() for index in range(len(SMALL))] == SMALL
             assert (root / "link").readlink() == Path("etc/hosts")
             assert (root / "copy").stat().st_mode & 0o777 == 0o600
@@ -85,8 +118,11 @@ def check_metas(registry: LocalRegistry, result: dict, work_dir: Path) -> None:
     if "manifests" in manifest:
         manifest = json.loads(registry.blob_file(manifest["manifests"][1]["digest"][7:]).read_bytes())
     with tarfile.open(registry.blob_file(manifest["layers"][-1]["digest"][7:])) as archive:
-        metas = {Path(one.name).name: archive.extractfile(one).read()   # type: ignore[union-attr]
-                 for one in archive if one.name.endswith(".blob.meta")}
+        metas = {
+            Path(one.name).name: archive.extractfile(one).read()  # type: ignore[union-attr]
+            for one in archive
+            if one.name.endswith(".blob.meta")
+        }
     assert bool(metas) == (manifest["layers"][-1]["annotations"]["containerd.io/snapshot/nydus-fs-version"] == "6")
     for name, data in metas.items():
         assert (work_dir / name).read_bytes() == data

@@ -20,14 +20,23 @@ from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 pytestmark = pytest.mark.peer
 
-FILES = {"etc/hosts": b"hosts\n", "etc/two": b"two\n", "again": BIG[:2 << 20], "big": BIG, "copy": BIG,
-         **{f"small{index}": data for index, data in enumerate(SMALL)}}
+FILES = {
+    "etc/hosts": b"hosts\n",
+    "etc/two": b"two\n",
+    "again": BIG[: 2 << 20],
+    "big": BIG,
+    "copy": BIG,
+    **{f"small{index}": data for index, data in enumerate(SMALL)},
+}
 
 
 @contextmanager
 def serving(reference: str, cache_dir: Path, **options: object) -> Iterator[tuple[NydusDaemon, FakeGuest]]:
-    with prepare_image(reference, cache_dir=cache_dir, **options) as prepared, \
-            NydusDaemon(prepared.daemon_options) as daemon, FakeGuest(daemon.socket_path, queue_size=64) as guest:
+    with (
+        prepare_image(reference, cache_dir=cache_dir, **options) as prepared,
+        NydusDaemon(prepared.daemon_options) as daemon,
+        FakeGuest(daemon.socket_path, queue_size=64) as guest,
+    ):
         guest.fuse.init()
         yield daemon, guest
 
@@ -46,14 +55,14 @@ def wait_for_log(daemon: NydusDaemon, word: str) -> None:
 
 @pytest.mark.parametrize("compressor", ["zstd", "lz4_block", "none"])
 @pytest.mark.parametrize("place", ["registry", "layout"])
-def test_every_file(convert, image: Path, registry: LocalRegistry, tmp_path: Path, compressor: str,
-                    place: str) -> None:
+def test_every_file(convert, image: Path, registry: LocalRegistry, tmp_path: Path, compressor: str, place: str) -> None:
     reference = f"oci:{tmp_path / 'out'}:n" if place == "layout" else f"docker://{registry.host}/served/{compressor}:n"
     convert(f"oci:{image}:t", reference, "--compressor", compressor)
     with serving(reference, tmp_path / "cache") as (_, guest):
         read_everything(guest)
-        assert sorted(entry.name for entry in guest.fuse.readdir(guest.fuse.walk("etc").nodeid)
-                      if entry.name not in (b".", b"..")) == [b"hosts", b"two"]
+        assert sorted(
+            entry.name for entry in guest.fuse.readdir(guest.fuse.walk("etc").nodeid) if entry.name not in (b".", b"..")
+        ) == [b"hosts", b"two"]
 
 
 @pytest.fixture
@@ -77,8 +86,9 @@ def test_what_is_cached_is_not_fetched(reference: str, registry: LocalRegistry, 
     assert registry.blob_bytes() < 2000
 
 
-def test_two_daemons_at_once_fetch_each_chunk_once(convert, image: Path, reference: str, registry: LocalRegistry,
-                                                   tmp_path: Path) -> None:
+def test_two_daemons_at_once_fetch_each_chunk_once(
+    convert, image: Path, reference: str, registry: LocalRegistry, tmp_path: Path
+) -> None:
     blob_bytes = convert(f"oci:{image}:t", reference)["target_bytes"]
     registry.clear_log()
     failed: list[BaseException] = []
@@ -138,8 +148,9 @@ def test_a_login_that_is_refused_later(convert, image: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("compressor", ["zstd", "lz4_block", "none"])
-def test_a_flipped_byte_never_arrives(convert, image: Path, registry: LocalRegistry, tmp_path: Path,
-                                      compressor: str) -> None:
+def test_a_flipped_byte_never_arrives(
+    convert, image: Path, registry: LocalRegistry, tmp_path: Path, compressor: str
+) -> None:
     reference = f"docker://{registry.host}/served/flip-{compressor}:n"
     convert(f"oci:{image}:t", reference, "--compressor", compressor)
     with FaultyServer(upstream=registry.host) as front:

@@ -14,9 +14,25 @@ PROTECTIONS = ("protected_fifos", "protected_hardlinks", "protected_regular", "p
 def build(output: Path) -> Path:
     """A static program: it runs in the guest's initramfs too."""
     program = output / "exercise"
-    subprocess.run([os.environ.get("CC", "cc"), "-std=c11", "-D_GNU_SOURCE", "-O1", "-Wall", "-Wextra", "-Wshadow",
-                    "-Werror", "-Wno-unused-parameter", "-Wno-unused-result", "-static", "-o", str(program),
-                    *map(str, sorted(SOURCES.glob("*.c")))], check=True)
+    subprocess.run(
+        [
+            os.environ.get("CC", "cc"),
+            "-std=c11",
+            "-D_GNU_SOURCE",
+            "-O1",
+            "-Wall",
+            "-Wextra",
+            "-Wshadow",
+            "-Werror",
+            "-Wno-unused-parameter",
+            "-Wno-unused-result",
+            "-static",
+            "-o",
+            str(program),
+            *map(str, sorted(SOURCES.glob("*.c"))),
+        ],
+        check=True,
+    )
     return program
 
 

@@ -37,15 +37,27 @@ class GateFs:
     def __enter__(self) -> Self:
         self.fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         os.set_inheritable(self.fd, True)
-        subprocess.run(["mount", "-i", "-t", "fuse", "-o",
-                        f"fd={self.fd},rootmode=40755,user_id=0,group_id=0,allow_other", "gate", str(self.mountpoint)],
-                       check=True, pass_fds=[self.fd])
+        subprocess.run(
+            [
+                "mount",
+                "-i",
+                "-t",
+                "fuse",
+                "-o",
+                f"fd={self.fd},rootmode=40755,user_id=0,group_id=0,allow_other",
+                "gate",
+                str(self.mountpoint),
+            ],
+            check=True,
+            pass_fds=[self.fd],
+        )
         self.thread = threading.Thread(target=self.serve, daemon=True)
         self.thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.open()
         subprocess.run(["umount", "-l", str(self.mountpoint)], check=False)
         self.thread.join(10)
@@ -69,10 +81,10 @@ class GateFs:
         while True:
             try:
                 request = os.read(self.fd, REQUEST_BYTES)
-            except OSError:     # unmounted
+            except OSError:  # unmounted
                 return
             _, opcode, unique, node, *_ = fc.IN_HEADER.unpack_from(request)
-            body = request[fc.IN_HEADER.size:]
+            body = request[fc.IN_HEADER.size :]
             with self.state:
                 if not self.is_open and opcode in (fc.READ, fc.WRITE):
                     self.kept.append((opcode, unique, body))
@@ -91,14 +103,14 @@ class GateFs:
         elif opcode in (fc.GETATTR, fc.SETATTR):
             reply = struct.pack("=QII", 0, 0, 0) + attr_bytes(node, len(self.data))
         elif opcode in (fc.OPEN, fc.OPENDIR):
-            reply = struct.pack("=QII", 1, 1, 0)        # DIRECT_IO: each read and write is asked
+            reply = struct.pack("=QII", 1, 1, 0)  # DIRECT_IO: each read and write is asked
         elif opcode == fc.READ:
             _, offset, size, *_ = fc.READ_IN.unpack_from(body)
-            reply = bytes(self.data[offset:offset + size])
+            reply = bytes(self.data[offset : offset + size])
         elif opcode == fc.WRITE:
             _, offset, size, *_ = fc.WRITE_IN.unpack_from(body)
             self.data.extend(bytes(max(0, offset - len(self.data))))
-            self.data[offset:offset + size] = body[fc.WRITE_IN.size:]
+            self.data[offset : offset + size] = body[fc.WRITE_IN.size :]
             reply = struct.pack("=II", size, 0)
         elif opcode == fc.STATFS_OP:
             reply = fc.STATFS.pack(0, 0, 0, 0, 0, 4096, 255, 4096, 0)
@@ -106,5 +118,5 @@ class GateFs:
             error = -38
         try:
             os.write(self.fd, OUT_HEADER.pack(OUT_HEADER.size + len(reply), error, unique) + reply)
-        except OSError:         # its asker is gone
+        except OSError:  # its asker is gone
             pass

@@ -22,9 +22,22 @@ class PassthroughMount:
     def __enter__(self) -> Self:
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [*self.wrapper, sys.executable, "-m", "virtiofsd_nydus.cli.main", "fuse", "--mountpoint",
-                 str(self.mountpoint), "--apisock", str(self.api), "--writable"],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                [
+                    *self.wrapper,
+                    sys.executable,
+                    "-m",
+                    "virtiofsd_nydus.cli.main",
+                    "fuse",
+                    "--mountpoint",
+                    str(self.mountpoint),
+                    "--apisock",
+                    str(self.api),
+                    "--writable",
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         try:
             wait_until(self._share, "the daemon's start")
         except BaseException:
@@ -36,8 +49,11 @@ class PassthroughMount:
         assert self.process.poll() is None, self.log_path.read_text()
         connection = UnixConnection(self.api, WAIT_SECONDS)
         try:
-            connection.request("POST", "/api/v1/mount?mountpoint=/",
-                               f'{{"fs_type": "passthrough_fs", "source": "{self.source}", "config": ""}}')
+            connection.request(
+                "POST",
+                "/api/v1/mount?mountpoint=/",
+                f'{{"fs_type": "passthrough_fs", "source": "{self.source}", "config": ""}}',
+            )
             answer = connection.getresponse()
             assert answer.status == 204, answer.read()
             return True
@@ -46,8 +62,9 @@ class PassthroughMount:
         finally:
             connection.close()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         subprocess.run(["umount", str(self.mountpoint)], check=False, capture_output=True)
         self.process.terminate()
         try:

@@ -2,8 +2,18 @@
 
 from pathlib import Path
 
-KEPT_NAMES = {"CHOWN": 0, "DAC_OVERRIDE": 1, "DAC_READ_SEARCH": 2, "FOWNER": 3, "FSETID": 4, "SETGID": 6, "SETUID": 7,
-              "SYS_ADMIN": 21, "MKNOD": 27, "SETFCAP": 31}
+KEPT_NAMES = {
+    "CHOWN": 0,
+    "DAC_OVERRIDE": 1,
+    "DAC_READ_SEARCH": 2,
+    "FOWNER": 3,
+    "FSETID": 4,
+    "SETGID": 6,
+    "SETUID": 7,
+    "SYS_ADMIN": 21,
+    "MKNOD": 27,
+    "SETFCAP": 31,
+}
 KEPT = sum(1 << number for number in KEPT_NAMES.values())
 
 

@@ -37,8 +37,9 @@ class Api:
         return answer.status, json.loads(raw) if raw else None
 
     def mount(self, path: str, kind: str, source: Path, config: str = "", method: str = "POST") -> tuple[int, Any]:
-        return self.call(method, f"/api/v1/mount?mountpoint={path}",
-                         {"fs_type": kind, "source": str(source), "config": config})
+        return self.call(
+            method, f"/api/v1/mount?mountpoint={path}", {"fs_type": kind, "source": str(source), "config": config}
+        )
 
     def umount(self, path: str) -> tuple[int, Any]:
         return self.call("DELETE", f"/api/v1/mount?mountpoint={path}")
@@ -46,7 +47,7 @@ class Api:
 
 def connect_api(daemon: NydusDaemon) -> Api:
     api = Api(daemon)
-    while True:     # the API socket is there once the daemon runs; the process's end ends this, too
+    while True:  # the API socket is there once the daemon runs; the process's end ends this, too
         try:
             api.call("GET", "/api/v1/daemon")
             return api
@@ -67,15 +68,20 @@ def make_image(base: Path, name: str, text: str) -> tuple[Path, str]:
     tree.mkdir()
     (tree / "which").write_text(text)
     image = build_image(tree, base / name)
-    return image.bootstrap, json.dumps({
-        "device": {"backend": {"type": "localfs", "config": {"dir": str(image.blob_dir)}},
-                   "cache": {"type": "blobcache", "config": {"work_dir": str(base / "cache")}}},
-        "mode": "direct"})
+    return image.bootstrap, json.dumps(
+        {
+            "device": {
+                "backend": {"type": "localfs", "config": {"dir": str(image.blob_dir)}},
+                "cache": {"type": "blobcache", "config": {"work_dir": str(base / "cache")}},
+            },
+            "mode": "direct",
+        }
+    )
 
 
 def test_words_and_statuses(api: Api, tmp_path: Path) -> None:
     bootstrap, config = make_image(tmp_path, "image", "one")
-    missing = 'QueryString("\'mountpoint\' should be specified in query string")'
+    missing = "QueryString(\"'mountpoint' should be specified in query string\")"
 
     def error(answer: tuple[int, Any]) -> tuple[int, str]:
         assert answer[1]["code"] == "UNDEFINED"
@@ -90,9 +96,13 @@ def test_words_and_statuses(api: Api, tmp_path: Path) -> None:
     assert error(api.umount("/none")) == (500, absent)
     assert error(api.mount("/none", "rafs", bootstrap, config, "PUT")) == (500, absent)
     assert error(api.mount("/containers", "rafs", bootstrap, config, "PUT")) == (
-        500, OTHER.format('"filesystem type mismatch, expect RAFS"'))
-    assert error(api.mount("/b", "nfs", tmp_path)) == (500, OTHER.format(
-        "\"invalid argument `only 'rafs' and 'passthrough_fs' are supported, but nfs was specified`\""))
+        500,
+        OTHER.format('"filesystem type mismatch, expect RAFS"'),
+    )
+    assert error(api.mount("/b", "nfs", tmp_path)) == (
+        500,
+        OTHER.format("\"invalid argument `only 'rafs' and 'passthrough_fs' are supported, but nfs was specified`\""),
+    )
     assert api.mount("/b", "passthroughfs", tmp_path / "absent")[0] == 500
     assert api.mount("/b", "rafs", tmp_path / "absent", config)[0] == 500
     assert error(api.call("POST", "/api/v1/mount", "{}")) == (400, missing)
@@ -103,7 +113,9 @@ def test_words_and_statuses(api: Api, tmp_path: Path) -> None:
     assert error(api.call("GET", "/api/v1/nothing")) == (404, "NoRoute")
     collection = api.call("GET", "/api/v1/daemon")[1]["backend_collection"]
     assert {path: entry["backend_type"] for path, entry in collection.items()} == {
-        "/a": "Rafs", "/containers": "PassthroughFs"}
+        "/a": "Rafs",
+        "/containers": "PassthroughFs",
+    }
     assert api.call("DELETE", "/api/v1/mount?mountpoint=%2Fa") == (204, None)
     assert api.umount("/containers") == (204, None)
 
@@ -234,15 +246,20 @@ def test_top_of_runtime_rs_is_kept(api: Api, tmp_path: Path) -> None:
             passthrough = fuse.lookup(top, b"passthrough").nodeid
             bound = fuse.lookup(passthrough, b"c1").nodeid
             for node in (top, passthrough):
-                for call in (lambda at=node: fuse.mkdir(at, b"x"), lambda at=node: fuse.symlink(at, b"x", b"/"),
-                             lambda at=node: fuse.create(at, b"x"), lambda at=node: fuse.rename(bound, b"a", at, b"x"),
-                             lambda at=node: fuse.rmdir(at, b"passthrough"), lambda at=node: fuse.unlink(at, b"c1")):
+                for call in (
+                    lambda at=node: fuse.mkdir(at, b"x"),
+                    lambda at=node: fuse.symlink(at, b"x", b"/"),
+                    lambda at=node: fuse.create(at, b"x"),
+                    lambda at=node: fuse.rename(bound, b"a", at, b"x"),
+                    lambda at=node: fuse.rmdir(at, b"passthrough"),
+                    lambda at=node: fuse.unlink(at, b"c1"),
+                ):
                     with pytest.raises(OSError, match=rf"\[Errno {errno.EROFS}\]"):
                         call()
             fuse.create(bound, b"allowed")
             assert (volume / "allowed").exists()
             assert api.umount("/containers")[0] == 204
-            subprocess.run(["umount", str(rw / "passthrough" / "c1")], check=True)    # nothing pins it
+            subprocess.run(["umount", str(rw / "passthrough" / "c1")], check=True)  # nothing pins it
     finally:
         subprocess.run(["umount", "-l", str(rw / "passthrough" / "c1")], capture_output=True)
 
@@ -261,12 +278,15 @@ def test_other_routes(api: Api, tmp_path: Path) -> None:
     status, facts = api.call("GET", "/api/v1/daemon/backend?mountpoint=/a")
     assert status == 200 and facts["magic"] == 0xE0F5E1E2 and facts["chunk_size"] >= 4096
     assert api.call("GET", "/api/v1/daemon/backend?mountpoint=/b")[1]["message"] == (
-        "FsBackendInfo(Metrics(Daemon(Other(\"object or filesystem doesn't exist\"))))")
+        'FsBackendInfo(Metrics(Daemon(Other("object or filesystem doesn\'t exist"))))'
+    )
     status, events = api.call("GET", "/api/v1/daemon/events")
     assert status == 200 and events["errors"] == [] and events["max_errors"] == 500
-    for method, target, body in (("PUT", "/api/v2/blobs", '{"type": "bootstrap", "id": "x"}'),
-                                 ("DELETE", "/api/v2/blobs?domain_id=x", None),
-                                 ("PUT", "/api/v1/daemon/fuse/sendfd", None)):
+    for method, target, body in (
+        ("PUT", "/api/v2/blobs", '{"type": "bootstrap", "id": "x"}'),
+        ("DELETE", "/api/v2/blobs?domain_id=x", None),
+        ("PUT", "/api/v1/daemon/fuse/sendfd", None),
+    ):
         assert api.call(method, target, body)[0] == 501
 
 
@@ -278,8 +298,11 @@ def test_own_routes_are_described(api: Api) -> None:
     from virtiofsd_nydus.daemon.api import ROUTES
 
     described = json.loads(OPENAPI.read_text())["paths"]
-    ours = {path: {method.lower() for method in methods} for path, methods in ROUTES.items()
-            if path.startswith("/api/ext/v1/")}
+    ours = {
+        path: {method.lower() for method in methods}
+        for path, methods in ROUTES.items()
+        if path.startswith("/api/ext/v1/")
+    }
     assert {path: set(methods) for path, methods in described.items()} == ours
     for path, methods in described.items():
         content = methods["get"]["responses"]["200"]["content"] if "get" in methods else {}
@@ -300,6 +323,6 @@ def test_guests_share_a_directory(api: Api, tmp_path: Path) -> None:
             assert second.fuse.walk("containers/file").nodeid == entry.nodeid
         assert first.fuse.write(entry.nodeid, handle, 0, b"still") == 5
     share = {}
-    while share.get("files") != 0:      # the hang-up is noticed by itself; the test's time limit ends this
+    while share.get("files") != 0:  # the hang-up is noticed by itself; the test's time limit ends this
         share = api.daemon.stats()["shares"]["/containers"]
     assert share["inodes"] == 1

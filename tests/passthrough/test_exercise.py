@@ -36,8 +36,13 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_on(program: Path, directory: Path, counts: tuple[int, int, int]) -> str:
-    return subprocess.run([str(program), *arguments(directory, SEED, counts)], check=True, capture_output=True,
-                          text=True, timeout=TIMEOUT_S).stdout
+    return subprocess.run(
+        [str(program), *arguments(directory, SEED, counts)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    ).stdout
 
 
 @pytest.fixture(params=[HANDLES, DESCRIPTORS])
@@ -66,9 +71,14 @@ def test_in_a_guest(program: Path, source: Path, daemon: NydusDaemon, tmp_path: 
     (source / "exercise").write_bytes(program.read_bytes())
     (source / "exercise").chmod(0o755)
     limits = [f"echo {Path('/proc/sys/fs', name).read_text().strip()} > /proc/sys/fs/{name}" for name in PROTECTIONS]
-    script = "; ".join(["mkdir -p /proc /run/share; [ -e /proc/self ] || mount -t proc proc /proc", *limits,
-                        "mount -t virtiofs vfs /run/share",
-                        "exec /run/share/exercise " + " ".join(arguments("/run/share/work", SEED, counts))])
+    script = "; ".join(
+        [
+            "mkdir -p /proc /run/share; [ -e /proc/self ] || mount -t proc proc /proc",
+            *limits,
+            "mount -t virtiofs vfs /run/share",
+            "exec /run/share/exercise " + " ".join(arguments("/run/share/work", SEED, counts)),
+        ]
+    )
     files = GuestFiles.find(busybox=True)
     deadline = Deadline(TIMEOUT_S if "EXERCISE_STEPS" in os.environ else GUEST_SECONDS, "the guest's exercise")
     with Machine(MachineConfig(files, [Share(daemon.socket_path)])) as machine:

@@ -22,9 +22,9 @@ def expect(number: int) -> Any:
 def test_init_flags(guest: object, fuse: FuseClient) -> None:
     reply = fuse.init()
     assert reply.max_write == 1 << 20 and reply.max_pages == 256
-    for bit in (3, 5, 12, 28):      # ATOMIC_O_TRUNC, BIG_WRITES, AUTO_INVAL_DATA, HANDLE_KILLPRIV_V2
+    for bit in (3, 5, 12, 28):  # ATOMIC_O_TRUNC, BIG_WRITES, AUTO_INVAL_DATA, HANDLE_KILLPRIV_V2
         assert reply.flags >> bit & 1, bit
-    assert not reply.flags >> 16 & 1    # WRITEBACK_CACHE: the host's files are not the guest's alone
+    assert not reply.flags >> 16 & 1  # WRITEBACK_CACHE: the host's files are not the guest's alone
 
 
 def test_create_write_read(source: Path, fuse: FuseClient) -> None:
@@ -171,7 +171,8 @@ def test_tmpfile(source: Path, fuse: FuseClient) -> None:
 @pytest.mark.parametrize("kind", ["file", "directory", "symlink", "device"])
 def test_xattrs_unmapped(source: Path, fuse: FuseClient, kind: str) -> None:
     node = {
-        "file": lambda: fuse.create(ROOT, b"x")[0], "directory": lambda: fuse.mkdir(ROOT, b"x"),
+        "file": lambda: fuse.create(ROOT, b"x")[0],
+        "directory": lambda: fuse.mkdir(ROOT, b"x"),
         "symlink": lambda: fuse.symlink(ROOT, b"x", b"nowhere"),
         "device": lambda: fuse.mknod(ROOT, b"x", stat.S_IFCHR | 0o600),
     }[kind]().nodeid
@@ -200,7 +201,7 @@ def test_space_and_places(source: Path, fuse: FuseClient) -> None:
     fuse.fallocate(node, handle, 0, 0, 1 << 20)
     assert (source / "f").stat().st_size == 1 << 20
     fuse.write(node, handle, 0, b"a" * 65536)
-    fuse.fallocate(node, handle, 3, 0, 32768)      # PUNCH_HOLE | KEEP_SIZE
+    fuse.fallocate(node, handle, 3, 0, 32768)  # PUNCH_HOLE | KEEP_SIZE
     assert fuse.read(node, 0, 65536, handle) == bytes(32768) + b"a" * 32768
     assert fuse.lseek(node, 0, os.SEEK_DATA, handle) == os.lseek(os.open(source / "f", os.O_RDONLY), 0, os.SEEK_DATA)
     with expect(errno.ENXIO):

@@ -59,8 +59,10 @@ def test_fuse_daemon(source: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_reduced_is_passed_over(source: Path) -> None:
     """Without CAP_SETPCAP the bounding set stays; no_new_privs makes it mean nothing."""
-    with WrappedDaemon(source, "--bounding-set", "-setpcap") as daemon, \
-            FakeGuest(daemon.socket_path, queue_size=64) as guest:
+    with (
+        WrappedDaemon(source, "--bounding-set", "-setpcap") as daemon,
+        FakeGuest(daemon.socket_path, queue_size=64) as guest,
+    ):
         use(guest.fuse)
         check_reduced(daemon.process.pid, bounding=False)
         assert held(thread_status(daemon.process.pid)[0], "CapBnd") & ~KEPT
@@ -85,10 +87,12 @@ def test_a_plain_user_is_left_alone() -> None:
     """fusermount3 is set-user-id: no_new_privs would end it."""
     if os.geteuid() != 0:
         pytest.skip("to be another user needs root")
-    program = ("import os\n"
-               "from virtiofsd_nydus.engine import reduce_privileges\n"
-               "os.setresuid(65534, 65534, 65534)\n"
-               "assert reduce_privileges() == ''\n"
-               "print(open('/proc/self/status').read())")
+    program = (
+        "import os\n"
+        "from virtiofsd_nydus.engine import reduce_privileges\n"
+        "os.setresuid(65534, 65534, 65534)\n"
+        "assert reduce_privileges() == ''\n"
+        "print(open('/proc/self/status').read())"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PROJECT)
     assert "NoNewPrivs:\t0" in done.stdout

@@ -96,9 +96,24 @@ def test_what_follows_a_names_end(tmp_path: Path, source: Path, fuse: FuseClient
     assert {p.name for p in tmp_path.iterdir()} == {"outside", "source"}
 
 
-@pytest.mark.parametrize("opcode, head", [
-    (fc.LOOKUP, 0), (fc.UNLINK, 0), (fc.RMDIR, 0), (fc.MKDIR, 8), (fc.MKNOD, 16), (fc.CREATE, 16), (fc.LINK, 8),
-    (fc.RENAME, 8), (fc.RENAME2, 16), (fc.SYMLINK, 0), (fc.GETXATTR, 8), (fc.SETXATTR, 8), (fc.REMOVEXATTR, 0)])
+@pytest.mark.parametrize(
+    "opcode, head",
+    [
+        (fc.LOOKUP, 0),
+        (fc.UNLINK, 0),
+        (fc.RMDIR, 0),
+        (fc.MKDIR, 8),
+        (fc.MKNOD, 16),
+        (fc.CREATE, 16),
+        (fc.LINK, 8),
+        (fc.RENAME, 8),
+        (fc.RENAME2, 16),
+        (fc.SYMLINK, 0),
+        (fc.GETXATTR, 8),
+        (fc.SETXATTR, 8),
+        (fc.REMOVEXATTR, 0),
+    ],
+)
 def test_names_without_an_end(source: Path, fuse: FuseClient, opcode: int, head: int) -> None:
     """Care 1 and 7: nothing is read beyond the request."""
     second = [b"n\0m"] if opcode in (fc.RENAME, fc.RENAME2, fc.SYMLINK) else []

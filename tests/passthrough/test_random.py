@@ -67,8 +67,10 @@ def describe(path: Path) -> tuple[Any, ...]:
     else:
         body = st.st_rdev
     nlink = 0 if stat.S_ISDIR(st.st_mode) else st.st_nlink
-    names = [(name, os.getxattr(path, name, follow_symlinks=False))
-             for name in sorted(os.listxattr(path, follow_symlinks=False))]
+    names = [
+        (name, os.getxattr(path, name, follow_symlinks=False))
+        for name in sorted(os.listxattr(path, follow_symlinks=False))
+    ]
     return st.st_mode, st.st_uid, st.st_gid, nlink, body, names
 
 
@@ -92,21 +94,27 @@ def test_names(source: Path, tmp_path: Path, fuse: FuseClient, seed: int) -> Non
         mode = chance.choice([0o644, 0o600, 0o4755, 0o2711])
         what = chance.randrange(11)
         if what == 0:
+
             def make(at: Path = path, bits: int = mode) -> None:
                 old = os.umask(0)
                 try:
                     os.close(os.open(at, os.O_CREAT | os.O_EXCL | os.O_RDWR, bits))
                 finally:
                     os.umask(old)
+
             pair = (make, lambda n=node, r=raw, m=mode: fuse.create(n, r, m, os.O_RDWR | os.O_EXCL) and None)
         elif what == 1:
             pair = (lambda p=path: p.unlink(), lambda n=node, r=raw: fuse.unlink(n, r))
         elif what == 2:
-            pair = (lambda p=path, o=other_path: p.rename(o) and None,
-                    lambda n=node, r=raw, m=other_node, o=other_raw: fuse.rename(n, r, m, o))
+            pair = (
+                lambda p=path, o=other_path: p.rename(o) and None,
+                lambda n=node, r=raw, m=other_node, o=other_raw: fuse.rename(n, r, m, o),
+            )
         elif what == 3:
-            pair = (lambda p=path, o=other_path: os.link(p, o, follow_symlinks=False),
-                    lambda n=node, r=raw, m=other_node, o=other_raw: fuse.link(fuse.lookup(n, r).nodeid, m, o) and None)
+            pair = (
+                lambda p=path, o=other_path: os.link(p, o, follow_symlinks=False),
+                lambda n=node, r=raw, m=other_node, o=other_raw: fuse.link(fuse.lookup(n, r).nodeid, m, o) and None,
+            )
         elif what == 4:
             pair = (lambda p=path: p.symlink_to("t"), lambda n=node, r=raw: fuse.symlink(n, r, b"t") and None)
         elif what == 5:
@@ -114,19 +122,29 @@ def test_names(source: Path, tmp_path: Path, fuse: FuseClient, seed: int) -> Non
         elif what == 6:
             pair = (lambda p=path: p.rmdir(), lambda n=node, r=raw: fuse.rmdir(n, r))
         elif what == 7:
-            pair = (lambda p=path: os.mknod(p, stat.S_IFCHR | 0o600, 0),
-                    lambda n=node, r=raw: fuse.mknod(n, r, stat.S_IFCHR | 0o600) and None)
+            pair = (
+                lambda p=path: os.mknod(p, stat.S_IFCHR | 0o600, 0),
+                lambda n=node, r=raw: fuse.mknod(n, r, stat.S_IFCHR | 0o600) and None,
+            )
         elif what == 8:
-            pair = (lambda p=path: os.chown(p, 5, 6, follow_symlinks=False),
-                    lambda n=node, r=raw: fuse.setattr(fuse.lookup(n, r).nodeid, fc.SET_UID | fc.SET_GID, uid=5,
-                                                       gid=6) and None)
+            pair = (
+                lambda p=path: os.chown(p, 5, 6, follow_symlinks=False),
+                lambda n=node, r=raw: (
+                    fuse.setattr(fuse.lookup(n, r).nodeid, fc.SET_UID | fc.SET_GID, uid=5, gid=6) and None
+                ),
+            )
         elif what == 9:
-            pair = (lambda p=path: os.setxattr(p, "trusted.x", b"1", follow_symlinks=False),
-                    lambda n=node, r=raw: fuse.setxattr(fuse.lookup(n, r).nodeid, b"trusted.x", b"1"))
+            pair = (
+                lambda p=path: os.setxattr(p, "trusted.x", b"1", follow_symlinks=False),
+                lambda n=node, r=raw: fuse.setxattr(fuse.lookup(n, r).nodeid, b"trusted.x", b"1"),
+            )
         else:
-            pair = (lambda p=path: (p.lstat().st_mode, p.lstat().st_nlink if not p.is_dir() else 0),
-                    lambda n=node, r=raw: (lambda a: (a.mode, a.nlink if not stat.S_ISDIR(a.mode) else 0))(
-                        fuse.lookup(n, r).attr))
+            pair = (
+                lambda p=path: (p.lstat().st_mode, p.lstat().st_nlink if not p.is_dir() else 0),
+                lambda n=node, r=raw: (lambda a: (a.mode, a.nlink if not stat.S_ISDIR(a.mode) else 0))(
+                    fuse.lookup(n, r).attr
+                ),
+            )
         expected, got = outcome(pair[0]), outcome(pair[1])
         assert got == expected, (step, what, path, other_path)
     assert tree(source) == tree(host.root)

@@ -49,7 +49,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + WAIT_S
     while not condition():
         assert time.monotonic() < deadline, what
-        time.sleep(0.02)    # between two polls; the deadline decides
+        time.sleep(0.02)  # between two polls; the deadline decides
 
 
 BAD_NAMES = [b"", b"/", b"a/b", b"/etc/passwd", b"../outside", b"..", b".", b"x" * 256]
@@ -61,11 +61,18 @@ def test_names_from_the_wire(tmp_path: Path, source: Path, fuse: FuseClient, nam
     (source / "f").write_text("f")
     node = fuse.lookup(ROOT, b"f").nodeid
     calls: list[Callable[[], object]] = [
-        lambda: fuse.mkdir(ROOT, name), lambda: fuse.mknod(ROOT, name, stat.S_IFREG | 0o644),
-        lambda: fuse.symlink(ROOT, name, b"x"), lambda: fuse.link(node, ROOT, name), lambda: fuse.create(ROOT, name),
-        lambda: fuse.unlink(ROOT, name), lambda: fuse.rmdir(ROOT, name),
-        lambda: fuse.rename(ROOT, name, ROOT, b"g"), lambda: fuse.rename(ROOT, b"f", ROOT, name),
-        lambda: fuse.rename(ROOT, name, ROOT, b"g", 0), lambda: fuse.rename(ROOT, b"f", ROOT, name, 2)]
+        lambda: fuse.mkdir(ROOT, name),
+        lambda: fuse.mknod(ROOT, name, stat.S_IFREG | 0o644),
+        lambda: fuse.symlink(ROOT, name, b"x"),
+        lambda: fuse.link(node, ROOT, name),
+        lambda: fuse.create(ROOT, name),
+        lambda: fuse.unlink(ROOT, name),
+        lambda: fuse.rmdir(ROOT, name),
+        lambda: fuse.rename(ROOT, name, ROOT, b"g"),
+        lambda: fuse.rename(ROOT, b"f", ROOT, name),
+        lambda: fuse.rename(ROOT, name, ROOT, b"g", 0),
+        lambda: fuse.rename(ROOT, b"f", ROOT, name, 2),
+    ]
     if name not in (b".", b".."):
         calls.append(lambda: fuse.lookup(ROOT, name))
     for call in calls:
@@ -99,8 +106,11 @@ def test_symlinks_are_data(tmp_path: Path, source: Path, fuse: FuseClient) -> No
         with expect(errno.ENOTDIR):
             call()
     link = fuse.lookup(ROOT, b"file").nodeid
-    for call in (lambda: fuse.open_flags(link, os.O_RDONLY), lambda: fuse.create(ROOT, b"file", flags=os.O_RDWR),
-                 lambda: fuse.setattr(link, fc.SET_SIZE, size=0)):
+    for call in (
+        lambda: fuse.open_flags(link, os.O_RDONLY),
+        lambda: fuse.create(ROOT, b"file", flags=os.O_RDWR),
+        lambda: fuse.setattr(link, fc.SET_SIZE, size=0),
+    ):
         with expect(errno.EBADF, errno.ELOOP, errno.EINVAL):
             call()
     (source / "d").mkdir()
@@ -149,15 +159,15 @@ def test_nodes_are_counted(source: Path, daemon: NydusDaemon, guest: FakeGuest) 
     body = struct.pack("=II", 49, 0) + b"".join(struct.pack("=QQ", node, 1) for node in nodes[1:])
     guest.hiprio.send_without_reply(fc.BATCH_FORGET, 0, body)
     guest.hiprio.forget(ROOT, 99)
-    guest.hiprio.forget(0xdead << 32, 1)
+    guest.hiprio.forget(0xDEAD << 32, 1)
     assert known() == 1
-    assert fuse.lookup(ROOT, b"f1").nodeid == nodes[1]     # the same number while the host's is the same
+    assert fuse.lookup(ROOT, b"f1").nodeid == nodes[1]  # the same number while the host's is the same
     assert fuse.getattr(ROOT).mode & stat.S_IFDIR
     fuse.init()
     assert known() == 1
 
 
-@only_handles       # a descriptor keeps the number from being given again
+@only_handles  # a descriptor keeps the number from being given again
 def test_a_number_taken_by_another_file(source: Path, fuse: FuseClient) -> None:
     """The host deletes a file and makes others: no node of the guest's turns into one of them unseen."""
     (source / "a").write_text("first")
@@ -194,7 +204,7 @@ class As:
 
 def test_new_objects_are_the_callers(source: Path, fuse: FuseClient) -> None:
     """Care 6: owner, group, mode without the daemon's umask, set-group-id directories."""
-    source.chmod(0o755)     # the guest's kernel has decided already, so the caller need not be allowed by its ids
+    source.chmod(0o755)  # the guest's kernel has decided already, so the caller need not be allowed by its ids
     with As(fuse, 1000, 1001):
         fuse.create(ROOT, b"f", 0o666)
         fuse.mkdir(ROOT, b"d", 0o777)
@@ -214,7 +224,7 @@ def test_new_objects_are_the_callers(source: Path, fuse: FuseClient) -> None:
         fuse.mkdir(d, b"sub", 0o755)
     inside, sub = (source / "d" / "f").stat(), (source / "d" / "sub").stat()
     assert (inside.st_uid, inside.st_gid) == (1000, 2000)
-    assert not inside.st_mode & stat.S_ISGID     # not a member: as the host does it
+    assert not inside.st_mode & stat.S_ISGID  # not a member: as the host does it
     assert sub.st_gid == 2000 and sub.st_mode & stat.S_ISGID
     fuse.create(ROOT, b"root")
     assert (source / "root").stat().st_uid == 0
@@ -249,7 +259,7 @@ def test_set_id_bits_are_cleared(source: Path, fuse: FuseClient) -> None:
     fuse.setattr(entry.nodeid, fc.SET_UID, uid=5)
     assert bits() == 0
     armed()
-    fuse.write(entry.nodeid, handle, 0, b"root")     # the daemon has its capability back
+    fuse.write(entry.nodeid, handle, 0, b"root")  # the daemon has its capability back
     assert bits() == 0o6000
 
 
@@ -291,7 +301,7 @@ def test_descriptors_are_bounded(tmp_path: Path, source: Path) -> None:
             for node in nodes:
                 opened.append((node, fuse.open_flags(node, os.O_RDONLY)))
         assert len(opened) > 200
-        for name in (b"one-more", b"f2999"):    # what cannot be given to the guest is not left on the host
+        for name in (b"one-more", b"f2999"):  # what cannot be given to the guest is not left on the host
             with expect(errno.ENFILE):
                 fuse.create(ROOT, name)
         assert not (source / "one-more").exists() and (source / "f2999").exists()
@@ -313,18 +323,22 @@ def test_descriptors_of_nodes_are_bounded(source: Path) -> None:
                 nodes.append(fuse.lookup(ROOT, f"f{i}".encode()).nodeid)
         assert 200 <= len(nodes) <= 256
         assert open_fds(daemon) < 400
-        assert fuse.lookup(ROOT, b"f0").nodeid == nodes[0]      # what is known is served on
+        assert fuse.lookup(ROOT, b"f0").nodeid == nodes[0]  # what is known is served on
         assert fuse.getattr(nodes[-1]).nlink == 1
-        listed = list(fuse.readdir(ROOT))       # entries without a node: each is looked up when somebody needs it
+        listed = list(fuse.readdir(ROOT))  # entries without a node: each is looked up when somebody needs it
         assert len(listed) == 602 and sum(e.entry is not None for e in listed) <= 256
         handle = fuse.open_flags(nodes[0], os.O_RDWR)
         assert fuse.write(nodes[0], handle, 0, b"x") == 1
-        for make in (lambda: fuse.create(ROOT, b"one-more"), lambda: fuse.mkdir(ROOT, b"one-more"),
-                     lambda: fuse.symlink(ROOT, b"one-more", b"x"), lambda: fuse.create(ROOT, b"f599"),
-                     lambda: fuse.mknod(ROOT, b"one-more", stat.S_IFREG | 0o644)):
+        for make in (
+            lambda: fuse.create(ROOT, b"one-more"),
+            lambda: fuse.mkdir(ROOT, b"one-more"),
+            lambda: fuse.symlink(ROOT, b"one-more", b"x"),
+            lambda: fuse.create(ROOT, b"f599"),
+            lambda: fuse.mknod(ROOT, b"one-more", stat.S_IFREG | 0o644),
+        ):
             with expect(errno.ENFILE):
                 make()
-        assert len(list(source.iterdir())) == 600       # neither more, which was refused, nor less
+        assert len(list(source.iterdir())) == 600  # neither more, which was refused, nor less
         assert fuse.create(ROOT, b"f0")[0].nodeid == nodes[0]
         fuse.release(nodes[0], handle)
         for node in nodes[1:]:
@@ -340,14 +354,14 @@ def test_sizes_and_offsets(source: Path, fuse: FuseClient) -> None:
         fuse.read(node, 1 << 63, 100, handle)
     with expect(errno.EINVAL):
         fuse.write(node, handle, (1 << 63) - 10, b"x" * 100)
-    with expect(errno.EINVAL):     # says more than it carries
+    with expect(errno.EINVAL):  # says more than it carries
         fuse.request(fc.WRITE, node, fc.WRITE_IN.pack(handle, 0, 1000, 0, 0, 0, 0) + b"x", 8)
     with expect(errno.EINVAL):
         fuse.setattr(node, fc.SET_SIZE, size=1 << 63)
     for wrong in (0, 1, handle + 1, handle ^ 1 << 32, 1 << 63):
         with expect(errno.EBADF):
             fuse.read(node, 0, 10, wrong)
-    with expect(errno.EBADF):     # an open file of another node
+    with expect(errno.EBADF):  # an open file of another node
         fuse.read(fuse.create(ROOT, b"g")[0].nodeid, 0, 10, handle)
     assert (source / "f").stat().st_size == 0
 
@@ -357,18 +371,22 @@ def test_sizes_of_xattrs(source: Path, fuse: FuseClient) -> None:
     node = fuse.create(ROOT, b"f")[0].nodeid
     with expect(errno.E2BIG):
         fuse.setxattr(node, b"user.a", b"v" * 65537)
-    with expect(errno.E2BIG, errno.ENOSPC):     # the host's file system may have less room than there may be
+    with expect(errno.E2BIG, errno.ENOSPC):  # the host's file system may have less room than there may be
         fuse.setxattr(node, b"user.a", b"v" * 65536)
     with expect(errno.ERANGE):
         fuse.setxattr(node, b"user." + b"a" * 251, b"v")
-    for body in (struct.pack("=II", 100, 0) + b"user.a\0v", struct.pack("=II", 0, 0) + b"user.a",
-                 struct.pack("=II", 0, 0) + b"\0"):
+    for body in (
+        struct.pack("=II", 100, 0) + b"user.a\0v",
+        struct.pack("=II", 0, 0) + b"user.a",
+        struct.pack("=II", 0, 0) + b"\0",
+    ):
         with expect(errno.EINVAL):
             fuse.request(fc.SETXATTR, node, body)
     assert [name for name in os.listxattr(source / "f") if name.startswith("user.")] == []
 
 
 # ---- mounts below the source
+
 
 def run(*words: str | Path) -> None:
     subprocess.run([str(word) for word in words], check=True, capture_output=True)
@@ -387,7 +405,7 @@ def bind(tmp_path: Path, source: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], capture_output=True)
 
 
-@only_handles       # without them what the guest knows pins its mount, docs/kata.md says
+@only_handles  # without them what the guest knows pins its mount, docs/kata.md says
 def test_mounts_are_not_pinned(bind: Path, fuse: FuseClient) -> None:
     """Care 9: a plain umount succeeds soon after the guest has looked, and a new mount there is another place."""
     c1 = fuse.lookup(ROOT, b"c1").nodeid
@@ -426,8 +444,11 @@ def test_read_only_binds_stay_so(bind: Path, fuse: FuseClient) -> None:
     inside = fuse.lookup(vol, b"inside").nodeid
     with expect(errno.EROFS):
         fuse.open_flags(inside, os.O_RDWR)
-    for call in (lambda: fuse.setattr(inside, fc.SET_MODE, mode=0o777), lambda: fuse.unlink(vol, b"inside"),
-                 lambda: fuse.setxattr(inside, b"user.x", b"y")):
+    for call in (
+        lambda: fuse.setattr(inside, fc.SET_MODE, mode=0o777),
+        lambda: fuse.unlink(vol, b"inside"),
+        lambda: fuse.setxattr(inside, b"user.x", b"y"),
+    ):
         with expect(errno.EROFS):
             call()
     with expect(errno.EXDEV, errno.EROFS):

@@ -51,9 +51,15 @@ def shared(tmp_path: Path, source: Path) -> Iterator[Shared]:
     (tmp_path / "tree" / "warm").write_bytes(b"warm" * 1024)
     image = build_image(tmp_path / "tree", tmp_path / "out")
     (source / "remote").mkdir()
-    config = json.dumps({
-        "device": {"backend": {"type": "localfs", "config": {"dir": str(image.blob_dir)}},
-                   "cache": {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}}}, "mode": "direct"})
+    config = json.dumps(
+        {
+            "device": {
+                "backend": {"type": "localfs", "config": {"dir": str(image.blob_dir)}},
+                "cache": {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}},
+            },
+            "mode": "direct",
+        }
+    )
     with GateFs(source / "remote") as gate, NydusDaemon([], die_with_parent=True) as daemon:
         api = connect_api(daemon)
         assert api.mount("/a", "rafs", image.bootstrap, config)[0] == 204
@@ -105,7 +111,7 @@ def test_more_stuck_than_threads(shared: Shared) -> None:
     replies = collect(shared, STUCK)
     assert all(replies[slot] == b"before" for slot in range(STUCK // 2 + 1, STUCK + 1))
     for slot in range(1, STUCK // 2 + 1):
-        assert shared.gate.data[100 * slot:100 * slot + 50] == bytes([slot]) * 50
+        assert shared.gate.data[100 * slot : 100 * slot + 50] == bytes([slot]) * 50
 
 
 def test_a_guest_that_goes_leaves_no_request_behind(shared: Shared) -> None:

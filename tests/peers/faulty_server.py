@@ -76,7 +76,7 @@ FAULTS = {
     "chunked": "sends the right bytes without Content-Length (no fault, but rare)",
     "close": "Connection: close after a right answer (no fault, but rare)",
     "redirect": "redirects to /store, at `text` (http://host:port) when given, else relative; the address is good for "
-                "at_bytes requests (0: for ever)",
+    "at_bytes requests (0: for ever)",
     "redirect_loop": "redirects to itself",
     "redirect_bad": "redirects to `text`",
     "garbage": "sends `text` instead of HTTP",
@@ -89,8 +89,16 @@ class FaultyServer:
     token_user: ask for a bearer token (GET or POST /token of this same server), for USER:PASSWORD or "" for anyone;
     a token is good for token_uses requests."""
 
-    def __init__(self, blobs: dict[str, bytes] | None = None, *, upstream: str = "", token_user: str | None = None,
-                 token_uses: int = 1 << 30, tls: tuple[Path, Path] | None = None, unix: Path | None = None) -> None:
+    def __init__(
+        self,
+        blobs: dict[str, bytes] | None = None,
+        *,
+        upstream: str = "",
+        token_user: str | None = None,
+        token_uses: int = 1 << 30,
+        tls: tuple[Path, Path] | None = None,
+        unix: Path | None = None,
+    ) -> None:
         self.blobs = dict(blobs or {})
         self.upstream = upstream
         self.token_user = token_user
@@ -110,8 +118,7 @@ class FaultyServer:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(tls[0], tls[1])
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01},
-                                        daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
 
     @property
     def host(self) -> str:
@@ -214,8 +221,17 @@ class _Handler(BaseHTTPRequestHandler):
         first, last = self.range or (-1, -1)
         self.recorded = True
         with self.faulty.lock:
-            self.faulty.requests.append(Recorded(self.command, self.path, first, last,
-                                                 self.headers.get("Authorization", ""), status, dict(self.headers)))
+            self.faulty.requests.append(
+                Recorded(
+                    self.command,
+                    self.path,
+                    first,
+                    last,
+                    self.headers.get("Authorization", ""),
+                    status,
+                    dict(self.headers),
+                )
+            )
 
     def _answer(self) -> None:
         faulty = self.faulty
@@ -227,8 +243,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer_token()
             return
         if faulty.token_user is not None and not path.startswith("/store/") and not self._has_token():
-            self._send(401, b"", {"WWW-Authenticate": f'Bearer realm="{faulty.url}{TOKEN_PATH}",service="faulty",'
-                                                      f'scope="repository:x:pull"'})
+            self._send(
+                401,
+                b"",
+                {
+                    "WWW-Authenticate": f'Bearer realm="{faulty.url}{TOKEN_PATH}",service="faulty",'
+                    f'scope="repository:x:pull"'
+                },
+            )
             return
         if path.startswith("/store/") and not self._has_signature():
             self._send(403, b"expired")
@@ -288,14 +310,14 @@ class _Handler(BaseHTTPRequestHandler):
             first, last = first + at, last + at
         if kind == "short_range":
             last = min(last, first + at - 1)
-        body = data[first:last + 1]
+        body = data[first : last + 1]
         shown = total + at if kind == "wrong_total" else total
         label = at if kind == "mislabel_range" else 0
         headers["Content-Range"] = f"bytes {first + label}-{last + label}/{shown}"
         if kind == "no_content_range":
             del headers["Content-Range"]
         elif kind == "long_body":
-            body = data[first:last + 1 + at]
+            body = data[first : last + 1 + at]
             headers["Content-Range"] = f"bytes {first}-{first + len(body) - 1}/{total}"
         elif kind == "multipart":
             headers["Content-Type"] = "multipart/byteranges; boundary=X"
@@ -307,7 +329,7 @@ class _Handler(BaseHTTPRequestHandler):
         kind = fault.kind if fault is not None else ""
         at = fault.at_bytes if fault is not None else 0
         if kind == "corrupt" and at < len(body):
-            body = body[:at] + bytes([body[at] ^ 0x40]) + body[at + 1:]
+            body = body[:at] + bytes([body[at] ^ 0x40]) + body[at + 1 :]
         self._record(status)
         self.send_response(status)
         for name, value in headers.items():
@@ -325,12 +347,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
         elif kind == "chunked":
             for start in range(0, len(body), 50_000):
-                piece = body[start:start + 50_000]
+                piece = body[start : start + 50_000]
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
             self.wfile.write(b"0\r\n\r\n")
         elif kind == "trickle":
             for start in range(0, len(body), max(at, 1)):
-                self.wfile.write(body[start:start + max(at, 1)])
+                self.wfile.write(body[start : start + max(at, 1)])
                 if self.faulty.stopping.wait(fault.seconds):
                     raise _Cut
         else:
@@ -390,11 +412,15 @@ class _Handler(BaseHTTPRequestHandler):
         """To the registry behind; the fault is put into its answer's body."""
         connection = http.client.HTTPConnection(self.faulty.upstream, timeout=30)
         sent = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}
-        connection.request(self.command, self.path, body=self.body or None,
-                           headers={**sent, "Host": self.headers["Host"]})
+        connection.request(
+            self.command, self.path, body=self.body or None, headers={**sent, "Host": self.headers["Host"]}
+        )
         answer = connection.getresponse()
-        headers = {name: value for name, value in answer.getheaders()
-                   if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server")}
+        headers = {
+            name: value
+            for name, value in answer.getheaders()
+            if name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server")
+        }
         data = answer.read()
         if self.command == "HEAD":
             self._record(answer.status)
@@ -411,5 +437,3 @@ class _Handler(BaseHTTPRequestHandler):
 def _parse_range(text: str) -> tuple[int, int] | None:
     found = re.fullmatch(r"bytes=(\d+)-(\d+)", text)
     return (int(found.group(1)), int(found.group(2))) if found else None
-
-

@@ -20,7 +20,7 @@ from typing import NamedTuple, Self
 from tests.peers import token_server
 
 START_LIMIT_S = 20.0
-QUIET_S = 0.05      # between two looks at the log's size
+QUIET_S = 0.05  # between two looks at the log's size
 # Combined log format, as docker-registry writes it for each request.
 ACCESS_LINE = re.compile(r'^(\S+) \S+ \S+ \[[^]]*\] "(\S+) (\S+) [^"]*" (\d{3}) (\d+)')
 BLOB_PATH = re.compile(r"/blobs/sha256:([0-9a-f]{64})")
@@ -46,8 +46,17 @@ class LocalRegistry:
 
     auth: "" | "htpasswd" | "token". A context manager; start() and stop() may be repeated, the port stays."""
 
-    def __init__(self, directory: Path, *, auth: str = "", tls: bool = False, username: str = "someone",
-                 password: str = "a-secret", anonymous_pull: bool = False, token_ttl_s: int = 300) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        auth: str = "",
+        tls: bool = False,
+        username: str = "someone",
+        password: str = "a-secret",
+        anonymous_pull: bool = False,
+        token_ttl_s: int = 300,
+    ) -> None:
         self.directory = Path(directory)
         self.username = username
         self.password = password
@@ -87,8 +96,13 @@ class LocalRegistry:
         config = self.directory / "config.yml"
         config.write_text(self._make_config())
         with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen([program, "serve", str(config)], stdin=subprocess.DEVNULL, stdout=log,
-                                             stderr=log, start_new_session=True)
+            self._process = subprocess.Popen(
+                [program, "serve", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         self._wait_ready()
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
@@ -120,13 +134,19 @@ class LocalRegistry:
         return out
 
     def clear_log(self) -> None:
-        with self.log_path.open("r+b") as log:     # the server appends, so its next line starts at 0 again
+        with self.log_path.open("r+b") as log:  # the server appends, so its next line starts at 0 again
             log.truncate(0)
 
     def blob_requests(self, blob_id: str = "") -> list[LoggedRequest]:
         """GETs of blobs that sent bytes (status 200 or 206), of one blob or of all."""
-        return [request for request in self.requests() if request.method == "GET" and request.status in (200, 206)
-                and request.blob_id and blob_id in ("", request.blob_id)]
+        return [
+            request
+            for request in self.requests()
+            if request.method == "GET"
+            and request.status in (200, 206)
+            and request.blob_id
+            and blob_id in ("", request.blob_id)
+        ]
 
     def blob_bytes(self, blob_id: str = "") -> int:
         """Bytes of blobs sent since the log was last cleared."""
@@ -137,9 +157,21 @@ class LocalRegistry:
         return self.directory / f"storage/docker/registry/v2/blobs/sha256/{blob_id[:2]}/{blob_id}/data"
 
     def _make_config(self) -> str:
-        lines = ["version: 0.1", "log:", "  level: info", "  accesslog:", "    disabled: false", "storage:",
-                 "  filesystem:", f"    rootdirectory: {self.directory / 'storage'}", "  delete:", "    enabled: true",
-                 "http:", f"  addr: {self.host}", "  secret: of-this-test-only"]
+        lines = [
+            "version: 0.1",
+            "log:",
+            "  level: info",
+            "  accesslog:",
+            "    disabled: false",
+            "storage:",
+            "  filesystem:",
+            f"    rootdirectory: {self.directory / 'storage'}",
+            "  delete:",
+            "    enabled: true",
+            "http:",
+            f"  addr: {self.host}",
+            "  secret: of-this-test-only",
+        ]
         if self.tls:
             make_certificate(self.directory, "tls")
             lines += ["  tls:", f"    certificate: {self.ca_cert}", f"    key: {self.directory / 'tls.key'}"]
@@ -151,12 +183,21 @@ class LocalRegistry:
         elif self._auth == "token":
             make_certificate(self.directory, "token")
             self.token_server = token_server.TokenServer(
-                self.directory / "token.pem", self.directory / "token.key", {self.username: self.password},
-                anonymous_pull=self._anonymous_pull, ttl_s=self._token_ttl_s)
+                self.directory / "token.pem",
+                self.directory / "token.key",
+                {self.username: self.password},
+                anonymous_pull=self._anonymous_pull,
+                ttl_s=self._token_ttl_s,
+            )
             self.token_server.start()
-            lines += ["auth:", "  token:", f"    realm: {self.token_server.url}",
-                      f"    service: {token_server.SERVICE}", f"    issuer: {token_server.ISSUER}",
-                      f"    rootcertbundle: {self.directory / 'token.pem'}"]
+            lines += [
+                "auth:",
+                "  token:",
+                f"    realm: {self.token_server.url}",
+                f"    service: {token_server.SERVICE}",
+                f"    issuer: {token_server.ISSUER}",
+                f"    rootcertbundle: {self.directory / 'token.pem'}",
+            ]
         return "\n".join(lines) + "\n"
 
     def _wait_ready(self) -> None:
@@ -168,7 +209,7 @@ class LocalRegistry:
             with contextlib.suppress(OSError, http.client.HTTPException):
                 self._ping()
                 return
-            time.sleep(0.02)    # between two polls; the deadline decides
+            time.sleep(0.02)  # between two polls; the deadline decides
         tail = "\n".join(self.log_path.read_text(errors="replace").splitlines()[-5:])
         self.stop()
         raise RuntimeError(f"docker-registry did not start on {self.host}: {tail}")
@@ -177,7 +218,8 @@ class LocalRegistry:
         if self.tls:
             context = ssl.create_default_context(cafile=str(self.ca_cert))
             connection: http.client.HTTPConnection = http.client.HTTPSConnection(
-                "127.0.0.1", self.port, timeout=5, context=context)
+                "127.0.0.1", self.port, timeout=5, context=context
+            )
         else:
             connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
         login = base64.b64encode(f"{self.username}:{self.password}".encode()).decode()
@@ -197,6 +239,25 @@ def make_certificate(directory: Path, name: str) -> None:
     """directory/NAME.pem and NAME.key: self-signed, for 127.0.0.1 and localhost. Kept when there."""
     if (directory / f"{name}.pem").exists():
         return
-    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "30", "-subj", f"/CN={name}",
-                    "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost", "-keyout", str(directory / f"{name}.key"),
-                    "-out", str(directory / f"{name}.pem")], check=True, capture_output=True)
+    subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "30",
+            "-subj",
+            f"/CN={name}",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1,DNS:localhost",
+            "-keyout",
+            str(directory / f"{name}.key"),
+            "-out",
+            str(directory / f"{name}.pem"),
+        ],
+        check=True,
+        capture_output=True,
+    )

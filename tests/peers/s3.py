@@ -33,17 +33,25 @@ class S3Server:
     def client(self, service: str, **login: str) -> Any:
         import boto3
 
-        return boto3.client(service, region_name=REGION, endpoint_url=f"http://127.0.0.1:{self.port}",
-                            aws_access_key_id=login.get("key_id", "nobody"),
-                            aws_secret_access_key=login.get("key_secret", "nothing"),
-                            aws_session_token=login.get("session_token"))
+        return boto3.client(
+            service,
+            region_name=REGION,
+            endpoint_url=f"http://127.0.0.1:{self.port}",
+            aws_access_key_id=login.get("key_id", "nobody"),
+            aws_secret_access_key=login.get("key_secret", "nothing"),
+            aws_session_token=login.get("session_token"),
+        )
 
     def __enter__(self) -> Self:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(self.port)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env={**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": str(UNCHECKED_CALLS)})
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": str(UNCHECKED_CALLS)},
+            )
         try:
             self._wait_ready()
             iam = self.client("iam")
@@ -77,6 +85,6 @@ class S3Server:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/moto-api/data.json", timeout=5).close()
                 return
             except OSError:
-                time.sleep(0.05)    # between two polls; the deadline decides
+                time.sleep(0.05)  # between two polls; the deadline decides
         tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-5:])
         raise RuntimeError(f"moto_server did not start: {tail}")

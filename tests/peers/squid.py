@@ -30,7 +30,7 @@ class Squid:
 
     def __enter__(self) -> Self:
         self.directory.mkdir(parents=True, exist_ok=True)
-        if os.getuid() == 0:    # squid drops root
+        if os.getuid() == 0:  # squid drops root
             for path in (self.directory, *list(self.directory.parents)[:3]):
                 path.chmod(0o755)
             user = pwd.getpwnam("proxy")
@@ -41,7 +41,8 @@ class Squid:
             f"access_log stdio:{self.log_path}\ncache_log {self.directory}/cache.log\n"
             f"pid_filename {self.directory}/squid.pid\ncoredump_dir {self.directory}\n"
             "cache deny all\nshutdown_lifetime 0 seconds\nvisible_hostname squid.test\nvia off\n"
-            "pinger_enable off\nbuffered_logs off\n")
+            "pinger_enable off\nbuffered_logs off\n"
+        )
         self.start()
         return self
 
@@ -51,15 +52,19 @@ class Squid:
     def start(self) -> None:
         program = shutil.which("squid") or "/usr/sbin/squid"
         self._process = subprocess.Popen(
-            [program, "-N", "-f", str(self.directory / "squid.conf")], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+            [program, "-N", "-f", str(self.directory / "squid.conf")],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         deadline = time.monotonic() + START_LIMIT_S
         while self._process.poll() is None and time.monotonic() < deadline:
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
                 return
             except OSError:
-                time.sleep(0.02)    # between two polls; the deadline decides
+                time.sleep(0.02)  # between two polls; the deadline decides
         log = self.directory / "cache.log"
         raise RuntimeError(f"squid did not start: {log.read_text(errors='replace')[-500:] if log.exists() else ''}")
 

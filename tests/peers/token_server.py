@@ -27,8 +27,16 @@ class TokenServer:
 
     calls: one ("GET" | "POST", user, scopes, status) for each request, in order."""
 
-    def __init__(self, cert: Path, key: Path, users: dict[str, str], *, anonymous_pull: bool = False,
-                 ttl_s: int = 300, post: bool = True) -> None:
+    def __init__(
+        self,
+        cert: Path,
+        key: Path,
+        users: dict[str, str],
+        *,
+        anonymous_pull: bool = False,
+        ttl_s: int = 300,
+        post: bool = True,
+    ) -> None:
         self._cert = cert
         self._key = key
         self.users = users
@@ -56,8 +64,9 @@ class TokenServer:
                     self._answer(404, {})
                     return
                 scopes = form.get("scope", [""])[0].split()
-                self._answer(*owner.answer("POST", form.get("username", [""])[0], form.get("password", [""])[0],
-                                           scopes))
+                self._answer(
+                    *owner.answer("POST", form.get("username", [""])[0], form.get("password", [""])[0], scopes)
+                )
 
             def _answer(self, status: int, value: dict[str, Any]) -> None:
                 body = json.dumps(value).encode()
@@ -99,14 +108,27 @@ class TokenServer:
         return 200, {"token": token, "access_token": token, "expires_in": self.ttl_s}
 
     def make_token(self, user: str, access: list[dict[str, Any]]) -> str:
-        der = base64.b64encode(base64.b64decode("".join(
-            line for line in self._cert.read_text().splitlines() if "-----" not in line))).decode()
+        der = base64.b64encode(
+            base64.b64decode("".join(line for line in self._cert.read_text().splitlines() if "-----" not in line))
+        ).decode()
         now = int(time.time())
         header = {"typ": "JWT", "alg": "RS256", "x5c": [der]}
         # not before: a minute ago, the registry's clock may be behind
-        claims = {"iss": ISSUER, "sub": user, "aud": SERVICE, "exp": now + self.ttl_s, "nbf": now - 60, "iat": now,
-                  "jti": uuid.uuid4().hex, "access": access}
+        claims = {
+            "iss": ISSUER,
+            "sub": user,
+            "aud": SERVICE,
+            "exp": now + self.ttl_s,
+            "nbf": now - 60,
+            "iat": now,
+            "jti": uuid.uuid4().hex,
+            "access": access,
+        }
         text = f"{encode(json.dumps(header).encode())}.{encode(json.dumps(claims).encode())}"
-        signed = subprocess.run(["openssl", "dgst", "-sha256", "-sign", str(self._key)], input=text.encode(),
-                                capture_output=True, check=True)
+        signed = subprocess.run(
+            ["openssl", "dgst", "-sha256", "-sign", str(self._key)],
+            input=text.encode(),
+            capture_output=True,
+            check=True,
+        )
         return f"{text}.{encode(signed.stdout)}"

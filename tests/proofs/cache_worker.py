@@ -47,11 +47,20 @@ def main(mode: str, sample_dir: str, work_dir: str, seed: str) -> None:
         if mode == "fill":
             time.sleep(PAUSE_S if number % BURST_FILES == BURST_FILES - 1 else random.random() * STEP_MAX_S)
     if mode == "fill":
-        time.sleep(3600)    # killed here at the latest
+        time.sleep(3600)  # killed here at the latest
     stats = engine.stats()
-    print(json.dumps({"wrong": wrong, "hits": stats["hits"], "verified": stats["verified_chunks"],
-                      "fetched": stats["fetched_chunks"], "trusted": image.image.ready_chunks(0)[0]
-                      - stats["verified_chunks"] - stats["fetched_chunks"]}), flush=True)
+    print(
+        json.dumps(
+            {
+                "wrong": wrong,
+                "hits": stats["hits"],
+                "verified": stats["verified_chunks"],
+                "fetched": stats["fetched_chunks"],
+                "trusted": image.image.ready_chunks(0)[0] - stats["verified_chunks"] - stats["fetched_chunks"],
+            }
+        ),
+        flush=True,
+    )
     engine.shutdown()
     pump.join(10)
 

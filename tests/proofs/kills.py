@@ -37,8 +37,12 @@ def kill_daemons(sample: Sample, work: Path, count: int, seed: str, *, slow_s: f
     cache = work / "cache"
     with FaultyServer({sample.blob.name: sample.blob.read_bytes()}) as server:
         server.inject("delay", seconds=slow_s, match="/blobs/", times=-1)
-        image = ServedImage(sample.bootstrap, "registry", {"scheme": "http", "host": server.host, "repo": "a/b"},
-                            {sample.blob.name: sample.blob.stat().st_size})
+        image = ServedImage(
+            sample.bootstrap,
+            "registry",
+            {"scheme": "http", "host": server.host, "repo": "a/b"},
+            {sample.blob.name: sample.blob.stat().st_size},
+        )
         while found.kills < count:
             with Daemon(image, cache) as daemon:
                 # Not later than the whole takes, else only the first of each cache would meet cold load
@@ -60,7 +64,7 @@ def kill_daemons(sample: Sample, work: Path, count: int, seed: str, *, slow_s: f
 def read_until_killed(daemon: Daemon, names: list[str], sample: Sample, found: Kills, timer: threading.Timer) -> bool:
     """Whether all could be read before the end came."""
     started = False
-    at_first_file = found.kills % 2 == 1    # else counted from the guest's first request on
+    at_first_file = found.kills % 2 == 1  # else counted from the guest's first request on
     try:
         with FakeGuest(daemon.socket_path) as guest:
             fuse = FuseClient(MortalChannel(guest.queues[1], daemon))

@@ -25,9 +25,9 @@ from random import Random
 ROOT = Path(__file__).resolve().parents[2]
 DISK_BYTES = 40 << 20
 CUTS_PER_FILL = 10
-FILL_S = 11.0           # how long cache_worker fills
+FILL_S = 11.0  # how long cache_worker fills
 WORKER = [sys.executable, "-m", "tests.proofs.cache_worker"]
-LOOP_CTL_ADD = 0x4C80   # linux/loop.h
+LOOP_CTL_ADD = 0x4C80  # linux/loop.h
 LOOP_FIRST = 100
 BUSY_MAX_S = 60.0
 BOOT_ID = "/proc/sys/kernel/random/boot_id"
@@ -42,7 +42,7 @@ class Cuts:
     trusted: int = 0
     verified: int = 0
     fetched: int = 0
-    torn: int = 0       # copies that were thrown away
+    torn: int = 0  # copies that were thrown away
     lines: list[str] = field(default_factory=list)
 
 
@@ -60,8 +60,18 @@ def can_mount() -> str:
 def cut_power(sample_dir: Path, work: Path, count: int, seed: str, *, sync: bool = True) -> Cuts:
     """sync False: with the syncing of data taken out, which must show. In a mount namespace of its own: one that others
     copied from ours would keep the disk mounted."""
-    command = ["unshare", "-m", sys.executable, "-m", "tests.proofs.power_cut", str(sample_dir), str(work), str(count),
-               seed, *([] if sync else ["--no-sync"])]
+    command = [
+        "unshare",
+        "-m",
+        sys.executable,
+        "-m",
+        "tests.proofs.power_cut",
+        str(sample_dir),
+        str(work),
+        str(count),
+        seed,
+        *([] if sync else ["--no-sync"]),
+    ]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return Cuts(**json.loads(done.stdout))
 
@@ -81,14 +91,18 @@ def cut(sample_dir: Path, work: Path, count: int, seed: str, sync: bool) -> Cuts
             cache = mountpoint / "cache"
             cache.mkdir()
             os.sync()
-            worker = subprocess.Popen([*WORKER, "fill", str(sample_dir), str(cache), str(random.random())], cwd=ROOT,
-                                      env={**os.environ, **preload}, stdout=subprocess.PIPE)
+            worker = subprocess.Popen(
+                [*WORKER, "fill", str(sample_dir), str(cache), str(random.random())],
+                cwd=ROOT,
+                env={**os.environ, **preload},
+                stdout=subprocess.PIPE,
+            )
             try:
                 assert worker.stdout is not None and worker.stdout.readline() == b"ready\n"
                 moments = sorted(random.uniform(0, FILL_S) for _ in range(wanted))
                 started = time.monotonic()
                 for number, moment in enumerate(moments):
-                    time.sleep(max(0.0, started + moment - time.monotonic()))   # the moments are the experiment
+                    time.sleep(max(0.0, started + moment - time.monotonic()))  # the moments are the experiment
                     copies.append(copy_disk(disk, work / f"copy-{number}", device, worker, found))
             finally:
                 worker.kill()
@@ -104,17 +118,34 @@ def cut(sample_dir: Path, work: Path, count: int, seed: str, sync: bool) -> Cuts
 
 def build_preload(work: Path) -> Path:
     library = work / "drop_data_sync.so"
-    subprocess.run([os.environ.get("CC", "cc"), "-std=gnu11", "-D_GNU_SOURCE", "-O1", "-Wall", "-Wextra", "-Werror",
-                    "-fPIC", "-shared", "-o", str(library), str(Path(__file__).with_name("drop_data_sync.c"))],
-                   check=True)
+    subprocess.run(
+        [
+            os.environ.get("CC", "cc"),
+            "-std=gnu11",
+            "-D_GNU_SOURCE",
+            "-O1",
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-fPIC",
+            "-shared",
+            "-o",
+            str(library),
+            str(Path(__file__).with_name("drop_data_sync.c")),
+        ],
+        check=True,
+    )
     return library
 
 
 def make_disk(path: Path) -> None:
     with path.open("wb") as stream:
         stream.truncate(DISK_BYTES)
-    subprocess.run(["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", "-J", "size=4",
-                    str(path)], check=True, capture_output=True)
+    subprocess.run(
+        ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0", "-J", "size=4", str(path)],
+        check=True,
+        capture_output=True,
+    )
 
 
 def make_device() -> str:
@@ -175,8 +206,20 @@ def check(sample_dir: Path, cache: Path, work: Path) -> "dict[str, object]":
     """Reads everything, as after a reboot: the kernel's boot id is another one."""
     other = work / "boot_id"
     other.write_text("00000000-1111-4222-8333-444444444444\n")
-    command = ["unshare", "-m", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(other), BOOT_ID,
-               *WORKER, "check", str(sample_dir), str(cache), "check"]
+    command = [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        'mount --bind "$0" "$1" && shift && exec "$@"',
+        str(other),
+        BOOT_ID,
+        *WORKER,
+        "check",
+        str(sample_dir),
+        str(cache),
+        "check",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told: dict[str, object] = json.loads(done.stdout)
@@ -193,5 +236,10 @@ def add_check(found: Cuts, told: "dict[str, object]") -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(cut(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4],
-                                "--no-sync" not in sys.argv))))
+    print(
+        json.dumps(
+            asdict(
+                cut(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], "--no-sync" not in sys.argv)
+            )
+        )
+    )

@@ -23,8 +23,9 @@ class Sample:
         return found
 
 
-def make_sample(directory: Path, files: int = 48, file_bytes: int = 256 << 10,
-                chunk_bytes: int = CHUNK_BYTES) -> Sample:
+def make_sample(
+    directory: Path, files: int = 48, file_bytes: int = 256 << 10, chunk_bytes: int = CHUNK_BYTES
+) -> Sample:
     from virtiofsd_nydus.builder.options import BuildOptions
     from virtiofsd_nydus.cli.build import build_image
 

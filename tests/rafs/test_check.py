@@ -51,8 +51,11 @@ def test_flipped_byte(image: tuple[Path, Path], tmp_path: Path, capsys: pytest.C
 
 
 def test_blobs_of_a_configuration(image: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = {"version": 2, "backend": {"type": "localfs", "localfs": {"dir": str(image[1])}},
-              "cache": {"type": "blobcache", "filecache": {"work_dir": str(tmp_path)}}}
+    config = {
+        "version": 2,
+        "backend": {"type": "localfs", "localfs": {"dir": str(image[1])}},
+        "cache": {"type": "blobcache", "filecache": {"work_dir": str(tmp_path)}},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["check", str(image[0]), "--config", str(tmp_path / "config.json")]) == 0
     assert "471000 bytes verified: sound" in capsys.readouterr().out
@@ -73,9 +76,14 @@ def test_no_such_directory_is_usage(image: tuple[Path, Path], capsys: pytest.Cap
     assert "no such directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content, reason", [
-    (b"", "not a RAFS bootstrap"), (b"text\n" * 5000, "not a RAFS bootstrap"), (None, "cannot be opened"),
-])
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"", "not a RAFS bootstrap"),
+        (b"text\n" * 5000, "not a RAFS bootstrap"),
+        (None, "cannot be opened"),
+    ],
+)
 def test_not_an_image(tmp_path: Path, content: bytes | None, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "file"
     if content is not None:
@@ -89,7 +97,7 @@ def test_not_an_image(tmp_path: Path, content: bytes | None, reason: str, capsys
 def test_structure_faults(image: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = bytearray(image[0].read_bytes())
     at = content.index(b"first")
-    content[at:at + 5] = b"zirst"
+    content[at : at + 5] = b"zirst"
     (tmp_path / "boot").write_bytes(content)
     assert main(["check", str(tmp_path / "boot")]) == 1
     (line,) = capsys.readouterr().err.splitlines()

@@ -24,6 +24,7 @@ VERSIONS = [5, 6]
 @pytest.fixture
 def pack(monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer, with a compressor that it has no option for."""
+
     def compress(_: Chunker, chunks: list[bytes]) -> list[tuple[bytes, int]]:
         return [(gzip.compress(data, 6, mtime=0), int(ChunkFlag.COMPRESSED)) for data in chunks]
 
@@ -87,12 +88,35 @@ def test_nydusd_reads_them_too(tmp_path: Path, version: int) -> None:
     mount, config, cache = tmp_path / "mnt", tmp_path / "config.json", tmp_path / "cache"
     mount.mkdir()
     cache.mkdir()
-    config.write_text(json.dumps({
-        "device": {"backend": {"type": "localfs", "config": {"dir": str(boot.parent / "blobs")}},
-                   "cache": {"type": "blobcache", "config": {"work_dir": str(cache)}}},
-        "mode": "direct", "digest_validate": version == 5, "enable_xattr": True}))
-    process = subprocess.Popen([NYDUSD, "fuse", "--config", str(config), "--bootstrap", str(boot), "--mountpoint",
-                                str(mount), "--rlimit-nofile", "0", "--log-level", "error"])
+    config.write_text(
+        json.dumps(
+            {
+                "device": {
+                    "backend": {"type": "localfs", "config": {"dir": str(boot.parent / "blobs")}},
+                    "cache": {"type": "blobcache", "config": {"work_dir": str(cache)}},
+                },
+                "mode": "direct",
+                "digest_validate": version == 5,
+                "enable_xattr": True,
+            }
+        )
+    )
+    process = subprocess.Popen(
+        [
+            NYDUSD,
+            "fuse",
+            "--config",
+            str(config),
+            "--bootstrap",
+            str(boot),
+            "--mountpoint",
+            str(mount),
+            "--rlimit-nofile",
+            "0",
+            "--log-level",
+            "error",
+        ]
+    )
     try:
         deadline = time.monotonic() + 30
         while not os.path.ismount(mount):

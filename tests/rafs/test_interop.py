@@ -52,8 +52,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_tool(*words: object) -> str:
-    done = subprocess.run([NYDUS_IMAGE, *map(str, words)], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                          timeout=120, check=False)
+    done = subprocess.run(
+        [NYDUS_IMAGE, *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -91,8 +97,18 @@ def compare(bootstrap: Path, blobs: Path, source: Path, allow_unverified: bool =
 @pytest.mark.parametrize("compressor", ["none", "lz4_block", "zstd"])
 @pytest.mark.parametrize("version", [5, 6])
 def test_matrix(source: Path, tmp_path: Path, version: int, compressor: str, digester: str, chunk: int) -> None:
-    boot = create(tmp_path, source, "--fs-version", version, "--compressor", compressor, "--digester", digester,
-                  "--chunk-size", hex(chunk))
+    boot = create(
+        tmp_path,
+        source,
+        "--fs-version",
+        version,
+        "--compressor",
+        compressor,
+        "--digester",
+        digester,
+        "--chunk-size",
+        hex(chunk),
+    )
     compare(boot, tmp_path / "blobs", source)
 
 
@@ -126,7 +142,7 @@ def make_tar(source: Path, path: Path) -> Path:
 
 def gzip_streams(data: bytes, streams: int) -> bytes:
     step = len(data) // streams + 1
-    return b"".join(gzip.compress(data[at:at + step], 6, mtime=0) for at in range(0, len(data), step))
+    return b"".join(gzip.compress(data[at : at + step], 6, mtime=0) for at in range(0, len(data), step))
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +161,11 @@ def test_gzip_layer_as_it_is(large_source: Path, tmp_path: Path, streams: int) -
     layer_id = hashlib.sha256(layer.read_bytes()).hexdigest()
     shutil.copy(layer, blobs / layer_id)
     compare(boot, blobs, large_source)
-    with opened_with_data(boot, blobs) as image:     # from the back: contexts are entered in the middle
+    with opened_with_data(boot, blobs) as image:  # from the back: contexts are entered in the middle
         ino = image.resolve("/deep/file-002")
         data = (large_source / "deep" / "file-002").read_bytes()
         for at in range(len(data) - 4096, 0, -777_777):
-            assert image.read(ino, at, 4096) == data[at:at + 4096]
+            assert image.read(ino, at, 4096) == data[at : at + 4096]
 
 
 def test_gzip_layer_with_its_bootstrap_in_the_table(large_source: Path, tmp_path: Path) -> None:
@@ -157,8 +173,9 @@ def test_gzip_layer_with_its_bootstrap_in_the_table(large_source: Path, tmp_path
     layer.write_bytes(gzip_streams(make_tar(large_source, tmp_path / "layer.tar").read_bytes(), 1))
     blobs = tmp_path / "blobs"
     blobs.mkdir()
-    run_tool("create", "--type", "targz-ref", "--blob-inline-meta", "--features", "blob-toc", "--blob-dir", blobs,
-             layer)
+    run_tool(
+        "create", "--type", "targz-ref", "--blob-inline-meta", "--features", "blob-toc", "--blob-dir", blobs, layer
+    )
     (blob,) = blobs.iterdir()
     shutil.copy(layer, blobs / hashlib.sha256(layer.read_bytes()).hexdigest())
     compare(blob, blobs, large_source)
@@ -211,9 +228,10 @@ def test_merged_layers(source: Path, tmp_path: Path, version: int) -> None:
     (upper / "new").write_bytes(Random(5).randbytes(100_000))
     (upper / ".wh.empty").write_bytes(b"")
     for number, layer in enumerate([source, middle, upper]):
-        tar = make_tar(layer, tmp_path / f"layer-{number}.tar")     # of a directory it would drop the whiteouts
-        boot = create(tmp_path / f"layer-{number}", tar, "--fs-version", version, "--chunk-size", hex(CHUNK),
-                      kind="tar-rafs")
+        tar = make_tar(layer, tmp_path / f"layer-{number}.tar")  # of a directory it would drop the whiteouts
+        boot = create(
+            tmp_path / f"layer-{number}", tar, "--fs-version", version, "--chunk-size", hex(CHUNK), kind="tar-rafs"
+        )
         shutil.copytree(boot.parent / "blobs", blobs, dirs_exist_ok=True)
         (blob,) = (boot.parent / "blobs").iterdir()
         layers.append(boot.rename(boot.parent / blob.name))

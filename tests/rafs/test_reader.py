@@ -43,7 +43,7 @@ def fill_tree(top: Path) -> None:
         os.setxattr(top / "one-chunk", "user.first", b"value")
         os.setxattr(top / "one-chunk", "user.second", bytes(range(256)))
     except OSError as error:
-        if error.errno != errno.ENOTSUP:    # then the file system has none, and neither has the image
+        if error.errno != errno.ENOTSUP:  # then the file system has none, and neither has the image
             raise
 
 
@@ -119,7 +119,7 @@ def test_chunks_cover_their_file(built: tuple[Path, Path], source: Path) -> None
         data = (source / "large").read_bytes()
         assert [chunk.file_off for chunk in chunks] == list(range(0, len(data), 65536))
         for chunk in chunks:
-            part = data[chunk.file_off:chunk.file_off + chunk.usize_bytes]
+            part = data[chunk.file_off : chunk.file_off + chunk.usize_bytes]
             assert len(part) == chunk.usize_bytes
             assert chunk.digest == blake3.blake3(part).digest()
         assert sum(chunk.usize_bytes for chunk in chunks) == len(data)
@@ -152,7 +152,7 @@ def test_blob_with_its_bootstrap_inside(built: tuple[Path, Path]) -> None:
 def damage(path: Path, offset: int, data: bytes) -> Path:
     broken = path.with_name(f"broken-{offset}")
     content = bytearray(path.read_bytes())
-    content[offset:offset + len(data)] = data
+    content[offset : offset + len(data)] = data
     broken.write_bytes(content)
     return broken
 
@@ -205,7 +205,7 @@ def test_directory_loop_ends(built: tuple[Path, Path]) -> None:
         content = built[0].read_bytes()
         deep = struct.pack("<Q", image.resolve("/deep/a"))
         at = content.index(deep, meta)
-        while content[at + 10] != 2:        # the dirent of type directory in /deep
+        while content[at + 10] != 2:  # the dirent of type directory in /deep
             at = content.index(deep, at + 1)
         root = image.root_ino
     broken = damage(built[0], at, struct.pack("<Q", root))
@@ -229,11 +229,14 @@ def test_sample_of_the_real_tool() -> None:
 
 
 @needs_samples
-@pytest.mark.parametrize("name, reason", [
-    ("negative/legacy-v5-prerelease.boot", "RAFS v5 layout from before"),
-    ("negative/not-rafs.bin", "not a RAFS bootstrap"),
-    ("v6/blobs/be7d77eeb719f70884758d1aa800ed0fb09d701aaec469964e9d54325f0d5fef", "give the bootstrap file"),
-])
+@pytest.mark.parametrize(
+    "name, reason",
+    [
+        ("negative/legacy-v5-prerelease.boot", "RAFS v5 layout from before"),
+        ("negative/not-rafs.bin", "not a RAFS bootstrap"),
+        ("v6/blobs/be7d77eeb719f70884758d1aa800ed0fb09d701aaec469964e9d54325f0d5fef", "give the bootstrap file"),
+    ],
+)
 def test_samples_that_are_refused(name: str, reason: str) -> None:
     assert reason in str(refusal(SAMPLES / name))
 
@@ -243,16 +246,27 @@ NYDUS_IMAGE = os.environ.get("NYDUS_IMAGE", "")
 
 @pytest.mark.peer
 @pytest.mark.skipif(not shutil.which(NYDUS_IMAGE), reason="NYDUS_IMAGE names no nydus-image")
-@pytest.mark.parametrize("options", [
-    "--compressor zstd", "--compressor none --chunk-size 4096", "--compressor lz4_block --digester sha256",
-    "--features blob-toc", "--blob-inline-meta", "--blob-inline-meta --features blob-toc",
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--compressor zstd",
+        "--compressor none --chunk-size 4096",
+        "--compressor lz4_block --digester sha256",
+        "--features blob-toc",
+        "--blob-inline-meta",
+        "--blob-inline-meta --features blob-toc",
+    ],
+)
 def test_images_of_the_real_tool(source: Path, tmp_path: Path, options: str) -> None:
     inline = "inline" in options
     where = ["-D", tmp_path / "blobs"] + ([] if inline else ["-B", tmp_path / "boot"])
     (tmp_path / "blobs").mkdir()
-    subprocess.run([NYDUS_IMAGE, "create", "--type", "directory", *options.split(), *where, source], check=True,
-                   capture_output=True, stdin=subprocess.DEVNULL)
+    subprocess.run(
+        [NYDUS_IMAGE, "create", "--type", "directory", *options.split(), *where, source],
+        check=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
     boot = next((tmp_path / "blobs").iterdir()) if inline else tmp_path / "boot"
     with opened_with_data(boot, tmp_path / "blobs") as image:
         assert image.check() == []

@@ -64,14 +64,14 @@ def test_samples_are_their_listing(name: str) -> None:
 
 
 def inode_offsets(content: bytes) -> list[int]:
-    table, = struct.unpack_from("<Q", content, 32)
-    slots, = struct.unpack_from("<I", content, 56)
+    (table,) = struct.unpack_from("<Q", content, 32)
+    (slots,) = struct.unpack_from("<I", content, 56)
     return [slot << 3 for slot in struct.unpack_from(f"<{slots}I", content, table)]
 
 
 def chunk_offsets(content: bytes, inode: int) -> list[int]:
-    flags, = struct.unpack_from("<Q", content, inode + 80)
-    mode, = struct.unpack_from("<I", content, inode + 60)
+    (flags,) = struct.unpack_from("<Q", content, inode + 80)
+    (mode,) = struct.unpack_from("<I", content, inode + 60)
     count, name, _ = struct.unpack_from("<IHH", content, inode + 96)
     if not stat.S_ISREG(mode):
         return []
@@ -87,7 +87,7 @@ def without_numbers(bootstrap: Path, to: Path) -> Path:
     content[68:80] = bytes(12)
     for inode in inode_offsets(content):
         for chunk in chunk_offsets(content, inode):
-            content[chunk + 72:chunk + 76] = bytes(4)
+            content[chunk + 72 : chunk + 76] = bytes(4)
     to.write_bytes(content)
     return to
 
@@ -132,8 +132,9 @@ def compare_with_source(source: Path, bootstrap: Path, blobs: Path) -> None:
 @pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("compressor, digester", [("none", "sha256"), ("lz4_block", "blake3"), ("zstd", "sha256")])
 def test_our_own(source: Path, tmp_path: Path, compressor: str, digester: str, aligned: bool) -> None:
-    options = BuildOptions(fs_version=5, compressor=compressor, digester=digester, chunk_size=65536,
-                           aligned_chunk=aligned)
+    options = BuildOptions(
+        fs_version=5, compressor=compressor, digester=digester, chunk_size=65536, aligned_chunk=aligned
+    )
     build_image(source, tmp_path / "boot", tmp_path / "blobs", options)
     compare_with_source(source, tmp_path / "boot", tmp_path / "blobs")
     compare_with_source(source, without_numbers(tmp_path / "boot", tmp_path / "bare"), tmp_path / "blobs")
@@ -144,25 +145,29 @@ def test_holes(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     data = hashlib.shake_128(b"holes").digest(3 * 65536)
     (tmp_path / "source" / "file").write_bytes(data)
-    build_image(tmp_path / "source", tmp_path / "boot", tmp_path / "blobs",
-                BuildOptions(fs_version=5, chunk_size=65536, compressor="none"))
+    build_image(
+        tmp_path / "source",
+        tmp_path / "boot",
+        tmp_path / "blobs",
+        BuildOptions(fs_version=5, chunk_size=65536, compressor="none"),
+    )
     content = bytearray((tmp_path / "boot").read_bytes())
     inode = next(at for at in inode_offsets(content) if chunk_offsets(content, at))
     starts, size = [10_000, 200_000, 200_000 + 65536], 400_000
     struct.pack_into("<Q", content, inode + 64, size)
-    flags, = struct.unpack_from("<Q", content, inode + 80)
+    (flags,) = struct.unpack_from("<Q", content, inode + 80)
     struct.pack_into("<Q", content, inode + 80, flags | HAS_HOLE)
     expected = bytearray(size)
     for k, (at, start) in enumerate(zip(chunk_offsets(content, inode), starts, strict=True)):
         struct.pack_into("<Q", content, at + 64, start)
-        expected[start:start + 65536] = data[k * 65536:(k + 1) * 65536]
+        expected[start : start + 65536] = data[k * 65536 : (k + 1) * 65536]
     (tmp_path / "holes").write_bytes(content)
     with opened_with_data(tmp_path / "holes", tmp_path / "blobs") as image:
         assert image.check() == []
         ino = image.resolve("/file")
         assert image.read(ino) == expected
         for off, length in ((0, 5), (9_999, 2), (75_535, 2), (199_999, 65_538), (331_071, 10), (399_990, 100)):
-            assert image.read(ino, off, length) == expected[off:off + length]
+            assert image.read(ino, off, length) == expected[off : off + length]
         assert [chunk.file_off for chunk in image.chunks(ino)] == starts
 
 
@@ -174,15 +179,25 @@ def test_layout_before_1_0_is_refused() -> None:
 
 @pytest.mark.peer
 @pytest.mark.skipif(not shutil.which(NYDUS_IMAGE), reason="NYDUS_IMAGE names no nydus-image")
-@pytest.mark.parametrize("options", [
-    "--compressor zstd", "--compressor none --chunk-size 4096", "--compressor lz4_block --digester sha256",
-    "--compressor zstd --aligned-chunk", "--blob-inline-meta",
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--compressor zstd",
+        "--compressor none --chunk-size 4096",
+        "--compressor lz4_block --digester sha256",
+        "--compressor zstd --aligned-chunk",
+        "--blob-inline-meta",
+    ],
+)
 def test_images_of_the_real_tool(source: Path, tmp_path: Path, options: str) -> None:
     inline = "inline" in options
     where = ["-D", tmp_path / "blobs"] + ([] if inline else ["-B", tmp_path / "boot"])
     (tmp_path / "blobs").mkdir()
-    subprocess.run([NYDUS_IMAGE, "create", "--type", "directory", "--fs-version", "5", *options.split(), *where,
-                    source], check=True, capture_output=True, stdin=subprocess.DEVNULL)
+    subprocess.run(
+        [NYDUS_IMAGE, "create", "--type", "directory", "--fs-version", "5", *options.split(), *where, source],
+        check=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
     boot = next((tmp_path / "blobs").iterdir()) if inline else tmp_path / "boot"
     compare_with_source(source, boot, tmp_path / "blobs")

@@ -40,7 +40,7 @@ def make_tree(seed: int, chunk_size: int) -> Tree:
     def common() -> dict[str, object]:
         xattrs = {}
         if rng.random() < 0.15:
-            xattrs[b"user.note"] = rng.randbytes(rng.choice([1, 2, 3, 4, 700]))    # a tar holds no empty ones
+            xattrs[b"user.note"] = rng.randbytes(rng.choice([1, 2, 3, 4, 700]))  # a tar holds no empty ones
             xattrs[b"security.capability"] = bytes.fromhex("0100000200200000000000000000000000000000")
         if rng.random() < 0.05:
             xattrs[b"system.posix_acl_access"] = ACL
@@ -63,7 +63,7 @@ def make_tree(seed: int, chunk_size: int) -> Tree:
     edges = [0, 1, 2, 4095, 4096, 4097, chunk_size - 1, chunk_size, chunk_size + 1, 3 * chunk_size + 17]
     pieces = [rng.randbytes(chunk_size), bytes(chunk_size), b"text " * (chunk_size // 5 + 1)]
     for number, size in enumerate(edges * 2):
-        content = b"".join(rng.choice(pieces)[: chunk_size] for _ in range(size // chunk_size + 1))[:size]
+        content = b"".join(rng.choice(pieces)[:chunk_size] for _ in range(size // chunk_size + 1))[:size]
         mode = rng.choice([0o644, 0o4755, 0o600, 0])
         add(rng.choice(dirs) + b"/file%d" % number, stat.S_IFREG, mode, content=content)
     # names before "." in order, names at the limit, names that are not UTF-8

@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def layers() -> list[dict[str, tarfile.TarInfo]]:
-    made = subprocess.run([sys.executable, "scripts/make-demo-image.py"], cwd=ROOT, capture_output=True, text=True,
-                          check=True)
+    made = subprocess.run(
+        [sys.executable, "scripts/make-demo-image.py"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     layout = Path(made.stdout.strip().removeprefix("oci:").rpartition(":")[0])
 
     def blob(digest: str) -> Path:
@@ -51,8 +52,11 @@ def test_kinds_of_entries(layers: list[dict[str, tarfile.TarInfo]]) -> None:
     assert [odd[name].linkname for name in ("demo/hard-link", "demo/other-hard-link")] == ["demo/original"] * 2
     assert odd["demo/null"].ischr() and (odd["demo/null"].devmajor, odd["demo/null"].devminor) == (1, 3)
     assert len(odd["demo/long-symlink"].linkname) > 3000
-    assert {name.removeprefix("SCHILY.xattr.") for name in odd["demo/attributes"].pax_headers
-            if name.startswith("SCHILY.xattr.")} == {"user.short", "user.long", "trusted.demo"}
+    assert {
+        name.removeprefix("SCHILY.xattr.")
+        for name in odd["demo/attributes"].pax_headers
+        if name.startswith("SCHILY.xattr.")
+    } == {"user.short", "user.long", "trusted.demo"}
     assert max(len(name.rpartition("/")[2]) for name in odd) == 255
 
 

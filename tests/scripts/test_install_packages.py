@@ -9,8 +9,13 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "install-packages"
 
 
 def run_script(bin_directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SCRIPT, *words], capture_output=True, text=True, check=False,
-                          env={**os.environ, "PATH": f"{bin_directory}:{os.environ['PATH']}"})
+    return subprocess.run(
+        [SCRIPT, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PATH": f"{bin_directory}:{os.environ['PATH']}"},
+    )
 
 
 def put_program(directory: Path, name: str, script: str) -> None:
@@ -33,8 +38,9 @@ def test_all_there_is_silent(tmp_path: Path) -> None:
 
 def test_missing_without_root_is_one_line_that_names_it(tmp_path: Path) -> None:
     names = [name for name in list_packages(tmp_path) if name not in ("umoci", "strace")]
-    put_program(tmp_path, "dpkg-query", "printf '%s ' config-files/strace " +
-                " ".join(f"installed/{name}" for name in names))
+    put_program(
+        tmp_path, "dpkg-query", "printf '%s ' config-files/strace " + " ".join(f"installed/{name}" for name in names)
+    )
     put_program(tmp_path, "id", "echo 1000")
     done = run_script(tmp_path)
     assert done.returncode == 1
@@ -46,8 +52,12 @@ def test_missing_with_root_is_installed_with_lists_fetched_only_when_needed(tmp_
     put_program(tmp_path, "dpkg-query", "printf '%s ' " + " ".join(f"installed/{name}" for name in names))
     put_program(tmp_path, "id", "echo 0")
     calls = tmp_path / "calls"
-    put_program(tmp_path, "apt-get", f'echo "$*" >> {calls}; case "$*" in *umoci*) [ -e {tmp_path}/lists ];; '
-                f"*update*) touch {tmp_path}/lists;; esac")
+    put_program(
+        tmp_path,
+        "apt-get",
+        f'echo "$*" >> {calls}; case "$*" in *umoci*) [ -e {tmp_path}/lists ];; '
+        f"*update*) touch {tmp_path}/lists;; esac",
+    )
     done = run_script(tmp_path)
     assert done.returncode == 0, done.stderr
     install = "install -y -q --no-install-recommends umoci"

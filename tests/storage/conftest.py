@@ -23,8 +23,10 @@ def make(server: FaultyServer):
     made = []
 
     def make(**settings):
-        backend = create_backend("registry", {"scheme": "http", "host": server.host, "repo": "a/b", "timeout": 0.6,
-                                              "connect_timeout": 0.6, **settings})
+        backend = create_backend(
+            "registry",
+            {"scheme": "http", "host": server.host, "repo": "a/b", "timeout": 0.6, "connect_timeout": 0.6, **settings},
+        )
         made.append(backend)
         return backend
 

@@ -59,7 +59,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "multipart": ({}, {"network"}),
     "chunked": ({}, set()),
     "close": ({}, set()),
-    "redirect": ({}, {"network"}),     # an object store's redirect is not followed: the signature is for one host
+    "redirect": ({}, {"network"}),  # an object store's redirect is not followed: the signature is for one host
     "redirect_loop": ({}, {"network"}),
     "redirect_bad": ({"text": "ftp://127.0.0.1/x"}, {"network"}),
     "garbage": ({"text": "not http at all\r\n\r\n"}, {"network"}),
@@ -69,8 +69,9 @@ HTTP_ROUTES = ("registry", "by mirror", "by proxy", "s3", "oss", "http-proxy", "
 # Behind a mirror or proxy that goes wrong there is the registry: a read never fails for it.
 COVERED_ROUTES = frozenset(("by mirror", "by proxy"))
 # A status of 401 or 403 from a proxy that does not say it is its own is the registry's, and so is 404 and 418.
-PROXY_SPEAKS_FOR_REGISTRY = frozenset(("status 401", "status 403", "status 404", "status 418", "redirect",
-                                       "redirect_loop", "redirect_bad"))
+PROXY_SPEAKS_FOR_REGISTRY = frozenset(
+    ("status 401", "status 403", "status 404", "status 418", "redirect", "redirect_loop", "redirect_bad")
+)
 
 
 # What goes wrong with a local file or disk, and the cause it is told as.
@@ -96,8 +97,12 @@ class Outcome(NamedTuple):
             return True
         if self.mode != "lasting" or self.fault in HARMLESS:
             # The redirect of an object store is refused the first time too, and so are refusals by name.
-            return self.mode == "once" and self.fault not in HARMLESS and self.verdict in CASES[self.fault][1] \
+            return (
+                self.mode == "once"
+                and self.fault not in HARMLESS
+                and self.verdict in CASES[self.fault][1]
                 and not is_retried(self.fault, self.route)
+            )
         if self.route in COVERED_ROUTES and not (self.route == "by proxy" and self.fault in PROXY_SPEAKS_FOR_REGISTRY):
             return False
         return self.verdict in CASES[self.fault][1]
@@ -159,8 +164,14 @@ def open_route(route: str, image: Image, directory: Path) -> Iterator[tuple[Any,
         if route in COVERED_ROUTES:
             sound = stack.enter_context(FaultyServer(blobs))
             registry["host"] = sound.host
-        bucket = {"scheme": "http", "endpoint": f"localhost:{port}", "bucket_name": "images", "access_key_id": "id",
-                  "access_key_secret": "a-secret", **limits}
+        bucket = {
+            "scheme": "http",
+            "endpoint": f"localhost:{port}",
+            "bucket_name": "images",
+            "access_key_id": "id",
+            "access_key_secret": "a-secret",
+            **limits,
+        }
         kind, settings = {
             "registry": ("registry", registry),
             "by mirror": ("registry", {**registry, "mirrors": [{"host": faulty.url}]}),
@@ -221,13 +232,16 @@ def run_local_case(fault: str, route: str, mode: str, image: Image) -> Outcome:
         file = directory / image.blob_id
         work_dir = directory / "cache"
         work_dir.mkdir()
-        damaged = {"truncated": image.blob[:3000], "empty": b"",
-                   "corrupt": image.blob[:3000] + bytes(byte ^ 0x40 for byte in image.blob[3000:3001]) +
-                   image.blob[3001:]}.get(fault)
+        damaged = {
+            "truncated": image.blob[:3000],
+            "empty": b"",
+            "corrupt": image.blob[:3000] + bytes(byte ^ 0x40 for byte in image.blob[3000:3001]) + image.blob[3001:],
+        }.get(fault)
         if damaged is not None:
             file.write_bytes(damaged)
-        backend = create_backend(route, {"dir": str(directory)} if route == "localfs" else {
-            "device_path": str(file), "disable_gpt": True})
+        backend = create_backend(
+            route, {"dir": str(directory)} if route == "localfs" else {"device_path": str(file), "disable_gpt": True}
+        )
         opened = Opened(image, work_dir, backend)
 
         class Healer:
@@ -235,7 +249,7 @@ def run_local_case(fault: str, route: str, mode: str, image: Image) -> Outcome:
 
             @staticmethod
             def heal() -> None:
-                file.write_bytes(image.blob)    # the same file: backends keep it open
+                file.write_bytes(image.blob)  # the same file: backends keep it open
 
         try:
             verdict, seconds, line = (_prefetch if mode == "prefetch" else _read)(opened, image, Healer)
@@ -301,15 +315,15 @@ def _prefetch(opened: Opened, image: Image, faulty: Any) -> tuple[str, float, st
         if event is not None and event.level >= 30:
             break
     faulty.heal()
-    faulty.stopping.set()       # what hangs is let go
+    faulty.stopping.set()  # what hangs is let go
     for ino, data in image.files.items():
-        for _ in range(20):     # the circuit breaker may be shut for a second
+        for _ in range(20):  # the circuit breaker may be shut for a second
             began = time.monotonic()
             got = opened.read(ino, len(data))
             seconds = time.monotonic() - began
             if got is not None or seconds > DEADLINE_S + GRACE_S:
                 break
-            time.sleep(0.1)     # between two tries; their number decides
+            time.sleep(0.1)  # between two tries; their number decides
         if seconds > DEADLINE_S + GRACE_S:
             return "HUNG", seconds, opened.cause()[1]
         if got is None:
@@ -326,7 +340,7 @@ def check_cache(image: Image, work_dir: Path) -> str:
     try:
         for ino, data in image.files.items():
             for offset in range(0, len(data), CHUNK_BYTES):
-                wanted = data[offset:offset + CHUNK_BYTES]
+                wanted = data[offset : offset + CHUNK_BYTES]
                 try:
                     got = opened.rafs.read(ino, offset, len(wanted))
                 except OSError:
@@ -338,15 +352,22 @@ def check_cache(image: Image, work_dir: Path) -> str:
     return ""
 
 
-def run_matrix(directory: Path, *, modes: tuple[str, ...] = MODES, workers: int = 8,
-               tell: Callable[[Outcome], None] | None = None) -> list[Outcome]:
+def run_matrix(
+    directory: Path, *, modes: tuple[str, ...] = MODES, workers: int = 8, tell: Callable[[Outcome], None] | None = None
+) -> list[Outcome]:
     """All cases, several at once: most of their time is waiting."""
     image = Image(directory)
     assert {fault.partition(" ")[0] for fault in CASES} == set(FAULTS)
     cases: list[tuple[Any, ...]] = [
-        (run_case, fault, route, mode) for fault in CASES for route in HTTP_ROUTES for mode in modes]
-    cases += [(run_local_case, fault, route, mode) for fault in LOCAL_CASES for route in LOCAL_ROUTES
-              for mode in modes if mode != "once"]
+        (run_case, fault, route, mode) for fault in CASES for route in HTTP_ROUTES for mode in modes
+    ]
+    cases += [
+        (run_local_case, fault, route, mode)
+        for fault in LOCAL_CASES
+        for route in LOCAL_ROUTES
+        for mode in modes
+        if mode != "once"
+    ]
     with local_names(), ThreadPoolExecutor(workers) as pool:
         outcomes = []
         for outcome in pool.map(lambda case: case[0](*case[1:], image), cases):
@@ -375,10 +396,15 @@ def format_matrix(outcomes: list[Outcome]) -> str:
     lines = [*table(CASES, HTTP_ROUTES), "", "local files (lasting, prefetch):", *table(LOCAL_CASES, LOCAL_ROUTES)]
     wrong = [one for one in outcomes if not one.right]
     slowest = max(outcomes, key=lambda one: one.seconds)
-    return "\n".join([
-        f"each cell: {', '.join(modes)} (prefetch: what a reader gets afterwards); ! = not as it must be", *lines,
-        f"{len(outcomes)} cases, {len(wrong)} not as they must be; slowest read {slowest.seconds:.1f} s "
-        f"({slowest.fault}, {slowest.route}, {slowest.mode}), deadline {DEADLINE_S:g} s",
-        *(f"! {one.fault}, {one.route}, {one.mode}: {one.verdict} after {one.seconds:.1f} s: {one.line}"
-          for one in wrong),
-    ])
+    return "\n".join(
+        [
+            f"each cell: {', '.join(modes)} (prefetch: what a reader gets afterwards); ! = not as it must be",
+            *lines,
+            f"{len(outcomes)} cases, {len(wrong)} not as they must be; slowest read {slowest.seconds:.1f} s "
+            f"({slowest.fault}, {slowest.route}, {slowest.mode}), deadline {DEADLINE_S:g} s",
+            *(
+                f"! {one.fault}, {one.route}, {one.mode}: {one.verdict} after {one.seconds:.1f} s: {one.line}"
+                for one in wrong
+            ),
+        ]
+    )

@@ -19,15 +19,23 @@ def token_calls(server: FaultyServer) -> list[str]:
     return [one.method for one in server.requests if one.path.startswith(TOKEN_PATH)]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ('Bearer realm="https://a/t?x=1,2",service="s",scope="repository:a/b:pull,push"',
-     [("bearer", {"realm": "https://a/t?x=1,2", "service": "s", "scope": "repository:a/b:pull,push"})]),
-    ('Basic realm="x"', [("basic", {"realm": "x"})]),
-    ("Negotiate, Basic realm=x", [("negotiate", {}), ("basic", {"realm": "x"})]),
-    (r'Basic realm="a \"b\" c", BEARER realm="r" , service = "s"',
-     [("basic", {"realm": 'a "b" c'}), ("bearer", {"realm": "r", "service": "s"})]),
-    ("", []), ("=,=", []),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            'Bearer realm="https://a/t?x=1,2",service="s",scope="repository:a/b:pull,push"',
+            [("bearer", {"realm": "https://a/t?x=1,2", "service": "s", "scope": "repository:a/b:pull,push"})],
+        ),
+        ('Basic realm="x"', [("basic", {"realm": "x"})]),
+        ("Negotiate, Basic realm=x", [("negotiate", {}), ("basic", {"realm": "x"})]),
+        (
+            r'Basic realm="a \"b\" c", BEARER realm="r" , service = "s"',
+            [("basic", {"realm": 'a "b" c'}), ("bearer", {"realm": "r", "service": "s"})],
+        ),
+        ("", []),
+        ("=,=", []),
+    ],
+)
 def test_parse_challenges(text: str, expected: list) -> None:
     assert parse_challenges(text) == expected
 
@@ -79,7 +87,7 @@ def test_token_is_renewed_before_its_end(server: FaultyServer, make, monkeypatch
     backend = make()
     assert read(backend, blob, 0, 10) == DATA[:10]
     now = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: now() + 290)     # of 300 s
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 290)  # of 300 s
     assert read(backend, blob, 0, 10) == DATA[:10]
     assert len(token_calls(server)) == 2
     assert [one.status for one in server.requests].count(401) == 1
@@ -99,7 +107,7 @@ def test_one_token_for_many_threads(server: FaultyServer, make) -> None:
         except BaseException as error:
             failed.append(error)
 
-    for _ in range(2):      # the second round with tokens that are worn out for all at once
+    for _ in range(2):  # the second round with tokens that are worn out for all at once
         threads = [threading.Thread(target=run) for _ in range(8)]
         for thread in threads:
             thread.start()
@@ -136,8 +144,9 @@ def test_stale_header_without_challenge(server: FaultyServer, make) -> None:
 @pytest.mark.parametrize("status", [401, 403])
 def test_refusals_name_user_host_and_cure(server: FaultyServer, make, status: int) -> None:
     blob = server.add(DATA)
-    server.inject("status", status=status, times=-1, text=f"no {SECRET}",
-                  headers={"WWW-Authenticate": 'Basic realm="x"'})
+    server.inject(
+        "status", status=status, times=-1, text=f"no {SECRET}", headers={"WWW-Authenticate": 'Basic realm="x"'}
+    )
     with pytest.raises(Failure) as caught:
         read(make(auth=AUTH), blob, 0, 10)
     line = str(caught.value)
@@ -214,8 +223,17 @@ def test_credentials_hide_their_secret() -> None:
 def test_docker_config(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     assert find_docker_credentials("a:5000") is None
-    (tmp_path / "config.json").write_text(json.dumps({"auths": {
-        "a:5000": {"auth": AUTH}, "https://index.docker.io/v1/": {"username": "hub", "password": "p"}, "b": {}}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "auths": {
+                    "a:5000": {"auth": AUTH},
+                    "https://index.docker.io/v1/": {"username": "hub", "password": "p"},
+                    "b": {},
+                }
+            }
+        )
+    )
     found = find_docker_credentials("a:5000")
     assert found is not None and (found.username, found.password) == ("someone", SECRET)
     hub = find_docker_credentials("docker.io")
@@ -228,8 +246,8 @@ def test_docker_config(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- renewal ahead of time
 
-def test_tokens_are_renewed_while_there_is_traffic(server: FaultyServer, make,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_tokens_are_renewed_while_there_is_traffic(server: FaultyServer, make, monkeypatch: pytest.MonkeyPatch) -> None:
     """No read meets an old token, and without reads nothing is renewed."""
     import time
 
@@ -243,12 +261,12 @@ def test_tokens_are_renewed_while_there_is_traffic(server: FaultyServer, make,
     until = time.monotonic() + 5
     while time.monotonic() < until:
         assert read(backend, blob, 0, 10) == DATA[:10]
-        time.sleep(0.05)    # the traffic
+        time.sleep(0.05)  # the traffic
     assert [one.status for one in server.requests].count(401) == 1
     assert len(token_calls(server)) >= 3
     until = time.monotonic() + 10
     while backend.session.auth._renewer is not None and time.monotonic() < until:
-        time.sleep(0.05)    # between two polls; the deadline decides
+        time.sleep(0.05)  # between two polls; the deadline decides
     assert backend.session.auth._renewer is None
     assert read(backend, blob, 0, 10) == DATA[:10]
 
@@ -260,8 +278,9 @@ def test_a_login_that_stops_to_work_is_said_once(server: FaultyServer) -> None:
     server.token_user = f"someone:{SECRET}"
     server.token_uses = 1
     blob = server.add(DATA)
-    backend = create_backend("registry", {"scheme": "http", "host": server.host, "repo": "a/b", "auth": AUTH},
-                             warn=lines.append)
+    backend = create_backend(
+        "registry", {"scheme": "http", "host": server.host, "repo": "a/b", "auth": AUTH}, warn=lines.append
+    )
     assert read(backend, blob, 0, 10) == DATA[:10]
     assert backend.status()["login"] == "ok" and lines == []
     server.token_user = "someone:other"
@@ -282,19 +301,24 @@ def test_no_password_in_clear_beside_tls(server: FaultyServer, make, tmp_path) -
     make_certificate(tmp_path, "tls")
     blob = server.add(DATA)
     with FaultyServer({blob: DATA}, tls=(tmp_path / "tls.pem", tmp_path / "tls.key")) as secure:
-        secure.inject("status", status=401, times=-1,
-                      headers={"WWW-Authenticate": f'Bearer realm="{server.url}/token",service="s"'})
+        secure.inject(
+            "status",
+            status=401,
+            times=-1,
+            headers={"WWW-Authenticate": f'Bearer realm="{server.url}/token",service="s"'},
+        )
         settings = {"scheme": "https", "host": secure.host, "ca_cert_files": [str(tmp_path / "tls.pem")], "timeout": 5}
         with pytest.raises(Failure, match="without TLS") as caught:
             read(make(auth=AUTH, **settings), blob, 0, 10)
         assert caught.value.cause is Cause.AUTH
         assert server.requests == []
         secure.heal()
-        secure.token_user = f"someone:{SECRET}"     # its own realm is https
+        secure.token_user = f"someone:{SECRET}"  # its own realm is https
         assert read(make(auth=AUTH, **settings), blob, 0, 10) == DATA[:10]
 
 
 # ---- docker's configuration
+
 
 @pytest.fixture
 def docker(tmp_path, monkeypatch: pytest.MonkeyPatch):
@@ -313,15 +337,18 @@ def docker(tmp_path, monkeypatch: pytest.MonkeyPatch):
             f"open({str(tmp_path / 'asked')!r}, 'a').write(server + '\\n')\nlogins = {logins or {}!r}\n"
             f"if {broken!r}:\n    print({broken!r}); sys.exit(1)\n"
             "if server not in logins:\n    print('credentials not found in native keychain'); sys.exit(1)\n"
-            "print(json.dumps({'ServerURL': server, 'Username': logins[server][0], 'Secret': logins[server][1]}))\n")
+            "print(json.dumps({'ServerURL': server, 'Username': logins[server][0], 'Secret': logins[server][1]}))\n"
+        )
         helper.chmod(0o755)
 
     return docker
 
 
 def test_credential_helpers(docker) -> None:
-    docker({"credHelpers": {"a:5000": "test"}, "auths": {"a:5000": {}, "b": {"auth": AUTH}}},
-           {"a:5000": ["me", "word"], "c": ["<token>", "tok"]})
+    docker(
+        {"credHelpers": {"a:5000": "test"}, "auths": {"a:5000": {}, "b": {"auth": AUTH}}},
+        {"a:5000": ["me", "word"], "c": ["<token>", "tok"]},
+    )
     found = find_docker_credentials("a:5000")
     assert found is not None and (found.username, found.password) == ("me", "word")
     found = find_docker_credentials("b")
@@ -329,7 +356,7 @@ def test_credential_helpers(docker) -> None:
     docker({"credsStore": "test", "auths": {"b": {"auth": AUTH}}}, {"c": ["<token>", "tok"]})
     found = find_docker_credentials("c")
     assert found is not None and (found.username, found.identity_token) == ("", "tok")
-    found = find_docker_credentials("b")    # the store knows nothing: the file does
+    found = find_docker_credentials("b")  # the store knows nothing: the file does
     assert found is not None and found.username == "someone"
     docker({"credHelpers": {"a": "missing-one"}})
     with pytest.raises(Failure, match="docker-credential-missing-one is not installed"):

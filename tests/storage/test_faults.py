@@ -10,7 +10,7 @@ from tests.storage.conftest import DATA, read
 from virtiofsd_nydus.errors import Cause, Failure
 
 OFFSET, LENGTH = 1000, 700_003
-WANTED = DATA[OFFSET:OFFSET + LENGTH]
+WANTED = DATA[OFFSET : OFFSET + LENGTH]
 DEADLINE_S = 3.0
 
 # A fault that passes: it hits one request, the read must succeed with the right bytes.
@@ -40,9 +40,15 @@ LASTING = {
     "trickle": [({"at_bytes": 1, "seconds": 0.2}, Cause.NETWORK)],
     "truncate": [({"at_bytes": 0}, Cause.NETWORK)],
     "reset": [({"at_bytes": 0}, Cause.NETWORK)],
-    "status": [({"status": 503}, Cause.NETWORK), ({"status": 401}, Cause.AUTH), ({"status": 403}, Cause.AUTH),
-               ({"status": 404}, Cause.MISSING), ({"status": 418}, Cause.IO), ({"status": 204}, Cause.NETWORK),
-               ({"status": 400, "text": "Client sent an HTTP request to an HTTPS server.\n"}, Cause.SCHEME)],
+    "status": [
+        ({"status": 503}, Cause.NETWORK),
+        ({"status": 401}, Cause.AUTH),
+        ({"status": 403}, Cause.AUTH),
+        ({"status": 404}, Cause.MISSING),
+        ({"status": 418}, Cause.IO),
+        ({"status": 204}, Cause.NETWORK),
+        ({"status": 400, "text": "Client sent an HTTP request to an HTTPS server.\n"}, Cause.SCHEME),
+    ],
     "ignore_range": [({}, Cause.NETWORK)],
     "shift_range": [({"at_bytes": 1}, Cause.NETWORK)],
     "mislabel_range": [({"at_bytes": 1}, Cause.NETWORK)],
@@ -50,10 +56,15 @@ LASTING = {
     "long_body": [({"at_bytes": 1}, Cause.NETWORK)],
     "multipart": [({}, Cause.NETWORK)],
     "redirect_loop": [({}, Cause.NETWORK)],
-    "redirect_bad": [({"text": ""}, Cause.NETWORK), ({"text": "ftp://127.0.0.1/x"}, Cause.NETWORK),
-                     ({"text": "http://127.0.0.1:1/x"}, Cause.NETWORK)],
-    "garbage": [({"text": "not http at all\r\n\r\n"}, Cause.NETWORK), ({"text": "\x15\x03\x03\x00\x02\x02\x46"},
-                                                                      Cause.SCHEME)],
+    "redirect_bad": [
+        ({"text": ""}, Cause.NETWORK),
+        ({"text": "ftp://127.0.0.1/x"}, Cause.NETWORK),
+        ({"text": "http://127.0.0.1:1/x"}, Cause.NETWORK),
+    ],
+    "garbage": [
+        ({"text": "not http at all\r\n\r\n"}, Cause.NETWORK),
+        ({"text": "\x15\x03\x03\x00\x02\x02\x46"}, Cause.SCHEME),
+    ],
 }
 
 
@@ -72,8 +83,9 @@ def test_passing_fault(server: FaultyServer, make, kind: str, fields: dict) -> N
     assert time.monotonic() - began < DEADLINE_S
 
 
-@pytest.mark.parametrize(("kind", "fields", "cause"),
-                         [(kind, fields, cause) for kind in LASTING for fields, cause in LASTING[kind]])
+@pytest.mark.parametrize(
+    ("kind", "fields", "cause"), [(kind, fields, cause) for kind in LASTING for fields, cause in LASTING[kind]]
+)
 def test_lasting_fault(server: FaultyServer, make, kind: str, fields: dict, cause: Cause) -> None:
     blob = server.add(DATA)
     backend = make()

@@ -27,7 +27,7 @@ def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     lines: list[str] = []
     gate = Gate("mirror m", 2, 10, 15, lines.append)
-    for _ in range(3):      # a success in between: not in a row
+    for _ in range(3):  # a success in between: not in a row
         assert gate.enter()
         gate.failed("why")
         assert gate.enter()
@@ -39,17 +39,19 @@ def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     gate.failed("one that was on its way")
     clock.ahead_s += 10.1
     assert gate.state == "probing"
-    assert gate.enter() and not gate.enter()    # one probe
+    assert gate.enter() and not gate.enter()  # one probe
     gate.failed("still")
     assert not gate.enter()
     clock.ahead_s += 10.1
-    assert gate.state == "shut"     # twice as long, at most 15
+    assert gate.state == "shut"  # twice as long, at most 15
     clock.ahead_s += 5
     assert gate.enter()
     gate.succeeded()
     assert gate.enter() and gate.enter()
-    assert lines == ["mirror m: not asked for a while after 2 failures in a row, the last: why else",
-                     "mirror m: answers again"]
+    assert lines == [
+        "mirror m: not asked for a while after 2 failures in a row, the last: why else",
+        "mirror m: answers again",
+    ]
 
 
 def test_a_lost_probe_does_not_shut_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +84,7 @@ def test_rate_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limit.debt_s() == pytest.approx(1, abs=0.1)
     clock.ahead_s += 100
     assert limit.debt_s() == 0
-    assert limit.take(50) == 0 and limit.take(1) > 0    # no more than the burst is saved up
+    assert limit.take(50) == 0 and limit.take(1) > 0  # no more than the burst is saved up
 
 
 def test_breaker(server: FaultyServer, make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +132,11 @@ def test_meter(server: FaultyServer, make) -> None:
     assert sum(found["read_cumulative_latency_millis_dist"]) == found["read_cumulative_latency_millis_total"]
     own = backend.meter.own_metrics()
     assert own.pop("received_bytes") == 700_000 and own.pop("errors_by_cause") == {"network": 2}
-    assert not any(own.values())        # what became of the bytes is for whoever asked for them to say
+    assert not any(own.values())  # what became of the bytes is for whoever asked for them to say
 
 
 # ---- names
+
 
 def test_a_lookup_that_hangs_ends_at_the_deadline(make, monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
@@ -166,8 +169,9 @@ def test_a_lookup_that_hangs_ends_at_the_deadline(make, monkeypatch: pytest.Monk
 def test_names_are_kept(server: FaultyServer, make, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     look_up = socket.getaddrinfo
-    monkeypatch.setattr(socket, "getaddrinfo",
-                        lambda host, *rest, **more: asked.append(host) or look_up(host, *rest, **more))
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *rest, **more: asked.append(host) or look_up(host, *rest, **more)
+    )
     blob = server.add(DATA)
     server.inject("close", times=-1)
     backend = make(host=server.host.replace("127.0.0.1", "localhost"))
@@ -190,7 +194,7 @@ def test_a_server_that_moved_is_looked_up_again(server: FaultyServer, make, monk
     blob = server.add(DATA)
     server.inject("close", times=-1)
     backend = make(host="registry.invalid", retry_limit=1)
-    assert read(backend, blob, 0, 10) == DATA[:10]      # refused once, looked up anew, had from the second address
+    assert read(backend, blob, 0, 10) == DATA[:10]  # refused once, looked up anew, had from the second address
     lookup = backend._client.resolver()._lookups["registry.invalid", 80]
     assert lookup.addresses[0][4] == ("127.0.0.1", port)
     assert asked == ["registry.invalid"] * 2
@@ -204,6 +208,7 @@ def test_names_that_are_not_there(make, name: str) -> None:
 
 
 # ---- headers of the environment
+
 
 def test_header_environment(server: FaultyServer, make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NYDUS_HEADER_X-Custom", "a value")

@@ -23,9 +23,11 @@ def disk(tmp_path: Path) -> Path:
     with path.open("wb") as stream:
         stream.truncate(16 * MIB)
     guid = uuid.UUID(hex=BLOB[32:])
-    script = ("label: gpt\n"
-              f"start=2048, size=2048, name=other, uuid={uuid.UUID(int=5)}\n"
-              f"start=8192, size=8192, name={BLOB[:32]}, uuid={guid}\n")
+    script = (
+        "label: gpt\n"
+        f"start=2048, size=2048, name=other, uuid={uuid.UUID(int=5)}\n"
+        f"start=8192, size=8192, name={BLOB[:32]}, uuid={guid}\n"
+    )
     program = "/usr/sbin/sfdisk" if Path("/usr/sbin/sfdisk").exists() else "sfdisk"
     subprocess.run([program, "-q", str(path)], input=script.encode(), check=True, capture_output=True)
     with path.open("r+b") as stream:
@@ -45,7 +47,7 @@ def test_localdisk(disk: Path) -> None:
         read(backend, "0" * 64, 0, 1)
     assert caught.value.cause is Cause.MISSING
     with pytest.raises(Failure, match="the image wants") as caught:
-        read(backend, BLOB, 8192 * 512 - 1, 2)      # never into the next partition
+        read(backend, BLOB, 8192 * 512 - 1, 2)  # never into the next partition
     assert caught.value.cause is Cause.FORMAT
     backend.close()
 

@@ -21,7 +21,7 @@ def test_read_range(tmp_path: Path) -> None:
     (tmp_path / BLOB).write_bytes(DATA)
     backend = create_backend("localfs", {"dir": str(tmp_path)})
     assert read(backend, BLOB, 0, len(DATA)) == DATA
-    assert read(backend, BLOB, 1234, 700_001) == DATA[1234:1234 + 700_001]
+    assert read(backend, BLOB, 1234, 700_001) == DATA[1234 : 1234 + 700_001]
     assert read(backend, BLOB, 5, 0) == b""
     assert backend.blob_size(BLOB) == len(DATA)
     assert max(len(piece) for piece in backend.read_range(BLOB, 0, len(DATA))) <= 1 << 20
@@ -31,8 +31,9 @@ def test_read_range(tmp_path: Path) -> None:
 def test_alt_dirs_and_blob_file(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / BLOB).write_bytes(DATA)
-    backend = create_backend("localfs", {"dir": str(tmp_path), "alt_dirs": [
-        str(tmp_path / "none"), str(tmp_path / "other")]})
+    backend = create_backend(
+        "localfs", {"dir": str(tmp_path), "alt_dirs": [str(tmp_path / "none"), str(tmp_path / "other")]}
+    )
     assert read(backend, BLOB, 7, 9) == DATA[7:16]
     backend = create_backend("localfs", {"blob_file": str(tmp_path / "other" / BLOB)})
     assert read(backend, "whatever", 7, 9) == DATA[7:16]
@@ -64,10 +65,10 @@ def test_a_file_that_was_replaced_is_opened_anew(tmp_path: Path) -> None:
     pieces = backend.read_range(BLOB, 0, len(DATA))
     first = bytes(next(pieces))
     (tmp_path / "new").rename(tmp_path / BLOB)
-    assert first + b"".join(bytes(piece) for piece in pieces) == DATA     # in the middle of a range, too
+    assert first + b"".join(bytes(piece) for piece in pieces) == DATA  # in the middle of a range, too
     assert read(backend, BLOB, 50, 100) == DATA[50:150]
     (tmp_path / BLOB).unlink()
-    assert read(backend, BLOB, 0, 10) == DATA[:10]      # still open
+    assert read(backend, BLOB, 0, 10) == DATA[:10]  # still open
     with pytest.raises(Failure, match="no blob file"):
         read(backend, BLOB, 0, len(DATA) + 1)
     backend.close()

@@ -43,11 +43,23 @@ def test_what_it_lacks_is_had_from_the_registry(server: FaultyServer, mirror: Fa
     assert backend.status()["mirrors"] == {mirror.host: "open"}
 
 
-@pytest.mark.parametrize("fault", [
-    {"kind": "status", "status": 503}, {"kind": "reset"}, {"kind": "delay", "seconds": 30},
-    {"kind": "truncate", "at_bytes": 0}, {"kind": "truncate", "at_bytes": 50_000}, {"kind": "ignore_range"},
-    {"kind": "shift_range", "at_bytes": 5}, {"kind": "no_content_range"}, {"kind": "status", "status": 401},
-    {"kind": "status", "status": 403}, {"kind": "garbage", "text": "no http\r\n\r\n"}, {"kind": "redirect_loop"}])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "status", "status": 503},
+        {"kind": "reset"},
+        {"kind": "delay", "seconds": 30},
+        {"kind": "truncate", "at_bytes": 0},
+        {"kind": "truncate", "at_bytes": 50_000},
+        {"kind": "ignore_range"},
+        {"kind": "shift_range", "at_bytes": 5},
+        {"kind": "no_content_range"},
+        {"kind": "status", "status": 401},
+        {"kind": "status", "status": 403},
+        {"kind": "garbage", "text": "no http\r\n\r\n"},
+        {"kind": "redirect_loop"},
+    ],
+)
 def test_a_faulty_mirror_fails_no_read(server: FaultyServer, mirror: FaultyServer, mirrored, fault: dict) -> None:
     blob = server.add(DATA)
     mirror.add(DATA)
@@ -55,8 +67,9 @@ def test_a_faulty_mirror_fails_no_read(server: FaultyServer, mirror: FaultyServe
     assert read(mirrored(retry_limit=1), blob, 5, 100_000, deadline=time.monotonic() + 5) == DATA[5:100_005]
 
 
-def test_a_dead_mirror_is_left_aside_and_probed(server: FaultyServer, mirror: FaultyServer, mirrored,
-                                                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dead_mirror_is_left_aside_and_probed(
+    server: FaultyServer, mirror: FaultyServer, mirrored, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blob = server.add(DATA)
     mirror.add(DATA)
     mirror.inject("reset", match="GET /v2/", times=2)

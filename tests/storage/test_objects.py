@@ -37,8 +37,17 @@ def local_names(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings_for(s3: S3Server, **changes: object) -> dict:
-    return {"scheme": "http", "endpoint": s3.host, "bucket_name": "images", "object_prefix": "some/pre fix+/",
-            "region": REGION, "access_key_id": s3.key_id, "access_key_secret": s3.key_secret, "timeout": 20, **changes}
+    return {
+        "scheme": "http",
+        "endpoint": s3.host,
+        "bucket_name": "images",
+        "object_prefix": "some/pre fix+/",
+        "region": REGION,
+        "access_key_id": s3.key_id,
+        "access_key_secret": s3.key_secret,
+        "timeout": 20,
+        **changes,
+    }
 
 
 @pytest.mark.peer
@@ -46,7 +55,7 @@ def settings_for(s3: S3Server, **changes: object) -> dict:
 def test_s3_ranges(s3: S3Server, path_style: bool) -> None:
     backend = create_backend("s3", settings_for(s3, path_style=path_style))
     for offset, length in ((0, len(DATA)), (0, 1), (len(DATA) - 1, 1), (12345, 300_000)):
-        assert read(backend, BLOB, offset, length) == DATA[offset:offset + length]
+        assert read(backend, BLOB, offset, length) == DATA[offset : offset + length]
     assert backend.blob_size(BLOB) == len(DATA)
     backend.close()
 
@@ -54,7 +63,8 @@ def test_s3_ranges(s3: S3Server, path_style: bool) -> None:
 @pytest.mark.peer
 def test_s3_session_token(s3: S3Server) -> None:
     made = s3.client("sts", key_id=s3.key_id, key_secret=s3.key_secret).assume_role(
-        RoleArn=make_role(s3), RoleSessionName="test")["Credentials"]
+        RoleArn=make_role(s3), RoleSessionName="test"
+    )["Credentials"]
     login = {"access_key_id": made["AccessKeyId"], "access_key_secret": made["SecretAccessKey"]}
     backend = create_backend("s3", settings_for(s3, **login, session_token=made["SessionToken"]))
     assert read(backend, BLOB, 5, 10) == DATA[5:15]
@@ -76,12 +86,15 @@ def make_role(s3: S3Server) -> str:
 
 
 @pytest.mark.peer
-@pytest.mark.parametrize(("changes", "cause", "word"), [
-    ({"access_key_secret": "not-the-word"}, Cause.AUTH, "SignatureDoesNotMatch"),
-    ({"access_key_id": "AKIANOBODY"}, Cause.AUTH, "InvalidAccessKeyId"),
-    ({"access_key_id": "", "access_key_secret": ""}, Cause.AUTH, "no key is configured"),
-    ({"object_prefix": "other/"}, Cause.MISSING, "not there"),
-])
+@pytest.mark.parametrize(
+    ("changes", "cause", "word"),
+    [
+        ({"access_key_secret": "not-the-word"}, Cause.AUTH, "SignatureDoesNotMatch"),
+        ({"access_key_id": "AKIANOBODY"}, Cause.AUTH, "InvalidAccessKeyId"),
+        ({"access_key_id": "", "access_key_secret": ""}, Cause.AUTH, "no key is configured"),
+        ({"object_prefix": "other/"}, Cause.MISSING, "not there"),
+    ],
+)
 def test_s3_causes(s3: S3Server, changes: dict, cause: Cause, word: str) -> None:
     backend = create_backend("s3", settings_for(s3, **changes))
     with pytest.raises(Failure, match=word) as caught:
@@ -94,8 +107,17 @@ def test_s3_causes(s3: S3Server, changes: dict, cause: Cause, word: str) -> None
 
 def test_another_region_is_named(server: FaultyServer) -> None:
     server.inject("status", status=301, headers={"x-amz-bucket-region": "mars-1"}, times=-1)
-    backend = create_backend("s3", {"scheme": "http", "endpoint": server.host, "bucket_name": "b", "region": "r",
-                                    "access_key_id": "k", "access_key_secret": SECRET})
+    backend = create_backend(
+        "s3",
+        {
+            "scheme": "http",
+            "endpoint": server.host,
+            "bucket_name": "b",
+            "region": "r",
+            "access_key_id": "k",
+            "access_key_secret": SECRET,
+        },
+    )
     with pytest.raises(Failure, match="mars-1"):
         read(backend, BLOB, 0, 10)
 
@@ -110,9 +132,18 @@ def test_oss_signs_as_the_vendor_does(token: str, prefix: str, monkeypatch: pyte
     server = FaultyServer({BLOB: DATA})
     with server:
         endpoint = f"localhost:{server.host.rpartition(':')[2]}"
-        backend = create_backend("oss", {
-            "scheme": "http", "endpoint": endpoint, "bucket_name": "images", "object_prefix": prefix,
-            "access_key_id": "the-id", "access_key_secret": SECRET, "session_token": token})
+        backend = create_backend(
+            "oss",
+            {
+                "scheme": "http",
+                "endpoint": endpoint,
+                "bucket_name": "images",
+                "object_prefix": prefix,
+                "access_key_id": "the-id",
+                "access_key_secret": SECRET,
+                "session_token": token,
+            },
+        )
         assert backend.blob_size(BLOB) == len(DATA)
         assert read(backend, BLOB, 5, 10) == DATA[5:15]
         login = oss2.StsAuth("the-id", SECRET, token) if token else oss2.Auth("the-id", SECRET)
@@ -129,8 +160,16 @@ def test_oss_signs_as_the_vendor_does(token: str, prefix: str, monkeypatch: pyte
 
 def test_oss_refusals_hold_no_secret(server: FaultyServer) -> None:
     server.inject("status", status=403, times=-1, text=f"<Error><Code>SignatureDoesNotMatch</Code>{SECRET}</Error>")
-    backend = create_backend("oss", {"scheme": "http", "endpoint": f"localhost:{server.host.rpartition(':')[2]}",
-                                     "bucket_name": "b", "access_key_id": "the-id", "access_key_secret": SECRET})
+    backend = create_backend(
+        "oss",
+        {
+            "scheme": "http",
+            "endpoint": f"localhost:{server.host.rpartition(':')[2]}",
+            "bucket_name": "b",
+            "access_key_id": "the-id",
+            "access_key_secret": SECRET,
+        },
+    )
     with pytest.raises(Failure, match="SignatureDoesNotMatch") as caught:
         read(backend, BLOB, 0, 10)
     assert caught.value.cause is Cause.AUTH

@@ -22,7 +22,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 20.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.01)    # between two polls; the deadline decides
+        time.sleep(0.01)  # between two polls; the deadline decides
 
 
 @pytest.fixture
@@ -57,15 +57,26 @@ def test_requests_go_by_the_proxy(server: FaultyServer, peer: FaultyServer, behi
 
 def test_logins_never_go_by_the_proxy(server: FaultyServer, peer: FaultyServer, behind) -> None:
     server.token_user = ""
-    peer.inject("status", status=401, match="GET http",
-                headers={"WWW-Authenticate": f'Bearer realm="{server.url}/token",service="s"'})
+    peer.inject(
+        "status",
+        status=401,
+        match="GET http",
+        headers={"WWW-Authenticate": f'Bearer realm="{server.url}/token",service="s"'},
+    )
     assert read(behind(), BLOB, 5, 10) == DATA[5:15]
     assert [one.path.partition("?")[0] for one in server.requests] == ["/token"]
     assert len(peer.requests) == 2 and peer.requests[1].authorization == "Bearer token0"
 
 
-@pytest.mark.parametrize("fault", [{"kind": "status", "status": 500}, {"kind": "status", "status": 502, "headers": OWN},
-                                   {"kind": "reset"}, {"kind": "delay", "seconds": 30}])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "status", "status": 500},
+        {"kind": "status", "status": 502, "headers": OWN},
+        {"kind": "reset"},
+        {"kind": "delay", "seconds": 30},
+    ],
+)
 def test_fallback(server: FaultyServer, peer: FaultyServer, behind, fault: dict) -> None:
     """A proxy that is unwell costs one attempt at most, not the read."""
     peer.inject(times=-1, **fault)
@@ -75,16 +86,24 @@ def test_fallback(server: FaultyServer, peer: FaultyServer, behind, fault: dict)
     assert not any(name.startswith("X-Dragonfly") for name in server.requests[0].headers)
 
 
-@pytest.mark.parametrize("fault", [{"kind": "status", "status": 500, "headers": OWN}, {"kind": "reset"},
-                                   {"kind": "status", "status": 429, "headers": OWN}, {"kind": "delay", "seconds": 30}])
-def test_without_fallback_the_last_retry_goes_round_it(server: FaultyServer, peer: FaultyServer, behind,
-                                                       fault: dict) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "status", "status": 500, "headers": OWN},
+        {"kind": "reset"},
+        {"kind": "status", "status": 429, "headers": OWN},
+        {"kind": "delay", "seconds": 30},
+    ],
+)
+def test_without_fallback_the_last_retry_goes_round_it(
+    server: FaultyServer, peer: FaultyServer, behind, fault: dict
+) -> None:
     peer.inject(times=-1, **fault)
     backend = behind(retry_limit=2, fallback=False, timeout=0.3)
     assert read(backend, BLOB, 5, 10) == DATA[5:15]
     assert len(server.requests) == 1 and server.requests[0].path == f"/v2/a/b/blobs/sha256:{BLOB}"
     # 429: the next attempt already
-    if fault["kind"] != "delay":    # which is recorded when it is over
+    if fault["kind"] != "delay":  # which is recorded when it is over
         assert len(peer.requests) == (1 if fault.get("status") == 429 else 2)
 
 
@@ -106,7 +125,7 @@ def test_refusals_are_told_apart(server: FaultyServer, peer: FaultyServer, behin
     with pytest.raises(Failure, match="refused to pull a/b") as caught:
         read(behind(), BLOB, 0, 10)
     assert caught.value.cause is Cause.AUTH and server.host in str(caught.value)
-    peer.inject("status", status=429, times=1)      # the registry's: a retry by the same way
+    peer.inject("status", status=429, times=1)  # the registry's: a retry by the same way
     assert read(behind(), BLOB, 0, 10) == DATA[:10]
     assert server.requests == []
 
@@ -175,6 +194,7 @@ def test_a_proxy_without_ranges_is_gone_round(server: FaultyServer, peer: Faulty
 
 # ---- the real one
 
+
 @pytest.fixture(scope="module")
 def squid(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Squid]:
     with Squid(tmp_path_factory.mktemp("squid")) as squid:
@@ -190,11 +210,14 @@ def test_squid(tmp_path: Path, squid: Squid, variant: dict) -> None:
         backend = create_backend("registry", settings_for(registry, proxy={"url": squid.url, "fallback": False}))
         assert read(backend, BLOB, 12345, 300_000) == DATA[12345:312345]
         assert backend.status()["proxy"] == {"state": "open", "used": 2 if "auth" in variant else 1, "passed_by": 0}
-        backend.close()     # a tunnel is logged when it ends
+        backend.close()  # a tunnel is logged when it ends
         wait_until(lambda: len(squid.requests()) > before)
         line = squid.requests()[-1]
-        assert line == (f"CONNECT {registry.host}" if registry.tls
-                        else f"GET http://{registry.host}/v2/team/image/blobs/sha256:{BLOB}")
+        assert line == (
+            f"CONNECT {registry.host}"
+            if registry.tls
+            else f"GET http://{registry.host}/v2/team/image/blobs/sha256:{BLOB}"
+        )
 
 
 @pytest.mark.peer

@@ -20,7 +20,7 @@ from virtiofsd_nydus.storage.pump import PREFETCH_SLOTS, FetchPump
 
 MIB = 1 << 20
 SIZE = 24 * MIB
-JOB_BYTES = 2 * MIB     # what one prefetch job asks for at most (csrc/store/fetcher.h)
+JOB_BYTES = 2 * MIB  # what one prefetch job asks for at most (csrc/store/fetcher.h)
 
 
 class Counting(LocalfsBackend):
@@ -29,8 +29,8 @@ class Counting(LocalfsBackend):
     def __init__(self, directory: str) -> None:
         super().__init__(directory)
         self.asked: list[tuple[float, int, bool]] = []
-        self.reader_at = 0      # told by a test: in the file, which is the blob
-        self.ahead_bytes = 0    # how far ahead of that the farthest request began
+        self.reader_at = 0  # told by a test: in the file, which is the blob
+        self.ahead_bytes = 0  # how far ahead of that the farthest request began
         self.lock = threading.Lock()
         self.prepared = threading.Semaphore(0)
 
@@ -88,7 +88,7 @@ class Opened:
             if total and ready == total:
                 return
             assert time.monotonic() < deadline
-            time.sleep(0.01)    # between two polls; the deadline decides
+            time.sleep(0.01)  # between two polls; the deadline decides
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_backends_are_prepared_before_they_are_asked(setup: Setup, backend: Coun
     try:
         assert backend.prepared.acquire(timeout=20)
         assert not backend.asked
-        assert opened.rafs.read(setup.ino, 0, 1000) == setup.data[:1000]    # a failure there costs nothing
+        assert opened.rafs.read(setup.ino, 0, 1000) == setup.data[:1000]  # a failure there costs nothing
     finally:
         opened.close()
 
@@ -118,7 +118,7 @@ def test_prefetch_keeps_to_its_limit(setup: Setup, backend: Counting, tmp_path: 
         deadline = began + 20
         while not limit.debt_s():
             assert time.monotonic() < deadline
-            time.sleep(0.001)   # between two polls; the deadline decides
+            time.sleep(0.001)  # between two polls; the deadline decides
         # In debt: a reader is served at once nevertheless.
         at = time.monotonic()
         assert opened.rafs.read(setup.ino, SIZE - 100_000, 100_000) == setup.data[-100_000:]
@@ -147,16 +147,19 @@ def test_without_a_limit_it_does_not_wait(setup: Setup, backend: Counting, tmp_p
     assert sum(length for _, length, prefetch in backend.asked if prefetch) >= SIZE
 
 
-@pytest.mark.parametrize(("amplify", "fetched"), [(0, 64 << 10), (4096, 128 << 10), (128 << 10, 128 << 10),
-                                                  (1 << 20, 256 << 10), (2 << 20, 512 << 10)])
-def test_a_miss_takes_its_neighbours_along(setup: Setup, backend: Counting, tmp_path: Path, amplify: int,
-                                           fetched: int) -> None:
+@pytest.mark.parametrize(
+    ("amplify", "fetched"),
+    [(0, 64 << 10), (4096, 128 << 10), (128 << 10, 128 << 10), (1 << 20, 256 << 10), (2 << 20, 512 << 10)],
+)
+def test_a_miss_takes_its_neighbours_along(
+    setup: Setup, backend: Counting, tmp_path: Path, amplify: int, fetched: int
+) -> None:
     """One that follows no other is extended to a quarter of amplify_io; 0 means the chunk alone."""
     opened = Opened(setup, tmp_path / "cache", backend)
     try:
         opened.rafs.set_amplify(amplify)
         at = SIZE // 2 + 100
-        assert opened.rafs.read(setup.ino, at, 4096) == setup.data[at:at + 4096]
+        assert opened.rafs.read(setup.ino, at, 4096) == setup.data[at : at + 4096]
     finally:
         opened.close()
     assert [(length, prefetch) for _, length, prefetch in backend.asked] == [(fetched, False)]
@@ -168,7 +171,7 @@ def test_a_reader_in_order_is_fetched_ahead_of(setup: Setup, backend: Counting, 
     try:
         for at in range(0, SIZE, 128 << 10):
             backend.reader_at = at
-            assert opened.rafs.read(setup.ino, at, 128 << 10) == setup.data[at:at + (128 << 10)]
+            assert opened.rafs.read(setup.ino, at, 128 << 10) == setup.data[at : at + (128 << 10)]
         assert opened.engine.stats()["prefetch_bytes"] == 0
     finally:
         opened.close()
@@ -182,12 +185,13 @@ def test_a_proxy_that_corrupts_costs_one_attempt(setup: Setup, tmp_path: Path) -
     served = {blob.name: blob.read_bytes()}
     with FaultyServer(served) as registry, FaultyServer(served) as proxy:
         proxy.inject("corrupt", at_bytes=10, times=-1)
-        backend = create_backend("registry", {"scheme": "http", "host": registry.host, "repo": "a/b",
-                                              "proxy": {"url": proxy.url}})
+        backend = create_backend(
+            "registry", {"scheme": "http", "host": registry.host, "repo": "a/b", "proxy": {"url": proxy.url}}
+        )
         opened = Opened(setup, tmp_path / "cache", backend)
         try:
             assert opened.rafs.read(setup.ino, 0, SIZE) == setup.data
         finally:
             opened.close()
             backend.close()
-        assert registry.ranges() and 1 <= len(proxy.ranges()) <= 8     # as many as were under way at once
+        assert registry.ranges() and 1 <= len(proxy.ranges()) <= 8  # as many as were under way at once

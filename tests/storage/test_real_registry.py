@@ -61,11 +61,11 @@ def fail(settings: dict, blob_id: str = BLOB) -> Failure:
 def test_ranges(registry: LocalRegistry) -> None:
     backend = create_backend("registry", settings_for(registry))
     for offset, length in ((0, len(DATA)), (0, 1), (len(DATA) - 1, 1), (12345, 300_000)):
-        assert read(backend, BLOB, offset, length) == DATA[offset:offset + length]
+        assert read(backend, BLOB, offset, length) == DATA[offset : offset + length]
     assert backend.blob_size(BLOB) == len(DATA)
     deadline = time.monotonic() + 10
     while len(registry.blob_requests(BLOB)) < 4 and time.monotonic() < deadline:
-        pass    # the look at the log waits by itself
+        pass  # the look at the log waits by itself
     assert sorted(one.body_bytes for one in registry.blob_requests(BLOB)) == [1, 1, 300_000, len(DATA)]
     assert registry.blob_bytes() == len(DATA) + 300_002
     if registry.token_server is not None:
@@ -107,13 +107,26 @@ def test_a_registry_that_comes_back(registry: LocalRegistry) -> None:
 
 def test_mirror(tmp_path: Path) -> None:
     """Two real registries: the mirror has one of two blobs, dies, and comes back."""
-    with LocalRegistry(tmp_path / "registry", auth="htpasswd") as registry, \
-            LocalRegistry(tmp_path / "mirror") as mirror:
+    with (
+        LocalRegistry(tmp_path / "registry", auth="htpasswd") as registry,
+        LocalRegistry(tmp_path / "mirror") as mirror,
+    ):
         store_blob(registry)
         store_blob(mirror)
-        backend = create_backend("registry", settings_for(registry, mirrors=[
-            {"host": f"http://{mirror.host}", "ping_url": f"http://{mirror.host}/v2/", "failure_limit": 1,
-             "health_check_interval": 0.2}]))
+        backend = create_backend(
+            "registry",
+            settings_for(
+                registry,
+                mirrors=[
+                    {
+                        "host": f"http://{mirror.host}",
+                        "ping_url": f"http://{mirror.host}/v2/",
+                        "failure_limit": 1,
+                        "health_check_interval": 0.2,
+                    }
+                ],
+            ),
+        )
         assert read(backend, BLOB, 5, 10) == DATA[5:15]
         assert (len(mirror.blob_requests()), len(registry.blob_requests())) == (1, 0)
         mirror.stop(signal.SIGKILL)
@@ -157,8 +170,13 @@ def test_logins_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert caught.value.cause is Cause.AUTH
         backend.close()
 
-        config = json.dumps({"version": 2, "cache": {"type": "blobcache"}, "backend": {
-            "type": "registry", "registry": settings_for(registry, auth="")}})
+        config = json.dumps(
+            {
+                "version": 2,
+                "cache": {"type": "blobcache"},
+                "backend": {"type": "registry", "registry": settings_for(registry, auth="")},
+            }
+        )
         monkeypatch.setenv("IMAGE_PULL_AUTH", login)
         parsed = parse_config(config)
         assert read(create_backend(parsed.backend_type, parsed.backend_config), BLOB, 5, 10) == DATA[5:15]

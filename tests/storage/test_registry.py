@@ -47,7 +47,7 @@ def test_connections_are_kept(server: FaultyServer, make, monkeypatch: pytest.Mo
 
     def run() -> None:
         for index in range(10):
-            assert read(backend, blob, index * 7, 50_000) == DATA[index * 7:index * 7 + 50_000]
+            assert read(backend, blob, index * 7, 50_000) == DATA[index * 7 : index * 7 + 50_000]
 
     threads = [threading.Thread(target=run) for _ in range(8)]
     for thread in threads:
@@ -79,7 +79,7 @@ def test_redirect_across_hosts_drops_the_login(server: FaultyServer, make) -> No
     blob = server.add(DATA)
     with FaultyServer({blob: DATA}) as store:
         server.token_user = ""
-        server.signatures = store.signatures    # one list: the store honours what the registry signed
+        server.signatures = store.signatures  # one list: the store honours what the registry signed
         server.inject("redirect", text=store.url, at_bytes=2, match="GET /v2/", times=-1)
         server.tokens = {}
         backend = make()
@@ -89,7 +89,7 @@ def test_redirect_across_hosts_drops_the_login(server: FaultyServer, make) -> No
         server.inject("redirect", text=store.url, at_bytes=2, match="GET /v2/", times=-1)
         server.requests.clear()
         for index in range(5):
-            assert read(backend, blob, index, 100) == DATA[index:index + 100]
+            assert read(backend, blob, index, 100) == DATA[index : index + 100]
         assert all(one.authorization == "" for one in store.requests)
         assert all(one.authorization.startswith("Bearer ") for one in server.requests)
         # 5 reads, 2 to an address: 3 asked of the registry, 2 refusals in between
@@ -135,28 +135,49 @@ def test_blob_ids_that_are_no_digests(make, blob_id: str) -> None:
 
 def test_unknown_keys_are_one_warning(server: FaultyServer) -> None:
     lines: list[str] = []
-    create_backend("registry", {"host": "h", "repo": "r", "colour": 1, "proxy": {"url": "", "colour": True},
-                                "mirrors": [{"host": "m", "taste": 1}], "zest": 2, "readahead": True},
-                   warn=lines.append)
+    create_backend(
+        "registry",
+        {
+            "host": "h",
+            "repo": "r",
+            "colour": 1,
+            "proxy": {"url": "", "colour": True},
+            "mirrors": [{"host": "m", "taste": 1}],
+            "zest": 2,
+            "readahead": True,
+        },
+        warn=lines.append,
+    )
     assert lines[0] == "backend registry: unknown keys, without effect: colour, zest"
     assert lines[1].startswith("backend registry: readahead is no longer a key")
-    assert sorted(lines[2:]) == ["backend registry, mirrors: unknown keys, without effect: taste",
-                                 "backend, proxy: unknown keys, without effect: colour"]
+    assert sorted(lines[2:]) == [
+        "backend registry, mirrors: unknown keys, without effect: taste",
+        "backend, proxy: unknown keys, without effect: colour",
+    ]
 
 
-@pytest.mark.parametrize(("kind", "settings", "word"), [
-    ("ftp", {}, "not supported"), ("oss", {}, "endpoint and bucket_name"), ("s3", {"bucket_name": "b"}, "region"),
-    ("localdisk", {}, "device_path"), ("http-proxy", {"addr": "x"}, "unix socket"),
-    ("registry", {"host": "h", "repo": "r", "proxy": {"url": "ftp://x"}}, "url must be"),
-    ("registry", {"host": "h", "repo": "r", "skip_verify": "yes"}, "true or false"),
-    ("registry", {"host": "h", "repo": "r", "mirrors": [{"host": "ftp://x"}]}, "mirrors: host"),
-    ("registry", {}, "host and repo"), ("registry", {"host": "h"}, "host and repo"),
-    ("registry", {"host": 5, "repo": "r"}, "host must be a string"),
-    ("registry", {"host": "h", "repo": "r", "auth": "???"}, "base64"),
-    ("registry", {"host": "h", "repo": "r", "auth": base64.b64encode(b"nocolon").decode()}, "base64"),
-    ("registry", {"host": "h", "repo": "r", "timeout": "5"}, "timeout must be a number"),
-    ("registry", {"host": "h", "repo": "r", "ca_cert_files": "x"}, "list of strings"),
-    ("localfs", {}, "dir or blob_file"), ("localfs", [], "object")])
+@pytest.mark.parametrize(
+    ("kind", "settings", "word"),
+    [
+        ("ftp", {}, "not supported"),
+        ("oss", {}, "endpoint and bucket_name"),
+        ("s3", {"bucket_name": "b"}, "region"),
+        ("localdisk", {}, "device_path"),
+        ("http-proxy", {"addr": "x"}, "unix socket"),
+        ("registry", {"host": "h", "repo": "r", "proxy": {"url": "ftp://x"}}, "url must be"),
+        ("registry", {"host": "h", "repo": "r", "skip_verify": "yes"}, "true or false"),
+        ("registry", {"host": "h", "repo": "r", "mirrors": [{"host": "ftp://x"}]}, "mirrors: host"),
+        ("registry", {}, "host and repo"),
+        ("registry", {"host": "h"}, "host and repo"),
+        ("registry", {"host": 5, "repo": "r"}, "host must be a string"),
+        ("registry", {"host": "h", "repo": "r", "auth": "???"}, "base64"),
+        ("registry", {"host": "h", "repo": "r", "auth": base64.b64encode(b"nocolon").decode()}, "base64"),
+        ("registry", {"host": "h", "repo": "r", "timeout": "5"}, "timeout must be a number"),
+        ("registry", {"host": "h", "repo": "r", "ca_cert_files": "x"}, "list of strings"),
+        ("localfs", {}, "dir or blob_file"),
+        ("localfs", [], "object"),
+    ],
+)
 def test_configurations_that_cannot_be(kind: str, settings: dict, word: str) -> None:
     with pytest.raises(UsageFailure, match=word):
         create_backend(kind, settings)

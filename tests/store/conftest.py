@@ -29,8 +29,12 @@ class Image:
         }
         for name, data in self.files.items():
             (source / name).write_bytes(data)
-        build_image(source, self.bootstrap, self.blob_dir,
-                    BuildOptions(compressor=compressor, digester=digester, chunk_size=CHUNK_BYTES))
+        build_image(
+            source,
+            self.bootstrap,
+            self.blob_dir,
+            BuildOptions(compressor=compressor, digester=digester, chunk_size=CHUNK_BYTES),
+        )
         (self.blob,) = [path for path in self.blob_dir.iterdir() if not path.name.startswith(".")]
 
 

@@ -147,7 +147,7 @@ def test_side_files_of_gone_blobs_are_swept(image: Image, work_dir: Path, capsys
         (work_dir / f"{blob.id}.blob.data").unlink()
         assert CacheDir(work_dir).collect() == []
         read_files(image, found)
-    (work_dir / f"{blob.id}.blob.data").unlink(missing_ok=True)     # it may have been made anew meanwhile
+    (work_dir / f"{blob.id}.blob.data").unlink(missing_ok=True)  # it may have been made anew meanwhile
     assert main(["cache", "gc", str(work_dir), "--dry-run"]) == 0
     assert capsys.readouterr().out.strip() == str(side) and side.exists()
     assert main(["cache", "gc", str(work_dir), "--json"]) == 0
@@ -178,9 +178,16 @@ def test_no_cache(tmp_path: Path, work_dir: Path) -> None:
 
 def test_a_daemon_keeps_its_cache_as_configured(image: Image, tmp_path: Path, work_dir: Path) -> None:
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"device": {
-        "backend": {"type": "localfs", "config": {"dir": str(image.blob_dir)}},
-        "cache": {"type": "blobcache", "compressed": True, "config": {"work_dir": str(work_dir)}}}}))
+    config.write_text(
+        json.dumps(
+            {
+                "device": {
+                    "backend": {"type": "localfs", "config": {"dir": str(image.blob_dir)}},
+                    "cache": {"type": "blobcache", "compressed": True, "config": {"work_dir": str(work_dir)}},
+                }
+            }
+        )
+    )
     daemon = NydusDaemon(["--bootstrap", str(image.bootstrap), "--config", str(config)])
     with daemon, FakeGuest(daemon.socket_path) as guest:
         guest.fuse.init()

@@ -126,7 +126,7 @@ def test_read_only_from_the_start(image: Image, disk: Path) -> None:
         found.said("is written again")
         found.read()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    with opened(image, cache) as found:     # what is there is verified and used
+    with opened(image, cache) as found:  # what is there is verified and used
         found.read()
         assert found.ready() > 0
 
@@ -158,7 +158,7 @@ def test_full_while_it_runs(image: Image, small: Path) -> None:
         assert line.cause == Cause.SPACE
         found.read()
         ballast.unlink()
-        wait_until(lambda: found.ready() > before)      # by itself, out of memory
+        wait_until(lambda: found.ready() > before)  # by itself, out of memory
         found.said("is written again")
         found.read()
 
@@ -183,7 +183,7 @@ def test_a_foreign_file(image: Image, work_dir: Path) -> None:
         with pytest.raises(OSError, match="Input/output"):
             found.read(1)
         assert found.said(name, "remove it").cause == Cause.IO
-        (work_dir / name).write_bytes(bytes(found.blob.uncompressed_size_bytes))    # looks whole
+        (work_dir / name).write_bytes(bytes(found.blob.uncompressed_size_bytes))  # looks whole
         wait_until(lambda: can_read(found))
         found.read()
 

@@ -46,10 +46,32 @@ def test_reads_every_file(tmp_path: Path, work_dir: Path, compressor: str, diges
     blobs = tmp_path / "blobs"
     blobs.mkdir()
     done = subprocess.run(
-        [NYDUS_IMAGE, "create", "--type", "directory", "--fs-version", "6", "--chunk-size", "0x20000",
-         "--batch-size", hex(batch_bytes), "--compressor", compressor, "--digester", digester,
-         "--bootstrap", str(tmp_path / "image.boot"), "--blob-dir", str(blobs), str(tmp_path / "source")],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        [
+            NYDUS_IMAGE,
+            "create",
+            "--type",
+            "directory",
+            "--fs-version",
+            "6",
+            "--chunk-size",
+            "0x20000",
+            "--batch-size",
+            hex(batch_bytes),
+            "--compressor",
+            compressor,
+            "--digester",
+            digester,
+            "--bootstrap",
+            str(tmp_path / "image.boot"),
+            "--blob-dir",
+            str(blobs),
+            str(tmp_path / "source"),
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     engine = Engine()
     store = Store(engine, str(work_dir))

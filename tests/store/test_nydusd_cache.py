@@ -23,8 +23,10 @@ from virtiofsd_nydus.storage.pump import FetchPump
 NYDUS_IMAGE, NYDUSD = os.environ.get("NYDUS_IMAGE", ""), os.environ.get("NYDUSD", "")
 pytestmark = [
     pytest.mark.peer,
-    pytest.mark.skipif(not (shutil.which(NYDUS_IMAGE) and shutil.which(NYDUSD) and os.access("/dev/fuse", os.W_OK)),
-                       reason="NYDUS_IMAGE and NYDUSD do not name both tools, or no /dev/fuse"),
+    pytest.mark.skipif(
+        not (shutil.which(NYDUS_IMAGE) and shutil.which(NYDUSD) and os.access("/dev/fuse", os.W_OK)),
+        reason="NYDUS_IMAGE and NYDUSD do not name both tools, or no /dev/fuse",
+    ),
 ]
 
 
@@ -37,23 +39,66 @@ class Built:
         self.blob_dir.mkdir()
         self.mount.mkdir()
         subprocess.run(
-            [NYDUS_IMAGE, "create", "--type", "directory", "--fs-version", str(fs_version), "--chunk-size", "0x20000",
-             "--compressor", compressor, "--batch-size", hex(batch_bytes), "--bootstrap", str(self.bootstrap),
-             "--blob-dir", str(self.blob_dir),
-             str(directory / "source")], stdin=subprocess.DEVNULL, capture_output=True, check=True)
+            [
+                NYDUS_IMAGE,
+                "create",
+                "--type",
+                "directory",
+                "--fs-version",
+                str(fs_version),
+                "--chunk-size",
+                "0x20000",
+                "--compressor",
+                compressor,
+                "--batch-size",
+                hex(batch_bytes),
+                "--bootstrap",
+                str(self.bootstrap),
+                "--blob-dir",
+                str(self.blob_dir),
+                str(directory / "source"),
+            ],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=True,
+        )
 
 
 @contextmanager
 def nydusd(built: Built, work_dir: Path, *, compressed: bool = False) -> Iterator[Path]:
     config = built.mount.with_name("config.json")
-    config.write_text(json.dumps({
-        "device": {"backend": {"type": "localfs", "config": {"dir": str(built.blob_dir)}},
-                   "cache": {"type": "blobcache", "compressed": compressed, "config": {"work_dir": str(work_dir)}}},
-        "mode": "direct", "digest_validate": False, "fs_prefetch": {"enable": False}}))
+    config.write_text(
+        json.dumps(
+            {
+                "device": {
+                    "backend": {"type": "localfs", "config": {"dir": str(built.blob_dir)}},
+                    "cache": {"type": "blobcache", "compressed": compressed, "config": {"work_dir": str(work_dir)}},
+                },
+                "mode": "direct",
+                "digest_validate": False,
+                "fs_prefetch": {"enable": False},
+            }
+        )
+    )
     daemon = subprocess.Popen(
-        [NYDUSD, "fuse", "--rlimit-nofile", "0", "--config", str(config), "--bootstrap", str(built.bootstrap),
-         "--mountpoint", str(built.mount), "--log-level", "error"],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        [
+            NYDUSD,
+            "fuse",
+            "--rlimit-nofile",
+            "0",
+            "--config",
+            str(config),
+            "--bootstrap",
+            str(built.bootstrap),
+            "--mountpoint",
+            str(built.mount),
+            "--log-level",
+            "error",
+        ],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         until = time.monotonic() + 20
         while not os.path.ismount(built.mount):
@@ -111,7 +156,7 @@ def test_uses_what_nydusd_fetched(tmp_path: Path, work_dir: Path) -> None:
     with nydusd(built, work_dir) as mount:
         for name in built.files:
             (mount / name).read_bytes()
-        stats = read_ours(built, work_dir)      # beside the running one
+        stats = read_ours(built, work_dir)  # beside the running one
     assert stats["fetched_bytes"] == 0
     assert stats["verified_chunks"] > 0
 
@@ -123,8 +168,12 @@ def test_nydusd_uses_what_we_fetched(tmp_path: Path, work_dir: Path) -> None:
     # Of the blob only its tail is left, which nydusd wants for its own chunk table
     size = blob.stat().st_size
     with Bootstrap(built.bootstrap) as image:
-        chunk_bytes = max(chunk.coff + chunk.csize_bytes for entry in image.walk() if entry.path != "/"
-                          for chunk in image.chunks(entry.attr.ino))
+        chunk_bytes = max(
+            chunk.coff + chunk.csize_bytes
+            for entry in image.walk()
+            if entry.path != "/"
+            for chunk in image.chunks(entry.attr.ino)
+        )
     with blob.open("r+b") as file:
         file.write(bytes(chunk_bytes))
     assert blob.stat().st_size == size
@@ -133,8 +182,9 @@ def test_nydusd_uses_what_we_fetched(tmp_path: Path, work_dir: Path) -> None:
             assert (mount / name).read_bytes() == data
 
 
-@pytest.mark.parametrize(("fs_version", "compressor"),
-                         [(6, "zstd"), (6, "lz4_block"), (6, "none"), (5, "zstd"), (5, "lz4_block")])
+@pytest.mark.parametrize(
+    ("fs_version", "compressor"), [(6, "zstd"), (6, "lz4_block"), (6, "none"), (5, "zstd"), (5, "lz4_block")]
+)
 def test_compressed_cache(tmp_path: Path, fs_version: int, compressor: str) -> None:
     """Same files as nydusd's, and each reads what the other has fetched."""
     built = Built(tmp_path, 0, fs_version, compressor)
@@ -145,14 +195,14 @@ def test_compressed_cache(tmp_path: Path, fs_version: int, compressor: str) -> N
     with nydusd(built, theirs, compressed=True) as mount:
         for name, data in built.files.items():
             assert (mount / name).read_bytes() == data
-        stats = read_ours(built, theirs, compressed=True)   # beside the running one
+        stats = read_ours(built, theirs, compressed=True)  # beside the running one
     assert stats["fetched_bytes"] == 0 and stats["verified_chunks"] > 0
     mine, other = cache_files(ours), cache_files(theirs)
     assert any(name.endswith(".blob.raw") for name in mine) and set(mine) <= set(other)
     for name in mine:
         assert mine[name] == other[name], name
     (blob,) = built.blob_dir.iterdir()
-    with blob.open("r+b") as file:      # of the blob only its tail is left, which nydusd wants for its own chunk table
+    with blob.open("r+b") as file:  # of the blob only its tail is left, which nydusd wants for its own chunk table
         file.write(bytes(min(len(raw) for name, raw in mine.items() if name.endswith(".blob.raw")) - 512))
     with nydusd(built, ours, compressed=True) as mount:
         for name, data in built.files.items():

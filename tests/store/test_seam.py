@@ -79,7 +79,7 @@ class Seam:
         lib.vnd_job_end(self.engine.handle, self.job.id, error, int(cause), text.encode())
 
     def range(self) -> bytes:
-        return self.served[self.job.coff:self.job.coff + self.job.clen]
+        return self.served[self.job.coff : self.job.coff + self.job.clen]
 
     def serve(self, data: bytes | None = None) -> int:
         """Feeds the job's range, hashes and commits. The last return code."""
@@ -107,7 +107,7 @@ def test_serves_a_reader(seam: Seam, image: Image) -> None:
     assert not seam.job.prefetch
     assert ffi.string(seam.job.blob_id).decode() == image.blob.name
     assert seam.serve() >= 0
-    while reader.is_alive() and seam.next(200) == 0:    # the first was taken before the reader had asked for all
+    while reader.is_alive() and seam.next(200) == 0:  # the first was taken before the reader had asked for all
         assert seam.serve() >= 0
     assert reader.result() == image.files["file-09"]
     # The second time nothing is asked for
@@ -159,7 +159,7 @@ def test_any_size_of_pieces(seam: Seam, image: Image, step: int) -> None:
     assert seam.next() == 0
     data = seam.range()
     for start in range(0, len(data), step):
-        rc = seam.feed(data[start:start + step])
+        rc = seam.feed(data[start : start + step])
         assert rc >= 0
         if rc:
             chunks = seam.chunks()
@@ -214,7 +214,10 @@ def test_work_dir_has_nydus_names(seam: Seam, image: Image, work_dir: Path) -> N
     reader.result()
     blob_id = image.blob.name
     assert {path.name for path in work_dir.iterdir()} == {
-        ".virtiofsd-nydus", f"{blob_id}.blob.data", f"{blob_id}.blob.data.chunk_map"}
+        ".virtiofsd-nydus",
+        f"{blob_id}.blob.data",
+        f"{blob_id}.blob.data.chunk_map",
+    }
     total = seam.image.image.ready_chunks(0)[1]
     assert (work_dir / f"{blob_id}.blob.data.chunk_map").stat().st_size == 4096 + (total + 7) // 8
     blob = seam.image.blobs[0]
@@ -255,9 +258,13 @@ def read_in_child(bootstrap: str, blob_dir: str, work_dir: str, repeat: str) -> 
 
 def start_child(image: Image, work_dir: Path, repeat: str = "once") -> "subprocess.Popen[str]":
     root = Path(__file__).parents[2]
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(image.bootstrap), str(image.blob_dir), str(work_dir),
-                             repeat], stdout=subprocess.PIPE, text=True, cwd=root,
-                            env={**os.environ, "PYTHONPATH": str(root)})
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(image.bootstrap), str(image.blob_dir), str(work_dir), repeat],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    )
 
 
 def test_processes_share_a_work_dir(image: Image, work_dir: Path) -> None:

@@ -20,15 +20,17 @@ def test_eight_cold_daemons_fetch_the_table_once(tmp_path: Path) -> None:
     source.mkdir()
     for number in range(FILES):
         (source / f"{number:02}").write_bytes(bytes([number]) * (1000 + number))
-    build_image(source, tmp_path / "image.boot", tmp_path / "blobs",
-                BuildOptions(chunk_size=1 << 17, batch_size=1 << 16))
+    build_image(
+        source, tmp_path / "image.boot", tmp_path / "blobs", BuildOptions(chunk_size=1 << 17, batch_size=1 << 16)
+    )
     (blob,) = [path for path in (tmp_path / "blobs").iterdir() if not path.name.startswith(".")]
     with Bootstrap(tmp_path / "image.boot") as image:
         table_at = image.blobs[0].ci_offset
     with FaultyServer({blob.name: blob.read_bytes()}) as server, ExitStack() as stack:
-        server.inject("delay", seconds=0.2, match="/blobs/", times=-1)     # so that all come while one fetches
-        served = ServedImage(tmp_path / "image.boot", "registry",
-                             {"scheme": "http", "host": server.host, "repo": "a/b"}, {})
+        server.inject("delay", seconds=0.2, match="/blobs/", times=-1)  # so that all come while one fetches
+        served = ServedImage(
+            tmp_path / "image.boot", "registry", {"scheme": "http", "host": server.host, "repo": "a/b"}, {}
+        )
         daemons = [stack.enter_context(Daemon(served, tmp_path / "cache")) for _ in range(DAEMONS)]
         wrong: list[str] = []
 

@@ -52,21 +52,34 @@ class Converter:
         self.oci_image, self.registry, self.cache_dir = oci_image, registry, cache_dir
         self._made: dict[str, ServedImage] = {}
 
-    def convert(self, codec: str = "zstd", digester: str = "blake3", chunk_bytes: int = SMALL_CHUNK_BYTES,
-                batch_bytes: int = 0) -> ServedImage:
+    def convert(
+        self, codec: str = "zstd", digester: str = "blake3", chunk_bytes: int = SMALL_CHUNK_BYTES, batch_bytes: int = 0
+    ) -> ServedImage:
         name = f"nasty-{codec.replace('_', '-')}-{digester}-{chunk_bytes}-{batch_bytes}"
         if name not in self._made:
             reference = f"docker://{self.registry.host}/{name}:v1"
-            run_verb("convert", f"oci:{self.oci_image}", reference, "--compressor", codec, "--digester", digester,
-                     "--chunk-size", str(chunk_bytes), "--batch-size", str(batch_bytes))
+            run_verb(
+                "convert",
+                f"oci:{self.oci_image}",
+                reference,
+                "--compressor",
+                codec,
+                "--digester",
+                digester,
+                "--chunk-size",
+                str(chunk_bytes),
+                "--batch-size",
+                str(batch_bytes),
+            )
             self._made[name] = resolve(reference, self.cache_dir)
         return self._made[name]
 
 
 def run_verb(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Runs a verb of the command line; it must end with that status."""
-    done = subprocess.run([sys.executable, "-m", "virtiofsd_nydus.cli.main", *words], capture_output=True, text=True,
-                          timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-m", "virtiofsd_nydus.cli.main", *words], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == status, f"{' '.join(words)}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

@@ -29,7 +29,7 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = WAIT
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {seconds:g} s")
-        time.sleep(0.005)   # between two polls; the deadline decides
+        time.sleep(0.005)  # between two polls; the deadline decides
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,31 @@ class ServedImage:
         return replace(self, backend_type="localfs", backend_config={"dir": str(directory)})
 
     def write_config(self, path: Path, work_dir: Path) -> Path:
-        path.write_text(json.dumps({
-            "version": 2, "backend": {"type": self.backend_type, self.backend_type: self.backend_config},
-            "cache": {"type": "blobcache", "compressed": self.compressed, "filecache": {"work_dir": str(work_dir)}}}))
+        path.write_text(
+            json.dumps(
+                {
+                    "version": 2,
+                    "backend": {"type": self.backend_type, self.backend_type: self.backend_config},
+                    "cache": {
+                        "type": "blobcache",
+                        "compressed": self.compressed,
+                        "filecache": {"work_dir": str(work_dir)},
+                    },
+                }
+            )
+        )
         return path
 
 
 class Daemon(NydusDaemon):
     """virtiofsd-nydus virtiofs, RUNNING on its API once entered. Its log is read by log_text()."""
 
-    def __init__(self, image: ServedImage, work_dir: Path, *, deadline_ms: int = 10_000,
-                 extra: Sequence[str] = ()) -> None:
+    def __init__(
+        self, image: ServedImage, work_dir: Path, *, deadline_ms: int = 10_000, extra: Sequence[str] = ()
+    ) -> None:
         super().__init__([], die_with_parent=True)
         self.image, self.work_dir = image, work_dir
-        self.kept_log: str | None = None    # once the directory it was in is gone
+        self.kept_log: str | None = None  # once the directory it was in is gone
         self.extra = ["--read-deadline-ms", str(deadline_ms), *extra]
 
     def command(self, listener: int) -> list[str]:
@@ -81,8 +92,9 @@ class Daemon(NydusDaemon):
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.kept_log = self.log_text()
         super().__exit__(kind, error, trace)
 

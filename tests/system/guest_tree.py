@@ -38,14 +38,20 @@ def list_tree(fuse: FuseClient, types: bool = True) -> Iterator[Record]:
 def describe_node(fuse: FuseClient, name: bytes, node: int, attr: Attr) -> Record:
     kind = KINDS[stat.S_IFMT(attr.mode)]
     seconds = attr.mtime - (1 << 64 if attr.mtime >> 63 else 0)
-    record: Record = {"path": name.decode(errors="surrogateescape"), "kind": kind, "mode": stat.S_IMODE(attr.mode),
-                      "uid": attr.uid, "gid": attr.gid, "mtime_ns": seconds * 1_000_000_000 + attr.mtime_nsec}
+    record: Record = {
+        "path": name.decode(errors="surrogateescape"),
+        "kind": kind,
+        "mode": stat.S_IMODE(attr.mode),
+        "uid": attr.uid,
+        "gid": attr.gid,
+        "mtime_ns": seconds * 1_000_000_000 + attr.mtime_nsec,
+    }
     if kind != "dir":
         record["nlink"] = attr.nlink
     if kind in ("file", "symlink"):
         record["size"] = attr.size
-    if kind in ("char", "block"):   # the kernel's new_encode_dev
-        record["rdev"] = [attr.rdev >> 8 & 0xfff, attr.rdev & 0xff | attr.rdev >> 12 & 0xfff00]
+    if kind in ("char", "block"):  # the kernel's new_encode_dev
+        record["rdev"] = [attr.rdev >> 8 & 0xFFF, attr.rdev & 0xFF | attr.rdev >> 12 & 0xFFF00]
     if kind == "symlink":
         record["target"] = fuse.readlink(node).decode(errors="surrogateescape")
     elif kind == "file":

@@ -12,8 +12,8 @@ TAG = "nasty"
 # The chunk sizes that images of this are made with: small, so that a few MiB make a hundred chunks, and the default
 SMALL_CHUNK_BYTES = 65536
 LARGE_CHUNK_BYTES = 1 << 20
-LONGEST_TARGET = "../" * 1360 + "fifteen-bytes.."    # 4095 bytes, all that PATH_MAX allows
-CAPABILITY = "\x01\x00\x00\x02\x00\x20" + "\x00" * 14    # cap_net_raw+ep, as setcap writes it
+LONGEST_TARGET = "../" * 1360 + "fifteen-bytes.."  # 4095 bytes, all that PATH_MAX allows
+CAPABILITY = "\x01\x00\x00\x02\x00\x20" + "\x00" * 14  # cap_net_raw+ep, as setcap writes it
 
 
 class LayerTar:
@@ -23,9 +23,19 @@ class LayerTar:
         self.tar = tarfile.open(path, "w", format=form, encoding="utf-8", errors="surrogateescape")  # noqa: SIM115
         self.random = Random(seed)
 
-    def add(self, name: str, data: bytes = b"", *, kind: bytes = tarfile.REGTYPE, mode: int = 0o644, link: str = "",
-            owner: tuple[int, int] = (0, 0), device: tuple[int, int] = (0, 0), mtime: float | None = None,
-            xattrs: dict[str, str] | None = None) -> None:
+    def add(
+        self,
+        name: str,
+        data: bytes = b"",
+        *,
+        kind: bytes = tarfile.REGTYPE,
+        mode: int = 0o644,
+        link: str = "",
+        owner: tuple[int, int] = (0, 0),
+        device: tuple[int, int] = (0, 0),
+        mtime: float | None = None,
+        xattrs: dict[str, str] | None = None,
+    ) -> None:
         entry = tarfile.TarInfo(name)
         entry.type, entry.mode, entry.linkname, entry.size = kind, mode, link, len(data)
         entry.mtime = EPOCH + self.random.randrange(10_000_000) if mtime is None else mtime
@@ -35,7 +45,7 @@ class LayerTar:
         self.tar.addfile(entry, io.BytesIO(data) if kind == tarfile.REGTYPE else None)
 
     def make_dir(self, name: str, mode: int = 0o755, **more: object) -> None:
-        self.add(name, kind=tarfile.DIRTYPE, mode=mode, **more)    # type: ignore[arg-type]
+        self.add(name, kind=tarfile.DIRTYPE, mode=mode, **more)  # type: ignore[arg-type]
 
     def make_link(self, name: str, target: str) -> None:
         self.add(name, kind=tarfile.LNKTYPE, link=target)
@@ -61,8 +71,21 @@ def make_base_layer(path: Path, seed: int) -> None:
     layer = LayerTar(path, seed)
     random = layer.random
     layer.make_dir("./", mode=0o755, mtime=EPOCH + 77)
-    for name in ("etc", "usr", "usr/bin", "usr/lib", "usr/share", "var", "var/cache", "var/log", "sizes", "large",
-                 "nodes", "gone", "gone/deep"):
+    for name in (
+        "etc",
+        "usr",
+        "usr/bin",
+        "usr/lib",
+        "usr/share",
+        "var",
+        "var/cache",
+        "var/log",
+        "sizes",
+        "large",
+        "nodes",
+        "gone",
+        "gone/deep",
+    ):
         layer.make_dir(name)
     layer.make_dir("tmp", mode=0o1777)
     layer.make_dir("secret", mode=0o2750, owner=(33, 4_000_000_000), xattrs={"user.on-a-directory": "yes"})
@@ -87,8 +110,17 @@ def make_base_layer(path: Path, seed: int) -> None:
     layer.make_symlink("usr/lib/longest", LONGEST_TARGET)
     layer.make_symlink("usr/lib/one-block-less-one", "x" * 4000)
     layer.make_symlink("usr/lib/dangling", "/nowhere/at/all")
-    layer.add("usr/lib/attributes", b"y", xattrs={"user.short": "v", "user.long": "w" * 2000, "user.no-value": "",
-                                                  "trusted.roots": "own", "security.capability": CAPABILITY})
+    layer.add(
+        "usr/lib/attributes",
+        b"y",
+        xattrs={
+            "user.short": "v",
+            "user.long": "w" * 2000,
+            "user.no-value": "",
+            "trusted.roots": "own",
+            "security.capability": CAPABILITY,
+        },
+    )
     layer.add("nodes/null", kind=tarfile.CHRTYPE, mode=0o666, device=(1, 3))
     layer.add("nodes/large-numbers", kind=tarfile.CHRTYPE, mode=0o600, device=(300, 70_000))
     layer.add("nodes/disk", kind=tarfile.BLKTYPE, mode=0o660, owner=(0, 6), device=(8, 17))

@@ -11,8 +11,16 @@ from typing import NamedTuple, Self
 
 BLOB_PATH = re.compile(r"/blobs/sha256:([0-9a-f]{64})$")
 CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/\d+")
-PASSED_ON = ("Content-Type", "Content-Range", "ETag", "WWW-Authenticate", "Docker-Content-Digest", "Location",
-             "Accept-Ranges", "Docker-Distribution-Api-Version")
+PASSED_ON = (
+    "Content-Type",
+    "Content-Range",
+    "ETag",
+    "WWW-Authenticate",
+    "Docker-Content-Digest",
+    "Location",
+    "Accept-Ranges",
+    "Docker-Distribution-Api-Version",
+)
 
 
 class SentRange(NamedTuple):
@@ -29,7 +37,7 @@ class RangeProxy:
     def __init__(self, registry_host: str) -> None:
         self.registry_host = registry_host
         self.ranges: list[SentRange] = []
-        self.held = threading.Semaphore(0)      # released once for each answer that the gate holds
+        self.held = threading.Semaphore(0)  # released once for each answer that the gate holds
         self.gate = threading.Event()
         self.gate.set()
         self.damage: Callable[[SentRange, bytes], bytes] | None = None
@@ -102,7 +110,7 @@ class RangeProxy:
             if handler.command != "HEAD":
                 handler.wfile.write(body)
             handler.wfile.flush()
-        except OSError:     # the daemon was killed
+        except OSError:  # the daemon was killed
             handler.close_connection = True
 
     @staticmethod
@@ -126,5 +134,6 @@ class RangeProxy:
         """Pairs of ranges with bytes in common below limits[blob id]."""
         with self._lock:
             found = sorted(one for one in self.ranges if one.start < limits.get(one.blob_id, 0))
-        return [(one, two) for one, two in itertools.pairwise(found)
-                if one.blob_id == two.blob_id and two.start < one.end]
+        return [
+            (one, two) for one, two in itertools.pairwise(found) if one.blob_id == two.blob_id and two.start < one.end
+        ]

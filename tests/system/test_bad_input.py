@@ -17,15 +17,20 @@ from tests.system.daemon import Daemon, ServedImage
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 
 FAILED, BOOT_FAILED = 1, 125
-SUPERBLOCK = 1024               # where EROFS has it
-FEATURE_INCOMPAT = 80           # in it
-EXT_FLAGS = 1024 + 128          # RAFS's own superblock follows; its u64 of flags is first
+SUPERBLOCK = 1024  # where EROFS has it
+FEATURE_INCOMPAT = 80  # in it
+EXT_FLAGS = 1024 + 128  # RAFS's own superblock follows; its u64 of flags is first
 
 
 def refuse(*words: str, status: int = FAILED, env: dict[str, str] | None = None) -> str:
     """Runs the command line, which must end at once with that status: its one line."""
-    done = subprocess.run([sys.executable, "-m", "virtiofsd_nydus.cli.main", *words], capture_output=True, text=True,
-                          timeout=60, env={**os.environ, **(env or {})})
+    done = subprocess.run(
+        [sys.executable, "-m", "virtiofsd_nydus.cli.main", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **(env or {})},
+    )
     assert done.returncode == status, (done.returncode, done.stdout, done.stderr)
     assert done.stdout == ""
     lines = done.stderr.splitlines()
@@ -51,7 +56,7 @@ BOOTSTRAPS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda _: b"", "not a RAFS bootstrap"),
     "zeroes": (lambda data: bytes(len(data)), "not a RAFS bootstrap"),
     "cut in the superblock": (lambda data: data[:1100], "not a RAFS bootstrap"),
-    "cut in the middle": (lambda data: data[:len(data) // 2 + 1], "truncated|does not fit"),
+    "cut in the middle": (lambda data: data[: len(data) // 2 + 1], "truncated|does not fit"),
     "cut by a block": (lambda data: data[:-4096], "truncated|does not fit"),
     "an unknown feature": (set_u32(SUPERBLOCK + FEATURE_INCOMPAT, 0x8000_0004), "feature 0x80000000"),
     "an unknown flag": (damage(lambda data: data.__setitem__(EXT_FLAGS + 5, 0x80)), "feature 0x8"),
@@ -64,8 +69,15 @@ def test_daemon_refuses_bootstrap(image: ServedImage, tmp_path: Path, case: str)
     bad = tmp_path / "bad.boot"
     bad.write_bytes(change(image.bootstrap.read_bytes()))
     (tmp_path / "blobs").mkdir()
-    line = refuse("virtiofs", "--sock", str(tmp_path / "fs.sock"), "--bootstrap", str(bad), "--localfs-dir",
-                  str(tmp_path / "blobs"))
+    line = refuse(
+        "virtiofs",
+        "--sock",
+        str(tmp_path / "fs.sock"),
+        "--bootstrap",
+        str(bad),
+        "--localfs-dir",
+        str(tmp_path / "blobs"),
+    )
     assert str(bad) in line and re.search(words, line), line
     assert not (tmp_path / "fs.sock").exists()
 
@@ -85,16 +97,35 @@ def test_check_refuses_bootstrap(image: ServedImage, tmp_path: Path, case: str) 
 
 
 def test_no_such_bootstrap(tmp_path: Path) -> None:
-    line = refuse("virtiofs", "--sock", str(tmp_path / "fs.sock"), "--bootstrap", str(tmp_path / "none"),
-                  "--localfs-dir", str(tmp_path))
+    line = refuse(
+        "virtiofs",
+        "--sock",
+        str(tmp_path / "fs.sock"),
+        "--bootstrap",
+        str(tmp_path / "none"),
+        "--localfs-dir",
+        str(tmp_path),
+    )
     assert str(tmp_path / "none") in line
 
 
 def test_missing_blob(image: ServedImage, tmp_path: Path) -> None:
     """check says which one, a line for each; what a guest gets is test_faults'."""
     (tmp_path / "blobs").mkdir()
-    done = subprocess.run([sys.executable, "-m", "virtiofsd_nydus.cli.main", "check", str(image.bootstrap),
-                           "--blob-dir", str(tmp_path / "blobs")], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "virtiofsd_nydus.cli.main",
+            "check",
+            str(image.bootstrap),
+            "--blob-dir",
+            str(tmp_path / "blobs"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == FAILED
     told = done.stdout + done.stderr
     assert all(blob[:12] in told for blob in image.blobs)
@@ -117,22 +148,23 @@ def locked_registry(tmp_path: Path) -> Iterator[LocalRegistry]:
         yield server
 
 
-def test_refused_login(oci_image: str, locked_registry: LocalRegistry, guest_dir: dict[str, str],
-                       tmp_path: Path) -> None:
+def test_refused_login(
+    oci_image: str, locked_registry: LocalRegistry, guest_dir: dict[str, str], tmp_path: Path
+) -> None:
     target = f"docker://{locked_registry.host}/some/image:v1"
     for creds in ([], ["--creds", "someone:wrong-secret"]):
         line = refuse("convert", f"oci:{oci_image}", target, *creds)
         assert locked_registry.host in line and "login" in line.lower() and "wrong-secret" not in line
-        line = refuse("boot", target, "--cache-dir", str(tmp_path / "cache"), *creds, status=BOOT_FAILED,
-                      env=guest_dir)
+        line = refuse("boot", target, "--cache-dir", str(tmp_path / "cache"), *creds, status=BOOT_FAILED, env=guest_dir)
         assert locked_registry.host in line and "login" in line.lower() and "wrong-secret" not in line
 
 
 def test_unreachable_registry(oci_image: str, guest_dir: dict[str, str], tmp_path: Path) -> None:
     host = f"127.0.0.1:{find_free_port()}"
     assert host in refuse("convert", f"oci:{oci_image}", f"docker://{host}/some/image:v1")
-    assert host in refuse("boot", f"docker://{host}/some/image:v1", "--cache-dir", str(tmp_path), status=BOOT_FAILED,
-                          env=guest_dir)
+    assert host in refuse(
+        "boot", f"docker://{host}/some/image:v1", "--cache-dir", str(tmp_path), status=BOOT_FAILED, env=guest_dir
+    )
 
 
 def test_no_such_image(registry: LocalRegistry, guest_dir: dict[str, str], tmp_path: Path) -> None:
@@ -161,8 +193,10 @@ def test_busy_socket(image: ServedImage, tmp_path: Path) -> None:
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
     assert path.exists()
-    process = subprocess.Popen([sys.executable, "-m", "virtiofsd_nydus.cli.main", "virtiofs", "--sock", str(path),
-                                *words], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "virtiofsd_nydus.cli.main", "virtiofs", "--sock", str(path), *words],
+        stderr=subprocess.DEVNULL,
+    )
     try:
         with FakeGuest(path) as guest:
             guest.fuse.init()

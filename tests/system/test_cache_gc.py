@@ -15,7 +15,9 @@ from tests.system.test_integrity import outcome, read_all
 
 RIGHT: tuple[set[str], set[str]] = (set(), set())
 ENDINGS = {
-    "data": (".blob.data",), "map": (".chunk_map",), "meta": (".blob.meta",),
+    "data": (".blob.data",),
+    "map": (".chunk_map",),
+    "meta": (".blob.meta",),
     "all": (".blob.data", ".chunk_map", ".blob.meta"),
 }
 
@@ -29,10 +31,11 @@ def remove(cache: Path, what: str) -> int:
 
 
 @pytest.mark.parametrize("what", list(ENDINGS))
-def test_removed_under_a_running_daemon(converter: Converter, registry: LocalRegistry, expected_tree: list[Record],
-                                        tmp_path: Path, what: str) -> None:
+def test_removed_under_a_running_daemon(
+    converter: Converter, registry: LocalRegistry, expected_tree: list[Record], tmp_path: Path, what: str
+) -> None:
     """Half of the image is read before, the whole after; by this daemon, by one that starts then, and by both again."""
-    image = converter.convert(batch_bytes=SMALL_CHUNK_BYTES)    # such an image has a blob.meta
+    image = converter.convert(batch_bytes=SMALL_CHUNK_BYTES)  # such an image has a blob.meta
     half = [record for record in expected_tree if record["kind"] == "file"][::2]
     cache = tmp_path / "cache"
     with Daemon(image, cache) as first:

@@ -26,8 +26,8 @@ from virtiofsd_nydus.fakeguest.frontend import Request
 from virtiofsd_nydus.fakeguest.fuse_client import OUT_HEADER, READ, READ_IN, FuseClient, pack_request
 
 DEADLINE_MS = 2000
-SLACK_S = 8.0       # of a loaded machine, over the deadline
-CACHED, COLD = "large/text", "large/second"     # in blobs of their own
+SLACK_S = 8.0  # of a loaded machine, over the deadline
+CACHED, COLD = "large/text", "large/second"  # in blobs of their own
 
 
 def read_error(guest: FakeGuest, path: str) -> int:
@@ -57,8 +57,9 @@ def own_registry(registry: LocalRegistry, tmp_path: Path) -> Iterator[LocalRegis
         yield server
 
 
-def test_registry_killed_between_reads(image: ServedImage, own_registry: LocalRegistry, expected_tree: list[Record],
-                                       tmp_path: Path) -> None:
+def test_registry_killed_between_reads(
+    image: ServedImage, own_registry: LocalRegistry, expected_tree: list[Record], tmp_path: Path
+) -> None:
     served = image.with_backend(host=own_registry.host)
     with Daemon(served, tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon, FakeGuest(daemon.socket_path) as guest:
         guest.fuse.init()
@@ -73,13 +74,16 @@ def test_registry_killed_between_reads(image: ServedImage, own_registry: LocalRe
         assert sha256_of(guest, COLD) == expected_sha256(expected_tree, COLD)
 
 
-def test_registry_hangs_in_an_answer(image: ServedImage, registry: LocalRegistry, expected_tree: list[Record],
-                                     tmp_path: Path) -> None:
+def test_registry_hangs_in_an_answer(
+    image: ServedImage, registry: LocalRegistry, expected_tree: list[Record], tmp_path: Path
+) -> None:
     """The request was taken and is never answered: the deadline ends the read; another read goes on meanwhile."""
     with RangeProxy(registry.host) as proxy:
         served = image.with_backend(host=proxy.host)
-        with (Daemon(served, tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon,
-              FakeGuest(daemon.socket_path, request_queues=2) as guest):
+        with (
+            Daemon(served, tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon,
+            FakeGuest(daemon.socket_path, request_queues=2) as guest,
+        ):
             guest.fuse.init()
             assert sha256_of(guest, CACHED) == expected_sha256(expected_tree, CACHED)
             cold = guest.fuse.walk(COLD).nodeid
@@ -107,8 +111,9 @@ def test_registry_hangs_in_an_answer(image: ServedImage, registry: LocalRegistry
             assert sha256_of(guest, COLD) == expected_sha256(expected_tree, COLD)
 
 
-def test_read_parked_over_a_ring_stop(image: ServedImage, registry: LocalRegistry, expected_tree: list[Record],
-                                      tmp_path: Path) -> None:
+def test_read_parked_over_a_ring_stop(
+    image: ServedImage, registry: LocalRegistry, expected_tree: list[Record], tmp_path: Path
+) -> None:
     """QEMU's stop and cont while a read waits for the registry: it ends with its bytes, not with EIO."""
     with RangeProxy(registry.host) as proxy:
         served = image.with_backend(host=proxy.host)
@@ -131,22 +136,26 @@ def test_read_parked_over_a_ring_stop(image: ServedImage, registry: LocalRegistr
                 guest.enable(one)
             _, reply = queue.reap()
             assert OUT_HEADER.unpack_from(reply)[1:] == (0, 2222)
-            assert reply[OUT_HEADER.size:] == guest.fuse.read(node, whole - 4096, 4096)
+            assert reply[OUT_HEADER.size :] == guest.fuse.read(node, whole - 4096, 4096)
 
 
-def test_refused_login(image: ServedImage, registry: LocalRegistry, expected_tree: list[Record],
-                       tmp_path: Path) -> None:
+def test_refused_login(
+    image: ServedImage, registry: LocalRegistry, expected_tree: list[Record], tmp_path: Path
+) -> None:
     directory = tmp_path / "own"
     directory.mkdir()
     (directory / "storage").symlink_to(registry.directory / "storage")
     with LocalRegistry(directory, auth="htpasswd") as server:
+
         def login(password: str) -> str:
             return base64.b64encode(f"{server.username}:{password}".encode()).decode()
 
         for auth in (login("wrong"), ""):
             served = image.with_backend(host=server.host, auth=auth)
-            with (Daemon(served, tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon,
-                  FakeGuest(daemon.socket_path) as guest):
+            with (
+                Daemon(served, tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon,
+                FakeGuest(daemon.socket_path) as guest,
+            ):
                 guest.fuse.init()
                 assert read_error(guest, COLD) == errno.EIO
                 assert server.host in daemon.wait_for_line("cause=auth")
@@ -164,8 +173,10 @@ def test_wrong_scheme(image: ServedImage, registry: LocalRegistry, tmp_path: Pat
     (directory / "storage").symlink_to(registry.directory / "storage")
     with LocalRegistry(directory, tls=tls) as server:
         served = image.with_backend(host=server.host, scheme="http" if tls else "https")
-        with (Daemon(served, tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon,
-              FakeGuest(daemon.socket_path) as guest):
+        with (
+            Daemon(served, tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon,
+            FakeGuest(daemon.socket_path) as guest,
+        ):
             guest.fuse.init()
             assert read_error(guest, COLD) == errno.EIO
             assert server.host in daemon.wait_for_line("cause=scheme")
@@ -173,8 +184,10 @@ def test_wrong_scheme(image: ServedImage, registry: LocalRegistry, tmp_path: Pat
 
 def test_missing_blob(image: ServedImage, tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
-    with (Daemon(image.from_directory(tmp_path / "blobs"), tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon,
-          FakeGuest(daemon.socket_path) as guest):
+    with (
+        Daemon(image.from_directory(tmp_path / "blobs"), tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon,
+        FakeGuest(daemon.socket_path) as guest,
+    ):
         guest.fuse.init()
         assert read_error(guest, COLD) == errno.EIO
         assert any(blob in daemon.wait_for_line("cause=missing") for blob in image.blobs)
@@ -221,11 +234,33 @@ def test_nothing_is_asked_before_running(image: ServedImage, tmp_path: Path) -> 
     config = image.with_backend(host="127.0.0.1:9").write_config(tmp_path / "config.json", tmp_path)
     trace, api = tmp_path / "trace", tmp_path / "api"
     process = subprocess.Popen(
-        ["strace", "-f", "-qq", "-e", "trace=socket,connect,accept4,accept", "-o", str(trace), sys.executable, "-m",
-         "virtiofsd_nydus.cli.main", "virtiofs", "--sock", str(tmp_path / "fs"), "--apisock", str(api), "--bootstrap",
-         str(image.bootstrap), "--config", str(config)], stderr=subprocess.DEVNULL, start_new_session=True)
+        [
+            "strace",
+            "-f",
+            "-qq",
+            "-e",
+            "trace=socket,connect,accept4,accept",
+            "-o",
+            str(trace),
+            sys.executable,
+            "-m",
+            "virtiofsd_nydus.cli.main",
+            "virtiofs",
+            "--sock",
+            str(tmp_path / "fs"),
+            "--apisock",
+            str(api),
+            "--bootstrap",
+            str(image.bootstrap),
+            "--config",
+            str(config),
+        ],
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         with socket.socket(socket.AF_UNIX) as client:
+
             def connected() -> bool:
                 try:
                     client.connect(str(api))
@@ -249,8 +284,7 @@ def test_nothing_is_asked_before_running(image: ServedImage, tmp_path: Path) -> 
 def test_converted_image_needs_its_own_registry(image: ServedImage, tmp_path: Path) -> None:
     """A repository that lacks the blobs: missing, not a hang."""
     served = replace(image, backend_config={**image.backend_config, "repo": "no/such/repository"})
-    with (Daemon(served, tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon,
-          FakeGuest(daemon.socket_path) as guest):
+    with Daemon(served, tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon, FakeGuest(daemon.socket_path) as guest:
         guest.fuse.init()
         assert read_error(guest, COLD) == errno.EIO
         assert any(blob[:12] in daemon.wait_for_line("cause=missing") for blob in image.blobs)

@@ -24,8 +24,9 @@ def read_tree(daemon: Daemon) -> list[Record]:
         return list(list_tree(guest.fuse))
 
 
-def test_what_was_read_is_never_fetched_again(image: ServedImage, registry: LocalRegistry,
-                                              expected_tree: list[Record], tmp_path: Path) -> None:
+def test_what_was_read_is_never_fetched_again(
+    image: ServedImage, registry: LocalRegistry, expected_tree: list[Record], tmp_path: Path
+) -> None:
     """Not by the same guest, not by the next one on the daemon, not by another daemon on the cache."""
     with RangeProxy(registry.host) as proxy:
         served = image.with_backend(host=proxy.host)
@@ -69,8 +70,13 @@ def test_amplify_io_says_how_far_a_miss_reaches(tmp_path: Path) -> None:
     sample = make_sample(tmp_path / "image", files=2, file_bytes=4 << 20)
     with FaultyServer({sample.blob.name: sample.blob.read_bytes()}) as server:
         for amplify, chunks in ((0, 1), (1, 2), (1 << 20, 4), (4 << 20, 16)):
-            image = AmplifiedImage(sample.bootstrap, "registry",
-                                   {"scheme": "http", "host": server.host, "repo": "a/b"}, {}, amplify_bytes=amplify)
+            image = AmplifiedImage(
+                sample.bootstrap,
+                "registry",
+                {"scheme": "http", "host": server.host, "repo": "a/b"},
+                {},
+                amplify_bytes=amplify,
+            )
             server.requests.clear()
             with Daemon(image, tmp_path / f"cache-{amplify}") as daemon, FakeGuest(daemon.socket_path) as guest:
                 guest.fuse.init()
@@ -79,8 +85,9 @@ def test_amplify_io_says_how_far_a_miss_reaches(tmp_path: Path) -> None:
             assert last + 1 - first == chunks * CHUNK_BYTES
 
 
-def test_names_and_attributes_fetch_nothing(image: ServedImage, registry: LocalRegistry, expected_tree: list[Record],
-                                            tmp_path: Path) -> None:
+def test_names_and_attributes_fetch_nothing(
+    image: ServedImage, registry: LocalRegistry, expected_tree: list[Record], tmp_path: Path
+) -> None:
     with RangeProxy(registry.host) as proxy, Daemon(image.with_backend(host=proxy.host), tmp_path / "cache") as daemon:
         with FakeGuest(daemon.socket_path) as guest:
             guest.fuse.init()
@@ -95,8 +102,9 @@ def test_names_and_attributes_fetch_nothing(image: ServedImage, registry: LocalR
 PROCESSES = 8
 
 
-def test_eight_cold_daemons_fetch_each_chunk_once(image: ServedImage, registry: LocalRegistry,
-                                                  expected_tree: list[Record], tmp_path: Path) -> None:
+def test_eight_cold_daemons_fetch_each_chunk_once(
+    image: ServedImage, registry: LocalRegistry, expected_tree: list[Record], tmp_path: Path
+) -> None:
     """All read the whole image from one empty cache, each beginning somewhere else. The registry's own access log says
     what left it."""
     limits = data_ends(image)
@@ -108,28 +116,39 @@ def test_eight_cold_daemons_fetch_each_chunk_once(image: ServedImage, registry: 
         with FakeGuest(daemon.socket_path) as guest:
             guest.fuse.init()
             together.wait(60)
-            return [record["path"] for record in [*files[at:], *files[:at]]
-                    if hashlib.sha256(guest.fuse.read_file(record["path"])).hexdigest() != record["sha256"]]
+            return [
+                record["path"]
+                for record in [*files[at:], *files[:at]]
+                if hashlib.sha256(guest.fuse.read_file(record["path"])).hexdigest() != record["sha256"]
+            ]
 
     registry.clear_log()
     with RangeProxy(registry.host) as proxy, ThreadPoolExecutor(PROCESSES) as pool, contextlib.ExitStack() as stack:
         served = image.with_backend(host=proxy.host)
-        daemons = [stack.enter_context(Daemon(served, tmp_path / "cache", deadline_ms=60_000))
-                   for _ in range(PROCESSES)]
+        daemons = [
+            stack.enter_context(Daemon(served, tmp_path / "cache", deadline_ms=60_000)) for _ in range(PROCESSES)
+        ]
         for wrong in pool.map(run, daemons, range(PROCESSES)):
             assert wrong == []
         fetched = [daemon.counters()["fetched_chunks"] for daemon in daemons]
         assert proxy.overlaps(limits) == []
-        sent = {blob: sum(min(one.end, limits[blob]) - one.start for one in proxy.ranges
-                          if one.blob_id == blob and one.start < limits[blob]) for blob in limits}
+        sent = {
+            blob: sum(
+                min(one.end, limits[blob]) - one.start
+                for one in proxy.ranges
+                if one.blob_id == blob and one.start < limits[blob]
+            )
+            for blob in limits
+        }
     assert sum(count > 0 for count in fetched) > 1, "one daemon did all the work: the test shows nothing"
-    for blob, data in sent.items():     # the log counts the chunk descriptions too, which each may need before others
+    for blob, data in sent.items():  # the log counts the chunk descriptions too, which each may need before others
         assert data <= limits[blob]
         assert registry.blob_bytes(blob) <= limits[blob] + PROCESSES * (image.blobs[blob] - limits[blob])
 
 
-def test_two_cold_daemons_fetch_each_chunk_once(image: ServedImage, registry: LocalRegistry,
-                                                expected_tree: list[Record], tmp_path: Path) -> None:
+def test_two_cold_daemons_fetch_each_chunk_once(
+    image: ServedImage, registry: LocalRegistry, expected_tree: list[Record], tmp_path: Path
+) -> None:
     """Both read the whole image at the same time from one empty cache, one of them backwards."""
     limits = data_ends(image)
     together = threading.Barrier(2)
@@ -157,8 +176,12 @@ def test_two_cold_daemons_fetch_each_chunk_once(image: ServedImage, registry: Lo
                 assert differences(expected_tree, result.result()) == []
             fetched = [daemon.counters()["fetched_chunks"] for daemon in (one, two)]
         assert proxy.overlaps(limits) == []
-        data_bytes = {blob: sum(min(r.end, limits[blob]) - r.start for r in proxy.ranges
-                                if r.blob_id == blob and r.start < limits[blob]) for blob in limits}
+        data_bytes = {
+            blob: sum(
+                min(r.end, limits[blob]) - r.start for r in proxy.ranges if r.blob_id == blob and r.start < limits[blob]
+            )
+            for blob in limits
+        }
     assert all(count > 0 for count in fetched), "one daemon did all the work: the test shows nothing"
     # What the registry itself says it sent, chunk descriptions included, which either daemon may need first
     for blob, data in data_bytes.items():

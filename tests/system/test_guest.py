@@ -28,8 +28,10 @@ def guest_files() -> GuestFiles:
 
 
 @pytest.fixture(scope="module")
-def registry_of_its_own(oci_image: str, tmp_path_factory: pytest.TempPathFactory,
-                        ) -> Iterator[tuple[LocalRegistry, ServedImage]]:
+def registry_of_its_own(
+    oci_image: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[LocalRegistry, ServedImage]]:
     """The image with a shell in it, in a registry that a test may kill, and starts again."""
     tmp_path = tmp_path_factory.mktemp("shell")
     layout = oci_image.rpartition(":")[0]
@@ -50,8 +52,9 @@ def registry_of_its_own(oci_image: str, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.mark.parametrize("stage", ["kernel", "init", "mounted", "command"])
-def test_registry_killed_during_the_boot(registry_of_its_own: tuple[LocalRegistry, ServedImage],
-                                         guest_files: GuestFiles, tmp_path: Path, stage: str) -> None:
+def test_registry_killed_during_the_boot(
+    registry_of_its_own: tuple[LocalRegistry, ServedImage], guest_files: GuestFiles, tmp_path: Path, stage: str
+) -> None:
     """The guest gets as far as it can, what it lacks is EIO in time, and all goes on when the registry is back."""
     registry, image = registry_of_its_own
     deadline = Deadline(BOOT_SECONDS, f"the boot with its registry killed at {stage}")
@@ -60,9 +63,12 @@ def test_registry_killed_during_the_boot(registry_of_its_own: tuple[LocalRegistr
         if name == stage:
             registry.stop(signal.SIGKILL)
 
-    with (Daemon(image, tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon,
-          Machine(MachineConfig(guest_files, [Share(daemon.socket_path)],
-                                watches={daemon.pidfd: daemon.explain_end})) as machine):
+    with (
+        Daemon(image, tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon,
+        Machine(
+            MachineConfig(guest_files, [Share(daemon.socket_path)], watches={daemon.pidfd: daemon.explain_end})
+        ) as machine,
+    ):
         guest = machine.guest
         pass_stage("kernel")
         guest.wait_hello(deadline)

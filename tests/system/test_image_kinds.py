@@ -39,10 +39,12 @@ def test_served_as_read(kind: str, tmp_path: Path) -> None:
         assert seen["xattr"]["xattrs"] == {"user.mark": b"value".hex()}
 
 
-@pytest.mark.parametrize("way", ["--oci-ref", "--encrypt", "--encrypt --batch-size 64K", "--batch-size 64K",
-                                 "--fs-version 5"])
-def test_converted_and_served_from_a_registry(converter: Converter, expected_tree: list[Record], tmp_path: Path,
-                                              way: str) -> None:
+@pytest.mark.parametrize(
+    "way", ["--oci-ref", "--encrypt", "--encrypt --batch-size 64K", "--batch-size 64K", "--fs-version 5"]
+)
+def test_converted_and_served_from_a_registry(
+    converter: Converter, expected_tree: list[Record], tmp_path: Path, way: str
+) -> None:
     """What umoci unpacks is what the guest sees, cold and then from the cache; of a referred image the registry holds
     the OCI layers and no data beside them."""
     name = f"kinds{way.replace(' ', '').replace('--', '-').lower()}"

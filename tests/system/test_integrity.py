@@ -20,7 +20,7 @@ from tests.system.range_proxy import RangeProxy, SentRange
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 
 DEADLINE_MS = 3000
-VICTIM = "large/random"     # of many chunks, in the first blob
+VICTIM = "large/random"  # of many chunks, in the first blob
 ELSEWHERE = "large/second"
 BATCHED_FILE = "sizes/4097"
 
@@ -65,7 +65,7 @@ class Damage:
             return body
         self.done += 1
         at = self.offset - sent.start
-        return body[:at] + bytes([body[at] ^ 0x10]) + body[at + 1:]
+        return body[:at] + bytes([body[at] ^ 0x10]) + body[at + 1 :]
 
 
 @pytest.fixture
@@ -76,13 +76,18 @@ def proxy(registry: LocalRegistry) -> Iterator[RangeProxy]:
 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("place", ["head", "middle", "tail"])
-def test_flipped_in_the_served_blob(converter: Converter, proxy: RangeProxy, expected_tree: list[Record],
-                                    tmp_path: Path, codec: str, place: str) -> None:
+def test_flipped_in_the_served_blob(
+    converter: Converter, proxy: RangeProxy, expected_tree: list[Record], tmp_path: Path, codec: str, place: str
+) -> None:
     digester = "sha256" if place == "middle" else "blake3"
     image = converter.convert(codec, digester).with_backend(host=proxy.host)
     blob_id, chunk = find_chunks(image, VICTIM)[3]
-    damage = Damage(blob_id, {"head": chunk.coff, "middle": chunk.coff + chunk.csize_bytes // 2,
-                                "tail": chunk.coff + chunk.csize_bytes - 1}[place])
+    damage = Damage(
+        blob_id,
+        {"head": chunk.coff, "middle": chunk.coff + chunk.csize_bytes // 2, "tail": chunk.coff + chunk.csize_bytes - 1}[
+            place
+        ],
+    )
     proxy.damage = damage
     with Daemon(image, tmp_path / "cache", deadline_ms=DEADLINE_MS) as daemon:
         failed, wrong = outcome(expected_tree, read_all(daemon, expected_tree))
@@ -94,8 +99,9 @@ def test_flipped_in_the_served_blob(converter: Converter, proxy: RangeProxy, exp
 
 
 @pytest.mark.parametrize("codec", CODECS)
-def test_flipped_once_on_the_way(converter: Converter, proxy: RangeProxy, expected_tree: list[Record], tmp_path: Path,
-                                 codec: str) -> None:
+def test_flipped_once_on_the_way(
+    converter: Converter, proxy: RangeProxy, expected_tree: list[Record], tmp_path: Path, codec: str
+) -> None:
     """Asked for again, the range is right: the guest notices nothing."""
     image = converter.convert(codec).with_backend(host=proxy.host)
     blob_id, chunk = find_chunks(image, VICTIM)[3]
@@ -107,8 +113,14 @@ def test_flipped_once_on_the_way(converter: Converter, proxy: RangeProxy, expect
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("codec", CODECS)
-def test_flipped_in_a_stopped_daemons_cache(converter: Converter, proxy: RangeProxy, expected_tree: list[Record],
-                                            tmp_path: Path, codec: str, how: signal.Signals) -> None:
+def test_flipped_in_a_stopped_daemons_cache(
+    converter: Converter,
+    proxy: RangeProxy,
+    expected_tree: list[Record],
+    tmp_path: Path,
+    codec: str,
+    how: signal.Signals,
+) -> None:
     """The chunk's bits are set, in our map and in Nydus's: all the same, it is noticed, and fetched anew."""
     image = converter.convert(codec).with_backend(host=proxy.host)
     cache = tmp_path / "cache"
@@ -128,8 +140,9 @@ def test_flipped_in_a_stopped_daemons_cache(converter: Converter, proxy: RangePr
     assert 0 < proxy.sent_bytes() < sum(image.blobs.values()) / 4, "the one bad chunk costs no more than its range"
 
 
-def test_a_bit_set_by_somebody_else_is_a_hint(image: ServedImage, proxy: RangeProxy, expected_tree: list[Record],
-                                              tmp_path: Path) -> None:
+def test_a_bit_set_by_somebody_else_is_a_hint(
+    image: ServedImage, proxy: RangeProxy, expected_tree: list[Record], tmp_path: Path
+) -> None:
     """Without our own side files, Nydus's chunk_map alone: verified in place, nothing fetched but what is wrong."""
     served = image.with_backend(host=proxy.host)
     cache = tmp_path / "cache"
@@ -147,8 +160,9 @@ def test_a_bit_set_by_somebody_else_is_a_hint(image: ServedImage, proxy: RangePr
     assert proxy.sent_bytes() < sum(image.blobs.values()) / 4
 
 
-def test_a_cache_file_that_lost_its_tail(image: ServedImage, proxy: RangeProxy, expected_tree: list[Record],
-                                         tmp_path: Path) -> None:
+def test_a_cache_file_that_lost_its_tail(
+    image: ServedImage, proxy: RangeProxy, expected_tree: list[Record], tmp_path: Path
+) -> None:
     served = image.with_backend(host=proxy.host)
     cache = tmp_path / "cache"
     with Daemon(served, cache) as daemon:
@@ -165,8 +179,9 @@ BATCHED = [("zstd", "blake3"), ("lz4_block", "sha256")]
 
 
 @pytest.mark.parametrize(("codec", "digester"), BATCHED)
-def test_flipped_in_a_cached_chunk_table(converter: Converter, proxy: RangeProxy, expected_tree: list[Record],
-                                         tmp_path: Path, codec: str, digester: str) -> None:
+def test_flipped_in_a_cached_chunk_table(
+    converter: Converter, proxy: RangeProxy, expected_tree: list[Record], tmp_path: Path, codec: str, digester: str
+) -> None:
     """Right bytes or EIO come of it, whether the chunks' bytes are in the cache or not."""
     image = converter.convert(codec, digester, batch_bytes=SMALL_CHUNK_BYTES).with_backend(host=proxy.host)
     filled = tmp_path / "filled"
@@ -176,8 +191,9 @@ def test_flipped_in_a_cached_chunk_table(converter: Converter, proxy: RangeProxy
     size = (filled / f"{blob_id}.blob.meta").stat().st_size
     random = Random(codec)
     # The chunk's own entry, the header at the end, and anywhere
-    for number, place in enumerate((24 * chunk.chunk_index + random.randrange(24),
-                                    size - 4096 + random.randrange(64), random.randrange(size))):
+    for number, place in enumerate(
+        (24 * chunk.chunk_index + random.randrange(24), size - 4096 + random.randrange(64), random.randrange(size))
+    ):
         cache = tmp_path / f"cache-{number}"
         shutil.copytree(filled, cache)
         if number % 2 == 0:
@@ -190,8 +206,9 @@ def test_flipped_in_a_cached_chunk_table(converter: Converter, proxy: RangeProxy
 
 
 @pytest.mark.parametrize(("codec", "digester"), BATCHED)
-def test_flipped_in_a_served_chunk_table(converter: Converter, proxy: RangeProxy, expected_tree: list[Record],
-                                         tmp_path: Path, codec: str, digester: str) -> None:
+def test_flipped_in_a_served_chunk_table(
+    converter: Converter, proxy: RangeProxy, expected_tree: list[Record], tmp_path: Path, codec: str, digester: str
+) -> None:
     """The registry sends a wrong one: no wrong byte, no crash; the other blobs are served."""
     image = converter.convert(codec, digester, batch_bytes=SMALL_CHUNK_BYTES).with_backend(host=proxy.host)
     blob_id, _ = find_chunks(image, BATCHED_FILE)[0]
@@ -207,8 +224,9 @@ def test_flipped_in_a_served_chunk_table(converter: Converter, proxy: RangeProxy
         assert damage.done > 0 or number > 0
 
 
-def test_undamaged_tree_through_the_proxy(image: ServedImage, proxy: RangeProxy, expected_tree: list[Record],
-                                          tmp_path: Path) -> None:
+def test_undamaged_tree_through_the_proxy(
+    image: ServedImage, proxy: RangeProxy, expected_tree: list[Record], tmp_path: Path
+) -> None:
     """Of these tests themselves: without damage the proxy changes nothing."""
     served = image.with_backend(host=proxy.host)
     with Daemon(served, tmp_path / "cache") as daemon, FakeGuest(daemon.socket_path) as guest:

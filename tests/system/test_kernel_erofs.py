@@ -18,7 +18,7 @@ from tests.system.guest_tree import Record, differences
 from tests.system.image import LARGE_CHUNK_BYTES, SMALL_CHUNK_BYTES
 
 MS_RDONLY = 1
-FILES_AS_DEVICES_SINCE = (6, 12)    # the kernel from which EROFS mounts plain files
+FILES_AS_DEVICES_SINCE = (6, 12)  # the kernel from which EROFS mounts plain files
 
 
 def make_devices(converter: Converter, image: ServedImage, directory: Path) -> list[Path]:
@@ -54,8 +54,9 @@ def mounted(bootstrap: Path, blobs: list[Path], where: Path) -> Iterator[Path]:
 
 @contextmanager
 def loop_device(path: Path) -> Iterator[Path]:
-    made = subprocess.run(["losetup", "--find", "--show", "--read-only", str(path)], check=True, capture_output=True,
-                          text=True)
+    made = subprocess.run(
+        ["losetup", "--find", "--show", "--read-only", str(path)], check=True, capture_output=True, text=True
+    )
     device = Path(made.stdout.strip())
     try:
         yield device
@@ -65,14 +66,17 @@ def loop_device(path: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def need_erofs() -> None:
-    if "erofs" not in Path("/proc/filesystems").read_text() and subprocess.run(
-            ["modprobe", "erofs"], capture_output=True).returncode:
+    if (
+        "erofs" not in Path("/proc/filesystems").read_text()
+        and subprocess.run(["modprobe", "erofs"], capture_output=True).returncode
+    ):
         pytest.skip("this kernel has no EROFS")
 
 
 @pytest.mark.parametrize(("digester", "chunk_bytes"), [("blake3", SMALL_CHUNK_BYTES), ("sha256", LARGE_CHUNK_BYTES)])
-def test_kernel_shows_the_same_tree(converter: Converter, expected_tree: list[Record], tmp_path: Path, digester: str,
-                                    chunk_bytes: int) -> None:
+def test_kernel_shows_the_same_tree(
+    converter: Converter, expected_tree: list[Record], tmp_path: Path, digester: str, chunk_bytes: int
+) -> None:
     image = converter.convert("none", digester, chunk_bytes)
     with mounted(image.bootstrap, make_devices(converter, image, tmp_path), tmp_path / "mnt") as root:
         assert differences(expected_tree, list(tree_listing.list_tree(root))) == []
@@ -89,7 +93,7 @@ def test_fsck_notices_damage(converter: Converter, tmp_path: Path) -> None:
     """Of the test itself: fsck.erofs does fail when a superblock is wrong."""
     image = converter.convert("none", "blake3")
     damaged = bytearray(image.bootstrap.read_bytes())
-    damaged[1024 + 14] ^= 0xff     # the root's nid
+    damaged[1024 + 14] ^= 0xFF  # the root's nid
     (tmp_path / "damaged").write_bytes(damaged)
     devices = [f"--device={path}" for path in make_devices(converter, image, tmp_path)]
     done = subprocess.run(["fsck.erofs", *devices, str(tmp_path / "damaged")], capture_output=True)

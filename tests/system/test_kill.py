@@ -95,8 +95,9 @@ class KillAt:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_under_cold_load(image: ServedImage, proxy: RangeProxy, expected_tree: list[Record], tmp_path: Path,
-                                how: signal.Signals) -> None:
+def test_killed_under_cold_load(
+    image: ServedImage, proxy: RangeProxy, expected_tree: list[Record], tmp_path: Path, how: signal.Signals
+) -> None:
     served = image.with_backend(host=proxy.host)
     cache = tmp_path / "cache"
     random = Random(how)
@@ -106,10 +107,10 @@ def test_killed_under_cold_load(image: ServedImage, proxy: RangeProxy, expected_
         with Daemon(served, cache) as daemon:
             proxy.damage = end = KillAt(daemon, count, how, later_s)
             random.shuffle(paths)
-            read_until_killed(daemon, [first, *paths])     # more than is read before the end comes
+            read_until_killed(daemon, [first, *paths])  # more than is read before the end comes
             proxy.damage = None
             killed += end.seen >= count
-            end.send()      # where all that was wanted came in fewer answers
+            end.send()  # where all that was wanted came in fewer answers
             status = daemon.process.wait(10)
             assert status == (0 if how == signal.SIGTERM else -how), daemon.log_text()
         marked.append(count_marked(cache))
@@ -126,8 +127,9 @@ def test_killed_under_cold_load(image: ServedImage, proxy: RangeProxy, expected_
     assert proxy.sent_bytes() < sum(image.blobs.values()) * 3
 
 
-def test_other_daemon_takes_over_what_a_killed_one_was_fetching(image: ServedImage, proxy: RangeProxy,
-                                                                expected_tree: list[Record], tmp_path: Path) -> None:
+def test_other_daemon_takes_over_what_a_killed_one_was_fetching(
+    image: ServedImage, proxy: RangeProxy, expected_tree: list[Record], tmp_path: Path
+) -> None:
     """Two on one cache want the same chunk; the one that fetches it dies before it comes."""
     served = image.with_backend(host=proxy.host)
     path = "large/second"
@@ -164,8 +166,9 @@ def test_terminated_while_the_registry_hangs(image: ServedImage, proxy: RangePro
     proxy.gate.set()
 
 
-def test_a_torn_answer_sets_no_bit(image: ServedImage, proxy: RangeProxy, expected_tree: list[Record],
-                                   tmp_path: Path) -> None:
+def test_a_torn_answer_sets_no_bit(
+    image: ServedImage, proxy: RangeProxy, expected_tree: list[Record], tmp_path: Path
+) -> None:
     """Killed after wrong bytes were refused: they are not believed on the next start either."""
     served = image.with_backend(host=proxy.host)
     blob_id, chunk = find_chunks(served, "large/second")[0]

@@ -29,8 +29,10 @@ from virtiofsd_nydus.oci.reference import parse_reference
 NYDUS_IMAGE, NYDUSD = os.environ.get("NYDUS_IMAGE", ""), os.environ.get("NYDUSD", "")
 pytestmark = [
     pytest.mark.peer,
-    pytest.mark.skipif(not (shutil.which(NYDUS_IMAGE) and shutil.which(NYDUSD)),
-                       reason="NYDUS_IMAGE and NYDUSD do not name nydus-image and nydusd"),
+    pytest.mark.skipif(
+        not (shutil.which(NYDUS_IMAGE) and shutil.which(NYDUSD)),
+        reason="NYDUS_IMAGE and NYDUSD do not name nydus-image and nydusd",
+    ),
 ]
 FILES = {"one": b"1", "block": b"b" * 4096, "odd": bytes(range(256)) * 700, "empty": b""}
 VARIANTS = [(codec, digester) for codec in CODECS for digester in DIGESTERS]
@@ -85,8 +87,9 @@ def test_nydus_image_finds_no_fault_in_ours(converter: Converter, tmp_path: Path
 
 
 @pytest.mark.parametrize(("codec", "digester"), VARIANTS)
-def test_we_serve_what_nydus_image_built(unpacked: Path, expected_tree: list[Record], tmp_path: Path, codec: str,
-                                         digester: str) -> None:
+def test_we_serve_what_nydus_image_built(
+    unpacked: Path, expected_tree: list[Record], tmp_path: Path, codec: str, digester: str
+) -> None:
     image = create_image(unpacked, tmp_path, codec, digester)
     with Daemon(image, tmp_path / "cache") as daemon, FakeGuest(daemon.socket_path) as guest:
         guest.fuse.init()
@@ -98,15 +101,35 @@ def test_we_serve_what_nydus_image_built(unpacked: Path, expected_tree: list[Rec
 def create_image(source: Path, directory: Path, codec: str, digester: str, *more: str) -> ServedImage:
     blobs, bootstrap = directory / "blobs", directory / "image.boot"
     blobs.mkdir()
-    run_tool(NYDUS_IMAGE, "create", "--type", "directory", "--fs-version", "6", "--compressor", codec, "--digester",
-             digester, "--chunk-size", "0x10000", "--whiteout-spec", "none", *more, "--bootstrap", bootstrap,
-             "--blob-dir", blobs, source)
+    run_tool(
+        NYDUS_IMAGE,
+        "create",
+        "--type",
+        "directory",
+        "--fs-version",
+        "6",
+        "--compressor",
+        codec,
+        "--digester",
+        digester,
+        "--chunk-size",
+        "0x10000",
+        "--whiteout-spec",
+        "none",
+        *more,
+        "--bootstrap",
+        bootstrap,
+        "--blob-dir",
+        blobs,
+        source,
+    )
     return ServedImage(bootstrap, "localfs", {"dir": str(blobs)}, {p.name: p.stat().st_size for p in blobs.iterdir()})
 
 
 @pytest.mark.parametrize("codec", ["lz4_block", "zstd"])
-def test_we_serve_batches_that_nydus_image_built(unpacked: Path, expected_tree: list[Record], tmp_path: Path,
-                                                 codec: str) -> None:
+def test_we_serve_batches_that_nydus_image_built(
+    unpacked: Path, expected_tree: list[Record], tmp_path: Path, codec: str
+) -> None:
     image = create_image(unpacked, tmp_path, codec, "sha256", "--batch-size", "0x10000")
     with Daemon(image, tmp_path / "cache") as daemon, FakeGuest(daemon.socket_path) as guest:
         guest.fuse.init()
@@ -124,15 +147,32 @@ def test_we_serve_a_tar_as_it_is(converter: Converter, tmp_path: Path) -> None:
             archive.addfile(member, io.BytesIO(data))
     blob_id = hashlib.sha256(tar.read_bytes()).hexdigest()
     blobs.mkdir()
-    run_tool(NYDUS_IMAGE, "create", "--type", "tar-tarfs", "--blob-id", blob_id, "--bootstrap", bootstrap, "--blob-dir",
-             blobs, tar)
+    run_tool(
+        NYDUS_IMAGE,
+        "create",
+        "--type",
+        "tar-tarfs",
+        "--blob-id",
+        blob_id,
+        "--bootstrap",
+        bootstrap,
+        "--blob-dir",
+        blobs,
+        tar,
+    )
     store = open_store(parse_reference(f"docker://{converter.registry.host}/tarfs/a:1"), plain_http=True)
     store.put_blob(Descriptor("application/octet-stream", f"sha256:{blob_id}", tar.stat().st_size), tar)
     store.close()
-    image = ServedImage(bootstrap, "registry", {"scheme": "http", "host": converter.registry.host, "repo": "tarfs/a"},
-                        {blob_id: tar.stat().st_size})
-    with Daemon(image, tmp_path / "cache", extra=("--allow-unverified",)) as daemon, \
-            FakeGuest(daemon.socket_path) as guest:
+    image = ServedImage(
+        bootstrap,
+        "registry",
+        {"scheme": "http", "host": converter.registry.host, "repo": "tarfs/a"},
+        {blob_id: tar.stat().st_size},
+    )
+    with (
+        Daemon(image, tmp_path / "cache", extra=("--allow-unverified",)) as daemon,
+        FakeGuest(daemon.socket_path) as guest,
+    ):
         guest.fuse.init()
         assert {name: guest.fuse.read_file(name) for name in FILES} == FILES
         assert daemon.counters()["fetched_chunks"] > 0
@@ -146,14 +186,38 @@ def nydusd(image: ServedImage, directory: Path) -> Iterator[Path]:
     work_dir = directory / "nydusd-cache"
     work_dir.mkdir(exist_ok=True)
     config, sock, log = directory / "nydusd.json", directory / "nydusd.sock", directory / "nydusd.log"
-    config.write_text(json.dumps({
-        "device": {"backend": {"type": image.backend_type, "config": image.backend_config},
-                   "cache": {"type": "blobcache", "config": {"work_dir": str(work_dir)}}},
-        "mode": "direct", "digest_validate": False, "enable_xattr": True}))
+    config.write_text(
+        json.dumps(
+            {
+                "device": {
+                    "backend": {"type": image.backend_type, "config": image.backend_config},
+                    "cache": {"type": "blobcache", "config": {"work_dir": str(work_dir)}},
+                },
+                "mode": "direct",
+                "digest_validate": False,
+                "enable_xattr": True,
+            }
+        )
+    )
     with log.open("wb") as out:
-        process = subprocess.Popen([NYDUSD, "virtiofs", "--bootstrap", str(image.bootstrap), "--config", str(config),
-                                    "--sock", str(sock), "--rlimit-nofile", "0", "--log-level", "error"], stdout=out,
-                                   stderr=out)
+        process = subprocess.Popen(
+            [
+                NYDUSD,
+                "virtiofs",
+                "--bootstrap",
+                str(image.bootstrap),
+                "--config",
+                str(config),
+                "--sock",
+                str(sock),
+                "--rlimit-nofile",
+                "0",
+                "--log-level",
+                "error",
+            ],
+            stdout=out,
+            stderr=out,
+        )
     try:
         wait_until(lambda: sock.exists() or process.poll() is not None, "nydusd's start")
         assert process.poll() is None, log.read_text()
@@ -170,8 +234,9 @@ def test_nydusd_serves_ours(converter: Converter, expected_tree: list[Record], t
         assert differences(expected_tree, list_nydusds_tree(sock)) == []
 
 
-def test_what_nydusd_cached_is_used_once_verified(converter: Converter, expected_tree: list[Record],
-                                                  tmp_path: Path) -> None:
+def test_what_nydusd_cached_is_used_once_verified(
+    converter: Converter, expected_tree: list[Record], tmp_path: Path
+) -> None:
     """Its cache directory becomes ours: its bits are hints, the bytes are verified in place, nothing is fetched."""
     image = converter.convert("zstd")
     with nydusd(image, tmp_path) as sock:

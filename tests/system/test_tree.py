@@ -21,8 +21,9 @@ def read_tree(daemon: Daemon) -> list[Record]:
 
 
 @pytest.mark.parametrize(("codec", "digester", "chunk_bytes"), VARIANTS)
-def test_guest_sees_what_umoci_unpacks(converter: Converter, expected_tree: list[Record], tmp_path: Path, codec: str,
-                                       digester: str, chunk_bytes: int) -> None:
+def test_guest_sees_what_umoci_unpacks(
+    converter: Converter, expected_tree: list[Record], tmp_path: Path, codec: str, digester: str, chunk_bytes: int
+) -> None:
     with Daemon(converter.convert(codec, digester, chunk_bytes), tmp_path / "cache") as daemon:
         assert differences(expected_tree, read_tree(daemon)) == []
         counters = daemon.counters()
@@ -32,14 +33,16 @@ def test_guest_sees_what_umoci_unpacks(converter: Converter, expected_tree: list
 
 
 @pytest.mark.parametrize("codec", ["zstd", "lz4_block"])
-def test_batched_chunks_show_the_same(converter: Converter, expected_tree: list[Record], tmp_path: Path,
-                                      codec: str) -> None:
+def test_batched_chunks_show_the_same(
+    converter: Converter, expected_tree: list[Record], tmp_path: Path, codec: str
+) -> None:
     with Daemon(converter.convert(codec, batch_bytes=SMALL_CHUNK_BYTES), tmp_path / "cache") as daemon:
         assert differences(expected_tree, read_tree(daemon)) == []
 
 
-def test_localfs_shows_the_same(converter: Converter, image: ServedImage, expected_tree: list[Record],
-                                tmp_path: Path) -> None:
+def test_localfs_shows_the_same(
+    converter: Converter, image: ServedImage, expected_tree: list[Record], tmp_path: Path
+) -> None:
     blobs = tmp_path / "blobs"
     blobs.mkdir()
     for blob_id in image.blobs:
@@ -64,4 +67,4 @@ def test_small_odd_reads(image: ServedImage, expected_tree: list[Record], tmp_pa
             pieces[start, length] = guest.fuse.read(node, start, length)
         whole = guest.fuse.read_all(node)
     assert hashlib.sha256(whole).hexdigest() == expected["sha256"]
-    assert all(piece == whole[start:start + length] for (start, length), piece in pieces.items())
+    assert all(piece == whole[start : start + length] for (start, length), piece in pieces.items())

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUSYBOX = Path("/bin/busybox")
 BOOT_SECONDS = 90
 BIG_BYTES = 3 << 20
-DRAIN_LIMIT_S = 5.0         # for a stop whose bounded drain is 0.2 s a queue, on a busy machine
+DRAIN_LIMIT_S = 5.0  # for a stop whose bounded drain is 0.2 s a queue, on a busy machine
 
 
 class GatedRegistry(ThreadingHTTPServer):
@@ -57,7 +57,7 @@ class GatedHandler(BaseHTTPRequestHandler):
         if wanted := self.headers.get("Range"):
             first, last = wanted.removeprefix("bytes=").split("-")
             start, end = int(first), min(int(last or total - 1), total - 1)
-            data = data[start:end + 1]
+            data = data[start : end + 1]
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {start}-{end}/{total}")
         else:
@@ -84,8 +84,22 @@ def registry(tmp_path: Path) -> Iterator[GatedRegistry]:
     for applet in ("sha256sum", "true"):
         (tree / "bin" / applet).symlink_to("busybox")
     (tree / "big").write_bytes(os.urandom(BIG_BYTES))
-    subprocess.run([sys.executable, "-m", "virtiofsd_nydus.cli.main", "build", str(tree), "--bootstrap",
-                    str(tmp_path / "image.boot"), "--blob-dir", str(blobs)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "virtiofsd_nydus.cli.main",
+            "build",
+            str(tree),
+            "--bootstrap",
+            str(tmp_path / "image.boot"),
+            "--blob-dir",
+            str(blobs),
+        ],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
     server = GatedRegistry(blobs)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -99,10 +113,19 @@ def registry(tmp_path: Path) -> Iterator[GatedRegistry]:
 @pytest.fixture
 def daemon(registry: GatedRegistry, tmp_path: Path) -> Iterator[NydusDaemon]:
     config = tmp_path / "config.json"
-    config.write_text(dumps({"device": {
-        "backend": {"type": "registry", "config": {
-            "scheme": "http", "host": f"127.0.0.1:{registry.server_port}", "repo": "test/image"}},
-        "cache": {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}}}}))
+    config.write_text(
+        dumps(
+            {
+                "device": {
+                    "backend": {
+                        "type": "registry",
+                        "config": {"scheme": "http", "host": f"127.0.0.1:{registry.server_port}", "repo": "test/image"},
+                    },
+                    "cache": {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}},
+                }
+            }
+        )
+    )
     with NydusDaemon(["--bootstrap", str(tmp_path / "image.boot"), "--config", str(config)]) as running:
         yield running
 
@@ -133,15 +156,16 @@ def digest(tmp_path: Path) -> str:
     return sha256((tmp_path / "tree" / "big").read_bytes()).hexdigest()
 
 
-def test_stop_and_cont_with_a_read_that_misses(machine: Machine, daemon: NydusDaemon, registry: GatedRegistry,
-                                               tmp_path: Path) -> None:
+def test_stop_and_cont_with_a_read_that_misses(
+    machine: Machine, daemon: NydusDaemon, registry: GatedRegistry, tmp_path: Path
+) -> None:
     registry.gate.clear()
     job = machine.guest.start(["/bin/sha256sum", "/big"])
     await_stuck_read(daemon)
     before = time.monotonic()
     machine.pause()
     assert time.monotonic() - before < DRAIN_LIMIT_S
-    registry.gate.set()                 # the bytes come while the guest stands still
+    registry.gate.set()  # the bytes come while the guest stands still
     deadline = Deadline(BOOT_SECONDS, "the fetch")
     while daemon.stats()["engine"]["fetched_chunks"] < 2:
         deadline.remaining()
@@ -152,8 +176,9 @@ def test_stop_and_cont_with_a_read_that_misses(machine: Machine, daemon: NydusDa
     assert daemon.stats()["engine"]["ring_errors"] == 0
 
 
-def test_reset_with_a_read_that_misses(machine: Machine, daemon: NydusDaemon, registry: GatedRegistry,
-                                       tmp_path: Path) -> None:
+def test_reset_with_a_read_that_misses(
+    machine: Machine, daemon: NydusDaemon, registry: GatedRegistry, tmp_path: Path
+) -> None:
     registry.gate.clear()
     machine.guest.start(["/bin/sha256sum", "/big"])
     await_stuck_read(daemon)

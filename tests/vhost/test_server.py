@@ -61,7 +61,7 @@ def test_several_front_ends_and_another_after_them(new_device: NewDevice, say: L
     with serving(new_device, say, path=str(path)):
         fronts = [VhostFrontend(path) for _ in range(3)]
         assert [queue_count(front) for front in fronts] == [QUEUES] * 3
-        fronts[0].send(9999)            # one breaks the protocol
+        fronts[0].send(9999)  # one breaks the protocol
         with pytest.raises(HungUp):
             fronts[0].receive(9999)
         assert queue_count(fronts[1]) == QUEUES
@@ -105,7 +105,7 @@ def test_busy_socket(new_device: NewDevice, say: Lines, tmp_path: Path, listenin
             other.listen()
         with pytest.raises(Failure, match="in use"):
             VhostServer(new_device, say=say, path=str(path))
-        if listening:                   # the other one was not disturbed
+        if listening:  # the other one was not disturbed
             other.settimeout(0)
             with pytest.raises(BlockingIOError):
                 other.accept()
@@ -136,7 +136,7 @@ def test_inherited_listening_socket(new_device: NewDevice, say: Lines, tmp_path:
             front = VhostFrontend(path)
             assert queue_count(front) == QUEUES
             front.close()
-    assert path.exists()                # not ours to remove
+    assert path.exists()  # not ours to remove
 
 
 def test_inherited_connection(new_device: NewDevice, say: Lines) -> None:

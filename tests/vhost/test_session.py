@@ -50,8 +50,9 @@ def silent(backend: Backend, request: int, payload: bytes = b"", fds: tuple[int,
     assert ask(backend, m.GET_QUEUE_NUM) == u64(QUEUES)
 
 
-def fatal(backend: Backend, request: int, payload: bytes = b"", fds: tuple[int, ...] = (),
-          flags: int = m.VERSION) -> str:
+def fatal(
+    backend: Backend, request: int, payload: bytes = b"", fds: tuple[int, ...] = (), flags: int = m.VERSION
+) -> str:
     """Sends; the connection ends with one line."""
     backend.front.send(request, payload, fds, flags)
     with pytest.raises(HungUp):
@@ -99,7 +100,7 @@ def test_features(backend: Backend) -> None:
 
 
 def test_ack_only_when_negotiated_and_asked_for(backend: Backend) -> None:
-    backend.front.send(m.SET_OWNER, b"", (), m.VERSION | m.NEED_REPLY)      # not negotiated: silence
+    backend.front.send(m.SET_OWNER, b"", (), m.VERSION | m.NEED_REPLY)  # not negotiated: silence
     assert ask(backend, m.GET_QUEUE_NUM) == u64(QUEUES)
     silent(backend, m.SET_PROTOCOL_FEATURES, u64(m.P_REPLY_ACK))
     silent(backend, m.SET_OWNER)
@@ -125,8 +126,8 @@ def test_rings_enabled_without_the_protocol_bit(backend: Backend) -> None:
 
 # ---- memory
 def test_regions_come_and_go(ready: Backend, memory: int) -> None:
-    assert not acked(ready, m.ADD_MEM_REG, region(user=USER * 2), (memory,))         # overlaps in the guest
-    assert not acked(ready, m.ADD_MEM_REG, region(gpa=MEMORY_BYTES), (memory,))      # in the front-end
+    assert not acked(ready, m.ADD_MEM_REG, region(user=USER * 2), (memory,))  # overlaps in the guest
+    assert not acked(ready, m.ADD_MEM_REG, region(gpa=MEMORY_BYTES), (memory,))  # in the front-end
     assert not acked(ready, m.ADD_MEM_REG, region(MEMORY_BYTES, PAGE, USER * 2, MEMORY_BYTES), (memory,))
     assert len(ready.session.state.regions) == 1
     assert acked(ready, m.ADD_MEM_REG, region(MEMORY_BYTES, PAGE, USER * 2, 8 * PAGE), (memory,))
@@ -190,7 +191,7 @@ def test_call_is_signalled_after_a_swap(ready: Backend, event: int) -> None:
     kick = os.eventfd(0)
     assert acked(ready, m.SET_VRING_CALL, u64(1), (event,))
     with pytest.raises(BlockingIOError):
-        os.eventfd_read(event)          # nothing runs yet
+        os.eventfd_read(event)  # nothing runs yet
     assert acked(ready, m.SET_VRING_KICK, u64(1), (kick,))
     assert acked(ready, m.SET_VRING_CALL, u64(1), (event,))
     assert os.eventfd_read(event) == 1
@@ -256,13 +257,18 @@ def test_inflight_region(ready: Backend, event: int, size: int) -> None:
     # features, version, entries: the ring took possession of its own part, and of no other
     assert os.pread(fds[0], 12, 320)[8:] == struct.pack("=HH", 1, 16)
     assert os.pread(fds[0], 12, 0)[8:] == bytes(4)
-    assert not acked(ready, m.SET_INFLIGHT_FD, body, (fds[0],))      # not while it runs
+    assert not acked(ready, m.SET_INFLIGHT_FD, body, (fds[0],))  # not while it runs
     os.close(fds[0])
 
 
 def test_inflight_region_refused(ready: Backend, memory: int) -> None:
-    for queues, entries, size in ((0, 16, PAGE), (QUEUES, 0, PAGE), (QUEUES, 4096, 1 << 20), (QUEUES, 64, 64),
-                                  (QUEUES, 16, 1 << 40)):
+    for queues, entries, size in (
+        (0, 16, PAGE),
+        (QUEUES, 0, PAGE),
+        (QUEUES, 4096, 1 << 20),
+        (QUEUES, 64, 64),
+        (QUEUES, 16, 1 << 40),
+    ):
         assert not acked(ready, m.SET_INFLIGHT_FD, m.INFLIGHT.pack(size, 0, queues, entries), (memory,))
     fatal(ready, m.GET_INFLIGHT_FD, m.INFLIGHT.pack(0, 0, 0, 16), (), m.VERSION | m.NEED_REPLY)
 
@@ -275,7 +281,7 @@ def test_dirty_log(ready: Backend, event: int) -> None:
     assert acked(ready, m.SET_VRING_ADDR, m.VRING_ADDR.pack(1, 1, USER, USER + 2 * PAGE, USER + PAGE, 2 * PAGE))
     assert acked(ready, m.SET_VRING_KICK, u64(1), (event,))
     assert acked(ready, m.SET_VRING_ENABLE, m.VRING_STATE.pack(1, 1))
-    assert acked(ready, m.SET_VRING_ENABLE, m.VRING_STATE.pack(1, 0))        # the queue has slept: avail_event written
+    assert acked(ready, m.SET_VRING_ENABLE, m.VRING_STATE.pack(1, 0))  # the queue has slept: avail_event written
     assert os.pread(log, 1, 0) == b"\x04"
     assert "dirty log" in fatal(ready, m.SET_LOG_BASE, m.LOG.pack(1 << 30, 0), (log,))
     os.close(log)
@@ -288,7 +294,7 @@ def test_reverse_channel_is_kept_open(backend: Backend) -> None:
     os.close(write)
     os.set_blocking(read, False)
     with pytest.raises(BlockingIOError):
-        os.read(read, 1)                # still open at the other end
+        os.read(read, 1)  # still open at the other end
     backend.close()
     assert os.read(read, 1) == b""
     os.close(read)
@@ -334,8 +340,15 @@ def test_unknown_request(ready: Backend, request_id: int) -> None:
 @pytest.mark.parametrize("size", [1, 7, 39])
 def test_wrong_size(ready: Backend, request_id: int, size: int) -> None:
     """Requests without a payload take any, all others theirs only."""
-    empty = {m.GET_FEATURES, m.SET_OWNER, m.RESET_OWNER, m.GET_PROTOCOL_FEATURES, m.GET_QUEUE_NUM, m.RESET_DEVICE,
-             m.GET_MAX_MEM_SLOTS}
+    empty = {
+        m.GET_FEATURES,
+        m.SET_OWNER,
+        m.RESET_OWNER,
+        m.GET_PROTOCOL_FEATURES,
+        m.GET_QUEUE_NUM,
+        m.RESET_DEVICE,
+        m.GET_MAX_MEM_SLOTS,
+    }
     if request_id in empty or request_id == m.SET_LOG_FD:
         ready.front.send(request_id, bytes(size), (), m.VERSION | m.NEED_REPLY)
         ready.front.receive(request_id)
@@ -343,11 +356,20 @@ def test_wrong_size(ready: Backend, request_id: int, size: int) -> None:
         fatal(ready, request_id, bytes(size), (), m.VERSION | m.NEED_REPLY)
 
 
-@pytest.mark.parametrize(("request_id", "payload", "count"), [
-    (m.ADD_MEM_REG, region(), 0), (m.ADD_MEM_REG, region(), 2), (m.SET_MEM_TABLE, struct.pack("=II", 0, 0), 1),
-    (m.SET_VRING_KICK, u64(1), 0), (m.SET_VRING_CALL, u64(1), 2), (m.SET_LOG_BASE, m.LOG.pack(8, 0), 0),
-    (m.SET_INFLIGHT_FD, m.INFLIGHT.pack(8, 0, 1, 1), 0), (m.GET_FEATURES, b"", 1), (m.SET_OWNER, b"", 33),
-])
+@pytest.mark.parametrize(
+    ("request_id", "payload", "count"),
+    [
+        (m.ADD_MEM_REG, region(), 0),
+        (m.ADD_MEM_REG, region(), 2),
+        (m.SET_MEM_TABLE, struct.pack("=II", 0, 0), 1),
+        (m.SET_VRING_KICK, u64(1), 0),
+        (m.SET_VRING_CALL, u64(1), 2),
+        (m.SET_LOG_BASE, m.LOG.pack(8, 0), 0),
+        (m.SET_INFLIGHT_FD, m.INFLIGHT.pack(8, 0, 1, 1), 0),
+        (m.GET_FEATURES, b"", 1),
+        (m.SET_OWNER, b"", 33),
+    ],
+)
 def test_wrong_descriptors(ready: Backend, memory: int, request_id: int, payload: bytes, count: int) -> None:
     assert "descriptor" in fatal(ready, request_id, payload, (memory,) * count, m.VERSION | m.NEED_REPLY)
 

@@ -93,10 +93,22 @@ def test_oversize_message(front: Front, size: int) -> None:
 
 
 TRUNCATED = [
-    Request.SET_FEATURES, Request.SET_PROTOCOL_FEATURES, Request.SET_MEM_TABLE, Request.SET_VRING_NUM,
-    Request.SET_VRING_ADDR, Request.SET_VRING_BASE, Request.SET_VRING_KICK, Request.SET_VRING_CALL,
-    Request.SET_VRING_ERR, Request.SET_VRING_ENABLE, Request.ADD_MEM_REG, Request.REM_MEM_REG,
-    Request.GET_VRING_BASE, Request.GET_INFLIGHT_FD, Request.SET_INFLIGHT_FD, Request.SET_LOG_BASE,
+    Request.SET_FEATURES,
+    Request.SET_PROTOCOL_FEATURES,
+    Request.SET_MEM_TABLE,
+    Request.SET_VRING_NUM,
+    Request.SET_VRING_ADDR,
+    Request.SET_VRING_BASE,
+    Request.SET_VRING_KICK,
+    Request.SET_VRING_CALL,
+    Request.SET_VRING_ERR,
+    Request.SET_VRING_ENABLE,
+    Request.ADD_MEM_REG,
+    Request.REM_MEM_REG,
+    Request.GET_VRING_BASE,
+    Request.GET_INFLIGHT_FD,
+    Request.SET_INFLIGHT_FD,
+    Request.SET_LOG_BASE,
 ]
 
 
@@ -200,10 +212,15 @@ def test_base_of_ring_that_is_none(front: Front) -> None:
         raise HungUp("silence")
 
 
-def add_region(front: Front, gpa: int, size: int, address: int, offset: int,
-               fds: tuple[int, ...] | None = None) -> None:
-    front.front.command(Request.ADD_MEM_REG, vhost.pack_single_region((gpa, size, address, offset)),
-                        (front.fd,) if fds is None else fds, True)
+def add_region(
+    front: Front, gpa: int, size: int, address: int, offset: int, fds: tuple[int, ...] | None = None
+) -> None:
+    front.front.command(
+        Request.ADD_MEM_REG,
+        vhost.pack_single_region((gpa, size, address, offset)),
+        (front.fd,) if fds is None else fds,
+        True,
+    )
 
 
 USER = 0x7000_0000_0000
@@ -245,7 +262,8 @@ def start_ring(front: Front, size: int, desc: int, used: int, avail: int) -> Non
             (Request.SET_VRING_NUM, VRING_STATE.pack(0, size), ()),
             (Request.SET_VRING_BASE, VRING_STATE.pack(0, 0), ()),
             (Request.SET_VRING_ADDR, VRING_ADDR.pack(0, 0, desc, used, avail, 0), ()),
-            (Request.SET_VRING_KICK, U64.pack(0), (kick,)), (Request.SET_VRING_ENABLE, VRING_STATE.pack(0, 1), ()),
+            (Request.SET_VRING_KICK, U64.pack(0), (kick,)),
+            (Request.SET_VRING_ENABLE, VRING_STATE.pack(0, 1), ()),
         ):
             front.front.command(request, payload, fds, True)
     finally:
@@ -295,13 +313,23 @@ def odd_fd(kind: str) -> Iterator[int]:
         yield fd
 
 
-ODD = ["regular file", "directory", "null", "closed pipe", "write end of a closed pipe", "full pipe", "full eventfd",
-       "semaphore", "socket"]
+ODD = [
+    "regular file",
+    "directory",
+    "null",
+    "closed pipe",
+    "write end of a closed pipe",
+    "full pipe",
+    "full eventfd",
+    "semaphore",
+    "socket",
+]
 
 
 @pytest.mark.parametrize("kind", ODD)
-@pytest.mark.parametrize("request_id", [Request.SET_VRING_CALL, Request.SET_VRING_KICK, Request.SET_VRING_ERR],
-                         ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "request_id", [Request.SET_VRING_CALL, Request.SET_VRING_KICK, Request.SET_VRING_ERR], ids=lambda r: r.name
+)
 def test_odd_event_descriptors(bystander: FakeGuest, daemon: NydusDaemon, request_id: Request, kind: str) -> None:
     """The queue may go deaf or mute; nothing blocks and nothing dies, not even when the queue is to signal an error."""
     before = open_fds(daemon)
@@ -319,7 +347,7 @@ def test_odd_event_descriptors(bystander: FakeGuest, daemon: NydusDaemon, reques
                 queue.add([(guest.scratch_gpa, 40, False), (guest.scratch_gpa + 4096, 4096, True)])
                 queue.publish()
                 queue.kick()
-                queue.offer([0xFFFF])       # an error to be signalled
+                queue.offer([0xFFFF])  # an error to be signalled
                 guest.front.get_u64(Request.GET_FEATURES)
                 guest.stop()
     finally:
@@ -353,9 +381,16 @@ def test_bad_region_in_a_table(front: Front, name: str) -> None:
     refused(front.front, Request.SET_MEM_TABLE, vhost.pack_regions([good, BAD_REGIONS[name]]), (front.fd, front.fd))
 
 
-@pytest.mark.parametrize("second", [(0, 16 * PAGE, USER, 0), (PAGE, PAGE, USER + (1 << 32), 0),
-                                    (15 * PAGE, 2 * PAGE, USER + (1 << 32), 0), (1 << 32, PAGE, USER + PAGE, 0)],
-                         ids=["the same", "inside", "over its end", "user addresses overlap"])
+@pytest.mark.parametrize(
+    "second",
+    [
+        (0, 16 * PAGE, USER, 0),
+        (PAGE, PAGE, USER + (1 << 32), 0),
+        (15 * PAGE, 2 * PAGE, USER + (1 << 32), 0),
+        (1 << 32, PAGE, USER + PAGE, 0),
+    ],
+    ids=["the same", "inside", "over its end", "user addresses overlap"],
+)
 def test_overlapping_regions(front: Front, second: tuple[int, int, int, int]) -> None:
     add_region(front, 0, 16 * PAGE, USER, 0)
     with pytest.raises((Refused, HungUp)):
@@ -399,8 +434,11 @@ def test_more_descriptors_than_fit(front: Front) -> None:
 
 
 def test_descriptors_where_none_belong(front: Front) -> None:
-    for request, payload in ((Request.SET_VRING_NUM, VRING_STATE.pack(0, 64)), (Request.SET_OWNER, b""),
-                             (Request.SET_VRING_ENABLE, VRING_STATE.pack(0, 0))):
+    for request, payload in (
+        (Request.SET_VRING_NUM, VRING_STATE.pack(0, 64)),
+        (Request.SET_OWNER, b""),
+        (Request.SET_VRING_ENABLE, VRING_STATE.pack(0, 0)),
+    ):
         harmless(front.front, request, payload, (front.fd, front.fd))
 
 

@@ -130,8 +130,14 @@ def test_room_too_small_for_the_reply(bench: Bench, room: int) -> None:
 
 
 def test_no_room_for_a_request_that_needs_a_reply(bench: Bench) -> None:
-    for request in (GETATTR_ROOT, pack_request(LOOKUP, 2, 1, b"data\0"), read_at(1, 0, 4096), pack_request(38, 2, 0),
-                    pack_request(INIT, 2, 0, INIT_BODY), pack_request(99, 2, 1)):
+    for request in (
+        GETATTR_ROOT,
+        pack_request(LOOKUP, 2, 1, b"data\0"),
+        read_at(1, 0, 4096),
+        pack_request(38, 2, 0),
+        pack_request(INIT, 2, 0, INIT_BODY),
+        pack_request(99, 2, 1),
+    ):
         offer(bench, request, 0)
         assert bench.assert_answered() == 0
     bench.assert_recovers()
@@ -143,10 +149,18 @@ def test_forget_with_room_for_a_reply(bench: Bench) -> None:
     bench.assert_serves()
 
 
-@pytest.mark.parametrize("body", [b"", bytes(4), struct.pack("=II", 0xFFFF_FFFF, 0),
-                                  struct.pack("=II", 0xFFFF_FFFF, 0) + bytes(64), struct.pack("=II", 3, 0) + bytes(16),
-                                  struct.pack("=IIQQ", 1, 0, 1, (1 << 64) - 1)],
-                         ids=["empty", "cut", "count alone", "huge count", "count of three for one", "underflow"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        bytes(4),
+        struct.pack("=II", 0xFFFF_FFFF, 0),
+        struct.pack("=II", 0xFFFF_FFFF, 0) + bytes(64),
+        struct.pack("=II", 3, 0) + bytes(16),
+        struct.pack("=IIQQ", 1, 0, 1, (1 << 64) - 1),
+    ],
+    ids=["empty", "cut", "count alone", "huge count", "count of three for one", "underflow"],
+)
 def test_batch_forget_lies(bench: Bench, body: bytes) -> None:
     offer(bench, pack_request(BATCH_FORGET, 2, 0, body), 0)
     assert bench.assert_answered() == 0
@@ -163,7 +177,7 @@ def test_forget_underflow(bench: Bench, node: int) -> None:
 
 def test_requests_before_init(bench: Bench) -> None:
     bench.guest.reboot()
-    offer(bench, pack_request(38, 2, 0))     # DESTROY, whether or not a session is left
+    offer(bench, pack_request(38, 2, 0))  # DESTROY, whether or not a session is left
     bench.assert_answered(room=ROOM)
     for request in (GETATTR_ROOT, pack_request(LOOKUP, 2, 1, b"data\0"), read_at(1, 0, 64)):
         offer(bench, request)
@@ -209,9 +223,13 @@ def test_sizes_that_lie_about_the_room(bench: Bench) -> None:
     """READDIR, LISTXATTR, GETXATTR and READ asking for more than the chain can take."""
     many, odd = bench.guest.fuse.walk("many").nodeid, bench.guest.fuse.walk("odd").nodeid
     huge = struct.pack("=II", 0xFFFF_FFFF, 0)
-    for request in (read_at(many, 0, 0xFFFF_FFFF, READDIR), read_at(many, 0, 0xFFFF_FFFF, READDIRPLUS),
-                    pack_request(LISTXATTR, 2, odd, huge), pack_request(GETXATTR, 2, odd, huge + b"user.colour\0"),
-                    read_at(odd, 0, 0xFFFF_FFFF)):
+    for request in (
+        read_at(many, 0, 0xFFFF_FFFF, READDIR),
+        read_at(many, 0, 0xFFFF_FFFF, READDIRPLUS),
+        pack_request(LISTXATTR, 2, odd, huge),
+        pack_request(GETXATTR, 2, odd, huge + b"user.colour\0"),
+        read_at(odd, 0, 0xFFFF_FFFF),
+    ):
         for room in (16, 20, 200):
             offer(bench, request, room)
             assert bench.assert_answered(room=room) >= 16

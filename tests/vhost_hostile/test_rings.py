@@ -16,7 +16,7 @@ from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, Region
 from virtiofsd_nydus.fakeguest.fuse_client import READ, READ_IN, pack_request
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
-SIZE = 16       # of the ring of `bench`
+SIZE = 16  # of the ring of `bench`
 LOW_END = 0xA0000
 
 
@@ -63,8 +63,15 @@ def read_after_write(bench: Bench) -> None:
 
 
 def read_between_writes(bench: Bench) -> None:
-    offer_chain(bench, [(bench.request_gpa, 40, NEXT, 1), (bench.out_gpa, 16, WRITE | NEXT, 2),
-                        (bench.request_gpa + 40, 16, NEXT, 3), (bench.out_gpa + 16, 104, WRITE, 0)])
+    offer_chain(
+        bench,
+        [
+            (bench.request_gpa, 40, NEXT, 1),
+            (bench.out_gpa, 16, WRITE | NEXT, 2),
+            (bench.request_gpa + 40, 16, NEXT, 3),
+            (bench.out_gpa + 16, 104, WRITE, 0),
+        ],
+    )
 
 
 def indirect_loop(bench: Bench) -> None:
@@ -108,15 +115,16 @@ LOST: dict[str, Callable[[Bench], None]] = {
 EITHER: dict[str, Callable[[Bench], None]] = {
     "address wraps": lambda b: offer_chain(b, [((1 << 64) - 16, 56, NEXT, 1), (b.out_gpa, GETATTR_REPLY, WRITE, 0)]),
     "reply address wraps": lambda b: offer_chain(b, [(b.request_gpa, 56, NEXT, 1), ((1 << 64) - 16, 120, WRITE, 0)]),
-    "readable bytes past 4 GiB": lambda b: offer_chain(b, [(b.request_gpa, 0xFFFF_FFFF, NEXT, 1),
-                                                          (b.request_gpa, 0xFFFF_FFFF, NEXT, 2),
-                                                          (b.out_gpa, 120, WRITE, 0)]),
-    "writable bytes past 4 GiB": lambda b: offer_chain(b, [(b.request_gpa, 56, NEXT, 1),
-                                                          (b.out_gpa, 0xFFFF_FFFF, NEXT | WRITE, 2),
-                                                          (b.out_gpa, 0xFFFF_FFFF, WRITE, 0)]),
+    "readable bytes past 4 GiB": lambda b: offer_chain(
+        b, [(b.request_gpa, 0xFFFF_FFFF, NEXT, 1), (b.request_gpa, 0xFFFF_FFFF, NEXT, 2), (b.out_gpa, 120, WRITE, 0)]
+    ),
+    "writable bytes past 4 GiB": lambda b: offer_chain(
+        b, [(b.request_gpa, 56, NEXT, 1), (b.out_gpa, 0xFFFF_FFFF, NEXT | WRITE, 2), (b.out_gpa, 0xFFFF_FFFF, WRITE, 0)]
+    ),
     "request in a hole": lambda b: offer_chain(b, [(HOLE_GPA, 56, NEXT, 1), (b.out_gpa, GETATTR_REPLY, WRITE, 0)]),
-    "request runs into a hole": lambda b: offer_chain(b, [(LOW_END - 20, 56, NEXT, 1),
-                                                         (b.out_gpa, GETATTR_REPLY, WRITE, 0)]),
+    "request runs into a hole": lambda b: offer_chain(
+        b, [(LOW_END - 20, 56, NEXT, 1), (b.out_gpa, GETATTR_REPLY, WRITE, 0)]
+    ),
     "reply in a hole": lambda b: offer_chain(b, [(b.request_gpa, 56, NEXT, 1), (HOLE_GPA, GETATTR_REPLY, WRITE, 0)]),
     "reply runs into a hole": lambda b: offer_chain(b, [(b.request_gpa, 56, NEXT, 1), (LOW_END - 20, 120, WRITE, 0)]),
     "reply far above memory": lambda b: offer_chain(b, [(b.request_gpa, 56, NEXT, 1), (1 << 60, 120, WRITE, 0)]),
@@ -172,9 +180,15 @@ def test_reply_room_larger_than_any_reply(bench: Bench) -> None:
 
 
 def test_descriptors_without_bytes_are_skipped(bench: Bench) -> None:
-    rows = [(HOLE_GPA, 0, NEXT, 1), (bench.request_gpa, 40, NEXT, 2), (0, 0, NEXT, 3),
-            (bench.request_gpa + 40, 16, NEXT, 4), (HOLE_GPA, 0, WRITE | NEXT, 5),
-            (bench.out_gpa, GETATTR_REPLY, WRITE | NEXT, 6), (0, 0, WRITE, 0)]
+    rows = [
+        (HOLE_GPA, 0, NEXT, 1),
+        (bench.request_gpa, 40, NEXT, 2),
+        (0, 0, NEXT, 3),
+        (bench.request_gpa + 40, 16, NEXT, 4),
+        (HOLE_GPA, 0, WRITE | NEXT, 5),
+        (bench.out_gpa, GETATTR_REPLY, WRITE | NEXT, 6),
+        (0, 0, WRITE, 0),
+    ]
     offer_chain(bench, rows)
     assert bench.assert_answered(room=GETATTR_REPLY) == GETATTR_REPLY
     bench.assert_serves()
@@ -187,8 +201,14 @@ def test_any_cut_of_a_request_works(bench: Bench) -> None:
     offer_table(bench, rows)
     assert bench.assert_answered(room=GETATTR_REPLY) == GETATTR_REPLY
     for cut in (1, 15, 16, 17, 39, 40, 41):
-        bench.put_ring([(bench.request_gpa, cut, NEXT, 1), (bench.request_gpa + cut, 56 - cut, NEXT, 2),
-                        (bench.out_gpa, cut, WRITE | NEXT, 3), (bench.out_gpa + cut, 120 - cut, WRITE, 0)])
+        bench.put_ring(
+            [
+                (bench.request_gpa, cut, NEXT, 1),
+                (bench.request_gpa + cut, 56 - cut, NEXT, 2),
+                (bench.out_gpa, cut, WRITE | NEXT, 3),
+                (bench.out_gpa + cut, 120 - cut, WRITE, 0),
+            ]
+        )
         bench.offer([0])
         assert bench.assert_answered(room=GETATTR_REPLY) == GETATTR_REPLY
     bench.assert_serves()
@@ -196,8 +216,12 @@ def test_any_cut_of_a_request_works(bench: Bench) -> None:
 
 def test_table_scattered_in_any_order(bench: Bench) -> None:
     """An indirect table need not be in order, nor used whole."""
-    rows = [(bench.request_gpa, 40, NEXT, 3), (HOLE_GPA, 99, 0, 0), (bench.out_gpa, GETATTR_REPLY, WRITE, 0),
-            (bench.request_gpa + 40, 16, NEXT, 2)]
+    rows = [
+        (bench.request_gpa, 40, NEXT, 3),
+        (HOLE_GPA, 99, 0, 0),
+        (bench.out_gpa, GETATTR_REPLY, WRITE, 0),
+        (bench.request_gpa + 40, 16, NEXT, 2),
+    ]
     offer_table(bench, rows)
     assert bench.assert_answered(room=GETATTR_REPLY) == GETATTR_REPLY
     bench.assert_serves()
@@ -222,7 +246,7 @@ def test_request_and_reply_straddle_regions(bystander: FakeGuest, daemon: NydusD
         guest.fuse.init()
         node, queue = guest.fuse.walk("data").nodeid, guest.queues[1]
         request = pack_request(READ, 2, node, READ_IN.pack(0, 4096, 12288, 0, 0, 0, 0))
-        for cut in (1, 16, 40, 79):     # the request over the seam at 2 MiB
+        for cut in (1, 16, 40, 79):  # the request over the seam at 2 MiB
             guest.memory.write(0x200000 - cut, request[:cut])
             guest.memory.write(0x200000, request[cut:])
             for shift in (1, 16, 17, 5000, 12303):  # the reply over the seam at 3 MiB
@@ -253,8 +277,21 @@ def test_memory_changes_while_it_is_read(bystander: FakeGuest, daemon: NydusDaem
                 for _ in range(400):
                     slot = queue.slot_gpa + flips.randrange(4) * lib.fg_slot_bytes(16384)
                     desc = queue.desc_gpa + 16 * flips.randrange(16)
-                    place = flips.choice([slot, slot + 8, slot + 12, slot + 14, slot + 16, slot + 0x2000,
-                                          slot + 0x2004, desc, desc + 8, desc + 12, desc + 14])
+                    place = flips.choice(
+                        [
+                            slot,
+                            slot + 8,
+                            slot + 12,
+                            slot + 14,
+                            slot + 16,
+                            slot + 0x2000,
+                            slot + 0x2004,
+                            desc,
+                            desc + 8,
+                            desc + 12,
+                            desc + 14,
+                        ]
+                    )
                     old = guest.memory.read(place, 4)
                     guest.memory.write(place, struct.pack("=I", flips.choice([0, 1, 0xFFFF, 0xFFFFFFFF, HOLE_GPA])))
                     if flips.random() < 0.5:
@@ -269,13 +306,25 @@ def test_random_rings(bystander: FakeGuest, daemon: NydusDaemon) -> None:
     chance = random.Random(11)
     with FakeGuest(daemon.socket_path, queue_size=16, slot_count=1, slot_data_bytes=16384) as guest:
         bench = Bench(guest)
-        places = [bench.request_gpa, bench.table_gpa, bench.out_gpa, HOLE_GPA, LOW_END - 24, 0, (1 << 64) - 24,
-                  guest.queues[1].desc_gpa]
+        places = [
+            bench.request_gpa,
+            bench.table_gpa,
+            bench.out_gpa,
+            HOLE_GPA,
+            LOW_END - 24,
+            0,
+            (1 << 64) - 24,
+            guest.queues[1].desc_gpa,
+        ]
         lengths = [0, 1, 15, 16, 17, 40, 56, 120, 4096, 65536, 0x7FFFFFFF, 0xFFFFFFFF]
 
         def random_row() -> tuple[int, int, int, int]:
-            return chance.choice(places), chance.choice(lengths), chance.randrange(8), chance.choice(
-                [*range(16), 16, 255, 0xFFFF])
+            return (
+                chance.choice(places),
+                chance.choice(lengths),
+                chance.randrange(8),
+                chance.choice([*range(16), 16, 255, 0xFFFF]),
+            )
 
         for _ in range(120):
             guest.fuse.init()
@@ -316,7 +365,7 @@ def test_kicks_stolen(bench: Bench) -> None:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(bench.queue.kick_fd)
 
-    os.set_blocking(bench.queue.kick_fd, True)      # O_NONBLOCK is of the open file: the daemon's too
+    os.set_blocking(bench.queue.kick_fd, True)  # O_NONBLOCK is of the open file: the daemon's too
     thread = threading.Thread(target=steal)
     thread.start()
     for _ in range(3000):

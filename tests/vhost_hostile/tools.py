@@ -11,7 +11,7 @@ from virtiofsd_nydus.fakeguest.fuse_client import GETATTR, OUT_HEADER, pack_requ
 NEXT, WRITE, INDIRECT = 1, 2, 4
 GETATTR_ROOT = pack_request(GETATTR, 2, 1, bytes(16))
 GETATTR_REPLY = 120
-HOLE_GPA = 0xB0000      # between the regions
+HOLE_GPA = 0xB0000  # between the regions
 FILL = 0xA5
 WAIT_S = 5.0
 
@@ -54,7 +54,7 @@ class Bench:
 
     # ---- what became of it
     def wait(self) -> str:
-        """"lost": the queue's error descriptor was signalled; "answered": the used ring holds all that was offered."""
+        """ "lost": the queue's error descriptor was signalled; "answered": the used ring holds all that was offered."""
         poller = select.poll()
         poller.register(self.queue.err_fd, select.POLLIN)
         deadline = time.monotonic() + WAIT_S

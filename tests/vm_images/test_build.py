@@ -37,13 +37,22 @@ def make_deb(path: Path, modules: dict[str, str], builtin: str = "", *, kernel: 
     if kernel:
         (tree / "boot/vmlinuz-6.0").write_bytes(b"a kernel")
     (tree / "DEBIAN").mkdir()
-    (tree / "DEBIAN/control").write_text("Package: linux-image-6.0\nVersion: 1\nArchitecture: amd64\n"
-                                         "Maintainer: nobody <nobody@localhost>\nDescription: a test's kernel\n")
+    (tree / "DEBIAN/control").write_text(
+        "Package: linux-image-6.0\nVersion: 1\nArchitecture: amd64\n"
+        "Maintainer: nobody <nobody@localhost>\nDescription: a test's kernel\n"
+    )
     subprocess.run(["dpkg-deb", "--build", "--root-owner-group", tree, path], check=True, capture_output=True)
 
 
-MODULES = {"virtio": "", "virtio_ring": "virtio", "virtio_pci": "virtio_ring,virtio", "virtio_console": "virtio_ring",
-           "fuse": "", "virtiofs": "fuse,virtio_ring", "overlay": ""}
+MODULES = {
+    "virtio": "",
+    "virtio_ring": "virtio",
+    "virtio_pci": "virtio_ring,virtio",
+    "virtio_console": "virtio_ring",
+    "fuse": "",
+    "virtiofs": "fuse,virtio_ring",
+    "overlay": "",
+}
 
 
 def test_modules_come_after_what_they_need(recipe: ModuleType, tmp_path: Path) -> None:
@@ -81,8 +90,11 @@ def test_the_archive_is_newc(recipe: ModuleType) -> None:
     # busybox reads it with a parser of its own
     listed = subprocess.run(["busybox", "cpio", "-itv"], input=archive, capture_output=True, check=True).stdout.decode()
     lines = [line.split() for line in listed.splitlines()]
-    assert [(line[0], line[-1]) for line in lines] == [("drwxr-xr-x", "dev"), ("crw-------", "dev/console"),
-                                                       ("-rwxr-xr-x", "init")]
+    assert [(line[0], line[-1]) for line in lines] == [
+        ("drwxr-xr-x", "dev"),
+        ("crw-------", "dev/console"),
+        ("-rwxr-xr-x", "init"),
+    ]
     assert lines[2][2] == "5" and len(archive) % 4 == 0
 
 
@@ -101,8 +113,13 @@ def test_it_builds_once_and_again_when_an_input_changes(tmp_path: Path) -> None:
 
     assert "built in" in build()
     made = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
-    assert set(made) == {"vmlinuz", "initramfs.cpio", "initramfs-busybox.cpio", "guest.json",
-                         "linux-image-6.0_1_amd64.deb"}
+    assert set(made) == {
+        "vmlinuz",
+        "initramfs.cpio",
+        "initramfs-busybox.cpio",
+        "guest.json",
+        "linux-image-6.0_1_amd64.deb",
+    }
     assert "is up to date" in build()
     assert made == {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
     record = json.loads((output / "guest.json").read_text())
@@ -111,7 +128,12 @@ def test_it_builds_once_and_again_when_an_input_changes(tmp_path: Path) -> None:
 
 
 def test_without_a_tool_it_is_one_line(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, BUILD, "--output", tmp_path], capture_output=True, text=True,
-                          env={"PATH": "/no/such"}, check=False)
+    done = subprocess.run(
+        [sys.executable, BUILD, "--output", tmp_path],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/no/such"},
+        check=False,
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "apt-cache is not installed" in done.stderr

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 COLD, WARM, FULL = "lazy, empty cache", "lazy, second guest", "full pull"
 PHASES = ("ready_s", "init_s", "root_s", "end_s")
-PHASE_NAMES = {"ready_s": "image at hand", "init_s": "guest init", "root_s": "root mounted",
-               "end_s": "command's end"}
+PHASE_NAMES = {"ready_s": "image at hand", "init_s": "guest init", "root_s": "root mounted", "end_s": "command's end"}
 
 
 @dataclass
@@ -73,12 +72,15 @@ def run(args: argparse.Namespace) -> int:
     check_memory(args.memory)
     find_program(QEMU, "qemu-system-x86")
     files = GuestFiles.find(args.kernel, args.initrd)
-    options = BootOptions(files, args.command, args.memory, args.cpus, choose_accel(args.accel, files), args.timeout,
-                          die_with_parent=True)
+    options = BootOptions(
+        files, args.command, args.memory, args.cpus, choose_accel(args.accel, files), args.timeout, die_with_parent=True
+    )
     with tempfile.TemporaryDirectory(prefix="vnd-bench-") as scratch:
         cache = Path(scratch) / "cache"
-        sides = [Side(COLD, lambda: boot_lazily(args, options, cache, empty=True)),
-                 Side(WARM, lambda: boot_lazily(args, options, cache, empty=False))]
+        sides = [
+            Side(COLD, lambda: boot_lazily(args, options, cache, empty=True)),
+            Side(WARM, lambda: boot_lazily(args, options, cache, empty=False)),
+        ]
         if args.full_pull:
             sides.append(Side(FULL, lambda: boot_after_pull(args, options, Path(scratch))))
         for number in range(1, args.rounds + 1):
@@ -105,8 +107,9 @@ def boot_lazily(args: argparse.Namespace, options: "BootOptions", cache: Path, *
     if empty:
         shutil.rmtree(cache, ignore_errors=True)
     started_at = time.monotonic()
-    with prepare_image(args.image, cache_dir=cache, plain_http=args.plain_http, creds=args.creds,
-                       ca_cert_files=tuple(args.ca_cert)) as image:
+    with prepare_image(
+        args.image, cache_dir=cache, plain_http=args.plain_http, creds=args.creds, ca_cert_files=tuple(args.ca_cert)
+    ) as image:
         ready_s = time.monotonic() - started_at
         with NydusDaemon(image.daemon_options, die_with_parent=True) as daemon:
             report = boot_guest(daemon, options, started_at=started_at, stderr=pass_on)
@@ -175,13 +178,25 @@ def summarise(args: argparse.Namespace, options: "BootOptions", sides: Sequence[
         ours = next(row for row in rows if row["side"] == name)
         other = next((row for row in rows if row["side"] == FULL), None)
         if other:
-            ratios.append({"of": "time to the command's end", "ours": name, "ours_s": ours["end_s"]["median"],
-                           "peer": FULL, "peer_s": other["end_s"]["median"],
-                           "ratio": other["end_s"]["median"] / ours["end_s"]["median"]})
-    return {"machine": f"{describe_machine()}; {describe_qemu(options.accel)}",
-            "command": ["virtiofsd-nydus", *sys.argv[1:]], "image": args.image, "full_pull": args.full_pull,
-            "peer": "C virtiofsd of QEMU" if C_VIRTIOFSD.exists() else "Rust virtiofsd", "rows": rows,
-            "ratios": ratios}
+            ratios.append(
+                {
+                    "of": "time to the command's end",
+                    "ours": name,
+                    "ours_s": ours["end_s"]["median"],
+                    "peer": FULL,
+                    "peer_s": other["end_s"]["median"],
+                    "ratio": other["end_s"]["median"] / ours["end_s"]["median"],
+                }
+            )
+    return {
+        "machine": f"{describe_machine()}; {describe_qemu(options.accel)}",
+        "command": ["virtiofsd-nydus", *sys.argv[1:]],
+        "image": args.image,
+        "full_pull": args.full_pull,
+        "peer": "C virtiofsd of QEMU" if C_VIRTIOFSD.exists() else "Rust virtiofsd",
+        "rows": rows,
+        "ratios": ratios,
+    }
 
 
 def describe_qemu(accel: str) -> str:
@@ -202,13 +217,17 @@ def print_result(result: dict[str, Any]) -> None:
     table = Table("median (min-max)", *(f"{row['side']}, {row['rounds']} rounds" for row in result["rows"]))
     for name in PHASES:
         table.add_row(f"{PHASE_NAMES[name]}, s", *(show(row[name], "{:.2f}") for row in result["rows"]))
-    table.add_row("fetched, MB", *(show({k: v / 1e6 for k, v in row["fetched_bytes"].items()}, "{:.2f}")
-                                   for row in result["rows"]))
+    table.add_row(
+        "fetched, MB",
+        *(show({k: v / 1e6 for k, v in row["fetched_bytes"].items()}, "{:.2f}") for row in result["rows"]),
+    )
     table.add_row("requests", *(show(row["requests"], "{:.0f}") for row in result["rows"]))
     console.print(table)
     for ratio in result["ratios"]:
-        console.print(f"{ratio['of']}: {ratio['peer']} {ratio['peer_s']:.2f} s / {ratio['ours']} "
-                      f"{ratio['ours_s']:.2f} s = {ratio['ratio']:.2f}")
+        console.print(
+            f"{ratio['of']}: {ratio['peer']} {ratio['peer_s']:.2f} s / {ratio['ours']} "
+            f"{ratio['ours_s']:.2f} s = {ratio['ratio']:.2f}"
+        )
 
 
 def show(values: dict[str, float], form: str) -> str:

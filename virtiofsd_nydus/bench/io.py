@@ -45,9 +45,11 @@ class Workload:
 
 WORKLOADS = [
     Workload(name, kind, block, depth, 1.0 if depth > 1 and block <= 4096 else 0.95)
-    for name, kind, block in (("4 KiB random read", lib.FG_LOAD_READ_RANDOM, 4096),
-                              ("1 MiB sequential read", lib.FG_LOAD_READ_SEQUENTIAL, 1 << 20),
-                              ("look-up", lib.FG_LOAD_LOOKUP, 0))
+    for name, kind, block in (
+        ("4 KiB random read", lib.FG_LOAD_READ_RANDOM, 4096),
+        ("1 MiB sequential read", lib.FG_LOAD_READ_SEQUENTIAL, 1 << 20),
+        ("look-up", lib.FG_LOAD_LOOKUP, 0),
+    )
     for depth in (1, 16)
 ]
 
@@ -66,8 +68,14 @@ class Subject:
 
     def __init__(self, server: Server, label: str, args: argparse.Namespace) -> None:
         self.server, self.label = server, label
-        self.guest = FakeGuest(server.socket_path, queue_size=1024, slot_count=16, slot_data_bytes=1 << 20,
-                               poll=args.wait == "poll", scatter=args.scatter)
+        self.guest = FakeGuest(
+            server.socket_path,
+            queue_size=1024,
+            slot_count=16,
+            slot_data_bytes=1 << 20,
+            poll=args.wait == "poll",
+            scatter=args.scatter,
+        )
         self.series: dict[Workload, Series] = {workload: Series() for workload in WORKLOADS}
 
     @property
@@ -91,13 +99,27 @@ class Subject:
         blocks = data.attr.size // LOAD_BATCH_BYTES
         self.run(Workload("warm-up", lib.FG_LOAD_READ_SEQUENTIAL, LOAD_BATCH_BYTES, 4, 0), ops=2 * blocks, check=1)
 
-    def run(self, workload: Workload, ops: int = 0, milliseconds: int = 0, seed: int = 1,
-            check: int = 0) -> tuple[float, float, float]:
+    def run(
+        self, workload: Workload, ops: int = 0, milliseconds: int = 0, seed: int = 1, check: int = 0
+    ) -> tuple[float, float, float]:
         """Operations per second, server CPU microseconds per operation, interrupts per operation."""
-        load = ffi.new("fg_load *", {
-            "kind": workload.kind, "depth": workload.depth, "block_bytes": workload.block_bytes, "check": check,
-            "max_ops": ops, "duration_ms": milliseconds, "timeout_ms": STALL_MS, "random_seed": seed,
-            "files": self.files, "file_count": 1, "names": self.names, "name_count": len(self.names)})
+        load = ffi.new(
+            "fg_load *",
+            {
+                "kind": workload.kind,
+                "depth": workload.depth,
+                "block_bytes": workload.block_bytes,
+                "check": check,
+                "max_ops": ops,
+                "duration_ms": milliseconds,
+                "timeout_ms": STALL_MS,
+                "random_seed": seed,
+                "files": self.files,
+                "file_count": 1,
+                "names": self.names,
+                "name_count": len(self.names),
+            },
+        )
         before = cpu_ns(self.server.process.pid)
         result = self.queue.load(load)
         spent_ns = cpu_ns(self.server.process.pid) - before
@@ -139,8 +161,9 @@ def build_image(source: Path, output: Path) -> Path:
     output.mkdir()
     bootstrap = output / "image.boot"
     words = ["build", str(source), "--bootstrap", str(bootstrap), "--blob-dir", str(output)]
-    done = subprocess.run([sys.executable, "-m", "virtiofsd_nydus.cli.main", *words], capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "virtiofsd_nydus.cli.main", *words], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise Failure(f"build of {source} failed: {done.stderr.strip() or done.stdout.strip()}", Cause.FORMAT)
     return bootstrap
@@ -190,19 +213,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=0.05, metavar="S", help="length of a round")
     parser.add_argument("--files", type=int, default=10_000, metavar="N", help=f"small files, at most {TREE_MAX}")
     parser.add_argument("--data-mib", type=int, default=128, metavar="N", help="size of the file that is read")
-    parser.add_argument("--wait", choices=["block", "poll"], default="block",
-                        help="how the guest waits for completions: interrupts (as guests do), or spinning")
-    parser.add_argument("--placement", choices=["split", "shared", "free"], default="shared",
-                        help="guest and server on a CPU each, on one CPU, or as the kernel likes; same for both")
+    parser.add_argument(
+        "--wait",
+        choices=["block", "poll"],
+        default="block",
+        help="how the guest waits for completions: interrupts (as guests do), or spinning",
+    )
+    parser.add_argument(
+        "--placement",
+        choices=["split", "shared", "free"],
+        default="shared",
+        help="guest and server on a CPU each, on one CPU, or as the kernel likes; same for both",
+    )
     parser.add_argument("--scatter", action="store_true", help="the guest's pages in a shuffled order")
-    parser.add_argument("--no-peer", action="store_true", help="measure only ours; the other is QEMU's C virtiofsd "
-                        f"({C_VIRTIOFSD}) or the Rust one ({RUST_VIRTIOFSD})")
+    parser.add_argument(
+        "--no-peer",
+        action="store_true",
+        help=f"measure only ours; the other is QEMU's C virtiofsd ({C_VIRTIOFSD}) or the Rust one ({RUST_VIRTIOFSD})",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def describe_machine() -> str:
-    model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                  if line.startswith("model name")), platform.machine())
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     return f"{os.cpu_count()} x {model}, Linux {platform.release()}"
 
 
@@ -210,8 +250,13 @@ def summarise(series: Series) -> dict[str, float]:
     result = {"calls_per_op": statistics.median(series.calls_per_op)}
     for name, values in (("ops_per_s", series.ops_per_s), ("cpu_us_per_op", series.cpu_us_per_op)):
         low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-        result |= {name: statistics.median(values), f"{name}_q1": low, f"{name}_q3": high,
-                   f"{name}_min": min(values), f"{name}_max": max(values)}
+        result |= {
+            name: statistics.median(values),
+            f"{name}_q1": low,
+            f"{name}_q3": high,
+            f"{name}_min": min(values),
+            f"{name}_max": max(values),
+        }
     return result
 
 
@@ -219,20 +264,36 @@ def report(subjects: Sequence[Subject], args: argparse.Namespace) -> dict[str, o
     """The whole result as plain values: per workload both sides, and the medians of the rounds' ratios."""
     rows: list[dict[str, object]] = []
     for workload in WORKLOADS:
-        row: dict[str, object] = {"workload": workload.name, "depth": workload.depth,
-                                  "ours": summarise(subjects[0].series[workload])}
+        row: dict[str, object] = {
+            "workload": workload.name,
+            "depth": workload.depth,
+            "ours": summarise(subjects[0].series[workload]),
+        }
         if len(subjects) > 1:
             own, other = subjects[0].series[workload], subjects[1].series[workload]
             ops = statistics.median(a / b for a, b in zip(own.ops_per_s, other.ops_per_s, strict=True))
             cpu = statistics.median(a / b for a, b in zip(own.cpu_us_per_op, other.cpu_us_per_op, strict=True))
-            row |= {"peer": summarise(other), "ops_ratio": ops, "cpu_ratio": cpu, "ops_ratio_wanted": workload.floor,
-                    "met": ops >= workload.floor and cpu < 1.0}
+            row |= {
+                "peer": summarise(other),
+                "ops_ratio": ops,
+                "cpu_ratio": cpu,
+                "ops_ratio_wanted": workload.floor,
+                "met": ops >= workload.floor and cpu < 1.0,
+            }
         rows.append(row)
     return {
-        "machine": describe_machine(), "command": " ".join(["virtiofsd-nydus", *sys.argv[1:]]),
-        "ours": subjects[0].label, "peer": subjects[1].label if len(subjects) > 1 else None,
-        "rounds": args.rounds, "seconds": args.seconds, "files": args.files, "data_mib": args.data_mib,
-        "wait": args.wait, "placement": args.placement, "scatter": args.scatter, "rows": rows,
+        "machine": describe_machine(),
+        "command": " ".join(["virtiofsd-nydus", *sys.argv[1:]]),
+        "ours": subjects[0].label,
+        "peer": subjects[1].label if len(subjects) > 1 else None,
+        "rounds": args.rounds,
+        "seconds": args.seconds,
+        "files": args.files,
+        "data_mib": args.data_mib,
+        "wait": args.wait,
+        "placement": args.placement,
+        "scatter": args.scatter,
+        "rows": rows,
     }
 
 
@@ -241,11 +302,15 @@ def print_table(result: dict[str, object]) -> None:
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 170)
-    console.print(f"machine: {result['machine']}\ncommand: {result['command']}\nours: {result['ours']}\n"
-                  f"peer: {result['peer'] or 'none'}\n{result['rounds']} rounds of {result['seconds']} s each, "
-                  f"median (quartiles), guest waits: {result['wait']}, CPUs: {result['placement']}", highlight=False)
-    table = Table("workload", "depth", "ours kop/s", "peer kop/s", "ratio", "ours CPU us/op",
-                  "peer CPU us/op", "ratio", "wanted")
+    console.print(
+        f"machine: {result['machine']}\ncommand: {result['command']}\nours: {result['ours']}\n"
+        f"peer: {result['peer'] or 'none'}\n{result['rounds']} rounds of {result['seconds']} s each, "
+        f"median (quartiles), guest waits: {result['wait']}, CPUs: {result['placement']}",
+        highlight=False,
+    )
+    table = Table(
+        "workload", "depth", "ours kop/s", "peer kop/s", "ratio", "ours CPU us/op", "peer CPU us/op", "ratio", "wanted"
+    )
     rows: list[dict[str, object]] = result["rows"]  # type: ignore[assignment]
     for row in rows:
         own: dict[str, float] = row["ours"]  # type: ignore[assignment]
@@ -253,8 +318,14 @@ def print_table(result: dict[str, object]) -> None:
         if "peer" in row:
             other: dict[str, float] = row["peer"]  # type: ignore[assignment]
             verdict = "met" if row["met"] else "MISSED"
-            cells += [format_ops(other), f"{row['ops_ratio']:.2f}", format_cpu(own), format_cpu(other),
-                      f"{row['cpu_ratio']:.2f}", f"{verdict}: >= {row['ops_ratio_wanted']}, < 1"]
+            cells += [
+                format_ops(other),
+                f"{row['ops_ratio']:.2f}",
+                format_cpu(own),
+                format_cpu(other),
+                f"{row['cpu_ratio']:.2f}",
+                f"{verdict}: >= {row['ops_ratio_wanted']}, < 1",
+            ]
         else:
             cells += ["-", "-", format_cpu(own), "-", "-", "-"]
         table.add_row(*cells)

@@ -37,9 +37,12 @@ def load_dictionary(path: Path, options: BuildOptions) -> ChunkDictionary:
         info = image.info
         for blob in image.blobs:
             if blob.chunk_count and not blob.compressed_size_bytes:
-                raise Failure(f"chunk dictionary {path}: blob {blob.id[:12]} has {blob.chunk_count} chunks in 0 stored "
-                              "bytes, as nydus-image's generated dictionaries say; nothing that uses them can be read: "
-                              "take an image's bootstrap", Cause.FORMAT)
+                raise Failure(
+                    f"chunk dictionary {path}: blob {blob.id[:12]} has {blob.chunk_count} chunks in 0 stored "
+                    "bytes, as nydus-image's generated dictionaries say; nothing that uses them can be read: "
+                    "take an image's bootstrap",
+                    Cause.FORMAT,
+                )
         for name, theirs, ours in (
             ("RAFS version", info.fs_version, options.fs_version),
             ("chunk size", info.chunk_size_bytes, options.chunk_size),
@@ -76,10 +79,19 @@ def load_dictionary(path: Path, options: BuildOptions) -> ChunkDictionary:
                         raise Failure(f"chunk dictionary {os.fspath(path)}: it holds no chunk digests", Cause.FORMAT)
                     if at >= len(table) or table.usize(at) or chunk.digest in index:
                         continue
-                    table.set(at, chunk.digest, chunk.uoff, chunk.coff, chunk.csize_bytes, chunk.usize_bytes, 0,
-                              chunk.flags & layout.ChunkFlag.COMPRESSED)
+                    table.set(
+                        at,
+                        chunk.digest,
+                        chunk.uoff,
+                        chunk.coff,
+                        chunk.csize_bytes,
+                        chunk.usize_bytes,
+                        0,
+                        chunk.flags & layout.ChunkFlag.COMPRESSED,
+                    )
                     index[chunk.digest] = table, at
         except OSError as error:
-            raise Failure(f"chunk dictionary {path}: its files cannot be read: {error.strerror} (`check` says why)",
-                          Cause.FORMAT) from error
+            raise Failure(
+                f"chunk dictionary {path}: its files cannot be read: {error.strerror} (`check` says why)", Cause.FORMAT
+            ) from error
         return ChunkDictionary(blobs, index)

@@ -357,7 +357,7 @@ class TarStream:
     def _apply_pax(entry: TarEntry, pax: dict[bytes, bytes]) -> None:
         try:
             for key, value in pax.items():
-                if not value:       # pax(1): a record without a value takes the record away
+                if not value:  # pax(1): a record without a value takes the record away
                     continue
                 if key.startswith(b"SCHILY.xattr."):
                     entry.xattrs.append((key[13:], value))

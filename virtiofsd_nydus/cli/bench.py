@@ -8,7 +8,7 @@ MEASUREMENTS = {
     "cold-start": ("bench_cold_start", "whole guests, lazily and against full pull and unpack"),
 }
 
-TAKES_COMMAND = True    # cold-start's, after --
+TAKES_COMMAND = True  # cold-start's, after --
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

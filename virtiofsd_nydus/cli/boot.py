@@ -18,15 +18,18 @@ from virtiofsd_nydus.errors import Failure, UsageFailure
 if TYPE_CHECKING:
     from virtiofsd_nydus.vmm.guest import Sink
 
-TAKES_COMMAND = True        # args.command is what follows --
+TAKES_COMMAND = True  # args.command is what follows --
 TIMED_OUT, OWN_FAILURE = 124, 125
 # How many lines of the daemon's log are shown when a command fails: its last warnings tell why a read gave EIO
 SHOWN_LOG_LINES = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE", help="docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], or a "
-                        "bootstrap file with --blob-dir")
+    parser.add_argument(
+        "image",
+        metavar="IMAGE",
+        help="docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], or a bootstrap file with --blob-dir",
+    )
     from virtiofsd_nydus.cli.convert import add_registry_options
 
     parser.usage = "%(prog)s IMAGE [options] [-- CMD...]"
@@ -34,13 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     image = parser.add_argument_group("image")
     image.add_argument("--blob-dir", type=Path, metavar="DIR", help="where a bootstrap's blobs lie")
     image.add_argument("--config", type=Path, metavar="FILE", help="nydusd configuration for a bootstrap, instead")
-    image.add_argument("--cache-dir", type=Path, metavar="DIR", help="where fetched chunks are kept; default "
-                       "/var/cache/virtiofsd-nydus, or $XDG_CACHE_HOME/virtiofsd-nydus without root")
+    image.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="where fetched chunks are kept; default "
+        "/var/cache/virtiofsd-nydus, or $XDG_CACHE_HOME/virtiofsd-nydus without root",
+    )
     add_registry_options(parser)
     add_machine_arguments(parser)
     parser.add_argument("--log-file", type=Path, metavar="FILE", help="keep the daemon's log here")
-    parser.add_argument("--json", action="store_true", help="the figures as one JSON object on standard output; the "
-                        "command's own output then goes to standard error")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="the figures as one JSON object on standard output; the command's own output then goes to standard error",
+    )
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +59,12 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("guest")
     machine.add_argument("--memory", default="512M", metavar="SIZE", help="default 512M")
     machine.add_argument("--cpus", type=int, default=1, metavar="N")
-    machine.add_argument("--accel", default="tcg", choices=["tcg", "kvm", "auto"],
-                         help="kvm and auto first try whether a guest boots with KVM; default tcg")
+    machine.add_argument(
+        "--accel",
+        default="tcg",
+        choices=["tcg", "kvm", "auto"],
+        help="kvm and auto first try whether a guest boots with KVM; default tcg",
+    )
     machine.add_argument("--kernel", type=Path, metavar="FILE", help="default: what make guest built")
     machine.add_argument("--initrd", type=Path, metavar="FILE")
     machine.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for the whole; default 120")
@@ -93,16 +108,33 @@ def _boot(args: argparse.Namespace) -> int:
     accel = choose_accel(args.accel, files)
     out = sys.stderr.buffer if args.json else sys.stdout.buffer
     with ExitStack() as stack:
-        image = stack.enter_context(prepare_image(
-            args.image, blob_dir=args.blob_dir, config=args.config, cache_dir=args.cache_dir,
-            plain_http=args.plain_http, creds=args.creds, ca_cert_files=tuple(args.ca_cert)))
+        image = stack.enter_context(
+            prepare_image(
+                args.image,
+                blob_dir=args.blob_dir,
+                config=args.config,
+                cache_dir=args.cache_dir,
+                plain_http=args.plain_http,
+                creds=args.creds,
+                ca_cert_files=tuple(args.ca_cert),
+            )
+        )
         daemon = stack.enter_context(NydusDaemon(image.daemon_options, die_with_parent=True))
-        options = BootOptions(files, args.command or image.command, args.memory, args.cpus, accel,
-                              args.timeout - (time.monotonic() - started_at), image.env, image.cwd,
-                              die_with_parent=True)
+        options = BootOptions(
+            files,
+            args.command or image.command,
+            args.memory,
+            args.cpus,
+            accel,
+            args.timeout - (time.monotonic() - started_at),
+            image.env,
+            image.cwd,
+            die_with_parent=True,
+        )
         try:
-            report = boot_guest(daemon, options, started_at=started_at, stdout=_writer(out),
-                                stderr=_writer(sys.stderr.buffer))
+            report = boot_guest(
+                daemon, options, started_at=started_at, stdout=_writer(out), stderr=_writer(sys.stderr.buffer)
+            )
         finally:
             log = daemon.log_text()
             if args.log_file:
@@ -120,6 +152,7 @@ def _boot(args: argparse.Namespace) -> int:
 
 def _writer(stream: BinaryIO) -> "Sink":
     """Passes a piece of the guest's output on at once."""
+
     def write(data: bytes) -> None:
         stream.write(data)
         stream.flush()

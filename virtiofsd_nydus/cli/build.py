@@ -38,18 +38,31 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--digester", choices=list(DIGESTERS), default="blake3", help="chunk digests (blake3)")
     parser.add_argument("--chunk-size", type=parse_size, default=1 << 20, metavar="BYTES",
                         help="power of two, 4K to 16M (1M)")  # fmt: skip
-    parser.add_argument("--batch-size", type=parse_size, default=0, metavar="BYTES",
-                        help="compress files under half of it together; power of two, 4K to the chunk size (0: not)")
+    parser.add_argument(
+        "--batch-size",
+        type=parse_size,
+        default=0,
+        metavar="BYTES",
+        help="compress files under half of it together; power of two, 4K to the chunk size (0: not)",
+    )
     parser.add_argument("--aligned-chunk", action="store_true", help="align uncompressed chunks to 4K (v5; v6 always)")
-    parser.add_argument("--encrypt", action="store_true",
-                        help="encrypt blobs with AES-128-XTS; the keys are in the bootstrap")
+    parser.add_argument(
+        "--encrypt", action="store_true", help="encrypt blobs with AES-128-XTS; the keys are in the bootstrap"
+    )
     parser.add_argument("--chunk-dict", type=Path, metavar="BOOTSTRAP", help="reuse this image's chunks")
-    parser.add_argument("--prefetch-policy", choices=PREFETCH_POLICIES, default="none",
-                        help="what a mount prefetches: fs: the paths below, blob: the blobs' heads, which hold them")
+    parser.add_argument(
+        "--prefetch-policy",
+        choices=PREFETCH_POLICIES,
+        default="none",
+        help="what a mount prefetches: fs: the paths below, blob: the blobs' heads, which hold them",
+    )
     parser.add_argument("--prefetch-pattern", action="append", metavar="PATH",
                         help="path in the image to prefetch, repeatable (/)")  # fmt: skip
-    parser.add_argument("--prefetch-files", metavar="FILE",
-                        help="such paths, one a line (-: standard input, read anyway with a policy and no paths)")
+    parser.add_argument(
+        "--prefetch-files",
+        metavar="FILE",
+        help="such paths, one a line (-: standard input, read anyway with a policy and no paths)",
+    )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="compressing threads (one a processor)")
 
 
@@ -104,8 +117,14 @@ def run(args: argparse.Namespace) -> int:
         raise Failure(f"{args.source}: no such file or directory", Cause.MISSING)
     start = time.monotonic()
     try:
-        result = build_image(args.source, args.bootstrap, args.blob_dir, options, show_progress=not args.json,
-                             dictionary=load_chunk_dict(args, options))
+        result = build_image(
+            args.source,
+            args.bootstrap,
+            args.blob_dir,
+            options,
+            show_progress=not args.json,
+            dictionary=load_chunk_dict(args, options),
+        )
     except OSError as error:
         cause = Cause.SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Cause.IO
         raise Failure(f"{error.filename or args.blob_dir}: {error.strerror}", cause) from error
@@ -118,7 +137,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def build_image(
-    source: Path, bootstrap: Path, blob_dir: Path, options: BuildOptions, *, show_progress: bool = False,
+    source: Path,
+    bootstrap: Path,
+    blob_dir: Path,
+    options: BuildOptions,
+    *,
+    show_progress: bool = False,
     dictionary: "ChunkDictionary | None" = None,
 ) -> dict[str, object]:
     """Writes bootstrap and blob_dir/<blob id>; neither appears under its name before it is whole."""
@@ -174,8 +198,15 @@ def transfer_bars(*, transient: bool = False) -> "Progress":
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    return Progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-                    TimeRemainingColumn(), console=Console(stderr=True), transient=transient)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=transient,
+    )
 
 
 class _Progress:

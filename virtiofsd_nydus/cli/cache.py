@@ -55,9 +55,12 @@ def run(args: argparse.Namespace) -> int:
 
 def total_of(uses: list[BlobUse]) -> dict[str, int]:
     return {
-        "blobs": len(uses), "size_bytes": sum(one.size_bytes for one in uses),
-        "disk_bytes": sum(one.disk_bytes for one in uses), "chunks": sum(one.chunks or 0 for one in uses),
-        "trusted": sum(one.trusted or 0 for one in uses), "durable": sum(one.durable or 0 for one in uses),
+        "blobs": len(uses),
+        "size_bytes": sum(one.size_bytes for one in uses),
+        "disk_bytes": sum(one.disk_bytes for one in uses),
+        "chunks": sum(one.chunks or 0 for one in uses),
+        "trusted": sum(one.trusted or 0 for one in uses),
+        "durable": sum(one.durable or 0 for one in uses),
         "marked": sum(one.marked or 0 for one in uses),
     }
 
@@ -68,8 +71,10 @@ def show(value: object) -> str:
 
 def format_use(use: BlobUse) -> str:
     kind = " compressed" if use.compressed else ""
-    return (f"{use.id}  {use.disk_bytes} bytes here of {use.size_bytes}{kind}, chunks {show(use.trusted)} trusted "
-            f"{show(use.marked)} marked of {show(use.chunks)}")
+    return (
+        f"{use.id}  {use.disk_bytes} bytes here of {use.size_bytes}{kind}, chunks {show(use.trusted)} trusted "
+        f"{show(use.marked)} marked of {show(use.chunks)}"
+    )
 
 
 def show_collected(cache: CacheDir, args: argparse.Namespace) -> int:

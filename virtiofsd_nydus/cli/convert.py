@@ -27,23 +27,40 @@ LINE_S = 10.0
 
 def add_registry_options(parser: argparse.ArgumentParser) -> None:
     """Options of every verb that takes an image reference."""
-    parser.add_argument("--plain-http", action="store_true",
-                        help="talk plain HTTP to registries (loopback ones: always)")
-    parser.add_argument("--creds", default="", metavar="USER:PASSWORD",
-                        help="login (default: docker's config.json); other users of this host can see it")
-    parser.add_argument("--ca-cert", action="append", default=[], metavar="FILE",
-                        help="PEM file with a CA to trust beside the system's; may be given again")
+    parser.add_argument(
+        "--plain-http", action="store_true", help="talk plain HTTP to registries (loopback ones: always)"
+    )
+    parser.add_argument(
+        "--creds",
+        default="",
+        metavar="USER:PASSWORD",
+        help="login (default: docker's config.json); other users of this host can see it",
+    )
+    parser.add_argument(
+        "--ca-cert",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="PEM file with a CA to trust beside the system's; may be given again",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help=GRAMMAR)
     parser.add_argument("target", metavar="DST", help="docker://... or oci:...")
-    parser.add_argument("--platform", default="", metavar="OS/ARCH[/VARIANT]",
-                        help="which image of an index (this host's)")
-    parser.add_argument("--merge-platform", action="store_true",
-                        help="DST becomes an index of the Nydus image and the OCI image, for clients of both kinds")
-    parser.add_argument("--oci-ref", action="store_true",
-                        help="no data of its own: the image reads the gzip layers of the OCI image, which DST gets too")
+    parser.add_argument(
+        "--platform", default="", metavar="OS/ARCH[/VARIANT]", help="which image of an index (this host's)"
+    )
+    parser.add_argument(
+        "--merge-platform",
+        action="store_true",
+        help="DST becomes an index of the Nydus image and the OCI image, for clients of both kinds",
+    )
+    parser.add_argument(
+        "--oci-ref",
+        action="store_true",
+        help="no data of its own: the image reads the gzip layers of the OCI image, which DST gets too",
+    )
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="where layers are spooled (TMPDIR)")
     add_registry_options(parser)
     parser.add_argument("--src-creds", default="", metavar="USER:PASSWORD", help="login for SRC alone")
@@ -67,11 +84,20 @@ def run(args: argparse.Namespace) -> int:
     target = open_store(target_ref, plain_http=args.plain_http, creds=target_creds, ca_cert_files=ca_cert_files)
     try:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)   # so that the work directory is emptied too
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the work directory is emptied too
         with ProgressBars() if sys.stderr.isatty() and not args.json else ProgressLines(sys.stderr) as bars:
-            result = convert_image(source, source_ref, target, target_ref, options=options, platform=platform,
-                                   merge_platform=args.merge_platform, work_dir=args.work_dir, progress=bars,
-                                   dictionary=dictionary)
+            result = convert_image(
+                source,
+                source_ref,
+                target,
+                target_ref,
+                options=options,
+                platform=platform,
+                merge_platform=args.merge_platform,
+                work_dir=args.work_dir,
+                progress=bars,
+                dictionary=dictionary,
+            )
     finally:
         source.close()
         target.close()
@@ -84,8 +110,12 @@ def run(args: argparse.Namespace) -> int:
 
 def choose_creds(args: argparse.Namespace, source: Reference, target: Reference) -> tuple[str, str]:
     """Who logs in where. --creds alone is never sent to two hosts: it is the secret of one."""
-    if args.creds and source.transport == target.transport == DOCKER and source.host != target.host \
-            and not (args.src_creds or args.dest_creds):
+    if (
+        args.creds
+        and source.transport == target.transport == DOCKER
+        and source.host != target.host
+        and not (args.src_creds or args.dest_creds)
+    ):
         raise UsageFailure(f"--creds would go to both {source.host} and {target.host}: say --src-creds or --dest-creds")
     if args.src_creds or args.dest_creds:
         same = source.host == target.host
@@ -97,17 +127,23 @@ def print_summary(result: "ConvertResult") -> None:
     mib = 1 << 20
     for layer in result.layers:
         there = "" if layer.pushed else ", was there" if layer.blob_digest else ", no file data"
-        print(f"layer {layer.source_digest[7:19]}  {layer.source_bytes / mib:8.1f} MiB -> "
-              f"{layer.blob_bytes / mib:8.1f} MiB  {layer.chunks} chunks, "
-              f"{layer.deduplicated_bytes / mib:.1f} MiB deduplicated{there}")
+        print(
+            f"layer {layer.source_digest[7:19]}  {layer.source_bytes / mib:8.1f} MiB -> "
+            f"{layer.blob_bytes / mib:8.1f} MiB  {layer.chunks} chunks, "
+            f"{layer.deduplicated_bytes / mib:.1f} MiB deduplicated{there}"
+        )
     layers = {layer.source_digest: layer for layer in result.layers}.values()
-    sums = [sum(getattr(layer, name) for layer in layers) / mib
-            for name in ("file_bytes", "unique_bytes", "stored_bytes", "dictionary_bytes")]
+    sums = [
+        sum(getattr(layer, name) for layer in layers) / mib
+        for name in ("file_bytes", "unique_bytes", "stored_bytes", "dictionary_bytes")
+    ]
     print("files {:.1f} MiB, unique {:.1f} MiB, stored {:.1f} MiB, saved by the dictionary {:.1f} MiB".format(*sums))
     change = (result.target_bytes / result.source_bytes - 1) * 100 if result.source_bytes else 0.0
-    print(f"{result.target} is {result.manifest_digest}\n{result.source_bytes / mib:.1f} MiB -> "
-          f"{result.target_bytes / mib:.1f} MiB ({change:+.0f} %), bootstrap {result.bootstrap_bytes / mib:.1f} MiB, "
-          f"{result.seconds:.1f} s")
+    print(
+        f"{result.target} is {result.manifest_digest}\n{result.source_bytes / mib:.1f} MiB -> "
+        f"{result.target_bytes / mib:.1f} MiB ({change:+.0f} %), bootstrap {result.bootstrap_bytes / mib:.1f} MiB, "
+        f"{result.seconds:.1f} s"
+    )
 
 
 class ProgressBars:
@@ -166,5 +202,9 @@ class ProgressLines:
             done, total = self._done["convert"], self._total["convert"]
             rate = done / (now - self._began)
             left = f"{(total - done) / rate:.0f} s left" if rate > 0 else "time left unknown"
-            print(f"read {done / mib:.1f} of {total / mib:.1f} MiB, {rate / mib:.1f} MiB/s, {left}; pushed "
-                  f"{self._done['push'] / mib:.1f} MiB", file=self._out, flush=True)
+            print(
+                f"read {done / mib:.1f} of {total / mib:.1f} MiB, {rate / mib:.1f} MiB/s, {left}; pushed "
+                f"{self._done['push'] / mib:.1f} MiB",
+                file=self._out,
+                flush=True,
+            )

@@ -17,10 +17,18 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
     mount.add_argument("--fuse-threads", "--thread-num", type=int, default=4, metavar="N", help="default 4")
     mount.add_argument("--writable", action="store_true", help="mount read-write; the image itself stays read-only")
     mount.add_argument("--sock", metavar="PATH", help="serve guests on this unix socket too, as `virtiofs` does")
-    mount.add_argument("--failover-policy", default="resend", choices=["none", "resend", "flush"],
-                       help="what becomes of requests that a dead predecessor left unanswered (default resend)")
-    mount.add_argument("--fuse-passthrough", default="auto", choices=["auto", "off"],
-                       help="have the kernel read files by itself that are wholly in the cache (auto: where it can)")
+    mount.add_argument(
+        "--failover-policy",
+        default="resend",
+        choices=["none", "resend", "flush"],
+        help="what becomes of requests that a dead predecessor left unanswered (default resend)",
+    )
+    mount.add_argument(
+        "--fuse-passthrough",
+        default="auto",
+        choices=["auto", "off"],
+        help="have the kernel read files by itself that are wholly in the cache (auto: where it can)",
+    )
     mount.add_argument("--upgrade", action="store_true", help="wait in INIT until PUT fuse/takeover")
     add_daemon_arguments(parser)
     tolerated = parser.add_argument_group("accepted for compatibility, without effect")
@@ -46,22 +54,39 @@ def run(args: "argparse.Namespace") -> int:
     config = None
     if args.localfs_dir:
         config = configs.localfs_config(args.localfs_dir)
-    elif args.config and args.bootstrap:      # else mounts by the API bring theirs; nydusd does not read it then
+    elif args.config and args.bootstrap:  # else mounts by the API bring theirs; nydusd does not read it then
         config = configs.load_config(args.config)
-    fuse = HostFuse(args.mountpoint, threads=args.fuse_threads, failover_policy=args.failover_policy,
-                    writable=args.writable, supervised=args.supervisor is not None,
-                    passthrough=args.fuse_passthrough == "auto")
+    fuse = HostFuse(
+        args.mountpoint,
+        threads=args.fuse_threads,
+        failover_policy=args.failover_policy,
+        writable=args.writable,
+        supervised=args.supervisor is not None,
+        passthrough=args.fuse_passthrough == "auto",
+    )
     try:
         log = logs.Log(args.log_level, args.log_file, args.log_format)
     except OSError as error:
         raise Failure(f"cannot write log file {args.log_file}: {error.strerror}") from error
     prepare_process(args, log)
-    service = HostService(log, fuse, instance_id=args.id, supervisor=args.supervisor,
-                          read_deadline_ms=args.read_deadline_ms, allow_unverified=args.allow_unverified)
+    service = HostService(
+        log,
+        fuse,
+        instance_id=args.id,
+        supervisor=args.supervisor,
+        read_deadline_ms=args.read_deadline_ms,
+        allow_unverified=args.allow_unverified,
+    )
     try:
-        service.start_host(apisock=args.apisock, bootstrap=args.bootstrap, config=config,
-                           mountpoint=args.virtual_mountpoint, upgrade=args.upgrade, sock=args.sock,
-                           prefetch_files=prefetch_files)
+        service.start_host(
+            apisock=args.apisock,
+            bootstrap=args.bootstrap,
+            config=config,
+            mountpoint=args.virtual_mountpoint,
+            upgrade=args.upgrade,
+            sock=args.sock,
+            prefetch_files=prefetch_files,
+        )
     except Failure:
         service.stop()
         raise

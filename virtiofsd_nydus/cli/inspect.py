@@ -174,8 +174,10 @@ def format_image(value: dict[str, Any]) -> Iterator[str]:
     for name in ("blob", "chunk", "prefetch"):
         yield f"{name} table: {info[f'{name}_table_size_bytes']} bytes at {info[f'{name}_table_offset']}"
     for blob in value["blobs"]:
-        yield (f"blob {blob['index']}: {blob['id']}, {blob['chunk_count']} chunks, {blob['compressor']}, "
-               f"{blob['digester']}, {blob['compressed_size_bytes']} bytes -> {blob['uncompressed_size_bytes']}")
+        yield (
+            f"blob {blob['index']}: {blob['id']}, {blob['chunk_count']} chunks, {blob['compressor']}, "
+            f"{blob['digester']}, {blob['compressed_size_bytes']} bytes -> {blob['uncompressed_size_bytes']}"
+        )
         yield f"  features {blob['features']:#x}: {', '.join(blob['feature_names'])}"
         if blob["ci_usize_bytes"]:
             yield (f"  blob.meta: {blob['ci_csize_bytes']} bytes at {blob['ci_offset']} ({blob['ci_compressor']}) -> "

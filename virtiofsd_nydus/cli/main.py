@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     if words[0].split("=", 1)[0] in VIRTIOFS_FLAGS:
         words.insert(0, "virtiofs")
     elif words[0].startswith("-"):
-        words.insert(0, "fuse")     # nydusd's calling convention
+        words.insert(0, "fuse")  # nydusd's calling convention
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         print(f"virtiofsd-nydus: no verb {verb!r}; see virtiofsd-nydus --help", file=sys.stderr)
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     command: list[str] | None = None
     if getattr(module, "TAKES_COMMAND", False):
         at = rest.index("--") if "--" in rest else len(rest)
-        rest, command = rest[:at], rest[at + 1:]
+        rest, command = rest[:at], rest[at + 1 :]
     args = parser.parse_args(rest)
     if command is not None:
         args.command = command

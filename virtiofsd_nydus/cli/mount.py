@@ -19,17 +19,30 @@ POLL_SECONDS = 0.01
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from virtiofsd_nydus.cli.convert import add_registry_options
 
-    parser.add_argument("image", metavar="IMAGE", help="docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], or a "
-                        "bootstrap file with --blob-dir")
+    parser.add_argument(
+        "image",
+        metavar="IMAGE",
+        help="docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], or a bootstrap file with --blob-dir",
+    )
     parser.add_argument("directory", metavar="DIR", help="where; an existing directory")
     parser.add_argument("--blob-dir", type=Path, metavar="DIR", help="where a bootstrap's blobs lie")
     parser.add_argument("--config", type=Path, metavar="FILE", help="nydusd configuration for a bootstrap, instead")
-    parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="where fetched chunks are kept; default "
-                        "/var/cache/virtiofsd-nydus, or $XDG_CACHE_HOME/virtiofsd-nydus without root")
-    parser.add_argument("--kernel", action="store_true", help="have the kernel's EROFS read the cache itself; what is "
-                        "not in it is fetched when it is read (Linux 6.14), and once all is there no daemon stays")
-    parser.add_argument("--fetch-all", action="store_true", help="with --kernel: fetch the whole image first (Linux "
-                        "6.12)")
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="where fetched chunks are kept; default "
+        "/var/cache/virtiofsd-nydus, or $XDG_CACHE_HOME/virtiofsd-nydus without root",
+    )
+    parser.add_argument(
+        "--kernel",
+        action="store_true",
+        help="have the kernel's EROFS read the cache itself; what is "
+        "not in it is fetched when it is read (Linux 6.14), and once all is there no daemon stays",
+    )
+    parser.add_argument(
+        "--fetch-all", action="store_true", help="with --kernel: fetch the whole image first (Linux 6.12)"
+    )
     add_registry_options(parser)
 
 
@@ -42,20 +55,40 @@ def run(args: argparse.Namespace) -> int:
         raise UsageFailure("--fetch-all goes with --kernel")
     target = check_mountpoint(args.directory)
     place = BackgroundMount(target)
-    with prepare_image(args.image, blob_dir=args.blob_dir, config=args.config, cache_dir=args.cache_dir,
-                       plain_http=args.plain_http, creds=args.creds, ca_cert_files=tuple(args.ca_cert)) as image:
+    with prepare_image(
+        args.image,
+        blob_dir=args.blob_dir,
+        config=args.config,
+        cache_dir=args.cache_dir,
+        plain_http=args.plain_http,
+        creds=args.creds,
+        ca_cert_files=tuple(args.ca_cert),
+    ) as image:
         if args.kernel:
             return _mount_kernel(args.image, image.daemon_options, target, fetch_all=args.fetch_all)
         place.make()
         with place.log.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "virtiofsd_nydus.cli.main", "fuse", "--mountpoint", target, "--apisock",
-                 str(place.api), *image.daemon_options],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+                [
+                    sys.executable,
+                    "-m",
+                    "virtiofsd_nydus.cli.main",
+                    "fuse",
+                    "--mountpoint",
+                    target,
+                    "--apisock",
+                    str(place.api),
+                    *image.daemon_options,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         try:
             _wait_ready(process, place)
         except BaseException:
-            process.terminate()     # it unmounts
+            process.terminate()  # it unmounts
             process.wait()
             place.remove()
             raise
@@ -79,9 +112,14 @@ def _mount_kernel(name: str, daemon_options: list[str], target: str, *, fetch_al
         pid = 0
     else:
         pid = mount_lazy(bootstrap, config, target)
-    print(f"{name} is on {target}; " + (
-        f"process {pid} fetches what the kernel reads and is not in the cache" if pid else
-        "the kernel reads the cache itself, there is no daemon"))
+    print(
+        f"{name} is on {target}; "
+        + (
+            f"process {pid} fetches what the kernel reads and is not in the cache"
+            if pid
+            else "the kernel reads the cache itself, there is no daemon"
+        )
+    )
     return 0
 
 
@@ -93,4 +131,4 @@ def _wait_ready(process: "subprocess.Popen[bytes]", place: "BackgroundMount") ->
             raise Failure(said[-1].removeprefix("virtiofsd-nydus fuse: "), Cause.IO)
         if time.monotonic() > end:
             raise Failure(f"the daemon is not ready after {READY_SECONDS:.0f} s", Cause.DEADLINE)
-        time.sleep(POLL_SECONDS)    # between two looks; the deadline decides
+        time.sleep(POLL_SECONDS)  # between two looks; the deadline decides

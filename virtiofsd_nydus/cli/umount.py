@@ -23,8 +23,11 @@ def run(args: argparse.Namespace) -> int:
     there = mounts.find_mount(target)
     kernel = there is not None and there.fstype == KERNEL_FSTYPE and is_ours(target)
     if there is None or not (kernel or there.fstype == mounts.FSTYPE):
-        raise Failure(f"no image of ours is mounted on {args.directory}"
-                      + (f", but {there.source} ({there.fstype})" if there else ""), Cause.MISSING)
+        raise Failure(
+            f"no image of ours is mounted on {args.directory}"
+            + (f", but {there.source} ({there.fstype})" if there else ""),
+            Cause.MISSING,
+        )
     if kernel:
         line = umount_kernel(target, args.directory)
         if line:

@@ -41,8 +41,11 @@ def add_daemon_arguments(parser: "argparse.ArgumentParser") -> None:
     image.add_argument("-D", "--localfs-dir", metavar="DIR", help="blobs and cache in one directory, no configuration")
     image.add_argument("-s", "--shared-dir", metavar="DIR", help="a host directory to share, read-write")
     image.add_argument("-m", "--virtual-mountpoint", metavar="PATH", default="/", help="where the image appears")
-    image.add_argument("--prefetch-files", metavar="FILE",
-                       help="fetch these first: absolute paths of files and directories, one a line")
+    image.add_argument(
+        "--prefetch-files",
+        metavar="FILE",
+        help="fetch these first: absolute paths of files and directories, one a line",
+    )
     daemon = parser.add_argument_group("daemon")
     daemon.add_argument("-A", "--apisock", metavar="PATH", help="serve nydusd's HTTP API on this unix socket")
     daemon.add_argument("--id", metavar="ID", help="instance id, for the API")
@@ -50,12 +53,25 @@ def add_daemon_arguments(parser: "argparse.ArgumentParser") -> None:
     daemon.add_argument("-l", "--log-level", default="info", choices=["trace", "debug", "info", "warn", "error"])
     daemon.add_argument("-L", "--log-file", metavar="PATH", help="append the log to this file; default standard error")
     daemon.add_argument("--log-format", default="text", choices=["text", "json"])
-    daemon.add_argument("--rlimit-nofile", type=int, default=NOFILE_DEFAULT, metavar="N",
-                        help="open files wanted; clamped to what is allowed, 0 = leave")
-    daemon.add_argument("--read-deadline-ms", type=int, default=0, metavar="MS",
-                        help="a guest read that cannot be had in time ends in EIO after this (default 30000)")
-    daemon.add_argument("--allow-unverified", action="store_true",
-                        help="serve images that carry no chunk digests: their bytes cannot be checked")
+    daemon.add_argument(
+        "--rlimit-nofile",
+        type=int,
+        default=NOFILE_DEFAULT,
+        metavar="N",
+        help="open files wanted; clamped to what is allowed, 0 = leave",
+    )
+    daemon.add_argument(
+        "--read-deadline-ms",
+        type=int,
+        default=0,
+        metavar="MS",
+        help="a guest read that cannot be had in time ends in EIO after this (default 30000)",
+    )
+    daemon.add_argument(
+        "--allow-unverified",
+        action="store_true",
+        help="serve images that carry no chunk digests: their bytes cannot be checked",
+    )
 
 
 def raise_nofile(wanted: int) -> str | None:
@@ -124,20 +140,33 @@ def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "socket.s
     config = None
     if args.localfs_dir:
         config = configs.localfs_config(args.localfs_dir)
-    elif args.config and args.bootstrap:      # else mounts by the API bring theirs; nydusd does not read it then
+    elif args.config and args.bootstrap:  # else mounts by the API bring theirs; nydusd does not read it then
         config = configs.load_config(args.config)
     try:
         log = logs.Log(args.log_level, args.log_file, args.log_format)
     except OSError as error:
         raise Failure(f"cannot write log file {args.log_file}: {error.strerror}") from error
     prepare_process(args, log)
-    service = Service(log, instance_id=args.id, supervisor=args.supervisor, read_deadline_ms=args.read_deadline_ms,
-                      allow_unverified=args.allow_unverified)
-    service.catch_signals()     # one that comes as soon as RUNNING is answered is an orderly end, too
+    service = Service(
+        log,
+        instance_id=args.id,
+        supervisor=args.supervisor,
+        read_deadline_ms=args.read_deadline_ms,
+        allow_unverified=args.allow_unverified,
+    )
+    service.catch_signals()  # one that comes as soon as RUNNING is answered is an orderly end, too
     try:
-        service.start(sock=sock, fd=args.fd, apisock=args.apisock, bootstrap=args.bootstrap, config=config,
-                      mountpoint=args.virtual_mountpoint, prefetch_files=prefetch_files, shared_dir=args.shared_dir,
-                      api_listener=api_listener)
+        service.start(
+            sock=sock,
+            fd=args.fd,
+            apisock=args.apisock,
+            bootstrap=args.bootstrap,
+            config=config,
+            mountpoint=args.virtual_mountpoint,
+            prefetch_files=prefetch_files,
+            shared_dir=args.shared_dir,
+            api_listener=api_listener,
+        )
     except Failure:
         service.stop()
         raise

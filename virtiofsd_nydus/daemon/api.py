@@ -20,8 +20,15 @@ if TYPE_CHECKING:
 HEAD_MAX_BYTES = 16 << 10
 CONNECTIONS_MAX = 1000  # a thread each; clients keep theirs idle for ten seconds
 BODY_MAX_BYTES = 1 << 20
-REASONS = {200: "OK", 204: "No Content", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error",
-           501: "Not Implemented", 503: "Service Unavailable"}
+REASONS = {
+    200: "OK",
+    204: "No Content",
+    400: "Bad Request",
+    404: "Not Found",
+    500: "Internal Server Error",
+    501: "Not Implemented",
+    503: "Service Unavailable",
+}
 
 
 class ApiError(Exception):
@@ -82,7 +89,7 @@ class ApiServer:
                 continue
             try:
                 threading.Thread(target=self._converse, args=(connection,), name="api-client", daemon=True).start()
-            except RuntimeError:        # no thread to be had
+            except RuntimeError:  # no thread to be had
                 self._slots.release()
                 connection.close()
 
@@ -127,14 +134,14 @@ class ApiServer:
                     if not keep:
                         return
             except OSError:
-                return      # the client went away
+                return  # the client went away
 
     def _answer(self, words: list[str], body: bytes) -> "tuple[int, bytes]":
         if len(words) != 3:
             return 400, _error("BadRequest")
         method, target, _ = words
         if target.startswith("http://"):
-            target = "/" + target[len("http://"):].partition("/")[2]
+            target = "/" + target[len("http://") :].partition("/")[2]
         path, _, query_text = target.partition("?")
         methods = ROUTES.get(path)
         if methods is None:
@@ -143,7 +150,7 @@ class ApiServer:
         try:
             query = parse_query(query_text)
             if path == MOUNT_ROUTE:
-                _mountpoint(query)      # nydusd looks at it before the method
+                _mountpoint(query)  # nydusd looks at it before the method
             handler = methods.get(method)
             if handler is None:
                 return 400, _error("BadRequest")
@@ -152,7 +159,7 @@ class ApiServer:
             return error.status, _error(wrapper.format(error) if error.wrapped else str(error))
         except Failure as failure:
             return 500, _error(wrapper.format(f"Other({quoted(str(failure))})"))
-        except Exception as error:      # a fault of ours must not leave the client without an answer
+        except Exception as error:  # a fault of ours must not leave the client without an answer
             self._service.note_fault(f"{method} {path}: {error!r}")
             return 500, _error(wrapper.format(f"Other({quoted(f'internal error: {type(error).__name__}')})"))
         if answer is None:
@@ -161,8 +168,11 @@ class ApiServer:
 
     @staticmethod
     def _reply(connection: socket.socket, status: int, body: bytes, keep: bool) -> None:
-        head = [f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}", "Server: Nydus API",
-                f"Connection: {'keep-alive' if keep else 'close'}"]
+        head = [
+            f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}",
+            "Server: Nydus API",
+            f"Connection: {'keep-alive' if keep else 'close'}",
+        ]
         if status != 204:
             kind = "application/json" if body[:1] in (b"{", b"[") else "text/plain; version=0.0.4; charset=utf-8"
             head += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
@@ -232,7 +242,7 @@ def _parsed(body: bytes) -> object:
         if ended:
             column -= 1
         elif text == "expected value" and error.doc[error.pos] in "ntf":
-            text, column = "expected ident", column + 1     # null, true or false was begun
+            text, column = "expected ident", column + 1  # null, true or false was begun
         raise _fault(text, error.lineno, column) from None
     except ValueError:
         raise _fault("invalid unicode code point", 1, 1) from None
@@ -364,6 +374,7 @@ def get_stats(service: "Service", query: "dict[str, str]", body: bytes) -> objec
 
 # ---- metrics
 
+
 def _metrics(service: "Service", query: "dict[str, str]", body: bytes, kind: str, name: str) -> object:
     """kind: of metrics.DOCUMENTS; name: of the error, as nydusd gives it."""
     _no_body(body)
@@ -405,6 +416,7 @@ def get_prometheus(service: "Service", query: "dict[str, str]", body: bytes) -> 
 
 # ---- prefetch
 
+
 def get_prefetch(service: "Service", query: "dict[str, str]", body: bytes) -> object:
     _no_body(body)
     return service.prefetch_progress()
@@ -424,7 +436,7 @@ def put_prefetch(service: "Service", query: "dict[str, str]", body: bytes) -> ob
 
     files = _object(body).get("files") if body else None
     if files is not None and not isinstance(files, list):
-        raise ApiError(400, "ParseBody(\"files: not a list\")")
+        raise ApiError(400, 'ParseBody("files: not a list")')
     try:
         wait_s = float(query.get("wait") or 0)
     except ValueError:
@@ -448,6 +460,7 @@ def delete_prefetch(service: "Service", query: "dict[str, str]", body: bytes) ->
 
 # ---- hot changes of configuration
 
+
 def get_config(service: "Service", query: "dict[str, str]", body: bytes) -> object:
     """What was changed since start, values and all, as nydusd answers: whoever may ask may also change it."""
     _no_body(body)
@@ -463,6 +476,7 @@ def put_config(service: "Service", query: "dict[str, str]", body: bytes) -> obje
 
 # ---- what else nydusd has
 
+
 def get_events(service: "Service", query: "dict[str, str]", body: bytes) -> object:
     _no_body(body)
     return service.events()
@@ -475,6 +489,7 @@ def get_backend_info(service: "Service", query: "dict[str, str]", body: bytes) -
 
 # nydusd's singleton mode, the kernel's on-demand cache, alone has these
 
+
 def put_blobs(service: "Service", query: "dict[str, str]", body: bytes) -> object:
     _require_texts(_object(body, "struct BlobCacheEntry"), ("type", "id"), body)
     raise ApiError(501, "CreateBlobObject(DaemonAbnormal(Unsupported))")
@@ -485,7 +500,7 @@ def delete_blobs(service: "Service", query: "dict[str, str]", body: bytes) -> ob
     if "domain_id" in query:
         raise ApiError(501, "DeleteBlobObject(DaemonAbnormal(Unsupported))")
     if "blob_id" in query:
-        return None         # in all domains, of which there is none
+        return None  # in all domains, of which there is none
     raise ApiError(400, "BadRequest")
 
 
@@ -493,7 +508,7 @@ def get_blobs(service: "Service", query: "dict[str, str]", body: bytes) -> objec
     _no_body(body)
     if "domain_id" not in query:
         raise ApiError(400, "BadRequest")
-    raise ApiError(501, "GetBlobObjects(DaemonAbnormal(Unsupported))")      # of which nydusd dies
+    raise ApiError(501, "GetBlobObjects(DaemonAbnormal(Unsupported))")  # of which nydusd dies
 
 
 MOUNT_ROUTE = "/api/v1/mount"

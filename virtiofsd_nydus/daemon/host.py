@@ -42,17 +42,38 @@ def has_dead_server(apisock: str) -> bool:
 class HostService(Service):
     """Construct, start_host(), wait(), stop()."""
 
-    def __init__(self, log: logs.Log, fuse: HostFuse, *, instance_id: str | None = None, supervisor: str | None = None,
-                 read_deadline_ms: int = 0, allow_unverified: bool = False) -> None:
-        super().__init__(log, instance_id=instance_id, supervisor=supervisor, read_deadline_ms=read_deadline_ms,
-                         allow_unverified=allow_unverified)
+    def __init__(
+        self,
+        log: logs.Log,
+        fuse: HostFuse,
+        *,
+        instance_id: str | None = None,
+        supervisor: str | None = None,
+        read_deadline_ms: int = 0,
+        allow_unverified: bool = False,
+    ) -> None:
+        super().__init__(
+            log,
+            instance_id=instance_id,
+            supervisor=supervisor,
+            read_deadline_ms=read_deadline_ms,
+            allow_unverified=allow_unverified,
+        )
         self._fuse = fuse
         self._keep_mount = False
-        self._steps = threading.Lock()      # the API's start, sendfd and takeover, one at a time
+        self._steps = threading.Lock()  # the API's start, sendfd and takeover, one at a time
 
-    def start_host(self, *, apisock: str | None, bootstrap: str | None, config: ImageConfig | None,
-                   mountpoint: str = "/", upgrade: bool = False, sock: str | None = None,
-                   prefetch_files: "list[str] | None" = None) -> None:
+    def start_host(
+        self,
+        *,
+        apisock: str | None,
+        bootstrap: str | None,
+        config: ImageConfig | None,
+        mountpoint: str = "/",
+        upgrade: bool = False,
+        sock: str | None = None,
+        prefetch_files: "list[str] | None" = None,
+    ) -> None:
         """Returns RUNNING, or in INIT when it waits for takeover. Raises Failure with nothing left behind but what
         stop() removes. Main thread only. mountpoint: where the image lies inside the mount."""
         import sys
@@ -77,8 +98,9 @@ class HostService(Service):
         self._fuse.mount()
         self._fuse.serve(self.engine, vfs, on_end=self._mount_is_gone)
         if sock:
-            self._vhost = VhostServer(lambda: EngineDevice(self.engine, vfs, QUEUES), path=sock, fd=None,
-                                      say=self.log.say)
+            self._vhost = VhostServer(
+                lambda: EngineDevice(self.engine, vfs, QUEUES), path=sock, fd=None, say=self.log.say
+            )
         if apisock:
             self._api = ApiServer(apisock, self)
         if self._vhost:
@@ -99,8 +121,9 @@ class HostService(Service):
             return False
 
     def _mount_is_gone(self) -> None:
-        self.log.say(logs.WARNING if self.state == "RUNNING" else logs.INFO,
-                     f"{self._fuse.mountpoint} was unmounted: ending")
+        self.log.say(
+            logs.WARNING if self.state == "RUNNING" else logs.INFO, f"{self._fuse.mountpoint} was unmounted: ending"
+        )
         self.request_exit()
 
     def _mounts_changed(self) -> None:
@@ -129,11 +152,17 @@ class HostService(Service):
         assert self._vfs is not None
         with self._lock:
             return {
-                "kind": self._vfs.kind, "next_serial": self._vfs.next_serial,
-                "mounts": [{
-                    "path": mount.path, "source": os.path.abspath(mount.source), "serial": mount.serial,  # noqa: PTH100
-                    "config": {name: getattr(mount.config, name) for name in ImageConfig.__slots__},
-                } for mount in sorted(self._mounts.values(), key=lambda mount: mount.serial)],
+                "kind": self._vfs.kind,
+                "next_serial": self._vfs.next_serial,
+                "mounts": [
+                    {
+                        "path": mount.path,
+                        "source": os.path.abspath(mount.source),  # noqa: PTH100
+                        "serial": mount.serial,
+                        "config": {name: getattr(mount.config, name) for name in ImageConfig.__slots__},
+                    }
+                    for mount in sorted(self._mounts.values(), key=lambda mount: mount.serial)
+                ],
             }
 
     def take_over(self) -> None:

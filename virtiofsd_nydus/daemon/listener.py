@@ -6,7 +6,7 @@ import socket
 
 from virtiofsd_nydus.errors import Failure
 
-SUN_PATH_MAX = 107      # sizeof sockaddr_un.sun_path less the NUL
+SUN_PATH_MAX = 107  # sizeof sockaddr_un.sun_path less the NUL
 BACKLOG = 128
 
 
@@ -16,7 +16,7 @@ def listen_api(path: str) -> socket.socket:
         raise Failure(f"API socket path {path} is longer than {SUN_PATH_MAX} bytes; choose a shorter one")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        remove_file(path)       # nydusd does so too: a stale file must not stop a start
+        remove_file(path)  # nydusd does so too: a stale file must not stop a start
         listener.bind(path)
     except OSError as error:
         listener.close()

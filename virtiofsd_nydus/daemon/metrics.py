@@ -16,11 +16,26 @@ if TYPE_CHECKING:
     from virtiofsd_nydus.daemon.service import Mount
     from virtiofsd_nydus.engine import FileStats
 
-FOP_NAMES = ("getattr", "readlink", "open", "release", "read", "statfs", "getxattr", "listxattr", "opendir", "lookup",
-             "readdir", "readdirplus", "access", "forget", "batch_forget")
+FOP_NAMES = (
+    "getattr",
+    "readlink",
+    "open",
+    "release",
+    "read",
+    "statfs",
+    "getxattr",
+    "listxattr",
+    "opendir",
+    "lookup",
+    "readdir",
+    "readdirplus",
+    "access",
+    "forget",
+    "batch_forget",
+)
 FOPS = len(FOP_NAMES)
 OPEN_FOP, RELEASE_FOP, READ_FOP = 2, 3, 4
-SERIAL_SHIFT = 48       # of a nodeid: above it the number of the mount (docs/architecture.md)
+SERIAL_SHIFT = 48  # of a nodeid: above it the number of the mount (docs/architecture.md)
 CACHE_FILE_SUFFIX = ".blob.data"
 
 
@@ -82,10 +97,16 @@ def files_metrics(mount: "Mount") -> "dict[str, Any]":
     """/api/v1/metrics/files: of each inode that something was done with. Empty unless iostats_files is on."""
     if not mount.config.iostats_files:
         return {}
-    return {str(ino): {
-        "total_fops": sum(one.hits) + sum(one.errors), "data_read": one.data_read,
-        "block_count_read": one.read_sizes, "fop_hits": one.hits, "fop_errors": one.errors,
-    } for ino, one in _merged(mount.image.file_stats()).items()}
+    return {
+        str(ino): {
+            "total_fops": sum(one.hits) + sum(one.errors),
+            "data_read": one.data_read,
+            "block_count_read": one.read_sizes,
+            "fop_hits": one.hits,
+            "fop_errors": one.errors,
+        }
+        for ino, one in _merged(mount.image.file_stats()).items()
+    }
 
 
 def latest_read_files(mount: "Mount") -> list[list[int]]:
@@ -105,9 +126,16 @@ def pattern_metrics(mount: "Mount") -> "list[dict[str, int]]":
     """/api/v1/metrics/pattern: inodes that were read, how often and first when. Empty unless access_pattern is on."""
     if not mount.config.access_pattern:
         return []
-    return [{"ino": ino, "nr_read": one.reads, "first_access_time_secs": one.first_read[0],
-             "first_access_time_nanos": one.first_read[1]}
-            for ino, one in _merged(mount.image.file_stats()).items() if one.reads]
+    return [
+        {
+            "ino": ino,
+            "nr_read": one.reads,
+            "first_access_time_secs": one.first_read[0],
+            "first_access_time_nanos": one.first_read[1],
+        }
+        for ino, one in _merged(mount.image.file_stats()).items()
+        if one.reads
+    ]
 
 
 def blobcache_metrics(mount: "Mount") -> "dict[str, Any]":
@@ -147,19 +175,26 @@ def backend_metrics(mount: "Mount") -> "dict[str, Any]":
 
 
 DOCUMENTS: "dict[str, Callable[[Mount], object]]" = {
-    "fs": fs_metrics, "files": files_metrics, "latest": latest_read_files, "pattern": pattern_metrics,
-    "backend": backend_metrics, "blobcache": blobcache_metrics,
+    "fs": fs_metrics,
+    "files": files_metrics,
+    "latest": latest_read_files,
+    "pattern": pattern_metrics,
+    "backend": backend_metrics,
+    "blobcache": blobcache_metrics,
 }
 
 
 def inflight_metrics(waiting: "Iterable[tuple[int, int, int, int]]") -> "list[dict[str, int]] | None":
     """/api/v1/metrics/inflight: requests that wait for data, which is what tells a hang; None when none does."""
     now = time.time()
-    return [{"inode": nodeid, "opcode": opcode, "unique": unique, "timestamp_secs": int(now - wait_us / 1e6)}
-            for nodeid, opcode, unique, wait_us in waiting] or None
+    return [
+        {"inode": nodeid, "opcode": opcode, "unique": unique, "timestamp_secs": int(now - wait_us / 1e6)}
+        for nodeid, opcode, unique, wait_us in waiting
+    ] or None
 
 
 def oldest_wait_s(waiting: "Iterable[tuple[int, int, int, int]]", mount: "Mount") -> float:
     """Age of the request that has waited longest for data of a mount; 0 when none does."""
-    return max((wait_us / 1e6 for nodeid, _, _, wait_us in waiting if nodeid >> SERIAL_SHIFT == mount.serial),
-               default=0.0)
+    return max(
+        (wait_us / 1e6 for nodeid, _, _, wait_us in waiting if nodeid >> SERIAL_SHIFT == mount.serial), default=0.0
+    )

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from virtiofsd_nydus.engine import Engine, Rafs
     from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
-    Ranges = list[tuple[int, int, int]]     # blob index, first chunk, number of chunks
+    Ranges = list[tuple[int, int, int]]  # blob index, first chunk, number of chunks
 
 LIST_MAX_BYTES = 16 << 20
-LOOK_S = 0.05           # between two looks at what is here
-TABLE_LIMIT_S = 5.0     # a blob's chunk table that has not come by then is asked for again
-ROUNDS_WITHOUT_GAIN = 4     # then the rest is given up: backends have their own retries within each
-PAUSE_S = 1.0           # before the next round
+LOOK_S = 0.05  # between two looks at what is here
+TABLE_LIMIT_S = 5.0  # a blob's chunk table that has not come by then is asked for again
+ROUNDS_WITHOUT_GAIN = 4  # then the rest is given up: backends have their own retries within each
+PAUSE_S = 1.0  # before the next round
 WAIT_MAX_S = 86400.0
 MAX_CHUNKS = 0xFFFFFFFF
 RUNNING, DONE, CANCELLED, INCOMPLETE, FAILED = "running", "done", "cancelled", "incomplete", "failed"
@@ -67,8 +67,8 @@ class Prefetch:
         self._state, self._error = "", ""
         self._ranges: Ranges = []
         self._unknown: list[str] = []
-        self.began_at = 0.0                 # seconds since 1970 when it was first started
-        self._known: set[int] = set()       # blobs whose chunk table is here
+        self.began_at = 0.0  # seconds since 1970 when it was first started
+        self._known: set[int] = set()  # blobs whose chunk table is here
 
     def start(self, paths: "Sequence[str] | None", *, then_all: bool) -> None:
         """paths None: what the image's table names; a "/" among them is the whole image. then_all: afterwards the
@@ -78,8 +78,9 @@ class Prefetch:
             self._stop, self._ended = threading.Event(), threading.Event()
             self.began_at = self.began_at or time.time()
             self._state, self._error, self._ranges, self._unknown = RUNNING, "", [], []
-            self._thread = threading.Thread(target=self._run, args=(paths, then_all, self._stop, self._ended),
-                                            name="prefetch", daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, args=(paths, then_all, self._stop, self._ended), name="prefetch", daemon=True
+            )
             self._thread.start()
 
     def cancel(self) -> None:
@@ -105,8 +106,11 @@ class Prefetch:
         """Raises Failure unless all that was asked for is here."""
         found = self.progress()
         if found["state"] != DONE:
-            raise Failure(f"prefetch {found['state']}: {found['ready_chunks']} of {found['chunks'] or '?'} chunks are "
-                          f"here{': ' + self._error if self._error else ''}", Cause.NETWORK)
+            raise Failure(
+                f"prefetch {found['state']}: {found['ready_chunks']} of {found['chunks'] or '?'} chunks are "
+                f"here{': ' + self._error if self._error else ''}",
+                Cause.NETWORK,
+            )
 
     def _end(self) -> None:
         if self._thread is not None:
@@ -117,14 +121,15 @@ class Prefetch:
 
     # ---- the thread
 
-    def _run(self, paths: "Sequence[str] | None", then_all: bool, stop: threading.Event,
-             ended: threading.Event) -> None:
+    def _run(
+        self, paths: "Sequence[str] | None", then_all: bool, stop: threading.Event, ended: threading.Event
+    ) -> None:
         state = FAILED
         try:
             state = self._fetch(paths, then_all, stop)
         except (Failure, OSError) as error:
             self._error = str(error)
-        except Exception as unexpected:     # a bug is told, not lost with its thread
+        except Exception as unexpected:  # a bug is told, not lost with its thread
             self._error = f"{type(unexpected).__name__}: {unexpected}"
         finally:
             self._engine.cancel_prefetch(self._tag)
@@ -167,8 +172,11 @@ class Prefetch:
             if not blob.prefetch_end:
                 continue
             self._image.prefetch_chunks(blob.index, 0, 1, self._tag)
-            while not (count := self._image.chunks_before(blob.index, blob.prefetch_end)) and not stop.is_set() \
-                    and time.monotonic() < until:
+            while (
+                not (count := self._image.chunks_before(blob.index, blob.prefetch_end))
+                and not stop.is_set()
+                and time.monotonic() < until
+            ):
                 stop.wait(LOOK_S)
             found.append((blob.index, 0, count or MAX_CHUNKS))
         return found
@@ -182,8 +190,11 @@ class Prefetch:
                 self._engine.cancel_prefetch(self._tag)
 
     def _tables_known(self) -> bool:
-        self._known.update(index for index in {index for index, _, _ in self._ranges} - self._known
-                           if self._image.ready_chunks(index)[1])
+        self._known.update(
+            index
+            for index in {index for index, _, _ in self._ranges} - self._known
+            if self._image.ready_chunks(index)[1]
+        )
         return all(index in self._known for index, _, _ in self._ranges)
 
     def _count(self, ranges: "Ranges") -> tuple[int, int]:
@@ -193,8 +204,7 @@ class Prefetch:
             ready, total = ready + here, total + known
         return ready, total
 
-    def _choose(self, metadata: "Bootstrap", paths: "Sequence[str] | None",
-                stop: threading.Event) -> "Ranges | None":
+    def _choose(self, metadata: "Bootstrap", paths: "Sequence[str] | None", stop: threading.Event) -> "Ranges | None":
         """Chunks of the named files, and of all files below named directories, in that order; None: the table names
         the root, which is everything."""
         if paths is None:

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from virtiofsd_nydus.daemon.service import Mount
 
     Labels = dict[str, str]
-    Samples = Iterable[tuple[str, Labels, float]]   # what is added to the name, labels, value
+    Samples = Iterable[tuple[str, Labels, float]]  # what is added to the name, labels, value
 
 PREFIX = "virtiofsd_nydus_"
-READ_SECONDS_BOUNDS = ("0.0002", "0.001", "0.02", "0.05", "0.5", "1", "2")      # VND_LATENCIES, csrc/vnd.h
+READ_SECONDS_BOUNDS = ("0.0002", "0.001", "0.02", "0.05", "0.5", "1", "2")  # VND_LATENCIES, csrc/vnd.h
 # Of the whole daemon. Name below PREFIX, help, key of the engine's statistics
 ENGINE_COUNTERS = (
     ("fuse_requests_total", "Requests of guests answered", "fuse_requests"),
@@ -49,8 +49,9 @@ class _Text:
             self.lines.append(f"{PREFIX}{name}{suffix}{'{' + shown + '}' if shown else ''} {number}")
 
 
-def prometheus_text(mounts: "Iterable[Mount]", stats: dict[str, int],
-                    waiting: "list[tuple[int, int, int, int]]") -> str:
+def prometheus_text(
+    mounts: "Iterable[Mount]", stats: dict[str, int], waiting: "list[tuple[int, int, int, int]]"
+) -> str:
     """stats and waiting: the engine's. No mount may go meanwhile."""
     text = _Text()
     mounts = list(mounts)
@@ -58,13 +59,21 @@ def prometheus_text(mounts: "Iterable[Mount]", stats: dict[str, int],
         text.add(name, "counter", about, [("", {}, stats[key])])
     text.add("mounts", "gauge", "Images mounted", [("", {}, len(mounts))])
     of = [({"mountpoint": mount.path}, mount) for mount in mounts]
-    text.add("oldest_wait_seconds", "gauge", "Age of the request that has waited longest",
-             [("", label, oldest_wait_s(waiting, mount)) for label, mount in of])
+    text.add(
+        "oldest_wait_seconds",
+        "gauge",
+        "Age of the request that has waited longest",
+        [("", label, oldest_wait_s(waiting, mount)) for label, mount in of],
+    )
     _add_files(text, of)
     _add_backends(text, [({**label, "backend": mount.backend.kind}, mount) for label, mount in of])
     blobs = [({**label, "blob": blob.id}, mount, blob) for label, mount in of for blob in mount.image.blobs()]
-    text.add("blob_chunks_ready", "gauge", "Chunks of a blob that are here and verified",
-             [("", label, mount.image.ready_chunks(blob.index)[0]) for label, mount, blob in blobs])
+    text.add(
+        "blob_chunks_ready",
+        "gauge",
+        "Chunks of a blob that are here and verified",
+        [("", label, mount.image.ready_chunks(blob.index)[0]) for label, mount, blob in blobs],
+    )
     text.add("blob_chunks", "gauge", "Chunks of a blob", [("", label, blob.chunk_count) for label, _, blob in blobs])
     return "\n".join(text.lines) + "\n"
 
@@ -72,12 +81,24 @@ def prometheus_text(mounts: "Iterable[Mount]", stats: dict[str, int],
 def _add_files(text: _Text, of: "list[tuple[Labels, Mount]]") -> None:
     """What guests did with each image."""
     counted = [(label, mount.image.stats()) for label, mount in of]
-    text.add("needed_bytes_total", "counter", "File bytes that readers asked for and got",
-             [("", label, stats.read_bytes) for label, stats in counted])
-    text.add("reads_hit_total", "counter", "Reads answered from the cache at once",
-             [("", label, stats.reads_at_once) for label, stats in counted])
-    text.add("reads_waited_total", "counter", "Reads that had to wait, for a fetch or for the disk",
-             [("", label, stats.reads_waited) for label, stats in counted])
+    text.add(
+        "needed_bytes_total",
+        "counter",
+        "File bytes that readers asked for and got",
+        [("", label, stats.read_bytes) for label, stats in counted],
+    )
+    text.add(
+        "reads_hit_total",
+        "counter",
+        "Reads answered from the cache at once",
+        [("", label, stats.reads_at_once) for label, stats in counted],
+    )
+    text.add(
+        "reads_waited_total",
+        "counter",
+        "Reads that had to wait, for a fetch or for the disk",
+        [("", label, stats.reads_waited) for label, stats in counted],
+    )
     buckets: list[tuple[str, Labels, float]] = []
     for label, stats in counted:
         below = 0
@@ -87,36 +108,85 @@ def _add_files(text: _Text, of: "list[tuple[Labels, Mount]]") -> None:
         buckets.append(("_sum", label, stats.read_latency_us / 1e6))
         buckets.append(("_count", label, below))
     text.add("read_seconds", "histogram", "How long reads took, waiting for data included", buckets)
-    text.add("file_operations_total", "counter", "Requests answered, by operation",
-             [("", {**label, "operation": name}, count) for label, stats in counted
-              for name, count in zip(FOP_NAMES, stats.hits, strict=True)])
-    text.add("file_operation_errors_total", "counter", "Requests answered with an error, by operation",
-             [("", {**label, "operation": name}, count) for label, stats in counted
-              for name, count in zip(FOP_NAMES, stats.errors, strict=True)])
+    text.add(
+        "file_operations_total",
+        "counter",
+        "Requests answered, by operation",
+        [
+            ("", {**label, "operation": name}, count)
+            for label, stats in counted
+            for name, count in zip(FOP_NAMES, stats.hits, strict=True)
+        ],
+    )
+    text.add(
+        "file_operation_errors_total",
+        "counter",
+        "Requests answered with an error, by operation",
+        [
+            ("", {**label, "operation": name}, count)
+            for label, stats in counted
+            for name, count in zip(FOP_NAMES, stats.errors, strict=True)
+        ],
+    )
 
 
 def _add_backends(text: _Text, of: "list[tuple[Labels, Mount]]") -> None:
     """What was fetched for each image, and how the place it comes from does."""
     own = [(label, mount.backend.meter.own_metrics()) for label, mount in of]
-    text.add("fetched_bytes_total", "counter", "Bytes that came from the backend, as stored in blobs",
-             [("", label, found["received_bytes"]) for label, found in own])
-    text.add("prefetched_bytes_total", "counter", "Part of fetched_bytes_total that was fetched ahead",
-             [("", label, found["prefetched_bytes"]) for label, found in own])
-    text.add("wasted_bytes_total", "counter", "Part of fetched_bytes_total that was of no use: here already, "
-             "not wanted any more, or wrong", [("", label, found["wasted_bytes"]) for label, found in own])
+    text.add(
+        "fetched_bytes_total",
+        "counter",
+        "Bytes that came from the backend, as stored in blobs",
+        [("", label, found["received_bytes"]) for label, found in own],
+    )
+    text.add(
+        "prefetched_bytes_total",
+        "counter",
+        "Part of fetched_bytes_total that was fetched ahead",
+        [("", label, found["prefetched_bytes"]) for label, found in own],
+    )
+    text.add(
+        "wasted_bytes_total",
+        "counter",
+        "Part of fetched_bytes_total that was of no use: here already, not wanted any more, or wrong",
+        [("", label, found["wasted_bytes"]) for label, found in own],
+    )
     meters = [(label, mount.backend.meter.nydusd_metrics()) for label, mount in of]
-    text.add("backend_requests_total", "counter", "Attempts to read from the backend",
-             [("", label, found["read_count"]) for label, found in meters])
-    text.add("backend_request_seconds_total", "counter", "Time those attempts took",
-             [("", label, found["read_cumulative_latency_millis_total"] / 1000) for label, found in meters])
-    text.add("backend_errors_total", "counter", "Attempts that failed, by cause",
-             [("", {**label, "cause": cause}, count) for label, found in own
-              for cause, count in sorted(found["errors_by_cause"].items())])
+    text.add(
+        "backend_requests_total",
+        "counter",
+        "Attempts to read from the backend",
+        [("", label, found["read_count"]) for label, found in meters],
+    )
+    text.add(
+        "backend_request_seconds_total",
+        "counter",
+        "Time those attempts took",
+        [("", label, found["read_cumulative_latency_millis_total"] / 1000) for label, found in meters],
+    )
+    text.add(
+        "backend_errors_total",
+        "counter",
+        "Attempts that failed, by cause",
+        [
+            ("", {**label, "cause": cause}, count)
+            for label, found in own
+            for cause, count in sorted(found["errors_by_cause"].items())
+        ],
+    )
     health = [(label, mount.backend.status()) for label, mount in of]
-    text.add("backend_healthy", "gauge", "1 while the backend is asked, 0 while its circuit breaker refuses",
-             [("", label, int(status.get("breaker", "open") == "open")) for label, status in health])
-    text.add("backend_login_refused", "gauge", "1 while the registry refuses the login",
-             [("", label, int(status.get("login") == "refused")) for label, status in health if "login" in status])
+    text.add(
+        "backend_healthy",
+        "gauge",
+        "1 while the backend is asked, 0 while its circuit breaker refuses",
+        [("", label, int(status.get("breaker", "open") == "open")) for label, status in health],
+    )
+    text.add(
+        "backend_login_refused",
+        "gauge",
+        "1 while the registry refuses the login",
+        [("", label, int(status.get("login") == "refused")) for label, status in health if "login" in status],
+    )
 
 
 def escape_label(text: str) -> str:

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 # nydusd's words, which clients match on
 ALREADY_MOUNTED = "object or filesystem already exists"
 NOT_MOUNTED = "object or filesystem doesn't exist"
-ERRORS_MAX, ERRORS_MAX_BYTES = 500, 51200      # nydusd's bounds of its error events
-QUEUES = 5              # hiprio and up to four request queues; the front-end uses as many as it has
-STOP_TIMEOUT_S = 2.0    # how long a fetch thread stuck in its backend may hold up the end
-LATE_TIMEOUT_S = 10.0   # how long what is loaded after RUNNING may, on a busy machine
-SWITCH_INTERVAL_S = 0.0005      # a busy Python thread must not starve the fetch threads
+ERRORS_MAX, ERRORS_MAX_BYTES = 500, 51200  # nydusd's bounds of its error events
+QUEUES = 5  # hiprio and up to four request queues; the front-end uses as many as it has
+STOP_TIMEOUT_S = 2.0  # how long a fetch thread stuck in its backend may hold up the end
+LATE_TIMEOUT_S = 10.0  # how long what is loaded after RUNNING may, on a busy machine
+SWITCH_INTERVAL_S = 0.0005  # a busy Python thread must not starve the fetch threads
 
 
 def _shown_time(seconds: float) -> str:
@@ -49,14 +49,35 @@ def _shown_time(seconds: float) -> str:
 class Mount:
     """One image in the mount table."""
 
-    __slots__ = ("_identity", "backend", "config", "image", "mounted_at", "path", "prefetch",
-                 "prefetch_files", "prefetch_limit", "serial", "source", "store")
+    __slots__ = (
+        "_identity",
+        "backend",
+        "config",
+        "image",
+        "mounted_at",
+        "path",
+        "prefetch",
+        "prefetch_files",
+        "prefetch_limit",
+        "serial",
+        "source",
+        "store",
+    )
 
-    def __init__(self, path: str, source: str, image: Rafs, store: Store, config: ImageConfig, backend: "Backend",
-                 serial: int, prefetch: Prefetch) -> None:
+    def __init__(
+        self,
+        path: str,
+        source: str,
+        image: Rafs,
+        store: Store,
+        config: ImageConfig,
+        backend: "Backend",
+        serial: int,
+        prefetch: Prefetch,
+    ) -> None:
         self.path, self.source, self.image, self.store = path, source, image, store
         self.config, self.backend, self.serial, self.prefetch = config, backend, serial, prefetch
-        self.prefetch_files: list[str] | None = None    # instead of what the image's table names
+        self.prefetch_files: list[str] | None = None  # instead of what the image's table names
         self._identity = _identity(source)
         self.mounted_at = time.time()
         self.prefetch_limit = _rate_limit(config)
@@ -67,7 +88,7 @@ class Mount:
 
         try:
             if _identity(self.source) != self._identity:
-                return False        # overwritten since: what is mounted cannot be compared any more
+                return False  # overwritten since: what is mounted cannot be compared any more
             return _identity(source) == self._identity or filecmp.cmp(self.source, source, shallow=False)
         except OSError:
             return False
@@ -96,19 +117,26 @@ class Share:
 class Service:
     """The daemon. Construct, start(), wait(), stop()."""
 
-    def __init__(self, log: logs.Log, *, instance_id: str | None = None, supervisor: str | None = None,
-                 read_deadline_ms: int = 0, allow_unverified: bool = False) -> None:
+    def __init__(
+        self,
+        log: logs.Log,
+        *,
+        instance_id: str | None = None,
+        supervisor: str | None = None,
+        read_deadline_ms: int = 0,
+        allow_unverified: bool = False,
+    ) -> None:
         self.log = log
         self.state = "INIT"
         self._id, self._supervisor = instance_id, supervisor
-        self._exit_reader, self._exit_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)   # a byte: end wait()
-        self._lock = threading.Lock()       # mounts and unmounts, one at a time
+        self._exit_reader, self._exit_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # a byte: end wait()
+        self._lock = threading.Lock()  # mounts and unmounts, one at a time
         self._mounts: dict[str, Mount] = {}
-        self._prefetch_tag = 0              # of the last mount; 0 is the engine's own
-        self._late: list[Mount] | None = []     # mounts whose prefetch begins after RUNNING; None: it has begun
+        self._prefetch_tag = 0  # of the last mount; 0 is the engine's own
+        self._late: list[Mount] | None = []  # mounts whose prefetch begins after RUNNING; None: it has begun
         self._shares: dict[str, Share] = {}
-        self._changes: dict[str, dict[str, str]] = {}      # by mount point, what hot changes gave
-        self._errors: list[str] = []        # the last ERRORS_MAX, of _error_count
+        self._changes: dict[str, dict[str, str]] = {}  # by mount point, what hot changes gave
+        self._errors: list[str] = []  # the last ERRORS_MAX, of _error_count
         self._error_count = 0
         self.engine = Engine(read_deadline_ms=read_deadline_ms, allow_unverified=allow_unverified)
         self.pump = FetchPump(self.engine)
@@ -119,9 +147,19 @@ class Service:
 
     # ---- life
 
-    def start(self, *, sock: str | None, fd: int | None, apisock: str | None, bootstrap: str | None,
-              config: ImageConfig | None, mountpoint: str = "/", prefetch_files: "list[str] | None" = None,
-              shared_dir: str | None = None, api_listener: socket.socket | None = None) -> None:
+    def start(
+        self,
+        *,
+        sock: str | None,
+        fd: int | None,
+        apisock: str | None,
+        bootstrap: str | None,
+        config: ImageConfig | None,
+        mountpoint: str = "/",
+        prefetch_files: "list[str] | None" = None,
+        shared_dir: str | None = None,
+        api_listener: socket.socket | None = None,
+    ) -> None:
         """Returns RUNNING, or raises Failure with nothing left behind but what stop() removes. api_listener: apisock's,
         where it is made already."""
         import sys
@@ -133,8 +171,9 @@ class Service:
             self._mount(mountpoint, bootstrap, config, prefetch_files=prefetch_files)
         if shared_dir:
             self._mount_share(mountpoint, shared_dir)
-        self._vhost = VhostServer(lambda: EngineDevice(self.engine, vfs, QUEUES), path=sock, fd=fd, say=self.log.say,
-                                  ended=self.request_exit)
+        self._vhost = VhostServer(
+            lambda: EngineDevice(self.engine, vfs, QUEUES), path=sock, fd=fd, say=self.log.say, ended=self.request_exit
+        )
         if apisock:
             self._api = ApiServer(apisock, self, api_listener)
         self._vhost.start()
@@ -165,7 +204,7 @@ class Service:
         """From any thread."""
         try:
             os.write(self._exit_writer, b"\0")
-        except BlockingIOError:     # full of such bytes
+        except BlockingIOError:  # full of such bytes
             pass
 
     def exit_by_api(self) -> None:
@@ -201,15 +240,15 @@ class Service:
             mount.prefetch.cancel()
         self.engine.shutdown()
         threads_left = False
-        if self._log_thread:        # first: it may be about to start fetch threads
+        if self._log_thread:  # first: it may be about to start fetch threads
             self._log_thread.join(LATE_TIMEOUT_S)
             threads_left = self._log_thread.is_alive()
         threads_left |= not self.pump.join(STOP_TIMEOUT_S)
-        if was_running:     # a start that failed is told in one line, by whoever asked for it
+        if was_running:  # a start that failed is told in one line, by whoever asked for it
             self.log.say(logs.INFO, "stopped")
         self.log.close()
         if threads_left:
-            os._exit(0)     # a fetch thread sits in a dead network: the cache is safe at any moment, so just go
+            os._exit(0)  # a fetch thread sits in a dead network: the cache is safe at any moment, so just go
         if self._vfs:
             self._vfs.close()
         for mount in self._mounts.values():
@@ -255,23 +294,25 @@ class Service:
 
     # ---- mounts
 
-    def mount_rafs(self, path: str, source: str, config_text: str,
-                   prefetch_files: "list[object] | None" = None) -> None:
+    def mount_rafs(
+        self, path: str, source: str, config_text: str, prefetch_files: "list[object] | None" = None
+    ) -> None:
         """API mount. A session that began with a bootstrap is complete: its INIT answers hold for rafs only."""
         config = parse_config(config_text, f"configuration of mount {path}")
         files = None if prefetch_files is None else check_list(prefetch_files, f"mount {path}")
         with self._lock:
             self._mount(path, source, config, prefetch_files=files)
 
-    def _mount(self, path: str, source: str, config: ImageConfig, serial: int = 0,
-               prefetch_files: "list[str] | None" = None) -> None:
+    def _mount(
+        self, path: str, source: str, config: ImageConfig, serial: int = 0, prefetch_files: "list[str] | None" = None
+    ) -> None:
         """serial: the number it had in a process that this one goes on for."""
         if not path.startswith("/"):
             raise Failure(f"mountpoint {path!r} is not absolute")
         if path in self._mounts or path in self._shares:
             raise Failure(ALREADY_MOUNTED)
         if self._vfs is None:
-            raise not_ready()       # it waits for a predecessor's mounts
+            raise not_ready()  # it waits for a predecessor's mounts
         backend = self._make_backend(config)
         try:
             os.makedirs(config.work_dir, exist_ok=True)  # noqa: PTH103
@@ -287,8 +328,16 @@ class Service:
         if serial:
             self._vfs.next_serial = serial
         self._prefetch_tag += 1
-        mount = Mount(path, source, image, store, config, backend, self._vfs.next_serial,
-                      Prefetch(self.engine, image, source, self._prefetch_tag))
+        mount = Mount(
+            path,
+            source,
+            image,
+            store,
+            config,
+            backend,
+            self._vfs.next_serial,
+            Prefetch(self.engine, image, source, self._prefetch_tag),
+        )
         mount.prefetch_files = prefetch_files
         image.count_files(metrics.counts_files(mount))
         for blob in image.blobs():
@@ -316,8 +365,9 @@ class Service:
 
         for line in config.warnings:
             self.log.say(logs.WARNING, line)
-        return create_backend(config.backend_type, config.backend_config,
-                              warn=lambda line: self.log.say(logs.WARNING, line))
+        return create_backend(
+            config.backend_type, config.backend_config, warn=lambda line: self.log.say(logs.WARNING, line)
+        )
 
     @staticmethod
     def _begin_prefetch(mount: Mount) -> None:
@@ -326,8 +376,7 @@ class Service:
         if config.prefetch or mount.prefetch_files:
             mount.prefetch.start(mount.prefetch_files, then_all=config.prefetch_all)
 
-    def remount(self, path: str, source: str, config_text: str,
-                prefetch_files: "list[object] | None" = None) -> None:
+    def remount(self, path: str, source: str, config_text: str, prefetch_files: "list[object] | None" = None) -> None:
         """A changed image or configuration at the same place. With the image that is there the guest notices nothing;
         what it has open of another goes stale."""
         config = parse_config(config_text, f"configuration of mount {path}")
@@ -339,7 +388,7 @@ class Service:
             if old is None:
                 raise Failure(NOT_MOUNTED)
             assert self._vfs is not None
-            Rafs(self.engine, source).close()       # what cannot be opened must not cost the guest what it has
+            Rafs(self.engine, source).close()  # what cannot be opened must not cost the guest what it has
             if config.work_dir == old.config.work_dir and old.is_of(source):
                 self._reconfigure(old, source, config, files)
                 return
@@ -412,7 +461,7 @@ class Service:
                 del self._shares[path]
                 share.directory.close()
             self._mounts_changed()
-            for left in self._shares.values():      # the host unmounts the container's directories next
+            for left in self._shares.values():  # the host unmounts the container's directories next
                 left.directory.drop_idle()
 
     def _release(self, mount: Mount) -> None:
@@ -439,8 +488,13 @@ class Service:
 
     def events(self) -> "dict[str, Any]":
         errors = list(self._errors)
-        return {"max_errors": ERRORS_MAX, "total_errors": self._error_count, "max_size": ERRORS_MAX_BYTES,
-                "total_size": sum(map(len, errors)), "errors": errors}
+        return {
+            "max_errors": ERRORS_MAX,
+            "total_errors": self._error_count,
+            "max_size": ERRORS_MAX_BYTES,
+            "total_size": sum(map(len, errors)),
+            "errors": errors,
+        }
 
     def superblock(self, path: str) -> "dict[str, Any]":
         """The facts of the image there, by nydusd's names. Raises Failure where none is mounted."""
@@ -454,16 +508,31 @@ class Service:
         v6 = info["fs_version"] == 6
         forever = {"secs": 365 * 24 * 3600, "nanos": 0}
         return {
-            "magic": 0xE0F5E1E2 if v6 else 0x52414653, "version": 0x600 if v6 else 0x500,
-            "sb_size": 128 + 1024 if v6 else 8192, "root_inode": info["root_ino"],
-            "chunk_size": info["chunk_size_bytes"], "batch_size": 0, "inodes_count": info["inode_count"],
-            "flags": {"bits": info["flags"]}, "inode_table_entries": 0, "inode_table_offset": 0,
-            "blob_table_size": info["blob_table_size_bytes"], "blob_table_offset": info["blob_table_offset"],
-            "extended_blob_table_offset": 0, "extended_blob_table_entries": 0, "blob_device_table_count": 0,
-            "blob_device_table_offset": 0, "prefetch_table_offset": info["prefetch_table_offset"],
-            "prefetch_table_entries": info["prefetch_count"], "attr_timeout": forever, "entry_timeout": forever,
-            "is_chunk_dict": False, "meta_blkaddr": info["meta_blkaddr"], "root_nid": info["root_ino"] & 0xFFFF,
-            "chunk_table_offset": info["chunk_table_offset"], "chunk_table_size": info["chunk_table_size_bytes"],
+            "magic": 0xE0F5E1E2 if v6 else 0x52414653,
+            "version": 0x600 if v6 else 0x500,
+            "sb_size": 128 + 1024 if v6 else 8192,
+            "root_inode": info["root_ino"],
+            "chunk_size": info["chunk_size_bytes"],
+            "batch_size": 0,
+            "inodes_count": info["inode_count"],
+            "flags": {"bits": info["flags"]},
+            "inode_table_entries": 0,
+            "inode_table_offset": 0,
+            "blob_table_size": info["blob_table_size_bytes"],
+            "blob_table_offset": info["blob_table_offset"],
+            "extended_blob_table_offset": 0,
+            "extended_blob_table_entries": 0,
+            "blob_device_table_count": 0,
+            "blob_device_table_offset": 0,
+            "prefetch_table_offset": info["prefetch_table_offset"],
+            "prefetch_table_entries": info["prefetch_count"],
+            "attr_timeout": forever,
+            "entry_timeout": forever,
+            "is_chunk_dict": False,
+            "meta_blkaddr": info["meta_blkaddr"],
+            "root_nid": info["root_ino"] & 0xFFFF,
+            "chunk_table_offset": info["chunk_table_offset"],
+            "chunk_table_size": info["chunk_table_size_bytes"],
         }
 
     def daemon_info(self) -> "dict[str, Any]":
@@ -477,14 +546,21 @@ class Service:
             "state": self.state,
             "backend_collection": {
                 mount.path: {
-                    "backend_type": "Rafs", "mountpoint": mount.path, "mounted_time": _shown_time(mount.mounted_at),
+                    "backend_type": "Rafs",
+                    "mountpoint": mount.path,
+                    "mounted_time": _shown_time(mount.mounted_at),
                     "config": mount.config.public(),
-                } for mount in mounts
-            } | {
+                }
+                for mount in mounts
+            }
+            | {
                 share.path: {
-                    "backend_type": "PassthroughFs", "mountpoint": share.path,
-                    "mounted_time": _shown_time(share.mounted_at), "config": None,
-                } for share in shares
+                    "backend_type": "PassthroughFs",
+                    "mountpoint": share.path,
+                    "mounted_time": _shown_time(share.mounted_at),
+                    "config": None,
+                }
+                for share in shares
             },
         }
 
@@ -501,7 +577,7 @@ class Service:
     def mount_metrics(self, kind: str, wanted: str | None) -> object:
         """A document of nydusd's metrics: kind is one of metrics.DOCUMENTS, wanted the `id` of the query. Raises
         LookupError where that names no mount."""
-        with self._lock:        # an image that is being unmounted has no numbers any more
+        with self._lock:  # an image that is being unmounted has no numbers any more
             mount = metrics.find_mount(self._mounts, wanted)
             if mount is None:
                 raise LookupError(wanted)
@@ -533,8 +609,13 @@ class Service:
         from virtiofsd_nydus.storage.factory import change_backend
 
         unused = change_backend(mount.backend, changes)
-        self.log.say(logs.INFO, "configuration changed", mountpoint=mount.path, keys=", ".join(sorted(changes)),
-                     **{"without effect": ", ".join(unused)} if unused else {})
+        self.log.say(
+            logs.INFO,
+            "configuration changed",
+            mountpoint=mount.path,
+            keys=", ".join(sorted(changes)),
+            **{"without effect": ", ".join(unused)} if unused else {},
+        )
 
     def changed_config(self, wanted: str | None) -> "dict[str, str]":
         """Key -> value that change_config gave."""
@@ -549,10 +630,15 @@ class Service:
             for mount in self._mounts.values():
                 for blob in mount.image.blobs():
                     ready, total = mount.image.ready_chunks(blob.index)
-                    blobs[blob.id] = {"ready_chunks": ready, "chunks": total or blob.chunk_count,
-                                      "compressed_bytes": blob.compressed_size_bytes,
-                                      "uncompressed_bytes": blob.uncompressed_size_bytes}
-            backends = {mount.path: {"type": mount.backend.kind, **mount.backend.status(),
-                                     **mount.backend.meter.own_metrics()} for mount in self._mounts.values()}
+                    blobs[blob.id] = {
+                        "ready_chunks": ready,
+                        "chunks": total or blob.chunk_count,
+                        "compressed_bytes": blob.compressed_size_bytes,
+                        "uncompressed_bytes": blob.uncompressed_size_bytes,
+                    }
+            backends = {
+                mount.path: {"type": mount.backend.kind, **mount.backend.status(), **mount.backend.meter.own_metrics()}
+                for mount in self._mounts.values()
+            }
             shares = {share.path: share.directory.stats() for share in self._shares.values()}
         return {"engine": self.engine.stats(), "blobs": blobs, "backends": backends, "shares": shares}

@@ -39,8 +39,9 @@ def send_state(path: str, state: "dict[str, Any]", fd: int) -> None:
             sent = socket.send_fds(connection, [data], [fd])
             connection.sendall(data[sent:])
         except OSError as error:
-            raise Failure(f"cannot send the state to the supervisor at {path}: {error.strerror or error}",
-                          Cause.IO) from None
+            raise Failure(
+                f"cannot send the state to the supervisor at {path}: {error.strerror or error}", Cause.IO
+            ) from None
 
 
 def receive_state(path: str) -> "tuple[dict[str, Any], int]":

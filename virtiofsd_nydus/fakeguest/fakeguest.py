@@ -26,8 +26,9 @@ HIGH_GPA = 0xC0000
 SCRATCH_BYTES = 1 << 20  # for tests, before the rings
 REPLY_MAX = 4 << 20
 FEATURES = Feature.VERSION_1 | Feature.INDIRECT | Feature.EVENT_IDX | Feature.PROTOCOL
-PROTOCOL = (Protocol.MQ | Protocol.REPLY_ACK | Protocol.BACKEND_REQ | Protocol.BACKEND_SEND_FD
-            | Protocol.CONFIGURE_MEM_SLOTS)
+PROTOCOL = (
+    Protocol.MQ | Protocol.REPLY_ACK | Protocol.BACKEND_REQ | Protocol.BACKEND_SEND_FD | Protocol.CONFIGURE_MEM_SLOTS
+)
 
 
 class GuestFault(RuntimeError):
@@ -125,10 +126,22 @@ class Queue:
         """Makes empty rings, first being the next index of both."""
         if self.handle != ffi.NULL:
             lib.fg_queue_free(self.handle)
-        config = ffi.new("fg_queue_config *", {
-            "num": self.size, "desc_gpa": self.desc_gpa, "avail_gpa": self.avail_gpa, "used_gpa": self.used_gpa,
-            "event_idx": int(event_idx), "indirect": int(indirect), "poll": int(poll), "slot_gpa": self.slot_gpa,
-            "slot_count": self.slot_count, "slot_data_bytes": self.slot_data_bytes, "scatter": int(scatter)})
+        config = ffi.new(
+            "fg_queue_config *",
+            {
+                "num": self.size,
+                "desc_gpa": self.desc_gpa,
+                "avail_gpa": self.avail_gpa,
+                "used_gpa": self.used_gpa,
+                "event_idx": int(event_idx),
+                "indirect": int(indirect),
+                "poll": int(poll),
+                "slot_gpa": self.slot_gpa,
+                "slot_count": self.slot_count,
+                "slot_data_bytes": self.slot_data_bytes,
+                "scatter": int(scatter),
+            },
+        )
         self.handle = lib.fg_queue_new(self.memory.handle, config, first)
         if self.handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno), f"queue {self.index}")
@@ -246,10 +259,22 @@ def default_regions(size_bytes: int) -> list[Region]:
 class FakeGuest:
     """A guest with a hiprio queue and request_queues more. Its steps are those traced from QEMU 7.2."""
 
-    def __init__(self, path: Path, *, request_queues: int = 1, queue_size: int = 256, slot_count: int = 8,
-                 slot_data_bytes: int = 131072, indirect: bool = True, event_idx: bool = True, poll: bool = False,
-                 scatter: bool = False, regions: Sequence[Region] | None = None, seal: bool = True,
-                 hiprio_size: int = 128) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        request_queues: int = 1,
+        queue_size: int = 256,
+        slot_count: int = 8,
+        slot_data_bytes: int = 131072,
+        indirect: bool = True,
+        event_idx: bool = True,
+        poll: bool = False,
+        scatter: bool = False,
+        regions: Sequence[Region] | None = None,
+        seal: bool = True,
+        hiprio_size: int = 128,
+    ) -> None:
         self.path = path
         self.indirect, self.event_idx, self.poll, self.scatter = indirect, event_idx, poll, scatter
         if regions is None:
@@ -260,8 +285,9 @@ class FakeGuest:
         self.memory = Memory(regions, seal)
         self.scratch_gpa = self.memory.allocate(SCRATCH_BYTES)
         self.queues = [Queue(self.memory, 0, hiprio_size, 4, PAGE)]
-        self.queues += [Queue(self.memory, i + 1, queue_size, slot_count, slot_data_bytes)
-                        for i in range(request_queues)]
+        self.queues += [
+            Queue(self.memory, i + 1, queue_size, slot_count, slot_data_bytes) for i in range(request_queues)
+        ]
         self.features = 0
         self.protocol = 0
         self.memory_sent = False
@@ -279,8 +305,9 @@ class FakeGuest:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         try:
             if kind is None:
                 self.memory.check_gaps()
@@ -350,8 +377,9 @@ class FakeGuest:
         at = self.memory.user_address
         self.front.send(Request.SET_VRING_NUM, vhost.VRING_STATE.pack(queue.index, queue.size))
         self.front.send(Request.SET_VRING_BASE, vhost.VRING_STATE.pack(queue.index, base))
-        addresses = vhost.VRING_ADDR.pack(queue.index, 0, at(queue.desc_gpa), at(queue.used_gpa),
-                                          at(queue.avail_gpa), queue.used_gpa)
+        addresses = vhost.VRING_ADDR.pack(
+            queue.index, 0, at(queue.desc_gpa), at(queue.used_gpa), at(queue.avail_gpa), queue.used_gpa
+        )
         self.front.command(Request.SET_VRING_ADDR, addresses, (), self.acks)
         self.send_fd(Request.SET_VRING_KICK, queue, queue.kick_fd)
 
@@ -361,8 +389,13 @@ class FakeGuest:
     def start(self, first: int = 0) -> None:
         """From driver ready to rings that run; first is the index that rings start at (0 for a fresh guest)."""
         for queue in self.queues:
-            queue.reset(bool(self.features & Feature.EVENT_IDX), bool(self.features & Feature.INDIRECT), self.poll,
-                        self.scatter, first)
+            queue.reset(
+                bool(self.features & Feature.EVENT_IDX),
+                bool(self.features & Feature.INDIRECT),
+                self.poll,
+                self.scatter,
+                first,
+            )
             self.send_fd(Request.SET_VRING_CALL, queue, queue.call_fd)
         self.front.send(Request.SET_FEATURES, vhost.U64.pack(self.features))
         if not self.memory_sent:

@@ -90,8 +90,9 @@ class Channel(Protocol):
     def call(self, request: bytes, out_fixed: int, data_bytes: int) -> bytes: ...
 
 
-def pack_request(opcode: int, unique: int, nodeid: int, body: bytes = b"", length: int | None = None, uid: int = 0,
-                 gid: int = 0) -> bytes:
+def pack_request(
+    opcode: int, unique: int, nodeid: int, body: bytes = b"", length: int | None = None, uid: int = 0, gid: int = 0
+) -> bytes:
     """A whole request; length overrides what the header claims."""
     size = IN_HEADER.size + len(body) if length is None else length
     return IN_HEADER.pack(size, opcode, unique, nodeid, uid, gid, 1, 0, 0) + body
@@ -126,8 +127,7 @@ class FuseClient:
         self.channel = channel
         self.unique = 0
 
-    def request(self, opcode: int, nodeid: int, body: bytes = b"", out_fixed: int = 0,
-                data_bytes: int = 0) -> bytes:
+    def request(self, opcode: int, nodeid: int, body: bytes = b"", out_fixed: int = 0, data_bytes: int = 0) -> bytes:
         """Reply without its header."""
         self.unique += 2
         request = pack_request(opcode, self.unique, nodeid, body, uid=self.uid, gid=self.gid)
@@ -257,8 +257,9 @@ class FuseClient:
         written: int = struct.unpack_from("=I", self.request(WRITE, nodeid, head + data, 8))[0]
         return written
 
-    def create(self, parent: int, name: bytes, mode: int = 0o644, flags: int = 2, kill: bool = False,
-               opcode: int = CREATE) -> tuple[Entry, int]:
+    def create(
+        self, parent: int, name: bytes, mode: int = 0o644, flags: int = 2, kill: bool = False, opcode: int = CREATE
+    ) -> tuple[Entry, int]:
         """The new entry and its open file."""
         body = struct.pack("=IIII", flags, mode | 0o100000, 0, int(kill)) + name + b"\0"
         reply = self.request(opcode, parent, body, ENTRY.size + ATTR.size + 16)
@@ -290,11 +291,38 @@ class FuseClient:
         else:
             self.request(RENAME2, parent, struct.pack("=QII", new_parent, flags, 0) + names)
 
-    def setattr(self, nodeid: int, valid: int, *, mode: int = 0, uid: int = 0, gid: int = 0, size: int = 0,
-                atime_ns: int = 0, mtime_ns: int = 0, handle: int = 0) -> Attr:
+    def setattr(
+        self,
+        nodeid: int,
+        valid: int,
+        *,
+        mode: int = 0,
+        uid: int = 0,
+        gid: int = 0,
+        size: int = 0,
+        atime_ns: int = 0,
+        mtime_ns: int = 0,
+        handle: int = 0,
+    ) -> Attr:
         second = 1_000_000_000
-        body = SETATTR_IN.pack(valid | (SET_FH if handle else 0), 0, handle, size, 0, atime_ns // second,
-                               mtime_ns // second, 0, atime_ns % second, mtime_ns % second, 0, mode, 0, uid, gid, 0)
+        body = SETATTR_IN.pack(
+            valid | (SET_FH if handle else 0),
+            0,
+            handle,
+            size,
+            0,
+            atime_ns // second,
+            mtime_ns // second,
+            0,
+            atime_ns % second,
+            mtime_ns % second,
+            0,
+            mode,
+            0,
+            uid,
+            gid,
+            0,
+        )
         return Attr(*ATTR.unpack_from(self.request(SETATTR, nodeid, body, 16 + ATTR.size), 16))
 
     def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int = 0) -> None:
@@ -306,8 +334,9 @@ class FuseClient:
     def fallocate(self, nodeid: int, handle: int, mode: int, offset: int, length: int) -> None:
         self.request(FALLOCATE, nodeid, struct.pack("=QQQII", handle, offset, length, mode, 0))
 
-    def copy_file_range(self, nodeid: int, handle: int, offset: int, to_node: int, to_handle: int, to_offset: int,
-                        length: int) -> int:
+    def copy_file_range(
+        self, nodeid: int, handle: int, offset: int, to_node: int, to_handle: int, to_offset: int, length: int
+    ) -> int:
         body = struct.pack("=QQQQQQQ", handle, offset, to_node, to_handle, to_offset, length, 0)
         copied: int = struct.unpack_from("=I", self.request(COPY_FILE_RANGE, nodeid, body, 8))[0]
         return copied

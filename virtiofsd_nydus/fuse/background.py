@@ -51,7 +51,7 @@ class BackgroundMount:
         while self.is_running():
             if time.monotonic() > end:
                 raise Failure(f"the daemon at {self.api} goes on without its mount", Cause.DEADLINE)
-            time.sleep(POLL_SECONDS)    # between two looks; the deadline decides
+            time.sleep(POLL_SECONDS)  # between two looks; the deadline decides
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -29,8 +29,16 @@ class HostFuse:
     passthrough: have the kernel read files by itself that are wholly in the cache, where it can.
     """
 
-    def __init__(self, mountpoint: str, *, threads: int = THREADS_DEFAULT, failover_policy: str = "resend",
-                 writable: bool = False, supervised: bool = False, passthrough: bool = False) -> None:
+    def __init__(
+        self,
+        mountpoint: str,
+        *,
+        threads: int = THREADS_DEFAULT,
+        failover_policy: str = "resend",
+        writable: bool = False,
+        supervised: bool = False,
+        passthrough: bool = False,
+    ) -> None:
         if not 1 <= threads <= 1024:
             raise UsageFailure("--fuse-threads: 1 to 1024")
         self.mountpoint = mountpoint
@@ -75,7 +83,7 @@ class HostFuse:
         require(self._handle != ffi.NULL, err)
         if not resumed:
             try:
-                os.stat(self.mountpoint)    # waits until INIT is answered  # noqa: PTH116
+                os.stat(self.mountpoint)  # waits until INIT is answered  # noqa: PTH116
             except OSError as error:
                 raise Failure(f"the mount on {self.mountpoint} does not answer: {error.strerror}") from None
             self._raise_read_ahead()
@@ -127,7 +135,7 @@ class HostFuse:
             try:
                 mounts.umount(self.mountpoint)
             except OSError:
-                pass    # somebody was faster
+                pass  # somebody was faster
         self._mounted = False
         self.stop()
         if self._handle != ffi.NULL:

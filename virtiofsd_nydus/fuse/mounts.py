@@ -61,11 +61,14 @@ def check_mountpoint(path: str) -> str:
         raise Failure(f"no mountpoint {path}: {error.strerror}; make the directory first", Cause.MISSING) from None
     there = find_mount(real)
     if there and there.fstype == FSTYPE and is_dead(real):
-        raise Failure(f"{path} still holds the mount of a daemon that is gone: run umount -l {path}, then try again",
-                      Cause.IO)
+        raise Failure(
+            f"{path} still holds the mount of a daemon that is gone: run umount -l {path}, then try again", Cause.IO
+        )
     if there:
-        raise Failure(f"mountpoint {path} is busy: {there.source} ({there.fstype}) is mounted there; umount it or "
-                      "choose another", Cause.IO)
+        raise Failure(
+            f"mountpoint {path} is busy: {there.source} ({there.fstype}) is mounted there; umount it or choose another",
+            Cause.IO,
+        )
     if not os.path.isdir(real):  # noqa: PTH112
         raise Failure(f"mountpoint {path} is not a directory", Cause.IO)
     return real
@@ -77,7 +80,7 @@ def is_dead(path: str) -> bool:
 
     def ask() -> None:
         try:
-            os.statvfs(path)        # attributes would come from the kernel's memory
+            os.statvfs(path)  # attributes would come from the kernel's memory
         except OSError as error:
             outcome.append(error.errno or 0)
 
@@ -133,10 +136,14 @@ def mount_fuse(target: str, *, read_only: bool = True) -> int:
     except PermissionError:
         return _mount_by_helper(target, read_only)
     except OSError as error:
-        raise Failure(f"cannot open {DEVICE}: {error.strerror}; this kernel has no FUSE or its module is not loaded: "
-                      "run modprobe fuse, and in a container pass the device in", Cause.IO) from None
-    options = (f"fd={fd},rootmode=40000,user_id={uid},group_id={gid},allow_other,default_permissions,"
-               f"max_read={MAX_READ_BYTES}")
+        raise Failure(
+            f"cannot open {DEVICE}: {error.strerror}; this kernel has no FUSE or its module is not loaded: "
+            "run modprobe fuse, and in a container pass the device in",
+            Cause.IO,
+        ) from None
+    options = (
+        f"fd={fd},rootmode=40000,user_id={uid},group_id={gid},allow_other,default_permissions,max_read={MAX_READ_BYTES}"
+    )
     flags = MS_NOSUID | MS_NODEV | MS_NOATIME | (MS_RDONLY if read_only else 0)
     try:
         mount(SOURCE, target, FSTYPE, flags, options)
@@ -160,8 +167,13 @@ def _mount_by_helper(target: str, read_only: bool) -> int:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         options = f"{'ro' if read_only else 'rw'},nosuid,nodev,default_permissions,fsname={SOURCE},subtype=nydus"
-        done = subprocess.run([helper, "-o", options, "--", target], pass_fds=[theirs.fileno()], text=True,
-                              env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())}, capture_output=True)
+        done = subprocess.run(
+            [helper, "-o", options, "--", target],
+            pass_fds=[theirs.fileno()],
+            text=True,
+            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno())},
+            capture_output=True,
+        )
         theirs.close()
         if done.returncode == 0:
             _, fds, _, _ = socket.recv_fds(ours, 1, 1)

@@ -32,8 +32,8 @@ TAG = "kataShared"
 GUEST_SHARED = "/run/kata-containers/shared"
 SANDBOX = "sb1"
 BUSYBOX = Path("/bin/busybox")  # all there is in the pause container
-STOP_SECONDS = 5.0              # Kata's, from SIGTERM to SIGKILL
-READY_SECONDS = 10.0            # runtime-rs's, for the whole wait
+STOP_SECONDS = 5.0  # Kata's, from SIGTERM to SIGKILL
+READY_SECONDS = 10.0  # runtime-rs's, for the whole wait
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18
 
@@ -85,8 +85,17 @@ class Sandbox(Lifetime):
     base: a directory for what Kata has at /run. say: told each step.
     """
 
-    def __init__(self, base: Path, files: GuestFiles, *, layout: str = "go", memory: str = "512M", accel: str = "tcg",
-                 timeout_s: float = 180.0, say: Callable[[str], object] = lambda line: None) -> None:
+    def __init__(
+        self,
+        base: Path,
+        files: GuestFiles,
+        *,
+        layout: str = "go",
+        memory: str = "512M",
+        accel: str = "tcg",
+        timeout_s: float = 180.0,
+        say: Callable[[str], object] = lambda line: None,
+    ) -> None:
         super().__init__()
         self.base, self.files, self.layout, self.memory, self.accel = base, files, layout, memory, accel
         self.say = say
@@ -107,7 +116,7 @@ class Sandbox(Lifetime):
         self.process: subprocess.Popen[bytes] | None = None
         self.machine: Machine | None = None
         self.pause: Job | None = None
-        self.volumes: dict[str, list[tuple[str, str]]] = {}     # container -> where, name below mounts
+        self.volumes: dict[str, list[tuple[str, str]]] = {}  # container -> where, name below mounts
         self._more_memory = 0
         self._readers: list[threading.Thread] = []
 
@@ -148,13 +157,26 @@ class Sandbox(Lifetime):
         """Go: one pipe for both streams, whose end is the daemon's. runtime-rs: two, standard input inherited."""
         rs = self.layout == "rs"
         for path in () if rs else (self.sock, self.api):
-            with socket.socket(socket.AF_UNIX) as stale:    # runtime-rs removes such, Go leaves them to the daemon
+            with socket.socket(socket.AF_UNIX) as stale:  # runtime-rs removes such, Go leaves them to the daemon
                 stale.bind(str(path))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "virtiofsd_nydus.cli.main", "virtiofs", *(["--hybrid-mode"] if rs else []),
-             "--log-level", "info", "--apisock", str(self.api), "--sock", str(self.sock)],
-            stdin=None if rs else subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if rs else subprocess.STDOUT)
+            [
+                sys.executable,
+                "-m",
+                "virtiofsd_nydus.cli.main",
+                "virtiofs",
+                *(["--hybrid-mode"] if rs else []),
+                "--log-level",
+                "info",
+                "--apisock",
+                str(self.api),
+                "--sock",
+                str(self.sock),
+            ],
+            stdin=None if rs else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if rs else subprocess.STDOUT,
+        )
         self._stack.callback(self._stop_daemon)
         self.log: list[bytes] = []
         for stream in (self.process.stdout, self.process.stderr):
@@ -191,8 +213,9 @@ class Sandbox(Lifetime):
     def create_pause(self, guest_root: str) -> None:
         rootfs = self.rootfs(SANDBOX)
         self.shell(f"mkdir -p {rootfs}; mount --bind {guest_root} {rootfs}")
-        self.pause = self.guest.start(["/bin/busybox", "chroot", rootfs, "/bin/busybox", "sleep", "1000000"],
-                                      chroot=False)
+        self.pause = self.guest.start(
+            ["/bin/busybox", "chroot", rootfs, "/bin/busybox", "sleep", "1000000"], chroot=False
+        )
 
     def _wait_running(self) -> None:
         deadline = Deadline(READY_SECONDS, "the daemon's start")
@@ -208,7 +231,7 @@ class Sandbox(Lifetime):
             except OSError:
                 pass
             deadline.remaining()
-            time.sleep(0.01)    # the API socket is not there yet: nothing tells of it
+            time.sleep(0.01)  # the API socket is not there yet: nothing tells of it
 
     def log_text(self) -> str:
         """What the daemon has said."""
@@ -239,9 +262,18 @@ class Sandbox(Lifetime):
     def root_storage(self, cid: str) -> Storage:
         """The overlay of a container on an image."""
         inside = f"{GUEST_SHARED}/containers/{cid}"
-        return Storage("overlayfs", "overlay", "overlay", f"{inside}/rootfs",
-                       (f"upperdir={inside}/snapshotdir/fs", f"workdir={inside}/snapshotdir/work",
-                        f"lowerdir={GUEST_SHARED}/rafs/{cid}/lowerdir", "index=off"))
+        return Storage(
+            "overlayfs",
+            "overlay",
+            "overlay",
+            f"{inside}/rootfs",
+            (
+                f"upperdir={inside}/snapshotdir/fs",
+                f"workdir={inside}/snapshotdir/work",
+                f"lowerdir={GUEST_SHARED}/rafs/{cid}/lowerdir",
+                "index=off",
+            ),
+        )
 
     def start_container(self, container: Container) -> None:
         cid = container.id
@@ -252,14 +284,18 @@ class Sandbox(Lifetime):
         else:
             self._bind_snapshot(container)
             self._mount_image(container)
-        self.volumes[cid] = [(where, self._bind_volume(cid, where, source))
-                             for where, source in container.volumes.items()]
+        self.volumes[cid] = [
+            (where, self._bind_volume(cid, where, source)) for where, source in container.volumes.items()
+        ]
         self.say(f"8, 9 {cid}: overlay in the guest")
         self.create_container(cid)
 
     def _mount_image(self, container: Container) -> None:
-        self.call("POST", f"/rafs/{container.id}/lowerdir",
-                  {"fs_type": "rafs", "source": str(container.bootstrap), "config": container.config})
+        self.call(
+            "POST",
+            f"/rafs/{container.id}/lowerdir",
+            {"fs_type": "rafs", "source": str(container.bootstrap), "config": container.config},
+        )
 
     def _bind_snapshot(self, container: Container) -> None:
         for name in ("fs", "work"):
@@ -285,8 +321,9 @@ class Sandbox(Lifetime):
         """What the agent does for CreateContainer."""
         storage, rootfs = self.root_storage(cid), self.rootfs(cid)
         lines = [storage.command, f"mkdir -p {rootfs}; mount --bind {storage.mount_point} {rootfs}"]
-        lines += [f"[ -d {rootfs}/{d} ] || mkdir {rootfs}/{d}; mount --bind /{d} {rootfs}/{d}"
-                  for d in ("proc", "dev", "sys")]
+        lines += [
+            f"[ -d {rootfs}/{d} ] || mkdir {rootfs}/{d}; mount --bind /{d} {rootfs}/{d}" for d in ("proc", "dev", "sys")
+        ]
         for where, name in self.volumes[cid]:
             source, target = f"{self.guest_mounts}/{name}", f"{rootfs}{where}"
             make = f"if [ -d {source} ]; then mkdir -p {target}; else mkdir -p {Path(target).parent}; : >> {target}; fi"
@@ -303,16 +340,19 @@ class Sandbox(Lifetime):
         # Movable: the page cache, which the daemon reads into, goes there first
         online = "echo online_movable > /sys/devices/system/memory/auto_online_blocks"
         before = self.shell(f"{online}; echo {total}").text.strip()
-        self.machine.execute("object-add", {"qom-type": "memory-backend-file", "id": name, "size": mib << 20,
-                                            "mem-path": "/dev/shm", "share": True})
+        self.machine.execute(
+            "object-add",
+            {"qom-type": "memory-backend-file", "id": name, "size": mib << 20, "mem-path": "/dev/shm", "share": True},
+        )
         self.machine.execute("device_add", {"driver": "pc-dimm", "id": f"dimm{name}", "memdev": name})
         self.shell(f"until [ {total} -ge {int(before) + (mib << 10)} ]; do sleep 0.1; done")
 
     def run_in(self, cid: str, argv: Sequence[str], **streams: Any) -> Job:
         """Step 10: a command in the container's root."""
         self.say(f"10 {cid}: {' '.join(argv)}")
-        return self.guest.run(["/bin/busybox", "chroot", self.rootfs(cid), *argv], self.deadline, chroot=False,
-                              **streams)
+        return self.guest.run(
+            ["/bin/busybox", "chroot", self.rootfs(cid), *argv], self.deadline, chroot=False, **streams
+        )
 
     def remove_container(self, container: Container) -> None:
         cid = container.id
@@ -326,7 +366,7 @@ class Sandbox(Lifetime):
         self.call("DELETE", f"/rafs/{cid}/lowerdir")
         # runtime-rs unmounts this one plainly, so nothing may pin it any more
         self._unmount(self.top / cid / "snapshotdir", lazily=self.layout == "go")
-        if self.layout == "go":         # runtime-rs leaves the directory until the sandbox's end
+        if self.layout == "go":  # runtime-rs leaves the directory until the sandbox's end
             shutil.rmtree(self.top / cid)
 
     @staticmethod
@@ -337,8 +377,10 @@ class Sandbox(Lifetime):
 
     def destroy_container(self, cid: str) -> None:
         """What the agent does for RemoveContainer."""
-        self.shell(f"for m in $(cut -d' ' -f2 /proc/mounts | grep ^{self.rootfs(cid)} | sort -r); do umount $m; done; "
-                   f"umount {self.root_storage(cid).mount_point}")
+        self.shell(
+            f"for m in $(cut -d' ' -f2 /proc/mounts | grep ^{self.rootfs(cid)} | sort -r); do umount $m; done; "
+            f"umount {self.root_storage(cid).mount_point}"
+        )
 
     # ---- step 13
 
@@ -361,9 +403,10 @@ class Sandbox(Lifetime):
                 late = True
         self.process.kill()
         self.process.wait()
-        for reader in self._readers:    # at the pipes' end, which is how Go learns of the daemon's
+        for reader in self._readers:  # at the pipes' end, which is how Go learns of the daemon's
             reader.join(STOP_SECONDS)
             late = late or reader.is_alive()
         if late:
-            raise Failure(f"{STOP_SECONDS:g} s after SIGTERM the daemon runs, or something holds its output",
-                          Cause.DEADLINE)
+            raise Failure(
+                f"{STOP_SECONDS:g} s after SIGTERM the daemon runs, or something holds its output", Cause.DEADLINE
+            )

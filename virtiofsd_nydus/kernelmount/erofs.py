@@ -11,8 +11,10 @@ FSTYPE = "erofs"
 
 def check_kernel() -> None:
     if not mounts.knows_filesystem(FSTYPE):
-        raise Failure("this kernel has no EROFS or its module is not loaded: modprobe erofs, or mount without --kernel",
-                      Cause.MISSING)
+        raise Failure(
+            "this kernel has no EROFS or its module is not loaded: modprobe erofs, or mount without --kernel",
+            Cause.MISSING,
+        )
 
 
 def mount_erofs(bootstrap: str, devices: Sequence[str], target: str) -> None:
@@ -26,5 +28,6 @@ def mount_erofs(bootstrap: str, devices: Sequence[str], target: str) -> None:
             why = "this kernel mounts EROFS from block devices alone (plain files since 6.12)"
         elif error.errno == errno.EPERM:
             why = "that needs root"
-        raise Failure(f"the kernel does not mount this image on {target}: {why}; mount without --kernel",
-                      Cause.IO) from None
+        raise Failure(
+            f"the kernel does not mount this image on {target}: {why}; mount without --kernel", Cause.IO
+        ) from None

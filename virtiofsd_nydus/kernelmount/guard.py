@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-TRIES = 5               # workers that die young; then readers are refused
+TRIES = 5  # workers that die young; then readers are refused
 YOUNG_SECONDS = 5.0
 PAUSE_FIRST_SECONDS, PAUSE_LAST_SECONDS = 2.0, 30.0
 MNT_DETACH = 2

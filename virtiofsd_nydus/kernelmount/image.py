@@ -28,8 +28,11 @@ class KernelImage:
 
     def __enter__(self) -> Self:
         if self.config.cache_compressed:
-            raise Failure("the configuration keeps the cache compressed, which EROFS cannot read: leave `compressed` "
-                          "out of it, or mount without --kernel", Cause.FORMAT)
+            raise Failure(
+                "the configuration keeps the cache compressed, which EROFS cannot read: leave `compressed` "
+                "out of it, or mount without --kernel",
+                Cause.FORMAT,
+            )
         with ExitStack() as stack:
             self.engine = Engine()
             stack.callback(self.engine.close)
@@ -40,8 +43,10 @@ class KernelImage:
             self.rafs = Rafs(self.engine, self.bootstrap, store)
             stack.callback(self.rafs.close)
             if self.rafs.info()["fs_version"] != 6:
-                raise Failure(f"{self.bootstrap} is RAFS version 5, which EROFS does not know: mount without --kernel",
-                              Cause.FORMAT)
+                raise Failure(
+                    f"{self.bootstrap} is RAFS version 5, which EROFS does not know: mount without --kernel",
+                    Cause.FORMAT,
+                )
             self.blobs = self.rafs.blobs()
             rate = self.config.prefetch_bandwidth_bytes_s
             limit = RateLimit(rate) if rate else None
@@ -54,8 +59,9 @@ class KernelImage:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
 
     def is_complete(self, index: int) -> bool:

@@ -19,8 +19,9 @@ from virtiofsd_nydus.kernelmount.settings import Settings, reap
 END_SECONDS = 2.0
 
 
-def mount_whole(bootstrap: Path, config: ImageConfig, target: str, *,
-                progress: Callable[[int, int], None] | None = None) -> None:
+def mount_whole(
+    bootstrap: Path, config: ImageConfig, target: str, *, progress: Callable[[int, int], None] | None = None
+) -> None:
     """Completes the cache, then mounts. target: a checked directory."""
     check_kernel()
     place = BackgroundMount(target)
@@ -57,8 +58,14 @@ def _start(place: BackgroundMount, bootstrap: Path, config: ImageConfig, target:
     lock = os.open(place.directory / record.LOCK, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     listen, ready = os.pipe2(os.O_CLOEXEC)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    settings = Settings(target=target, directory=str(place.directory), bootstrap=str(bootstrap), log=log, lock=lock,
-                        config={name: getattr(config, name) for name in ImageConfig.__slots__})
+    settings = Settings(
+        target=target,
+        directory=str(place.directory),
+        bootstrap=str(bootstrap),
+        log=log,
+        lock=lock,
+        config={name: getattr(config, name) for name in ImageConfig.__slots__},
+    )
     settings.save()
     try:
         worker = settings.start("worker", ready)

@@ -64,6 +64,6 @@ def wait_ended(directory: Path, seconds: float) -> bool:
             except BlockingIOError:
                 if time.monotonic() > end:
                     return False
-            time.sleep(POLL_SECONDS)    # between two looks; the deadline decides
+            time.sleep(POLL_SECONDS)  # between two looks; the deadline decides
     finally:
         os.close(fd)

@@ -23,11 +23,24 @@ class Settings:
     file behind lock is locked for as long as any process of the mount lives. The memfd may hold a login and is
     nowhere on a disk."""
 
-    __slots__ = ("bootstrap", "clones", "config", "directory", "fd", "files", "group", "lock", "log", "mount_id",
-                 "state", "target")
+    __slots__ = (
+        "bootstrap",
+        "clones",
+        "config",
+        "directory",
+        "fd",
+        "files",
+        "group",
+        "lock",
+        "log",
+        "mount_id",
+        "state",
+        "target",
+    )
 
-    def __init__(self, *, target: str, directory: str, bootstrap: str, config: "dict[str, Any]", log: int,
-                 lock: int) -> None:
+    def __init__(
+        self, *, target: str, directory: str, bootstrap: str, config: "dict[str, Any]", log: int, lock: int
+    ) -> None:
         self.target, self.directory, self.bootstrap, self.config = target, directory, bootstrap, config
         self.log, self.lock, self.group, self.state, self.mount_id = log, lock, -1, -1, 0
         self.clones: list[int] = []
@@ -58,8 +71,11 @@ class Settings:
         for fd in (self.fd, self.group, self.state, self.log, self.lock, *self.clones, *self.files, *others):
             if fd >= 0:
                 os.set_inheritable(fd, True)
-        actions = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0), (os.POSIX_SPAWN_DUP2, self.log, 1),
-                   (os.POSIX_SPAWN_DUP2, self.log, 2)]
+        actions = [
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, self.log, 1),
+            (os.POSIX_SPAWN_DUP2, self.log, 2),
+        ]
         words = [sys.executable, "-m", MODULES[role], str(self.fd), *map(str, others)]
         return os.posix_spawn(sys.executable, words, os.environ, file_actions=actions, setsid=True, setsigmask=HELD)
 

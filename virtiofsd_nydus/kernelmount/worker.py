@@ -28,9 +28,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-LOOK_MS = 1000          # between two looks at what is complete
+LOOK_MS = 1000  # between two looks at what is complete
 PREFETCH_TAG = 1
-GUARD_PAUSE_SECONDS = 1.0       # guards are not started faster than this
+GUARD_PAUSE_SECONDS = 1.0  # guards are not started faster than this
 WHOLE = "mount --kernel --fetch-all fetches the whole image first and needs no events"
 
 
@@ -67,7 +67,7 @@ class GuardWatch:
                 return
             self._log.say(logs.WARNING, "the guard is gone: starting another")
             if time.monotonic() - began < GUARD_PAUSE_SECONDS:
-                time.sleep(GUARD_PAUSE_SECONDS)     # one that always dies must not use the machine up
+                time.sleep(GUARD_PAUSE_SECONDS)  # one that always dies must not use the machine up
             began = time.monotonic()
             try:
                 pidfd = self.start_guard()
@@ -89,8 +89,11 @@ class Worker:
         if settings.state < 0:
             settings.state = check(lib.vnd_precontent_state(), "cannot make shared memory")
         if settings.group < 0:
-            settings.group = check(lib.vnd_precontent_group(), "cannot listen to pre-content events", {
-                errno.EPERM: "that needs root", errno.EINVAL: f"this kernel has none (Linux 6.14 and later); {WHOLE}"})
+            settings.group = check(
+                lib.vnd_precontent_group(),
+                "cannot listen to pre-content events",
+                {errno.EPERM: "that needs root", errno.EINVAL: f"this kernel has none (Linux 6.14 and later); {WHOLE}"},
+            )
         err = ffi.new("char[]", ERR_MAX)
         self.events = lib.vnd_precontent_new(image.engine.handle, settings.group, settings.state, err, ERR_MAX)
         if self.events == ffi.NULL:
@@ -123,13 +126,20 @@ class Worker:
         return lazy
 
     def _mark(self, file: int, work_dir: str) -> int:
-        clone = check(lib.vnd_precontent_clone(f"/proc/self/fd/{file}".encode()),
-                      f"cannot clone the mount of {work_dir}", {errno.EPERM: "that needs root"})
-        check(lib.vnd_precontent_mark(self.settings.group, clone, 1),
-              f"the kernel cannot wait for bytes in {work_dir}", {
-                  errno.EOPNOTSUPP: f"its file system has no pre-content events (ext4, xfs, btrfs do); choose another "
-                                    f"--cache-dir, or {WHOLE}",
-                  errno.EINVAL: f"pre-content events came with Linux 6.14; {WHOLE}"})
+        clone = check(
+            lib.vnd_precontent_clone(f"/proc/self/fd/{file}".encode()),
+            f"cannot clone the mount of {work_dir}",
+            {errno.EPERM: "that needs root"},
+        )
+        check(
+            lib.vnd_precontent_mark(self.settings.group, clone, 1),
+            f"the kernel cannot wait for bytes in {work_dir}",
+            {
+                errno.EOPNOTSUPP: f"its file system has no pre-content events (ext4, xfs, btrfs do); choose another "
+                f"--cache-dir, or {WHOLE}",
+                errno.EINVAL: f"pre-content events came with Linux 6.14; {WHOLE}",
+            },
+        )
         return clone
 
     def serve(self) -> None:
@@ -143,18 +153,21 @@ class Worker:
             from virtiofsd_nydus.daemon.prefetch import Prefetch
 
             Prefetch(image.engine, image.rafs, self.settings.bootstrap, PREFETCH_TAG).start(
-                None, then_all=image.config.prefetch_all)
+                None, then_all=image.config.prefetch_all
+            )
         over = select.poll()
         over.register(lib.vnd_precontent_ended_fd(self.events), select.POLLIN)
         open_blobs = {blob.index for blob in image.blobs if self.settings.clones[blob.index] >= 0}
         while not lib.vnd_precontent_ended(self.events):
             for index in [index for index in open_blobs if lib.vnd_precontent_complete(self.events, index)]:
-                check(lib.vnd_precontent_mark(self.settings.group, self.settings.clones[index], 0),
-                      "cannot take a mark away", {errno.ENOENT: None})
+                check(
+                    lib.vnd_precontent_mark(self.settings.group, self.settings.clones[index], 0),
+                    "cannot take a mark away",
+                    {errno.ENOENT: None},
+                )
                 open_blobs.remove(index)
             if not open_blobs:
-                self.log.say(logs.INFO, "all is fetched: the mount goes on by itself",
-                             mountpoint=self.settings.target)
+                self.log.say(logs.INFO, "all is fetched: the mount goes on by itself", mountpoint=self.settings.target)
                 if record.is_ours(self.settings.target):
                     record.write_record(Path(self.settings.directory), self.settings.mount_id, lazy=False)
                 lib.vnd_precontent_set_ended(self.events)
@@ -206,8 +219,9 @@ def work(settings: Settings, other: int) -> None:
         GuardWatch(settings, log).watch(other)
     with ExitStack() as stack:
         try:
-            image = stack.enter_context(KernelImage(settings.bootstrap, settings.image_config(),
-                                                    lambda line: log.say(logs.WARNING, line)))
+            image = stack.enter_context(
+                KernelImage(settings.bootstrap, settings.image_config(), lambda line: log.say(logs.WARNING, line))
+            )
             worker.open_events(image)
             stack.callback(lambda: lib.vnd_precontent_free(worker.events))
             if first:
@@ -220,7 +234,7 @@ def work(settings: Settings, other: int) -> None:
                         detach(settings)
                         raise Failure(f"cannot start the guard: {error.strerror}", Cause.IO) from None
                 if not tell(other, lazy=lazy, pid=os.getpid()):
-                    detach(settings)        # nobody was told of it
+                    detach(settings)  # nobody was told of it
                 if not lazy:
                     return
             else:
@@ -244,7 +258,7 @@ def main() -> None:
     settings = Settings.load(int(sys.argv[1]))
     reduce_privileges()
     if settings.group >= 0:
-        lib.vnd_precontent_reserve(settings.state)      # before anything is opened
+        lib.vnd_precontent_reserve(settings.state)  # before anything is opened
     catch_signals(lambda: detach(settings))
     try:
         work(settings, int(sys.argv[2]))

@@ -40,9 +40,11 @@ HELPER_LIMIT_S = 30.0
 # A refused login is not tried again for so long: every cold read would, and accounts get locked by that.
 REFUSED_FOR_S = 10.0
 # One step of WWW-Authenticate (RFC 9110 11.6.1): a scheme before its parameters, a parameter, or a scheme alone.
-CHALLENGE = re.compile(r"""([A-Za-z][\w-]*)\s+(?=[\w-]+\s*=)"""
-                       r"""|([A-Za-z][\w-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))"""
-                       r"""|([A-Za-z][\w-]*)(?=\s*(?:,|$))""")
+CHALLENGE = re.compile(
+    r"""([A-Za-z][\w-]*)\s+(?=[\w-]+\s*=)"""
+    r"""|([A-Za-z][\w-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))"""
+    r"""|([A-Za-z][\w-]*)(?=\s*(?:,|$))"""
+)
 
 
 class Credentials:
@@ -99,7 +101,7 @@ def find_docker_credentials(host: str) -> Credentials | None:
     folder = os.environ.get("DOCKER_CONFIG")
     try:
         path = Path(folder or "~/.docker").expanduser() / "config.json"
-    except RuntimeError:    # no home
+    except RuntimeError:  # no home
         return None
     try:
         document = json.loads(path.read_bytes())
@@ -137,8 +139,9 @@ def _ask_helper(program: str, server: str) -> Credentials | None:
 
     name = f"docker-credential-{program}"
     if "/" in program:
-        raise Failure(f"docker's config.json names {program!r} as credential helper: a name without / is wanted",
-                      Cause.AUTH)
+        raise Failure(
+            f"docker's config.json names {program!r} as credential helper: a name without / is wanted", Cause.AUTH
+        )
     try:
         done = subprocess.run([name, "get"], input=server.encode(), capture_output=True, timeout=HELPER_LIMIT_S)
     except FileNotFoundError:
@@ -185,10 +188,17 @@ class Authenticator:
 
     header() before a request, refresh() after a 401, refused() for the message when that did not help."""
 
-    def __init__(self, client: http.HttpClient, host: str, credentials: Credentials | None = None,
-                 token: str = "", *, secure: bool = False,
-                 find_credentials: "Callable[[], Credentials | None] | None" = None,
-                 say: "Callable[[str], None] | None" = None) -> None:
+    def __init__(
+        self,
+        client: http.HttpClient,
+        host: str,
+        credentials: Credentials | None = None,
+        token: str = "",
+        *,
+        secure: bool = False,
+        find_credentials: "Callable[[], Credentials | None] | None" = None,
+        say: "Callable[[str], None] | None" = None,
+    ) -> None:
         """token: a bearer token somebody else got (nydusd's registry_token), used until it is refused. secure: the
         registry is spoken to over TLS, so the token server must be too. find_credentials: where credentials are not
         given, asked for them at each login (they may be short-lived). say: gets one line when the login stops or
@@ -199,19 +209,19 @@ class Authenticator:
         self._lock = threading.Lock()
         self._first = threading.Lock()
         self._preset = f"Bearer {token}" if token else ""
-        self._headers: dict[str, tuple[str, float]] = {}     # scope -> header, monotonic time of its end
+        self._headers: dict[str, tuple[str, float]] = {}  # scope -> header, monotonic time of its end
         self._lives_s: dict[str, float] = {}
         self._challenge: dict[str, str] | None = None
-        self._refused: dict[str, tuple[Failure, float]] = {}    # scope -> refusal, monotonic time of its end
+        self._refused: dict[str, tuple[Failure, float]] = {}  # scope -> refusal, monotonic time of its end
         self._get_only = False
         self.secure = secure
         self._find_credentials = find_credentials if credentials is None else None
-        self._not_found = ""        # why find_credentials failed
+        self._not_found = ""  # why find_credentials failed
         self._say = say
         self._renewer: threading.Thread | None = None
         self._last_used = 0.0
         self.settled = False
-        self.state = "unknown"      # ok, refused: what came of the last login
+        self.state = "unknown"  # ok, refused: what came of the last login
 
     @property
     def user(self) -> str:
@@ -288,8 +298,11 @@ class Authenticator:
         pause_s = RENEW_PAUSE_FIRST_S
         while time.monotonic() - self._last_used < IDLE_S:
             now = time.monotonic()
-            due = [(end - self._ahead(scope), scope, header) for scope, (header, end) in list(self._headers.items())
-                   if end != float("inf")]
+            due = [
+                (end - self._ahead(scope), scope, header)
+                for scope, (header, end) in list(self._headers.items())
+                if end != float("inf")
+            ]
             if not due:
                 break
             at, scope, header = min(due)
@@ -321,7 +334,7 @@ class Authenticator:
         challenges = parse_challenges(answer or "")
         bearer = next((fields for name, fields in challenges if name == "bearer" and fields.get("realm")), None)
         if not challenges:
-            bearer = self._challenge    # a stale token need not be told what is wanted
+            bearer = self._challenge  # a stale token need not be told what is wanted
         if bearer is not None:
             self._challenge = bearer
             header, life_s = self._fetch_token(bearer, scope, deadline)
@@ -341,13 +354,21 @@ class Authenticator:
         if self._not_found:
             said += f" ({self._not_found})"
         if self._credentials is None:
-            return Failure(f"{self._host}: refused to {doing} without a login{said}: give --creds USER:PASSWORD, "
-                           f"or log in with `docker login {self._host}`", Cause.AUTH)
+            return Failure(
+                f"{self._host}: refused to {doing} without a login{said}: give --creds USER:PASSWORD, "
+                f"or log in with `docker login {self._host}`",
+                Cause.AUTH,
+            )
         if status == 403:
-            return Failure(f"{self._host}: user {self.user!r} may not {doing}{said}: ask for the right, or give "
-                           "another user", Cause.AUTH)
-        return Failure(f"{self._host}: login of user {self.user!r} refused to {doing}{said}: check the password "
-                       "(--creds, docker's config.json, or auth in the configuration)", Cause.AUTH)
+            return Failure(
+                f"{self._host}: user {self.user!r} may not {doing}{said}: ask for the right, or give another user",
+                Cause.AUTH,
+            )
+        return Failure(
+            f"{self._host}: login of user {self.user!r} refused to {doing}{said}: check the password "
+            "(--creds, docker's config.json, or auth in the configuration)",
+            Cause.AUTH,
+        )
 
     def _fetch_token(self, challenge: dict[str, str], scope: str, deadline: float | None) -> tuple[str, float]:
         """Authorization header and its life in seconds. The lock is held."""
@@ -355,11 +376,13 @@ class Authenticator:
 
         realm = challenge["realm"]
         if realm.partition("://")[0] not in ("http", "https"):
-            raise Failure(f"{self._host}: asks for a token from {realm[:80]!r}, which is no http address",
-                          Cause.AUTH)
+            raise Failure(f"{self._host}: asks for a token from {realm[:80]!r}, which is no http address", Cause.AUTH)
         if self._credentials is not None and self.secure and not realm.startswith("https://"):
-            raise Failure(f"{self._host}: names a token server without TLS ({http.host_of(realm)}): the password is "
-                          "not sent there in clear; the registry's configuration must name an https realm", Cause.AUTH)
+            raise Failure(
+                f"{self._host}: names a token server without TLS ({http.host_of(realm)}): the password is "
+                "not sent there in clear; the registry's configuration must name an https realm",
+                Cause.AUTH,
+            )
         scopes = [scope]
         wanted = challenge.get("scope", "")
         if wanted and not _covers(scope, wanted):
@@ -371,14 +394,20 @@ class Authenticator:
             try:
                 if who is not None and (who.identity_token or not self._get_only):
                     form = [*fields, ("client_id", CLIENT_ID), ("scope", " ".join(scopes)), *_grant(who)]
-                    answer = self._token_call("POST", realm, deadline, body=urlencode(form).encode(), headers={
-                        "Content-Type": "application/x-www-form-urlencoded"})
+                    answer = self._token_call(
+                        "POST",
+                        realm,
+                        deadline,
+                        body=urlencode(form).encode(),
+                        headers={"Content-Type": "application/x-www-form-urlencoded"},
+                    )
                     if answer is not None:
                         return answer
                 query = urlencode([*fields, ("client_id", CLIENT_ID), *(("scope", one) for one in scopes)])
                 headers = {"Authorization": who.basic_header()} if who is not None and who.username else {}
-                answer = self._token_call("GET", f"{realm}{'&' if '?' in realm else '?'}{query}", deadline,
-                                          headers=headers)
+                answer = self._token_call(
+                    "GET", f"{realm}{'&' if '?' in realm else '?'}{query}", deadline, headers=headers
+                )
                 if answer is None:
                     raise self.refused(scope, 401)
                 self._get_only = True
@@ -386,8 +415,9 @@ class Authenticator:
             except http.RetriableFailure as failure:
                 retry.wait(failure)
 
-    def _token_call(self, method: str, url: str, deadline: float | None, *, headers: dict[str, str],
-                    body: bytes | None = None) -> tuple[str, float] | None:
+    def _token_call(
+        self, method: str, url: str, deadline: float | None, *, headers: dict[str, str], body: bytes | None = None
+    ) -> tuple[str, float] | None:
         """One call of the token server; None when it refuses (or, for POST, does not know it)."""
         import json
 

@@ -75,7 +75,7 @@ class Resolver:
         except OSError as error:
             lookup.error = error
             lookup.good_until = time.monotonic() + UNFOUND_FOR_S
-        except UnicodeError:    # a label that IDNA cannot have
+        except UnicodeError:  # a label that IDNA cannot have
             lookup.error = socket.gaierror(socket.EAI_NONAME, "no such name")
             lookup.good_until = time.monotonic() + UNFOUND_FOR_S
         lookup.done.set()

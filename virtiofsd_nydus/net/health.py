@@ -20,8 +20,14 @@ class Gate:
 
     say: gets one line when the gate shuts or opens, not one for each failure."""
 
-    def __init__(self, name: str, failures_max: int, first_pause_s: float, last_pause_s: float,
-                 say: "Callable[[str], None] | None" = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        failures_max: int,
+        first_pause_s: float,
+        last_pause_s: float,
+        say: "Callable[[str], None] | None" = None,
+    ) -> None:
         self.name = name
         self._failures_max = failures_max
         self._first_pause_s = first_pause_s
@@ -29,9 +35,9 @@ class Gate:
         self._say = say
         self._lock = threading.Lock()
         self._failures = 0
-        self._pause_s = 0.0             # 0: open
+        self._pause_s = 0.0  # 0: open
         self._shut_until = 0.0
-        self._probe_until = 0.0         # a probe is on its way
+        self._probe_until = 0.0  # a probe is on its way
         self._last = ""
 
     @property
@@ -73,7 +79,7 @@ class Gate:
             if was_open and self._failures < self._failures_max:
                 return
             if not was_open and now < self._shut_until:
-                return      # one that was under way when it shut
+                return  # one that was under way when it shut
             self._shut(now)
         if was_open:
             self._tell(f"{self.name}: not asked for a while after {self._failures} failures in a row, the last: {why}")
@@ -140,4 +146,3 @@ class RateLimit:
         now = time.monotonic()
         self._level = min(self._burst, self._level + (now - self._at) * self._per_second)
         self._at = now
-

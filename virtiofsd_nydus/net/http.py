@@ -33,7 +33,7 @@ BACKOFF_LAST_S = 3.0
 ERROR_BODY_BYTES = 4096
 REDIRECTS_MAX = 5
 REDIRECT_STATUSES = frozenset((301, 302, 303, 307, 308))
-RETRY_STATUSES = frozenset((408, 425, 429))    # and all from 500 on
+RETRY_STATUSES = frozenset((408, 425, 429))  # and all from 500 on
 # How servers written in Go and nginx answer plain HTTP on a TLS port.
 PLAIN_TO_TLS_WORDS = ("HTTP request to an HTTPS server", "plain HTTP request was sent to HTTPS")
 # Headers that carry a secret of whoever configured them: for the backend's own server, not for where it redirects to.
@@ -116,11 +116,19 @@ class Retry:
 class HttpClient:
     """One pool manager and its limits. Thread-safe."""
 
-    def __init__(self, *, skip_verify: bool = False, ca_cert_files: "Iterable[str]" = (),
-                 read_timeout_s: float = READ_TIMEOUT_S, connect_timeout_s: float = CONNECT_TIMEOUT_S,
-                 pool_size: int = POOL_SIZE, user_agent: str = "virtiofsd-nydus",
-                 headers: "Mapping[str, str] | None" = None, proxy: "ForwardProxy | None" = None,
-                 unix_socket: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        skip_verify: bool = False,
+        ca_cert_files: "Iterable[str]" = (),
+        read_timeout_s: float = READ_TIMEOUT_S,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        pool_size: int = POOL_SIZE,
+        user_agent: str = "virtiofsd-nydus",
+        headers: "Mapping[str, str] | None" = None,
+        proxy: "ForwardProxy | None" = None,
+        unix_socket: str = "",
+    ) -> None:
         """Timeouts in seconds, 0 = none. ca_cert_files: PEM files trusted beside the system's. headers: sent with every
         request of the backend (SECRET_HEADERS only where send() is told that the server is its own). unix_socket: where
         all plain-HTTP requests go."""
@@ -165,10 +173,18 @@ class HttpClient:
     def retry(self, retries: int, deadline: float | None) -> Retry:
         return Retry(retries, deadline, self.closing)
 
-    def send(self, method: str, url: str, *, headers: "Mapping[str, str] | None" = None,
-             body: "bytes | IO[bytes] | None" = None, deadline: float | None = None,
-             read_timeout_s: float | None = None, through: Through | None = None,
-             own: bool = False) -> "BaseHTTPResponse":
+    def send(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: "Mapping[str, str] | None" = None,
+        body: "bytes | IO[bytes] | None" = None,
+        deadline: float | None = None,
+        read_timeout_s: float | None = None,
+        through: Through | None = None,
+        own: bool = False,
+    ) -> "BaseHTTPResponse":
         """One request, no redirect followed, body of the answer unread: read it to its end or release(response).
 
         read_timeout_s: for this request instead of the client's. through: by the proxy as it says; None: directly. own:
@@ -179,10 +195,16 @@ class HttpClient:
         import urllib3
 
         read_s = self.read_timeout_s if read_timeout_s is None else read_timeout_s
-        timeout = urllib3.Timeout(connect=time_left(deadline, self._connect_timeout_s, url) or None,
-                                  read=time_left(deadline, read_s, url) or None)
-        sent = {"User-Agent": self._user_agent, "Accept-Encoding": "identity",
-                **(self._headers if own else self._public_headers), **(headers or {})}
+        timeout = urllib3.Timeout(
+            connect=time_left(deadline, self._connect_timeout_s, url) or None,
+            read=time_left(deadline, read_s, url) or None,
+        )
+        sent = {
+            "User-Agent": self._user_agent,
+            "Accept-Encoding": "identity",
+            **(self._headers if own else self._public_headers),
+            **(headers or {}),
+        }
         proxy = self.proxy
         if proxy is not None and through is not None and not through.bypass:
             response = proxy.send(self, method, url, sent, body, timeout, through.prefetch)
@@ -190,8 +212,17 @@ class HttpClient:
                 return response
             time_left(deadline, 0, url)
         try:
-            return self._manager().request(method, url, headers=sent, body=body, timeout=timeout, redirect=False,
-                                           retries=False, preload_content=False, decode_content=False)
+            return self._manager().request(
+                method,
+                url,
+                headers=sent,
+                body=body,
+                timeout=timeout,
+                redirect=False,
+                retries=False,
+                preload_content=False,
+                decode_content=False,
+            )
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
             raise classify_error(error, url) from error
 
@@ -218,8 +249,9 @@ class HttpClient:
 
         if self._unix_socket:
             return connect.make_unix_manager(self._unix_socket, self.pool_size)
-        manager = urllib3.PoolManager(num_pools=16, maxsize=self.pool_size, block=False,
-                                      ssl_context=self.make_ssl_context())
+        manager = urllib3.PoolManager(
+            num_pools=16, maxsize=self.pool_size, block=False, ssl_context=self.make_ssl_context()
+        )
         return connect.install(manager, self.resolver())
 
     def make_ssl_context(self) -> "ssl.SSLContext":
@@ -232,8 +264,9 @@ class HttpClient:
             try:
                 context.load_verify_locations(cafile=file)
             except (OSError, ssl.SSLError) as error:
-                raise Failure(f"cannot load the CA certificate file {file}: {describe_error(error)}",
-                              Cause.SCHEME) from error
+                raise Failure(
+                    f"cannot load the CA certificate file {file}: {describe_error(error)}", Cause.SCHEME
+                ) from error
         if self._skip_verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -241,16 +274,24 @@ class HttpClient:
         return context
 
 
-def request_following(client: HttpClient, method: str, url: str, what: str, headers: "Mapping[str, str]",
-                      through: Through, deadline: float | None) -> "tuple[BaseHTTPResponse, str]":
+def request_following(
+    client: HttpClient,
+    method: str,
+    url: str,
+    what: str,
+    headers: "Mapping[str, str]",
+    through: Through,
+    deadline: float | None,
+) -> "tuple[BaseHTTPResponse, str]":
     """One exchange with a server that knows no login, redirects followed: the answer (2xx or 416, unread) and the
     address that gave it."""
     from urllib.parse import urljoin
 
     first = origin_of(url)
     for _ in range(REDIRECTS_MAX + 1):
-        response = client.send(method, url, headers=headers, deadline=deadline, through=through,
-                               own=origin_of(url) == first)
+        response = client.send(
+            method, url, headers=headers, deadline=deadline, through=through, own=origin_of(url) == first
+        )
         if response.status < 300 or response.status == 416:
             return response, url
         if response.status not in REDIRECT_STATUSES:
@@ -269,8 +310,7 @@ def redirect_target(response: "BaseHTTPResponse", url: str, what: str, join: "Ca
         raise RetriableFailure(f"{host_of(url)}: {what}: a redirect without an address")
     target = join(url, location)
     if not target.startswith(("http://", "https://")):
-        raise Failure(f"{host_of(url)}: {what}: redirected to {target[:60]!r}, which is no http address",
-                      Cause.NETWORK)
+        raise Failure(f"{host_of(url)}: {what}: redirected to {target[:60]!r}, which is no http address", Cause.NETWORK)
     return target
 
 
@@ -279,7 +319,7 @@ def release(response: "BaseHTTPResponse") -> None:
     import urllib3
 
     try:
-        left = response.length_remaining    # 0 for HEAD, whatever Content-Length says
+        left = response.length_remaining  # 0 for HEAD, whatever Content-Length says
         if left is not None and left <= ERROR_BODY_BYTES:
             response.drain_conn()
             response.release_conn()
@@ -296,8 +336,9 @@ def read_body(response: "BaseHTTPResponse", url: str, limit_bytes: int, deadline
         out += piece
         if len(out) > limit_bytes:
             response.close()
-            raise Failure(f"{host_of(url)}: the answer to {path_of(url)} is larger than {limit_bytes} bytes",
-                          Cause.FORMAT)
+            raise Failure(
+                f"{host_of(url)}: the answer to {path_of(url)} is larger than {limit_bytes} bytes", Cause.FORMAT
+            )
     return bytes(out)
 
 
@@ -363,8 +404,9 @@ def check_status(response: "BaseHTTPResponse", url: str, what: str) -> None:
         raise Failure(f"{where}: not there (status {status}){said}", Cause.MISSING)
     if status in RETRY_STATUSES or status >= 500:
         after = response.headers.get("Retry-After", "")
-        raise RetriableFailure(f"{where}: status {status}{said}", after_s=min(float(after), 30.0)
-                               if after.isdecimal() else 0.0)
+        raise RetriableFailure(
+            f"{where}: status {status}{said}", after_s=min(float(after), 30.0) if after.isdecimal() else 0.0
+        )
     raise Failure(f"{where}: unexpected status {status}{said}", Cause.IO)
 
 
@@ -381,20 +423,27 @@ def check_range(response: "BaseHTTPResponse", url: str, offset: int, length: int
         if offset == 0 and told_bytes == length:
             return length
         response.close()
-        raise Failure(f"{host_of(url)}: {what}: the server does not serve byte ranges (status 200 to a range of "
-                      f"{length} bytes at {offset}); it or the proxy before it must support them", Cause.NETWORK)
+        raise Failure(
+            f"{host_of(url)}: {what}: the server does not serve byte ranges (status 200 to a range of "
+            f"{length} bytes at {offset}); it or the proxy before it must support them",
+            Cause.NETWORK,
+        )
     content_range = headers.get("Content-Range", "")
     parsed = parse_content_range(content_range)
     if response.status != 206 or parsed is None:
         response.close()
-        raise RetriableFailure(f"{host_of(url)}: {what}: status {response.status} with Content-Range "
-                               f"{content_range[:60]!r} to a range request")
+        raise RetriableFailure(
+            f"{host_of(url)}: {what}: status {response.status} with Content-Range "
+            f"{content_range[:60]!r} to a range request"
+        )
     first, last, total = parsed
     wrong = first != offset or last >= offset + length or told_bytes not in (None, last - first + 1)
     if wrong or headers.get("Content-Encoding", "identity") != "identity":
         response.close()
-        raise RetriableFailure(f"{host_of(url)}: {what}: asked for {length} bytes at {offset}, the answer is "
-                               f"labelled {content_range[:60]!r}, length {told[:20]!r}")
+        raise RetriableFailure(
+            f"{host_of(url)}: {what}: asked for {length} bytes at {offset}, the answer is "
+            f"labelled {content_range[:60]!r}, length {told[:20]!r}"
+        )
     if total is not None and total < offset + length:
         response.close()
         raise short_blob(url, what, total, offset, length)
@@ -402,8 +451,11 @@ def check_range(response: "BaseHTTPResponse", url: str, offset: int, length: int
 
 
 def short_blob(url: str, what: str, size: int, offset: int, length: int) -> Failure:
-    return Failure(f"{host_of(url)}: {what} has {size} bytes, the image wants {length} at {offset}: "
-                   "the blob is not the one the image was made with", Cause.FORMAT)
+    return Failure(
+        f"{host_of(url)}: {what} has {size} bytes, the image wants {length} at {offset}: "
+        "the blob is not the one the image was made with",
+        Cause.FORMAT,
+    )
 
 
 def parse_content_range(text: str) -> tuple[int, int, int | None] | None:
@@ -472,12 +524,19 @@ def classify_error(error: BaseException, url: str) -> Failure:
     words = " ".join(str(part) for part in chain)
     if any(isinstance(part, ssl.SSLCertVerificationError) for part in chain):
         why = next(part for part in chain if isinstance(part, ssl.SSLCertVerificationError)).verify_message
-        return Failure(f"{host}: the server's certificate is not trusted ({why}): add its CA (ca_cert_files, "
-                       "--ca-cert) or the name it was made for", Cause.SCHEME)
+        return Failure(
+            f"{host}: the server's certificate is not trusted ({why}): add its CA (ca_cert_files, "
+            "--ca-cert) or the name it was made for",
+            Cause.SCHEME,
+        )
     if "WRONG_VERSION_NUMBER" in words or "RECORD_LAYER_FAILURE" in words or "HTTP_REQUEST" in words:
         return Failure(f"{host} does not speak TLS (plain HTTP?): use scheme http or --plain-http", Cause.SCHEME)
-    if any(isinstance(part, ssl.SSLError) and not isinstance(part, ssl.SSLEOFError | ssl.SSLZeroReturnError)
-           and "timed out" not in str(part) for part in chain):
+    if any(
+        isinstance(part, ssl.SSLError)
+        and not isinstance(part, ssl.SSLEOFError | ssl.SSLZeroReturnError)
+        and "timed out" not in str(part)
+        for part in chain
+    ):
         return Failure(f"{host}: TLS failed: {describe_error(error)}", Cause.SCHEME)
     # A TLS alert where a status line should be: plain HTTP was sent to a TLS port.
     if "\x15\x03" in words or "\\x15\\x03" in words:

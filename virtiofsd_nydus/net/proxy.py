@@ -36,9 +36,18 @@ class ProxyLimited(http.RetriableFailure):
 class ForwardProxy:
     """One proxy of one backend. Thread-safe. The checks run only while there is traffic."""
 
-    def __init__(self, url: str, *, ping_url: str = "", fallback: bool = True, check_interval_s: float = 5.0,
-                 use_http: bool = False, check_pause_s: float = 300.0, connect_timeout_s: float = 5.0,
-                 say: "Callable[[str], None] | None" = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        ping_url: str = "",
+        fallback: bool = True,
+        check_interval_s: float = 5.0,
+        use_http: bool = False,
+        check_pause_s: float = 300.0,
+        connect_timeout_s: float = 5.0,
+        say: "Callable[[str], None] | None" = None,
+    ) -> None:
         """url: http://[USER:PASSWORD@]HOST:PORT. check_pause_s: checks rest after so long without a request."""
         self.url = url
         self.fallback = fallback
@@ -49,17 +58,26 @@ class ForwardProxy:
         self._use_http = use_http
         self._check_pause_s = check_pause_s
         self._connect_timeout_s = connect_timeout_s
-        self.gate = Gate(f"proxy {http.host_of(url)}", FAILURES_MAX, check_interval_s,
-                         max(LAST_PAUSE_S, check_interval_s), say)
+        self.gate = Gate(
+            f"proxy {http.host_of(url)}", FAILURES_MAX, check_interval_s, max(LAST_PAUSE_S, check_interval_s), say
+        )
         self.bypasses = RateLimit(BYPASSES_PER_S, BYPASS_BURST)
         self._lock = threading.Lock()
         self._manager: ProxyManager | None = None
         self._checker: threading.Thread | None = None
         self._last_used = 0.0
-        self.used = self.passed_by = 0      # requests it answered, requests that went round it
+        self.used = self.passed_by = 0  # requests it answered, requests that went round it
 
-    def send(self, client: http.HttpClient, method: str, url: str, headers: "Mapping[str, str]",
-             body: "bytes | IO[bytes] | None", timeout: "Timeout", prefetch: bool) -> "BaseHTTPResponse | None":
+    def send(
+        self,
+        client: http.HttpClient,
+        method: str,
+        url: str,
+        headers: "Mapping[str, str]",
+        body: "bytes | IO[bytes] | None",
+        timeout: "Timeout",
+        prefetch: bool,
+    ) -> "BaseHTTPResponse | None":
         """The answer by way of the proxy; None: send it directly (the proxy is unwell and fallback is on)."""
         import http.client as http_client
 
@@ -71,29 +89,44 @@ class ForwardProxy:
             return None
         if self._use_http and url.startswith("https://"):
             url = "http://" + url.removeprefix("https://")
-        sent = {**headers, "X-Dragonfly-Use-P2P": "true",
-                "X-Dragonfly-Priority": PRIORITY_PREFETCH if prefetch else PRIORITY_DEMAND}
+        sent = {
+            **headers,
+            "X-Dragonfly-Use-P2P": "true",
+            "X-Dragonfly-Priority": PRIORITY_PREFETCH if prefetch else PRIORITY_DEMAND,
+        }
         if prefetch:
             sent["X-Dragonfly-Prefetch"] = "true"
         try:
             response = self._get_manager(client).request(
-                method, url, headers=sent, body=body, timeout=timeout, redirect=False, retries=False,
-                preload_content=False, decode_content=False)
+                method,
+                url,
+                headers=sent,
+                body=body,
+                timeout=timeout,
+                redirect=False,
+                retries=False,
+                preload_content=False,
+                decode_content=False,
+            )
         except (urllib3.exceptions.HTTPError, http_client.HTTPException, OSError, ValueError) as error:
             failure = http.classify_error(error, self.url)
             told = f"by way of the proxy {failure}"
             self.gate.failed(str(failure))
-            self._leave_aside(http.RetriableFailure(told) if failure.cause is Cause.NETWORK
-                              else Failure(told, failure.cause))
+            self._leave_aside(
+                http.RetriableFailure(told) if failure.cause is Cause.NETWORK else Failure(told, failure.cause)
+            )
             return None
-        own = response.headers.get(ERROR_TYPE_HEADER, "") == "proxy" or response.status == 407 \
+        own = (
+            response.headers.get(ERROR_TYPE_HEADER, "") == "proxy"
+            or response.status == 407
             or (response.status == 403 and "X-Squid-Error" in response.headers)
+        )
         if own:
             self._handle_own_error(response, prefetch)
             return None
         self.gate.succeeded()
         if response.status >= 500 and self.fallback:
-            http.release(response)      # whoever is at fault, the origin is asked
+            http.release(response)  # whoever is at fault, the origin is asked
             self._leave_aside(None)
             return None
         self.used += 1
@@ -101,9 +134,15 @@ class ForwardProxy:
 
     def with_url(self, url: str) -> "ForwardProxy":
         """The same settings for another address; the health check was of this one and stays behind."""
-        return ForwardProxy(url, fallback=self.fallback, check_interval_s=self._check_interval_s,
-                            use_http=self._use_http, check_pause_s=self._check_pause_s,
-                            connect_timeout_s=self._connect_timeout_s, say=self._say)
+        return ForwardProxy(
+            url,
+            fallback=self.fallback,
+            check_interval_s=self._check_interval_s,
+            use_http=self._use_http,
+            check_pause_s=self._check_pause_s,
+            connect_timeout_s=self._connect_timeout_s,
+            say=self._say,
+        )
 
     def close(self) -> None:
         with self._lock:
@@ -144,8 +183,13 @@ class ForwardProxy:
                 login, at, address = rest.rpartition("@")
                 headers = urllib3.make_headers(proxy_basic_auth=login) if at else None
                 manager = urllib3.ProxyManager(
-                    f"{scheme}://{address}", proxy_headers=headers, num_pools=16, maxsize=client.pool_size,
-                    block=False, ssl_context=client.make_ssl_context())
+                    f"{scheme}://{address}",
+                    proxy_headers=headers,
+                    num_pools=16,
+                    maxsize=client.pool_size,
+                    block=False,
+                    ssl_context=client.make_ssl_context(),
+                )
                 connect.install(manager, client.resolver())
                 self._manager = manager
             return self._manager

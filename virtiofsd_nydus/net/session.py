@@ -20,19 +20,29 @@ if TYPE_CHECKING:
 class RegistrySession:
     """One repository. Thread-safe."""
 
-    def __init__(self, client: http.HttpClient, scheme: str, host: str, repo: str, *,
-                 credentials: Credentials | None = None, token: str = "", plain_fallback: bool = False,
-                 rewrite_redirect: "Callable[[str], str] | None" = None,
-                 find_credentials: "Callable[[], Credentials | None] | None" = None,
-                 say: "Callable[[str], None] | None" = None) -> None:
+    def __init__(
+        self,
+        client: http.HttpClient,
+        scheme: str,
+        host: str,
+        repo: str,
+        *,
+        credentials: Credentials | None = None,
+        token: str = "",
+        plain_fallback: bool = False,
+        rewrite_redirect: "Callable[[str], str] | None" = None,
+        find_credentials: "Callable[[], Credentials | None] | None" = None,
+        say: "Callable[[str], None] | None" = None,
+    ) -> None:
         """plain_fallback: go on in plain HTTP when the host turns out not to speak TLS (nydusd does so with
         skip_verify). rewrite_redirect: changes the address a redirect names. find_credentials: asked at each login when
         credentials are not given. say: gets a line when the login stops or begins to work."""
         self.client = client
         self.host = host
         self.repo = repo
-        self.auth = Authenticator(client, host, credentials, token, secure=scheme == "https",
-                                  find_credentials=find_credentials, say=say)
+        self.auth = Authenticator(
+            client, host, credentials, token, secure=scheme == "https", find_credentials=find_credentials, say=say
+        )
         self._scheme = scheme
         self._plain_fallback = plain_fallback and scheme == "https"
         self._rewrite_redirect = rewrite_redirect
@@ -45,11 +55,20 @@ class RegistrySession:
         """Whether credentials for this registry may go to url."""
         return http.origin_of(url) == http.origin_of(self.url(""))
 
-    def request(self, method: str, target: str, what: str, *, push: bool = False,
-                headers: "Mapping[str, str] | None" = None, body: "Body | None" = None,
-                deadline: float | None = None, read_timeout_s: float | None = None,
-                through: http.Through | None = None,
-                pass_statuses: tuple[int, ...] = ()) -> "tuple[BaseHTTPResponse, str]":
+    def request(
+        self,
+        method: str,
+        target: str,
+        what: str,
+        *,
+        push: bool = False,
+        headers: "Mapping[str, str] | None" = None,
+        body: "Body | None" = None,
+        deadline: float | None = None,
+        read_timeout_s: float | None = None,
+        through: http.Through | None = None,
+        pass_statuses: tuple[int, ...] = (),
+    ) -> "tuple[BaseHTTPResponse, str]":
         """One exchange. target: path below /v2/REPO/, or a whole URL. what: names the thing in messages.
         through: by the client's proxy as it says.
 
@@ -79,20 +98,38 @@ class RegistrySession:
             url = http.redirect_target(response, url, what, urljoin)
             if self._rewrite_redirect is not None and not self.is_own(url):
                 url = self._rewrite_redirect(url)
-        raise Failure(f"{self.host}: {what}: more than {http.REDIRECTS_MAX} redirects, the last to "
-                      f"{http.host_of(url)}", Cause.NETWORK)
+        raise Failure(
+            f"{self.host}: {what}: more than {http.REDIRECTS_MAX} redirects, the last to {http.host_of(url)}",
+            Cause.NETWORK,
+        )
 
-    def _send(self, method: str, url: str, push: bool, headers: "Mapping[str, str] | None", body: "Body | None",
-              deadline: float | None, read_timeout_s: float | None,
-              through: http.Through | None) -> "BaseHTTPResponse":
+    def _send(
+        self,
+        method: str,
+        url: str,
+        push: bool,
+        headers: "Mapping[str, str] | None",
+        body: "Body | None",
+        deadline: float | None,
+        read_timeout_s: float | None,
+        through: http.Through | None,
+    ) -> "BaseHTTPResponse":
         own = self.is_own(url)
 
         def send(authorization: str) -> "BaseHTTPResponse":
             sent = dict(headers or {})
             if authorization:
                 sent["Authorization"] = authorization
-            return self.client.send(method, url, headers=sent, deadline=deadline, read_timeout_s=read_timeout_s,
-                                    through=through, own=own, body=body() if callable(body) else body)
+            return self.client.send(
+                method,
+                url,
+                headers=sent,
+                deadline=deadline,
+                read_timeout_s=read_timeout_s,
+                through=through,
+                own=own,
+                body=body() if callable(body) else body,
+            )
 
         if not own:
             return send("")
@@ -106,8 +143,9 @@ class RegistrySession:
                         self.auth.settled = True
         return self._send_logged_in(send, push, deadline)
 
-    def _send_logged_in(self, send: "Callable[[str], BaseHTTPResponse]", push: bool,
-                        deadline: float | None) -> "BaseHTTPResponse":
+    def _send_logged_in(
+        self, send: "Callable[[str], BaseHTTPResponse]", push: bool, deadline: float | None
+    ) -> "BaseHTTPResponse":
         scope = push_scope(self.repo) if push else pull_scope(self.repo)
         header = self.auth.header(scope, deadline)
         response = send(header)

@@ -92,11 +92,11 @@ class LayerResult:
     files: int
     file_bytes: int
     chunks: int
-    unique_bytes: int       # of file_bytes, what is in the layer's own chunks
-    stored_bytes: int       # what those take in the blob
-    deduplicated_bytes: int     # what is not stored again, the dictionary's chunks among it
+    unique_bytes: int  # of file_bytes, what is in the layer's own chunks
+    stored_bytes: int  # what those take in the blob
+    deduplicated_bytes: int  # what is not stored again, the dictionary's chunks among it
     dictionary_bytes: int
-    pushed: bool    # False: the destination had it
+    pushed: bool  # False: the destination had it
     seconds: float
 
 
@@ -108,10 +108,10 @@ class ConvertResult:
     manifest_digest: str
     platform: str
     bootstrap_bytes: int
-    source_bytes: int       # of all layers, as pulled
-    target_bytes: int       # of all blobs and the bootstrap layer, as pushed
+    source_bytes: int  # of all layers, as pulled
+    target_bytes: int  # of all blobs and the bootstrap layer, as pushed
     seconds: float
-    unused_blobs: list[str] = field(default_factory=list)   # made, but nothing of the image is in them
+    unused_blobs: list[str] = field(default_factory=list)  # made, but nothing of the image is in them
     layers: list[LayerResult] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -130,10 +130,19 @@ class _Silent:
         pass
 
 
-def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore, target_ref: Reference, *,
-                  options: BuildOptions, platform: Platform | None = None, merge_platform: bool = False,
-                  work_dir: Path | None = None, progress: Progress | None = None,
-                  dictionary: "ChunkDictionary | None" = None) -> ConvertResult:
+def convert_image(
+    source: ImageStore,
+    source_ref: Reference,
+    target: ImageStore,
+    target_ref: Reference,
+    *,
+    options: BuildOptions,
+    platform: Platform | None = None,
+    merge_platform: bool = False,
+    work_dir: Path | None = None,
+    progress: Progress | None = None,
+    dictionary: "ChunkDictionary | None" = None,
+) -> ConvertResult:
     """Converts source_ref's image of the platform (default: this host's) and makes it visible as target_ref's tag.
 
     merge_platform: the tag is an index of the Nydus image and the OCI image, which is copied, so that each client finds
@@ -157,8 +166,9 @@ def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore,
             run = _Conversion(source, target, options, folder, progress or _Silent(), dictionary)
             run.require_dictionary()
             built = run.convert_layers(manifest.layers)
-            merged = merge_layers([layer for layer, _ in built], options=options, dictionary=dictionary,
-                                  keep_trees=False)
+            merged = merge_layers(
+                [layer for layer, _ in built], options=options, dictionary=dictionary, keep_trees=False
+            )
             bootstrap, diff_id = run.push_bootstrap(merged)
             blobs = [describe_blob(info) for info in merged.blobs]
             ids = [describe_blob(layer.blob_info).hex if layer.blob_info else layer.blob_id for layer, _ in built]
@@ -173,18 +183,29 @@ def convert_image(source: ImageStore, source_ref: Reference, target: ImageStore,
                 media_type = MEDIA_MANIFEST
             target.put_manifest(data, media_type, target_ref.tag)
     except OSError as error:
-        raise Failure(f"cannot work in {work_dir or tempfile.gettempdir()}: {error.strerror or error} (--work-dir)",
-                      Cause.SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Cause.IO) from error
+        raise Failure(
+            f"cannot work in {work_dir or tempfile.gettempdir()}: {error.strerror or error} (--work-dir)",
+            Cause.SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Cause.IO,
+        ) from error
     used = {info.blob_id for info in merged.blobs}
     return ConvertResult(
-        str(source_ref), str(target_ref), manifest.descriptor.digest, digest_of(data), str(of_platform),
-        len(merged.bootstrap), sum(layer.size for layer in manifest.layers),
-        sum(blob.size for blob in blobs) + bootstrap.size, time.monotonic() - began,
-        sorted({layer.blob_id for layer, _ in built} - used), [result for _, result in built])
+        str(source_ref),
+        str(target_ref),
+        manifest.descriptor.digest,
+        digest_of(data),
+        str(of_platform),
+        len(merged.bootstrap),
+        sum(layer.size for layer in manifest.layers),
+        sum(blob.size for blob in blobs) + bootstrap.size,
+        time.monotonic() - began,
+        sorted({layer.blob_id for layer, _ in built} - used),
+        [result for _, result in built],
+    )
 
 
-def read_source(source: ImageStore, reference: Reference,
-                platform: Platform | None) -> tuple[Manifest, dict[str, Any], Platform]:
+def read_source(
+    source: ImageStore, reference: Reference, platform: Platform | None
+) -> tuple[Manifest, dict[str, Any], Platform]:
     """The manifest to convert, its configuration and platform, checked to be one that can be converted."""
     manifest = find_manifest(source, reference.version, platform or get_host_platform(), nydus=False)
     if manifest.bootstrap_layer is not None:
@@ -193,8 +214,10 @@ def read_source(source: ImageStore, reference: Reference,
         raise Failure(f"{reference} has no layers: there is nothing to convert", Cause.FORMAT)
     for layer in manifest.layers:
         if layer.media_type not in LAYER_TYPES:
-            raise Failure(f"{reference}: layer {layer.digest} is of type {layer.media_type!r}, not a tar that can be "
-                          "converted", Cause.FORMAT)
+            raise Failure(
+                f"{reference}: layer {layer.digest} is of type {layer.media_type!r}, not a tar that can be converted",
+                Cause.FORMAT,
+            )
     config = load_json(read_document(source, manifest.config, f"{reference}: configuration"), str(reference))
     found = Platform(str(config.get("os", "")), str(config.get("architecture", "")), str(config.get("variant") or ""))
     if platform is not None and (found.os, found.architecture) != (platform.os, platform.architecture):
@@ -205,8 +228,15 @@ def read_source(source: ImageStore, reference: Reference,
 class _Conversion:
     """One run: the layers under way, and what stops them all when one fails."""
 
-    def __init__(self, source: ImageStore, target: ImageStore, options: BuildOptions, folder: Path,
-                 progress: Progress, dictionary: "ChunkDictionary | None" = None) -> None:
+    def __init__(
+        self,
+        source: ImageStore,
+        target: ImageStore,
+        options: BuildOptions,
+        folder: Path,
+        progress: Progress,
+        dictionary: "ChunkDictionary | None" = None,
+    ) -> None:
         self._source = source
         self._target = target
         self._options = options
@@ -219,8 +249,11 @@ class _Conversion:
         """The dictionary's blobs must be at the target, for the image will refer to them."""
         for info in self._dictionary.blobs if self._dictionary is not None else ():
             if len(info.table) and not self._target.has_blob(describe_blob(info)):
-                raise Failure(f"{self._target.name}: blob {info.blob_id[:12]} of the chunk dictionary is not there: "
-                              "push the dictionary's image to it first", Cause.MISSING)
+                raise Failure(
+                    f"{self._target.name}: blob {info.blob_id[:12]} of the chunk dictionary is not there: "
+                    "push the dictionary's image to it first",
+                    Cause.MISSING,
+                )
 
     def convert_layers(self, layers: tuple[Descriptor, ...]) -> list[tuple[Layer, LayerResult]]:
         """In the image's order. A layer that occurs twice is converted once."""
@@ -236,11 +269,15 @@ class _Conversion:
     def push_bootstrap(self, merged: MergedImage) -> tuple[Descriptor, str]:
         """The bootstrap layer's descriptor, and the digest of its tar (diff id)."""
         path = self._folder / "bootstrap.tar.gz"
-        metas = [(info.blob_id, info.meta) for info in merged.blobs
-                 if info.meta is not None and len(info.meta.packed) <= META_BYTES_MAX]
+        metas = [
+            (info.blob_id, info.meta)
+            for info in merged.blobs
+            if info.meta is not None and len(info.meta.packed) <= META_BYTES_MAX
+        ]
         diff_id = write_bootstrap_layer(path, merged.bootstrap, metas)
-        descriptor = _describe_file(path, MEDIA_LAYER_GZIP, {
-            ANNOTATION_BOOTSTRAP: "true", ANNOTATION_FS_VERSION: str(self._options.fs_version)})
+        descriptor = _describe_file(
+            path, MEDIA_LAYER_GZIP, {ANNOTATION_BOOTSTRAP: "true", ANNOTATION_FS_VERSION: str(self._options.fs_version)}
+        )
         self._push(descriptor, path)
         return descriptor, diff_id
 
@@ -276,8 +313,9 @@ class _Conversion:
         what = f"{self._source.name}: layer {layer.digest[7:19]}"
         reader = VerifiedReader(self._source.read_blob(layer), layer, what, self._count("convert", layer.digest))
         try:
-            built = build_layer(reader, options=self._options, out_blob=spool, kind="tar", label=what,
-                                dictionary=self._dictionary)
+            built = build_layer(
+                reader, options=self._options, out_blob=spool, kind="tar", label=what, dictionary=self._dictionary
+            )
         except Failure as failure:
             if failure.cause is Cause.FORMAT and not self._stop.is_set():
                 # A tar that cannot be read may be one that arrived damaged: then that is what to say.
@@ -292,10 +330,20 @@ class _Conversion:
         spool.unlink()
         has_data = built.blob_info is not None
         return built, LayerResult(
-            layer.digest, layer.size, descriptor.digest if has_data else "", built.blob_size if has_data else 0,
-            built.stats.files, built.stats.file_bytes, built.stats.chunks, built.stats.unique_bytes,
-            built.stats.stored_bytes, built.stats.deduplicated_bytes, built.stats.dictionary_bytes, pushed,
-            round(time.monotonic() - began, 3))
+            layer.digest,
+            layer.size,
+            descriptor.digest if has_data else "",
+            built.blob_size if has_data else 0,
+            built.stats.files,
+            built.stats.file_bytes,
+            built.stats.chunks,
+            built.stats.unique_bytes,
+            built.stats.stored_bytes,
+            built.stats.deduplicated_bytes,
+            built.stats.dictionary_bytes,
+            pushed,
+            round(time.monotonic() - began, 3),
+        )
 
     def _push(self, descriptor: Descriptor, path: Path) -> bool:
         """Whether it had to be sent."""
@@ -310,11 +358,13 @@ class _Conversion:
             if self._stop.is_set():
                 raise _Stopped
             self._progress.advance(phase, digest, size)
+
         return count
 
 
-def run_at_a_time(work: Callable[[Item], Result], items: Sequence[Item], count: int,
-                  stop: threading.Event) -> list[Result]:
+def run_at_a_time(
+    work: Callable[[Item], Result], items: Sequence[Item], count: int, stop: threading.Event
+) -> list[Result]:
     """work of each item, `count` at a time, results in the items' order.
 
     The first failure sets stop, which work is to heed, and is raised. Not an executor: its threads cannot be left, and
@@ -327,7 +377,7 @@ def run_at_a_time(work: Callable[[Item], Result], items: Sequence[Item], count: 
         try:
             while not stop.is_set():
                 try:
-                    index, item = waiting.pop()     # atomic, as the assignment below is
+                    index, item = waiting.pop()  # atomic, as the assignment below is
                 except IndexError:
                     break
                 results[index] = work(item)
@@ -353,13 +403,16 @@ def run_at_a_time(work: Callable[[Item], Result], items: Sequence[Item], count: 
     return [results[index] for index in range(len(items))]
 
 
-def write_bootstrap_layer(path: Path, bootstrap: "bytes | memoryview",
-                          metas: "Sequence[tuple[str, StoredMeta]]" = ()) -> str:
+def write_bootstrap_layer(
+    path: Path, bootstrap: "bytes | memoryview", metas: "Sequence[tuple[str, StoredMeta]]" = ()
+) -> str:
     """Writes the tar+gzip with image/image.boot (nydusd-interface.md 7.3) and beside it blob.meta of the blobs (by id),
     so that nobody has to ask for those; the same bytes for the same image. Returns the digest of the tar."""
     hashed = _HashedWriter()
-    with path.open("wb") as raw, gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0,
-                                               compresslevel=BOOTSTRAP_LEVEL) as compressed:
+    with (
+        path.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0, compresslevel=BOOTSTRAP_LEVEL) as compressed,
+    ):
         hashed.out = compressed
         with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
             folder = tarfile.TarInfo("image")
@@ -408,8 +461,12 @@ class _HashedWriter(io.RawIOBase):
         return len(data)
 
 
-def make_config(config: dict[str, Any], layer_blob_ids: list[str], blobs: list[Descriptor], bootstrap_diff_id: str,
-                ) -> bytes:
+def make_config(
+    config: dict[str, Any],
+    layer_blob_ids: list[str],
+    blobs: list[Descriptor],
+    bootstrap_diff_id: str,
+) -> bytes:
     """The image configuration with the new layers: diff ids are the blobs' digests (they are not compressed again) and
     the bootstrap tar's; the history keeps one entry that is not empty for each of them."""
     remaining = [blob.hex for blob in blobs]
@@ -424,18 +481,25 @@ def make_config(config: dict[str, Any], layer_blob_ids: list[str], blobs: list[D
             if blob_id in remaining:
                 remaining.remove(blob_id)
             else:
-                entry["empty_layer"] = True     # its layer has become no blob of its own
+                entry["empty_layer"] = True  # its layer has become no blob of its own
         history.append(entry)
     history += [{"created_by": CREATED_BY} for _ in remaining]
     history.append({"created_by": CREATED_BY, "comment": BOOTSTRAP_COMMENT})
-    new = {**config, "history": history, "rootfs": {
-        "type": "layers", "diff_ids": [*(blob.digest for blob in blobs), bootstrap_diff_id]}}
+    new = {
+        **config,
+        "history": history,
+        "rootfs": {"type": "layers", "diff_ids": [*(blob.digest for blob in blobs), bootstrap_diff_id]},
+    }
     return json.dumps(new, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def make_manifest(config: Descriptor, layers: list[Descriptor], annotations: dict[str, str]) -> bytes:
-    value: dict[str, Any] = {"schemaVersion": 2, "mediaType": MEDIA_MANIFEST, "config": config.to_json(),
-                             "layers": [layer.to_json() for layer in layers]}
+    value: dict[str, Any] = {
+        "schemaVersion": 2,
+        "mediaType": MEDIA_MANIFEST,
+        "config": config.to_json(),
+        "layers": [layer.to_json() for layer in layers],
+    }
     if annotations:
         value["annotations"] = dict(sorted(annotations.items()))
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
@@ -445,12 +509,19 @@ def make_index(oci: Manifest, nydus: bytes, platform: Platform) -> bytes:
     """An index of both images. The OCI one comes first: clients that know nothing of Nydus take the first that fits."""
     media_type = oci.descriptor.media_type or MEDIA_MANIFEST
     entries = [
-        {**Descriptor(media_type, oci.descriptor.digest, oci.descriptor.size).to_json(),
-         "platform": platform.to_json()},
-        {**Descriptor(MEDIA_MANIFEST, digest_of(nydus), len(nydus)).to_json(), "artifactType": NYDUS_ARTIFACT_TYPE,
-         "platform": platform.to_json()}]
-    return json.dumps({"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": entries},
-                      separators=(",", ":")).encode()
+        {
+            **Descriptor(media_type, oci.descriptor.digest, oci.descriptor.size).to_json(),
+            "platform": platform.to_json(),
+        },
+        {
+            **Descriptor(MEDIA_MANIFEST, digest_of(nydus), len(nydus)).to_json(),
+            "artifactType": NYDUS_ARTIFACT_TYPE,
+            "platform": platform.to_json(),
+        },
+    ]
+    return json.dumps(
+        {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": entries}, separators=(",", ":")
+    ).encode()
 
 
 def _describe_file(path: Path, media_type: str, annotations: dict[str, str]) -> Descriptor:

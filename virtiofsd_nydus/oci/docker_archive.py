@@ -34,7 +34,7 @@ class DockerArchiveStore:
         self._backend = LocalfsBackend(blob_file=str(file))
         self._lock = threading.Lock()
         self._manifest: bytes | None = None
-        self._places: dict[str, tuple[int, int]] = {}   # digest -> offset and size in the archive
+        self._places: dict[str, tuple[int, int]] = {}  # digest -> offset and size in the archive
 
     def close(self) -> None:
         self._backend.close()
@@ -68,8 +68,9 @@ class DockerArchiveStore:
                 listed = json.loads(self._read_member(members, "manifest.json"))
                 if not isinstance(listed, list) or len(listed) != 1:
                     count = len(listed) if isinstance(listed, list) else 0
-                    raise Failure(f"{self.name}: holds {count} images, one is expected: save them one by one",
-                                  Cause.FORMAT)
+                    raise Failure(
+                        f"{self.name}: holds {count} images, one is expected: save them one by one", Cause.FORMAT
+                    )
                 config = self._read_member(members, str(listed[0]["Config"]))
                 layers = [self._add(self._resolve(members, str(name)), MEDIA_LAYER) for name in listed[0]["Layers"]]
                 config_member = self._resolve(members, str(listed[0]["Config"]))
@@ -77,14 +78,18 @@ class DockerArchiveStore:
         except FileNotFoundError as error:
             raise Failure(f"{self._file}: no such file", Cause.MISSING) from error
         except (tarfile.TarError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise Failure(f"{self.name}: not a docker archive (a plain tar with manifest.json; unpack a .gz first): "
-                          f"{error}", Cause.FORMAT) from error
+            raise Failure(
+                f"{self.name}: not a docker archive (a plain tar with manifest.json; unpack a .gz first): {error}",
+                Cause.FORMAT,
+            ) from error
         except OSError as error:
             raise Failure(f"cannot read {self._file}: {error.strerror}", Cause.IO) from error
         value: dict[str, Any] = {
-            "schemaVersion": 2, "mediaType": MEDIA_MANIFEST,
+            "schemaVersion": 2,
+            "mediaType": MEDIA_MANIFEST,
             "config": Descriptor(MEDIA_CONFIG, digest_of(config), len(config)).to_json(),
-            "layers": [layer.to_json() for layer in layers]}
+            "layers": [layer.to_json() for layer in layers],
+        }
         return json.dumps(value).encode()
 
     def _add(self, member: tarfile.TarInfo, media_type: str) -> Descriptor:

@@ -43,8 +43,8 @@ class NydusImage:
     manifest_digest: str
     config: dict[str, Any]
     backend_type: str
-    _backend_settings: dict[str, Any] = field(repr=False)    # may hold a login
-    bootstrap_layer_bytes: int = 0      # as it lies in the registry
+    _backend_settings: dict[str, Any] = field(repr=False)  # may hold a login
+    bootstrap_layer_bytes: int = 0  # as it lies in the registry
 
     @property
     def blob_bytes(self) -> int:
@@ -57,14 +57,21 @@ class NydusImage:
         return {"type": self.backend_type, "config": dict(self._backend_settings)}
 
 
-def open_store(reference: Reference, *, plain_http: bool = False, creds: str = "", ca_cert_files: tuple[str, ...] = (),
-               skip_verify: bool = False) -> ImageStore:
+def open_store(
+    reference: Reference,
+    *,
+    plain_http: bool = False,
+    creds: str = "",
+    ca_cert_files: tuple[str, ...] = (),
+    skip_verify: bool = False,
+) -> ImageStore:
     """The store a reference speaks of. creds: USER:PASSWORD, else docker's configuration is asked."""
     if reference.transport == DOCKER:
         from virtiofsd_nydus.oci.registry import RegistryStore
 
-        return RegistryStore.open(reference, plain_http=plain_http, creds=creds, ca_cert_files=ca_cert_files,
-                                  skip_verify=skip_verify)
+        return RegistryStore.open(
+            reference, plain_http=plain_http, creds=creds, ca_cert_files=ca_cert_files, skip_verify=skip_verify
+        )
     if reference.transport == OCI:
         from virtiofsd_nydus.oci.layout import LayoutStore
 
@@ -74,8 +81,16 @@ def open_store(reference: Reference, *, plain_http: bool = False, creds: str = "
     return DockerArchiveStore(reference.path)
 
 
-def resolve_image(reference: str | Reference, *, cache_dir: Path, plain_http: bool = False, creds: str = "",
-                  ca_cert_files: tuple[str, ...] = (), skip_verify: bool = False, platform: str = "") -> NydusImage:
+def resolve_image(
+    reference: str | Reference,
+    *,
+    cache_dir: Path,
+    plain_http: bool = False,
+    creds: str = "",
+    ca_cert_files: tuple[str, ...] = (),
+    skip_verify: bool = False,
+    platform: str = "",
+) -> NydusImage:
     """Finds a Nydus image and puts its bootstrap into cache_dir (one that is there already is used, once verified).
 
     platform: of an index, "OS/ARCHITECTURE", default this host's. Raises Failure: FORMAT for an image that is none of
@@ -83,8 +98,9 @@ def resolve_image(reference: str | Reference, *, cache_dir: Path, plain_http: bo
     if isinstance(reference, str):
         reference = parse_reference(reference)
     wanted = parse_platform(platform) if platform else get_host_platform()
-    store = open_store(reference, plain_http=plain_http, creds=creds, ca_cert_files=ca_cert_files,
-                       skip_verify=skip_verify)
+    store = open_store(
+        reference, plain_http=plain_http, creds=creds, ca_cert_files=ca_cert_files, skip_verify=skip_verify
+    )
     try:
         manifest = find_nydus_manifest(store, reference, wanted)
         layer = manifest.bootstrap_layer
@@ -92,8 +108,17 @@ def resolve_image(reference: str | Reference, *, cache_dir: Path, plain_http: bo
         bootstrap = fetch_bootstrap(store, layer, cache_dir)
         config = load_json(read_document(store, manifest.config, f"{reference}: configuration"), str(reference))
         kind, settings = _describe_backend(store)
-        return NydusImage(str(reference), reference, bootstrap, {one.hex: one.size for one in manifest.blob_layers},
-                          manifest.descriptor.digest, config, kind, settings, layer.size)
+        return NydusImage(
+            str(reference),
+            reference,
+            bootstrap,
+            {one.hex: one.size for one in manifest.blob_layers},
+            manifest.descriptor.digest,
+            config,
+            kind,
+            settings,
+            layer.size,
+        )
     finally:
         store.close()
 
@@ -143,8 +168,10 @@ def fetch_bootstrap(store: ImageStore, layer: Descriptor, cache_dir: Path) -> Pa
     except OSError as error:
         import errno
 
-        raise Failure(f"cannot write the bootstrap into {cache_dir}: {error.strerror or error}",
-                      Cause.SPACE if error.errno == errno.ENOSPC else Cause.IO) from error
+        raise Failure(
+            f"cannot write the bootstrap into {cache_dir}: {error.strerror or error}",
+            Cause.SPACE if error.errno == errno.ENOSPC else Cause.IO,
+        ) from error
     return path
 
 
@@ -212,5 +239,8 @@ def _describe_backend(store: ImageStore) -> tuple[str, dict[str, Any]]:
 
 
 def _not_nydus(reference: Reference) -> Failure:
-    return Failure(f"{reference} is not a Nydus image: make one of it with "
-                   f"`virtiofsd-nydus convert {reference} docker://HOST/NAME:TAG`", Cause.FORMAT)
+    return Failure(
+        f"{reference} is not a Nydus image: make one of it with "
+        f"`virtiofsd-nydus convert {reference} docker://HOST/NAME:TAG`",
+        Cause.FORMAT,
+    )

@@ -52,9 +52,12 @@ class LayoutStore:
             chosen = entries if len(entries) == 1 else []
         if not chosen:
             have = ", ".join(sorted({tag for tag in tags if tag})) or "none"
-            raise Failure(f"{self.name}: no image {version!r}; tags there: {have}" if version else
-                          f"{self.name}: holds {len(entries)} images, say which (oci:DIR:TAG); tags there: {have}",
-                          Cause.MISSING)
+            raise Failure(
+                f"{self.name}: no image {version!r}; tags there: {have}"
+                if version
+                else f"{self.name}: holds {len(entries)} images, say which (oci:DIR:TAG); tags there: {have}",
+                Cause.MISSING,
+            )
         descriptor = parse_descriptor(chosen[-1], self.name)
         data = self._read_file(self.blob_dir / descriptor.hex)
         if digest_of(data) != descriptor.digest:
@@ -93,8 +96,7 @@ class LayoutStore:
                 temporary.write_text(json.dumps(LAYOUT))
             new = Descriptor(media_type, digest, len(data), {ANNOTATION_REF_NAME: tag} if tag else {}).to_json()
             entries = self._entries() if (self.directory / "index.json").exists() else []
-            kept = [entry for entry in entries
-                    if (entry.get("annotations") or {}).get(ANNOTATION_REF_NAME, "") != tag]
+            kept = [entry for entry in entries if (entry.get("annotations") or {}).get(ANNOTATION_REF_NAME, "") != tag]
             index = {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": [*kept, new]}
             with self._new_file(self.directory / "index.json") as temporary:
                 temporary.write_text(json.dumps(index, indent=2) + "\n")
@@ -127,7 +129,8 @@ class LayoutStore:
             yield temporary
             temporary.replace(path)
         except OSError as error:
-            raise Failure(f"cannot write {path}: {error.strerror}",
-                          Cause.SPACE if error.errno == errno.ENOSPC else Cause.IO) from error
+            raise Failure(
+                f"cannot write {path}: {error.strerror}", Cause.SPACE if error.errno == errno.ENOSPC else Cause.IO
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)

@@ -107,8 +107,11 @@ class Manifest:
 
     @property
     def blob_layers(self) -> tuple[Descriptor, ...]:
-        return tuple(one for one in self.layers if one.media_type == MEDIA_NYDUS_BLOB
-                     or one.annotations.get(ANNOTATION_BLOB) == "true")
+        return tuple(
+            one
+            for one in self.layers
+            if one.media_type == MEDIA_NYDUS_BLOB or one.annotations.get(ANNOTATION_BLOB) == "true"
+        )
 
 
 def parse_platform(text: str) -> Platform:
@@ -130,9 +133,15 @@ def parse_descriptor(value: Any, what: str) -> Descriptor:
     try:
         media_type, digest, size = value["mediaType"], value["digest"], value["size"]
         annotations = value.get("annotations") or {}
-        ok = (isinstance(media_type, str) and isinstance(digest, str) and isinstance(size, int)
-              and not isinstance(size, bool) and 0 <= size < 1 << 62 and isinstance(annotations, dict)
-              and all(isinstance(one, str) for pair in annotations.items() for one in pair))
+        ok = (
+            isinstance(media_type, str)
+            and isinstance(digest, str)
+            and isinstance(size, int)
+            and not isinstance(size, bool)
+            and 0 <= size < 1 << 62
+            and isinstance(annotations, dict)
+            and all(isinstance(one, str) for pair in annotations.items() for one in pair)
+        )
     except (KeyError, TypeError, AttributeError):
         ok = False
     if not ok:
@@ -159,9 +168,12 @@ def parse_manifest(data: bytes, descriptor: Descriptor, what: str) -> Manifest:
     if value.get("schemaVersion") != 2 or not isinstance(layers, list) or "config" not in value:
         raise Failure(f"{what}: not an image manifest (schema 2 with config and layers)", Cause.FORMAT)
     annotations = value.get("annotations")
-    return Manifest(descriptor, parse_descriptor(value["config"], what),
-                    tuple(parse_descriptor(layer, what) for layer in layers),
-                    {str(key): str(one) for key, one in annotations.items()} if isinstance(annotations, dict) else {})
+    return Manifest(
+        descriptor,
+        parse_descriptor(value["config"], what),
+        tuple(parse_descriptor(layer, what) for layer in layers),
+        {str(key): str(one) for key, one in annotations.items()} if isinstance(annotations, dict) else {},
+    )
 
 
 def parse_index(data: bytes, what: str) -> list[IndexEntry]:
@@ -175,8 +187,9 @@ def parse_index(data: bytes, what: str) -> list[IndexEntry]:
         platform: Platform | None = None
         features: list[Any] = []
         if isinstance(found, dict):
-            platform = Platform(str(found.get("os", "")), str(found.get("architecture", "")),
-                                str(found.get("variant") or ""))
+            platform = Platform(
+                str(found.get("os", "")), str(found.get("architecture", "")), str(found.get("variant") or "")
+            )
             features = found.get("os.features") or []
         is_nydus = entry.get("artifactType") == NYDUS_ARTIFACT_TYPE or NYDUS_OS_FEATURE in features
         out.append(IndexEntry(descriptor, platform, is_nydus))
@@ -185,11 +198,15 @@ def parse_index(data: bytes, what: str) -> list[IndexEntry]:
 
 def choose_entry(entries: list[IndexEntry], wanted: Platform, what: str, *, nydus: bool) -> IndexEntry:
     """The index's entry for a platform. nydus: prefer a Nydus manifest (else: never take one)."""
+
     def fits(entry: IndexEntry) -> bool:
         if entry.platform is None:
             return len(entries) == 1
-        return (entry.platform.os == wanted.os and entry.platform.architecture == wanted.architecture
-                and (not wanted.variant or entry.platform.variant == wanted.variant))
+        return (
+            entry.platform.os == wanted.os
+            and entry.platform.architecture == wanted.architecture
+            and (not wanted.variant or entry.platform.variant == wanted.variant)
+        )
 
     fitting = [entry for entry in entries if fits(entry) and (nydus or not entry.is_nydus)]
     if nydus:
@@ -197,6 +214,7 @@ def choose_entry(entries: list[IndexEntry], wanted: Platform, what: str, *, nydu
     if not fitting:
         # Attestations have the platform unknown/unknown; nobody wants to choose them.
         have = sorted({str(entry.platform) for entry in entries if entry.platform and entry.platform.os != "unknown"})
-        raise Failure(f"{what}: no image for {wanted}; there are: {', '.join(have) or 'none'} (--platform)",
-                      Cause.MISSING)
+        raise Failure(
+            f"{what}: no image for {wanted}; there are: {', '.join(have) or 'none'} (--platform)", Cause.MISSING
+        )
     return fitting[0]

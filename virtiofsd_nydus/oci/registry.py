@@ -26,8 +26,15 @@ PUT_TIMEOUT_S = 300.0
 class RegistryStore:
     """store.ImageStore of one repository. Thread-safe."""
 
-    def __init__(self, reference: Reference, *, scheme: str = "https", credentials: Credentials | None = None,
-                 ca_cert_files: Iterable[str] = (), skip_verify: bool = False) -> None:
+    def __init__(
+        self,
+        reference: Reference,
+        *,
+        scheme: str = "https",
+        credentials: Credentials | None = None,
+        ca_cert_files: Iterable[str] = (),
+        skip_verify: bool = False,
+    ) -> None:
         self.name = str(reference)
         self.host = reference.api_host
         self.repo = reference.repo
@@ -35,24 +42,36 @@ class RegistryStore:
         self.credentials = credentials
         self.ca_cert_files = tuple(ca_cert_files)
         self.skip_verify = skip_verify
-        self._client = http.HttpClient(skip_verify=skip_verify, ca_cert_files=self.ca_cert_files,
-                                       read_timeout_s=READ_TIMEOUT_S, connect_timeout_s=CONNECT_TIMEOUT_S)
+        self._client = http.HttpClient(
+            skip_verify=skip_verify,
+            ca_cert_files=self.ca_cert_files,
+            read_timeout_s=READ_TIMEOUT_S,
+            connect_timeout_s=CONNECT_TIMEOUT_S,
+        )
         self._backend = RegistryBackend(self._client, self.scheme, self.host, self.repo, credentials=credentials)
         self._session = self._backend.session
-        self._known: set[str] = set()   # digests this repository has
+        self._known: set[str] = set()  # digests this repository has
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, reference: Reference, *, plain_http: bool = False, creds: str = "",
-             ca_cert_files: Iterable[str] = (), skip_verify: bool = False) -> Self:
+    def open(
+        cls,
+        reference: Reference,
+        *,
+        plain_http: bool = False,
+        creds: str = "",
+        ca_cert_files: Iterable[str] = (),
+        skip_verify: bool = False,
+    ) -> Self:
         """With the login of --creds (USER:PASSWORD), else of docker's configuration, else none. A loopback registry is
         spoken to in plain HTTP unless it turns out to want TLS."""
         credentials = parse_creds(creds) if creds else find_docker_credentials(reference.host)
         scheme = default_scheme(reference.api_host, plain_http)
         if scheme == "http" and not plain_http and _wants_tls(reference.api_host):
             scheme = "https"
-        return cls(reference, scheme=scheme, credentials=credentials, ca_cert_files=ca_cert_files,
-                   skip_verify=skip_verify)
+        return cls(
+            reference, scheme=scheme, credentials=credentials, ca_cert_files=ca_cert_files, skip_verify=skip_verify
+        )
 
     def close(self) -> None:
         self._client.close()
@@ -61,8 +80,9 @@ class RegistryStore:
         retry = self._client.retry(RETRIES, None)
         while True:
             try:
-                response, url = self._session.request("GET", f"manifests/{version}", f"manifest of {self.name}",
-                                                      headers={"Accept": ACCEPT})
+                response, url = self._session.request(
+                    "GET", f"manifests/{version}", f"manifest of {self.name}", headers={"Accept": ACCEPT}
+                )
                 media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
                 told = response.headers.get("Docker-Content-Digest", "")
                 data = http.read_body(response, url, DOCUMENT_BYTES)
@@ -70,8 +90,10 @@ class RegistryStore:
             except http.RetriableFailure as failure:
                 retry.wait(failure)
         if told.startswith("sha256:") and told != digest_of(data):
-            raise Failure(f"{self.name}: the manifest does not have the digest the registry tells: damaged on the way",
-                          Cause.DIGEST)
+            raise Failure(
+                f"{self.name}: the manifest does not have the digest the registry tells: damaged on the way",
+                Cause.DIGEST,
+            )
         return data, media_type
 
     def read_blob(self, descriptor: Descriptor) -> Iterator[memoryview]:
@@ -84,8 +106,9 @@ class RegistryStore:
         retry = self._client.retry(RETRIES, None)
         while True:
             try:
-                response, _ = self._session.request("HEAD", f"blobs/{descriptor.digest}", f"blob {descriptor.digest}",
-                                                    push=True, pass_statuses=(404,))
+                response, _ = self._session.request(
+                    "HEAD", f"blobs/{descriptor.digest}", f"blob {descriptor.digest}", push=True, pass_statuses=(404,)
+                )
                 there = response.status == 200
                 http.release(response)
                 break
@@ -123,9 +146,15 @@ class RegistryStore:
         retry = self._client.retry(RETRIES, None)
         while True:
             try:
-                response, _ = self._session.request("PUT", f"manifests/{version}", f"manifest of {self.name}",
-                                                    push=True, headers={"Content-Type": media_type}, body=data,
-                                                    read_timeout_s=PUT_TIMEOUT_S)
+                response, _ = self._session.request(
+                    "PUT",
+                    f"manifests/{version}",
+                    f"manifest of {self.name}",
+                    push=True,
+                    headers={"Content-Type": media_type},
+                    body=data,
+                    read_timeout_s=PUT_TIMEOUT_S,
+                )
                 told = response.headers.get("Docker-Content-Digest", "")
                 http.release(response)
                 break
@@ -135,8 +164,9 @@ class RegistryStore:
             raise Failure(f"{self.name}: the registry stored another manifest than was sent ({told})", Cause.DIGEST)
 
     def _upload(self, descriptor: Descriptor, file: Path, what: str, on_bytes: OnBytes) -> None:
-        response, url = self._session.request("POST", "blobs/uploads/", what, push=True,
-                                              headers={"Content-Length": "0"})
+        response, url = self._session.request(
+            "POST", "blobs/uploads/", what, push=True, headers={"Content-Length": "0"}
+        )
         location = response.headers.get("Location", "")
         http.release(response)
         if response.status != 202 or not location:
@@ -147,12 +177,18 @@ class RegistryStore:
 
         def body() -> IO[bytes]:
             opened.append(_CountedFile(file, on_bytes))
-            return opened[-1]   # type: ignore[return-value]  # has all that is used of it: read()
+            return opened[-1]  # type: ignore[return-value]  # has all that is used of it: read()
 
         try:
             response, _ = self._session.request(
-                "PUT", location, what, push=True, body=body, read_timeout_s=PUT_TIMEOUT_S, headers={
-                    "Content-Type": "application/octet-stream", "Content-Length": str(descriptor.size)})
+                "PUT",
+                location,
+                what,
+                push=True,
+                body=body,
+                read_timeout_s=PUT_TIMEOUT_S,
+                headers={"Content-Type": "application/octet-stream", "Content-Length": str(descriptor.size)},
+            )
         finally:
             for one in opened:
                 one.close()
@@ -172,7 +208,7 @@ def _wants_tls(host: str) -> bool:
     try:
         http.check_status(client.send("GET", url), url, "the registry")
     except Failure as failure:
-        return failure.cause is Cause.SCHEME    # whatever else is wrong the first real request will tell
+        return failure.cause is Cause.SCHEME  # whatever else is wrong the first real request will tell
     finally:
         client.close()
     return False

@@ -31,7 +31,7 @@ OnBytes = Callable[[int], None]
 class ImageStore(Protocol):
     """Where images lie. Methods may be called from several threads; they raise errors.Failure."""
 
-    name: str   # as a person would write it
+    name: str  # as a person would write it
 
     def get_manifest(self, version: str) -> tuple[bytes, str]:
         """Document and media type of a tag or digest ("": the only image there is)."""
@@ -58,8 +58,9 @@ class ImageStore(Protocol):
 class VerifiedReader(io.RawIOBase):
     """A blob as a stream: whoever reads to the end, or calls finish(), knows that it had the digest and the size."""
 
-    def __init__(self, pieces: Iterator[memoryview], descriptor: Descriptor, what: str,
-                 on_bytes: OnBytes | None = None) -> None:
+    def __init__(
+        self, pieces: Iterator[memoryview], descriptor: Descriptor, what: str, on_bytes: OnBytes | None = None
+    ) -> None:
         self._pieces = pieces
         self._descriptor = descriptor
         self._what = what
@@ -102,8 +103,11 @@ class VerifiedReader(io.RawIOBase):
         self._ended = True
         self._piece = memoryview(b"")
         if self._size != self._descriptor.size or f"sha256:{self._hash.hexdigest()}" != self._descriptor.digest:
-            raise Failure(f"{self._what}: {self._descriptor.digest} does not have the bytes its digest says: it was "
-                          "damaged where it is stored or on the way", Cause.DIGEST)
+            raise Failure(
+                f"{self._what}: {self._descriptor.digest} does not have the bytes its digest says: it was "
+                "damaged where it is stored or on the way",
+                Cause.DIGEST,
+            )
         return False
 
 
@@ -117,7 +121,7 @@ def read_document(store: ImageStore, descriptor: Descriptor, what: str) -> bytes
 def find_manifest(store: ImageStore, version: str, platform: Platform, *, nydus: bool) -> Manifest:
     """The manifest of a tag or digest; of an index, that of the platform (nydus: see choose_entry)."""
     what = store.name
-    for _ in range(3):      # an index may name an index, no sane image goes deeper
+    for _ in range(3):  # an index may name an index, no sane image goes deeper
         data, media_type = store.get_manifest(version)
         digest = digest_of(data)
         if version.startswith("sha256:") and digest != version:

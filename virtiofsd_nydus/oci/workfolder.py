@@ -31,7 +31,7 @@ def make_work_folder(parent: Path | None) -> Iterator[Path]:
 def sweep_work_folders(top: Path) -> None:
     """Removes what killed runs of this user left in top."""
     for folder in top.glob(PREFIX + "*"):
-        with suppress(OSError):     # another run's, another user's, or just gone
+        with suppress(OSError):  # another run's, another user's, or just gone
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 if os.fstat(lock).st_uid == os.geteuid():
@@ -47,7 +47,7 @@ def _make_locked(top: Path) -> tuple[Path, int]:
         lock = -1
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            with suppress(OSError):     # a file system without locks: nobody sweeps there either
+            with suppress(OSError):  # a file system without locks: nobody sweeps there either
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(lock), folder.stat()):
                 return folder, lock

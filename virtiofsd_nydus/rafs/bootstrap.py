@@ -209,9 +209,7 @@ class BootstrapWriter:
         arena.append(bytes(-arena.used % BLOCK_BYTES))
         out = arena.view()
 
-        flags = (
-            layout.CODEC_FLAG[self.codec] | layout.DIGESTER_FLAG[self.digester] | layout.SuperFlag.EXPLICIT_UID_GID
-        )
+        flags = layout.CODEC_FLAG[self.codec] | layout.DIGESTER_FLAG[self.digester] | layout.SuperFlag.EXPLICIT_UID_GID
         if any(blob.cipher is not None for blob in self.blobs):
             flags |= layout.SuperFlag.ENCRYPTION_AES_128_XTS
         else:

@@ -92,9 +92,7 @@ class BootstrapWriterV5:
             arena.append(EXT_BLOB.pack(len(blob.table), blob.features, blob.uncompressed_size, blob.compressed_size))
         has_xattrs = self._write_records(arena)
         out = arena.view()
-        flags = (
-            layout.CODEC_FLAG[self.codec] | layout.DIGESTER_FLAG[self.digester] | layout.SuperFlag.EXPLICIT_UID_GID
-        )
+        flags = layout.CODEC_FLAG[self.codec] | layout.DIGESTER_FLAG[self.digester] | layout.SuperFlag.EXPLICIT_UID_GID
         if has_xattrs:
             flags |= layout.SuperFlag.HAS_XATTR
         SUPER.pack_into(

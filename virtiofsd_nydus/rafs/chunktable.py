@@ -113,9 +113,7 @@ class DigestIndex:
 
     __slots__ = ("_count", "_digest_of", "_directory", "_slots")
 
-    def __init__(
-        self, digest_of: Callable[[int], bytes], directory: "str | os.PathLike[str] | None" = None
-    ) -> None:
+    def __init__(self, digest_of: Callable[[int], bytes], directory: "str | os.PathLike[str] | None" = None) -> None:
         self._digest_of = digest_of
         self._directory = directory
         self._slots = Arena(directory)  # each 64 bits: the low bits of the digest's hash, number + 1

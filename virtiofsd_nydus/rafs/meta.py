@@ -141,7 +141,12 @@ def encode_chunk_infos_v2(table: ChunkTable, kind: InfoFlag) -> bytearray:
 
 
 def encode_header(
-    features: int, codec: layout.Codec, entries: int, offset: int, csize: int, usize: int,
+    features: int,
+    codec: layout.Codec,
+    entries: int,
+    offset: int,
+    csize: int,
+    usize: int,
     contexts: tuple[int, int, int],
 ) -> bytes:
     """blob.meta's header. contexts: offset in the table, bytes, count."""

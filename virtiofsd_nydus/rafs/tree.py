@@ -85,9 +85,7 @@ class Tree:
         place = self._xattr_places.get(xattrs)
         if place is None:
             place = self._store_xattrs(xattrs)
-        ATTRIBUTES.pack_into(
-            self.nodes.data, end - NODE_BYTES, mode, uid, gid, place, seconds & TIME_MASK, nanoseconds
-        )
+        ATTRIBUTES.pack_into(self.nodes.data, end - NODE_BYTES, mode, uid, gid, place, seconds & TIME_MASK, nanoseconds)
         if not node % RELIEVE_EVERY:
             relieve()
         return node

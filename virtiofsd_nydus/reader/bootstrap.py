@@ -20,7 +20,7 @@ from virtiofsd_nydus.errors import Cause, Failure
 _DIRENTS = 128
 _CHUNKS = 256
 _PREFETCH_MAX = 1 << 16
-_FAULT_BYTES = 256          # room for one line of vnd_rafs_check; longer ones are rare
+_FAULT_BYTES = 256  # room for one line of vnd_rafs_check; longer ones are rare
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Attr:
 class DirEntry:
     name: str
     ino: int
-    type: int       # DT_*
+    type: int  # DT_*
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +106,18 @@ class Bootstrap:
     the reader's errno (EIO: the image is malformed there). Close it before store and engine.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, blob_id: str | None = None, engine: Engine | None = None,
-                 store: Store | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        blob_id: str | None = None,
+        engine: Engine | None = None,
+        store: Store | None = None,
+    ) -> None:
         self.path = os.fspath(path)
         self._own_engine = Engine() if engine is None else None
         try:
-            self.image = Rafs(engine or self._own_engine, self.path, store, blob_id)   # type: ignore[arg-type]
+            self.image = Rafs(engine or self._own_engine, self.path, store, blob_id)  # type: ignore[arg-type]
         except BaseException:
             self._close_engine()
             raise
@@ -121,8 +127,9 @@ class Bootstrap:
     def __enter__(self) -> "Bootstrap":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -147,8 +154,9 @@ class Bootstrap:
     def getattr(self, ino: int) -> Attr:
         raw = ffi.new("vnd_attr *")
         _ensure(lib.vnd_rafs_getattr(self._handle, ino, raw))
-        return Attr(raw.ino, raw.size_bytes, raw.mtime_s, raw.mtime_nsec, raw.mode, raw.nlink, raw.uid, raw.gid,
-                    raw.rdev)
+        return Attr(
+            raw.ino, raw.size_bytes, raw.mtime_s, raw.mtime_nsec, raw.mode, raw.nlink, raw.uid, raw.gid, raw.rdev
+        )
 
     def lookup(self, dir_ino: int, name: str) -> int:
         """Inode of one name in a directory. FileNotFoundError."""
@@ -222,8 +230,17 @@ class Bootstrap:
             for k in range(got):
                 c = raw[k]
                 digest = bytes(ffi.buffer(c.digest)) if c.digest_known else None
-                yield Chunk(c.file_off, c.blob_index, c.chunk_index, c.coff, c.csize_bytes, c.uoff, c.usize_bytes,
-                            c.flags, digest)
+                yield Chunk(
+                    c.file_off,
+                    c.blob_index,
+                    c.chunk_index,
+                    c.coff,
+                    c.csize_bytes,
+                    c.uoff,
+                    c.usize_bytes,
+                    c.flags,
+                    digest,
+                )
 
     def read(self, ino: int, offset: int = 0, length: int | None = None) -> bytes:
         """File bytes, verified, through the store; blocks until they are there. None: to the end."""

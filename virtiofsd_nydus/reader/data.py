@@ -39,11 +39,15 @@ def add_source_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
     """The flags that choose_source reads, and those of opened_with_data."""
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--blob-dir", type=Path, metavar="DIR", help=f"directory of the data blobs: {purpose}")
-    where.add_argument("-C", "--config", type=Path, metavar="FILE",
-                       help=f"nydusd configuration whose backend has them: {purpose}")
+    where.add_argument(
+        "-C", "--config", type=Path, metavar="FILE", help=f"nydusd configuration whose backend has them: {purpose}"
+    )
     parser.add_argument("--blob-id", metavar="ID", help="id of the blob, if the bootstrap was inlined in it")
-    parser.add_argument("--allow-unverified", action="store_true",
-                        help="read an image without chunk digests too: says only that its data can be decoded")
+    parser.add_argument(
+        "--allow-unverified",
+        action="store_true",
+        help="read an image without chunk digests too: says only that its data can be decoded",
+    )
 
 
 def choose_source(args: argparse.Namespace) -> Source | None:
@@ -61,8 +65,9 @@ def choose_source(args: argparse.Namespace) -> Source | None:
 
 
 @contextmanager
-def opened_with_data(path: Path, source: Source | Path, blob_id: str | None = None,
-                     allow_unverified: bool = False) -> Iterator[Bootstrap]:
+def opened_with_data(
+    path: Path, source: Source | Path, blob_id: str | None = None, allow_unverified: bool = False
+) -> Iterator[Bootstrap]:
     """The image with its data, over a cache that is thrown away: nothing that an earlier run found good is taken for
     granted. source: a path is a directory of blobs. What the engine has to say (a wrong digest, a missing blob) goes
     to stderr."""
@@ -85,7 +90,7 @@ def opened_with_data(path: Path, source: Source | Path, blob_id: str | None = No
             engine.shutdown()
             if not pump.join(STOP_SECONDS):
                 raise Failure("a fetch thread does not end", Cause.IO)
-            say_events(engine)      # now: a thread says why a read failed after it has let the read go
+            say_events(engine)  # now: a thread says why a read failed after it has let the read go
             if image is not None:
                 image.close()
             if store is not None:
@@ -95,7 +100,7 @@ def opened_with_data(path: Path, source: Source | Path, blob_id: str | None = No
 
 def say_events(engine: Engine) -> None:
     """What is waiting in the engine's event queue, if it tells why something could not be read."""
-    with suppress(EOFError):    # it was shut down, and nothing is left
+    with suppress(EOFError):  # it was shut down, and nothing is left
         while (event := engine.next_event(0)) is not None:
             if event.level >= ERROR_LEVEL:
                 print(event.text, file=sys.stderr)

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
         """All calls may come from several threads at once. They raise errors.Failure with its cause (AUTH, SCHEME,
         NETWORK, MISSING, DIGEST never, IO) once retries are used up or the deadline has passed."""
 
-        kind: str   # "registry", "localfs", ...
+        kind: str  # "registry", "localfs", ...
         meter: BackendMeter
 
-        def read_range(self, blob_id: str, offset: int, length: int, *, prefetch: bool = False,
-                       deadline: float | None = None) -> Iterator[memoryview]:
+        def read_range(
+            self, blob_id: str, offset: int, length: int, *, prefetch: bool = False, deadline: float | None = None
+        ) -> Iterator[memoryview]:
             """Yields exactly `length` bytes from `offset` in pieces of at most 1 MiB; a piece is valid until the next
             is asked for. A short, long or mislabelled answer is retried from where it stopped, then NETWORK. deadline:
             time.monotonic() value."""

@@ -26,7 +26,7 @@ PREFETCH_RETRIES = 1
 # The circuit breaker: so many reads in a row that failed for the network, retries and all, shut it for so long.
 BREAKER_FAILURES = 5
 BREAKER_FIRST_PAUSE_S = 1.0
-BREAKER_LAST_PAUSE_S = 5.0     # a reader is refused that long at most after the server is back
+BREAKER_LAST_PAUSE_S = 5.0  # a reader is refused that long at most after the server is back
 # An answer that brings less than this in a read timeout is given up: a byte now and then is no progress.
 PROGRESS_BYTES = 4096
 # So much in one piece is handed on as it came; less is gathered first, lest calls count.
@@ -38,8 +38,9 @@ class HttpBackend:
 
     kind = ""
 
-    def __init__(self, client: http.HttpClient, where: str, retries: int = RETRIES,
-                 say: "Callable[[str], None] | None" = None) -> None:
+    def __init__(
+        self, client: http.HttpClient, where: str, retries: int = RETRIES, say: "Callable[[str], None] | None" = None
+    ) -> None:
         """where: names the server in messages. say: gets lines about servers that come and go."""
         self._client = client
         self._retries = retries
@@ -48,12 +49,19 @@ class HttpBackend:
         self.breaker = Gate(f"{self.kind} {where}", BREAKER_FAILURES, BREAKER_FIRST_PAUSE_S, BREAKER_LAST_PAUSE_S, say)
         self._sizes: dict[str, int] = {}
         self._distrusted: set[str] = set()
-        self._buffers: list[bytearray] = []     # list.append and pop are atomic; a reader takes one or makes one
+        self._buffers: list[bytearray] = []  # list.append and pop are atomic; a reader takes one or makes one
 
     # ---- for subclasses
 
-    def _request(self, method: str, blob_id: str, what: str, headers: dict[str, str], through: http.Through,
-                 deadline: float | None) -> "tuple[BaseHTTPResponse, str]":
+    def _request(
+        self,
+        method: str,
+        blob_id: str,
+        what: str,
+        headers: dict[str, str],
+        through: http.Through,
+        deadline: float | None,
+    ) -> "tuple[BaseHTTPResponse, str]":
         """One answer (status 2xx or 416, unread) for the blob and the address that gave it. Raises Failure, and
         http.RetriableFailure where another attempt may help."""
         raise NotImplementedError
@@ -105,14 +113,16 @@ class HttpBackend:
                 except http.RetriableFailure as failure:
                     self._prepare_retry(retry, failure, through, deadline)
 
-    def read_range(self, blob_id: str, offset: int, length: int, *, prefetch: bool = False,
-                   deadline: float | None = None) -> "Iterator[memoryview]":
+    def read_range(
+        self, blob_id: str, offset: int, length: int, *, prefetch: bool = False, deadline: float | None = None
+    ) -> "Iterator[memoryview]":
         if offset < 0 or length < 0:
             raise ValueError(f"range of {length} bytes at {offset}")
         return self._read_range(blob_id, offset, length, prefetch, deadline)
 
-    def _read_range(self, blob_id: str, offset: int, length: int, prefetch: bool,
-                    deadline: float | None) -> "Iterator[memoryview]":
+    def _read_range(
+        self, blob_id: str, offset: int, length: int, prefetch: bool, deadline: float | None
+    ) -> "Iterator[memoryview]":
         what = name_blob(blob_id)
         retry = self._client.retry(PREFETCH_RETRIES if prefetch else self._retries, deadline)
         through = self._start(blob_id, prefetch)
@@ -141,12 +151,13 @@ class HttpBackend:
                                     if not piece:
                                         raise http.RetriableFailure(
                                             f"{http.host_of(url)}: {what}: the answer ended "
-                                            f"{stop - offset - filled} bytes early")
+                                            f"{stop - offset - filled} bytes early"
+                                        )
                                     pace.check(len(piece), url, what)
                                     if not filled and len(piece) >= WHOLE_PIECE_BYTES:
                                         filled, whole = len(piece), memoryview(piece)
                                         break
-                                    view[filled:filled + len(piece)] = piece
+                                    view[filled : filled + len(piece)] = piece
                                     filled += len(piece)
                             except http.RetriableFailure as failure:
                                 failed = failure
@@ -166,7 +177,8 @@ class HttpBackend:
                     if offset < end:
                         failed = failed or http.RetriableFailure(
                             f"{http.host_of(url)}: {what}: the answer covers {stop - start} bytes, asked for "
-                            f"{end - start}")
+                            f"{end - start}"
+                        )
                         self._broke(blob_id, url, failed)
                         self._prepare_retry(retry, failed, through, deadline)
         finally:
@@ -178,8 +190,9 @@ class HttpBackend:
         through.bypass = blob_id in self._distrusted
         return through
 
-    def _prepare_retry(self, retry: http.Retry, failure: Failure, through: http.Through,
-                       deadline: float | None) -> None:
+    def _prepare_retry(
+        self, retry: http.Retry, failure: Failure, through: http.Through, deadline: float | None
+    ) -> None:
         """Waits and settles how the next attempt goes, or raises what the last one failed with."""
         retry.wait(failure)
         proxy = self._client.proxy
@@ -193,8 +206,9 @@ class HttpBackend:
             proxy.passed_by += 1
             through.bypass = True
 
-    def _open_range(self, blob_id: str, offset: int, length: int, what: str, through: http.Through,
-                    deadline: float | None) -> "tuple[BaseHTTPResponse, str, int]":
+    def _open_range(
+        self, blob_id: str, offset: int, length: int, what: str, through: http.Through, deadline: float | None
+    ) -> "tuple[BaseHTTPResponse, str, int]":
         """The checked answer to one range request, its address, and the blob offset at which it ends (at most
         offset + length)."""
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
@@ -211,7 +225,7 @@ class HttpBackend:
                 raise
             if not elsewhere and (self._client.proxy is None or through.bypass):
                 raise
-            through.bypass = through.bypass or not elsewhere    # what stands between may be at fault
+            through.bypass = through.bypass or not elsewhere  # what stands between may be at fault
             raise http.RetriableFailure(str(failure), failure.cause) from failure
         if total_bytes is not None and self._sizes.setdefault(blob_id, total_bytes) != total_bytes:
             response.close()
@@ -227,7 +241,7 @@ class _Pace:
     __slots__ = ("_bytes", "_limit_s", "_since_s")
 
     def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s     # 0: no limit
+        self._limit_s = limit_s  # 0: no limit
         self._since_s = time.monotonic()
         self._bytes = 0
 
@@ -236,8 +250,10 @@ class _Pace:
         if not self._limit_s or time.monotonic() - self._since_s < self._limit_s:
             return
         if self._bytes < PROGRESS_BYTES:
-            raise http.RetriableFailure(f"{http.host_of(url)}: {what}: the answer trickles: {self._bytes} bytes in "
-                                        f"{time.monotonic() - self._since_s:.1f} s")
+            raise http.RetriableFailure(
+                f"{http.host_of(url)}: {what}: the answer trickles: {self._bytes} bytes in "
+                f"{time.monotonic() - self._since_s:.1f} s"
+            )
         self._since_s, self._bytes = time.monotonic(), 0
 
 

@@ -30,8 +30,8 @@ META_SUFFIX = ".blob.meta"
 SIDE_SUFFIX = ".vnd"
 STORED_SIDE_SUFFIX = ".raw.vnd"
 MAP_HEADER_BYTES = 4096
-STALE_TMP_S = 60.0      # a side file is made whole within milliseconds: an older unfinished one has no maker any more
-READ_MAX_BYTES = 256 << 20      # no chunk is larger
+STALE_TMP_S = 60.0  # a side file is made whole within milliseconds: an older unfinished one has no maker any more
+READ_MAX_BYTES = 256 << 20  # no chunk is larger
 
 # csrc/cache/cache.h: struct side_header, struct side_bound
 _HEADER = struct.Struct("=8sII40sQQQQQQII")
@@ -116,8 +116,9 @@ class SideFile:
             if status.st_size < _HEADER_BYTES:
                 raise ValueError(f"{path.name} is no side file")
             self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-        (magic, version, self.chunks, boot_id, _, self.ino, _, self.size_bytes, _, _, self.retired,
-         _) = _HEADER.unpack_from(self._map)
+        (magic, version, self.chunks, boot_id, _, self.ino, _, self.size_bytes, _, _, self.retired, _) = (
+            _HEADER.unpack_from(self._map)
+        )
         self._bits_bytes = (self.chunks + 63) // 64 * 8
         self._bound_at = (_HEADER_BYTES + 2 * self._bits_bytes + 4095) // 4096 * 4096
         if (magic, version) != (_MAGIC, _VERSION) or len(self._map) < self._bound_at + self.chunks * _BOUND.size:
@@ -131,16 +132,16 @@ class SideFile:
     @property
     def epoch(self) -> int:
         """Odd while bytes are being taken away."""
-        return int.from_bytes(self._map[_EPOCH_OFFSET:_EPOCH_OFFSET + 8], "little")
+        return int.from_bytes(self._map[_EPOCH_OFFSET : _EPOCH_OFFSET + 8], "little")
 
     def durable(self) -> int:
         """The map D as a number: bit i is chunk i."""
         at = _HEADER_BYTES + self._bits_bytes
-        return int.from_bytes(self._map[at:at + self._bits_bytes], "little")
+        return int.from_bytes(self._map[at : at + self._bits_bytes], "little")
 
     def trusted(self) -> int:
         """The map T; after a reboot only what is durable counts."""
-        bits = int.from_bytes(self._map[_HEADER_BYTES:_HEADER_BYTES + self._bits_bytes], "little")
+        bits = int.from_bytes(self._map[_HEADER_BYTES : _HEADER_BYTES + self._bits_bytes], "little")
         return bits if self._same_boot else bits & self.durable()
 
     def is_trusted(self, index: int) -> bool:
@@ -161,8 +162,14 @@ class CacheDir:
 
     def kept(self) -> list[Kept]:
         files = [one.name for one in self.path.iterdir() if not one.is_symlink() and one.is_file()]
-        return sorted([Kept(name.removesuffix(suffix), suffix == STORED_SUFFIX)
-                       for name in files for suffix in (DATA_SUFFIX, STORED_SUFFIX) if name.endswith(suffix)])
+        return sorted(
+            [
+                Kept(name.removesuffix(suffix), suffix == STORED_SUFFIX)
+                for name in files
+                for suffix in (DATA_SUFFIX, STORED_SUFFIX)
+                if name.endswith(suffix)
+            ]
+        )
 
     def find(self, wanted: str) -> list[Kept]:
         """The files of the blob whose id begins with wanted."""
@@ -187,12 +194,23 @@ class CacheDir:
                 chunks, trusted, durable = side.chunks, side.trusted().bit_count(), side.durable().bit_count()
         marked = self._marked(blob_id)
         disk = data.st_blocks * 512
-        for beside in (self.path / f"{blob_id}{MAP_SUFFIX}", self.path / f"{blob_id}{META_SUFFIX}",
-                       self.path / SIDE_DIR / kept.side_name):
+        for beside in (
+            self.path / f"{blob_id}{MAP_SUFFIX}",
+            self.path / f"{blob_id}{META_SUFFIX}",
+            self.path / SIDE_DIR / kept.side_name,
+        ):
             disk += _status(beside, lambda status: status.st_blocks * 512) or 0
-        return BlobUse(blob_id, kept.compressed, data.st_size, disk, chunks, trusted, durable,
-                       None if marked is None else marked.bit_count(),
-                       _status(self.path / f"{blob_id}{META_SUFFIX}", lambda status: status.st_size))
+        return BlobUse(
+            blob_id,
+            kept.compressed,
+            data.st_size,
+            disk,
+            chunks,
+            trusted,
+            durable,
+            None if marked is None else marked.bit_count(),
+            _status(self.path / f"{blob_id}{META_SUFFIX}", lambda status: status.st_size),
+        )
 
     def uses(self) -> list[BlobUse]:
         return [found for one in self.kept() if (found := self.use(one)) is not None]
@@ -229,14 +247,14 @@ class CacheDir:
             return False
         try:
             if not (_lock(fd, _CLAIM_INIT) and _lock(fd, _CLAIM_ATTACH)):
-                return False        # in use: a daemon reads on in the file that was removed
+                return False  # in use: a daemon reads on in the file that was removed
             if data.exists() or not _same_file(fd, path):
                 return False
             if not dry_run:
                 path.unlink()
             return True
         finally:
-            os.close(fd)            # lets go of the locks
+            os.close(fd)  # lets go of the locks
 
     # ---- are the bytes right
 
@@ -366,7 +384,8 @@ def _decoded(data: bytes, bound: Bound) -> Iterator[bytes]:
     codecs: tuple[Callable[[bytes, int], bytes], ...] = (
         lambda raw, size: zstandard.ZstdDecompressor().decompress(raw, max_output_size=size),
         lambda raw, size: lz4.block.decompress(raw, uncompressed_size=size),
-        lambda raw, size: zlib.decompressobj(wbits=31).decompress(raw, size))
+        lambda raw, size: zlib.decompressobj(wbits=31).decompress(raw, size),
+    )
     for decode in codecs:
         with suppress(zstandard.ZstdError, lz4.block.LZ4BlockError, zlib.error, ValueError):
             yield decode(data, bound.usize_bytes)

@@ -21,19 +21,27 @@ HEADER_PREFIX = "NYDUS_HEADER_"
 TOKEN_CHARACTERS = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 HTTP_KEYS = frozenset(("skip_verify", "ca_cert_files", "timeout", "connect_timeout", "retry_limit", "proxy"))
-OBJECT_KEYS = HTTP_KEYS | {"scheme", "endpoint", "bucket_name", "object_prefix", "access_key_id", "access_key_secret",
-                           "session_token"}
+OBJECT_KEYS = HTTP_KEYS | {
+    "scheme",
+    "endpoint",
+    "bucket_name",
+    "object_prefix",
+    "access_key_id",
+    "access_key_secret",
+    "session_token",
+}
 KEYS = {
-    "registry": HTTP_KEYS | {"scheme", "host", "repo", "auth", "registry_token", "blob_url_scheme",
-                             "blob_redirected_host", "mirrors"},
+    "registry": HTTP_KEYS
+    | {"scheme", "host", "repo", "auth", "registry_token", "blob_url_scheme", "blob_redirected_host", "mirrors"},
     "s3": OBJECT_KEYS | {"region", "path_style"},
     "oss": OBJECT_KEYS,
     "http-proxy": HTTP_KEYS | {"addr", "path"},
     "localfs": frozenset(("dir", "blob_file", "alt_dirs")),
     "localdisk": frozenset(("device_path", "disable_gpt")),
 }
-PROXY_KEYS = frozenset(("url", "ping_url", "fallback", "check_interval", "use_http", "check_pause_elapsed",
-                        "dragonfly_scheduler_endpoint"))
+PROXY_KEYS = frozenset(
+    ("url", "ping_url", "fallback", "check_interval", "use_http", "check_pause_elapsed", "dragonfly_scheduler_endpoint")
+)
 MIRROR_KEYS = frozenset(("host", "ping_url", "headers", "health_check_interval", "failure_limit", "auth_through"))
 HOT_KEYS = ("registry_auth", "proxy_url", "dragonfly_scheduler_endpoint")
 # What nydusd once took and takes no more: told with the reason.
@@ -86,12 +94,20 @@ def _make_registry(settings: "Settings", say: "Say") -> "Backend":
     auth = _text(settings, "auth")
     return RegistryBackend(
         # nydusd: anything but http is https.
-        _make_client(settings, say), "http" if _text(settings, "scheme") == "http" else "https", host, repo,
+        _make_client(settings, say),
+        "http" if _text(settings, "scheme") == "http" else "https",
+        host,
+        repo,
         credentials=decode_basic(auth, "backend registry, auth") if auth else None,
-        token=_text(settings, "registry_token"), retries=_retries(settings),
-        plain_fallback=_flag(settings, "skip_verify"), blob_url_scheme=_text(settings, "blob_url_scheme"),
-        blob_redirected_host=_text(settings, "blob_redirected_host"), mirrors=_make_mirrors(settings, say),
-        find_credentials=lambda: find_docker_credentials(host), say=say)
+        token=_text(settings, "registry_token"),
+        retries=_retries(settings),
+        plain_fallback=_flag(settings, "skip_verify"),
+        blob_url_scheme=_text(settings, "blob_url_scheme"),
+        blob_redirected_host=_text(settings, "blob_redirected_host"),
+        mirrors=_make_mirrors(settings, say),
+        find_credentials=lambda: find_docker_credentials(host),
+        say=say,
+    )
 
 
 def _make_mirrors(settings: "Settings", say: "Say") -> "list[Mirror]":
@@ -111,11 +127,17 @@ def _make_mirrors(settings: "Settings", say: "Say") -> "list[Mirror]":
         headers = one.get("headers") or {}
         if not isinstance(headers, dict) or not all(isinstance(value, str) for value in headers.values()):
             raise UsageFailure("backend registry, mirrors: headers must be an object of strings")
-        mirrors.append(registry.Mirror(
-            scheme or "https", host, ping_url=_address(one, "ping_url"), headers=headers,
-            failures_max=int(_number(one, "failure_limit", 0)) or registry.MIRROR_FAILURES_MAX,
-            check_interval_s=_number(one, "health_check_interval", 0) or registry.MIRROR_CHECK_INTERVAL_S,
-            with_login=_flag(one, "auth_through")))
+        mirrors.append(
+            registry.Mirror(
+                scheme or "https",
+                host,
+                ping_url=_address(one, "ping_url"),
+                headers=headers,
+                failures_max=int(_number(one, "failure_limit", 0)) or registry.MIRROR_FAILURES_MAX,
+                check_interval_s=_number(one, "health_check_interval", 0) or registry.MIRROR_CHECK_INTERVAL_S,
+                with_login=_flag(one, "auth_through"),
+            )
+        )
     return mirrors
 
 
@@ -126,11 +148,19 @@ def _make_s3(settings: "Settings", say: "Say") -> "Backend":
     if not bucket or not region:
         raise UsageFailure("backend s3: bucket_name and region are needed")
     return S3Backend(
-        _make_client(settings, say), "http" if _text(settings, "scheme") == "http" else "https",
-        _text(settings, "endpoint"), bucket, _text(settings, "object_prefix"), region=region,
-        key_id=_text(settings, "access_key_id"), key_secret=_text(settings, "access_key_secret"),
-        session_token=_text(settings, "session_token"), path_style=_flag(settings, "path_style", True),
-        retries=_retries(settings), say=say)
+        _make_client(settings, say),
+        "http" if _text(settings, "scheme") == "http" else "https",
+        _text(settings, "endpoint"),
+        bucket,
+        _text(settings, "object_prefix"),
+        region=region,
+        key_id=_text(settings, "access_key_id"),
+        key_secret=_text(settings, "access_key_secret"),
+        session_token=_text(settings, "session_token"),
+        path_style=_flag(settings, "path_style", True),
+        retries=_retries(settings),
+        say=say,
+    )
 
 
 def _make_oss(settings: "Settings", say: "Say") -> "Backend":
@@ -140,10 +170,17 @@ def _make_oss(settings: "Settings", say: "Say") -> "Backend":
     if not endpoint or not bucket:
         raise UsageFailure("backend oss: endpoint and bucket_name are needed")
     return OssBackend(
-        _make_client(settings, say), "http" if _text(settings, "scheme") == "http" else "https", endpoint, bucket,
-        _text(settings, "object_prefix"), key_id=_text(settings, "access_key_id"),
-        key_secret=_text(settings, "access_key_secret"), session_token=_text(settings, "session_token"),
-        retries=_retries(settings), say=say)
+        _make_client(settings, say),
+        "http" if _text(settings, "scheme") == "http" else "https",
+        endpoint,
+        bucket,
+        _text(settings, "object_prefix"),
+        key_id=_text(settings, "access_key_id"),
+        key_secret=_text(settings, "access_key_secret"),
+        session_token=_text(settings, "session_token"),
+        retries=_retries(settings),
+        say=say,
+    )
 
 
 def _make_http_proxy(settings: "Settings", say: "Say") -> "Backend":
@@ -152,15 +189,26 @@ def _make_http_proxy(settings: "Settings", say: "Say") -> "Backend":
     address, path = _text(settings, "addr"), _text(settings, "path")
     unix = address.startswith("/")
     if not unix and not address.startswith(("http://", "https://")):
-        raise UsageFailure("backend http-proxy: addr must be http://..., https://... or the absolute path of a unix "
-                           "socket")
-    return HttpProxyBackend(_make_client(settings, say, unix_socket=address if unix else ""), address, path, unix=unix,
-                            retries=_retries(settings), say=say)
+        raise UsageFailure(
+            "backend http-proxy: addr must be http://..., https://... or the absolute path of a unix socket"
+        )
+    return HttpProxyBackend(
+        _make_client(settings, say, unix_socket=address if unix else ""),
+        address,
+        path,
+        unix=unix,
+        retries=_retries(settings),
+        say=say,
+    )
 
 
 MAKERS: "dict[str, Callable[[Settings, Say], Backend]]" = {
-    "registry": _make_registry, "s3": _make_s3, "oss": _make_oss, "http-proxy": _make_http_proxy,
-    "localfs": _make_localfs, "localdisk": _make_localdisk,
+    "registry": _make_registry,
+    "s3": _make_s3,
+    "oss": _make_oss,
+    "http-proxy": _make_http_proxy,
+    "localfs": _make_localfs,
+    "localdisk": _make_localdisk,
 }
 
 
@@ -194,13 +242,18 @@ def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> list[str
 
 # ---- parts
 
+
 def _make_client(settings: "Settings", say: "Say", *, unix_socket: str = "") -> http.HttpClient:
     connect_timeout_s = _number(settings, "connect_timeout", http.CONNECT_TIMEOUT_S)
     return http.HttpClient(
-        skip_verify=_flag(settings, "skip_verify"), ca_cert_files=_texts(settings, "ca_cert_files"),
-        read_timeout_s=_number(settings, "timeout", http.READ_TIMEOUT_S), connect_timeout_s=connect_timeout_s,
-        headers=read_header_environment(say), unix_socket=unix_socket,
-        proxy=None if unix_socket else _make_proxy(settings, connect_timeout_s, say))
+        skip_verify=_flag(settings, "skip_verify"),
+        ca_cert_files=_texts(settings, "ca_cert_files"),
+        read_timeout_s=_number(settings, "timeout", http.READ_TIMEOUT_S),
+        connect_timeout_s=connect_timeout_s,
+        headers=read_header_environment(say),
+        unix_socket=unix_socket,
+        proxy=None if unix_socket else _make_proxy(settings, connect_timeout_s, say),
+    )
 
 
 def _make_proxy(settings: "Settings", connect_timeout_s: float, say: "Say") -> "ForwardProxy | None":
@@ -214,14 +267,22 @@ def _make_proxy(settings: "Settings", connect_timeout_s: float, say: "Say") -> "
     _name_unknown("backend, proxy", proxy, PROXY_KEYS, say)
     url = _address(proxy, "url")
     if _text(proxy, "dragonfly_scheduler_endpoint") and say is not None:
-        say("backend, proxy: dragonfly_scheduler_endpoint is not used: Dragonfly's peer daemon is spoken to as an HTTP "
-            f"proxy ({'by url' if url else 'give its url'})")
+        say(
+            "backend, proxy: dragonfly_scheduler_endpoint is not used: Dragonfly's peer daemon is spoken to as an HTTP "
+            f"proxy ({'by url' if url else 'give its url'})"
+        )
     if not url:
         return None
     return ForwardProxy(
-        url, ping_url=_address(proxy, "ping_url"), fallback=_flag(proxy, "fallback", True),
-        check_interval_s=_number(proxy, "check_interval", 0) or 5.0, use_http=_flag(proxy, "use_http"),
-        check_pause_s=_number(proxy, "check_pause_elapsed", 0) or 300.0, connect_timeout_s=connect_timeout_s, say=say)
+        url,
+        ping_url=_address(proxy, "ping_url"),
+        fallback=_flag(proxy, "fallback", True),
+        check_interval_s=_number(proxy, "check_interval", 0) or 5.0,
+        use_http=_flag(proxy, "use_http"),
+        check_pause_s=_number(proxy, "check_pause_elapsed", 0) or 300.0,
+        connect_timeout_s=connect_timeout_s,
+        say=say,
+    )
 
 
 def read_header_environment(say: "Say") -> dict[str, str]:

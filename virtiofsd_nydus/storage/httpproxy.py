@@ -21,8 +21,16 @@ class HttpProxyBackend(HttpBackend):
 
     kind = "http-proxy"
 
-    def __init__(self, client: http.HttpClient, address: str, path: str = "", *, unix: bool = False,
-                 retries: int = RETRIES, say: "Callable[[str], None] | None" = None) -> None:
+    def __init__(
+        self,
+        client: http.HttpClient,
+        address: str,
+        path: str = "",
+        *,
+        unix: bool = False,
+        retries: int = RETRIES,
+        say: "Callable[[str], None] | None" = None,
+    ) -> None:
         """address: http(s)://HOST[:PORT]; for a unix socket (which client is bound to) its path, for messages."""
         super().__init__(client, address if unix else http.host_of(address), retries, say)
         path = "/" + path.strip("/") if path.strip("/") else ""
@@ -30,8 +38,15 @@ class HttpProxyBackend(HttpBackend):
         self._base = ("http://localhost" if unix else address.rstrip("/")) + path
         self._whole = unix and not path
 
-    def _request(self, method: str, blob_id: str, what: str, headers: dict[str, str], through: http.Through,
-                 deadline: float | None) -> "tuple[BaseHTTPResponse, str]":
+    def _request(
+        self,
+        method: str,
+        blob_id: str,
+        what: str,
+        headers: dict[str, str],
+        through: http.Through,
+        deadline: float | None,
+    ) -> "tuple[BaseHTTPResponse, str]":
         url = self._base + "/" if self._whole else f"{self._base}/{check_blob_id(blob_id)}"
         return http.request_following(self._client, method, url, what, headers, through, deadline)
 

@@ -35,7 +35,7 @@ class LocaldiskBackend:
         self._with_gpt = with_gpt
         self._lock = threading.Lock()
         self._fd = -1
-        self._blobs: dict[str, tuple[int, int]] = {}    # id -> offset and size in bytes
+        self._blobs: dict[str, tuple[int, int]] = {}  # id -> offset and size in bytes
         self.meter = BackendMeter(self.kind)
 
     def close(self) -> None:
@@ -56,8 +56,9 @@ class LocaldiskBackend:
     def prepare(self) -> None:
         pass
 
-    def read_range(self, blob_id: str, offset: int, length: int, *, prefetch: bool = False,
-                   deadline: float | None = None) -> "Iterator[memoryview]":
+    def read_range(
+        self, blob_id: str, offset: int, length: int, *, prefetch: bool = False, deadline: float | None = None
+    ) -> "Iterator[memoryview]":
         if offset < 0 or length < 0:
             raise ValueError(f"range of {length} bytes at {offset}")
         return self._read_range(blob_id, offset, length)
@@ -66,8 +67,11 @@ class LocaldiskBackend:
         fd, start, size = self._find(blob_id)
         what = f"{self._path}, partition of blob {blob_id[:12]}"
         if offset + length > size:
-            raise Failure(f"{what} has {size} bytes, the image wants {length} at {offset}: it is not the blob the "
-                          "image was made with", Cause.FORMAT)
+            raise Failure(
+                f"{what} has {size} bytes, the image wants {length} at {offset}: it is not the blob the "
+                "image was made with",
+                Cause.FORMAT,
+            )
         yield from read_pieces(fd, what, start + offset, length, self.meter)
 
     def _find(self, blob_id: str) -> tuple[int, int, int]:
@@ -79,16 +83,19 @@ class LocaldiskBackend:
                 return self._fd, 0, os.lseek(self._fd, 0, os.SEEK_END)
             found = self._blobs.get(blob_id)
         if found is None:
-            raise Failure(f"{self._path}: no partition whose name and GUID are the blob id {blob_id[:64]!r}",
-                          Cause.MISSING)
+            raise Failure(
+                f"{self._path}: no partition whose name and GUID are the blob id {blob_id[:64]!r}", Cause.MISSING
+            )
         return self._fd, *found
 
     def _open(self) -> None:
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise Failure(f"cannot open the device {self._path}: {error.strerror}",
-                          Cause.MISSING if isinstance(error, FileNotFoundError) else Cause.IO) from error
+            raise Failure(
+                f"cannot open the device {self._path}: {error.strerror}",
+                Cause.MISSING if isinstance(error, FileNotFoundError) else Cause.IO,
+            ) from error
         try:
             size = os.lseek(fd, 0, os.SEEK_END)
             if self._with_gpt:
@@ -119,8 +126,9 @@ def _read_table(fd: int, at: int, sector_bytes: int, disk_bytes: int) -> dict[st
     raw = os.pread(fd, sector_bytes, at) if at >= 0 else b""
     if len(raw) < HEADER.size:
         return None
-    (signature, _, header_bytes, checksum, _, _, _, _, _, _, entries_lba, count, entry_bytes,
-     entries_checksum) = HEADER.unpack_from(raw)
+    (signature, _, header_bytes, checksum, _, _, _, _, _, _, entries_lba, count, entry_bytes, entries_checksum) = (
+        HEADER.unpack_from(raw)
+    )
     if signature != b"EFI PART" or not HEADER.size <= header_bytes <= sector_bytes:
         return None
     if binascii.crc32(raw[:16] + bytes(4) + raw[20:header_bytes]) != checksum:
@@ -140,4 +148,3 @@ def _read_table(fd: int, at: int, sector_bytes: int, disk_bytes: int) -> dict[st
         text = name.decode("utf-16-le", "replace").partition("\0")[0]
         found[text + uuid.UUID(bytes_le=guid).hex] = first * sector_bytes, (last - first + 1) * sector_bytes
     return found
-

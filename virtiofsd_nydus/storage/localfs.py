@@ -25,8 +25,8 @@ class LocalfsBackend:
         self._directory = directory
         self._blob_file = blob_file
         self._alt_dirs = alt_dirs
-        self._files: dict[str, tuple[int, str]] = {}    # blob id -> descriptor kept open, path
-        self._left: list[int] = []      # descriptors of files that were replaced
+        self._files: dict[str, tuple[int, str]] = {}  # blob id -> descriptor kept open, path
+        self._left: list[int] = []  # descriptors of files that were replaced
         self._lock = threading.Lock()
         self.meter = BackendMeter(self.kind)
 
@@ -49,8 +49,9 @@ class LocalfsBackend:
     def prepare(self) -> None:
         pass
 
-    def read_range(self, blob_id: str, offset: int, length: int, *, prefetch: bool = False,
-                   deadline: float | None = None) -> "Iterator[memoryview]":
+    def read_range(
+        self, blob_id: str, offset: int, length: int, *, prefetch: bool = False, deadline: float | None = None
+    ) -> "Iterator[memoryview]":
         if offset < 0 or length < 0:
             raise ValueError(f"range of {length} bytes at {offset}")
         return self._read_range(blob_id, offset, length)
@@ -73,7 +74,7 @@ class LocalfsBackend:
         with self._lock:
             kept = self._files.get(blob_id)
             if kept is None:
-                return True         # another thread has seen it
+                return True  # another thread has seen it
             fd, path = kept
             try:
                 if os.path.samestat(os.fstat(fd), os.stat(path)):  # noqa: PTH116
@@ -81,7 +82,7 @@ class LocalfsBackend:
             except OSError:
                 pass
             del self._files[blob_id]
-            self._left.append(fd)   # another thread may be reading it
+            self._left.append(fd)  # another thread may be reading it
         return True
 
     def _candidates(self, blob_id: str) -> list[str]:
@@ -120,15 +121,17 @@ def read_pieces(fd: int, path: str, offset: int, length: int, meter: BackendMete
     try:
         while offset < end:
             try:
-                got = os.preadv(fd, [view[:end - offset]], offset)
+                got = os.preadv(fd, [view[: end - offset]], offset)
             except OSError as error:
                 cause = "io"
                 raise Failure(f"cannot read {path}: {error.strerror}", Cause.IO) from error
             if got == 0:
                 cause = "format"
-                raise Failure(f"{path} has {os.fstat(fd).st_size} bytes, the image wants {end - offset} at "
-                              f"{offset}: it is not the blob the image was made with, or was copied only in part",
-                              Cause.FORMAT)
+                raise Failure(
+                    f"{path} has {os.fstat(fd).st_size} bytes, the image wants {end - offset} at "
+                    f"{offset}: it is not the blob the image was made with, or was copied only in part",
+                    Cause.FORMAT,
+                )
             offset += got
             meter.receive(got)
             yield view[:got]

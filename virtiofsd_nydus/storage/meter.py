@@ -120,7 +120,11 @@ class BackendMeter:
     def own_metrics(self) -> "dict[str, Any]":
         """What nydusd does not tell: bytes that really came and what became of them, and failures by cause."""
         with self._lock:
-            return {"received_bytes": self._received_bytes, "buffered_bytes": self._buffered_bytes,
-                    "prefetched_bytes": self._prefetched_bytes, "wasted_bytes": self._wasted_bytes,
-                    "verified_chunks": self._verified_chunks,
-                    "errors_by_cause": dict(self._causes)}
+            return {
+                "received_bytes": self._received_bytes,
+                "buffered_bytes": self._buffered_bytes,
+                "prefetched_bytes": self._prefetched_bytes,
+                "wasted_bytes": self._wasted_bytes,
+                "verified_chunks": self._verified_chunks,
+                "errors_by_cause": dict(self._causes),
+            }

@@ -27,9 +27,21 @@ SKEW_WORDS = ("RequestTimeTooSkewed",)
 class ObjectBackend(HttpBackend):
     """One bucket. See storage.backend.Backend."""
 
-    def __init__(self, client: http.HttpClient, scheme: str, endpoint: str, bucket: str, prefix: str = "", *,
-                 key_id: str = "", key_secret: str = "", session_token: str = "", path_style: bool = False,
-                 retries: int = RETRIES, say: "Callable[[str], None] | None" = None) -> None:
+    def __init__(
+        self,
+        client: http.HttpClient,
+        scheme: str,
+        endpoint: str,
+        bucket: str,
+        prefix: str = "",
+        *,
+        key_id: str = "",
+        key_secret: str = "",
+        session_token: str = "",
+        path_style: bool = False,
+        retries: int = RETRIES,
+        say: "Callable[[str], None] | None" = None,
+    ) -> None:
         super().__init__(client, f"bucket {bucket} at {endpoint}", retries, say)
         self._bucket = bucket
         self._prefix = prefix
@@ -41,23 +53,33 @@ class ObjectBackend(HttpBackend):
         """The headers with the signature's."""
         raise NotImplementedError
 
-    def _request(self, method: str, blob_id: str, what: str, headers: dict[str, str], through: http.Through,
-                 deadline: float | None) -> "tuple[BaseHTTPResponse, str]":
+    def _request(
+        self,
+        method: str,
+        blob_id: str,
+        what: str,
+        headers: dict[str, str],
+        through: http.Through,
+        deadline: float | None,
+    ) -> "tuple[BaseHTTPResponse, str]":
         from urllib.parse import quote
 
         key = self._prefix + check_blob_id(blob_id)
         url = f"{self._base}/{quote(key, safe='/~')}"
-        response = self._client.send(method, url, headers=self._sign(method, url, key, headers), deadline=deadline,
-                                     through=through, own=True)
+        response = self._client.send(
+            method, url, headers=self._sign(method, url, key, headers), deadline=deadline, through=through, own=True
+        )
         if response.status < 300 or response.status == 416:
             return response, url
         if response.status in http.REDIRECT_STATUSES:
             # A signature holds for one host, so a redirect is a wrong region or endpoint, not a way to go.
             region = response.headers.get("x-amz-bucket-region", "")
             http.release(response)
-            raise Failure(f"{http.host_of(url)}: bucket {self._bucket} is elsewhere"
-                          f"{f' (region {region})' if region else ''}: set endpoint and region to its own",
-                          Cause.NETWORK)
+            raise Failure(
+                f"{http.host_of(url)}: bucket {self._bucket} is elsewhere"
+                f"{f' (region {region})' if region else ''}: set endpoint and region to its own",
+                Cause.NETWORK,
+            )
         if response.status in (400, 403):
             raise self._refused(response, url, what)
         http.check_status(response, url, what)
@@ -79,8 +101,11 @@ class ObjectBackend(HttpBackend):
             return Failure(f"{http.host_of(url)}: the clock of this machine is wrong{said}", Cause.AUTH)
         if status == 400 and not (code and ("Token" in code.group(1) or "Auth" in code.group(1))):
             return Failure(f"{http.host_of(url)}: {what}: unexpected status 400{said}", Cause.IO)
-        return Failure(f"{http.host_of(url)}: {what}: refused to {who}{said}: check access_key_id and "
-                       f"access_key_secret, and what they may read of bucket {self._bucket}", Cause.AUTH)
+        return Failure(
+            f"{http.host_of(url)}: {what}: refused to {who}{said}: check access_key_id and "
+            f"access_key_secret, and what they may read of bucket {self._bucket}",
+            Cause.AUTH,
+        )
 
     def set_keys(self, key_id: str, key_secret: str, session_token: str = "") -> None:
         """Hot reload of the login."""
@@ -92,25 +117,50 @@ class S3Backend(ObjectBackend):
 
     kind = "s3"
 
-    def __init__(self, client: http.HttpClient, scheme: str, endpoint: str, bucket: str, prefix: str = "", *,
-                 region: str, key_id: str = "", key_secret: str = "", session_token: str = "", path_style: bool = True,
-                 retries: int = RETRIES, say: "Callable[[str], None] | None" = None) -> None:
-        super().__init__(client, scheme, endpoint or S3_ENDPOINT, bucket, prefix, key_id=key_id, key_secret=key_secret,
-                         session_token=session_token, path_style=path_style, retries=retries, say=say)
+    def __init__(
+        self,
+        client: http.HttpClient,
+        scheme: str,
+        endpoint: str,
+        bucket: str,
+        prefix: str = "",
+        *,
+        region: str,
+        key_id: str = "",
+        key_secret: str = "",
+        session_token: str = "",
+        path_style: bool = True,
+        retries: int = RETRIES,
+        say: "Callable[[str], None] | None" = None,
+    ) -> None:
+        super().__init__(
+            client,
+            scheme,
+            endpoint or S3_ENDPOINT,
+            bucket,
+            prefix,
+            key_id=key_id,
+            key_secret=key_secret,
+            session_token=session_token,
+            path_style=path_style,
+            retries=retries,
+            say=say,
+        )
         self._region = region
         self._import_lock = threading.Lock()
 
     def _sign(self, method: str, url: str, key: str, headers: dict[str, str]) -> dict[str, str]:
         if not self._key_id:
             return headers
-        with self._import_lock:     # one thread pays for the import, not eight at once
+        with self._import_lock:  # one thread pays for the import, not eight at once
             from botocore.auth import S3SigV4Auth
             from botocore.awsrequest import AWSRequest
             from botocore.credentials import Credentials
 
         request = AWSRequest(method=method, url=url, headers=dict(headers))
-        S3SigV4Auth(Credentials(self._key_id, self._key_secret, self._session_token or None), "s3",
-                    self._region).add_auth(request)
+        S3SigV4Auth(
+            Credentials(self._key_id, self._key_secret, self._session_token or None), "s3", self._region
+        ).add_auth(request)
         return dict(request.headers.items())
 
 

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from virtiofsd_nydus.storage.backend import Backend
     from virtiofsd_nydus.storage.meter import BackendMeter
 
-FETCH_SLOTS = 8         # jobs under way at once; loopback and WAN links alike are full before that
-PREFETCH_SLOTS = 6      # of them open to prefetch: demand always finds a free one
-VIEWS_MAX = 256         # chunks hashed and committed in one go
-FEED_BYTES = 256 * 1024     # a piece fed at once; short enough that the head of a range commits early
+FETCH_SLOTS = 8  # jobs under way at once; loopback and WAN links alike are full before that
+PREFETCH_SLOTS = 6  # of them open to prefetch: demand always finds a free one
+VIEWS_MAX = 256  # chunks hashed and committed in one go
+FEED_BYTES = 256 * 1024  # a piece fed at once; short enough that the head of a range commits early
 WAIT_MS = 500
 
 
@@ -34,7 +34,7 @@ class FetchPump:
     def __init__(self, engine: Engine, slots: int = FETCH_SLOTS) -> None:
         self.engine = engine
         self._backends: dict[int, list[Backend]] = {}
-        self._limits: dict[int, list[RateLimit]] = {}   # blob key -> limits of its mounts' prefetch
+        self._limits: dict[int, list[RateLimit]] = {}  # blob key -> limits of its mounts' prefetch
         self._lock = threading.Lock()
         self._unprepared: list[Backend] = []
         self._threads = [
@@ -86,8 +86,12 @@ class FetchPump:
         worker = _Worker(self.engine, lambda data: digest_of(data).digest())
         while True:
             debt_s = self._prefetch_debt_s() if take_prefetch else 0.0
-            rc = lib.vnd_job_next(self.engine.handle, worker.job, take_prefetch and not debt_s,
-                                  min(WAIT_MS, int(debt_s * 1000) + 1) if debt_s else WAIT_MS)
+            rc = lib.vnd_job_next(
+                self.engine.handle,
+                worker.job,
+                take_prefetch and not debt_s,
+                min(WAIT_MS, int(debt_s * 1000) + 1) if debt_s else WAIT_MS,
+            )
             if rc == -errno.ESHUTDOWN:
                 return
             if rc == 0:
@@ -102,7 +106,7 @@ class FetchPump:
                 if not self._unprepared:
                     return
                 backend = self._unprepared.pop()
-            with contextlib.suppress(Exception):    # the first request meets it again, and tells
+            with contextlib.suppress(Exception):  # the first request meets it again, and tells
                 backend.prepare()
 
     def _prefetch_debt_s(self) -> float:
@@ -123,14 +127,14 @@ class FetchPump:
                     backend.meter.verify(worker.right)
             else:
                 self._fetch(worker)
-            if worker.wrong:        # C asks for such chunks once more, then fails their readers
+            if worker.wrong:  # C asks for such chunks once more, then fails their readers
                 error, cause, text = errno.EIO, Cause.DIGEST, f"{worker.where()}: wrong bytes"
                 self._distrust(worker)
         except Failure as failure:
             error, cause, text = errno.EIO, failure.cause, str(failure)
             if worker.wrong:
                 self._distrust(worker)
-        except Exception as unexpected:     # a bug must not cost a thread nor leave waiters hanging
+        except Exception as unexpected:  # a bug must not cost a thread nor leave waiters hanging
             error, cause, text = errno.EIO, Cause.IO, f"fetching failed: {type(unexpected).__name__}: {unexpected}"
         wasted = lib.vnd_job_end(self.engine.handle, job.id, error, int(cause), text.encode())
         if worker.meter is not None:
@@ -162,11 +166,12 @@ class FetchPump:
         fed = 0
         for position, backend in enumerate(backends):
             try:
-                pieces = backend.read_range(blob_id, job.coff + fed, job.clen - fed, prefetch=bool(job.prefetch),
-                                            deadline=deadline)
+                pieces = backend.read_range(
+                    blob_id, job.coff + fed, job.clen - fed, prefetch=bool(job.prefetch), deadline=deadline
+                )
                 for piece in pieces:
                     for start in range(0, len(piece), FEED_BYTES):
-                        part = piece[start:start + FEED_BYTES]
+                        part = piece[start : start + FEED_BYTES]
                         if not worker.feed(part, backend.meter):
                             backend.meter.waste(len(piece) - start)
                             return
@@ -187,9 +192,9 @@ class _Worker:
         self.digest_of = digest_of
         self.job = ffi.new("vnd_job *")
         self.views = ffi.new("vnd_chunk_view[]", VIEWS_MAX)
-        self.wrong = False      # some bytes of the job were not the image's
-        self.right = 0          # chunks that the last settle() made ready
-        self.meter: BackendMeter | None = None      # of the backend that gave the job's last bytes
+        self.wrong = False  # some bytes of the job were not the image's
+        self.right = 0  # chunks that the last settle() made ready
+        self.meter: BackendMeter | None = None  # of the backend that gave the job's last bytes
 
     def feed(self, part: memoryview, meter: "BackendMeter") -> bool:
         """Feeds bytes that a backend gave and settles what they completed. False: the rest is not wanted any more."""
@@ -219,16 +224,16 @@ class _Worker:
         self.right = 0
         while True:
             count = lib.vnd_job_chunks(handle, job_id, self.views, VIEWS_MAX)
-            if count == -errno.EBADMSG:     # one does not decode; the next call goes on behind it
+            if count == -errno.EBADMSG:  # one does not decode; the next call goes on behind it
                 self.wrong = True
                 continue
             if count <= 0:
                 return
             digests = ffi.NULL
             if self.job.digester == 0:
-                digests = b"".join([
-                    self.digest_of(ffi.buffer(self.views[i].data, self.views[i].usize_bytes)) for i in range(count)
-                ])
+                digests = b"".join(
+                    [self.digest_of(ffi.buffer(self.views[i].data, self.views[i].usize_bytes)) for i in range(count)]
+                )
             rc = lib.vnd_job_commit(handle, job_id, digests, count)
             if rc == -errno.EBADMSG:
                 self.wrong = True

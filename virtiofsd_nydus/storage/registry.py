@@ -35,9 +35,17 @@ WITHOUT_BROKEN_S = 30.0
 class Mirror:
     """Another registry that may have the same repository; whatever it lacks or fails at is had from the next."""
 
-    def __init__(self, scheme: str, host: str, *, ping_url: str = "", headers: "dict[str, str] | None" = None,
-                 failures_max: int = MIRROR_FAILURES_MAX, check_interval_s: float = MIRROR_CHECK_INTERVAL_S,
-                 with_login: bool = False) -> None:
+    def __init__(
+        self,
+        scheme: str,
+        host: str,
+        *,
+        ping_url: str = "",
+        headers: "dict[str, str] | None" = None,
+        failures_max: int = MIRROR_FAILURES_MAX,
+        check_interval_s: float = MIRROR_CHECK_INTERVAL_S,
+        with_login: bool = False,
+    ) -> None:
         """ping_url: asked before a mirror that failed is trusted again. with_login: the registry's own credentials may
         be sent to it."""
         self.scheme, self.host, self.ping_url = scheme, host, ping_url
@@ -51,10 +59,15 @@ class _Mirrored:
     def __init__(self, mirror: Mirror, session: RegistrySession, say: "Callable[[str], None] | None") -> None:
         self.mirror = mirror
         self.session = session
-        self.gate = Gate(f"mirror {mirror.host}", mirror.failures_max, mirror.check_interval_s,
-                         max(MIRROR_LAST_PAUSE_S, mirror.check_interval_s), say)
-        self.without: dict[str, float] = {}     # blobs it does not have or is bad at, until when
-        self.answered: dict[str, str] = {}      # blob id -> address that gave its last answer
+        self.gate = Gate(
+            f"mirror {mirror.host}",
+            mirror.failures_max,
+            mirror.check_interval_s,
+            max(MIRROR_LAST_PAUSE_S, mirror.check_interval_s),
+            say,
+        )
+        self.without: dict[str, float] = {}  # blobs it does not have or is bad at, until when
+        self.answered: dict[str, str] = {}  # blob id -> address that gave its last answer
 
 
 class RegistryBackend(HttpBackend):
@@ -62,24 +75,49 @@ class RegistryBackend(HttpBackend):
 
     kind = "registry"
 
-    def __init__(self, client: http.HttpClient, scheme: str, host: str, repo: str, *,
-                 credentials: "Credentials | None" = None, token: str = "", retries: int = RETRIES,
-                 plain_fallback: bool = False, blob_url_scheme: str = "", blob_redirected_host: str = "",
-                 mirrors: "Sequence[Mirror]" = (),
-                 find_credentials: "Callable[[], Credentials | None] | None" = None,
-                 say: "Callable[[str], None] | None" = None) -> None:
+    def __init__(
+        self,
+        client: http.HttpClient,
+        scheme: str,
+        host: str,
+        repo: str,
+        *,
+        credentials: "Credentials | None" = None,
+        token: str = "",
+        retries: int = RETRIES,
+        plain_fallback: bool = False,
+        blob_url_scheme: str = "",
+        blob_redirected_host: str = "",
+        mirrors: "Sequence[Mirror]" = (),
+        find_credentials: "Callable[[], Credentials | None] | None" = None,
+        say: "Callable[[str], None] | None" = None,
+    ) -> None:
         super().__init__(client, host, retries, say)
         self._blob_url_scheme = blob_url_scheme
         self._blob_redirected_host = blob_redirected_host
-        self.session = RegistrySession(client, scheme, host, repo, credentials=credentials, token=token, say=say,
-                                       find_credentials=find_credentials if credentials is None else None,
-                                       plain_fallback=plain_fallback, rewrite_redirect=self._rewrite_redirect)
+        self.session = RegistrySession(
+            client,
+            scheme,
+            host,
+            repo,
+            credentials=credentials,
+            token=token,
+            say=say,
+            find_credentials=find_credentials if credentials is None else None,
+            plain_fallback=plain_fallback,
+            rewrite_redirect=self._rewrite_redirect,
+        )
         self._mirrors = [
-            _Mirrored(mirror, RegistrySession(client, mirror.scheme, mirror.host, repo,
-                                              credentials=credentials if mirror.with_login else None), say)
+            _Mirrored(
+                mirror,
+                RegistrySession(
+                    client, mirror.scheme, mirror.host, repo, credentials=credentials if mirror.with_login else None
+                ),
+                say,
+            )
             for mirror in mirrors
         ]
-        self._locations: dict[str, str] = {}    # blob id -> where the registry last sent us
+        self._locations: dict[str, str] = {}  # blob id -> where the registry last sent us
 
     def set_credentials(self, credentials: "Credentials | None") -> None:
         """Hot reload of the login."""
@@ -108,8 +146,15 @@ class RegistryBackend(HttpBackend):
             return True
         return self._locations.pop(blob_id, None) == url
 
-    def _request(self, method: str, blob_id: str, what: str, headers: dict[str, str], through: http.Through,
-                 deadline: float | None) -> "tuple[BaseHTTPResponse, str]":
+    def _request(
+        self,
+        method: str,
+        blob_id: str,
+        what: str,
+        headers: dict[str, str],
+        through: http.Through,
+        deadline: float | None,
+    ) -> "tuple[BaseHTTPResponse, str]":
         """Asks mirrors, then where the last redirect led, else (and when that has gone stale) the registry."""
         if self._mirrors and blob_id not in self._distrusted:
             answer = self._ask_mirrors(method, blob_id, what, headers, through, deadline)
@@ -118,8 +163,15 @@ class RegistryBackend(HttpBackend):
         location = self._locations.get(blob_id)
         if location is not None:
             try:
-                response, url = self.session.request(method, location, what, headers=headers, deadline=deadline,
-                                                     through=through, pass_statuses=(416, *STALE_STATUSES))
+                response, url = self.session.request(
+                    method,
+                    location,
+                    what,
+                    headers=headers,
+                    deadline=deadline,
+                    through=through,
+                    pass_statuses=(416, *STALE_STATUSES),
+                )
             except Failure:
                 self._locations.pop(blob_id, None)
                 raise
@@ -127,15 +179,23 @@ class RegistryBackend(HttpBackend):
                 return response, url
             http.release(response)
             self._locations.pop(blob_id, None)
-        response, url = self.session.request(method, blob_path(blob_id), what, headers=headers, deadline=deadline,
-                                             through=through, pass_statuses=(416,))
+        response, url = self.session.request(
+            method, blob_path(blob_id), what, headers=headers, deadline=deadline, through=through, pass_statuses=(416,)
+        )
         # A signed address may be good for one method only, so that of a HEAD is not kept.
         if method == "GET" and not self.session.is_own(url):
             self._locations[blob_id] = url
         return response, url
 
-    def _ask_mirrors(self, method: str, blob_id: str, what: str, headers: dict[str, str], through: http.Through,
-                     deadline: float | None) -> "tuple[BaseHTTPResponse, str] | None":
+    def _ask_mirrors(
+        self,
+        method: str,
+        blob_id: str,
+        what: str,
+        headers: dict[str, str],
+        through: http.Through,
+        deadline: float | None,
+    ) -> "tuple[BaseHTTPResponse, str] | None":
         """The first mirror's answer that is one; None when there is none to be had."""
         for one in self._mirrors:
             if one.without.get(blob_id, 0.0) > time.monotonic() or not one.gate.enter():
@@ -143,8 +203,14 @@ class RegistryBackend(HttpBackend):
             try:
                 if one.gate.state != "open" and one.mirror.ping_url:
                     self._ping(one, deadline)
-                response, url = one.session.request(method, blob_path(blob_id), what, deadline=deadline,
-                                                    headers={**one.mirror.headers, **headers}, through=through)
+                response, url = one.session.request(
+                    method,
+                    blob_path(blob_id),
+                    what,
+                    deadline=deadline,
+                    headers={**one.mirror.headers, **headers},
+                    through=through,
+                )
             except Failure as failure:
                 if failure.cause is Cause.NETWORK or failure.cause is Cause.SCHEME:
                     one.gate.failed(str(failure))

@@ -10,10 +10,34 @@ from virtiofsd_nydus.vhost.state import ApplyFailure, DeviceState
 # A ring that stops waits this long for reads that have missed; QEMU's main loop stands still meanwhile.
 DRAIN_MS = 200
 
-_RING_FIELDS = ("num", "flags", "desc_addr", "used_addr", "avail_addr", "log_addr", "base", "started", "enabled",
-                "kick_fd", "call_fd", "err_fd")
-_PLAIN_FIELDS = ("features", "region_gen", "inflight_fd", "inflight_offset", "inflight_size_bytes", "inflight_gen",
-                 "inflight_queues", "inflight_queue_size", "log_fd", "log_offset", "log_size_bytes", "log_gen")
+_RING_FIELDS = (
+    "num",
+    "flags",
+    "desc_addr",
+    "used_addr",
+    "avail_addr",
+    "log_addr",
+    "base",
+    "started",
+    "enabled",
+    "kick_fd",
+    "call_fd",
+    "err_fd",
+)
+_PLAIN_FIELDS = (
+    "features",
+    "region_gen",
+    "inflight_fd",
+    "inflight_offset",
+    "inflight_size_bytes",
+    "inflight_gen",
+    "inflight_queues",
+    "inflight_queue_size",
+    "log_fd",
+    "log_offset",
+    "log_size_bytes",
+    "log_gen",
+)
 
 
 class EngineDevice:
@@ -59,8 +83,9 @@ class EngineDevice:
         size = ffi.new("uint64_t *")
         fd: int = lib.vnd_inflight_create(queues, entries, size)
         if fd < 0:
-            raise ApplyFailure(f"in-flight region of {queues} queues of {entries} entries: {os.strerror(-fd)}",
-                               Cause.GUEST)
+            raise ApplyFailure(
+                f"in-flight region of {queues} queues of {entries} entries: {os.strerror(-fd)}", Cause.GUEST
+            )
         return fd, size[0]
 
     def reset(self) -> None:

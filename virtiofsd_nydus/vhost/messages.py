@@ -57,25 +57,33 @@ P_BACKEND_SEND_FD = 1 << 10
 P_INFLIGHT_SHMFD = 1 << 12
 P_RESET_DEVICE = 1 << 13
 P_CONFIGURE_MEM_SLOTS = 1 << 15
-PROTOCOL_FEATURES = (P_MQ | P_LOG_SHMFD | P_REPLY_ACK | P_BACKEND_REQ | P_BACKEND_SEND_FD | P_INFLIGHT_SHMFD
-                     | P_RESET_DEVICE | P_CONFIGURE_MEM_SLOTS)
+PROTOCOL_FEATURES = (
+    P_MQ
+    | P_LOG_SHMFD
+    | P_REPLY_ACK
+    | P_BACKEND_REQ
+    | P_BACKEND_SEND_FD
+    | P_INFLIGHT_SHMFD
+    | P_RESET_DEVICE
+    | P_CONFIGURE_MEM_SLOTS
+)
 
-VRING_INDEX_MASK = 0xFF     # KICK, CALL, ERR: bits of the index,
-VRING_NO_FD = 0x100         # and "no descriptor comes with this"
+VRING_INDEX_MASK = 0xFF  # KICK, CALL, ERR: bits of the index,
+VRING_NO_FD = 0x100  # and "no descriptor comes with this"
 
-PAYLOAD_MAX = 4096          # bytes; the largest real one is a memory table of 8 + 32 * 32
-FDS_MAX = 32                # descriptors of one message; QEMU sends 8 at most, rust-vmm 32
-MEMORY_SLOTS = 509          # QEMU takes at most 512; csrc/vnd.h VND_REGION_MAX
+PAYLOAD_MAX = 4096  # bytes; the largest real one is a memory table of 8 + 32 * 32
+FDS_MAX = 32  # descriptors of one message; QEMU sends 8 at most, rust-vmm 32
+MEMORY_SLOTS = 509  # QEMU takes at most 512; csrc/vnd.h VND_REGION_MAX
 
-HEADER = struct.Struct("=III")              # request, flags, payload bytes
+HEADER = struct.Struct("=III")  # request, flags, payload bytes
 U64 = struct.Struct("=Q")
-VRING_STATE = struct.Struct("=II")          # index, number
-VRING_ADDR = struct.Struct("=IIQQQQ")       # index, flags, descriptors, used, available, log
-MEMORY_HEAD = struct.Struct("=II")          # regions, padding
-REGION = struct.Struct("=QQQQ")             # guest address, bytes, user address, offset in the file
-SINGLE_REGION = struct.Struct("=QQQQQ")     # padding, then a region
-LOG = struct.Struct("=QQ")                  # bytes, offset
-INFLIGHT = struct.Struct("=QQHH")           # bytes, offset, queues, entries; some senders pad it to 24
+VRING_STATE = struct.Struct("=II")  # index, number
+VRING_ADDR = struct.Struct("=IIQQQQ")  # index, flags, descriptors, used, available, log
+MEMORY_HEAD = struct.Struct("=II")  # regions, padding
+REGION = struct.Struct("=QQQQ")  # guest address, bytes, user address, offset in the file
+SINGLE_REGION = struct.Struct("=QQQQQ")  # padding, then a region
+LOG = struct.Struct("=QQ")  # bytes, offset
+INFLIGHT = struct.Struct("=QQHH")  # bytes, offset, queues, entries; some senders pad it to 24
 
 
 class Message:
@@ -115,7 +123,7 @@ def _receive(sock: socket.socket, size: int, fds: list[int]) -> bytes:
         for level, kind, body in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 got = array.array("i")
-                got.frombytes(body[:len(body) // got.itemsize * got.itemsize])
+                got.frombytes(body[: len(body) // got.itemsize * got.itemsize])
                 fds.extend(got)
         if flags & socket.MSG_CTRUNC or len(fds) > FDS_MAX:
             raise malformed(f"more than {FDS_MAX} descriptors in a message")

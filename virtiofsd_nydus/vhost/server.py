@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from virtiofsd_nydus.vhost.session import Say
     from virtiofsd_nydus.vhost.state import Device
 
-PATH_MAX_BYTES = 107        # struct sockaddr_un's sun_path is 108 with its NUL
+PATH_MAX_BYTES = 107  # struct sockaddr_un's sun_path is 108 with its NUL
 BACKLOG = 16
 JOIN_TIMEOUT_S = 10.0
 DEBUG, INFO, ERROR = 10, 20, 40
@@ -27,8 +27,10 @@ def listen_at(path: str) -> socket.socket:
     """A listening socket at path. A socket file that nobody has bound is replaced. Raises Failure."""
     raw = os.fsencode(path)
     if len(raw) > PATH_MAX_BYTES:
-        raise Failure(f"socket path {path} has {len(raw)} bytes, at most {PATH_MAX_BYTES} are possible: use a "
-                      "shorter one", Cause.IO)
+        raise Failure(
+            f"socket path {path} has {len(raw)} bytes, at most {PATH_MAX_BYTES} are possible: use a shorter one",
+            Cause.IO,
+        )
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         _remove_stale(path)
@@ -79,8 +81,15 @@ class VhostServer:
     front-end has hung up.
     """
 
-    def __init__(self, new_device: "Callable[[], Device]", *, path: str | None = None, fd: int | None = None,
-                 say: "Say", ended: "Callable[[], None] | None" = None) -> None:
+    def __init__(
+        self,
+        new_device: "Callable[[], Device]",
+        *,
+        path: str | None = None,
+        fd: int | None = None,
+        say: "Say",
+        ended: "Callable[[], None] | None" = None,
+    ) -> None:
         self._new_device, self._say, self._ended = new_device, say, ended
         self._path: str | None = None
         self._inode = 0
@@ -135,7 +144,7 @@ class VhostServer:
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         poll.register(self._stop, select.POLLIN)
-        self._sock.setblocking(False)       # another process may hold the same socket and take the front-end
+        self._sock.setblocking(False)  # another process may hold the same socket and take the front-end
         while True:
             ready = dict(poll.poll())
             if self._stop in ready:
@@ -180,7 +189,7 @@ class VhostServer:
             self._say(INFO, "front-end disconnected")
         except Failure as failure:
             self._say(ERROR, str(failure), cause=failure.cause.name.lower())
-        except Exception as error:      # a fault of ours must cost this front-end only
+        except Exception as error:  # a fault of ours must cost this front-end only
             self._say(ERROR, f"vhost-user session ended by a fault of this program: {error!r}")
         finally:
             if session is not None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Say = Callable[..., None]
 
-WARNING = 30        # log levels, as csrc/vnd.h's events have them
+WARNING = 30  # log levels, as csrc/vnd.h's events have them
 
 
 class Refusal(Exception):
@@ -76,8 +76,9 @@ class Session:
                 raise Refusal(f"request {request} is not known here")
             function, size, fds = handler
             if len(message.payload) not in size:
-                raise m.malformed(f"request {request} has {len(message.payload)} bytes, not "
-                                  f"{' or '.join(map(str, size))}")
+                raise m.malformed(
+                    f"request {request} has {len(message.payload)} bytes, not {' or '.join(map(str, size))}"
+                )
             if len(message.fds) not in fds:
                 raise m.malformed(f"request {request} came with {len(message.fds)} descriptors")
             reply = function(self, message)
@@ -116,7 +117,7 @@ class Session:
             raise Refusal(f"features {unknown:#x} were never offered")
         self.state.features = features
         if not features & m.F_PROTOCOL_FEATURES:
-            for ring in self.state.rings:       # without the protocol bit there is no ENABLE: a kick is enough
+            for ring in self.state.rings:  # without the protocol bit there is no ENABLE: a kick is enough
                 ring.enabled = True
         if self.state.is_running():
             self._apply()
@@ -143,7 +144,7 @@ class Session:
     def _set_backend_req_fd(self, message: Message) -> None:
         if self._backend_fd >= 0:
             os.close(self._backend_fd)
-        self._backend_fd = message.take_fd()    # kept, so that the front-end does not see it closed
+        self._backend_fd = message.take_fd()  # kept, so that the front-end does not see it closed
 
     # ---- memory
 
@@ -156,7 +157,7 @@ class Session:
             self._apply()
         except ApplyFailure:
             self.state.regions = before
-            self.state.region_gen += 1          # never the number of what failed
+            self.state.region_gen += 1  # never the number of what failed
             for region in added:
                 region.close()
             raise
@@ -167,7 +168,7 @@ class Session:
         if len(message.payload) < m.MEMORY_HEAD.size:
             raise m.malformed(f"a memory table of {len(message.payload)} bytes")
         count, _ = m.MEMORY_HEAD.unpack_from(message.payload)
-        body = message.payload[m.MEMORY_HEAD.size:]
+        body = message.payload[m.MEMORY_HEAD.size :]
         # QEMU pads the table to its own maximum of regions.
         if count * m.REGION.size > len(body) or len(body) % m.REGION.size:
             raise m.malformed(f"a memory table of {len(body)} bytes for {count} regions")
@@ -187,7 +188,7 @@ class Session:
         self._set_regions([*self.state.regions, region], [region], [])
 
     def _rem_mem_reg(self, message: Message) -> None:
-        _, *wanted, _ = m.SINGLE_REGION.unpack(message.payload)     # the offset does not count
+        _, *wanted, _ = m.SINGLE_REGION.unpack(message.payload)  # the offset does not count
         for region in self.state.regions:
             if [region.gpa, region.size_bytes, region.user_addr] == wanted:
                 self._set_regions([r for r in self.state.regions if r is not region], [], [region])
@@ -204,13 +205,13 @@ class Session:
         except ApplyFailure:
             self.state.set_log(-1, 0, 0)
             raise
-        return (m.U64.pack(0),)     # QEMU waits for an answer, whatever is in it
+        return (m.U64.pack(0),)  # QEMU waits for an answer, whatever is in it
 
     def _get_inflight_fd(self, message: Message) -> "Reply":
         _, _, queues, entries = m.INFLIGHT.unpack_from(message.payload)
         fd, size = self._device.create_inflight(queues, entries)
         body = m.INFLIGHT.pack(size, 0, queues, entries).ljust(len(message.payload), b"\0")
-        message.fds.append(fd)      # closed with the message, after the reply has carried a copy
+        message.fds.append(fd)  # closed with the message, after the reply has carried a copy
         return body, fd
 
     def _set_inflight_fd(self, message: Message) -> None:
@@ -233,7 +234,7 @@ class Session:
 
     def _set_vring_num(self, message: Message) -> None:
         index, entries = m.VRING_STATE.unpack(message.payload)
-        self._ring(index).num = entries         # the engine says what it thinks of it when the ring starts
+        self._ring(index).num = entries  # the engine says what it thinks of it when the ring starts
 
     def _set_vring_addr(self, message: Message) -> None:
         index, flags, desc, used, avail, log = m.VRING_ADDR.unpack(message.payload)
@@ -255,7 +256,7 @@ class Session:
         index, _ = m.VRING_STATE.unpack(message.payload)
         ring = self._ring(index)
         ring.started = False
-        ring.set_kick(-1)       # the call fd stays: some front-ends start again without a new one
+        ring.set_kick(-1)  # the call fd stays: some front-ends start again without a new one
         self._apply()
         return (m.VRING_STATE.pack(index, ring.base),)
 
@@ -263,7 +264,7 @@ class Session:
         value = _u64(message)
         ring = self._ring(value & m.VRING_INDEX_MASK)
         if value & m.VRING_NO_FD:
-            return ring, -1     # one that came all the same is closed with the message
+            return ring, -1  # one that came all the same is closed with the message
         if not message.fds:
             raise m.malformed(f"request {message.request} without its descriptor")
         return ring, message.take_fd()
@@ -307,7 +308,7 @@ class Session:
             ring.set_kick(-1)
         self._apply_ring()
         for ring in self.state.rings:
-            ring.base = 0       # where it stood does not matter: the driver begins anew
+            ring.base = 0  # where it stood does not matter: the driver begins anew
 
 
 def _u64(message: Message) -> int:
@@ -328,8 +329,15 @@ _EMPTY = (0,)
 _ANY_SIZE = range(m.PAYLOAD_MAX + 1)
 
 # Requests with an answer of their own cannot be refused by an acknowledgement.
-_ANSWERED = (m.GET_FEATURES, m.SET_LOG_BASE, m.GET_VRING_BASE, m.GET_PROTOCOL_FEATURES, m.GET_QUEUE_NUM,
-             m.GET_INFLIGHT_FD, m.GET_MAX_MEM_SLOTS)
+_ANSWERED = (
+    m.GET_FEATURES,
+    m.SET_LOG_BASE,
+    m.GET_VRING_BASE,
+    m.GET_PROTOCOL_FEATURES,
+    m.GET_QUEUE_NUM,
+    m.GET_INFLIGHT_FD,
+    m.GET_MAX_MEM_SLOTS,
+)
 
 # request: function, payload sizes, numbers of descriptors
 _HANDLERS: "dict[int, Handler]" = {

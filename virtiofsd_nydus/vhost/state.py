@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     class Device(Protocol):
         """What a session drives. One thread at a time."""
 
-        queue_count: int    # high priority queue and request queues
+        queue_count: int  # high priority queue and request queues
 
         def features(self) -> int:
             """virtio feature bits that may be offered."""
@@ -54,8 +54,23 @@ class Region:
 class Ring:
     """One virtqueue. num 0: not configured. base: next index of the available ring."""
 
-    __slots__ = ("avail_addr", "base", "call_fd", "call_gen", "desc_addr", "enabled", "err_fd", "err_gen", "flags",
-                 "kick_fd", "kick_gen", "log_addr", "num", "started", "used_addr")
+    __slots__ = (
+        "avail_addr",
+        "base",
+        "call_fd",
+        "call_gen",
+        "desc_addr",
+        "enabled",
+        "err_fd",
+        "err_gen",
+        "flags",
+        "kick_fd",
+        "kick_gen",
+        "log_addr",
+        "num",
+        "started",
+        "used_addr",
+    )
 
     def __init__(self) -> None:
         self.num = self.flags = self.base = 0
@@ -88,9 +103,22 @@ class Ring:
 class DeviceState:
     """The whole. features: acknowledged virtio bits."""
 
-    __slots__ = ("features", "inflight_fd", "inflight_gen", "inflight_offset", "inflight_queue_size",
-                 "inflight_queues", "inflight_size_bytes", "log_fd", "log_gen", "log_offset", "log_size_bytes",
-                 "region_gen", "regions", "rings")
+    __slots__ = (
+        "features",
+        "inflight_fd",
+        "inflight_gen",
+        "inflight_offset",
+        "inflight_queue_size",
+        "inflight_queues",
+        "inflight_size_bytes",
+        "log_fd",
+        "log_gen",
+        "log_offset",
+        "log_size_bytes",
+        "region_gen",
+        "regions",
+        "rings",
+    )
 
     def __init__(self, queue_count: int) -> None:
         self.features = 0

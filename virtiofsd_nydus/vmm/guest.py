@@ -27,8 +27,12 @@ SAY_HELLO, SAY_PHASE, SAY_STDOUT, SAY_STDERR, SAY_ENDED, SAY_ERROR = 16, 17, 18,
 MOUNT_OVERLAY, MOUNT_SPECIAL = 1, 2
 EXEC_CHROOT = 1
 
-DEFAULT_ENV = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root",
-               "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+DEFAULT_ENV = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "TERM": "dumb",
+    "LC_ALL": "C.UTF-8",
+}
 
 Sink = Callable[[bytes], object]
 
@@ -62,8 +66,8 @@ class Job:
     stderr_sink: Sink | None = None
     stdout: bytearray = field(default_factory=bytearray)
     stderr: bytearray = field(default_factory=bytearray)
-    status: int | None = None       # exit status, 128 + signal when killed; None while it runs
-    started_at: float = 0.0         # time.monotonic() of this host
+    status: int | None = None  # exit status, 128 + signal when killed; None while it runs
+    started_at: float = 0.0  # time.monotonic() of this host
     ended_at: float = 0.0
 
     @property
@@ -78,17 +82,21 @@ class Guest:
     watches: file descriptors (pidfds) whose becoming readable ends every wait: the call gives the Failure.
     """
 
-    def __init__(self, stream: socket.socket, explain_end: Callable[[], Failure],
-                 watches: Mapping[int, Callable[[], Failure]] | None = None) -> None:
+    def __init__(
+        self,
+        stream: socket.socket,
+        explain_end: Callable[[], Failure],
+        watches: Mapping[int, Callable[[], Failure]] | None = None,
+    ) -> None:
         self.kernel = ""
-        self.phases: dict[str, float] = {}      # name -> time.monotonic() of this host
+        self.phases: dict[str, float] = {}  # name -> time.monotonic() of this host
         self.boots = 0
         self._stream = stream
         stream.settimeout(SEND_SECONDS)
         self._explain_end = explain_end
         self._in = bytearray()
         self._synced = False
-        self._clock_offset = 0.0                # host monotonic - guest boot clock, seconds
+        self._clock_offset = 0.0  # host monotonic - guest boot clock, seconds
         self._jobs: dict[int, Job] = {}
         self._next_job = 1
         self._errors: list[str] = []
@@ -121,8 +129,16 @@ class Guest:
         self._send(REQ_UNMOUNT, 0, b"")
         self._wait_phase("unmounted", deadline)
 
-    def start(self, argv: Sequence[str], *, cwd: str = "/", env: Mapping[str, str] | None = None,
-              chroot: bool = True, stdout: Sink | None = None, stderr: Sink | None = None) -> Job:
+    def start(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str = "/",
+        env: Mapping[str, str] | None = None,
+        chroot: bool = True,
+        stdout: Sink | None = None,
+        stderr: Sink | None = None,
+    ) -> Job:
         """Starts a command and returns at once. chroot: in the mounted root, else in the initramfs. env replaces
         DEFAULT_ENV's values name by name."""
         words = {**DEFAULT_ENV, **(env or {})}
@@ -130,11 +146,12 @@ class Guest:
         if not argv or any("\0" in word for word in strings):
             raise Failure("a command for the guest needs at least one word and no NUL byte")
         payload = struct.pack("<III", EXEC_CHROOT if chroot else 0, len(argv), len(words)) + b"".join(
-            word.encode(errors="surrogateescape") + b"\0" for word in strings)
+            word.encode(errors="surrogateescape") + b"\0" for word in strings
+        )
         if len(payload) > MAX_FRAME_BYTES:
             raise Failure(f"the command's words take {len(payload)} bytes; the guest takes {MAX_FRAME_BYTES}")
         job = Job(self._next_job, list(argv), stdout, stderr)
-        self._next_job = self._next_job % 0xffff + 1
+        self._next_job = self._next_job % 0xFFFF + 1
         self._jobs[job.id] = job
         self._send(REQ_EXEC, job.id, payload)
         return job
@@ -144,8 +161,17 @@ class Guest:
             self._pump(deadline)
         return job
 
-    def run(self, argv: Sequence[str], deadline: Deadline, *, cwd: str = "/", env: Mapping[str, str] | None = None,
-            chroot: bool = True, stdout: Sink | None = None, stderr: Sink | None = None) -> Job:
+    def run(
+        self,
+        argv: Sequence[str],
+        deadline: Deadline,
+        *,
+        cwd: str = "/",
+        env: Mapping[str, str] | None = None,
+        chroot: bool = True,
+        stdout: Sink | None = None,
+        stderr: Sink | None = None,
+    ) -> Job:
         """Runs a command to its end."""
         return self.wait(self.start(argv, cwd=cwd, env=env, chroot=chroot, stdout=stdout, stderr=stderr), deadline)
 
@@ -201,9 +227,9 @@ class Guest:
         if not self._synced:
             start = self._in.find(MAGIC)
             if start < 0:
-                del self._in[:-len(MAGIC)]
+                del self._in[: -len(MAGIC)]
                 return
-            del self._in[:start + len(MAGIC)]
+            del self._in[: start + len(MAGIC)]
             self._synced = True
         done = 0
         while len(self._in) - done >= HEADER.size:
@@ -213,7 +239,7 @@ class Guest:
             if len(self._in) - done - HEADER.size < length:
                 break
             start = done + HEADER.size
-            self._take(kind, job, bytes(self._in[start:start + length]))
+            self._take(kind, job, bytes(self._in[start : start + length]))
             done = start + length
         del self._in[:done]
 

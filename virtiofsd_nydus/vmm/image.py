@@ -36,9 +36,16 @@ def default_cache_dir() -> Path:
 
 
 @contextmanager
-def prepare_image(image: str, *, blob_dir: Path | None = None, config: Path | None = None,
-                  cache_dir: Path | None = None, plain_http: bool = False, creds: str = "",
-                  ca_cert_files: tuple[str, ...] = ()) -> Iterator[PreparedImage]:
+def prepare_image(
+    image: str,
+    *,
+    blob_dir: Path | None = None,
+    config: Path | None = None,
+    cache_dir: Path | None = None,
+    plain_http: bool = False,
+    creds: str = "",
+    ca_cert_files: tuple[str, ...] = (),
+) -> Iterator[PreparedImage]:
     """Finds the image and writes the daemon's configuration into a file that lasts as long as the context. The cache
     directory is made, and stays. Raises Failure, or UsageFailure where options do not fit."""
     work_dir = cache_dir or default_cache_dir()
@@ -56,15 +63,17 @@ def prepare_image(image: str, *, blob_dir: Path | None = None, config: Path | No
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Failure(f"cannot make the cache directory {work_dir}: {error.strerror}; choose one with --cache-dir",
-                      Cause.IO) from None
+        raise Failure(
+            f"cannot make the cache directory {work_dir}: {error.strerror}; choose one with --cache-dir", Cause.IO
+        ) from None
     if by_reference:
         from virtiofsd_nydus.oci.image import resolve_image
 
         bootstraps = work_dir / "bootstraps"
         before = set(bootstraps.glob("*.boot"))
-        found = resolve_image(image, cache_dir=bootstraps, plain_http=plain_http, creds=creds,
-                              ca_cert_files=ca_cert_files)
+        found = resolve_image(
+            image, cache_dir=bootstraps, plain_http=plain_http, creds=creds, ca_cert_files=ca_cert_files
+        )
         backend = found.backend_config()
         kind, settings, bootstrap = backend["type"], backend["config"], str(found.bootstrap)
         own = found.config.get("config") or {}
@@ -75,8 +84,11 @@ def prepare_image(image: str, *, blob_dir: Path | None = None, config: Path | No
             raise Failure(f"no blob directory {blob_dir}", Cause.MISSING)
         kind, settings, bootstrap, own = "localfs", {"dir": str(blob_dir.resolve())}, image, {}
         fetched = (0, 0)
-    document = {"version": 2, "backend": {"type": kind, kind: settings},
-                "cache": {"type": "blobcache", "filecache": {"work_dir": str(work_dir.resolve())}}}
+    document = {
+        "version": 2,
+        "backend": {"type": kind, kind: settings},
+        "cache": {"type": "blobcache", "filecache": {"work_dir": str(work_dir.resolve())}},
+    }
     # May hold a login: mkdtemp makes the directory for this user alone
     with tempfile.TemporaryDirectory(prefix="vnd-conf-") as scratch:
         path = Path(scratch) / "config.json"
@@ -86,6 +98,7 @@ def prepare_image(image: str, *, blob_dir: Path | None = None, config: Path | No
 
 def _read_own(config: dict[str, Any]) -> tuple[list[str], dict[str, str], str]:
     """Command, environment and directory of an OCI image configuration. Others wrote it: what does not fit is left."""
+
     def strings(key: str) -> list[str]:
         value = config.get(key)
         return [word for word in value if isinstance(word, str)] if isinstance(value, list) else []

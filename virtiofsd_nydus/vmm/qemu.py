@@ -27,21 +27,23 @@ if TYPE_CHECKING:
 QEMU = "qemu-system-x86_64"
 # tsc, timer, rng, mitigations, nokaslr, tests: each saves boot time under TCG. oops=panic: an oops in a kernel
 # thread would hang the guest. init_on_alloc=0: zeroing every page costs a tenth of all copying under TCG.
-KERNEL_ARGUMENTS = ("console=ttyS0 quiet panic=-1 oops=panic reboot=t tsc=reliable no_timer_check "
-                    "random.trust_cpu=on mitigations=off nokaslr cryptomgr.notests 8250.nr_uarts=1 init_on_alloc=0")
+KERNEL_ARGUMENTS = (
+    "console=ttyS0 quiet panic=-1 oops=panic reboot=t tsc=reliable no_timer_check "
+    "random.trust_cpu=on mitigations=off nokaslr cryptomgr.notests 8250.nr_uarts=1 init_on_alloc=0"
+)
 # rep movsb, which erms makes the kernel use, runs byte by byte under TCG
 TCG = ("-accel", "tcg,thread=multi", "-cpu", "max,-erms")
 KVM = ("-accel", "kvm", "-cpu", "host")
-EXIT_PORT = 0x501               # isa-debug-exit; vm-images/init.c writes there
-BUILD_SECONDS = 30.0            # from QEMU's start to its connection: it waits for the servers' first answers
-GONE_SECONDS = 5.0              # how long QEMU may take to end once its guest has ended or it was told to
-QEMU_FAILED = 1                 # its exit status for a machine it cannot build
-SERVER_GONE_SECONDS = 0.3       # by how much a server's end may come after QEMU's, when it is the cause
+EXIT_PORT = 0x501  # isa-debug-exit; vm-images/init.c writes there
+BUILD_SECONDS = 30.0  # from QEMU's start to its connection: it waits for the servers' first answers
+GONE_SECONDS = 5.0  # how long QEMU may take to end once its guest has ended or it was told to
+QEMU_FAILED = 1  # its exit status for a machine it cannot build
+SERVER_GONE_SECONDS = 0.3  # by how much a server's end may come after QEMU's, when it is the cause
 # vhost-user-fs's largest, so that a read may carry 256 pages (queue size - 4 at least)
 QUEUE_SIZE = 1024
-MEMORY_MIN_MIB = 96             # the kernel unpacks itself and its initramfs into it
-SOCKET_PATH_BYTES = 107         # sizeof sun_path - 1
-CONSOLE, MONITOR, CONTROL = "console.log", "monitor", "control"     # in a machine's directory
+MEMORY_MIN_MIB = 96  # the kernel unpacks itself and its initramfs into it
+SOCKET_PATH_BYTES = 107  # sizeof sun_path - 1
+CONSOLE, MONITOR, CONTROL = "console.log", "monitor", "control"  # in a machine's directory
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,27 @@ class GuestFiles:
     initrd: Path
 
     @classmethod
-    def find(cls, kernel: str | Path | None = None, initrd: str | Path | None = None, *,
-             busybox: bool = False) -> "GuestFiles":
+    def find(
+        cls, kernel: str | Path | None = None, initrd: str | Path | None = None, *, busybox: bool = False
+    ) -> "GuestFiles":
         """The given files, else those of $VIRTIOFSD_NYDUS_GUEST_DIR, a source tree's build/guest or the system's.
         busybox: with /bin/busybox in the initramfs."""
         name = "initramfs-busybox.cpio" if busybox else "initramfs.cpio"
-        directories = [Path(__file__).resolve().parents[2] / "build" / "guest",
-                       Path("/usr/share/virtiofsd-nydus/guest")]
+        directories = [
+            Path(__file__).resolve().parents[2] / "build" / "guest",
+            Path("/usr/share/virtiofsd-nydus/guest"),
+        ]
         if chosen := os.environ.get("VIRTIOFSD_NYDUS_GUEST_DIR"):
             directories = [Path(chosen)]
         directory = next((d for d in directories if (d / "vmlinuz").exists()), directories[0])
         files = cls(Path(kernel or directory / "vmlinuz"), Path(initrd or directory / name))
         for what, path in (("kernel", files.kernel), ("initramfs", files.initrd)):
             if not path.is_file():
-                raise Failure(f"no guest {what} at {path}: run make guest, or name one with "
-                              f"--{'kernel' if what == 'kernel' else 'initrd'}", Cause.MISSING)
+                raise Failure(
+                    f"no guest {what} at {path}: run make guest, or name one with "
+                    f"--{'kernel' if what == 'kernel' else 'initrd'}",
+                    Cause.MISSING,
+                )
         return files
 
 
@@ -85,13 +93,13 @@ class MachineConfig:
     shares: Sequence[Share] = ()
     memory: str = "512M"
     cpus: int = 1
-    accel: str = "tcg"          # tcg or kvm: accel.py has chosen
+    accel: str = "tcg"  # tcg or kvm: accel.py has chosen
     kernel_arguments: str = ""  # added to KERNEL_ARGUMENTS
-    extra: Sequence[str] = ()   # words added to QEMU's command line
+    extra: Sequence[str] = ()  # words added to QEMU's command line
     # (this, a directory for its sockets) -> QEMU's words for the machine: processors, memory with share=on, kernel,
     # shares, and one virtio-serial bus with port 1 free; None: machine_words
     words: "Callable[[MachineConfig, Path], list[str]] | None" = None
-    die_with_parent: bool = False   # SIGKILL to QEMU when the *thread* that starts it ends
+    die_with_parent: bool = False  # SIGKILL to QEMU when the *thread* that starts it ends
     # pidfds -> what their ending means: end every wait for the guest
     watches: Mapping[int, Callable[[], Failure]] = field(default_factory=dict)
 
@@ -115,22 +123,47 @@ def check_memory(size: str) -> None:
 
 def check_socket_path(path: str | Path) -> None:
     if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
-        raise Failure(f"socket path too long ({len(os.fsencode(path))} bytes, the limit is {SOCKET_PATH_BYTES}): "
-                      f"{path}")
+        raise Failure(
+            f"socket path too long ({len(os.fsencode(path))} bytes, the limit is {SOCKET_PATH_BYTES}): {path}"
+        )
 
 
 def machine_words(config: MachineConfig, directory: Path) -> list[str]:
     """The machine as our own guests have it. See MachineConfig.words."""
-    words = ["-machine", "q35", *(KVM if config.accel == "kvm" else TCG), "-smp", str(config.cpus), "-m", config.memory,
-             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-             "-kernel", str(config.files.kernel), "-initrd", str(config.files.initrd),
-             "-append", f"{KERNEL_ARGUMENTS} {config.kernel_arguments}".strip(),
-             # vhost-user needs guest memory that another process can map
-             "-object", f"memory-backend-memfd,id=memory,size={config.memory},share=on",
-             "-numa", "node,memdev=memory", "-device", "virtio-serial-pci"]
+    words = [
+        "-machine",
+        "q35",
+        *(KVM if config.accel == "kvm" else TCG),
+        "-smp",
+        str(config.cpus),
+        "-m",
+        config.memory,
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+        "-kernel",
+        str(config.files.kernel),
+        "-initrd",
+        str(config.files.initrd),
+        "-append",
+        f"{KERNEL_ARGUMENTS} {config.kernel_arguments}".strip(),
+        # vhost-user needs guest memory that another process can map
+        "-object",
+        f"memory-backend-memfd,id=memory,size={config.memory},share=on",
+        "-numa",
+        "node,memdev=memory",
+        "-device",
+        "virtio-serial-pci",
+    ]
     for number, share in enumerate(config.shares):
-        words += ["-chardev", f"socket,id=share{number},path={escape(share.socket_path)}", "-device",
-                  f"vhost-user-fs-pci,chardev=share{number},tag={share.tag},queue-size={share.queue_size}"]
+        words += [
+            "-chardev",
+            f"socket,id=share{number},path={escape(share.socket_path)}",
+            "-device",
+            f"vhost-user-fs-pci,chardev=share{number},tag={share.tag},queue-size={share.queue_size}",
+        ]
     return words
 
 
@@ -143,13 +176,25 @@ def command_line(config: MachineConfig, directory: Path) -> list[str]:
     """QEMU's words: the machine, and what connects it with its Machine, whose files lie in `directory`."""
     for share in config.shares:
         check_socket_path(share.socket_path)
-    return [find_program(QEMU, "qemu-system-x86"), *(config.words or machine_words)(config, directory),
-            "-chardev", f"file,id=console,path={directory / CONSOLE}", "-serial", "chardev:console",
-            "-chardev", f"socket,id=monitor,path={directory / MONITOR},server=on,wait=off",
-            "-mon", "chardev=monitor,mode=control",
-            "-device", f"isa-debug-exit,iobase={EXIT_PORT:#x},iosize=1",
-            "-chardev", f"socket,id=control,path={directory / CONTROL}",
-            "-device", "virtserialport,chardev=control,name=control", *config.extra]
+    return [
+        find_program(QEMU, "qemu-system-x86"),
+        *(config.words or machine_words)(config, directory),
+        "-chardev",
+        f"file,id=console,path={directory / CONSOLE}",
+        "-serial",
+        "chardev:console",
+        "-chardev",
+        f"socket,id=monitor,path={directory / MONITOR},server=on,wait=off",
+        "-mon",
+        "chardev=monitor,mode=control",
+        "-device",
+        f"isa-debug-exit,iobase={EXIT_PORT:#x},iosize=1",
+        "-chardev",
+        f"socket,id=control,path={directory / CONTROL}",
+        "-device",
+        "virtserialport,chardev=control,name=control",
+        *config.extra,
+    ]
 
 
 class Machine(Lifetime):
@@ -176,8 +221,9 @@ class Machine(Lifetime):
             listener.bind(str(directory / CONTROL))
             listener.listen(1)
             # A process group of its own: an interrupt from the terminal reaches us alone, and we end QEMU in order
-            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
-                                            process_group=0)
+            self.process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, process_group=0
+            )
             self._stack.callback(self._end_process)
             # QEMU connects while it builds the machine, after the shares' servers have answered it
             self.pidfd = os.pidfd_open(self.process.pid)
@@ -217,7 +263,7 @@ class Machine(Lifetime):
             status = self.process.wait(GONE_SECONDS)
         except subprocess.TimeoutExpired:
             raise Failure(f"QEMU did not end within {GONE_SECONDS:g} s of its guest", Cause.DEADLINE) from None
-        if status != 1:         # (0 << 1) | 1, isa-debug-exit's form
+        if status != 1:  # (0 << 1) | 1, isa-debug-exit's form
             raise self.explain_end()
 
     def explain_end(self) -> Failure:
@@ -230,7 +276,7 @@ class Machine(Lifetime):
         for line in console.splitlines():
             for mark in ("Kernel panic", "Unable to mount root fs"):
                 if mark in line:
-                    return Failure(f"the guest's kernel died: {line[line.index(mark):].strip()}", Cause.GUEST)
+                    return Failure(f"the guest's kernel died: {line[line.index(mark) :].strip()}", Cause.GUEST)
         if status == QEMU_FAILED:
             import select
 
@@ -257,8 +303,7 @@ class Machine(Lifetime):
 
     # ---- the monitor
 
-    def execute(self, command: str, arguments: dict[str, object] | None = None,
-                seconds: float = GONE_SECONDS) -> Any:
+    def execute(self, command: str, arguments: dict[str, object] | None = None, seconds: float = GONE_SECONDS) -> Any:
         """One QMP command; its return value. The connection is made at the first one."""
         import asyncio
 

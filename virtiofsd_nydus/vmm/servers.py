@@ -54,8 +54,14 @@ class Server(Lifetime):
             words = self.command(listener.fileno())
             if self.die_with_parent:
                 words = [find_program("setpriv", "util-linux"), "--pdeathsig", "KILL", *words]
-            self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
-                                            process_group=0, pass_fds=[listener.fileno()])
+            self.process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                process_group=0,
+                pass_fds=[listener.fileno()],
+            )
         self._stack.callback(self.stop)
         self.pidfd = os.pidfd_open(self.process.pid)
         self._stack.callback(os.close, self.pidfd)
@@ -93,8 +99,11 @@ class PeerVirtiofsd(Server):
         self.program = C_VIRTIOFSD if C_VIRTIOFSD.exists() else RUST_VIRTIOFSD
         self.name = "C virtiofsd" if self.program == C_VIRTIOFSD else "Rust virtiofsd"
         if not self.program.exists():
-            raise Failure(f"no virtiofsd at {C_VIRTIOFSD} or {RUST_VIRTIOFSD}: apt-get install qemu-system-common "
-                          "(Debian 12) or virtiofsd (Debian 13)", Cause.MISSING)
+            raise Failure(
+                f"no virtiofsd at {C_VIRTIOFSD} or {RUST_VIRTIOFSD}: apt-get install qemu-system-common "
+                "(Debian 12) or virtiofsd (Debian 13)",
+                Cause.MISSING,
+            )
 
     def command(self, listener: int) -> list[str]:
         words = [str(self.program), f"--fd={listener}"]
@@ -121,8 +130,9 @@ def call_api(path: Path, method: str, target: str, body: object = None, seconds:
     body. body: what becomes JSON. seconds: Kata's own limit. Raises OSError when nobody answers."""
     connection = UnixConnection(path, seconds)
     try:
-        connection.request(method, target, None if body is None else json.dumps(body),
-                           {"Content-Type": "application/json"})
+        connection.request(
+            method, target, None if body is None else json.dumps(body), {"Content-Type": "application/json"}
+        )
         answer = connection.getresponse()
         raw = answer.read()
         return answer.status, json.loads(raw) if raw else None
@@ -144,8 +154,17 @@ class NydusDaemon(Server):
 
     def command(self, listener: int) -> list[str]:
         self.api_path = self.directory / "api.sock"
-        return [sys.executable, "-m", "virtiofsd_nydus.cli.main", "virtiofs", "--fd", str(listener),
-                "--apisock", str(self.api_path), *self.options]
+        return [
+            sys.executable,
+            "-m",
+            "virtiofsd_nydus.cli.main",
+            "virtiofs",
+            "--fd",
+            str(listener),
+            "--apisock",
+            str(self.api_path),
+            *self.options,
+        ]
 
     def explain_end(self) -> Failure:
         """Its own line where it ended by itself: that says what, where and what to do."""
