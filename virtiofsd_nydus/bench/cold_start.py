@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from virtiofsd_nydus.arguments import add_machine_arguments, add_registry_arguments
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 
 if TYPE_CHECKING:
@@ -50,14 +51,11 @@ class Side:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from virtiofsd_nydus.cli.boot import add_machine_arguments
-    from virtiofsd_nydus.cli.convert import add_registry_options
-
     parser.usage = "%(prog)s IMAGE [options] -- CMD..."
     parser.add_argument("image", metavar="IMAGE", help="Nydus image: docker://HOST[:PORT]/NAME[:TAG], oci:DIR[:TAG]")
     parser.add_argument("--full-pull", metavar="IMAGE", help="the same as an OCI image, to pull and unpack whole")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default 5")
-    add_registry_options(parser)
+    add_registry_arguments(parser)
     add_machine_arguments(parser)
     parser.add_argument("--json", action="store_true")
 

@@ -13,6 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
+from virtiofsd_nydus.arguments import (
+    add_machine_arguments,
+    add_place_arguments,
+    add_reference_arguments,
+    add_registry_arguments,
+)
 from virtiofsd_nydus.errors import Failure, UsageFailure
 
 if TYPE_CHECKING:
@@ -25,26 +31,11 @@ SHOWN_LOG_LINES = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "image",
-        metavar="IMAGE",
-        help="docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], or a bootstrap file with --blob-dir",
-    )
-    from virtiofsd_nydus.cli.convert import add_registry_options
-
+    add_reference_arguments(parser)
     parser.usage = "%(prog)s IMAGE [options] [-- CMD...]"
     parser.epilog = "CMD: what to run in the guest, in the image's root; default: what the image's configuration says."
-    image = parser.add_argument_group("image")
-    image.add_argument("--blob-dir", type=Path, metavar="DIR", help="where a bootstrap's blobs lie")
-    image.add_argument("--config", type=Path, metavar="FILE", help="nydusd configuration for a bootstrap, instead")
-    image.add_argument(
-        "--cache-dir",
-        type=Path,
-        metavar="DIR",
-        help="where fetched chunks are kept; default "
-        "/var/cache/virtiofsd-nydus, or $XDG_CACHE_HOME/virtiofsd-nydus without root",
-    )
-    add_registry_options(parser)
+    add_place_arguments(parser.add_argument_group("image"))
+    add_registry_arguments(parser)
     add_machine_arguments(parser)
     parser.add_argument("--log-file", type=Path, metavar="FILE", help="keep the daemon's log here")
     parser.add_argument(
@@ -52,22 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the figures as one JSON object on standard output; the command's own output then goes to standard error",
     )
-
-
-def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The guest's options, as every verb that boots one has them."""
-    machine = parser.add_argument_group("guest")
-    machine.add_argument("--memory", default="512M", metavar="SIZE", help="default 512M")
-    machine.add_argument("--cpus", type=int, default=1, metavar="N")
-    machine.add_argument(
-        "--accel",
-        default="tcg",
-        choices=["tcg", "kvm", "auto"],
-        help="kvm and auto first try whether a guest boots with KVM; default tcg",
-    )
-    machine.add_argument("--kernel", type=Path, metavar="FILE", help="default: what make guest built")
-    machine.add_argument("--initrd", type=Path, metavar="FILE")
-    machine.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for the whole; default 120")
 
 
 def run(args: argparse.Namespace) -> int:

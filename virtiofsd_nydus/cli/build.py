@@ -10,60 +10,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from virtiofsd_nydus.builder.options import CODECS, DIGESTERS, FS_VERSIONS, PREFETCH_POLICIES, BuildOptions
+from virtiofsd_nydus.arguments import add_build_arguments
+from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from virtiofsd_nydus.builder.dictionary import ChunkDictionary
-
-
-def parse_size(text: str) -> int:
-    """A number of bytes: decimal, 0x-hexadecimal, or with a suffix K or M (powers of 1024)."""
-    number, factor = text, 1
-    if text[-1:].upper() in ("K", "M"):
-        number, factor = text[:-1], 1 << 10 if text[-1].upper() == "K" else 1 << 20
-    try:
-        return int(number, 0) * factor
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size") from None
-
-
-def add_image_options(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what kind of image is made; `convert` takes them too."""
-    parser.add_argument("--fs-version", type=int, default=6, choices=FS_VERSIONS, help="RAFS version (6)")
-    parser.add_argument("--compressor", choices=list(CODECS), default="zstd", help="codec of the chunks (zstd)")
-    parser.add_argument("--compression-level", type=int, default=3, metavar="N", help="level of zstd, 1 to 19 (3)")
-    parser.add_argument("--digester", choices=list(DIGESTERS), default="blake3", help="chunk digests (blake3)")
-    parser.add_argument("--chunk-size", type=parse_size, default=1 << 20, metavar="BYTES",
-                        help="power of two, 4K to 16M (1M)")  # fmt: skip
-    parser.add_argument(
-        "--batch-size",
-        type=parse_size,
-        default=0,
-        metavar="BYTES",
-        help="compress files under half of it together; power of two, 4K to the chunk size (0: not)",
-    )
-    parser.add_argument("--aligned-chunk", action="store_true", help="align uncompressed chunks to 4K (v5; v6 always)")
-    parser.add_argument(
-        "--encrypt", action="store_true", help="encrypt blobs with AES-128-XTS; the keys are in the bootstrap"
-    )
-    parser.add_argument("--chunk-dict", type=Path, metavar="BOOTSTRAP", help="reuse this image's chunks")
-    parser.add_argument(
-        "--prefetch-policy",
-        choices=PREFETCH_POLICIES,
-        default="none",
-        help="what a mount prefetches: fs: the paths below, blob: the blobs' heads, which hold them",
-    )
-    parser.add_argument("--prefetch-pattern", action="append", metavar="PATH",
-                        help="path in the image to prefetch, repeatable (/)")  # fmt: skip
-    parser.add_argument(
-        "--prefetch-files",
-        metavar="FILE",
-        help="such paths, one a line (-: standard input, read anyway with a policy and no paths)",
-    )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="compressing threads (one a processor)")
 
 
 def make_options(args: argparse.Namespace, *, oci_ref: bool = False) -> BuildOptions:
@@ -107,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="SOURCE", help="directory, or tar (plain, gzip or zstd)")
     parser.add_argument("--bootstrap", type=Path, required=True, metavar="FILE", help="bootstrap to write")
     parser.add_argument("--blob-dir", type=Path, required=True, metavar="DIR", help="the blob becomes DIR/<blob id>")
-    add_image_options(parser)
+    add_build_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from virtiofsd_nydus.cli.build import add_image_options, load_chunk_dict, make_options, transfer_bars
+from virtiofsd_nydus.arguments import add_build_arguments, add_registry_arguments
+from virtiofsd_nydus.cli.build import load_chunk_dict, make_options, transfer_bars
 from virtiofsd_nydus.errors import UsageFailure
 from virtiofsd_nydus.oci.reference import DOCKER, GRAMMAR, Reference, parse_reference
 
@@ -23,26 +24,6 @@ if TYPE_CHECKING:
 
 # Between two lines about progress, where it is not shown on a terminal.
 LINE_S = 10.0
-
-
-def add_registry_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every verb that takes an image reference."""
-    parser.add_argument(
-        "--plain-http", action="store_true", help="talk plain HTTP to registries (loopback ones: always)"
-    )
-    parser.add_argument(
-        "--creds",
-        default="",
-        metavar="USER:PASSWORD",
-        help="login (default: docker's config.json); other users of this host can see it",
-    )
-    parser.add_argument(
-        "--ca-cert",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="PEM file with a CA to trust beside the system's; may be given again",
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,10 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="no data of its own: the image reads the gzip layers of the OCI image, which DST gets too",
     )
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="where layers are spooled (TMPDIR)")
-    add_registry_options(parser)
+    add_registry_arguments(parser)
     parser.add_argument("--src-creds", default="", metavar="USER:PASSWORD", help="login for SRC alone")
     parser.add_argument("--dest-creds", default="", metavar="USER:PASSWORD", help="login for DST alone")
-    add_image_options(parser)
+    add_build_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

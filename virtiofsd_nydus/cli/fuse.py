@@ -3,7 +3,7 @@
 Only what must be known before the mount is there is imported here.
 """
 
-from virtiofsd_nydus.cli.virtiofs import add_daemon_arguments, prepare_process
+from virtiofsd_nydus.arguments import add_daemon_arguments
 from virtiofsd_nydus.errors import Failure, UsageFailure
 
 TYPE_CHECKING = False
@@ -44,18 +44,13 @@ def run(args: "argparse.Namespace") -> int:
     if bool(args.id) != bool(args.supervisor):
         raise UsageFailure("--id and --supervisor go together")
 
-    from virtiofsd_nydus import config as configs
-    from virtiofsd_nydus import log as logs
     from virtiofsd_nydus.daemon.host import HostService
     from virtiofsd_nydus.daemon.prefetch import read_list
+    from virtiofsd_nydus.daemon.process import open_log, prepare_process, read_config
     from virtiofsd_nydus.fuse.host import HostFuse
 
     prefetch_files = read_list(args.prefetch_files) if args.prefetch_files else None
-    config = None
-    if args.localfs_dir:
-        config = configs.localfs_config(args.localfs_dir)
-    elif args.config and args.bootstrap:  # else mounts by the API bring theirs; nydusd does not read it then
-        config = configs.load_config(args.config)
+    config = read_config(args)
     fuse = HostFuse(
         args.mountpoint,
         threads=args.fuse_threads,
@@ -64,10 +59,7 @@ def run(args: "argparse.Namespace") -> int:
         supervised=args.supervisor is not None,
         passthrough=args.fuse_passthrough == "auto",
     )
-    try:
-        log = logs.Log(args.log_level, args.log_file, args.log_format)
-    except OSError as error:
-        raise Failure(f"cannot write log file {args.log_file}: {error.strerror}") from error
+    log = open_log(args)
     prepare_process(args, log)
     service = HostService(
         log,

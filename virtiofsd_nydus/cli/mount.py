@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from virtiofsd_nydus.arguments import add_place_arguments, add_reference_arguments, add_registry_arguments
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 
 if TYPE_CHECKING:
@@ -17,23 +18,9 @@ POLL_SECONDS = 0.01
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from virtiofsd_nydus.cli.convert import add_registry_options
-
-    parser.add_argument(
-        "image",
-        metavar="IMAGE",
-        help="docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], or a bootstrap file with --blob-dir",
-    )
+    add_reference_arguments(parser)
     parser.add_argument("directory", metavar="DIR", help="where; an existing directory")
-    parser.add_argument("--blob-dir", type=Path, metavar="DIR", help="where a bootstrap's blobs lie")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="nydusd configuration for a bootstrap, instead")
-    parser.add_argument(
-        "--cache-dir",
-        type=Path,
-        metavar="DIR",
-        help="where fetched chunks are kept; default "
-        "/var/cache/virtiofsd-nydus, or $XDG_CACHE_HOME/virtiofsd-nydus without root",
-    )
+    add_place_arguments(parser)
     parser.add_argument(
         "--kernel",
         action="store_true",
@@ -43,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fetch-all", action="store_true", help="with --kernel: fetch the whole image first (Linux 6.12)"
     )
-    add_registry_options(parser)
+    add_registry_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

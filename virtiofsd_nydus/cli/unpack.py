@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from virtiofsd_nydus.arguments import add_data_arguments
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
-from virtiofsd_nydus.reader.data import add_source_arguments, choose_source, opened_with_data
+from virtiofsd_nydus.reader.data import choose_source, opened_with_data
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.builder.tar_writer import TarWriter
@@ -26,13 +27,12 @@ KINDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bootstrap", type=Path, metavar="BOOTSTRAP", help="bootstrap, or a data blob that holds one")
-    add_source_arguments(parser, "unpack all of it")
+    add_data_arguments(parser, "unpack all of it")
     parser.add_argument("--output", required=True, metavar="TAR", help="tar to write; - is standard output")
 
 
 def run(args: argparse.Namespace) -> int:
-    source = choose_source(args)
+    source = choose_source(args.blob_dir, args.config)
     if source is None:
         raise UsageFailure("say where the blobs are: either --blob-dir or --config")
     with opened_with_data(args.bootstrap, source, args.blob_id, args.allow_unverified) as image:

@@ -1,6 +1,5 @@
 """Images with their data, for tools: the engine, a cache that is thrown away, and where the blobs are."""
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -35,31 +34,16 @@ def directory_source(directory: Path) -> Source:
     return Source("localfs", {"dir": str(directory)})
 
 
-def add_source_arguments(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """The flags that choose_source reads, and those of opened_with_data."""
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--blob-dir", type=Path, metavar="DIR", help=f"directory of the data blobs: {purpose}")
-    where.add_argument(
-        "-C", "--config", type=Path, metavar="FILE", help=f"nydusd configuration whose backend has them: {purpose}"
-    )
-    parser.add_argument("--blob-id", metavar="ID", help="id of the blob, if the bootstrap was inlined in it")
-    parser.add_argument(
-        "--allow-unverified",
-        action="store_true",
-        help="read an image without chunk digests too: says only that its data can be decoded",
-    )
-
-
-def choose_source(args: argparse.Namespace) -> Source | None:
-    """None: neither flag was given."""
-    if args.blob_dir is not None:
-        if not args.blob_dir.is_dir():
-            raise UsageFailure(f"--blob-dir {args.blob_dir}: no such directory")
-        return directory_source(args.blob_dir)
-    if args.config is not None:
+def choose_source(blob_dir: Path | None, config_file: Path | None) -> Source | None:
+    """Where the blobs are by the verbs' two flags; None: neither flag was given."""
+    if blob_dir is not None:
+        if not blob_dir.is_dir():
+            raise UsageFailure(f"--blob-dir {blob_dir}: no such directory")
+        return directory_source(blob_dir)
+    if config_file is not None:
         from virtiofsd_nydus.config import load_config
 
-        config = load_config(str(args.config))
+        config = load_config(str(config_file))
         return Source(config.backend_type, config.backend_config)
     return None
 

@@ -6,16 +6,13 @@ They cover content and names' order, no attributes; a chunk's own digest is what
 import os
 import stat
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from virtiofsd_nydus.rafs.digest import DigestFunction, digest_function
 from virtiofsd_nydus.rafs.layout import Digester, SuperFlag
-
-if TYPE_CHECKING:
-    from virtiofsd_nydus.reader.bootstrap import Bootstrap
+from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
 
-def list_wrong_digests(image: "Bootstrap") -> Iterator[str]:
+def list_wrong_digests(image: Bootstrap) -> Iterator[str]:
     """One line for each inode whose digest is not what its content makes, leaves first. The structure must be sound.
     Nothing of an image without such digests (its root's is zero)."""
     if image.digest(image.root_ino) in (None, bytes(32)):
@@ -40,7 +37,7 @@ def list_wrong_digests(image: "Bootstrap") -> Iterator[str]:
             yield f"{path}: its digest is not that of its entries"
 
 
-def _digest_leaf(image: "Bootstrap", ino: int, digest: DigestFunction) -> bytes:
+def _digest_leaf(image: Bootstrap, ino: int, digest: DigestFunction) -> bytes:
     mode = image.getattr(ino).mode
     if stat.S_ISREG(mode):
         return digest(b"".join(chunk.digest or bytes(32) for chunk in image.chunks(ino)))

@@ -1,0 +1,53 @@
+"""What a daemon's verb does before its service starts: configuration, log, limits, rights. Light."""
+
+from virtiofsd_nydus import config as configs
+from virtiofsd_nydus import log as logs
+from virtiofsd_nydus.arguments import NOFILE_DEFAULT
+from virtiofsd_nydus.engine import reduce_privileges
+from virtiofsd_nydus.errors import Failure
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+
+def read_config(args: "argparse.Namespace") -> configs.ImageConfig | None:
+    """The configuration of --bootstrap. Without one --config is not read: mounts by the API bring theirs."""
+    if args.localfs_dir:
+        return configs.localfs_config(args.localfs_dir)
+    if args.config and args.bootstrap:
+        return configs.load_config(args.config)
+    return None
+
+
+def open_log(args: "argparse.Namespace") -> logs.Log:
+    """The log that the arguments ask for."""
+    try:
+        return logs.Log(args.log_level, args.log_file, args.log_format)
+    except OSError as error:
+        raise Failure(f"cannot write log file {args.log_file}: {error.strerror}") from error
+
+
+def raise_nofile(wanted: int) -> str | None:
+    """Raises RLIMIT_NOFILE as far as allowed; a line for the log where that is less than wanted."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if not wanted or soft >= wanted:
+        return None
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(hard, wanted)))
+        return None
+    except (ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return f"RLIMIT_NOFILE is {hard}, {wanted} was asked for" if wanted != NOFILE_DEFAULT else None
+
+
+def prepare_process(args: "argparse.Namespace", log: logs.Log) -> None:
+    """Sets limits, then gives rights up, because the limits need them. Before any thread is started."""
+    clamped = raise_nofile(args.rlimit_nofile)
+    if clamped:
+        log.say(logs.WARNING, clamped)
+    kept = reduce_privileges()
+    if kept:
+        log.say(logs.DEBUG, kept)
