@@ -47,6 +47,16 @@ def test_causes_are_those_of_the_seam() -> None:
     assert declared == {cause.name: cause.value for cause in Cause}
 
 
+def test_fetch_slots_are_those_of_the_engine() -> None:
+    from virtiofsd_nydus.net.client import POOL_SIZE
+    from virtiofsd_nydus.storage.pump import FETCH_SLOTS, PREFETCH_SLOTS
+
+    header = (ROOT / "csrc" / "store" / "fetcher.h").read_text()
+    declared = {name: int(value) for name, value in re.findall(r"#define FETCH_(\w*SLOTS) (\d+)", header)}
+    assert (declared["SLOTS"], declared["PREFETCH_SLOTS"]) == (FETCH_SLOTS, PREFETCH_SLOTS)
+    assert POOL_SIZE == FETCH_SLOTS  # a connection for each
+
+
 def test_one_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == virtiofsd_nydus.__version__

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from virtiofsd_nydus.storage.backend import Backend
     from virtiofsd_nydus.storage.meter import BackendMeter
 
-FETCH_SLOTS = 8  # jobs under way at once; loopback and WAN links alike are full before that
+# As csrc/store/fetcher.h has them (held together by a test): a slot is a job under way, and a thread of this pump.
+FETCH_SLOTS = 8  # loopback and WAN links alike are full before that
 PREFETCH_SLOTS = 6  # of them open to prefetch: demand always finds a free one
 VIEWS_MAX = 256  # chunks hashed and committed in one go
 FEED_BYTES = 256 * 1024  # a piece fed at once; short enough that the head of a range commits early
