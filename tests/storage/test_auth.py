@@ -9,7 +9,8 @@ import pytest
 from tests.peers.faulty_server import TOKEN_PATH, FaultyServer
 from tests.storage.conftest import DATA, read
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
-from virtiofsd_nydus.net.auth import Credentials, find_docker_credentials, parse_challenges, parse_creds
+from virtiofsd_nydus.net.credentials import Credentials, find_docker_credentials, parse_creds
+from virtiofsd_nydus.net.login import parse_challenges
 
 SECRET = "the-secret-word"
 AUTH = base64.b64encode(f"someone:{SECRET}".encode()).decode()
@@ -251,11 +252,11 @@ def test_tokens_are_renewed_while_there_is_traffic(server: FaultyServer, make, m
     """No read meets an old token, and without reads nothing is renewed."""
     import time
 
-    from virtiofsd_nydus.net import auth
+    from virtiofsd_nydus.net import login
 
     server.token_user = ""
     server.token_life_s = 2
-    monkeypatch.setattr(auth, "IDLE_S", 3.0)
+    monkeypatch.setattr(login, "IDLE_S", 3.0)
     blob = server.add(DATA)
     backend = make(timeout=5)
     until = time.monotonic() + 5

@@ -12,8 +12,8 @@ import pytest
 
 from tests.peers.registry import LocalRegistry
 from tests.storage.conftest import DATA, read
-from virtiofsd_nydus.config import parse_config
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.storage.config import parse_config
 from virtiofsd_nydus.storage.factory import change_backend, create_backend
 
 pytestmark = pytest.mark.peer

@@ -1,6 +1,6 @@
 """Connections that keep to their time limit from the first step on: names are looked up aside, within it, and kept.
 
-urllib3 resolves by a blocking getaddrinfo that no timeout reaches. Heavy: imports urllib3; storage.http loads it late.
+urllib3 resolves by a blocking getaddrinfo that no timeout reaches. Heavy: imports urllib3; net.client loads it late.
 """
 
 import socket

@@ -1,5 +1,5 @@
 """A forward proxy between a backend and its server, such as the peer daemon of Dragonfly: used while it is well, left
-aside while it is not, and trusted again after a probe. Configuration as nydusd-interface.md 4.4 has it.
+aside while it is not, and trusted again after a probe. Configuration: nydusd's section `proxy` (docs/operations.md).
 
 Light: urllib3 is imported with the first request.
 """
@@ -8,7 +8,10 @@ import threading
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net import http
+from virtiofsd_nydus.net.address import host_of
+from virtiofsd_nydus.net.answers import error_text, release
+from virtiofsd_nydus.net.client import HttpClient
+from virtiofsd_nydus.net.failures import RetriableFailure, classify_error
 from virtiofsd_nydus.net.health import Gate, RateLimit
 
 TYPE_CHECKING = False
@@ -29,7 +32,7 @@ ERROR_TYPE_HEADER = "X-Dragonfly-Error-Type"
 PRIORITY_PREFETCH, PRIORITY_DEMAND = "3", "6"
 
 
-class ProxyLimited(http.RetriableFailure):
+class ProxyLimited(RetriableFailure):
     """The proxy itself (not the registry behind it) answered 429."""
 
 
@@ -59,9 +62,9 @@ class ForwardProxy:
         self._check_pause_s = check_pause_s
         self._connect_timeout_s = connect_timeout_s
         self.gate = Gate(
-            f"proxy {http.host_of(url)}", FAILURES_MAX, check_interval_s, max(LAST_PAUSE_S, check_interval_s), say
+            f"proxy {host_of(url)}", FAILURES_MAX, check_interval_s, max(LAST_PAUSE_S, check_interval_s), say
         )
-        self.bypasses = RateLimit(BYPASSES_PER_S, BYPASS_BURST)
+        self._bypasses = RateLimit(BYPASSES_PER_S, BYPASS_BURST)
         self._lock = threading.Lock()
         self._manager: ProxyManager | None = None
         self._checker: threading.Thread | None = None
@@ -70,7 +73,7 @@ class ForwardProxy:
 
     def send(
         self,
-        client: http.HttpClient,
+        client: HttpClient,
         method: str,
         url: str,
         headers: "Mapping[str, str]",
@@ -85,7 +88,7 @@ class ForwardProxy:
 
         self._note_traffic(client)
         if not self.gate.enter():
-            self._leave_aside(http.RetriableFailure(self.gate.refusal()))
+            self._leave_aside(RetriableFailure(self.gate.refusal()))
             return None
         if self._use_http and url.startswith("https://"):
             url = "http://" + url.removeprefix("https://")
@@ -109,11 +112,11 @@ class ForwardProxy:
                 decode_content=False,
             )
         except (urllib3.exceptions.HTTPError, http_client.HTTPException, OSError, ValueError) as error:
-            failure = http.classify_error(error, self.url)
+            failure = classify_error(error, self.url)
             told = f"by way of the proxy {failure}"
             self.gate.failed(str(failure))
             self._leave_aside(
-                http.RetriableFailure(told) if failure.cause is Cause.NETWORK else Failure(told, failure.cause)
+                RetriableFailure(told) if failure.cause is Cause.NETWORK else Failure(told, failure.cause)
             )
             return None
         own = (
@@ -126,7 +129,7 @@ class ForwardProxy:
             return None
         self.gate.succeeded()
         if response.status >= 500 and self.fallback:
-            http.release(response)  # whoever is at fault, the origin is asked
+            release(response)  # whoever is at fault, the origin is asked
             self._leave_aside(None)
             return None
         self.used += 1
@@ -144,6 +147,15 @@ class ForwardProxy:
             say=self._say,
         )
 
+    def pass_by(self) -> float:
+        """Counts a request that goes round it; seconds that this one has to wait first."""
+        self.passed_by += 1
+        return self._bypasses.take(1)
+
+    def status(self) -> dict[str, object]:
+        """Health and counts, for the API: no secrets."""
+        return {"state": self.gate.state, "used": self.used, "passed_by": self.passed_by}
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -154,8 +166,8 @@ class ForwardProxy:
     def _handle_own_error(self, response: "BaseHTTPResponse", prefetch: bool) -> None:
         """An error that the proxy itself made: returns where the request is to go directly."""
         status = response.status
-        said = http.error_text(response, self.url)
-        line = f"proxy {http.host_of(self.url)}: status {status}{': ' + said if said else ''}"
+        said = error_text(response, self.url)
+        line = f"proxy {host_of(self.url)}: status {status}{': ' + said if said else ''}"
         if status == 429:
             self.gate.succeeded()
             # Prefetch gives way; a reader goes round the proxy.
@@ -164,7 +176,7 @@ class ForwardProxy:
             self.gate.succeeded()
             raise Failure(f"{line}: the proxy, not the registry, refuses this request", Cause.AUTH)
         self.gate.failed(line)
-        self._leave_aside(http.RetriableFailure(line))
+        self._leave_aside(RetriableFailure(line))
 
     def _leave_aside(self, failure: Failure | None) -> None:
         if self.fallback or failure is None:
@@ -172,7 +184,7 @@ class ForwardProxy:
             return
         raise failure
 
-    def _get_manager(self, client: http.HttpClient) -> "ProxyManager":
+    def _get_manager(self, client: HttpClient) -> "ProxyManager":
         import urllib3
 
         from virtiofsd_nydus.net import connect
@@ -196,7 +208,7 @@ class ForwardProxy:
 
     # ---- health
 
-    def _note_traffic(self, client: http.HttpClient) -> None:
+    def _note_traffic(self, client: HttpClient) -> None:
         self._last_used = time.monotonic()
         if not self._ping_url or self._checker is not None:
             return
@@ -205,7 +217,7 @@ class ForwardProxy:
                 self._checker = threading.Thread(target=self._check, args=(client,), name="proxy-check", daemon=True)
                 self._checker.start()
 
-    def _check(self, client: http.HttpClient) -> None:
+    def _check(self, client: HttpClient) -> None:
         """Pings until there has been no traffic for a while; the next request starts it anew."""
         while time.monotonic() - self._last_used < self._check_pause_s and not self._closed:
             self._ping(client)
@@ -213,11 +225,11 @@ class ForwardProxy:
                 break
         self._checker = None
 
-    def _ping(self, client: http.HttpClient) -> None:
+    def _ping(self, client: HttpClient) -> None:
         try:
             response = client.send("GET", self._ping_url, read_timeout_s=self._connect_timeout_s or 5.0)
             status = response.status
-            http.release(response)
+            release(response)
         except Failure as failure:
             if not client.closing.is_set():
                 self.gate.trip(f"its health check fails: {failure}")

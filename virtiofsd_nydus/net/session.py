@@ -1,11 +1,21 @@
 """Requests to one repository of one registry: logged in, redirects followed, refusals told apart.
 
-The OCI client and the storage backend both speak through it. Light: see virtiofsd_nydus.net.http.
+The OCI client and the storage backend both speak through it. Light: urllib3 is imported at the first request.
 """
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net import http
-from virtiofsd_nydus.net.auth import Authenticator, Credentials, pull_scope, push_scope
+from virtiofsd_nydus.net.address import host_of, origin_of
+from virtiofsd_nydus.net.answers import (
+    REDIRECT_STATUSES,
+    REDIRECTS_MAX,
+    check_status,
+    error_text,
+    redirect_target,
+    release,
+)
+from virtiofsd_nydus.net.client import HttpClient, Through
+from virtiofsd_nydus.net.credentials import Credentials
+from virtiofsd_nydus.net.login import Authenticator, pull_scope, push_scope
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +32,7 @@ class RegistrySession:
 
     def __init__(
         self,
-        client: http.HttpClient,
+        client: HttpClient,
         scheme: str,
         host: str,
         repo: str,
@@ -53,7 +63,7 @@ class RegistrySession:
 
     def is_own(self, url: str) -> bool:
         """Whether credentials for this registry may go to url."""
-        return http.origin_of(url) == http.origin_of(self.url(""))
+        return origin_of(url) == origin_of(self.url(""))
 
     def request(
         self,
@@ -66,18 +76,18 @@ class RegistrySession:
         body: "Body | None" = None,
         deadline: float | None = None,
         read_timeout_s: float | None = None,
-        through: http.Through | None = None,
+        through: Through | None = None,
         pass_statuses: tuple[int, ...] = (),
     ) -> "tuple[BaseHTTPResponse, str]":
         """One exchange. target: path below /v2/REPO/, or a whole URL. what: names the thing in messages.
         through: by the client's proxy as it says.
 
         Returns the answer (status below 300, or one of pass_statuses) unread, and the address that gave it. Raises
-        Failure: AUTH, MISSING, SCHEME, NETWORK (http.RetriableFailure where another try may help), IO."""
+        Failure: AUTH, MISSING, SCHEME, NETWORK (RetriableFailure where another try may help), IO."""
         from urllib.parse import urljoin
 
         url = target if "://" in target else self.url(target)
-        for _ in range(http.REDIRECTS_MAX + 1):
+        for _ in range(REDIRECTS_MAX + 1):
             try:
                 response = self._send(method, url, push, headers, body, deadline, read_timeout_s, through)
             except Failure as failure:
@@ -89,17 +99,17 @@ class RegistrySession:
                 raise
             if response.status in pass_statuses:
                 return response, url
-            if response.status not in http.REDIRECT_STATUSES:
+            if response.status not in REDIRECT_STATUSES:
                 if response.status < 300:
                     return response, url
-                http.check_status(response, url, what)
-                http.release(response)
-                raise Failure(f"{http.host_of(url)}: {what}: unexpected status {response.status}", Cause.IO)
-            url = http.redirect_target(response, url, what, urljoin)
+                check_status(response, url, what)
+                release(response)
+                raise Failure(f"{host_of(url)}: {what}: unexpected status {response.status}", Cause.IO)
+            url = redirect_target(response, url, what, urljoin)
             if self._rewrite_redirect is not None and not self.is_own(url):
                 url = self._rewrite_redirect(url)
         raise Failure(
-            f"{self.host}: {what}: more than {http.REDIRECTS_MAX} redirects, the last to {http.host_of(url)}",
+            f"{self.host}: {what}: more than {REDIRECTS_MAX} redirects, the last to {host_of(url)}",
             Cause.NETWORK,
         )
 
@@ -112,7 +122,7 @@ class RegistrySession:
         body: "Body | None",
         deadline: float | None,
         read_timeout_s: float | None,
-        through: http.Through | None,
+        through: Through | None,
     ) -> "BaseHTTPResponse":
         own = self.is_own(url)
 
@@ -151,16 +161,16 @@ class RegistrySession:
         response = send(header)
         if response.status == 401:
             challenge = response.headers.get("WWW-Authenticate", "")
-            http.release(response)
+            release(response)
             if header and not challenge:
                 # Harbor answers a stale header without saying what it wants; without a header it does.
                 response = send("")
                 if response.status != 401:
                     return response
                 challenge = response.headers.get("WWW-Authenticate", "")
-                http.release(response)
+                release(response)
             response = send(self.auth.refresh(scope, header, challenge, deadline))
         if response.status in (401, 403):
             self.auth.note_refusal(response.status)
-            raise self.auth.refused(scope, response.status, http.error_text(response, ""))
+            raise self.auth.refused(scope, response.status, error_text(response, ""))
         return response

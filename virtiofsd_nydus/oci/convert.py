@@ -406,7 +406,7 @@ def run_at_a_time(
 def write_bootstrap_layer(
     path: Path, bootstrap: "bytes | memoryview", metas: "Sequence[tuple[str, StoredMeta]]" = ()
 ) -> str:
-    """Writes the tar+gzip with image/image.boot (nydusd-interface.md 7.3) and beside it blob.meta of the blobs (by id),
+    """Writes the tar+gzip with image/image.boot (Nydus's bootstrap layer) and beside it blob.meta of the blobs (by id),
     so that nobody has to ask for those; the same bytes for the same image. Returns the digest of the tar."""
     hashed = _HashedWriter()
     with (

@@ -25,7 +25,7 @@ from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest,
 
 # Where a bootstrap layer has it: since v2, and before.
 BOOTSTRAP_MEMBERS = ("image/image.boot", "image.boot")
-# RAFS allows 2 GiB (rafs-format.md 7.2).
+# RAFS allows 2 GiB (docs/rafs-format.md 7.2).
 BOOTSTRAP_BYTES_MAX = 2 << 30
 COPY_BYTES = 1 << 20
 

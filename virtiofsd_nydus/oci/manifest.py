@@ -1,6 +1,6 @@
 """Manifests, indexes and configurations: media types, checked parsing, and the Nydus annotations.
 
-Media types and annotations of Nydus images: nydusd-interface.md 7.3 (nydus-snapshotter and nydusify go by them).
+Media types and annotations of Nydus images are those that nydus-snapshotter and nydusify go by.
 """
 
 import json

@@ -9,8 +9,10 @@ from typing import IO, Self
 from urllib.parse import urljoin
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net import http
-from virtiofsd_nydus.net.auth import Credentials, find_docker_credentials, parse_creds
+from virtiofsd_nydus.net.answers import check_status, read_body, release
+from virtiofsd_nydus.net.client import HttpClient
+from virtiofsd_nydus.net.credentials import Credentials, find_docker_credentials, parse_creds
+from virtiofsd_nydus.net.failures import RetriableFailure
 from virtiofsd_nydus.oci.manifest import ACCEPT, DOCUMENT_BYTES, Descriptor, digest_of
 from virtiofsd_nydus.oci.reference import Reference, default_scheme
 from virtiofsd_nydus.oci.store import OnBytes
@@ -42,7 +44,7 @@ class RegistryStore:
         self.credentials = credentials
         self.ca_cert_files = tuple(ca_cert_files)
         self.skip_verify = skip_verify
-        self._client = http.HttpClient(
+        self._client = HttpClient(
             skip_verify=skip_verify,
             ca_cert_files=self.ca_cert_files,
             read_timeout_s=READ_TIMEOUT_S,
@@ -85,9 +87,9 @@ class RegistryStore:
                 )
                 media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
                 told = response.headers.get("Docker-Content-Digest", "")
-                data = http.read_body(response, url, DOCUMENT_BYTES)
+                data = read_body(response, url, DOCUMENT_BYTES)
                 break
-            except http.RetriableFailure as failure:
+            except RetriableFailure as failure:
                 retry.wait(failure)
         if told.startswith("sha256:") and told != digest_of(data):
             raise Failure(
@@ -110,9 +112,9 @@ class RegistryStore:
                     "HEAD", f"blobs/{descriptor.digest}", f"blob {descriptor.digest}", push=True, pass_statuses=(404,)
                 )
                 there = response.status == 200
-                http.release(response)
+                release(response)
                 break
-            except http.RetriableFailure as failure:
+            except RetriableFailure as failure:
                 retry.wait(failure)
         if there:
             self._remember(descriptor)
@@ -134,7 +136,7 @@ class RegistryStore:
             try:
                 self._upload(descriptor, file, what, count)
                 break
-            except http.RetriableFailure as failure:
+            except RetriableFailure as failure:
                 if on_bytes is not None:
                     on_bytes(-sent)
                 sent = 0
@@ -156,9 +158,9 @@ class RegistryStore:
                     read_timeout_s=PUT_TIMEOUT_S,
                 )
                 told = response.headers.get("Docker-Content-Digest", "")
-                http.release(response)
+                release(response)
                 break
-            except http.RetriableFailure as failure:
+            except RetriableFailure as failure:
                 retry.wait(failure)
         if told.startswith("sha256:") and told != digest_of(data):
             raise Failure(f"{self.name}: the registry stored another manifest than was sent ({told})", Cause.DIGEST)
@@ -168,7 +170,7 @@ class RegistryStore:
             "POST", "blobs/uploads/", what, push=True, headers={"Content-Length": "0"}
         )
         location = response.headers.get("Location", "")
-        http.release(response)
+        release(response)
         if response.status != 202 or not location:
             raise Failure(f"{self.host}: {what}: the registry opened no upload (status {response.status})", Cause.IO)
         location = urljoin(url, location)
@@ -192,7 +194,7 @@ class RegistryStore:
         finally:
             for one in opened:
                 one.close()
-        http.release(response)
+        release(response)
         if response.status not in (201, 204):
             raise Failure(f"{self.host}: {what}: unexpected status {response.status}", Cause.IO)
 
@@ -203,10 +205,10 @@ class RegistryStore:
 
 def _wants_tls(host: str) -> bool:
     """Whether a plain request is answered by the complaint that it is not TLS. (A HEAD would not tell.)"""
-    client = http.HttpClient(read_timeout_s=READ_TIMEOUT_S, connect_timeout_s=CONNECT_TIMEOUT_S)
+    client = HttpClient(read_timeout_s=READ_TIMEOUT_S, connect_timeout_s=CONNECT_TIMEOUT_S)
     url = f"http://{host}/v2/"
     try:
-        http.check_status(client.send("GET", url), url, "the registry")
+        check_status(client.send("GET", url), url, "the registry")
     except Failure as failure:
         return failure.cause is Cause.SCHEME  # whatever else is wrong the first real request will tell
     finally:

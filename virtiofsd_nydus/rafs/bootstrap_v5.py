@@ -1,4 +1,4 @@
-"""Writes a RAFS v5 bootstrap: tables of fixed places, then one record for each name (rafs-format.md 2)."""
+"""Writes a RAFS v5 bootstrap: tables of fixed places, then one record for each name (docs/rafs-format.md 2)."""
 
 import stat
 import struct

@@ -1,4 +1,4 @@
-"""blob.meta and the small structures round the chunk data of a RAFS v6 blob (rafs-format.md 1.2, 4)."""
+"""blob.meta and the small structures round the chunk data of a RAFS v6 blob (docs/rafs-format.md 1.2, 4)."""
 
 import hashlib
 import struct

@@ -1,13 +1,16 @@
 """What all HTTP backends share: a range is read in pieces from checked answers, taken up again where it broke off,
 counted, and not asked for while the server is known to be dead.
 
-Light: see virtiofsd_nydus.net.http.
+Light: urllib3 is imported at the first request.
 """
 
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net import http
+from virtiofsd_nydus.net.address import host_of
+from virtiofsd_nydus.net.answers import PIECE_BYTES, check_range, parse_content_range, read_some, release, short_blob
+from virtiofsd_nydus.net.client import HttpClient, Retry, Through
+from virtiofsd_nydus.net.failures import DeadlinePassed, RetriableFailure
 from virtiofsd_nydus.net.health import Gate
 from virtiofsd_nydus.net.proxy import ProxyLimited
 from virtiofsd_nydus.storage.meter import BackendMeter
@@ -18,9 +21,9 @@ if TYPE_CHECKING:
 
     from urllib3 import BaseHTTPResponse
 
-    from virtiofsd_nydus.net.proxy import ForwardProxy
+    from virtiofsd_nydus.net.client import Proxy
 
-# Retries after the first attempt: nydusd's budget (nydusd-interface.md 4.1).
+# Retries after the first attempt: nydusd's budget.
 RETRIES = 3
 PREFETCH_RETRIES = 1
 # The circuit breaker: so many reads in a row that failed for the network, retries and all, shut it for so long.
@@ -39,7 +42,7 @@ class HttpBackend:
     kind = ""
 
     def __init__(
-        self, client: http.HttpClient, where: str, retries: int = RETRIES, say: "Callable[[str], None] | None" = None
+        self, client: HttpClient, where: str, retries: int = RETRIES, say: "Callable[[str], None] | None" = None
     ) -> None:
         """where: names the server in messages. say: gets lines about servers that come and go."""
         self._client = client
@@ -59,11 +62,11 @@ class HttpBackend:
         blob_id: str,
         what: str,
         headers: dict[str, str],
-        through: http.Through,
+        through: Through,
         deadline: float | None,
     ) -> "tuple[BaseHTTPResponse, str]":
         """One answer (status 2xx or 416, unread) for the blob and the address that gave it. Raises Failure, and
-        http.RetriableFailure where another attempt may help."""
+        RetriableFailure where another attempt may help."""
         raise NotImplementedError
 
     def _broke(self, blob_id: str, url: str, failure: Failure) -> bool:
@@ -79,10 +82,10 @@ class HttpBackend:
         found: dict[str, object] = {"breaker": self.breaker.state}
         proxy = self._client.proxy
         if proxy is not None:
-            found["proxy"] = {"state": proxy.gate.state, "used": proxy.used, "passed_by": proxy.passed_by}
+            found["proxy"] = proxy.status()
         return found
 
-    def set_proxy(self, proxy: "ForwardProxy | None") -> None:
+    def set_proxy(self, proxy: "Proxy | None") -> None:
         """Hot change: what follows goes by proxy; the settings of the former one but its address hold on."""
         self._client.set_proxy(proxy)
 
@@ -106,11 +109,11 @@ class HttpBackend:
                 try:
                     response, url = self._request("HEAD", blob_id, what, {}, through, deadline)
                     told = response.headers.get("Content-Length", "")
-                    http.release(response)
+                    release(response)
                     if told.isdecimal():
                         return self._sizes.setdefault(blob_id, int(told))
-                    raise http.RetriableFailure(f"{http.host_of(url)}: {what}: the answer tells no size")
-                except http.RetriableFailure as failure:
+                    raise RetriableFailure(f"{host_of(url)}: {what}: the answer tells no size")
+                except RetriableFailure as failure:
                     self._prepare_retry(retry, failure, through, deadline)
 
     def read_range(
@@ -126,7 +129,7 @@ class HttpBackend:
         what = name_blob(blob_id)
         retry = self._client.retry(PREFETCH_RETRIES if prefetch else self._retries, deadline)
         through = self._start(blob_id, prefetch)
-        buffer = self._buffers.pop() if self._buffers else bytearray(http.PIECE_BYTES)
+        buffer = self._buffers.pop() if self._buffers else bytearray(PIECE_BYTES)
         view = memoryview(buffer)
         end = offset + length
         try:
@@ -139,7 +142,7 @@ class HttpBackend:
                         self.meter.record(began_s, end - offset, failure.cause.name.lower())
                         self._prepare_retry(retry, failure, through, deadline)
                         continue
-                    failed: http.RetriableFailure | None = None
+                    failed: RetriableFailure | None = None
                     pace = _Pace(self._client.read_timeout_s)
                     try:
                         while offset < stop and failed is None:
@@ -147,10 +150,10 @@ class HttpBackend:
                             want = min(len(buffer), stop - offset)
                             try:
                                 while filled < want:
-                                    piece = http.read_some(response, url, want - filled, deadline)
+                                    piece = read_some(response, url, want - filled, deadline)
                                     if not piece:
-                                        raise http.RetriableFailure(
-                                            f"{http.host_of(url)}: {what}: the answer ended "
+                                        raise RetriableFailure(
+                                            f"{host_of(url)}: {what}: the answer ended "
                                             f"{stop - offset - filled} bytes early"
                                         )
                                     pace.check(len(piece), url, what)
@@ -159,7 +162,7 @@ class HttpBackend:
                                         break
                                     view[filled : filled + len(piece)] = piece
                                     filled += len(piece)
-                            except http.RetriableFailure as failure:
+                            except RetriableFailure as failure:
                                 failed = failure
                             if filled:
                                 offset += filled
@@ -172,12 +175,11 @@ class HttpBackend:
                         else:
                             response.release_conn()
                         self.meter.record(began_s, end - start, "network" if failed else "")
-                    if offset - start >= http.PIECE_BYTES:
+                    if offset - start >= PIECE_BYTES:
                         retry.progress()
                     if offset < end:
-                        failed = failed or http.RetriableFailure(
-                            f"{http.host_of(url)}: {what}: the answer covers {stop - start} bytes, asked for "
-                            f"{end - start}"
+                        failed = failed or RetriableFailure(
+                            f"{host_of(url)}: {what}: the answer covers {stop - start} bytes, asked for {end - start}"
                         )
                         self._broke(blob_id, url, failed)
                         self._prepare_retry(retry, failed, through, deadline)
@@ -185,29 +187,26 @@ class HttpBackend:
             view.release()
             self._buffers.append(buffer)
 
-    def _start(self, blob_id: str, prefetch: bool) -> http.Through:
-        through = http.Through(prefetch)
+    def _start(self, blob_id: str, prefetch: bool) -> Through:
+        through = Through(prefetch)
         through.bypass = blob_id in self._distrusted
         return through
 
-    def _prepare_retry(
-        self, retry: http.Retry, failure: Failure, through: http.Through, deadline: float | None
-    ) -> None:
+    def _prepare_retry(self, retry: Retry, failure: Failure, through: Through, deadline: float | None) -> None:
         """Waits and settles how the next attempt goes, or raises what the last one failed with."""
         retry.wait(failure)
         proxy = self._client.proxy
         if proxy is None or through.prefetch or through.bypass:
             return
         if isinstance(failure, ProxyLimited) or retry.last:
-            pause_s = proxy.bypasses.take(1)
+            pause_s = proxy.pass_by()
             if deadline is not None and time.monotonic() + pause_s >= deadline:
                 raise Failure(f"{failure} (no time left to go round the proxy)", failure.cause) from failure
             self._client.closing.wait(pause_s)
-            proxy.passed_by += 1
             through.bypass = True
 
     def _open_range(
-        self, blob_id: str, offset: int, length: int, what: str, through: http.Through, deadline: float | None
+        self, blob_id: str, offset: int, length: int, what: str, through: Through, deadline: float | None
     ) -> "tuple[BaseHTTPResponse, str, int]":
         """The checked answer to one range request, its address, and the blob offset at which it ends (at most
         offset + length)."""
@@ -215,23 +214,23 @@ class HttpBackend:
         response, url = self._request("GET", blob_id, what, headers, through, deadline)
         if response.status == 416:
             total = response.headers.get("Content-Range", "").rpartition("/")[2]
-            http.release(response)
-            raise http.short_blob(url, what, int(total) if total.isdecimal() else -1, offset, length)
+            release(response)
+            raise short_blob(url, what, int(total) if total.isdecimal() else -1, offset, length)
         try:
-            total_bytes = http.check_range(response, url, offset, length, what)
+            total_bytes = check_range(response, url, offset, length, what)
         except Failure as failure:
             elsewhere = self._broke(blob_id, url, failure)
-            if isinstance(failure, http.RetriableFailure):
+            if isinstance(failure, RetriableFailure):
                 raise
             if not elsewhere and (self._client.proxy is None or through.bypass):
                 raise
             through.bypass = through.bypass or not elsewhere  # what stands between may be at fault
-            raise http.RetriableFailure(str(failure), failure.cause) from failure
+            raise RetriableFailure(str(failure), failure.cause) from failure
         if total_bytes is not None and self._sizes.setdefault(blob_id, total_bytes) != total_bytes:
             response.close()
             known = self._sizes.pop(blob_id, 0)
-            raise http.RetriableFailure(f"{http.host_of(url)}: {what}: had {known} bytes, now has {total_bytes}")
-        parsed = http.parse_content_range(response.headers.get("Content-Range", ""))
+            raise RetriableFailure(f"{host_of(url)}: {what}: had {known} bytes, now has {total_bytes}")
+        parsed = parse_content_range(response.headers.get("Content-Range", ""))
         return response, url, parsed[1] + 1 if response.status == 206 and parsed else offset + length
 
 
@@ -250,8 +249,8 @@ class _Pace:
         if not self._limit_s or time.monotonic() - self._since_s < self._limit_s:
             return
         if self._bytes < PROGRESS_BYTES:
-            raise http.RetriableFailure(
-                f"{http.host_of(url)}: {what}: the answer trickles: {self._bytes} bytes in "
+            raise RetriableFailure(
+                f"{host_of(url)}: {what}: the answer trickles: {self._bytes} bytes in "
                 f"{time.monotonic() - self._since_s:.1f} s"
             )
         self._since_s, self._bytes = time.monotonic(), 0
@@ -270,7 +269,7 @@ class _Watch:
             raise Failure(self._gate.refusal(), Cause.NETWORK)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Failure) and error.cause is Cause.NETWORK and not isinstance(error, http.DeadlinePassed):
+        if isinstance(error, Failure) and error.cause is Cause.NETWORK and not isinstance(error, DeadlinePassed):
             self._gate.failed(str(error))
         else:
             self._gate.succeeded()

@@ -1,8 +1,8 @@
 """A cache directory seen from outside, for people: what lies in it, what is left over, whether its bytes are right.
 
-Reads Nydus's files (ID.blob.data or, compressed, ID.blob.raw; ID.blob.data.chunk_map; rafs-format 6) and our side
-files (csrc/cache/cache.h says how they are laid out). Safe beside running daemons: nothing is written, and only files
-that no daemon has open are removed.
+Reads Nydus's files (ID.blob.data or, compressed, ID.blob.raw; ID.blob.data.chunk_map; docs/rafs-format.md 6) and our
+side files (csrc/cache/cache.h says how they are laid out). Safe beside running daemons: nothing is written, and only
+files that no daemon has open are removed.
 """
 
 import errno

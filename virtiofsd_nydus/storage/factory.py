@@ -3,7 +3,7 @@
 import os
 
 from virtiofsd_nydus.errors import UsageFailure
-from virtiofsd_nydus.net import http
+from virtiofsd_nydus.net.client import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, HttpClient
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _make_localdisk(settings: "Settings", say: "Say") -> "Backend":
 
 
 def _make_registry(settings: "Settings", say: "Say") -> "Backend":
-    from virtiofsd_nydus.net.auth import decode_basic, find_docker_credentials
+    from virtiofsd_nydus.net.credentials import decode_basic, find_docker_credentials
     from virtiofsd_nydus.storage.registry import RegistryBackend
 
     host, repo = _text(settings, "host"), _text(settings, "repo")
@@ -216,7 +216,7 @@ def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> list[str
     """Hot change by the keys of nydusd's PUT /api/v1/config: registry_auth (base64 of USER:PASSWORD), proxy_url ("" for
     none). Nothing is changed when one of them cannot be: UsageFailure naming keys, never values. Returns the keys that
     mean nothing to this backend."""
-    from virtiofsd_nydus.net.auth import decode_basic
+    from virtiofsd_nydus.net.credentials import decode_basic
     from virtiofsd_nydus.net.proxy import ForwardProxy
     from virtiofsd_nydus.storage.blobs import HttpBackend
     from virtiofsd_nydus.storage.registry import RegistryBackend
@@ -243,12 +243,12 @@ def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> list[str
 # ---- parts
 
 
-def _make_client(settings: "Settings", say: "Say", *, unix_socket: str = "") -> http.HttpClient:
-    connect_timeout_s = _number(settings, "connect_timeout", http.CONNECT_TIMEOUT_S)
-    return http.HttpClient(
+def _make_client(settings: "Settings", say: "Say", *, unix_socket: str = "") -> HttpClient:
+    connect_timeout_s = _number(settings, "connect_timeout", CONNECT_TIMEOUT_S)
+    return HttpClient(
         skip_verify=_flag(settings, "skip_verify"),
         ca_cert_files=_texts(settings, "ca_cert_files"),
-        read_timeout_s=_number(settings, "timeout", http.READ_TIMEOUT_S),
+        read_timeout_s=_number(settings, "timeout", READ_TIMEOUT_S),
         connect_timeout_s=connect_timeout_s,
         headers=read_header_environment(say),
         unix_socket=unix_socket,

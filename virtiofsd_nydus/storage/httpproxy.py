@@ -1,10 +1,11 @@
 """Backend `http-proxy`: any HTTP server, or a program behind a unix socket, that answers ranges of blobs.
 
-Configuration as nydusd-interface.md 4.3 has it. Light: see storage.http.
+Configuration as nydusd has it (docs/operations.md). Light: urllib3 is imported at the first request.
 """
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net import http
+from virtiofsd_nydus.net.address import host_of
+from virtiofsd_nydus.net.client import HttpClient, Through, request_following
 from virtiofsd_nydus.storage.blobs import RETRIES, HttpBackend
 from virtiofsd_nydus.storage.localfs import BLOB_ID_CHARACTERS
 
@@ -23,7 +24,7 @@ class HttpProxyBackend(HttpBackend):
 
     def __init__(
         self,
-        client: http.HttpClient,
+        client: HttpClient,
         address: str,
         path: str = "",
         *,
@@ -32,7 +33,7 @@ class HttpProxyBackend(HttpBackend):
         say: "Callable[[str], None] | None" = None,
     ) -> None:
         """address: http(s)://HOST[:PORT]; for a unix socket (which client is bound to) its path, for messages."""
-        super().__init__(client, address if unix else http.host_of(address), retries, say)
+        super().__init__(client, address if unix else host_of(address), retries, say)
         path = "/" + path.strip("/") if path.strip("/") else ""
         # A host is needed for the request line's sake only.
         self._base = ("http://localhost" if unix else address.rstrip("/")) + path
@@ -44,11 +45,11 @@ class HttpProxyBackend(HttpBackend):
         blob_id: str,
         what: str,
         headers: dict[str, str],
-        through: http.Through,
+        through: Through,
         deadline: float | None,
     ) -> "tuple[BaseHTTPResponse, str]":
         url = self._base + "/" if self._whole else f"{self._base}/{check_blob_id(blob_id)}"
-        return http.request_following(self._client, method, url, what, headers, through, deadline)
+        return request_following(self._client, method, url, what, headers, through, deadline)
 
 
 def check_blob_id(blob_id: str) -> str:

@@ -1,6 +1,6 @@
 """Backend `localdisk`: blobs are GPT partitions of a block device (or of a disk image file).
 
-A blob's 64-character id is its partition's name (32) and unique GUID (32 hex digits); nydusd-interface.md 4.3. The
+A blob's 64-character id is its partition's name (32) and unique GUID (32 hex digits), as nydusd has it. The
 partition table is that of UEFI 2.10, 5.3. Light.
 """
 

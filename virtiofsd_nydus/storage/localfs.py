@@ -1,4 +1,4 @@
-"""Backend `localfs`: blobs are files of this host. Configuration as nydusd-interface.md 4.3 has it. Light."""
+"""Backend `localfs`: blobs are files of this host. Configuration as nydusd has it. Light."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import threading
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net.http import PIECE_BYTES
+from virtiofsd_nydus.net.answers import PIECE_BYTES
 from virtiofsd_nydus.storage.meter import BackendMeter
 
 TYPE_CHECKING = False

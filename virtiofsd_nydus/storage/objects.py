@@ -2,14 +2,17 @@
 
 s3 is signed by botocore (AWS's own signer, Signature Version 4; imported with the first request), oss by the HMAC that
 the service documents (header `Authorization: OSS id:signature`; the tests hold it against the vendor's library).
-Configuration as nydusd-interface.md 4.3 has it. Light: see storage.http.
+Configuration as nydusd has it (docs/operations.md). Light: urllib3 is imported at the first
+request.
 """
 
 import threading
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net import http
+from virtiofsd_nydus.net.address import host_of
+from virtiofsd_nydus.net.answers import REDIRECT_STATUSES, check_status, error_text, release
+from virtiofsd_nydus.net.client import HttpClient, Through
 from virtiofsd_nydus.storage.blobs import RETRIES, HttpBackend
 from virtiofsd_nydus.storage.httpproxy import check_blob_id
 
@@ -29,7 +32,7 @@ class ObjectBackend(HttpBackend):
 
     def __init__(
         self,
-        client: http.HttpClient,
+        client: HttpClient,
         scheme: str,
         endpoint: str,
         bucket: str,
@@ -59,7 +62,7 @@ class ObjectBackend(HttpBackend):
         blob_id: str,
         what: str,
         headers: dict[str, str],
-        through: http.Through,
+        through: Through,
         deadline: float | None,
     ) -> "tuple[BaseHTTPResponse, str]":
         from urllib.parse import quote
@@ -71,26 +74,26 @@ class ObjectBackend(HttpBackend):
         )
         if response.status < 300 or response.status == 416:
             return response, url
-        if response.status in http.REDIRECT_STATUSES:
+        if response.status in REDIRECT_STATUSES:
             # A signature holds for one host, so a redirect is a wrong region or endpoint, not a way to go.
             region = response.headers.get("x-amz-bucket-region", "")
-            http.release(response)
+            release(response)
             raise Failure(
-                f"{http.host_of(url)}: bucket {self._bucket} is elsewhere"
+                f"{host_of(url)}: bucket {self._bucket} is elsewhere"
                 f"{f' (region {region})' if region else ''}: set endpoint and region to its own",
                 Cause.NETWORK,
             )
         if response.status in (400, 403):
             raise self._refused(response, url, what)
-        http.check_status(response, url, what)
-        http.release(response)
-        raise Failure(f"{http.host_of(url)}: {what}: unexpected status {response.status}", Cause.IO)
+        check_status(response, url, what)
+        release(response)
+        raise Failure(f"{host_of(url)}: {what}: unexpected status {response.status}", Cause.IO)
 
     def _refused(self, response: "BaseHTTPResponse", url: str, what: str) -> Failure:
         import re
 
         status = response.status
-        text = http.error_text(response, url)
+        text = error_text(response, url)
         for secret in (self._key_secret, self._session_token):
             if len(secret) >= 4:
                 text = text.replace(secret, "***")
@@ -98,11 +101,11 @@ class ObjectBackend(HttpBackend):
         said = f" ({code.group(1)})" if code else f" ({text[:80]})" if text else ""
         who = f"key {self._key_id!r}" if self._key_id else "nobody (no key is configured)"
         if code and code.group(1) in SKEW_WORDS:
-            return Failure(f"{http.host_of(url)}: the clock of this machine is wrong{said}", Cause.AUTH)
+            return Failure(f"{host_of(url)}: the clock of this machine is wrong{said}", Cause.AUTH)
         if status == 400 and not (code and ("Token" in code.group(1) or "Auth" in code.group(1))):
-            return Failure(f"{http.host_of(url)}: {what}: unexpected status 400{said}", Cause.IO)
+            return Failure(f"{host_of(url)}: {what}: unexpected status 400{said}", Cause.IO)
         return Failure(
-            f"{http.host_of(url)}: {what}: refused to {who}{said}: check access_key_id and "
+            f"{host_of(url)}: {what}: refused to {who}{said}: check access_key_id and "
             f"access_key_secret, and what they may read of bucket {self._bucket}",
             Cause.AUTH,
         )
@@ -119,7 +122,7 @@ class S3Backend(ObjectBackend):
 
     def __init__(
         self,
-        client: http.HttpClient,
+        client: HttpClient,
         scheme: str,
         endpoint: str,
         bucket: str,

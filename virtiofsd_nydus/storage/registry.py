@@ -1,12 +1,14 @@
 """Backend `registry`: blobs of a repository on an OCI registry, by ranges, from its mirrors first where it has some.
 
-Configuration as nydusd-interface.md 4.2 has it, and `mirrors` as nydusd had it once. Light: see storage.http.
+Configuration as nydusd has it (docs/operations.md), and `mirrors` as nydusd had it once. Light: urllib3 is
+imported at the first request.
 """
 
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net import http
+from virtiofsd_nydus.net.answers import check_status, release
+from virtiofsd_nydus.net.client import HttpClient, Through
 from virtiofsd_nydus.net.health import Gate
 from virtiofsd_nydus.net.session import RegistrySession
 from virtiofsd_nydus.storage.blobs import RETRIES, HttpBackend
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from urllib3 import BaseHTTPResponse
 
-    from virtiofsd_nydus.net.auth import Credentials
+    from virtiofsd_nydus.net.credentials import Credentials
 
 __all__ = ["RETRIES", "Mirror", "RegistryBackend", "blob_path"]
 
@@ -77,7 +79,7 @@ class RegistryBackend(HttpBackend):
 
     def __init__(
         self,
-        client: http.HttpClient,
+        client: HttpClient,
         scheme: str,
         host: str,
         repo: str,
@@ -152,7 +154,7 @@ class RegistryBackend(HttpBackend):
         blob_id: str,
         what: str,
         headers: dict[str, str],
-        through: http.Through,
+        through: Through,
         deadline: float | None,
     ) -> "tuple[BaseHTTPResponse, str]":
         """Asks mirrors, then where the last redirect led, else (and when that has gone stale) the registry."""
@@ -177,7 +179,7 @@ class RegistryBackend(HttpBackend):
                 raise
             if response.status not in STALE_STATUSES:
                 return response, url
-            http.release(response)
+            release(response)
             self._locations.pop(blob_id, None)
         response, url = self.session.request(
             method, blob_path(blob_id), what, headers=headers, deadline=deadline, through=through, pass_statuses=(416,)
@@ -193,7 +195,7 @@ class RegistryBackend(HttpBackend):
         blob_id: str,
         what: str,
         headers: dict[str, str],
-        through: http.Through,
+        through: Through,
         deadline: float | None,
     ) -> "tuple[BaseHTTPResponse, str] | None":
         """The first mirror's answer that is one; None when there is none to be had."""
@@ -226,8 +228,8 @@ class RegistryBackend(HttpBackend):
 
     def _ping(self, one: _Mirrored, deadline: float | None) -> None:
         response = self._client.send("GET", one.mirror.ping_url, deadline=deadline)
-        http.check_status(response, one.mirror.ping_url, "health check")
-        http.release(response)
+        check_status(response, one.mirror.ping_url, "health check")
+        release(response)
 
     def _rewrite_redirect(self, url: str) -> str:
         if self._blob_url_scheme:

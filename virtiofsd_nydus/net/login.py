@@ -7,14 +7,16 @@ it got.
 Light: the daemon reads configurations before it answers RUNNING.
 """
 
-import binascii
-import os
 import re
 import threading
 import time
 
-from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
-from virtiofsd_nydus.net import http
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.net.address import host_of
+from virtiofsd_nydus.net.answers import check_status, read_body, release
+from virtiofsd_nydus.net.client import HttpClient
+from virtiofsd_nydus.net.credentials import Credentials
+from virtiofsd_nydus.net.failures import DeadlinePassed, RetriableFailure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 CLIENT_ID = "virtiofsd-nydus"
-# The specification: a token without expires_in lives 60 s at least; nydusd assumes 600 (nydusd-interface.md 4.2).
+# The specification: a token without expires_in lives 60 s at least; nydusd assumes 600.
 TOKEN_TTL_S = 60
 # A token is fetched anew this long before its end, or a tenth of its life when that is shorter.
 TOKEN_MARGIN_S = 20
@@ -36,7 +38,6 @@ IDLE_S = 300.0
 # Waits after renewals that failed: doubled from the first to the last.
 RENEW_PAUSE_FIRST_S = 5.0
 RENEW_PAUSE_LAST_S = 600.0
-HELPER_LIMIT_S = 30.0
 # A refused login is not tried again for so long: every cold read would, and accounts get locked by that.
 REFUSED_FOR_S = 10.0
 # One step of WWW-Authenticate (RFC 9110 11.6.1): a scheme before its parameters, a parameter, or a scheme alone.
@@ -45,121 +46,6 @@ CHALLENGE = re.compile(
     r"""|([A-Za-z][\w-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))"""
     r"""|([A-Za-z][\w-]*)(?=\s*(?:,|$))"""
 )
-
-
-class Credentials:
-    """Who asks. Never shows its secret: not in repr, not in messages."""
-
-    __slots__ = ("identity_token", "password", "username")
-
-    def __init__(self, username: str, password: str, identity_token: str = "") -> None:
-        self.username = username
-        self.password = password
-        self.identity_token = identity_token
-
-    def __repr__(self) -> str:
-        return f"Credentials({self.username!r}, ...)"
-
-    def basic_header(self) -> str:
-        raw = f"{self.username}:{self.password}".encode()
-        return "Basic " + binascii.b2a_base64(raw, newline=False).decode()
-
-    def hide_in(self, text: str) -> str:
-        """text without this secret, should a server have sent it back to us."""
-        for secret in (self.password, self.identity_token):
-            if len(secret) >= 4:
-                text = text.replace(secret, "***")
-        return text
-
-
-def decode_basic(text: str, where: str) -> Credentials:
-    """base64 of `user:password`, as nydusd's `auth` and docker's config.json have it."""
-    try:
-        raw = binascii.a2b_base64(text.strip().encode(), strict_mode=False).decode()
-    except (ValueError, UnicodeError):
-        raw = ""
-    user, colon, password = raw.partition(":")
-    if not colon or not user:
-        raise UsageFailure(f"{where}: not base64 of USER:PASSWORD", Cause.AUTH)
-    return Credentials(user, password)
-
-
-def parse_creds(text: str) -> Credentials:
-    """The --creds option: USER:PASSWORD."""
-    user, colon, password = text.partition(":")
-    if not colon or not user:
-        raise UsageFailure("--creds: expected USER:PASSWORD", Cause.AUTH)
-    return Credentials(user, password)
-
-
-def find_docker_credentials(host: str) -> Credentials | None:
-    """The login for host by docker's config.json (of $DOCKER_CONFIG, else of ~/.docker): its credential helper
-    (credHelpers, credsStore), else its entry in `auths`."""
-    import json
-    from pathlib import Path
-
-    folder = os.environ.get("DOCKER_CONFIG")
-    try:
-        path = Path(folder or "~/.docker").expanduser() / "config.json"
-    except RuntimeError:  # no home
-        return None
-    try:
-        document = json.loads(path.read_bytes())
-        auths = document.get("auths") or {}
-        helpers, store = document.get("credHelpers") or {}, str(document.get("credsStore") or "")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, AttributeError) as error:
-        raise Failure(f"cannot read docker's credentials in {path}: {error}", Cause.AUTH) from error
-    names = [host, f"https://{host}", f"http://{host}", f"https://{host}/v1/", f"https://{host}/v2/"]
-    if host in ("docker.io", "index.docker.io", "registry-1.docker.io"):
-        names += ["https://index.docker.io/v1/", "docker.io", "index.docker.io"]
-    helper = next((str(helpers[name]) for name in names if isinstance(helpers, dict) and helpers.get(name)), "")
-    for program, name in [(helper, name) for name in names[:1] if helper] + [(store, name) for name in names if store]:
-        found = _ask_helper(program, name)
-        if found is not None:
-            return found
-    for name in names:
-        entry = auths.get(name) if isinstance(auths, dict) else None
-        if not isinstance(entry, dict):
-            continue
-        token = str(entry.get("identitytoken") or "")
-        if entry.get("auth"):
-            found = decode_basic(str(entry["auth"]), f"{path}, entry {name}")
-            return Credentials(found.username, found.password.rstrip("\0"), token)
-        if entry.get("username"):
-            return Credentials(str(entry["username"]), str(entry.get("password") or ""), token)
-    return None
-
-
-def _ask_helper(program: str, server: str) -> Credentials | None:
-    """What `docker-credential-PROGRAM get` knows of server; None when it knows nothing."""
-    import json
-    import subprocess
-
-    name = f"docker-credential-{program}"
-    if "/" in program:
-        raise Failure(
-            f"docker's config.json names {program!r} as credential helper: a name without / is wanted", Cause.AUTH
-        )
-    try:
-        done = subprocess.run([name, "get"], input=server.encode(), capture_output=True, timeout=HELPER_LIMIT_S)
-    except FileNotFoundError:
-        raise Failure(f"docker's credential helper {name} is not installed (not in PATH)", Cause.AUTH) from None
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Failure(f"docker's credential helper {name}: {type(error).__name__}", Cause.AUTH) from error
-    if done.returncode:
-        # The protocol has one error of its own; what else it says may hold anything, so only its first words are told.
-        said = " ".join(done.stdout.decode("utf-8", "replace").split())[:120]
-        if "credentials not found" in said or not said:
-            return None
-        raise Failure(f"docker's credential helper {name} fails for {server}: {said}", Cause.AUTH)
-    try:
-        found = json.loads(done.stdout)
-        user, secret = str(found["Username"]), str(found["Secret"])
-    except (ValueError, KeyError, TypeError):
-        raise Failure(f"docker's credential helper {name} gives no login for {server}", Cause.AUTH) from None
-    return Credentials("", "", secret) if user == "<token>" else Credentials(user, secret)
 
 
 def parse_challenges(text: str) -> list[tuple[str, dict[str, str]]]:
@@ -190,7 +76,7 @@ class Authenticator:
 
     def __init__(
         self,
-        client: http.HttpClient,
+        client: HttpClient,
         host: str,
         credentials: Credentials | None = None,
         token: str = "",
@@ -379,7 +265,7 @@ class Authenticator:
             raise Failure(f"{self._host}: asks for a token from {realm[:80]!r}, which is no http address", Cause.AUTH)
         if self._credentials is not None and self.secure and not realm.startswith("https://"):
             raise Failure(
-                f"{self._host}: names a token server without TLS ({http.host_of(realm)}): the password is "
+                f"{self._host}: names a token server without TLS ({host_of(realm)}): the password is "
                 "not sent there in clear; the registry's configuration must name an https realm",
                 Cause.AUTH,
             )
@@ -412,7 +298,7 @@ class Authenticator:
                     raise self.refused(scope, 401)
                 self._get_only = True
                 return answer
-            except http.RetriableFailure as failure:
+            except RetriableFailure as failure:
                 retry.wait(failure)
 
     def _token_call(
@@ -424,20 +310,20 @@ class Authenticator:
         response = self._client.send(method, url, headers=headers, body=body, deadline=deadline)
         status = response.status
         if status in (400, 401, 403) or (method == "POST" and status in (404, 405, 501)):
-            http.release(response)
+            release(response)
             return None
         if status != 200:
-            http.check_status(response, url, "the token server")
-            http.release(response)
-            raise Failure(f"{http.host_of(url)}: the token server answered with status {status}", Cause.AUTH)
+            check_status(response, url, "the token server")
+            release(response)
+            raise Failure(f"{host_of(url)}: the token server answered with status {status}", Cause.AUTH)
         try:
-            found: Any = json.loads(http.read_body(response, url, TOKEN_ANSWER_BYTES, deadline))
+            found: Any = json.loads(read_body(response, url, TOKEN_ANSWER_BYTES, deadline))
             token = found.get("token") or found.get("access_token")
             life_s = float(found.get("expires_in") or TOKEN_TTL_S)
         except (ValueError, AttributeError, TypeError) as error:
-            raise Failure(f"{http.host_of(url)}: the token server's answer is not a token", Cause.AUTH) from error
+            raise Failure(f"{host_of(url)}: the token server's answer is not a token", Cause.AUTH) from error
         if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable():
-            raise Failure(f"{http.host_of(url)}: the token server's answer has no token", Cause.AUTH)
+            raise Failure(f"{host_of(url)}: the token server's answer has no token", Cause.AUTH)
         return f"Bearer {token}", max(life_s, 1.0)
 
 
@@ -471,7 +357,7 @@ class _held:
     def __enter__(self) -> None:
         left = -1.0 if self._deadline is None else max(0.0, self._deadline - time.monotonic())
         if not self._lock.acquire(timeout=left):
-            raise http.DeadlinePassed(f"{self._host}: the deadline passed while waiting for a login", Cause.NETWORK)
+            raise DeadlinePassed(f"{self._host}: the deadline passed while waiting for a login", Cause.NETWORK)
 
     def __exit__(self, *exc: object) -> None:
         self._lock.release()
