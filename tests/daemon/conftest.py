@@ -12,10 +12,10 @@ import pytest
 
 from tests.peers.faulty_server import FaultyServer
 from tests.store.conftest import Image
-from virtiofsd_nydus.config import parse_config
 from virtiofsd_nydus.daemon.service import Service
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 from virtiofsd_nydus.log import Log
+from virtiofsd_nydus.storage.config import parse_config
 
 SECRET = "the-secret-word"
 AUTH = base64.b64encode(f"someone:{SECRET}".encode()).decode()

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from virtiofsd_nydus.config import (
+from virtiofsd_nydus.errors import UsageFailure
+from virtiofsd_nydus.storage.config import (
     CONFIG_MAX_BYTES,
     V1_SCHEMA,
     V2_SCHEMA,
@@ -16,7 +17,6 @@ from virtiofsd_nydus.config import (
     localfs_config,
     parse_config,
 )
-from virtiofsd_nydus.errors import UsageFailure
 
 SECRET = "the-secret-word"
 AUTH = base64.b64encode(f"someone:{SECRET}".encode()).decode()

@@ -16,13 +16,13 @@ from tests.system.daemon import wait_until
 from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
 from virtiofsd_nydus.cli.main import main
-from virtiofsd_nydus.config import parse_config
 from virtiofsd_nydus.daemon.prefetch import add_chunk, read_list
 from virtiofsd_nydus.daemon.service import Service
 from virtiofsd_nydus.errors import UsageFailure
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 from virtiofsd_nydus.log import Log
 from virtiofsd_nydus.reader.bootstrap import Bootstrap
+from virtiofsd_nydus.storage.config import parse_config
 
 CHUNK_BYTES = 16 << 10
 FILE_CHUNKS = 20

@@ -84,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _mount_kernel(name: str, daemon_options: list[str], target: str, *, fetch_all: bool) -> int:
-    from virtiofsd_nydus.config import load_config
     from virtiofsd_nydus.kernelmount.launch import mount_lazy, mount_whole
+    from virtiofsd_nydus.storage.config import load_config
 
     options = dict(zip(daemon_options[::2], daemon_options[1::2], strict=True))
     bootstrap, config = Path(options["--bootstrap"]).resolve(), load_config(options["--config"])

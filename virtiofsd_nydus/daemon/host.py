@@ -11,7 +11,6 @@ import threading
 
 from virtiofsd_nydus import __version__
 from virtiofsd_nydus import log as logs
-from virtiofsd_nydus.config import ImageConfig
 from virtiofsd_nydus.daemon import supervisor as supervisors
 from virtiofsd_nydus.daemon.api import ApiServer, not_ready, unexpected, unsupported
 from virtiofsd_nydus.daemon.service import QUEUES, SWITCH_INTERVAL_S, Service
@@ -19,6 +18,7 @@ from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Vfs
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.fuse import mounts
 from virtiofsd_nydus.fuse.host import HostFuse
+from virtiofsd_nydus.storage.config import ImageConfig
 from virtiofsd_nydus.vhost.device import EngineDevice
 from virtiofsd_nydus.vhost.server import VhostServer
 

@@ -1,10 +1,10 @@
 """What a daemon's verb does before its service starts: configuration, log, limits, rights. Light."""
 
-from virtiofsd_nydus import config as configs
 from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.arguments import NOFILE_DEFAULT
 from virtiofsd_nydus.engine import reduce_privileges
 from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.storage import config as configs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

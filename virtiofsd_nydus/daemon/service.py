@@ -13,13 +13,13 @@ import time
 
 from virtiofsd_nydus import __version__
 from virtiofsd_nydus import log as logs
-from virtiofsd_nydus.config import ImageConfig, parse_config
 from virtiofsd_nydus.daemon import metrics
 from virtiofsd_nydus.daemon.api import ApiError, ApiServer, not_ready, unexpected, unsupported
 from virtiofsd_nydus.daemon.prefetch import Prefetch, check_list
 from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Passthrough, Rafs, Store, Vfs
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.net.health import RateLimit
+from virtiofsd_nydus.storage.config import ImageConfig, parse_config
 from virtiofsd_nydus.storage.pump import FetchPump
 from virtiofsd_nydus.version import version_info
 from virtiofsd_nydus.vhost.device import EngineDevice

@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-from virtiofsd_nydus.config import ImageConfig
 from virtiofsd_nydus.engine import Engine, Rafs, Store
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.health import RateLimit
+from virtiofsd_nydus.storage.config import ImageConfig
 from virtiofsd_nydus.storage.factory import create_backend
 from virtiofsd_nydus.storage.pump import FetchPump
 

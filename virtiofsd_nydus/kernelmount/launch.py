@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from virtiofsd_nydus.config import ImageConfig
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.fuse import mounts
 from virtiofsd_nydus.fuse.background import BackgroundMount
@@ -15,6 +14,7 @@ from virtiofsd_nydus.kernelmount import record
 from virtiofsd_nydus.kernelmount.erofs import check_kernel, mount_erofs
 from virtiofsd_nydus.kernelmount.image import KernelImage
 from virtiofsd_nydus.kernelmount.settings import Settings, reap
+from virtiofsd_nydus.storage.config import ImageConfig
 
 END_SECONDS = 2.0
 

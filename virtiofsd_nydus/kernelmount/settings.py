@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-from virtiofsd_nydus.config import ImageConfig
+from virtiofsd_nydus.storage.config import ImageConfig
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

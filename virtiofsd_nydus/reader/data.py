@@ -41,7 +41,7 @@ def choose_source(blob_dir: Path | None, config_file: Path | None) -> Source | N
             raise UsageFailure(f"--blob-dir {blob_dir}: no such directory")
         return directory_source(blob_dir)
     if config_file is not None:
-        from virtiofsd_nydus.config import load_config
+        from virtiofsd_nydus.storage.config import load_config
 
         config = load_config(str(config_file))
         return Source(config.backend_type, config.backend_config)

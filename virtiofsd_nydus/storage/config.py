@@ -1,6 +1,6 @@
 """The daemon's configuration as nydusd reads it: v1 JSON (device.backend ...) and v2 JSON or TOML (version = 2).
 
-Keys, defaults and limits are those of nydusd-interface.md 3.1 and 3.2, as in docs/operations.md. Every key that is not
+Keys, defaults and limits are nydusd's; docs/operations.md lists them. Every key that is not
 known is named in a warning; what is known and without effect here is told with the reason; what would make the daemon
 serve less safely than it was asked to is refused. Parsing touches no network. No message holds a value.
 """
