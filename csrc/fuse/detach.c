@@ -141,7 +141,7 @@ static void serve_detached(void *arg)
 
     d->verdict = REQ_PARKED; /* that stands for: not served */
     if (w) {
-        d->verdict = fuse_session_serve(d->s, &w->w, &d->r);
+        d->verdict = d->s->serve(d->s, &w->w, &d->r);
         worker_give(d->s, w);
     }
     d->origin->answer = &d->answer;

@@ -1,13 +1,27 @@
-/* fuse/fuse.h -- one FUSE connection: INIT state, decode, dispatch by one opcode table, encode.
- * Transport-free. */
+/* fuse/fuse.h -- one FUSE connection: the state that INIT begins, decoding, dispatch by one opcode table, encoding.
+ *
+ * What it is: the protocol between a kernel and a mount table (fs/vfs.h). It knows no transport: a transport fills a
+ * struct req (fuse/req.h), has it served here, and moves the bytes of the reply.
+ * Threads: a session serves any number of threads at once; each brings a fuse_worker of its own. Requests that may take
+ * long run on a thread of their file system (fuse/detach.c); the transport gets them back by req.wait.wake.
+ * Locks: the session's own lock (INIT, DESTROY and reset against each other; idle workers). Under it the mount table's
+ * count of sessions is changed; no other lock is taken. No lock on the way of a read.
+ * Ownership: the transport owns requests and workers, the session owns detached copies of requests. Engine and mount table
+ * outlive the session.
+ * It may use base, blob, cache, store and fs. Errors are -errno, except fuse_reply_error and fuse_session_fail, which
+ * take the positive errno that they write.
+ */
 #ifndef VND_FUSE_SESSION_H
 #define VND_FUSE_SESSION_H
 #include "base/engine.h"
 #include "fuse/req.h"
 
+/* Largest read, write, listing or xattr of one request: what INIT grants (256 pages). */
+#define FUSE_REPLY_MAX (1u << 20)
+
 struct fuse_session;
 
-/* What a serving thread owns: scratch and counters. One per queue thread; allocate once, never share. */
+/* What a serving thread owns: scratch and counters. Allocated once for each thread, never shared. */
 struct fuse_worker {
     struct vnd_engine *engine;
     struct engine_counters counters;
@@ -18,30 +32,36 @@ struct fuse_worker {
     bool may_wait;            /* its thread serves no queue: calls may take as long as they do */
     _Atomic uint64_t epoch;   /* vfs quiescence: odd while inside serve */
     struct fuse_worker *next; /* list in the vfs */
-    uint8_t *scratch;         /* 1 MiB + header: listings and xattrs are built here, then copied out once */
+    uint8_t *scratch;         /* room for a header and FUSE_REPLY_MAX: listings and xattrs, copied out once */
     uint32_t scratch_bytes;
 };
-/* Registers with engine and vfs. */
+/* Registers with engine and mount table. 0 or -ENOMEM. */
 int fuse_worker_init(struct fuse_worker *w, struct vnd_engine *e, struct vnd_vfs *v);
 void fuse_worker_free(struct fuse_worker *w, struct vnd_vfs *v);
 
 struct backing;
 
+/* NULL: no memory. */
 struct fuse_session *fuse_session_new(struct vnd_engine *e, struct vnd_vfs *v);
+/* When no thread serves and no request is parked. */
 void fuse_session_free(struct fuse_session *s);
-/* Serves one request; also re-runs a woken one (same struct, wait.err or wait.buf set by the store). Requests of an
- * older session_gen (before the last INIT or reset) get REQ_NOREPLY. */
+/* Serves one request; also serves a woken one again (the same struct, with wait.err, wait.buf or wait.answer set by the
+ * store or the file system). A request of an older session_gen (from before the last INIT or reset) gets REQ_NOREPLY. */
 enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *w, struct req *r);
-/* Writes an error reply (positive errno) if there is room: REQ_REPLY or REQ_NOREPLY. Used on expiry. */
+/* Writes an error reply if there is room: REQ_REPLY or REQ_NOREPLY. For requests whose deadline has passed. */
 enum req_verdict fuse_session_fail(struct fuse_session *s, struct fuse_worker *w, struct req *r, int error);
-void fuse_session_reset(struct fuse_session *s);   /* as before INIT */
-uint32_t fuse_session_gen(struct fuse_session *s); /* for new requests */
+/* The connection is as before INIT; requests that are parked become void. Not from within a request. */
+void fuse_session_reset(struct fuse_session *s);
+/* The generation that new requests belong to. */
+uint32_t fuse_session_gen(struct fuse_session *s);
 /* Goes on with a connection that another process negotiated: no INIT will come. */
 void fuse_session_resume(struct fuse_session *s);
-/* Before INIT: offers passthrough (fs/backing.h); b must outlive the session. */
+/* Before INIT: offers the kernel that it reads files of images by itself (fs/backing.h); b must outlive the session.
+ * NULL: it is not offered. */
 void fuse_session_set_backing(struct fuse_session *s, struct backing *b);
 /* Before INIT: the kernel may keep the attributes of the root, because the transport tells it when they change. */
 void fuse_session_keep_root(struct fuse_session *s);
-bool fuse_session_ready(struct fuse_session *s); /* INIT was answered */
+/* INIT was answered, and no DESTROY came. */
+bool fuse_session_ready(struct fuse_session *s);
 
 #endif

@@ -1,4 +1,7 @@
-/* fuse/internal.h -- between fuse/session.c (INIT, dispatch, replies) and fuse/ops.c (the operations). */
+/* fuse/internal.h -- inside of fuse/. From the bottom: worker.c, reply.c (encoding), detach.c (requests that take long),
+ * ops.c (operations on any file system), ops_rw.c and ops_names.c (those of file systems that can be written to),
+ * session.c (INIT, the opcode table, dispatch). None of them uses one that comes later.
+ */
 #ifndef VND_FUSE_OPS_H
 #define VND_FUSE_OPS_H
 #include "fs/backing.h"
@@ -7,20 +10,20 @@
 
 /* How long the kernel may keep what a RAFS image said: it never changes. */
 #define FUSE_VALID_FOREVER_S (365ull * 24 * 3600)
-/* Largest read, listing or xattr reply: what INIT grants (256 pages). */
-#define FUSE_REPLY_MAX (1u << 20)
 
 struct fuse_session {
     struct vnd_engine *engine;
     struct vnd_vfs *vfs;
-    pthread_mutex_t lock; /* INIT and reset against each other */
-    _Atomic uint32_t gen;
-    _Atomic int ready; /* INIT is done and DESTROY is not */
+    /* fuse_session_serve: how detach.c, which lies below session.c, has the copy of a request served. Set once. */
+    enum req_verdict (*serve)(struct fuse_session *s, struct fuse_worker *w, struct req *r);
+    pthread_mutex_t lock; /* INIT, DESTROY and reset against each other; waiting_workers */
+    _Atomic uint32_t gen; /* raised by DESTROY, reset, and an INIT without either: older requests are void */
+    _Atomic bool ready;   /* INIT is done and DESTROY is not */
     _Atomic uint64_t detached_bytes;
-    struct fuse_waiting_worker *waiting_workers; /* fuse/detach.c; under lock */
-    struct backing *backing;                     /* NULL: none was asked for */
+    struct fuse_waiting_worker *waiting_workers; /* idle ones of fuse/detach.c, under lock */
+    struct backing *backing;                     /* NULL: the kernel reads nothing by itself */
     bool keeps_root;                             /* the transport tells when the root's attributes change */
-    _Atomic bool passthrough;                    /* the kernel took it: every open of an image's files is counted */
+    _Atomic bool backs_files;                    /* the kernel took it: every open of an image's files is counted */
 };
 
 /* One request being served. */
@@ -36,28 +39,54 @@ struct fuse_call {
 
 typedef enum req_verdict (*fuse_op_fn)(struct fuse_call *c);
 
+/* ---- fuse/reply.c */
 /* Success with len bytes of fixed reply (at most 144). */
 enum req_verdict fuse_reply(struct fuse_call *c, const void *data, uint32_t len);
 /* Success with the len bytes that stand in the worker's scratch behind room for a header. */
 enum req_verdict fuse_reply_scratch(struct fuse_call *c, uint32_t len);
 /* error: positive errno. */
 enum req_verdict fuse_reply_error(struct fuse_call *c, int error);
+/* rc: -errno of the node's file system. EIO of an image says that its metadata is not sound: it is logged. */
+enum req_verdict fuse_reply_fs_error(struct fuse_call *c, int rc);
+/* Success with the attributes of the call's own node. */
+enum req_verdict fuse_reply_attr(struct fuse_call *c, const vnd_attr *attr);
 /* The bytes a reply may hold: what fits into the reply space, the scratch and want. */
 uint32_t fuse_reply_room(const struct fuse_call *c, uint32_t want);
-/* A NUL-ended name at args + off: 0 with pointer and length, or a positive errno. Empty, over-long, with a '/':
- * refused; "." and ".." only where dots is set. */
+/* The name in dir that leads to node, and node's attributes, as LOOKUP tells them. */
+void fuse_fill_entry(struct fuse_call *c, struct fuse_entry_out *e, const struct vfs_node *dir,
+                     const struct vfs_node *node, const vnd_attr *attr);
+/* A NUL-ended name at args + off, with pointer and length: 0, -EINVAL (empty, with a '/', unterminated; "." and ".."
+ * unless dots is set) or -ENAMETOOLONG. */
 int fuse_arg_name(const struct fuse_call *c, uint32_t off, bool dots, const char **name, uint32_t *len);
 
-/* fuse/session.c's scratch: header room, then payload. */
+/* rc: 0 or -errno; success has no payload. */
+static inline enum req_verdict fuse_reply_rc(struct fuse_call *c, int rc)
+{
+    return rc ? fuse_reply_error(c, -rc) : fuse_reply(c, NULL, 0);
+}
+
+/* Where a reply's payload is built in the worker's scratch: behind room for a header. */
 static inline uint8_t *fuse_scratch(struct fuse_call *c)
 {
     return c->w->scratch + sizeof(struct fuse_out_header);
+}
+
+/* A reply of len bytes after its header fits. */
+static inline bool fuse_has_room(const struct fuse_call *c, size_t len)
+{
+    return c->r->out_cap >= sizeof(struct fuse_out_header) + len;
 }
 
 /* Adds to one of the worker's own counters: no other thread writes them, so no locked instruction. */
 static inline void fuse_count(_Atomic uint64_t *counter, uint64_t n)
 {
     atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
+}
+
+/* Everything that the connection shows is images: the kernel may be told ENOSYS, which it keeps for all files. */
+static inline bool fuse_in_rafs_session(const struct fuse_call *c)
+{
+    return vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS;
 }
 
 /* NULL: the call's node is of a read-only file system. */
@@ -71,18 +100,19 @@ static inline struct fs_caller fuse_caller_of(const struct fuse_call *c)
     return (struct fs_caller){ c->r->in.uid, c->r->in.gid, 0 };
 }
 
-/* A reply of len bytes after its header fits. */
-static inline bool fuse_has_room(const struct fuse_call *c, size_t len)
-{
-    return c->r->out_cap >= sizeof(struct fuse_out_header) + len;
-}
+/* ---- fuse/detach.c: requests that may take long */
+/* Serves the request by fn on this thread, or has a thread of the file system serve it where that may take long. */
+enum req_verdict fuse_rw_serve(struct fuse_call *c, fuse_op_fn fn);
+/* Has a thread of the file system serve it; on this one where there is no memory or too much is detached already. */
+enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn);
+/* The reply of a request that another thread has served (wait.answer). */
+enum req_verdict fuse_rw_finish(struct fuse_call *c);
+void fuse_waiting_workers_free(struct fuse_session *s);
 
-static inline enum req_verdict fuse_reply_rc(struct fuse_call *c, int rc)
-{
-    return rc ? fuse_reply_error(c, -rc) : fuse_reply(c, NULL, 0);
-}
-
+/* ---- fuse/ops.c: on any file system; where one that can be written to answers otherwise, the table names that */
 enum req_verdict fuse_op_lookup(struct fuse_call *c);
+enum req_verdict fuse_op_forget(struct fuse_call *c);
+enum req_verdict fuse_op_batch_forget(struct fuse_call *c);
 enum req_verdict fuse_op_getattr(struct fuse_call *c);
 enum req_verdict fuse_op_readlink(struct fuse_call *c);
 enum req_verdict fuse_op_open(struct fuse_call *c);
@@ -97,44 +127,32 @@ enum req_verdict fuse_op_statfs(struct fuse_call *c);
 enum req_verdict fuse_op_access(struct fuse_call *c);
 enum req_verdict fuse_op_lseek(struct fuse_call *c);
 
-/* The name in dir that leads to node, and node's attributes, as LOOKUP tells them. */
-void fuse_fill_entry(struct fuse_call *c, struct fuse_entry_out *e, const struct vfs_node *dir,
-                     const struct vfs_node *node, const vnd_attr *attr);
-/* Success with the attributes of the call's own node. */
-enum req_verdict fuse_reply_attr(struct fuse_call *c, const vnd_attr *attr);
-
-/* fuse/ops_rw.c and fuse/ops_names.c: on a read-only file system these answer by themselves... */
-enum req_verdict fuse_op_forget(struct fuse_call *c);
-enum req_verdict fuse_op_batch_forget(struct fuse_call *c);
-enum req_verdict fuse_op_setattr(struct fuse_call *c);
-enum req_verdict fuse_op_mkdir(struct fuse_call *c);
-enum req_verdict fuse_op_mknod(struct fuse_call *c);
-enum req_verdict fuse_op_symlink(struct fuse_call *c);
-enum req_verdict fuse_op_link(struct fuse_call *c);
-enum req_verdict fuse_op_unlink(struct fuse_call *c);
-enum req_verdict fuse_op_rmdir(struct fuse_call *c);
-enum req_verdict fuse_op_rename(struct fuse_call *c);
-enum req_verdict fuse_op_rename2(struct fuse_call *c);
-enum req_verdict fuse_op_create(struct fuse_call *c);
-enum req_verdict fuse_op_tmpfile(struct fuse_call *c);
-enum req_verdict fuse_op_write(struct fuse_call *c);
-enum req_verdict fuse_op_fallocate(struct fuse_call *c);
-enum req_verdict fuse_op_copy_file_range(struct fuse_call *c);
-enum req_verdict fuse_op_setxattr(struct fuse_call *c);
-enum req_verdict fuse_op_removexattr(struct fuse_call *c);
-enum req_verdict fuse_op_syncfs(struct fuse_call *c);
-/* ... and these are for a read-write one alone. */
-/* fuse/detach.c: serves here, or has another thread serve where that may take long. */
-enum req_verdict fuse_rw_serve(struct fuse_call *c, fuse_op_fn fn);
-enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn);
-/* The reply of a request that another thread has served (wait.answer). */
-enum req_verdict fuse_rw_finish(struct fuse_call *c);
-void fuse_waiting_workers_free(struct fuse_session *s);
-enum req_verdict fuse_rw_open(struct fuse_call *c, bool dir);
+/* ---- fuse/ops_rw.c and fuse/ops_names.c: the call's node is of a file system that can be written to... */
+enum req_verdict fuse_rw_open(struct fuse_call *c);
+enum req_verdict fuse_rw_opendir(struct fuse_call *c);
 enum req_verdict fuse_rw_read(struct fuse_call *c);
+enum req_verdict fuse_rw_write(struct fuse_call *c);
+enum req_verdict fuse_rw_release(struct fuse_call *c);
 enum req_verdict fuse_rw_flush(struct fuse_call *c);
 enum req_verdict fuse_rw_fsync(struct fuse_call *c);
+enum req_verdict fuse_rw_setattr(struct fuse_call *c);
 enum req_verdict fuse_rw_lseek(struct fuse_call *c);
 enum req_verdict fuse_rw_statfs(struct fuse_call *c);
+enum req_verdict fuse_rw_fallocate(struct fuse_call *c);
+enum req_verdict fuse_rw_copy_file_range(struct fuse_call *c);
+enum req_verdict fuse_rw_setxattr(struct fuse_call *c);
+enum req_verdict fuse_rw_removexattr(struct fuse_call *c);
+enum req_verdict fuse_rw_mkdir(struct fuse_call *c);
+enum req_verdict fuse_rw_mknod(struct fuse_call *c);
+enum req_verdict fuse_rw_symlink(struct fuse_call *c);
+enum req_verdict fuse_rw_link(struct fuse_call *c);
+enum req_verdict fuse_rw_unlink(struct fuse_call *c);
+enum req_verdict fuse_rw_rmdir(struct fuse_call *c);
+enum req_verdict fuse_rw_rename(struct fuse_call *c);
+enum req_verdict fuse_rw_rename2(struct fuse_call *c);
+enum req_verdict fuse_rw_create(struct fuse_call *c);
+enum req_verdict fuse_rw_tmpfile(struct fuse_call *c);
+/* ... but for this, which asks every mount that can be written to. */
+enum req_verdict fuse_op_syncfs(struct fuse_call *c);
 
 #endif

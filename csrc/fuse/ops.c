@@ -1,4 +1,5 @@
-/* fuse/ops.c -- the FUSE operations over a vfs; see fuse_ops.h. No allocation, no lock. */
+/* fuse/ops.c -- FUSE operations over the mount table: reading, and what every file system answers alike. No allocation and
+ * no lock here. */
 #include "fuse/internal.h"
 
 #include <dirent.h>
@@ -8,76 +9,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "fs/pseudo.h"
-
-#define BLKSIZE 4096
-
-static bool in_rafs_session(const struct fuse_call *c)
-{
-    return vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS;
-}
-
-/* A file system's own error. EIO says that its metadata is not sound, which its owner should hear of. */
-static enum req_verdict reply_fs_error(struct fuse_call *c, int rc)
-{
-    if (rc == -EIO && !c->node.fs->ops->rw) {
-        engine_say(c->s->engine, 30, VND_CAUSE_FORMAT,
-                   "%s: EIO to a reader: the image is malformed there (`check` "
-                   "tells where), or a guest asks for an inode that is not in it",
-                   c->node.fs->label ? c->node.fs->label : c->node.fs->ops->name);
-    }
-    return fuse_reply_error(c, -rc);
-}
-
-static void fill_attr(struct fuse_attr *a, const vnd_attr *in, uint64_t nodeid)
-{
-    *a = (struct fuse_attr){
-        .ino = nodeid,
-        .size = in->size_bytes,
-        .blocks = in->blocks,
-        .atime = in->mtime_s,
-        .mtime = in->mtime_s,
-        .ctime = in->mtime_s,
-        .atimensec = in->mtime_nsec,
-        .mtimensec = in->mtime_nsec,
-        .ctimensec = in->mtime_nsec,
-        .mode = in->mode,
-        .nlink = in->nlink,
-        .uid = in->uid,
-        .gid = in->gid,
-        .rdev = in->rdev,
-        .blksize = BLKSIZE,
-    };
-    if (in->blksize_bytes) {
-        a->blksize = in->blksize_bytes;
-        a->atime = in->atime_s;
-        a->atimensec = in->atime_nsec;
-        a->ctime = in->ctime_s;
-        a->ctimensec = in->ctime_nsec;
-    }
-}
-
-static void fill_valid(const struct vfs_node *node, uint64_t *seconds, uint32_t *nsec)
-{
-    const struct fs_rw_ops *rw = node->fs->ops->rw;
-
-    *seconds = !node->serial ? 0 : rw ? rw->valid_ms / 1000 : FUSE_VALID_FOREVER_S;
-    *nsec = node->serial && rw ? rw->valid_ms % 1000 * 1000000 : 0;
-}
-
-/* How long a name in dir and the attributes of node hold. Mounts come and go under pseudo directories and
- * nothing can tell a virtio-fs kernel so; inside an image nothing ever changes; a host directory says for itself. */
-void fuse_fill_entry(struct fuse_call *c, struct fuse_entry_out *e, const struct vfs_node *dir,
-                     const struct vfs_node *node, const vnd_attr *attr)
-{
-    memset(e, 0, sizeof(*e));
-    e->nodeid = vfs_nodeid(c->s->vfs, node->serial, node->ino);
-    e->generation = attr->generation;
-    if (dir->serial && node->serial == dir->serial)
-        fill_valid(dir, &e->entry_valid, &e->entry_valid_nsec);
-    fill_valid(node, &e->attr_valid, &e->attr_valid_nsec);
-    fill_attr(&e->attr, attr, e->nodeid);
-}
+#define FORGETS_AT_ONCE 32
 
 enum req_verdict fuse_op_lookup(struct fuse_call *c)
 {
@@ -89,7 +21,7 @@ enum req_verdict fuse_op_lookup(struct fuse_call *c)
     int rc = fuse_arg_name(c, 0, true, &name, &len);
 
     if (rc)
-        return fuse_reply_error(c, rc);
+        return fuse_reply_error(c, -rc);
     rc = vfs_lookup(c->s->vfs, &c->node, name, len, &node, &attr);
     if (rc == -ENOENT && c->node.serial && !c->node.fs->ops->rw) {
         memset(&out, 0, sizeof(out)); /* nodeid 0: the absence itself is cached */
@@ -97,25 +29,60 @@ enum req_verdict fuse_op_lookup(struct fuse_call *c)
         return fuse_reply(c, &out, sizeof(out));
     }
     if (rc)
-        return reply_fs_error(c, rc);
+        return fuse_reply_fs_error(c, rc);
     fuse_fill_entry(c, &out, &c->node, &node, &attr);
     return fuse_reply(c, &out, sizeof(out));
 }
 
+/* ---- what the guest forgets */
+
+static void forget_one(struct fuse_call *c, uint64_t nodeid, uint64_t n)
+{
+    struct vfs_node node;
+
+    if (vfs_resolve(c->s->vfs, nodeid, &node) == 0 && node.fs->ops->rw)
+        node.fs->ops->rw->forget(node.fs, node.ino, n);
+}
+
+enum req_verdict fuse_op_forget(struct fuse_call *c)
+{
+    struct fuse_forget_in in;
+
+    memcpy(&in, c->r->args, sizeof(in));
+    forget_one(c, c->r->in.nodeid, in.nlookup);
+    c->r->out_len = 0;
+    return REQ_NOREPLY;
+}
+
+enum req_verdict fuse_op_batch_forget(struct fuse_call *c)
+{
+    struct fuse_forget_one some[FORGETS_AT_ONCE];
+    struct fuse_batch_forget_in in;
+    uint32_t left, off = sizeof(in);
+
+    memcpy(&in, c->r->args, sizeof(in));
+    left = (c->r->body_len - (uint32_t)sizeof(in)) / (uint32_t)sizeof(some[0]);
+    if (left > in.count)
+        left = in.count;
+    while (left) {
+        uint32_t n = left < FORGETS_AT_ONCE ? left : FORGETS_AT_ONCE;
+
+        if (c->r->ops->in_copy(c->r, off, some, n * (uint32_t)sizeof(some[0])))
+            break;
+        for (uint32_t i = 0; i < n; i++)
+            forget_one(c, some[i].nodeid, some[i].nlookup);
+        off += n * (uint32_t)sizeof(some[0]);
+        left -= n;
+    }
+    c->r->out_len = 0;
+    return REQ_NOREPLY;
+}
+
+/* ---- attributes, links, open files, reads */
+
 static int node_attr(const struct vfs_node *n, vnd_attr *attr)
 {
     return n->fs->ops->getattr(n->fs, n->ino, attr);
-}
-
-enum req_verdict fuse_reply_attr(struct fuse_call *c, const vnd_attr *attr)
-{
-    struct fuse_attr_out out = { 0 };
-
-    fill_valid(&c->node, &out.attr_valid, &out.attr_valid_nsec);
-    fill_attr(&out.attr, attr, vfs_nodeid(c->s->vfs, c->node.serial, c->node.ino));
-    if (out.attr.ino == PSEUDO_ROOT_INO && !c->node.serial && c->s->keeps_root)
-        out.attr_valid = FUSE_VALID_FOREVER_S;
-    return fuse_reply(c, &out, sizeof(out));
 }
 
 enum req_verdict fuse_op_getattr(struct fuse_call *c)
@@ -131,7 +98,7 @@ enum req_verdict fuse_op_getattr(struct fuse_call *c)
         rc = rw->getattr(c->node.fs, c->node.ino, in.fh, &attr);
     else
         rc = node_attr(&c->node, &attr);
-    return rc ? reply_fs_error(c, rc) : fuse_reply_attr(c, &attr);
+    return rc ? fuse_reply_fs_error(c, rc) : fuse_reply_attr(c, &attr);
 }
 
 enum req_verdict fuse_op_readlink(struct fuse_call *c)
@@ -139,7 +106,7 @@ enum req_verdict fuse_op_readlink(struct fuse_call *c)
     uint32_t room = fuse_reply_room(c, 4096);
     int64_t n = c->node.fs->ops->readlink(c->node.fs, c->node.ino, (char *)fuse_scratch(c), room);
 
-    return n < 0 ? reply_fs_error(c, (int)n) : fuse_reply_scratch(c, (uint32_t)n);
+    return n < 0 ? fuse_reply_fs_error(c, (int)n) : fuse_reply_scratch(c, (uint32_t)n);
 }
 
 static enum req_verdict open_node(struct fuse_call *c, bool dir)
@@ -149,22 +116,20 @@ static enum req_verdict open_node(struct fuse_call *c, bool dir)
     vnd_attr attr;
     int rc;
 
-    if (c->node.fs->ops->rw)
-        return fuse_rw_open(c, dir);
     memcpy(&in, c->r->args, sizeof(in));
     if ((in.flags & O_ACCMODE) != O_RDONLY || (in.flags & O_TRUNC))
         return fuse_reply_error(c, EROFS);
     rc = node_attr(&c->node, &attr);
     if (rc)
-        return reply_fs_error(c, rc);
+        return fuse_reply_fs_error(c, rc);
     if (S_ISDIR(attr.mode) != dir)
         return fuse_reply_error(c, dir ? ENOTDIR : EISDIR);
-    if (!dir && S_ISREG(attr.mode) && atomic_load_explicit(&c->s->passthrough, memory_order_relaxed)) {
+    if (!dir && S_ISREG(attr.mode) && atomic_load_explicit(&c->s->backs_files, memory_order_relaxed)) {
         out.backing_id = backing_open(c->s->backing, c->r->in.nodeid, c->node.fs, c->node.ino);
         out.open_flags = FUSE_OPEN_NOFLUSH | (out.backing_id ? FUSE_OPEN_PASSTHROUGH : FUSE_OPEN_KEEP_CACHE);
         return fuse_reply(c, &out, sizeof(out));
     }
-    if (in_rafs_session(c))
+    if (fuse_in_rafs_session(c))
         return fuse_reply_error(c, ENOSYS); /* never asked again; KEEP_CACHE and CACHE_DIR are implied */
     if (c->node.serial)
         out.open_flags = FUSE_OPEN_KEEP_CACHE | (dir ? FUSE_OPEN_CACHE_DIR : FUSE_OPEN_NOFLUSH);
@@ -181,6 +146,14 @@ enum req_verdict fuse_op_opendir(struct fuse_call *c)
     return open_node(c, true);
 }
 
+/* An image's own files are counted where the kernel reads them by itself. */
+enum req_verdict fuse_op_release(struct fuse_call *c)
+{
+    if (c->r->in.opcode == FUSE_OP_RELEASE && atomic_load_explicit(&c->s->backs_files, memory_order_relaxed))
+        backing_release(c->s->backing, c->r->in.nodeid);
+    return fuse_reply(c, NULL, 0);
+}
+
 enum req_verdict fuse_op_read(struct fuse_call *c)
 {
     struct req *r = c->r;
@@ -192,15 +165,13 @@ enum req_verdict fuse_op_read(struct fuse_call *c)
     int n, iov_n;
     int64_t done;
 
-    if (c->node.fs->ops->rw)
-        return fuse_rw_read(c);
     memcpy(&in, r->args, sizeof(in));
     /* One byte more than we may give, so that a reply shorter than asked for can only be the end of the file: the
      * kernel takes it for that. */
     want = in.size > FUSE_REPLY_MAX ? FUSE_REPLY_MAX + 1 : in.size;
     n = c->node.fs->ops->extents(c->node.fs, c->node.ino, in.offset, want, w->extents, STORE_EXTENTS_MAX, &got);
     if (n < 0)
-        return reply_fs_error(c, n);
+        return fuse_reply_fs_error(c, n);
     if (r->out_cap < sizeof(h) || got > r->out_cap - sizeof(h) || got > FUSE_REPLY_MAX)
         return fuse_reply_error(c, EINVAL);
     if (!got)
@@ -315,7 +286,7 @@ static enum req_verdict list_dir(struct fuse_call *c, bool plus)
     /* An error after some entries is told by the next request, which starts at it. An entry that does not even
      * fit into an empty reply is an error: no entries would mean the end. */
     if (!l.used && (rc || l.refused))
-        return rc ? reply_fs_error(c, rc) : fuse_reply_error(c, EINVAL);
+        return rc ? fuse_reply_fs_error(c, rc) : fuse_reply_error(c, EINVAL);
     return fuse_reply_scratch(c, l.used);
 }
 
@@ -337,7 +308,7 @@ static enum req_verdict reply_xattr(struct fuse_call *c, uint32_t size, int rc, 
     struct fuse_getxattr_out out = { 0 };
 
     if (rc)
-        return reply_fs_error(c, rc);
+        return fuse_reply_fs_error(c, rc);
     if (!size) {
         out.size = (uint32_t)need;
         return fuse_reply(c, &out, sizeof(out));
@@ -348,7 +319,7 @@ static enum req_verdict reply_xattr(struct fuse_call *c, uint32_t size, int rc, 
 /* The kernel then stops asking: every first exec of a file asks for security.capability. */
 static bool no_xattrs_at_all(struct fuse_call *c)
 {
-    return in_rafs_session(c) && !vfs_has_xattr(c->s->vfs);
+    return fuse_in_rafs_session(c) && !vfs_has_xattr(c->s->vfs);
 }
 
 enum req_verdict fuse_op_getxattr(struct fuse_call *c)
@@ -394,11 +365,9 @@ enum req_verdict fuse_op_statfs(struct fuse_call *c)
     struct fuse_kstatfs out = { .namelen = 255 };
     int rc;
 
-    if (c->node.fs->ops->rw)
-        return fuse_rw_statfs(c);
     rc = c->node.fs->ops->statfs(c->node.fs, &out.blocks, &out.files, &out.bsize);
     out.frsize = out.bsize;
-    return rc ? reply_fs_error(c, rc) : fuse_reply(c, &out, sizeof(out));
+    return rc ? fuse_reply_fs_error(c, rc) : fuse_reply(c, &out, sizeof(out));
 }
 
 /* Not sent by kernels that check permissions themselves (virtio-fs always does). Supplementary groups are not in
@@ -414,7 +383,7 @@ enum req_verdict fuse_op_access(struct fuse_call *c)
     memcpy(&in, c->r->args, sizeof(in));
     rc = node_attr(&c->node, &attr);
     if (rc)
-        return reply_fs_error(c, rc);
+        return fuse_reply_fs_error(c, rc);
     if (in.mask & ~7u)
         return fuse_reply_error(c, EINVAL);
     if (!c->node.fs->ops->rw && (in.mask & W_OK) && (S_ISREG(attr.mode) || S_ISDIR(attr.mode) || S_ISLNK(attr.mode)))
@@ -438,12 +407,10 @@ enum req_verdict fuse_op_lseek(struct fuse_call *c)
     vnd_attr attr;
     int rc;
 
-    if (c->node.fs->ops->rw)
-        return fuse_rw_lseek(c);
     memcpy(&in, c->r->args, sizeof(in));
     rc = node_attr(&c->node, &attr);
     if (rc)
-        return reply_fs_error(c, rc);
+        return fuse_reply_fs_error(c, rc);
     out.offset = in.offset;
     if (in.whence == SEEK_DATA || in.whence == SEEK_HOLE) {
         if (in.offset >= attr.size_bytes)

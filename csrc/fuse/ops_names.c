@@ -1,5 +1,7 @@
-/* fuse/ops_names.c -- the FUSE operations that make, rename and remove names; see fuse_ops.h. On a read-only file system
- * they answer EROFS. What would have to be undone if the reply found no room is not done then.
+/* fuse/ops_names.c -- FUSE operations that make, rename and remove names, on a file system that can be written to. The
+ * table in fuse/session.c calls them for no other node.
+ *
+ * An operation first checks that its reply has room, so that nothing is done that would then have to be undone.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -27,19 +29,17 @@ static enum req_verdict reply_entry(struct fuse_call *c, int rc, const vnd_attr 
     return fuse_reply(c, &e, sizeof(e));
 }
 
-/* A name at off in a request on a read-write file system whose answer of out bytes has room; else the error. */
+/* A name at off in a request whose answer of out bytes has room: 0, or -errno. */
 static int get_name(struct fuse_call *c, size_t off, size_t out, const char **name)
 {
     uint32_t len;
 
-    if (!fuse_rw_of(c))
-        return EROFS;
     if (c->r->args_len < off || !fuse_has_room(c, out))
-        return EINVAL;
+        return -EINVAL;
     return fuse_arg_name(c, (uint32_t)off, false, name, &len);
 }
 
-enum req_verdict fuse_op_mkdir(struct fuse_call *c)
+enum req_verdict fuse_rw_mkdir(struct fuse_call *c)
 {
     struct fs_caller who = fuse_caller_of(c);
     struct fuse_mkdir_in in;
@@ -47,20 +47,16 @@ enum req_verdict fuse_op_mkdir(struct fuse_call *c)
     vnd_attr attr;
     int rc;
 
-    /* Kata's agent makes the parents of its mount points and tolerates EEXIST and ENOSYS only. MKDIR's ENOSYS is not
-     * remembered by the kernel. */
-    if (!c->node.serial)
-        return fuse_reply_error(c, ENOSYS);
     rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
     if (rc)
-        return fuse_reply_error(c, rc);
+        return fuse_reply_error(c, -rc);
     memcpy(&in, c->r->args, sizeof(in));
     who.umask = in.umask;
     rc = fuse_rw_of(c)->mknod(c->node.fs, &who, c->node.ino, name, S_IFDIR | (in.mode & 07777), 0, &attr);
     return reply_entry(c, rc, &attr);
 }
 
-enum req_verdict fuse_op_mknod(struct fuse_call *c)
+enum req_verdict fuse_rw_mknod(struct fuse_call *c)
 {
     struct fs_caller who = fuse_caller_of(c);
     struct fuse_mknod_in in;
@@ -69,7 +65,7 @@ enum req_verdict fuse_op_mknod(struct fuse_call *c)
     int rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
 
     if (rc)
-        return fuse_reply_error(c, rc);
+        return fuse_reply_error(c, -rc);
     memcpy(&in, c->r->args, sizeof(in));
     if (S_ISDIR(in.mode) || S_ISLNK(in.mode))
         return fuse_reply_error(c, EINVAL);
@@ -78,7 +74,7 @@ enum req_verdict fuse_op_mknod(struct fuse_call *c)
     return reply_entry(c, rc, &attr);
 }
 
-enum req_verdict fuse_op_symlink(struct fuse_call *c)
+enum req_verdict fuse_rw_symlink(struct fuse_call *c)
 {
     struct fs_caller who = fuse_caller_of(c);
     char *target = (char *)fuse_scratch(c);
@@ -88,7 +84,7 @@ enum req_verdict fuse_op_symlink(struct fuse_call *c)
     int rc = get_name(c, 0, sizeof(struct fuse_entry_out), &name);
 
     if (rc)
-        return fuse_reply_error(c, rc);
+        return fuse_reply_error(c, -rc);
     off = (uint32_t)strlen(name) + 1;
     len = c->r->body_len - off;
     if (len > 4096)
@@ -99,7 +95,7 @@ enum req_verdict fuse_op_symlink(struct fuse_call *c)
     return reply_entry(c, rc, &attr);
 }
 
-enum req_verdict fuse_op_link(struct fuse_call *c)
+enum req_verdict fuse_rw_link(struct fuse_call *c)
 {
     struct fuse_link_in in;
     struct vfs_node old;
@@ -108,7 +104,7 @@ enum req_verdict fuse_op_link(struct fuse_call *c)
     int rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
 
     if (rc)
-        return fuse_reply_error(c, rc);
+        return fuse_reply_error(c, -rc);
     memcpy(&in, c->r->args, sizeof(in));
     rc = vfs_resolve(c->s->vfs, in.oldnodeid, &old);
     if (!rc && old.fs != c->node.fs)
@@ -124,16 +120,16 @@ static enum req_verdict remove_name(struct fuse_call *c, bool dir)
     int rc = get_name(c, 0, 0, &name);
 
     if (rc)
-        return fuse_reply_error(c, rc);
+        return fuse_reply_error(c, -rc);
     return fuse_reply_rc(c, fuse_rw_of(c)->unlink(c->node.fs, c->node.ino, name, dir));
 }
 
-enum req_verdict fuse_op_unlink(struct fuse_call *c)
+enum req_verdict fuse_rw_unlink(struct fuse_call *c)
 {
     return remove_name(c, false);
 }
 
-enum req_verdict fuse_op_rmdir(struct fuse_call *c)
+enum req_verdict fuse_rw_rmdir(struct fuse_call *c)
 {
     return remove_name(c, true);
 }
@@ -149,7 +145,7 @@ static enum req_verdict rename_name(struct fuse_call *c, size_t args, uint64_t n
     if (!rc)
         rc = fuse_arg_name(c, (uint32_t)(args + strlen(name) + 1), false, &new_name, &len);
     if (rc)
-        return fuse_reply_error(c, rc);
+        return fuse_reply_error(c, -rc);
     rc = vfs_resolve(c->s->vfs, new_dir, &to);
     if (!rc && to.fs != c->node.fs)
         rc = -EXDEV;
@@ -158,7 +154,7 @@ static enum req_verdict rename_name(struct fuse_call *c, size_t args, uint64_t n
     return fuse_reply_rc(c, rc);
 }
 
-enum req_verdict fuse_op_rename(struct fuse_call *c)
+enum req_verdict fuse_rw_rename(struct fuse_call *c)
 {
     struct fuse_rename_in in = { 0 };
 
@@ -166,7 +162,7 @@ enum req_verdict fuse_op_rename(struct fuse_call *c)
     return rename_name(c, sizeof(in), in.newdir, 0);
 }
 
-enum req_verdict fuse_op_rename2(struct fuse_call *c)
+enum req_verdict fuse_rw_rename2(struct fuse_call *c)
 {
     struct fuse_rename2_in in = { 0 };
 
@@ -187,11 +183,11 @@ static enum req_verdict make_file(struct fuse_call *c, bool tmpfile)
     int rc;
 
     if (tmpfile) /* its name is a "/" that means nothing */
-        rc = !fuse_rw_of(c) ? EROFS : c->r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(out)) ? EINVAL : 0;
+        rc = c->r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(out)) ? -EINVAL : 0;
     else
         rc = get_name(c, sizeof(in), sizeof(out), &name);
     if (rc)
-        return fuse_reply_error(c, rc);
+        return fuse_reply_error(c, -rc);
     memcpy(&in, c->r->args, sizeof(in));
     who.umask = in.umask;
     if (tmpfile) {
@@ -206,12 +202,12 @@ static enum req_verdict make_file(struct fuse_call *c, bool tmpfile)
     return fuse_reply(c, &out, sizeof(out));
 }
 
-enum req_verdict fuse_op_create(struct fuse_call *c)
+enum req_verdict fuse_rw_create(struct fuse_call *c)
 {
     return make_file(c, false);
 }
 
-enum req_verdict fuse_op_tmpfile(struct fuse_call *c)
+enum req_verdict fuse_rw_tmpfile(struct fuse_call *c)
 {
     return make_file(c, true);
 }

@@ -1,7 +1,7 @@
-/* fuse/ops_rw.c -- the FUSE operations that a read-write file system has (fs/fs.h's fs_rw_ops). On a read-only one they
- * answer EROFS or nothing to do, never ENOSYS, which the kernel would take for the whole connection.
+/* fuse/ops_rw.c -- FUSE operations on a file system that can be written to (fs/fs.h's fs_rw_ops): open files, their bytes,
+ * attributes and extended attributes. The table in fuse/session.c calls them for no other node.
  *
- * Whatever would have to be undone if the reply found no room is not done then.
+ * An operation first checks that its reply has room, so that nothing is done that would then have to be undone.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -13,55 +13,10 @@
 #include "fuse/internal.h"
 
 #define XATTR_VALUE_MAX 65536
-#define FORGETS_AT_ONCE 32
-
-/* ---- what the guest forgets */
-
-static void forget_one(struct fuse_call *c, uint64_t nodeid, uint64_t n)
-{
-    struct vfs_node node;
-
-    if (vfs_resolve(c->s->vfs, nodeid, &node) == 0 && node.fs->ops->rw)
-        node.fs->ops->rw->forget(node.fs, node.ino, n);
-}
-
-enum req_verdict fuse_op_forget(struct fuse_call *c)
-{
-    struct fuse_forget_in in;
-
-    memcpy(&in, c->r->args, sizeof(in));
-    forget_one(c, c->r->in.nodeid, in.nlookup);
-    c->r->out_len = 0;
-    return REQ_NOREPLY;
-}
-
-enum req_verdict fuse_op_batch_forget(struct fuse_call *c)
-{
-    struct fuse_forget_one some[FORGETS_AT_ONCE];
-    struct fuse_batch_forget_in in;
-    uint32_t left, off = sizeof(in);
-
-    memcpy(&in, c->r->args, sizeof(in));
-    left = (c->r->body_len - (uint32_t)sizeof(in)) / (uint32_t)sizeof(some[0]);
-    if (left > in.count)
-        left = in.count;
-    while (left) {
-        uint32_t n = left < FORGETS_AT_ONCE ? left : FORGETS_AT_ONCE;
-
-        if (c->r->ops->in_copy(c->r, off, some, n * (uint32_t)sizeof(some[0])))
-            break;
-        for (uint32_t i = 0; i < n; i++)
-            forget_one(c, some[i].nodeid, some[i].nlookup);
-        off += n * (uint32_t)sizeof(some[0]);
-        left -= n;
-    }
-    c->r->out_len = 0;
-    return REQ_NOREPLY;
-}
 
 /* ---- attributes */
 
-enum req_verdict fuse_op_setattr(struct fuse_call *c)
+enum req_verdict fuse_rw_setattr(struct fuse_call *c)
 {
     static const struct {
         uint32_t wire, ours;
@@ -81,8 +36,6 @@ enum req_verdict fuse_op_setattr(struct fuse_call *c)
     vnd_attr attr;
     int rc;
 
-    if (!fuse_rw_of(c))
-        return fuse_reply_error(c, EROFS);
     if (c->r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(struct fuse_attr_out)))
         return fuse_reply_error(c, EINVAL);
     memcpy(&in, c->r->args, sizeof(in));
@@ -100,7 +53,7 @@ enum req_verdict fuse_op_setattr(struct fuse_call *c)
 
 /* ---- open files */
 
-enum req_verdict fuse_rw_open(struct fuse_call *c, bool dir)
+static enum req_verdict open_node(struct fuse_call *c, bool dir)
 {
     struct fuse_open_out out = { 0 };
     struct fuse_open_in in;
@@ -113,15 +66,23 @@ enum req_verdict fuse_rw_open(struct fuse_call *c, bool dir)
     return rc ? fuse_reply_error(c, -rc) : fuse_reply(c, &out, sizeof(out));
 }
 
-enum req_verdict fuse_op_release(struct fuse_call *c)
+enum req_verdict fuse_rw_open(struct fuse_call *c)
+{
+    return open_node(c, false);
+}
+
+enum req_verdict fuse_rw_opendir(struct fuse_call *c)
+{
+    return open_node(c, true);
+}
+
+enum req_verdict fuse_rw_release(struct fuse_call *c)
 {
     struct fuse_release_in in;
 
-    if (c->r->args_len >= sizeof(in) && vfs_resolve(c->s->vfs, c->r->in.nodeid, &c->node) == 0 && fuse_rw_of(c)) {
+    if (c->r->args_len >= sizeof(in)) {
         memcpy(&in, c->r->args, sizeof(in));
         fuse_rw_of(c)->release(c->node.fs, in.fh);
-    } else if (c->r->in.opcode == FUSE_OP_RELEASE && atomic_load_explicit(&c->s->passthrough, memory_order_relaxed)) {
-        backing_release(c->s->backing, c->r->in.nodeid);
     }
     return fuse_reply(c, NULL, 0);
 }
@@ -199,7 +160,7 @@ enum req_verdict fuse_rw_read(struct fuse_call *c)
     return REQ_REPLY;
 }
 
-enum req_verdict fuse_op_write(struct fuse_call *c)
+enum req_verdict fuse_rw_write(struct fuse_call *c)
 {
     struct req *r = c->r;
     struct fuse_write_out out = { 0 };
@@ -207,8 +168,6 @@ enum req_verdict fuse_op_write(struct fuse_call *c)
     int64_t done;
     int n = -EFAULT;
 
-    if (!fuse_rw_of(c))
-        return fuse_reply_error(c, EROFS);
     if (r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(out)))
         return fuse_reply_error(c, EINVAL);
     memcpy(&in, r->args, sizeof(in));
@@ -231,19 +190,17 @@ enum req_verdict fuse_op_write(struct fuse_call *c)
     return fuse_reply(c, &out, sizeof(out));
 }
 
-enum req_verdict fuse_op_fallocate(struct fuse_call *c)
+enum req_verdict fuse_rw_fallocate(struct fuse_call *c)
 {
     struct fuse_fallocate_in in;
 
-    if (!fuse_rw_of(c))
-        return fuse_reply_error(c, EROFS);
     if (c->r->args_len < sizeof(in))
         return fuse_reply_error(c, EINVAL);
     memcpy(&in, c->r->args, sizeof(in));
     return fuse_reply_rc(c, fuse_rw_of(c)->fallocate(c->node.fs, c->node.ino, in.fh, in.mode, in.offset, in.length));
 }
 
-enum req_verdict fuse_op_copy_file_range(struct fuse_call *c)
+enum req_verdict fuse_rw_copy_file_range(struct fuse_call *c)
 {
     struct fuse_write_out out = { 0 };
     struct fuse_copy_file_range_in in;
@@ -251,8 +208,6 @@ enum req_verdict fuse_op_copy_file_range(struct fuse_call *c)
     int64_t done;
     int rc;
 
-    if (!fuse_rw_of(c)) /* where something else can be written: the kernel copies by reading and writing */
-        return fuse_reply_error(c, vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? EROFS : EXDEV);
     if (c->r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(out)))
         return fuse_reply_error(c, EINVAL);
     memcpy(&in, c->r->args, sizeof(in));
@@ -291,15 +246,13 @@ static bool is_refused(const struct fuse_call *c, const char *name, bool removes
            (removes || strcmp(name, XATTR_NAME_CAPS));
 }
 
-enum req_verdict fuse_op_setxattr(struct fuse_call *c)
+enum req_verdict fuse_rw_setxattr(struct fuse_call *c)
 {
     struct fs_caller who = fuse_caller_of(c);
     struct fuse_setxattr_in in;
     const char *name;
     uint32_t off, len;
 
-    if (!fuse_rw_of(c))
-        return fuse_reply_error(c, EROFS);
     if (c->r->args_len <= sizeof(in))
         return fuse_reply_error(c, EINVAL);
     memcpy(&in, c->r->args, sizeof(in));
@@ -320,13 +273,11 @@ enum req_verdict fuse_op_setxattr(struct fuse_call *c)
         c, fuse_rw_of(c)->setxattr(c->node.fs, &who, c->node.ino, name, fuse_scratch(c), in.size, in.flags));
 }
 
-enum req_verdict fuse_op_removexattr(struct fuse_call *c)
+enum req_verdict fuse_rw_removexattr(struct fuse_call *c)
 {
     const char *name = (const char *)c->r->args;
     size_t len = strnlen(name, c->r->args_len);
 
-    if (!fuse_rw_of(c))
-        return fuse_reply_error(c, EROFS);
     if (!len || len == c->r->args_len)
         return fuse_reply_error(c, EINVAL);
     if (is_refused(c, name, true))

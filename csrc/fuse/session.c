@@ -1,8 +1,8 @@
-/* fuse/session.c -- INIT, the opcode table, dispatch, replies; see fuse_session.h.
+/* fuse/session.c -- INIT, the opcode table, dispatch; see fuse.h.
  *
- * What each operation answers follows from two facts: the tree is immutable, and the kernel remembers ENOSYS per
- * connection. So a `rafs` session says ENOSYS where that saves requests for good (OPEN, FLUSH, ...), a `mixed` one
- * never does for anything that a read-write file system beside it has (fuse/ops_rw.c).
+ * What each operation answers follows from two facts: the tree of an image never changes, and the kernel remembers ENOSYS
+ * for the whole connection. So a `rafs` session says ENOSYS where that saves requests for good (OPEN, FLUSH, ...), a `mixed`
+ * one never does for anything that a file system beside the image may answer (the table's column rw).
  */
 #include "fuse/fuse.h"
 
@@ -15,98 +15,9 @@
 
 #define FUSE_HDR ((uint32_t)sizeof(struct fuse_out_header))
 
-/* ---- replies */
-
-static enum req_verdict reply_bytes(struct fuse_call *c, const void *reply, uint32_t total)
-{
-    struct req *r = c->r;
-
-    if (r->ops->out_copy(r, 0, reply, total)) {
-        r->out_len = 0;
-        return REQ_NOREPLY;
-    }
-    r->out_len = total;
-    fuse_count(&c->w->counters.fuse_requests, 1);
-    return REQ_REPLY;
-}
-
-enum req_verdict fuse_reply_error(struct fuse_call *c, int error)
-{
-    struct fuse_out_header h = { .len = FUSE_HDR, .error = -error, .unique = c->r->in.unique };
-
-    c->unknown = error == ENOSYS;
-    if (error != ENOENT && error != ENODATA && error != ENOSYS) {
-        fuse_count(&c->w->counters.fuse_errors, 1);
-        c->failed = true;
-    }
-    if (c->r->out_cap < FUSE_HDR) {
-        c->r->out_len = 0;
-        return REQ_NOREPLY;
-    }
-    return reply_bytes(c, &h, FUSE_HDR);
-}
-
-enum req_verdict fuse_reply(struct fuse_call *c, const void *data, uint32_t len)
-{
-    struct {
-        struct fuse_out_header h;
-        uint8_t data[144];
-    } out;
-
-    if (len > sizeof(out.data) || c->r->out_cap < FUSE_HDR + len)
-        return fuse_reply_error(c, EINVAL);
-    out.h = (struct fuse_out_header){ .len = FUSE_HDR + len, .unique = c->r->in.unique };
-    if (len)
-        memcpy(out.data, data, len);
-    return reply_bytes(c, &out, FUSE_HDR + len);
-}
-
-enum req_verdict fuse_reply_scratch(struct fuse_call *c, uint32_t len)
-{
-    struct fuse_out_header h = { .len = FUSE_HDR + len, .unique = c->r->in.unique };
-
-    if (c->r->out_cap < FUSE_HDR || len > c->r->out_cap - FUSE_HDR)
-        return fuse_reply_error(c, EINVAL);
-    memcpy(c->w->scratch, &h, sizeof(h));
-    return reply_bytes(c, c->w->scratch, FUSE_HDR + len);
-}
-
-uint32_t fuse_reply_room(const struct fuse_call *c, uint32_t want)
-{
-    uint32_t room = c->r->out_cap < FUSE_HDR ? 0 : c->r->out_cap - FUSE_HDR;
-
-    if (room > c->w->scratch_bytes - FUSE_HDR)
-        room = c->w->scratch_bytes - FUSE_HDR;
-    return room < want ? room : want;
-}
-
-int fuse_arg_name(const struct fuse_call *c, uint32_t off, bool dots, const char **name, uint32_t *len)
-{
-    const struct req *r = c->r;
-    const char *start = (const char *)r->args + off;
-    const char *end;
-
-    if (off >= r->args_len)
-        return EINVAL;
-    end = memchr(start, 0, r->args_len - off);
-    if (!end)
-        return r->args_len < r->body_len || r->args_len - off > 255 ? ENAMETOOLONG : EINVAL;
-    if (end == start)
-        return EINVAL;
-    if (end - start > 255)
-        return ENAMETOOLONG;
-    *name = start;
-    *len = (uint32_t)(end - start);
-    if (memchr(start, '/', *len))
-        return EINVAL;
-    if (!dots && start[0] == '.' && (*len == 1 || (*len == 2 && start[1] == '.')))
-        return EINVAL;
-    return 0;
-}
-
 /* ---- INIT */
 
-/* What each kind of session asks of the kernel; it gets what the kernel offered of it. virtiofs-server 3.1. */
+/* What each kind of session asks of the kernel; it gets what the kernel offered of it. */
 static uint64_t wanted_flags(int kind)
 {
     uint64_t flags = FUSE_INIT_ASYNC_READ | FUSE_INIT_EXPORT_SUPPORT | FUSE_INIT_DO_READDIRPLUS |
@@ -135,7 +46,7 @@ static bool session_begin(struct fuse_session *s)
     } else {
         alone = vfs_sessions(s->vfs, 1) == 1;
     }
-    atomic_store(&s->ready, 1);
+    atomic_store(&s->ready, true);
     pthread_mutex_unlock(&s->lock);
     return alone;
 }
@@ -164,7 +75,7 @@ static enum req_verdict op_init(struct fuse_call *c)
     flags &= wanted_flags(vfs_session_kind(c->s->vfs)) | (c->s->backing ? FUSE_INIT_PASSTHROUGH : 0);
     if (flags & FUSE_INIT_PASSTHROUGH)
         out.max_stack_depth = 1; /* so that overlayfs fits on top (linux/fs.h: 2 in all) */
-    atomic_store(&c->s->passthrough, (flags & FUSE_INIT_PASSTHROUGH) != 0);
+    atomic_store(&c->s->backs_files, (flags & FUSE_INIT_PASSTHROUGH) != 0);
     out.max_readahead = in.max_readahead;
     out.flags = (uint32_t)flags;
     out.flags2 = (uint32_t)(flags >> 32);
@@ -186,7 +97,7 @@ static bool session_end(struct fuse_session *s)
 
     pthread_mutex_lock(&s->lock);
     atomic_fetch_add(&s->gen, 1);
-    last = atomic_exchange(&s->ready, 0) && vfs_sessions(s->vfs, -1) == 0;
+    last = atomic_exchange(&s->ready, false) && vfs_sessions(s->vfs, -1) == 0;
     pthread_mutex_unlock(&s->lock);
     return last;
 }
@@ -216,81 +127,99 @@ static enum req_verdict op_enotty(struct fuse_call *c)
     return fuse_reply_error(c, ENOTTY);
 }
 
+static enum req_verdict op_erofs(struct fuse_call *c)
+{
+    return fuse_reply_error(c, EROFS);
+}
+
 /* In an image nothing is ever dirty: 0 would be right in both kinds, ENOSYS ends the asking. */
 static enum req_verdict op_flush(struct fuse_call *c)
 {
-    if (c->node.fs->ops->rw)
-        return c->r->in.opcode == FUSE_OP_FLUSH ? fuse_rw_flush(c) : fuse_rw_fsync(c);
-    return vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? op_enosys(c) : fuse_reply(c, NULL, 0);
+    return fuse_in_rafs_session(c) ? op_enosys(c) : fuse_reply(c, NULL, 0);
+}
+
+/* Between two file systems of which one can be written to the kernel copies by reading and writing, once told EXDEV. */
+static enum req_verdict op_copy_file_range(struct fuse_call *c)
+{
+    return fuse_reply_error(c, fuse_in_rafs_session(c) ? EROFS : EXDEV);
+}
+
+/* Kata's agent makes the parents of its mount points and tolerates EEXIST and ENOSYS only. The kernel does not remember
+ * ENOSYS of MKDIR. */
+static enum req_verdict op_mkdir(struct fuse_call *c)
+{
+    return fuse_reply_error(c, c->node.serial ? EROFS : ENOSYS);
 }
 
 /* ---- the table */
 
-/* ANY_TIME: also before INIT. NO_REPLY: none is due, not even for what is wrong. USE_NODE: if there still is one. */
+/* NEED_NODE: an error if the node is gone. USE_NODE: served all the same. ANY_TIME: also before INIT. NO_REPLY: no reply is
+ * due, not even for what is wrong. */
 enum { NEED_NODE = 1, ANY_TIME = 2, NO_REPLY = 4, USE_NODE = 8 };
 
 struct fuse_op {
     fuse_op_fn fn;
+    fuse_op_fn rw;     /* instead of fn where the node's file system can be written to; NULL: fn serves both */
     uint16_t args_min; /* bytes after the in header at least */
     uint8_t flags;
 };
 
 static const struct fuse_op ops[FUSE_OP_MAX] = {
-    [FUSE_OP_LOOKUP] = { fuse_op_lookup, 2, NEED_NODE },
-    [FUSE_OP_FORGET] = { fuse_op_forget, sizeof(struct fuse_forget_in), NO_REPLY },
-    [FUSE_OP_GETATTR] = { fuse_op_getattr, 0, NEED_NODE },
-    [FUSE_OP_SETATTR] = { fuse_op_setattr, 0, NEED_NODE },
-    [FUSE_OP_READLINK] = { fuse_op_readlink, 0, NEED_NODE },
-    [FUSE_OP_SYMLINK] = { fuse_op_symlink, 0, NEED_NODE },
-    [FUSE_OP_MKNOD] = { fuse_op_mknod, 0, NEED_NODE },
-    [FUSE_OP_MKDIR] = { fuse_op_mkdir, 0, NEED_NODE },
-    [FUSE_OP_UNLINK] = { fuse_op_unlink, 0, NEED_NODE },
-    [FUSE_OP_RMDIR] = { fuse_op_rmdir, 0, NEED_NODE },
-    [FUSE_OP_RENAME] = { fuse_op_rename, 0, NEED_NODE },
-    [FUSE_OP_LINK] = { fuse_op_link, 0, NEED_NODE },
-    [FUSE_OP_OPEN] = { fuse_op_open, sizeof(struct fuse_open_in), NEED_NODE },
-    [FUSE_OP_READ] = { fuse_op_read, sizeof(struct fuse_read_in), NEED_NODE },
-    [FUSE_OP_WRITE] = { fuse_op_write, 0, NEED_NODE },
-    [FUSE_OP_STATFS] = { fuse_op_statfs, 0, NEED_NODE },
-    [FUSE_OP_RELEASE] = { fuse_op_release, 0, USE_NODE },
-    [FUSE_OP_FSYNC] = { op_flush, 0, NEED_NODE },
-    [FUSE_OP_SETXATTR] = { fuse_op_setxattr, 0, NEED_NODE },
-    [FUSE_OP_GETXATTR] = { fuse_op_getxattr, sizeof(struct fuse_getxattr_in) + 2, NEED_NODE },
-    [FUSE_OP_LISTXATTR] = { fuse_op_listxattr, sizeof(struct fuse_getxattr_in), NEED_NODE },
-    [FUSE_OP_REMOVEXATTR] = { fuse_op_removexattr, 0, NEED_NODE },
-    [FUSE_OP_FLUSH] = { op_flush, 0, NEED_NODE },
-    [FUSE_OP_INIT] = { op_init, 8, ANY_TIME },
-    [FUSE_OP_OPENDIR] = { fuse_op_opendir, sizeof(struct fuse_open_in), NEED_NODE },
-    [FUSE_OP_READDIR] = { fuse_op_readdir, sizeof(struct fuse_read_in), NEED_NODE },
-    [FUSE_OP_RELEASEDIR] = { fuse_op_release, 0, USE_NODE },
-    [FUSE_OP_FSYNCDIR] = { op_flush, 0, NEED_NODE },
-    [FUSE_OP_GETLK] = { op_enosys, 0, 0 }, /* locks stay with the kernel: INIT does not offer them */
-    [FUSE_OP_SETLK] = { op_enosys, 0, 0 },
-    [FUSE_OP_SETLKW] = { op_enosys, 0, 0 },
-    [FUSE_OP_ACCESS] = { fuse_op_access, sizeof(struct fuse_access_in), NEED_NODE },
-    [FUSE_OP_CREATE] = { fuse_op_create, 0, NEED_NODE },
-    [FUSE_OP_INTERRUPT] = { op_none, 0, ANY_TIME }, /* every read ends by its deadline */
-    [FUSE_OP_BMAP] = { op_enosys, 0, 0 },
-    [FUSE_OP_DESTROY] = { op_destroy, 0, 0 },
-    [FUSE_OP_IOCTL] = { op_enotty, 0, NEED_NODE },
-    [FUSE_OP_POLL] = { op_enosys, 0, 0 },
-    [FUSE_OP_NOTIFY_REPLY] = { op_none, 0, ANY_TIME },
-    [FUSE_OP_BATCH_FORGET] = { fuse_op_batch_forget, sizeof(struct fuse_batch_forget_in), NO_REPLY },
-    [FUSE_OP_FALLOCATE] = { fuse_op_fallocate, 0, NEED_NODE },
-    [FUSE_OP_READDIRPLUS] = { fuse_op_readdirplus, sizeof(struct fuse_read_in), NEED_NODE },
-    [FUSE_OP_RENAME2] = { fuse_op_rename2, 0, NEED_NODE },
-    [FUSE_OP_LSEEK] = { fuse_op_lseek, sizeof(struct fuse_lseek_in), NEED_NODE },
-    [FUSE_OP_COPY_FILE_RANGE] = { fuse_op_copy_file_range, 0, NEED_NODE },
-    [FUSE_OP_SETUPMAPPING] = { op_enosys, 0, 0 }, /* no DAX window */
-    [FUSE_OP_REMOVEMAPPING] = { op_enosys, 0, 0 },
-    [FUSE_OP_SYNCFS] = { fuse_op_syncfs, 0, 0 },
-    [FUSE_OP_TMPFILE] = { fuse_op_tmpfile, 0, NEED_NODE },
-    [FUSE_OP_STATX] = { op_enosys, 0, 0 }, /* sent only for a birth time, which RAFS has not */
+    [FUSE_OP_LOOKUP] = { fuse_op_lookup, NULL, 2, NEED_NODE },
+    [FUSE_OP_FORGET] = { fuse_op_forget, NULL, sizeof(struct fuse_forget_in), NO_REPLY },
+    [FUSE_OP_GETATTR] = { fuse_op_getattr, NULL, 0, NEED_NODE },
+    [FUSE_OP_SETATTR] = { op_erofs, fuse_rw_setattr, 0, NEED_NODE },
+    [FUSE_OP_READLINK] = { fuse_op_readlink, NULL, 0, NEED_NODE },
+    [FUSE_OP_SYMLINK] = { op_erofs, fuse_rw_symlink, 0, NEED_NODE },
+    [FUSE_OP_MKNOD] = { op_erofs, fuse_rw_mknod, 0, NEED_NODE },
+    [FUSE_OP_MKDIR] = { op_mkdir, fuse_rw_mkdir, 0, NEED_NODE },
+    [FUSE_OP_UNLINK] = { op_erofs, fuse_rw_unlink, 0, NEED_NODE },
+    [FUSE_OP_RMDIR] = { op_erofs, fuse_rw_rmdir, 0, NEED_NODE },
+    [FUSE_OP_RENAME] = { op_erofs, fuse_rw_rename, 0, NEED_NODE },
+    [FUSE_OP_LINK] = { op_erofs, fuse_rw_link, 0, NEED_NODE },
+    [FUSE_OP_OPEN] = { fuse_op_open, fuse_rw_open, sizeof(struct fuse_open_in), NEED_NODE },
+    [FUSE_OP_READ] = { fuse_op_read, fuse_rw_read, sizeof(struct fuse_read_in), NEED_NODE },
+    [FUSE_OP_WRITE] = { op_erofs, fuse_rw_write, 0, NEED_NODE },
+    [FUSE_OP_STATFS] = { fuse_op_statfs, fuse_rw_statfs, 0, NEED_NODE },
+    [FUSE_OP_RELEASE] = { fuse_op_release, fuse_rw_release, 0, USE_NODE },
+    [FUSE_OP_FSYNC] = { op_flush, fuse_rw_fsync, 0, NEED_NODE },
+    [FUSE_OP_SETXATTR] = { op_erofs, fuse_rw_setxattr, 0, NEED_NODE },
+    [FUSE_OP_GETXATTR] = { fuse_op_getxattr, NULL, sizeof(struct fuse_getxattr_in) + 2, NEED_NODE },
+    [FUSE_OP_LISTXATTR] = { fuse_op_listxattr, NULL, sizeof(struct fuse_getxattr_in), NEED_NODE },
+    [FUSE_OP_REMOVEXATTR] = { op_erofs, fuse_rw_removexattr, 0, NEED_NODE },
+    [FUSE_OP_FLUSH] = { op_flush, fuse_rw_flush, 0, NEED_NODE },
+    [FUSE_OP_INIT] = { op_init, NULL, 8, ANY_TIME },
+    [FUSE_OP_OPENDIR] = { fuse_op_opendir, fuse_rw_opendir, sizeof(struct fuse_open_in), NEED_NODE },
+    [FUSE_OP_READDIR] = { fuse_op_readdir, NULL, sizeof(struct fuse_read_in), NEED_NODE },
+    [FUSE_OP_RELEASEDIR] = { fuse_op_release, fuse_rw_release, 0, USE_NODE },
+    [FUSE_OP_FSYNCDIR] = { op_flush, fuse_rw_fsync, 0, NEED_NODE },
+    [FUSE_OP_GETLK] = { op_enosys, NULL, 0, 0 }, /* locks stay with the kernel: INIT does not offer them */
+    [FUSE_OP_SETLK] = { op_enosys, NULL, 0, 0 },
+    [FUSE_OP_SETLKW] = { op_enosys, NULL, 0, 0 },
+    [FUSE_OP_ACCESS] = { fuse_op_access, NULL, sizeof(struct fuse_access_in), NEED_NODE },
+    [FUSE_OP_CREATE] = { op_erofs, fuse_rw_create, 0, NEED_NODE },
+    [FUSE_OP_INTERRUPT] = { op_none, NULL, 0, ANY_TIME }, /* every read ends by its deadline */
+    [FUSE_OP_BMAP] = { op_enosys, NULL, 0, 0 },
+    [FUSE_OP_DESTROY] = { op_destroy, NULL, 0, 0 },
+    [FUSE_OP_IOCTL] = { op_enotty, NULL, 0, NEED_NODE },
+    [FUSE_OP_POLL] = { op_enosys, NULL, 0, 0 },
+    [FUSE_OP_NOTIFY_REPLY] = { op_none, NULL, 0, ANY_TIME },
+    [FUSE_OP_BATCH_FORGET] = { fuse_op_batch_forget, NULL, sizeof(struct fuse_batch_forget_in), NO_REPLY },
+    [FUSE_OP_FALLOCATE] = { op_erofs, fuse_rw_fallocate, 0, NEED_NODE },
+    [FUSE_OP_READDIRPLUS] = { fuse_op_readdirplus, NULL, sizeof(struct fuse_read_in), NEED_NODE },
+    [FUSE_OP_RENAME2] = { op_erofs, fuse_rw_rename2, 0, NEED_NODE },
+    [FUSE_OP_LSEEK] = { fuse_op_lseek, fuse_rw_lseek, sizeof(struct fuse_lseek_in), NEED_NODE },
+    [FUSE_OP_COPY_FILE_RANGE] = { op_copy_file_range, fuse_rw_copy_file_range, 0, NEED_NODE },
+    [FUSE_OP_SETUPMAPPING] = { op_enosys, NULL, 0, 0 }, /* no DAX window */
+    [FUSE_OP_REMOVEMAPPING] = { op_enosys, NULL, 0, 0 },
+    [FUSE_OP_SYNCFS] = { fuse_op_syncfs, NULL, 0, 0 },
+    [FUSE_OP_TMPFILE] = { op_erofs, fuse_rw_tmpfile, 0, NEED_NODE },
+    [FUSE_OP_STATX] = { op_enosys, NULL, 0, 0 }, /* sent only for a birth time, which RAFS has not */
 };
 
 static enum req_verdict serve_call(struct fuse_call *c)
 {
-    static const struct fuse_op unknown = { op_enosys, 0, 0 };
+    static const struct fuse_op unknown = { op_enosys, NULL, 0, 0 };
     const struct fuse_in_header *in = &c->r->in;
     const struct fuse_op *op = in->opcode < FUSE_OP_MAX && ops[in->opcode].fn ? &ops[in->opcode] : &unknown;
 
@@ -321,7 +250,7 @@ static enum req_verdict serve_call(struct fuse_call *c)
         if (rc && op->flags & NEED_NODE)
             return fuse_reply_error(c, -rc);
         if (!rc && c->node.fs->ops->rw)
-            return fuse_rw_serve(c, op->fn);
+            return fuse_rw_serve(c, op->rw ? op->rw : op->fn);
     }
     return op->fn(c);
 }
@@ -404,7 +333,7 @@ uint32_t fuse_session_gen(struct fuse_session *s)
 
 void fuse_session_resume(struct fuse_session *s)
 {
-    if (!atomic_exchange(&s->ready, 1))
+    if (!atomic_exchange(&s->ready, true))
         vfs_sessions(s->vfs, 1);
 }
 
@@ -430,6 +359,7 @@ struct fuse_session *fuse_session_new(struct vnd_engine *e, struct vnd_vfs *v)
     if (s) {
         s->engine = e;
         s->vfs = v;
+        s->serve = fuse_session_serve;
         pthread_mutex_init(&s->lock, NULL);
     }
     return s;
@@ -443,31 +373,4 @@ void fuse_session_free(struct fuse_session *s)
         pthread_mutex_destroy(&s->lock);
         free(s);
     }
-}
-
-int fuse_worker_init(struct fuse_worker *w, struct vnd_engine *e, struct vnd_vfs *v)
-{
-    memset(w, 0, sizeof(*w));
-    w->engine = e;
-    w->scratch_bytes = FUSE_REPLY_MAX + FUSE_HDR;
-    w->scratch = malloc(w->scratch_bytes);
-    if (!w->scratch)
-        return -ENOMEM;
-    engine_counters_register(e, &w->counters);
-    pthread_mutex_lock(&e->lock);
-    w->metrics_shard = metrics_take_shard(&e->metrics_shards);
-    pthread_mutex_unlock(&e->lock);
-    vfs_worker_add(v, w);
-    return 0;
-}
-
-void fuse_worker_free(struct fuse_worker *w, struct vnd_vfs *v)
-{
-    vfs_worker_remove(v, w);
-    engine_counters_unregister(w->engine, &w->counters);
-    pthread_mutex_lock(&w->engine->lock);
-    metrics_give_shard(&w->engine->metrics_shards, w->metrics_shard);
-    pthread_mutex_unlock(&w->engine->lock);
-    free(w->scratch);
-    w->scratch = NULL;
 }
