@@ -16,7 +16,8 @@ CLIBS := -lzstd -llz4 -lz -lcrypto -lpthread
 LAYERS := base blob cache store fs rafs passthrough fuse vhost fusedev precontent
 CSRC := $(sort $(foreach d,$(LAYERS),$(wildcard csrc/$(d)/*.c)))
 CHDR := csrc/vnd.h $(foreach d,$(LAYERS),$(wildcard csrc/$(d)/*.h))
-CTESTS := $(patsubst tests/c/%.c,%,$(sort $(wildcard tests/c/test_*.c)))
+# FOLDER/test_FILE, one for each source that has a C test
+CTESTS := $(patsubst tests/c/%.c,%,$(sort $(wildcard tests/c/*/test_*.c)))
 FUZZERS := $(patsubst tests/fuzz/%.c,%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 SAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
@@ -50,8 +51,9 @@ $(BUILD)/$(1)/obj/%.o: csrc/%.c
 	@mkdir -p $$(@D)
 	@$(2) $(CSTD) $(3) -MMD -MP -c $$< -o $$@
 $(BUILD)/$(1)/%: $(5)/%.c $(patsubst csrc/%.c,$(BUILD)/$(1)/obj/%.o,$(CSRC)) $(CHDR) $(wildcard $(5)/*.h)
-	@$(2) $(CSTD) $(4) $$(filter %.c %.o,$$^) -o $$@ $(CLIBS)
--include $(wildcard $(BUILD)/$(1)/obj/*.d)
+	@mkdir -p $$(@D)
+	@$(2) $(CSTD) -I$(5) $(4) $$(filter %.c %.o,$$^) -o $$@ $(CLIBS)
+-include $(wildcard $(BUILD)/$(1)/obj/*/*.d)
 endef
 $(eval $(call kind,c,$(CC),$(CWARN) -O1 -g,$(CWARN) -O1 -g,tests/c))
 $(eval $(call kind,asan,$(CC),$(CWARN) -O1 -g $(SAN),$(CWARN) -O1 -g $(SAN),tests/c))
@@ -73,7 +75,7 @@ $(BUILD)/asan-tree/.built: $(VENV)/.ready $(CSRC) $(CHDR) $(wildcard csrc/fakegu
 asan: $(BUILD)/asan-tree/.built
 	@$(MAKE) --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/asan/,$(CTESTS))
 	@for t in $(addprefix $(BUILD)/asan/,$(CTESTS)); do $$t || exit 1; done
-	@scripts/run-sanitized $(PY) $(BUILD)/asan-tree -q -m "not guest" tests/fakeguest tests/vhost tests/vhost_hostile tests/fusedev/test_mount.py tests/fusedev/test_passthrough.py tests/passthrough
+	@scripts/run-sanitized $(PY) $(BUILD)/asan-tree -q -m "not guest" tests/fakeguest tests/vhost tests/fuse/test_mount.py tests/fuse/test_passthrough.py tests/passthrough
 
 tsan:
 	@$(MAKE) --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/tsan/,$(CTESTS))

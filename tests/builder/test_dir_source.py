@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from rafs_writer.decoder import Blob, Bootstrap, read_file
-from rafs_writer.trees import ACL
 
+from tests.rafs.decoder import Blob, Bootstrap, read_file
+from tests.rafs.trees import ACL
 from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
 from virtiofsd_nydus.builder.options import UsageFailure
 from virtiofsd_nydus.errors import Failure

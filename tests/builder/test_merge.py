@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from layers import make_layer, write_layout
-from rafs_writer.decoder import Blob, Bootstrap, Node, read_file
-from rafs_writer.trees import build_tar, decode_image
 
+from tests.builder.layers import make_layer, write_layout
+from tests.rafs.decoder import Blob, Bootstrap, Node, read_file
+from tests.rafs.trees import build_tar, decode_image
 from virtiofsd_nydus.builder.image import BuildOptions, merge_layers
 from virtiofsd_nydus.errors import Cause, Failure
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from layers import make_layer
-from rafs_writer.decoder import read_file
-from rafs_writer.trees import build_tar, check_tree, decode_image, make_tree, write_tar
 
+from tests.builder.layers import make_layer
+from tests.rafs.decoder import read_file
+from tests.rafs.trees import build_tar, check_tree, decode_image, make_tree, write_tar
 from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
 from virtiofsd_nydus.errors import Cause, Failure
 

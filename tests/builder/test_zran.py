@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from rafs_writer.test_readback import check_tar
-from rafs_writer.trees import Entry, Tree, make_tree, write_tar
 
+from tests.rafs.test_readback import check_tar
+from tests.rafs.trees import Entry, Tree, make_tree, write_tar
 from virtiofsd_nydus.builder.image import BuildOptions, Layer, build_layer, merge_layers
 from virtiofsd_nydus.cli.main import main
 from virtiofsd_nydus.errors import Cause, Failure

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.daemon import nydusd_api
-from tests.fusedev.host import VERB, has_fuse
+from tests.fuse.host import VERB, has_fuse
 
 NYDUSD = os.environ.get("NYDUSD", "")
 pytestmark = pytest.mark.skipif(bool(has_fuse()), reason=has_fuse())

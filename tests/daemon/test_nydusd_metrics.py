@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.fusedev.host import VERB
+from tests.fuse.host import VERB
 from tests.system.daemon import WAIT_SECONDS, wait_until
 from virtiofsd_nydus.vmm.servers import UnixConnection
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from virtiofsd_nydus._fakeguest import ffi, lib
 
-from tests.fakeguest.gate import GateRegistry
 from tests.fakeguest.support import Image, assert_alive, build_image, open_fds, pattern, wait_until
+from tests.peers.gate import GateRegistry
 from virtiofsd_nydus.fakeguest import frontend as vhost
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, NoAnswer
 from virtiofsd_nydus.fakeguest.frontend import Request

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.conftest import BUSYBOX
 from tests.kata.conftest import CLI, ROOT, launch
+from tests.vmm.conftest import BUSYBOX
 
 APPLETS = (
     "sh",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fusedev.conftest import mounts_dir, start_host  # noqa: F401
+from tests.fuse.conftest import mounts_dir, start_host  # noqa: F401
 from tests.kernelmount.kernel import KernelMount
 from tests.peers.registry import LocalRegistry
 from tests.system.conftest import (  # noqa: F401

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import tree_listing
-from tests.fusedev.host import VERB
+from tests.fuse.host import VERB
 from tests.kernelmount.kernel import ROLES, KernelMount
 from tests.passthrough.privileges import check_reduced
 from tests.peers.registry import LocalRegistry

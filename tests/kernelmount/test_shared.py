@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import tree_listing
-from tests.fusedev.conftest import StartHost
+from tests.fuse.conftest import StartHost
 from tests.kernelmount.kernel import KernelMount
 from tests.peers.registry import LocalRegistry
 from tests.system.daemon import Daemon, ServedImage, data_ends

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fusedev.host import has_fuse, umount_below
+from tests.fuse.host import has_fuse, umount_below
 from tests.passthrough import exercise
 from tests.passthrough.conftest import DESCRIPTORS, DROP_HANDLES, HANDLES, only_handles
 from tests.passthrough.exercise import PROTECTIONS, arguments, compare

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakeguest.support import assert_alive, build_image
-from tests.fusedev.host import has_fuse
+from tests.fuse.host import has_fuse
 from tests.passthrough.gate_fs import GateFs
 from tests.passthrough.test_api import connect_api
 from virtiofsd_nydus.fakeguest import fuse_client as fc

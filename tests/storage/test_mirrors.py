@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.net.test_auth import AUTH, SECRET
 from tests.peers.faulty_server import FaultyServer
 from tests.storage.conftest import DATA, read
-from tests.storage.test_auth import AUTH, SECRET
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 """A real guest whose registry dies under it, at each stage of its boot. (Trees, programs, reboots and what is fetched:
-tests/guest.)"""
+tests/vmm.)"""
 
 import shutil
 import signal

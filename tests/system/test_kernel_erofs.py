@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import tree_listing
-from tests.rafs_writer import decoder
+from tests.rafs import decoder
 from tests.system.conftest import Converter
 from tests.system.daemon import ServedImage
 from tests.system.guest_tree import Record, differences

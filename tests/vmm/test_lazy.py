@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.conftest import CLI, ROOT
 from tests.peers.registry import LocalRegistry
+from tests.vmm.conftest import CLI, ROOT
 from virtiofsd_nydus.vmm.boot import BootOptions, BootReport, boot_guest
 from virtiofsd_nydus.vmm.guest import Deadline
 from virtiofsd_nydus.vmm.image import prepare_image

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fusedev.conftest import StartHost
-from tests.fusedev.host import VERB, HostDaemon
+from tests.fuse.conftest import StartHost
+from tests.fuse.host import VERB, HostDaemon
 from tests.system.daemon import WAIT_SECONDS, ServedImage, wait_until
 
 LARGE_BYTES = 3 << 20

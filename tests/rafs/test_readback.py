@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from rafs_writer.trees import Entry, Tree, build_tar, make_tree, write_tar
-from tests.rafs_writer import decoder
+from tests.rafs import decoder
+from tests.rafs.trees import Entry, Tree, build_tar, make_tree, write_tar
 from tests.system.daemon import Daemon, ServedImage
 from tests.system.guest_tree import Record, differences, list_tree
 from tests.system.test_kernel_erofs import mounted

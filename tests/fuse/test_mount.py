@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests import tree_listing
-from tests.fusedev.conftest import StartHost
-from tests.fusedev.host import VERB, HostDaemon
+from tests.fuse.conftest import StartHost
+from tests.fuse.host import VERB, HostDaemon
 from tests.peers.registry import LocalRegistry
 from tests.system.conftest import CODECS, Converter
 from tests.system.daemon import WAIT_SECONDS, ServedImage

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fusedev.host import HostDaemon, has_fuse, umount_below
+from tests.fuse.host import HostDaemon, has_fuse, umount_below
 from tests.system.conftest import (  # noqa: F401
     Converter,
     converter,

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.rafs.test_reader import SAMPLES, compare_entry, fill_tree, names_below, needs_samples
+from tests.reader.test_bootstrap import SAMPLES, compare_entry, fill_tree, names_below, needs_samples
 from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
 from virtiofsd_nydus.cli.check import list_faults

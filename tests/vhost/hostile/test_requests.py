@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from tests.vhost_hostile.tools import GETATTR_REPLY, GETATTR_ROOT, NEXT, WRITE, Bench
+from tests.vhost.hostile.tools import GETATTR_REPLY, GETATTR_ROOT, NEXT, WRITE, Bench
 from virtiofsd_nydus.fakeguest.fuse_client import (
     BATCH_FORGET,
     FORGET,

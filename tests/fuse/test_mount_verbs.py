@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import tree_listing
-from tests.fusedev.host import VERB
+from tests.fuse.host import VERB
 from tests.peers.registry import LocalRegistry
 from tests.system.conftest import run_verb
 from tests.system.guest_tree import Record, differences

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.conftest import run_tool
+from tests.vmm.conftest import run_tool
 from virtiofsd_nydus.vmm.guest import Deadline
 from virtiofsd_nydus.vmm.image import prepare_image
 from virtiofsd_nydus.vmm.qemu import GuestFiles, Machine, MachineConfig, Share

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.fakeguest.support import undisturbed
-from tests.vhost_hostile.tools import Bench
+from tests.vhost.hostile.tools import Bench
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 

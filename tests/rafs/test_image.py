@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rafs_writer.decoder import Blob, Bootstrap
-from rafs_writer.trees import Entry, Tree, build_tar, check_tree, decode_image, make_tree, write_tar
+from tests.rafs.decoder import Blob, Bootstrap
+from tests.rafs.trees import Entry, Tree, build_tar, check_tree, decode_image, make_tree, write_tar
 from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs.bootstrap import BlobInfo, BootstrapWriter

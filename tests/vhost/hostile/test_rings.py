@@ -11,7 +11,7 @@ import pytest
 from virtiofsd_nydus._fakeguest import lib
 
 from tests.fakeguest.support import FILES, BackgroundLoad, Load, pattern
-from tests.vhost_hostile.tools import FILL, GETATTR_REPLY, GETATTR_ROOT, HOLE_GPA, INDIRECT, NEXT, WRITE, Bench
+from tests.vhost.hostile.tools import FILL, GETATTR_REPLY, GETATTR_ROOT, HOLE_GPA, INDIRECT, NEXT, WRITE, Bench
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, Region
 from virtiofsd_nydus.fakeguest.fuse_client import READ, READ_IN, pack_request
 from virtiofsd_nydus.vmm.servers import NydusDaemon

@@ -8,7 +8,7 @@ import stat
 import tarfile
 from dataclasses import dataclass, field, replace
 
-from rafs_writer.decoder import Blob, Bootstrap, Node, check_blob_entry, read_file
+from tests.rafs.decoder import Blob, Bootstrap, Node, check_blob_entry, read_file
 from virtiofsd_nydus.builder.image import BuildOptions, Layer, build_layer, merge_layers
 
 ACL = bytes.fromhex("0200000001000600ffffffff04000400ffffffff20000400ffffffff")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fusedev.conftest import StartHost
-from tests.fusedev.host import HostDaemon
+from tests.fuse.conftest import StartHost
+from tests.fuse.host import HostDaemon
 from tests.peers.registry import LocalRegistry
 from tests.system.daemon import WAIT_SECONDS, ServedImage, wait_until
 from tests.system.range_proxy import RangeProxy

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.guest.conftest import CLI, ROOT
+from tests.vmm.conftest import CLI, ROOT
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.vmm import accel
 from virtiofsd_nydus.vmm.boot import BootOptions, TimedOut, boot_guest

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rafs_writer.decoder import Blob, Bootstrap
-from rafs_writer.trees import Entry, Tree, build_tar, make_tree, write_tar
+from tests.rafs.decoder import Blob, Bootstrap
+from tests.rafs.trees import Entry, Tree, build_tar, make_tree, write_tar
 from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
 from virtiofsd_nydus.cli.main import main
 
