@@ -1,8 +1,8 @@
 """`bench cold-start`: from nothing to the end of a command in a guest, lazily and by full pull.
 
 Each round boots, in turn: lazily with an empty cache; lazily again with what the first left (another guest on the
-node); and, with --full-pull, the way without us: skopeo pulls the whole image, umoci unpacks it, the machine's other
-virtio-fs server shares the directory. Rounds alternate, so that what else the machine does hits all sides.
+node); and, with --full-pull, the usual way: skopeo pulls the whole image, umoci unpacks it, the machine's other
+virtio-fs server shares the directory. Rounds alternate, so that other load of the machine hits all sides.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """`bench io`: warm reads and look-ups through the fake guest, ours and the machine's other virtio-fs server.
 
-Both servers run all the time on the same tree, ours on the image of it; rounds alternate, so that what else
-the machine does hits both. Every reply is checked. CPU time is that of all threads of the server, from the scheduler.
+Both servers run all the time on the same tree, ours on the image of it; rounds alternate, so that other load of
+the machine hits both. Every reply is checked. CPU time is that of all threads of the server, from the scheduler.
 """
 
 import argparse
@@ -189,7 +189,7 @@ def pin(pid: int, cpus: set[int]) -> None:
 
 
 def describe_peer(server: PeerVirtiofsd) -> str:
-    """Its name and version."""
+    """Name and version of the other server."""
     done = subprocess.run([server.program, "--version"], capture_output=True, text=True, timeout=10, check=False)
     match = re.search(r"\d+\.\d+(\.\d+)*", done.stdout + done.stderr)
     maker = "QEMU's " if server.program == C_VIRTIOFSD else ""

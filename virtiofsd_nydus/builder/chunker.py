@@ -1,7 +1,7 @@
-"""The pipeline between file contents and a blob: threads digest and compress, one thread writes in the order of input.
+"""From file contents to a blob: threads digest and compress, one thread writes in the order of input.
 
-What a chunk becomes depends on nothing but its bytes and the options, and the place it gets on nothing but the order of
-input, so the blob is the same for any number of threads. Small chunks travel in batches: a hand-over between threads
+A chunk's form depends on its bytes and the options alone, and its place on the order of input alone, so the blob is the
+same for any number of threads. Small chunks travel in batches: a hand-over between threads
 costs more than compressing a small file does, and zstandard compresses a whole batch without coming back to Python.
 """
 
@@ -21,8 +21,8 @@ from virtiofsd_nydus.rafs.tree import RegularFile
 
 BATCH_BYTES = 1 << 20
 BATCH_CHUNKS = 512
-THREADS_MAX = 8  # by default; reading, hashing and writing keep one processor busy, more than eight would wait for it
-QUEUE_BYTES_MAX = 64 << 20  # of input handed over and not yet written, twice that with what it is compressed to
+THREADS_MAX = 8  # reading, hashing and writing keep one processor busy: more threads would wait for it
+QUEUE_BYTES_MAX = 64 << 20  # input that is queued and not yet written; with its compressed form twice that
 # A tar of some kilobytes can claim files of terabytes that are holes; their chunk indexes end up in memory.
 REFERENCES_MAX = 1 << 26
 
@@ -177,17 +177,17 @@ class Chunker:
         return [(cipher.encrypt(bytes(payload)), flags | ChunkFlag.ENCRYPTED) for payload, flags in done]
 
     def flush(self) -> None:
-        """Everything that was added so far is in the blob when this returns."""
+        """Writes to the blob everything that was added so far."""
         if self._chunks:
             self._submit()
         while self._queue:
             self._write_next()
 
     def close(self) -> None:
-        """Ends the pipeline; as flush."""
+        """Flushes, then ends the threads."""
         self.flush()
         self._pool.shutdown()
 
     def cancel(self) -> None:
-        """Gives up: after a failure, so that no thread outlives the build."""
+        """Ends the threads without writing, after a failure."""
         self._pool.shutdown(wait=True, cancel_futures=True)

@@ -12,7 +12,7 @@ from virtiofsd_nydus.rafs.blob import BlobInfo
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.layout import BlobFeature
 
-# Blobs whose data cannot be told in another image's blob table.
+# Features of blobs that another image's blob table cannot describe.
 REFUSED = {
     BlobFeature.ENCRYPTED: "encrypted", BlobFeature.ZRAN: "of a zran image",
     BlobFeature.SEPARATE: "without its blob.meta",

@@ -29,7 +29,7 @@ __all__ = ["BuildOptions", "Layer", "MergedImage", "build_layer", "merge_layers"
 
 @dataclass(slots=True)
 class LayerStats:
-    """What went into a layer and came out."""
+    """Counts of one layer: what was read and what was written."""
 
     names: int = 0
     files: int = 0
@@ -68,7 +68,7 @@ class MergedImage:
 
     @property
     def bootstrap(self) -> memoryview:
-        """It may be large and not in memory: to be taken in pieces (spill.copy_pieces)."""
+        """The bootstrap's bytes. They may be large and not in memory: take them in pieces (spill.copy_pieces)."""
         return self.arena.view()
 
 
@@ -256,7 +256,7 @@ def _make_reader(
 
 
 def _prefetch_paths(options: BuildOptions) -> list[bytes]:
-    """What goes into the prefetch table: only the policy "fs" has one."""
+    """Paths for the prefetch table; only the policy "fs" writes one."""
     return [os.fsencode(path) for path in options.prefetch_patterns] if options.prefetch_policy == "fs" else []
 
 

@@ -42,14 +42,14 @@ def list_lower_links(tree: Tree) -> list[tuple[int, bytes, int]]:
 
 
 def _drop_whiteouts(tree: Tree) -> None:
-    """There is nothing below that they could speak of."""
+    """Removes the whiteouts of the lowest layer: nothing is below it."""
     for directory in tree.walk_directories():
         for name in [name for name, _ in tree.names(directory) if name.startswith(WHITEOUT_PREFIX)]:
             tree.unlink(directory, name)
 
 
 class _Merge:
-    """One layer onto what lies below it."""
+    """Puts one layer on the tree of the layers below."""
 
     def __init__(self, lower: Tree, upper: Tree, label: str) -> None:
         self._lower = lower
@@ -58,8 +58,8 @@ class _Merge:
         self._find_lower_targets(label)
 
     def _find_lower_targets(self, label: str) -> None:
-        """What links into the layers below share. Looked up before the layer changes anything: what the layer itself
-        holds under the target's name was looked at when the layer was read."""
+        """Finds the inodes that this layer's links into the layers below share. It runs before the layer changes
+        anything. A target in the layer itself was found when the layer was read."""
         lower = self._lower
         for _, name, link in list_lower_links(self._upper):
             if name.startswith(WHITEOUT_PREFIX):
@@ -77,7 +77,7 @@ class _Merge:
             self._taken[link] = target
 
     def _take(self, node: int) -> int:
-        """A node of the layer, in the tree below."""
+        """Copies a node of the layer into the tree below."""
         taken = self._taken.get(node)
         if taken is None:
             taken = self._lower.copy_node(self._upper, node)
@@ -186,5 +186,5 @@ class ChunkChoice:
 
 
 def _chunk_key(table: ChunkTable, index: int) -> bytes:
-    """Chunks are equal where digest and size are."""
+    """Two chunks with this key are equal: digest and size."""
     return table.digest(index) + table.usize(index).to_bytes(4, "little")

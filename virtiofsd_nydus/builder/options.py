@@ -1,4 +1,4 @@
-"""What a person can choose about an image."""
+"""Options of an image."""
 
 from dataclasses import dataclass
 
@@ -63,7 +63,7 @@ class BuildOptions:
         if self.oci_ref and (batch or self.encrypt):
             raise UsageFailure("an image that refers to the OCI layers has no data of its own to batch or encrypt")
         if self.oci_ref and self.digester != "sha256":
-            object.__setattr__(self, "digester", "sha256")  # the only one such images have
+            object.__setattr__(self, "digester", "sha256")  # such images have no other
 
     @property
     def codec(self) -> layout.Codec:

@@ -59,7 +59,8 @@ class DirectorySource:
         return self.tree
 
     def _find_first_names(self) -> dict[int, bytes]:
-        """Of hard links the name that decides whether and when they are prefetched, and by which they are read."""
+        """Chooses for each set of hard links the name by which they are read, and which decides whether and when they
+        are prefetched."""
         linked = set(self._links.values())
         first: dict[int, bytes] = {}
         for path, node in self.tree.list_paths():
@@ -68,8 +69,8 @@ class DirectorySource:
         return first
 
     def _list_matches(self, pattern: bytes) -> Iterator[tuple[bytes, int]]:
-        """What a pattern names, in the order of the tree: a path, or all that is below it. Unlike the path of a mount
-        it is compared as it is."""
+        """The entries that a pattern names, in the order of the tree: a path and all that is below it. The pattern is
+        compared as it is, unlike the path of a mount."""
         node = self.tree.find_path(pattern)
         path = b"/".join((b"", *(part for part in pattern.split(b"/") if part and part != b".")))
         if not node or path != pattern:

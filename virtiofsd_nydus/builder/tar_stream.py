@@ -15,9 +15,9 @@ from virtiofsd_nydus.rafs import layout
 
 RECORD = 512
 READ_BYTES = 256 << 10
-# zstandard gives out all that its input holds, up to 32 KiB a byte: small pieces bound the memory.
+# zstandard decodes all of its input at once, up to 32 KiB a byte: small pieces bound the memory.
 ZSTD_FEED_BYTES = 2 << 10
-# Names and pax headers longer than this are nobody's: refuse before allocating.
+# No real archive has names or pax headers longer than this: they are refused before memory is allocated.
 EXTENSION_BYTES_MAX = 8 << 20
 SPARSE_REGIONS_MAX = 1 << 20
 ZERO_RECORD = bytes(RECORD)
@@ -28,7 +28,7 @@ class Readable(Protocol):
 
 
 class TarFailure(Failure):
-    """What is wrong with a tar; whoever knows the layer's name puts it in front."""
+    """A fault of a tar. The caller puts the layer's name in front of the message."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, Cause.FORMAT)
@@ -92,7 +92,7 @@ def _gunzip(source: Readable, head: bytes) -> Iterator[bytes]:
 
 
 def _unzstd(source: Readable, head: bytes) -> Iterator[bytes]:
-    """The same of zstd frames. One at a time, because zstandard tells of a frame's end only so."""
+    """Decoded pieces of zstd frames, one frame at a time, because zstandard tells a frame's end only then."""
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor()
@@ -142,7 +142,7 @@ def open_pieces(source: Readable) -> Iterator[bytes]:
     return _plain(source, head)
 
 
-@lru_cache(4096)  # modes, owners and times come again and again
+@lru_cache(4096)  # the same modes, owners and times come again and again
 def parse_number(field: bytes, what: str) -> int:
     """A numeric header field: octal, or base-256 when the first byte says so."""
     if field[0] in (0x80, 0xFF):
@@ -256,7 +256,7 @@ class TarStream:
         return data[:size]
 
     def drain(self) -> None:
-        """Reads the source to its end, so that whoever hashes it has seen it all."""
+        """Reads the source to its end, so that a caller who hashes it has all bytes."""
         self._buffer, self._position = b"", 0
         for _piece in self._pieces:
             pass
@@ -309,7 +309,8 @@ class TarStream:
             pax = {}
             if entry.size < 0 or entry.size > layout.FILE_BYTES_MAX:
                 raise TarFailure(f"{show(entry.name)}: a size of {entry.size} bytes")
-            # Only regular files have data, whatever the size field of others says (hard links often repeat the size).
+            # Only regular files have data; the size field of others is not looked at (hard links often repeat the
+            # file's size).
             if entry.kind in b"123456":
                 entry.size = entry.real_size = 0
             self._left, self._padding = entry.size, -entry.size % RECORD

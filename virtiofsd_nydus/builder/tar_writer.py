@@ -1,5 +1,5 @@
-"""Writes a tar as a stream: ustar headers, pax records where those do not hold a value. Names and xattrs are bytes, any
-bytes; the same tree gives the same tar."""
+"""Writes a tar as a stream: ustar headers, and pax records for values that do not fit those. Names and xattrs are any
+bytes. The same tree gives the same tar."""
 
 from collections.abc import Iterable
 from typing import BinaryIO
@@ -67,7 +67,7 @@ class TarWriter:
         name: bytes, kind: bytes, mode: int, uid: int, gid: int, seconds: int, size: int, link: bytes,
         device: tuple[int, int],
     ) -> bytes:  # fmt: skip
-        """What a field cannot hold is 0 there: a pax record has it."""
+        """One header. A value that its field cannot hold is 0 there; a pax record has it."""
         header = bytearray(RECORD)
 
         def put_number(at: int, width: int, number: int) -> None:

@@ -41,7 +41,7 @@ class ZranIndex:
         return self._hash.hexdigest()
 
     def _next_piece(self) -> bool:
-        # Always of the same size: how far the decoder looks ahead depends on it, and the index on that.
+        # The size never changes: how far the decoder looks ahead depends on it, and the index depends on that.
         parts, left = [], READ_BYTES
         while left and (part := self._source.read(left)):
             parts.append(part)
@@ -100,11 +100,11 @@ class ZranIndex:
         if rc == -errno.E2BIG:
             raise TarFailure("its gzip blocks are too large for reading in place: convert without --oci-ref")
         start, context, offset = self._begun
-        # No bytes at all where it was decoded from bits of a byte taken before.
+        # The chunk may take no bytes: it was decoded from bits of the byte before.
         return ReferencePlace(start, self._offset[0] - start, context, offset)
 
     def encode_contexts(self) -> tuple[bytes, int]:
-        """Contexts as blob.meta holds them, and their number; their windows follow them."""
+        """The contexts as blob.meta holds them, and their number. Their windows follow them there."""
         count = self._ffi.new("uint32_t *")
         size = self._lib.vnd_zran_table(self._handle, self._ffi.NULL, 0, count)
         out = bytearray(size)
@@ -114,5 +114,5 @@ class ZranIndex:
 
     @property
     def windows(self) -> memoryview:
-        """All of them; may be large and not in memory."""
+        """The windows of all contexts; they may be large and not in memory."""
         return self._windows.view()

@@ -171,7 +171,7 @@ class Queue:
         self.check(lib.fg_submit(self.handle, slot, request, len(request), out_fixed, data_bytes))
 
     def reap(self, timeout_ms: int | None = None) -> tuple[int, bytes]:
-        """Any one completion: its slot and the whole reply, header first (empty when none came)."""
+        """Waits for any completion: its slot and the whole reply, header first (empty when none came)."""
         slot = ffi.new("uint32_t *")
         wait = self.timeout_ms if timeout_ms is None else timeout_ms
         length = self.check(lib.fg_reap(self.handle, slot, self.reply, REPLY_MAX, wait))

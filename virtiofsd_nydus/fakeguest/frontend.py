@@ -91,8 +91,8 @@ class Refused(RuntimeError):
 
 
 def connect_socket(path: Path, timeout_s: float) -> socket.socket:
-    """Connects; waits a little for a server that has bound its socket and does not listen yet, or has others to take
-    first."""
+    """Connects. Waits a little for a server that has bound its socket and does not listen yet, or has other
+    connections to accept first."""
     deadline = time.monotonic() + LISTEN_WAIT_S
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -231,10 +231,10 @@ class Sandbox(Lifetime):
             except OSError:
                 pass
             deadline.remaining()
-            time.sleep(0.01)  # the API socket is not there yet: nothing tells of it
+            time.sleep(0.01)  # nothing tells when the API socket appears
 
     def log_text(self) -> str:
-        """What the daemon has said."""
+        """The daemon's log so far."""
         return b"".join(self.log).decode(errors="replace")
 
     def call(self, method: str, mountpoint: str, body: dict[str, Any] | None = None) -> None:

@@ -1,1 +1,1 @@
-"""The RAFS writer. Reading is the C engine's alone."""
+"""Writes RAFS: bootstraps, blobs, blob.meta. Images are read by the C engine (csrc/rafs), for tools through reader/."""

@@ -1,4 +1,4 @@
-"""The chunk data of a blob: what every kind of blob starts with, and the plain blob of RAFS v5, which is nothing else.
+"""The chunk data of a blob: what every kind of blob starts with, and the blob of RAFS v5, which holds nothing else.
 
 A blob is a stream, written from front to end, and its id is the sha256 of all of it.
 """
@@ -14,7 +14,7 @@ from virtiofsd_nydus.rafs.cipher import Cipher
 from virtiofsd_nydus.rafs.layout import ChunkFlag
 
 FLUSH_BYTES = 1 << 20
-# A packed blob.meta of more is not kept, nor put beside the bootstrap.
+# A packed blob.meta larger than this is neither kept nor put beside the bootstrap.
 META_BYTES_MAX = 8 << 20
 
 

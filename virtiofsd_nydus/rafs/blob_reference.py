@@ -1,4 +1,4 @@
-"""A blob whose data is an OCI layer: what is written is its blob.meta alone, a small blob of its own."""
+"""A blob whose data is an OCI layer. Only its blob.meta is written, as a small blob of its own."""
 
 from typing import Protocol
 

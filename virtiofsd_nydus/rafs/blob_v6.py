@@ -27,7 +27,7 @@ DIGESTS_AT_A_TIME = 1 << 14
 
 
 class InlinedBlobWriter(BlobWriter):
-    """A blob with all its sections. With batch_size, small chunks are compressed together, up to so many bytes."""
+    """A blob with all its sections. batch_size: small chunks are compressed together, up to this many bytes."""
 
     def __init__(
         self, out: Writable, *, chunk_size: int, codec: layout.Codec, digester: layout.Digester, batch_size: int = 0,
@@ -154,7 +154,8 @@ class InlinedBlobWriter(BlobWriter):
         return codec, offset, len(packed), len(infos)
 
     def write_bootstrap(self, bootstrap: memoryview) -> None:
-        """Always zstd where that helps, whatever the data's codec: readers know no other."""
+        """The bootstrap is compressed with zstd where that helps, whatever the data's codec is: readers know no other
+        codec here."""
         offset = self.size
         with pack_section(bootstrap, self._directory) as packed:
             size, codec = packed.size, packed.codec

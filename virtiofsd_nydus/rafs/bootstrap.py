@@ -37,7 +37,7 @@ ChunkPlace = tuple[int, int]
 
 @dataclass(slots=True)
 class BootstrapStats:
-    """What a bootstrap came to."""
+    """Counts of a bootstrap that was written."""
 
     names: int = 0  # the root and every alias of a hard link included
     inodes: int = 0
@@ -79,7 +79,7 @@ def encode_chunk_record(table: ChunkTable, index: int, blob_index: int, file_off
 
 
 class MetaArea:
-    """Hands out places in the inode area. Offsets count from the area's start, whose first block stays unused (so that
+    """Allocates places in the inode area. Offsets count from the area's start, whose first block stays unused (so that
     no nid is 0, which readdir would hide). Ends of blocks that stayed free are given to small things later."""
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ def list_dirents(tree: Tree, directory: int) -> Iterator[tuple[bytes, int]]:
 
 
 def split_dirents(dirents: Iterable[tuple[bytes, int]]) -> Iterator[tuple[list[tuple[bytes, int]], int]]:
-    """What goes into each block of a directory, and the bytes it takes there."""
+    """Splits a directory's entries into blocks: the entries of each block, and the bytes they take."""
     block: list[tuple[bytes, int]] = []
     used = 0
     for dirent in dirents:
@@ -188,7 +188,7 @@ class BootstrapWriter:
         self._out = Arena(directory)
 
     def write(self) -> Arena:
-        """The whole bootstrap: what is used of the arena."""
+        """Writes the whole bootstrap and returns a view of it in the arena."""
         self._number()
         self._place_all()
         devices_end = layout.DEVICE_TABLE_OFFSET + layout.DEVICE_SLOT_BYTES * len(self.blobs)

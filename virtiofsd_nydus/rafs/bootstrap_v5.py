@@ -40,7 +40,7 @@ def encode_xattrs_v5(xattrs: Xattrs) -> bytes:
 
 
 def measure_directory_v5(tree: Tree, directory: int) -> int:
-    """The size a directory shows: a made-up one, for v5 has no blocks of names."""
+    """The size that a directory shows. v5 has no blocks of names, so the size is computed from the names."""
     return max(align_up(tree.measure_names(directory) + 8 * tree.child_count(directory), 4096), 4096)
 
 
@@ -69,7 +69,7 @@ class BootstrapWriterV5:
         self._out = Arena(directory)
 
     def write(self) -> Arena:
-        """The whole bootstrap: what is used of the arena."""
+        """Writes the whole bootstrap and returns a view of it in the arena."""
         self._number()
         self._digest_all()
         entries = self.stats.names
@@ -104,7 +104,7 @@ class BootstrapWriterV5:
         return arena
 
     def _number(self) -> None:
-        """Slots: a directory's children one after the other, then those of its sub-directories in turn."""
+        """Gives slots: to a directory's children one after the other, then to those of its sub-directories in turn."""
         tree = self.tree
         tree.clear_numbers()
         for directory in tree.walk_directories():
@@ -139,7 +139,7 @@ class BootstrapWriterV5:
         self._digests.reserve(DIGEST_BYTES * (slot + 1))
 
     def _digest_all(self) -> None:
-        """Leaves first: a directory's digest is made of its children's."""
+        """Computes all digests, leaves first: a directory's digest is made of its children's."""
         tree, digest, digests = self.tree, self._digest, self._digests.data
         nodes = tree.nodes.words
         empty = digest(b"")
@@ -168,7 +168,8 @@ class BootstrapWriterV5:
         return b"".join(table.digest(index) for table, index in located)
 
     def _write_records(self, out: Arena) -> bool:
-        """Records in the order of slots, and the table that tells where they are. Whether any inode has xattrs."""
+        """Writes the records in the order of slots, and the table of their places. Returns whether any inode has
+        xattrs."""
         xattr_areas: dict[int, bytes] = {0: b""}  # by their place in the tree, the latest of them
         has_xattrs = False
         slot = 1

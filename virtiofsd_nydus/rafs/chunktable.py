@@ -1,4 +1,4 @@
-"""What is known of the chunks of a blob while images are written from it."""
+"""The chunks of a blob while images are written from it."""
 
 import os
 import struct
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, Arena, relieve
 
-# A file's chunk number from here on is not a chunk of its own blob: it counts in ChunkTable.foreign.
+# A file's chunk number from this value on is an index into ChunkTable.foreign, not a chunk of its own blob.
 FOREIGN_BASE = 1 << 24
 
 # digest, uoff, coff, csize, usize, crc32c, flags
@@ -77,7 +77,7 @@ class ChunkTable:
         return RECORD.unpack_from(self._records.data, index * RECORD_BYTES)
 
     def locate(self, chunk: int) -> "tuple[ChunkTable, int]":
-        """The table and index a file's chunk number stands for."""
+        """The table and index that a file's chunk number stands for."""
         return self.foreign[chunk - FOREIGN_BASE] if chunk >= FOREIGN_BASE else (self, chunk)
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ class ChunkTable:
         return bytes(self._records.data[start : start + 32])
 
     def digests(self, start: int, end: int) -> bytes:
-        """Of a range of chunks, joined."""
+        """The digests of a range of chunks, joined."""
         data = self._records.data
         return b"".join(data[at : at + 32] for at in range(start * RECORD_BYTES, end * RECORD_BYTES, RECORD_BYTES))
 
@@ -122,7 +122,7 @@ class DigestIndex:
     def find(self, digest: bytes) -> int | None:
         slots = self._slots.quads
         mask = len(slots) - 1
-        mark = hash(digest) & HASH_MASK  # Python's hash of bytes is keyed: nobody can choose digests that meet
+        mark = hash(digest) & HASH_MASK  # keyed: an attacker cannot choose digests that collide
         at = mark & mask
         while value := slots[at]:
             if value >> NUMBER_BITS == mark and self._digest_of((value & NUMBER_MASK) - 1) == digest:
@@ -131,7 +131,7 @@ class DigestIndex:
         return None
 
     def add(self, digest: bytes, number: int) -> None:
-        """A digest that is not in it; number under 2^34 - 1."""
+        """Adds a digest that the index does not hold; number is below 2^34 - 1."""
         if self._count * 3 >= len(self._slots.quads) * 2:
             self._grow()
         self._put(self._slots.quads, (hash(digest) & HASH_MASK) << NUMBER_BITS | number + 1)

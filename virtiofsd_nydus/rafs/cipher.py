@@ -1,5 +1,5 @@
 """AES-128-XTS as Nydus encrypts blobs: each chunk is one data unit, all with the blob's key and tweak, which stand in
-the blob table. Whoever has the bootstrap can read the image."""
+the blob table. So the bootstrap alone is enough to read the image."""
 
 import secrets
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Cipher:
                 return cls(key, secrets.token_bytes(IV_BYTES))
 
     def encrypt(self, data: bytes | bytearray | memoryview) -> bytes:
-        """As long as data, or 18 bytes for less than 16."""
+        """Encrypts one data unit. The result is as long as data, or 18 bytes for less than 16."""
         from virtiofsd_nydus._engine import ffi, lib
 
         if len(data) < UNIT_BYTES_MIN:

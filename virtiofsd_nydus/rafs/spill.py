@@ -1,4 +1,4 @@
-"""Tables that outgrow memory: what is written once and read now and then lies in files that have no name.
+"""Tables that outgrow memory lie in files without names. They are written once and read now and then.
 
 An image can have millions of inodes, and what is known of each must be kept until its bootstrap is written. Such tables
 are arenas: memory while they are small, from HELD_BYTES on a mapped file, whose pages relieve() lets go of. They then
@@ -14,11 +14,11 @@ from collections.abc import Callable
 
 START_BYTES = 4 << 10
 HELD_BYTES = 256 << 10
-# Up to here a process may grow before relieve() does anything.
+# relieve() does nothing while the process uses less memory than this.
 RESIDENT_BYTES = 176 << 20
-# relieve() is called once for so many records made or visited.
+# relieve() is called once in this many records made or visited.
 RELIEVE_EVERY = 1 << 14
-# What is handed to a consumer at a time.
+# Bytes given to a consumer at a time.
 PIECE_BYTES = 1 << 20
 
 _mapped: "weakref.WeakSet[Arena]" = weakref.WeakSet()
@@ -26,9 +26,9 @@ _mapped_lock = threading.Lock()
 
 
 class Arena:
-    """Zeroed memory that grows. data, words and quads are views of all of it, as bytes, 32-bit and 64-bit numbers; they
-    are made anew when it grows, so nobody keeps one over that. used: bytes taken by append. directory: of the file
-    (default: TMPDIR)."""
+    """Zeroed memory that grows. data, words and quads are views of all of it, as bytes, 32-bit and 64-bit numbers;
+    they are made anew when it grows: a caller must not keep one across an append. used: bytes taken by append.
+    directory: of the file (default: TMPDIR)."""
 
     __slots__ = ("__weakref__", "_directory", "_fd", "_map", "data", "quads", "used", "words")
 
@@ -74,7 +74,7 @@ class Arena:
                 _mapped.add(self)
 
     def append(self, data: bytes | bytearray | memoryview) -> int:
-        """Returns the offset it is at."""
+        """Appends data and returns its offset."""
         offset = self.used
         end = offset + len(data)
         if end > len(self.data):

@@ -56,7 +56,7 @@ class RegularFile:
 class Tree:
     """directory: where the arenas' files go (default: TMPDIR). tables: the chunk tables of its files.
 
-    Names and attributes are whoever's who makes nodes; the writers check them."""
+    Names and attributes are not checked here; the writers check them."""
 
     def __init__(self, directory: "str | os.PathLike[str] | None" = None) -> None:
         self.tables: list[ChunkTable] = []
@@ -103,7 +103,8 @@ class Tree:
         self, mode: int = stat.S_IFDIR | 0o755, uid: int = 0, gid: int = 0, mtime_ns: int = 0, xattrs: Xattrs = (),
         *, implied: bool = False,
     ) -> int:  # fmt: skip
-        """implied: no entry of the source described it, it only had to exist; its attributes give way in a merge."""
+        """implied: no entry of the source describes the directory, but a path needs it; in a merge the other layer's
+        attributes win."""
         node = self._make(mode, uid, gid, mtime_ns, xattrs)
         self.nodes.words[node * 16 + EXTRA] = FLAG_IMPLIED if implied else 0
         return node
@@ -111,7 +112,8 @@ class Tree:
     def make_file(
         self, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs, size: int, table: ChunkTable
     ) -> int:
-        """Its chunks are indexes into table, one for each chunk_size bytes of size; add_chunk gives them."""
+        """Makes a file. Its chunks are indexes into table, one for each chunk_size bytes of size; add_chunk adds
+        them."""
         node = self._make(mode, uid, gid, mtime_ns, xattrs)
         self.nodes.quads[node * 8 + SIZE // 2] = size
         self.nodes.words[node * 16 + EXTRA] = self._number_table(table)
@@ -152,8 +154,8 @@ class Tree:
         self.nodes.quads[node * 8 + DATA // 2] = self._texts.append(target)
 
     def make_lower_link(self, target: bytes) -> int:
-        """A name that shares the inode of a path in the layers below; only merging can tell which that is. It has no
-        attributes of its own, not even a type."""
+        """Makes a name that shares the inode of a path in the layers below. Only merging can tell which inode that
+        is, so the node has no attributes, not even a type."""
         node = self._make(0, 0, 0, 0, ())
         self._set_target(node, target)
         self.lower_links += 1
@@ -169,7 +171,7 @@ class Tree:
         return node
 
     def copy_node(self, other: "Tree", node: int) -> int:
-        """A node as other's, in this tree; a directory without its entries."""
+        """Copies a node of another tree into this one; a directory comes without its entries."""
         mode, uid, gid, place, seconds, nanoseconds = ATTRIBUTES.unpack_from(other.nodes.data, node * NODE_BYTES)
         made = self._make(mode, uid, gid, 0, other.xattrs_at(place))
         place = self.nodes.words[made * 16 + XATTRS]
@@ -189,7 +191,7 @@ class Tree:
         return made
 
     def copy_attributes(self, directory: int, other: "Tree", node: int) -> None:
-        """Of another directory, to one of this tree."""
+        """Copies the attributes of a directory of another tree to one of this tree."""
         mode, uid, gid, place, seconds, nanoseconds = ATTRIBUTES.unpack_from(other.nodes.data, node * NODE_BYTES)
         xattrs = other.xattrs_at(place)
         found = self._xattr_places.get(xattrs)
@@ -216,7 +218,7 @@ class Tree:
         self.nodes.data[node * NODE_BYTES + 16 : node * NODE_BYTES + 28] = bytes(12)
 
     def xattrs_at(self, place: int) -> Xattrs:
-        """What `attributes` tells the place of; 0: none. Equal ones are mostly at one place."""
+        """The xattrs at a place that `attributes` gave; place 0: none. Equal sets mostly share a place."""
         found = self._xattrs_at.get(place)
         if found is None:
             if len(self._xattrs_at) > CACHED_XATTRS:
@@ -236,7 +238,7 @@ class Tree:
         return self.nodes.quads[node * 8 + DATA // 2]
 
     def target(self, node: int) -> bytes:
-        """Of a symbolic link; of a link into lower layers, the path there."""
+        """The target of a symbolic link, or the path that a link into lower layers names."""
         start = self.nodes.quads[node * 8 + DATA // 2]
         return bytes(self._texts.data[start : start + self.nodes.quads[node * 8 + SIZE // 2]])
 
@@ -255,11 +257,11 @@ class Tree:
 
     @property
     def node_count(self) -> int:
-        """Every node is less."""
+        """One more than the largest node number."""
         return self._node_count
 
     def clear_numbers(self) -> None:
-        """Sets what is the writer's to 0, of every node."""
+        """Sets the numbers that a writer keeps in the nodes to 0."""
         words = self.nodes.words
         for base in range(0, self._node_count * 16, 16):
             words[base + INO] = words[base + NID] = words[base + NLINK] = 0
@@ -268,7 +270,7 @@ class Tree:
 
     # ---- names
     def _hash(self, directory: int, name: bytes) -> int:
-        # Python's hash of bytes is keyed: nobody can choose names that meet.
+        # Python's hash of bytes is keyed: an attacker cannot choose names that collide.
         return (hash(name) ^ directory * 0x9E3779B1) & 0xFFFFFFFF
 
     def _find_entry(self, directory: int, name: bytes, hashed: int) -> int:
@@ -292,7 +294,7 @@ class Tree:
         return self._entries.words[entry * 8 + NODE] if entry else 0
 
     def link(self, directory: int, name: bytes, node: int) -> None:
-        """Gives a node a name, which another one may have had."""
+        """Gives a node a name in a directory; replaces the node that had the name."""
         nodes, own = self.nodes.words, directory * 16
         if nodes[node * 16] >> 12 == DIRECTORY:
             nodes[node * 16 + DATA + 1] = directory
@@ -334,7 +336,7 @@ class Tree:
                 buckets[slot] = base >> 3
 
     def unlink(self, directory: int, name: bytes) -> None:
-        """Takes a name away, if there is such a one."""
+        """Removes a name, if the directory has it."""
         hashed = self._hash(directory, name)
         entry = self._find_entry(directory, name, hashed)
         if entry:
@@ -354,7 +356,7 @@ class Tree:
         self.nodes.words[directory * 16 + COUNT] -= 1
 
     def clear(self, directory: int) -> None:
-        """Takes all names of a directory away."""
+        """Removes all names of a directory."""
         words = self._entries.words
         entry = self.nodes.words[directory * 16 + DATA]
         while entry:
@@ -367,11 +369,11 @@ class Tree:
         return self.nodes.words[directory * 16 + COUNT]
 
     def parent(self, directory: int) -> int:
-        """Of a directory that has a name; 0: of the root."""
+        """The directory that a directory is in; 0 for the root."""
         return self.nodes.words[directory * 16 + DATA + 1]
 
     def children(self, directory: int) -> Iterator[int]:
-        """The nodes of a directory, once for each name. Names given meanwhile may or may not be among them."""
+        """The nodes of a directory, once for each name. Names added meanwhile may or may not be among them."""
         words = self._entries.words
         entry = self.nodes.words[directory * 16 + DATA]
         while entry:
@@ -381,7 +383,7 @@ class Tree:
             entry = words[entry * 8 + NEXT]
 
     def names(self, directory: int) -> Iterator[tuple[bytes, int]]:
-        """The names of a directory and their nodes, in order if it is sorted. Names must not be given meanwhile."""
+        """The names of a directory and their nodes, in order if it is sorted. No name may be added meanwhile."""
         words, quads, texts = self._entries.words, self._entries.quads, self._texts.data
         entry = self.nodes.words[directory * 16 + DATA]
         while entry:
@@ -426,8 +428,8 @@ class Tree:
         self.nodes.words[own + EXTRA] |= FLAG_SORTED
 
     def walk_directories(self, start: int = ROOT) -> Iterator[int]:
-        """Every directory, parents first, sub-directories in the order of the names. Depth costs no stack. What is
-        yielded may be sorted before the walk goes on."""
+        """Every directory, parents first, sub-directories in the order of the names; not recursive. The caller may
+        sort a directory that was yielded before it goes on."""
         stack = array("I", [start])
         visited = 0
         while stack:

@@ -100,8 +100,8 @@ class Info:
 class Bootstrap:
     """An opened bootstrap, or a data blob that holds one.
 
-    blob_id: real id of a single inlined blob. With a store its files can be read, as long as somebody serves the
-    engine's fetch jobs. Without engine it has its own. Raises Failure (FORMAT, IO, DIGEST); calls raise OSError with
+    blob_id: real id of a single inlined blob. With a store its files can be read while a FetchPump serves the
+    engine's jobs. Without engine it makes one of its own. Raises Failure (FORMAT, IO, DIGEST); calls raise OSError with
     the reader's errno (EIO: the image is malformed there). Close it before store and engine.
     """
 
@@ -283,7 +283,7 @@ def _ensure(rc: int) -> int:
 
 
 def _sized(call: "Callable[[Any, int], int]") -> bytes:
-    """Asks a call for the length it needs, then for the bytes."""
+    """Asks a C call for the length, then for the bytes."""
     size = _ensure(call(ffi.NULL, 0))
     if not size:
         return b""

@@ -1,4 +1,4 @@
-"""Images with their data, for tools: the engine, a cache that is thrown away, and where the blobs are."""
+"""Images with their data, for tools: an engine, a temporary cache, and the source of blobs."""
 
 import sys
 import tempfile
@@ -52,8 +52,8 @@ def choose_source(blob_dir: Path | None, config_file: Path | None) -> Source | N
 def opened_with_data(
     path: Path, source: Source | Path, blob_id: str | None = None, allow_unverified: bool = False
 ) -> Iterator[Bootstrap]:
-    """The image with its data, over a cache that is thrown away: nothing that an earlier run found good is taken for
-    granted. source: a path is a directory of blobs. What the engine has to say (a wrong digest, a missing blob) goes
+    """The image with its data over a temporary cache, so that nothing which an earlier run trusted is
+    used. source: a path is a directory of blobs. What the engine has to say (a wrong digest, a missing blob) goes
     to stderr."""
     from virtiofsd_nydus.storage.pump import FetchPump
 
@@ -74,7 +74,7 @@ def opened_with_data(
             engine.shutdown()
             if not pump.join(STOP_SECONDS):
                 raise Failure("a fetch thread does not end", Cause.IO)
-            say_events(engine)  # now: a thread says why a read failed after it has let the read go
+            say_events(engine)  # here: the cause of a failed read is told after the read has ended
             if image is not None:
                 image.close()
             if store is not None:
@@ -84,7 +84,7 @@ def opened_with_data(
 
 def say_events(engine: Engine) -> None:
     """What is waiting in the engine's event queue, if it tells why something could not be read."""
-    with suppress(EOFError):  # it was shut down, and nothing is left
+    with suppress(EOFError):  # the engine was shut down and has no more events
         while (event := engine.next_event(0)) is not None:
             if event.level >= ERROR_LEVEL:
                 print(event.text, file=sys.stderr)

@@ -184,7 +184,7 @@ class Guest:
         self._send(REQ_EXIT, 0, struct.pack("<I", code))
 
     def forget_boot(self) -> None:
-        """To be called when the machine is reset: what ran is gone, the next HELLO is awaited."""
+        """Call it when the machine is reset: jobs are forgotten and the next HELLO is awaited."""
         self._synced = False
         self._in.clear()
         self._jobs.clear()
@@ -207,7 +207,7 @@ class Guest:
             raise self._explain_end() from None
 
     def _pump(self, deadline: Deadline) -> None:
-        """Waits for something and takes what is there."""
+        """Waits for frames and takes those that have come."""
         events = self._selector.select(deadline.remaining())
         for key, _ in events:
             if key.data is None:

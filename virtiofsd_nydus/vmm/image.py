@@ -29,7 +29,7 @@ class PreparedImage:
 
 
 def default_cache_dir() -> Path:
-    """The system's for root, else the user's."""
+    """The default cache directory: the system's for root, otherwise the user's."""
     if os.geteuid() == 0:
         return SYSTEM_CACHE_DIR
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virtiofsd-nydus"
@@ -77,7 +77,7 @@ def prepare_image(
         backend = found.backend_config()
         kind, settings, bootstrap = backend["type"], backend["config"], str(found.bootstrap)
         own = found.config.get("config") or {}
-        # Manifest and configuration each time, the bootstrap once
+        # Manifest and configuration are fetched each time, the bootstrap once
         fetched = (0, 2) if found.bootstrap in before else (found.bootstrap_layer_bytes, 3)
     else:
         if blob_dir is None or not blob_dir.is_dir():
@@ -97,7 +97,8 @@ def prepare_image(
 
 
 def _read_own(config: dict[str, Any]) -> tuple[list[str], dict[str, str], str]:
-    """Command, environment and directory of an OCI image configuration. Others wrote it: what does not fit is left."""
+    """Command, environment and directory of an OCI image configuration. The image's author wrote it: values of the
+    wrong kind are left out."""
 
     def strings(key: str) -> list[str]:
         value = config.get(key)

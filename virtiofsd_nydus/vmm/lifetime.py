@@ -1,4 +1,4 @@
-"""What is started as a whole and ended as a whole, whatever happens in between."""
+"""A group of processes, directories and mounts that starts and ends as a whole."""
 
 from contextlib import ExitStack
 from types import TracebackType
@@ -6,8 +6,8 @@ from typing import Self
 
 
 class Lifetime:
-    """A context manager for whoever owns processes, directories, mounts. _start() opens them and puts the end of each
-    on self._stack, which is unwound when the context is left and when _start() itself fails."""
+    """A context manager for classes that own processes, directories, mounts. _start() opens them and puts the end of
+    each on self._stack, which is unwound when the context is left and when _start() itself fails."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()

@@ -198,7 +198,7 @@ def command_line(config: MachineConfig, directory: Path) -> list[str]:
 
 
 class Machine(Lifetime):
-    """One QEMU process and the guest in it. Leaving it ends QEMU whatever has happened, and removes the machine's
+    """One QEMU process and the guest in it. Leaving the context ends QEMU in any case and removes the machine's
     temporary directory. Used by one thread."""
 
     guest: Guest
@@ -280,7 +280,7 @@ class Machine(Lifetime):
         if status == QEMU_FAILED:
             import select
 
-            # A server that dies takes QEMU with it while the machine is built: its reason is the one to tell
+            # A server that dies while the machine is built takes QEMU with it: the server's reason is the one to tell
             ended, _, _ = select.select(list(self.config.watches), [], [], SERVER_GONE_SECONDS)
             for fd in ended:
                 return self.config.watches[fd]()

@@ -127,7 +127,7 @@ class UnixConnection(http.client.HTTPConnection):
 
 def call_api(path: Path, method: str, target: str, body: object = None, seconds: float = 30.0) -> tuple[int, Any]:
     """One request to a daemon's API on a connection of its own: the status, and the JSON answered, None for an empty
-    body. body: what becomes JSON. seconds: Kata's own limit. Raises OSError when nobody answers."""
+    body. body: what becomes JSON. seconds: Kata's own limit. Raises OSError when the daemon does not answer."""
     connection = UnixConnection(path, seconds)
     try:
         connection.request(
@@ -167,7 +167,7 @@ class NydusDaemon(Server):
         ]
 
     def explain_end(self) -> Failure:
-        """Its own line where it ended by itself: that says what, where and what to do."""
+        """The failure to raise when the server has ended: its own last line, if it ended by itself."""
         lines = self.log_text().strip().splitlines()
         if self.process.wait() == 1 and lines:
             return Failure(f"the daemon: {lines[-1].removeprefix('virtiofsd-nydus virtiofs: ')}", Cause.IO)
