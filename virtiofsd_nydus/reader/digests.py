@@ -1,4 +1,5 @@
-"""The digests of a RAFS v5 tree (rafs-format.md 2.7): a file's is made of its chunks', a directory's of its children's.
+"""The digests of a RAFS v5 tree (docs/rafs-format.md 2.7): a file's is made of its chunks', a directory's of its
+children's.
 
 They cover content and names' order, no attributes; a chunk's own digest is what reading it is checked against.
 """
