@@ -29,7 +29,7 @@ struct fs_ops {
     const char *name; /* "rafs", "pseudo", ... */
     int (*getattr)(struct fs *fs, uint64_t ino, vnd_attr *out);
     int (*lookup)(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out); /* out->ino too */
-    int (*readdir)(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, fs_dir_put put, void *ctx);
+    int (*readdir)(struct fs *fs, uint64_t dir, uint64_t off, bool want_attr, fs_dir_put put, void *ctx);
     /* Copies the target, no NUL: its length, -ERANGE if cap is less. */
     int64_t (*readlink)(struct fs *fs, uint64_t ino, char *buf, size_t cap);
     /* Extents of file bytes [off, off+len) cut at end of file: their number (0 = at or past it); *got their
@@ -40,7 +40,7 @@ struct fs_ops {
     int (*getxattr)(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap, size_t *need);
     int (*statfs)(struct fs *fs, uint64_t *blocks, uint64_t *files, uint32_t *bsize);
     uint64_t (*root)(struct fs *fs);
-    int (*has_xattr)(struct fs *fs); /* 0: no inode of it has any */
+    bool (*has_xattr)(struct fs *fs); /* 0: no inode of it has any */
     /* A descriptor, the caller's, that the kernel may read the file's own bytes from at the same offsets, for as long as it
      * likes; -errno: not now. NULL: never. */
     int (*backing_fd)(struct fs *fs, uint64_t ino);
@@ -80,7 +80,7 @@ struct fs_rw_ops {
     int (*open)(struct fs *fs, uint64_t ino, uint32_t flags, bool dir, bool kill, uint64_t *fh);
     void (*release)(struct fs *fs, uint64_t fh);
     int (*flush)(struct fs *fs, uint64_t fh);
-    int (*readdir)(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, int want_attr, fs_dir_put put, void *ctx);
+    int (*readdir)(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, bool want_attr, fs_dir_put put, void *ctx);
     int (*getattr)(struct fs *fs, uint64_t ino, uint64_t fh, vnd_attr *out);
     int (*setattr)(struct fs *fs, uint64_t ino, uint64_t fh, const struct fs_setattr *set, vnd_attr *out);
     int (*create)(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t flags,

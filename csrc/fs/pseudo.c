@@ -177,7 +177,7 @@ static int pseudo_lookup(struct fs *fs, uint64_t dir, const char *name, size_t l
 }
 
 /* Cookies: 1 = after ".", 2 = after "..", then inode number + 2 (stable while directories come and go). */
-static int pseudo_readdir(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, fs_dir_put put, void *ctx)
+static int pseudo_readdir(struct fs *fs, uint64_t dir, uint64_t off, bool want_attr, fs_dir_put put, void *ctx)
 {
     struct pseudo_tree *t = tree_of(fs);
     struct pseudo_node *d = pseudo_find(t, dir);
@@ -237,9 +237,9 @@ static uint64_t pseudo_root(struct fs *fs)
     return PSEUDO_ROOT_INO;
 }
 
-static int pseudo_has_xattr(struct fs *fs)
+static bool pseudo_has_xattr(struct fs *fs)
 {
-    return 0;
+    return false;
 }
 
 static const struct fs_ops pseudo_ops = {

@@ -6,13 +6,13 @@
 #include "fs/vfs.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <time.h>
 
 #include "fs/pseudo.h"
-#include "rafs/rafs.h"
 
 #define VFS_INO_BITS 48
 #define VFS_INO_MASK ((1ull << VFS_INO_BITS) - 1)
@@ -40,10 +40,10 @@ struct vnd_vfs {
     _Atomic int sessions;
     pthread_mutex_t lock; /* mount and umount */
     pthread_mutex_t workers_lock;
-    struct fuse_worker *workers;
+    struct vfs_reader *workers;
 };
 
-void vfs_enter(struct fuse_worker *w)
+void vfs_enter(struct vfs_reader *w)
 {
     uint64_t e = atomic_load_explicit(&w->epoch, memory_order_relaxed);
 
@@ -52,14 +52,14 @@ void vfs_enter(struct fuse_worker *w)
     atomic_thread_fence(memory_order_seq_cst);
 }
 
-void vfs_leave(struct fuse_worker *w)
+void vfs_leave(struct vfs_reader *w)
 {
     uint64_t e = atomic_load_explicit(&w->epoch, memory_order_relaxed);
 
     atomic_store_explicit(&w->epoch, e + 1, memory_order_release);
 }
 
-void vfs_worker_add(struct vnd_vfs *v, struct fuse_worker *w)
+void vfs_reader_add(struct vnd_vfs *v, struct vfs_reader *w)
 {
     pthread_mutex_lock(&v->workers_lock);
     w->next = v->workers;
@@ -67,10 +67,10 @@ void vfs_worker_add(struct vnd_vfs *v, struct fuse_worker *w)
     pthread_mutex_unlock(&v->workers_lock);
 }
 
-void vfs_worker_remove(struct vnd_vfs *v, struct fuse_worker *w)
+void vfs_reader_remove(struct vnd_vfs *v, struct vfs_reader *w)
 {
     pthread_mutex_lock(&v->workers_lock);
-    for (struct fuse_worker **p = &v->workers; *p; p = &(*p)->next) {
+    for (struct vfs_reader **p = &v->workers; *p; p = &(*p)->next) {
         if (*p == w) {
             *p = w->next;
             break;
@@ -86,7 +86,7 @@ static void wait_grace(struct vnd_vfs *v)
 
     atomic_thread_fence(memory_order_seq_cst);
     pthread_mutex_lock(&v->workers_lock);
-    for (struct fuse_worker *w = v->workers; w; w = w->next) {
+    for (struct vfs_reader *w = v->workers; w; w = w->next) {
         uint64_t e = atomic_load_explicit(&w->epoch, memory_order_acquire);
 
         while ((e & 1) && atomic_load_explicit(&w->epoch, memory_order_acquire) == e)
@@ -208,13 +208,13 @@ int vfs_session_kind(struct vnd_vfs *v)
     return v->kind;
 }
 
-int vfs_has_xattr(struct vnd_vfs *v)
+bool vfs_has_xattr(struct vnd_vfs *v)
 {
     const struct vfs_table *t = table_of(v);
 
     for (uint32_t i = 0; i < t->count; i++)
         if (t->mounts[i]->fs->ops->has_xattr(t->mounts[i]->fs))
-            return 1;
+            return true;
     return t->count == 0;
 }
 
@@ -454,11 +454,6 @@ int vnd_vfs_umount(vnd_vfs *v, const char *path)
     int rc = umount_locked(v, clean);
     pthread_mutex_unlock(&v->lock);
     return rc;
-}
-
-int vnd_vfs_mount_rafs(vnd_vfs *v, const char *path, vnd_rafs *r)
-{
-    return vfs_mount(v, path, rafs_fs(r));
 }
 
 vnd_vfs *vnd_vfs_new(vnd_engine *e, int session_kind)

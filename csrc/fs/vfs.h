@@ -1,52 +1,70 @@
-/* fs/vfs.h -- the mount table: maps FUSE nodeids to (file system, inode).
+/* fs/vfs.h -- the mount table: it maps FUSE nodeids to (file system, inode). It is the top of this folder.
  *
- * nodeid = 16-bit mount serial << 48 | 48-bit inode. Serial 0 holds the pseudo directories; FUSE root is 1. A
- * mount at "/" makes nodeid 1 mean its root. Serials are handed out once and never reused. Lookups take no lock:
- * workers mark themselves inside (fuse_worker.epoch) and umount waits for each to pass.
+ * nodeid = 16-bit mount serial << 48 | 48-bit inode. Serial 0 holds the pseudo directories; FUSE's root is 1. A mount
+ * at "/" makes nodeid 1 mean its root. A serial is given to one mount and never used again.
+ *
+ * Threads: serving threads resolve and look up, between vfs_enter and vfs_leave, with no lock and no allocation.
+ * Control threads mount and unmount, one at a time. Locks: `lock` (changes of the table), then `workers_lock` (the list
+ * of readers). A change publishes a new table and waits, with both locks held, until every reader that was inside has
+ * left. Ownership: the vfs owns its tables and pseudo directories; a file system belongs to who mounted it and must
+ * outlive its mount. Uses base/ and the rest of fs/.
  */
 #ifndef VND_VFS_H
 #define VND_VFS_H
+#include <stdatomic.h>
+
 #include "fs/fs.h"
-#include "fuse/fuse.h"
 
 struct vnd_vfs;
+
+/* A serving thread, as the table sees it. The thread owns it and alone writes epoch. */
+struct vfs_reader {
+    _Atomic uint64_t epoch;  /* odd while the thread may hold a table */
+    struct vfs_reader *next; /* list in the vfs, under workers_lock */
+};
 struct vfs_node {
     struct fs *fs;
     uint64_t ino;
     uint16_t serial;
 };
 
-void vfs_enter(struct fuse_worker *w); /* around each request */
-void vfs_leave(struct fuse_worker *w);
-void vfs_worker_add(struct vnd_vfs *v, struct fuse_worker *w);
-void vfs_worker_remove(struct vnd_vfs *v, struct fuse_worker *w);
+/* A reader calls these around each request. They do not nest. */
+void vfs_enter(struct vfs_reader *w);
+void vfs_leave(struct vfs_reader *w);
+/* Before its first vfs_enter, and after its last vfs_leave. */
+void vfs_reader_add(struct vnd_vfs *v, struct vfs_reader *w);
+void vfs_reader_remove(struct vnd_vfs *v, struct vfs_reader *w);
 
-/* All below up to vfs_session_kind only inside enter/leave (or holding no worker while nobody unmounts: tests). */
-/* 0 or -ESTALE. The file system decides whether the inode exists. */
+/* The functions from here to vfs_sessions are called between vfs_enter and vfs_leave only (a test that unmounts nothing
+ * needs no reader). */
+
+/* 0 or -ESTALE (no such mount). The file system decides whether the inode exists. */
 int vfs_resolve(struct vnd_vfs *v, uint64_t nodeid, struct vfs_node *out);
 uint64_t vfs_nodeid(struct vnd_vfs *v, uint16_t serial, uint64_t ino);
-/* One path component ("." and ".." too), over mount points in both directions. attr->ino is the file system's own.
- * 0 or -errno. */
+/* Looks one path component up ("." and ".." too), over mount points in both directions. attr->ino is the file system's
+ * own number. Owes what fs_ops.lookup owes. 0 or -errno. */
 int vfs_lookup(struct vnd_vfs *v, const struct vfs_node *dir, const char *name, size_t len, struct vfs_node *out,
                vnd_attr *attr);
-/* Replaces a node that something is mounted on by the root of that mount: true if it did. */
+/* Replaces a node that a mount covers by the root of that mount. True if it did. */
 bool vfs_cover(struct vnd_vfs *v, struct vfs_node *node);
 bool vfs_is_mount_root(struct vnd_vfs *v, const struct vfs_node *node);
-int vfs_has_xattr(struct vnd_vfs *v); /* 0: something is mounted and none of it has any */
+/* False: something is mounted, and no inode of what is mounted has extended attributes. */
+bool vfs_has_xattr(struct vnd_vfs *v);
 
-/* The index-th mount of a read-write file system: its root, or false. */
+/* The root of the index-th mount of a read-write file system, or false. */
 bool vfs_rw_mount(struct vnd_vfs *v, uint32_t index, struct vfs_node *out);
-/* Counts the guests that are past INIT: the number after adding change. Several may share a read-write file system, which
- * then keeps what any of them knew until the last is gone. */
+/* Adds change to the number of guests that are past INIT, and returns that number. Several guests may share a read-write
+ * file system, which then keeps what any of them knew until the last has gone. */
 int vfs_sessions(struct vnd_vfs *v, int change);
-/* The last guest is gone: read-write file systems drop what it knew and had open. vfs_reset: not inside a request. */
+/* Read-write file systems drop all that guests knew and had open: for when the last guest has gone. vfs_reset_inside is
+ * for a serving thread inside a request, vfs_reset for any other thread. */
 void vfs_reset_inside(struct vnd_vfs *v);
 void vfs_reset(struct vnd_vfs *v);
 
-int vfs_session_kind(struct vnd_vfs *v);
-/* Generic mount for any file system, which must outlive it; unmounted by vnd_vfs_umount. -EINVAL (path), -EEXIST
- * (mounted there), -ENOENT and -ENOTDIR (no such directory inside another mount), -EBUSY (would hide other mounts),
- * -ENOSPC (65535 mounts done), -ENOMEM. */
+int vfs_session_kind(struct vnd_vfs *v); /* enum vnd_session_kind */
+/* Mounts any file system at path. fs must outlive the mount; vnd_vfs_umount ends it. May wait as long as a request
+ * that is being served takes. 0, -EINVAL (path), -EEXIST (mounted there), -ENOENT and -ENOTDIR (no such directory inside
+ * another mount), -EBUSY (it would hide other mounts), -ENOSPC (65,535 mounts were made), -ENOMEM. */
 int vfs_mount(struct vnd_vfs *v, const char *path, struct fs *fs);
 
 #endif

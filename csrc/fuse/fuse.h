@@ -14,6 +14,7 @@
 #ifndef VND_FUSE_SESSION_H
 #define VND_FUSE_SESSION_H
 #include "base/engine.h"
+#include "fs/vfs.h"
 #include "fuse/req.h"
 
 /* Largest read, write, listing or xattr of one request: what INIT grants (256 pages). */
@@ -30,8 +31,7 @@ struct fuse_worker {
     struct extent extents[STORE_EXTENTS_MAX];
     struct iovec iov[REQ_IOV_MAX];
     bool may_wait;            /* its thread serves no queue: calls may take as long as they do */
-    _Atomic uint64_t epoch;   /* vfs quiescence: odd while inside serve */
-    struct fuse_worker *next; /* list in the vfs */
+    struct vfs_reader reader; /* the mount table waits for it */
     uint8_t *scratch;         /* room for a header and FUSE_REPLY_MAX: listings and xattrs, copied out once */
     uint32_t scratch_bytes;
 };

@@ -299,10 +299,10 @@ enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *
         return fuse_rw_finish(&c);
     if (!r->began_us)
         r->began_us = w->now_us ? w->now_us : now_us();
-    vfs_enter(w);
+    vfs_enter(&w->reader);
     verdict = serve_call(&c);
     count_op(&c, verdict);
-    vfs_leave(w);
+    vfs_leave(&w->reader);
     return verdict;
 }
 
@@ -314,9 +314,9 @@ enum req_verdict fuse_session_fail(struct fuse_session *s, struct fuse_worker *w
     if (r->session_gen != fuse_session_gen(s))
         return op_none(&c);
     verdict = fuse_reply_error(&c, error);
-    vfs_enter(w);
+    vfs_enter(&w->reader);
     count_op(&c, verdict);
-    vfs_leave(w);
+    vfs_leave(&w->reader);
     return verdict;
 }
 

@@ -18,13 +18,13 @@ int fuse_worker_init(struct fuse_worker *w, struct vnd_engine *e, struct vnd_vfs
     pthread_mutex_lock(&e->lock);
     w->metrics_shard = metrics_take_shard(&e->metrics_shards);
     pthread_mutex_unlock(&e->lock);
-    vfs_worker_add(v, w);
+    vfs_reader_add(v, &w->reader);
     return 0;
 }
 
 void fuse_worker_free(struct fuse_worker *w, struct vnd_vfs *v)
 {
-    vfs_worker_remove(v, w);
+    vfs_reader_remove(v, &w->reader);
     engine_counters_unregister(w->engine, &w->counters);
     pthread_mutex_lock(&w->engine->lock);
     metrics_give_shard(&w->engine->metrics_shards, w->metrics_shard);

@@ -197,7 +197,7 @@ int pt_fill_attr(const struct pt_node *n, int fd, vnd_attr *out);
 
 /* ---- passthrough/names.c */
 int pt_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out);
-int pt_readdir(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, int want_attr, fs_dir_put put, void *ctx);
+int pt_readdir(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, bool want_attr, fs_dir_put put, void *ctx);
 int pt_create(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t flags, uint32_t mode,
               bool kill, vnd_attr *out, uint64_t *fh);
 int pt_tmpfile(struct fs *fs, const struct fs_caller *who, uint64_t dir, uint32_t flags, uint32_t mode, vnd_attr *out,

@@ -105,7 +105,7 @@ static int put_plain(struct pt_node *dir, int dir_fd, const struct linux_dirent6
 }
 
 /* 4 KiB of entries are about what a guest takes at a time (its listings are 4 KiB, with attributes or without). */
-static int list_locked(struct vnd_passthrough *p, struct pt_file *f, uint64_t off, int want_attr, fs_dir_put put,
+static int list_locked(struct vnd_passthrough *p, struct pt_file *f, uint64_t off, bool want_attr, fs_dir_put put,
                        void *ctx)
 {
     _Alignas(8) char buf[4096];
@@ -132,7 +132,7 @@ static int list_locked(struct vnd_passthrough *p, struct pt_file *f, uint64_t of
     }
 }
 
-int pt_readdir(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, int want_attr, fs_dir_put put, void *ctx)
+int pt_readdir(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, bool want_attr, fs_dir_put put, void *ctx)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_file *f = pt_file_get(p, dir, fh);

@@ -263,7 +263,7 @@ static int pt_removexattr(struct fs *fs, uint64_t ino, const char *name)
 
 /* ---- the rest of the table */
 
-static int pt_readdir_closed(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, fs_dir_put put, void *ctx)
+static int pt_readdir_closed(struct fs *fs, uint64_t dir, uint64_t off, bool want_attr, fs_dir_put put, void *ctx)
 {
     return -EBADF; /* listings go by an open directory */
 }
@@ -279,9 +279,9 @@ static uint64_t pt_root(struct fs *fs)
     return PT_ROOT_INO;
 }
 
-static int pt_has_xattr(struct fs *fs)
+static bool pt_has_xattr(struct fs *fs)
 {
-    return 1;
+    return true;
 }
 
 static void pt_forget_op(struct fs *fs, uint64_t ino, uint64_t n)

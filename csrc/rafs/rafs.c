@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include "fs/metrics.h"
+#include "fs/vfs.h"
 #include "rafs/internal.h"
 
 /* The first that recognises the bytes opens them: v5 is told by its first bytes, whatever stands at 1024
@@ -258,4 +259,9 @@ uint64_t vnd_rafs_latest_read(vnd_rafs *r, uint64_t *inos, uint64_t max)
 struct fs *rafs_fs(vnd_rafs *r)
 {
     return &r->fs;
+}
+
+int vnd_vfs_mount_rafs(vnd_vfs *v, const char *path, vnd_rafs *r)
+{
+    return vfs_mount(v, path, &r->fs);
 }

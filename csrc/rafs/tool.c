@@ -55,7 +55,7 @@ static int put_dirent(void *ctx, uint64_t ino, const char *name, size_t name_len
 int vnd_rafs_readdir(vnd_rafs *r, uint64_t dir_ino, uint64_t off, vnd_dirent *out, int max)
 {
     struct dirents d = { out, 0, max };
-    int rc = r->fs.ops->readdir(&r->fs, dir_ino, off, 0, put_dirent, &d);
+    int rc = r->fs.ops->readdir(&r->fs, dir_ino, off, false, put_dirent, &d);
 
     return rc && !d.used ? rc : d.used;
 }

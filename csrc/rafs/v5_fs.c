@@ -126,7 +126,7 @@ static bool name_usable(const struct v5_inode *n)
 }
 
 /* Cookies: 0 ".", 1 "..", 2 + k the k-th child. */
-static int v5_readdir(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, fs_dir_put put, void *ctx)
+static int v5_readdir(struct fs *fs, uint64_t dir, uint64_t off, bool want_attr, fs_dir_put put, void *ctx)
 {
     struct vnd_rafs *r = (struct vnd_rafs *)fs;
     struct v5_inode n, child;
@@ -375,7 +375,7 @@ static uint64_t v5_root(struct fs *fs)
     return 1;
 }
 
-static int v5_has_xattr(struct fs *fs)
+static bool v5_has_xattr(struct fs *fs)
 {
     return (((struct vnd_rafs *)fs)->info.flags & RAFS_FLAG_HAS_XATTR) != 0;
 }

@@ -224,7 +224,7 @@ static int v6_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, 
 static const uint8_t dirent_types[8] = { DT_UNKNOWN, DT_REG, DT_DIR, DT_CHR, DT_BLK, DT_FIFO, DT_SOCK, DT_LNK };
 
 /* Cookies: block << 10 | entry, of the entry to go on with (a block has at most 341); 0 = the first. */
-static int v6_readdir(struct fs *fs, uint64_t dir, uint64_t off, int want_attr, fs_dir_put put, void *ctx)
+static int v6_readdir(struct fs *fs, uint64_t dir, uint64_t off, bool want_attr, fs_dir_put put, void *ctx)
 {
     struct vnd_rafs *r = (struct vnd_rafs *)fs;
     struct v6_inode n, child;
@@ -409,7 +409,7 @@ static uint64_t v6_root(struct fs *fs)
     return ((struct vnd_rafs *)fs)->root_nid;
 }
 
-static int v6_has_xattr(struct fs *fs)
+static bool v6_has_xattr(struct fs *fs)
 {
     return (((struct vnd_rafs *)fs)->info.flags & RAFS_FLAG_HAS_XATTR) != 0;
 }

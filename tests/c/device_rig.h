@@ -58,9 +58,9 @@ static inline int one_lookup(struct fs *fs, uint64_t dir, const char *name, size
     return -ENOENT;
 }
 
-static inline int one_xattr(struct fs *fs)
+static inline bool one_xattr(struct fs *fs)
 {
-    return 0;
+    return false;
 }
 
 static const struct fs_ops one_ops = {

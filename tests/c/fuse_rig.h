@@ -229,9 +229,9 @@ static inline uint64_t zero_root(struct fs *fs)
 {
     return 5;
 }
-static inline int zero_has_xattr(struct fs *fs)
+static inline bool zero_has_xattr(struct fs *fs)
 {
-    return 0;
+    return false;
 }
 static const struct fs_ops zero_ops = { .name = "zero",
                                         .getattr = zero_getattr,

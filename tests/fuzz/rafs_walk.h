@@ -47,7 +47,7 @@ static void visit(vnd_rafs *r, uint64_t ino, uint32_t *budget)
     fs->ops->extents(fs, ino, 0, 1 << 20, ext, 8, &got);
     fs->ops->extents(fs, ino, a.size_bytes / 2, UINT32_MAX, ext, 8, &got);
     vnd_rafs_lookup(r, ino, "file", &found);
-    fs->ops->readdir(fs, ino, 0, 1, take_none, &(int){ 0 });
+    fs->ops->readdir(fs, ino, 0, true, take_none, &(int){ 0 });
     vnd_rafs_lookup(r, ino, "..", &found);
     while ((n = vnd_rafs_readdir(r, ino, off, d, 16)) > 0 && *budget) {
         for (int i = 0; i < n; i++) {
@@ -86,7 +86,8 @@ static void walk_image(const char *path, size_t size)
         struct fs *fs = rafs_fs(r);
         uint32_t bsize;
 
-        if (fs->ops->root(fs) != r->info.root_ino || fs->ops->has_xattr(fs) < 0 ||
+        if (fs->ops->root(fs) != r->info.root_ino ||
+            fs->ops->has_xattr(fs) != ((r->info.flags & RAFS_FLAG_HAS_XATTR) != 0) ||
             fs->ops->statfs(fs, &inos[0], &inos[1], &bsize)) {
             __builtin_trap();
         }

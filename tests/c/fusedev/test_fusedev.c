@@ -6,6 +6,7 @@
 #include <sys/socket.h>
 
 #include "fs/vfs.h"
+#include "fuse/wire.h"
 
 #define FILE_BYTES (3 * IMG_CHUNK)
 
