@@ -34,6 +34,9 @@ enum vnd_cause {
     VND_CAUSE_IO = 10       /* local input or output error */
 };
 
+/* How much a line matters: the numbers of Python's logging. */
+enum vnd_level { VND_LEVEL_DEBUG = 10, VND_LEVEL_INFO = 20, VND_LEVEL_WARNING = 30, VND_LEVEL_ERROR = 40 };
+
 /* ---------------------------------------------------------------- engine */
 typedef struct vnd_engine vnd_engine;
 
@@ -47,7 +50,7 @@ typedef struct {
 /* What the engine wants said. text is NUL-terminated, one line, without secrets. */
 typedef struct {
     uint64_t time_us;  /* CLOCK_REALTIME */
-    int32_t level;     /* 10 debug, 20 info, 30 warning, 40 error (Python's logging levels) */
+    int32_t level;     /* enum vnd_level */
     int32_t cause;     /* enum vnd_cause */
     uint32_t repeated; /* how often the same line was suppressed since it was last given */
     char text[VND_ERR_MAX];
@@ -237,7 +240,7 @@ typedef struct { /* a decoded chunk; valid until the next feed, commit or end of
     const uint8_t *data;
 } vnd_chunk_view;
 
-/* Blocks up to timeout_ms for work: 0, -ETIMEDOUT, -ESHUTDOWN. slot_prefetch 0: demand jobs only. */
+/* Blocks up to timeout_ms for work: 0, -ETIMEDOUT, -ESHUTDOWN. take_prefetch 0: demand jobs only. */
 int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms);
 /* Takes the next len bytes of the range, borrowed for the call. Decodes what is complete. >= 0: number of chunks now
  * waiting for commit; -ECANCELED: nobody wants the rest (call job_end); -EBADMSG: will not decode; -EINVAL: too

@@ -11,7 +11,7 @@
 #include <sys/mount.h>
 #include <unistd.h>
 
-#include "base/engine.h"
+#include "base/error.h"
 
 #define LOOP_TRIES 16
 #define READ_AHEAD_SECTORS 2048ul /* 1 MiB, as for the FUSE mount itself */

@@ -7,7 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "base/engine.h"
+#include "base/error.h"
 
 #define BIT(cap) (1ull << (cap))
 

@@ -12,7 +12,7 @@
 
 #include "blob/cipher.h"
 #include "blob/codec.h"
-#include "base/engine.h"
+#include "base/base.h"
 #include "blob/zran.h"
 
 /* rafs-format 4.2 to 4.5 */

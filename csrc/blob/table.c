@@ -9,7 +9,7 @@
 #include "blob/meta.h"
 #include "blob/cipher.h"
 #include "blob/codec.h"
-#include "base/engine.h"
+#include "base/base.h"
 #include "blob/zran.h"
 
 struct build {

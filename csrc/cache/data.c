@@ -9,7 +9,7 @@
 
 #include "cache/cache.h"
 #include "cache/claim.h"
-#include "base/engine.h"
+#include "base/base.h"
 
 #define SYNC_BYTES (256ull << 20)
 
@@ -99,12 +99,12 @@ int cachefile_write(struct cachefile *c, uint64_t off, const void *buf, size_t l
     if (begun)
         write_end(c);
     if (rc && !atomic_exchange(&c->space_said, true))
-        engine_say(c->engine, 40, VND_CAUSE_SPACE,
+        engine_say(c->engine, VND_LEVEL_ERROR, VND_CAUSE_SPACE,
                    "cache of blob %s: %s.blob.%s cannot be written (%s): its chunks "
                    "are served from memory and fetched again; %s",
                    c->id, c->id, c->stored ? "raw" : "data", strerror(-rc), cachefile_cure(-rc));
     if (!rc && atomic_load_explicit(&c->space_said, memory_order_relaxed) && atomic_exchange(&c->space_said, false))
-        engine_say(c->engine, 20, VND_CAUSE_NONE, "cache of blob %s is written again", c->id);
+        engine_say(c->engine, VND_LEVEL_INFO, VND_CAUSE_NONE, "cache of blob %s is written again", c->id);
     return rc;
 }
 
@@ -164,7 +164,8 @@ void cachefile_distrust(struct cachefile *c, const char *why)
     pthread_mutex_lock(&c->lock);
     cachefile_take_away(c, false);
     pthread_mutex_unlock(&c->lock);
-    engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s; every chunk in it is checked again", c->id, why);
+    engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO, "cache of blob %s: %s; every chunk in it is checked again",
+               c->id, why);
 }
 
 void cachefile_examine(struct cachefile *c)
@@ -180,7 +181,7 @@ void cachefile_examine(struct cachefile *c)
         return;
     cachefile_distrust(c, "its data file was cut short by somebody else");
     if (c->writable && ftruncate(c->data_fd, (off_t)c->size_bytes))
-        engine_say(c->engine, 40, VND_CAUSE_IO, "cache of blob %s: cannot size its data file: %s", c->id,
+        engine_say(c->engine, VND_LEVEL_ERROR, VND_CAUSE_IO, "cache of blob %s: cannot size its data file: %s", c->id,
                    strerror(errno));
 }
 
@@ -223,7 +224,7 @@ void cachefile_sync(struct cachefile *c)
     }
     pthread_mutex_unlock(&c->lock);
     if (rc)
-        engine_say(c->engine, 40, VND_CAUSE_IO,
+        engine_say(c->engine, VND_LEVEL_ERROR, VND_CAUSE_IO,
                    "cache of blob %s: cannot make it durable: %s; its newest chunks "
                    "are checked again",
                    c->id, strerror(rc));

@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 #include "cache/claim.h"
-#include "base/engine.h"
+#include "base/base.h"
 #include "base/sigbus.h"
 
 #define SIDE_MAGIC "VNDSIDE\1"
@@ -156,15 +156,17 @@ static void map_open(struct cachefile *c)
         st.st_size = (off_t)len;
     }
     if ((uint64_t)st.st_size != len || pread(fd, have, sizeof have, 0) != sizeof have) {
-        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s has %lld bytes, not %zu: it is left alone", c->id,
-                   name, (long long)st.st_size, len);
+        engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO,
+                   "cache of blob %s: %s has %lld bytes, not %zu: it is left alone", c->id, name, (long long)st.st_size,
+                   len);
         goto out;
     }
     if (!have[0] && !have[1] && !have[2] && c->writable) { /* its creator was interrupted */
         if (pwrite(fd, head, sizeof head, 0) != sizeof head)
             goto out;
     } else if (have[0] != MAP_MAGIC || have[1] > 1) {
-        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s is no chunk map: it is left alone", c->id, name);
+        engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO, "cache of blob %s: %s is no chunk map: it is left alone",
+                   c->id, name);
         goto out;
     }
     if (c->writable && claim_reserve(fd, (int64_t)len))
@@ -326,7 +328,7 @@ static int side_open(struct cachefile *c, bool quiet)
     bool grown = data_size(c);
     if (c->side_fd < 0) {
         if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable && !quiet)
-            engine_say(c->engine, 30, VND_CAUSE_IO,
+            engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO,
                        "cache of blob %s: cannot make .virtiofsd-nydus/%s (%s): what is "
                        "fetched now is not shared, and verified again by the next process; %s",
                        c->id, names.side, strerror(-rc), cachefile_cure(-rc));

@@ -13,7 +13,7 @@
 #include <unistd.h>
 
 #include "cache/cache.h"
-#include "base/engine.h"
+#include "base/base.h"
 
 static bool strayed(int dir_fd, const char *name, const struct cachefile_at *at)
 {

@@ -8,7 +8,6 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "fuse/internal.h"
 
@@ -209,14 +208,6 @@ enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn)
         return fn(c);
     }
     return REQ_PARKED;
-}
-
-static int64_t coarse_ms(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
-    return t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
 enum req_verdict fuse_rw_serve(struct fuse_call *c, fuse_op_fn fn)

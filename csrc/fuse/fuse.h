@@ -13,7 +13,7 @@
  */
 #ifndef VND_FUSE_SESSION_H
 #define VND_FUSE_SESSION_H
-#include "base/engine.h"
+#include "base/base.h"
 #include "fs/vfs.h"
 #include "fuse/req.h"
 

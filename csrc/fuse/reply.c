@@ -99,7 +99,7 @@ int fuse_arg_name(const struct fuse_call *c, uint32_t off, bool dots, const char
 enum req_verdict fuse_reply_fs_error(struct fuse_call *c, int rc)
 {
     if (rc == -EIO && !c->node.fs->ops->rw) {
-        engine_say(c->s->engine, 30, VND_CAUSE_FORMAT,
+        engine_say(c->s->engine, VND_LEVEL_WARNING, VND_CAUSE_FORMAT,
                    "%s: EIO to a reader: the image is malformed there (`check` "
                    "tells where), or a guest asks for an inode that is not in it",
                    c->node.fs->label ? c->node.fs->label : c->node.fs->ops->name);

@@ -129,7 +129,7 @@ vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads
     d->engine = e;
     d->vfs = v;
     d->clones = !(flags & VND_FUSEDEV_SHARED);
-    d->deadline_us = (int64_t)(e->cfg.read_deadline_ms ? e->cfg.read_deadline_ms : 30000) * 1000;
+    d->deadline_us = (int64_t)e->cfg.read_deadline_ms * 1000;
     pthread_mutex_init(&d->lock, NULL);
     d->session = fuse_session_new(e, v);
     d->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -151,7 +151,7 @@ vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads
         return NULL;
     }
     if ((flags & VND_FUSEDEV_RESEND) && write(d->fd, &resend, sizeof(resend)) < 0)
-        engine_say(e, 30, VND_CAUSE_IO,
+        engine_say(e, VND_LEVEL_WARNING, VND_CAUSE_IO,
                    "the kernel does not send again what the last server left unanswered (%s): "
                    "readers that wait for it hang until the mount is aborted",
                    strerror(errno));

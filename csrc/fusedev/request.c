@@ -167,8 +167,8 @@ static void write_reply(struct fusedev_worker *w, const struct fusedev_slot *s)
         n = write(s->fd, w->out, s->req.out_len);
     while (n < 0 && errno == EINTR);
     if (n < 0 && errno != ENOENT && errno != ENODEV)
-        engine_say(w->dev->engine, 30, VND_CAUSE_IO, "a reply to operation %u was refused by the kernel: %s",
-                   s->req.in.opcode, strerror(errno));
+        engine_say(w->dev->engine, VND_LEVEL_WARNING, VND_CAUSE_IO,
+                   "a reply to operation %u was refused by the kernel: %s", s->req.in.opcode, strerror(errno));
 }
 
 static void fail_slot(struct fusedev_worker *w, struct fusedev_slot *s, int error)
@@ -311,7 +311,7 @@ void *fusedev_reader_main(void *arg)
                 w->slot = NULL;
         } else if (n == 0 || (errno != EINTR && errno != EAGAIN && errno != ENOENT)) {
             if (n < 0 && errno != ENODEV)
-                engine_say(d->engine, 40, VND_CAUSE_IO, "reading /dev/fuse: %s", strerror(errno));
+                engine_say(d->engine, VND_LEVEL_ERROR, VND_CAUSE_IO, "reading /dev/fuse: %s", strerror(errno));
             fusedev_raise(d->ended_fd);
             break;
         }
@@ -407,7 +407,7 @@ static void expire_parked(struct fusedev_worker *w)
     while ((s = take_expired(d, now_us(), abandon)) != NULL) {
         if (!abandon) {
             atomic_fetch_add_explicit(&w->fuse.counters.expired, 1, memory_order_relaxed);
-            engine_say(d->engine, 40, VND_CAUSE_DEADLINE,
+            engine_say(d->engine, VND_LEVEL_ERROR, VND_CAUSE_DEADLINE,
                        "host read answered with EIO: its data did not come within %lld ms",
                        (long long)(d->deadline_us / 1000));
             fail_slot(w, s, EIO);

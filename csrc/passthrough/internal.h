@@ -41,7 +41,7 @@
 #include <stdatomic.h>
 #include <sys/stat.h>
 
-#include "base/engine.h"
+#include "base/base.h"
 #include "fs/fs.h"
 
 #define PT_CACHE_MAX 4096 /* and an eighth of RLIMIT_NOFILE */
@@ -160,7 +160,6 @@ struct pt_mount *pt_mount_find(struct vnd_passthrough *p, uint64_t id);
 struct pt_mount *pt_mount_add(struct vnd_passthrough *p, uint64_t id, struct pt_node *above, const char *name,
                               bool remote);
 /* Outside the lock; may take as long as such a file system does. */
-bool pt_is_remote(int fd);
 void pt_mount_put(struct vnd_passthrough *p, struct pt_mount *m);
 void pt_mounts_drop_idle(struct vnd_passthrough *p, bool even_used);
 /* The mount's descriptor, in use, to be put; outside the lock. -ESTALE: the host has taken the mount away. */

@@ -3,12 +3,10 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/magic.h>
 #include <linux/stat.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/stat.h>
-#include <sys/statfs.h>
 #include <unistd.h>
 
 #include "passthrough/internal.h"
@@ -56,22 +54,6 @@ struct pt_mount *pt_mount_find(struct vnd_passthrough *p, uint64_t id)
         }
     }
     return NULL;
-}
-
-bool pt_is_remote(int fd)
-{
-    /* linux/magic.h knows most; CIFS and Lustre are in their own sources. */
-    static const uint32_t types[] = { NFS_SUPER_MAGIC,  SMB_SUPER_MAGIC,  0xff534d42,        SMB2_SUPER_MAGIC,
-                                      FUSE_SUPER_MAGIC, V9FS_MAGIC,       CEPH_SUPER_MAGIC,  AFS_SUPER_MAGIC,
-                                      AFS_FS_MAGIC,     CODA_SUPER_MAGIC, OCFS2_SUPER_MAGIC, 0x0bd00bd0 };
-    struct statfs st;
-
-    if (fstatfs(fd, &st))
-        return true;
-    for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++)
-        if ((uint32_t)st.f_type == types[i])
-            return true;
-    return false;
 }
 
 struct pt_mount *pt_mount_add(struct vnd_passthrough *p, uint64_t id, struct pt_node *above, const char *name,

@@ -10,6 +10,7 @@
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
+#include "base/netfs.h"
 #include "passthrough/internal.h"
 
 #define HANDLE_MAX 128 /* MAX_HANDLE_SZ */
@@ -445,7 +446,7 @@ int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name,
         rc = learn_locked(p, above, name, fd, &sx, has_fid ? &fid : NULL, -1, out);
         pthread_mutex_unlock(&p->lock);
         if (rc == -EINPROGRESS) { /* a mount that was not known yet */
-            int remote = pt_is_remote(fd);
+            int remote = netfs_holds(fd);
 
             pthread_mutex_lock(&p->lock);
             rc = learn_locked(p, above, name, fd, &sx, has_fid ? &fid : NULL, remote, out);
@@ -532,7 +533,7 @@ int pt_root_open(struct vnd_passthrough *p)
         if (fd >= 0)
             close(fd);
     }
-    m = pt_mount_add(p, sx.stx_mnt_id, NULL, "", pt_is_remote(p->root_fd));
+    m = pt_mount_add(p, sx.stx_mnt_id, NULL, "", netfs_holds(p->root_fd));
     p->root = m ? calloc(1, sizeof(*p->root) + (has_fid ? fid.h.handle_bytes : 0)) : NULL;
     if (!p->root)
         return -ENOMEM;

@@ -2,7 +2,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "passthrough/internal.h"
@@ -134,14 +133,6 @@ int pt_run(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg
     pthread_cond_broadcast(&pool->some);
     pthread_mutex_unlock(&pool->lock);
     return -EINPROGRESS;
-}
-
-static int64_t coarse_ms(void)
-{
-    struct timespec t;
-
-    clock_gettime(CLOCK_MONOTONIC_COARSE, &t);
-    return t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
 void pt_note_slow(struct fs *fs)

@@ -21,7 +21,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-#include "base/engine.h"
+#include "base/base.h"
 #include "store/store.h"
 
 #define PRECONTENT_SLOTS 1024u /* events read and not answered; the rest waits in the kernel */

@@ -292,7 +292,7 @@ static int want_range(struct precontent_request *r)
         for (int tries = 0; (at = r->at) < end;) {
             int n = gather(b, &at, end, any, ext), rc;
             if (n < 0) {
-                engine_say(p->engine, 40, VND_CAUSE_FORMAT,
+                engine_say(p->engine, VND_LEVEL_ERROR, VND_CAUSE_FORMAT,
                            "blob %s: a file lies at %llu, where the image names no "
                            "chunk: it is damaged",
                            b->blob->info.id, (unsigned long long)r->at);
@@ -363,7 +363,7 @@ static void expire_requests(struct vnd_precontent *p)
         if (!store_wait_cancel(&r->wait))
             continue; /* being woken: a moment */
         atomic_fetch_add_explicit(&p->counters.expired, 1, memory_order_relaxed);
-        engine_say(p->engine, 40, VND_CAUSE_DEADLINE,
+        engine_say(p->engine, VND_LEVEL_ERROR, VND_CAUSE_DEADLINE,
                    "a kernel read answered with EIO: its data did not come within %lld ms",
                    (long long)(p->ttl_us / 1000));
         finish_request(r, PRECONTENT_DENY(EIO));

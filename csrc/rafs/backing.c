@@ -99,8 +99,8 @@ static void mount_image(struct vnd_rafs *r)
     b->root_fd = fd < 0 ? -1 : fd;
     if (fd < 0) {
         b->failed = true;
-        engine_say(r->engine, 20, VND_CAUSE_NONE, "%s: cached files go through the daemon, not past it: %s", r->path,
-                   line);
+        engine_say(r->engine, VND_LEVEL_INFO, VND_CAUSE_NONE, "%s: cached files go through the daemon, not past it: %s",
+                   r->path, line);
     }
 }
 

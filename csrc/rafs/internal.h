@@ -9,7 +9,7 @@
 #include <pthread.h>
 #include <string.h>
 
-#include "base/engine.h"
+#include "base/base.h"
 #include "rafs/rafs.h"
 
 /* Superblock flags, rafs-format 2.2. */

@@ -112,6 +112,11 @@ struct fetcher {
     pthread_t upkeep_thread;
 };
 
+/* store/fetch.c */
+int fetcher_new(struct vnd_engine *e); /* 0 or -errno */
+/* vnd_job_next gives -ESHUTDOWN from now on, waiters fail with ESHUTDOWN. */
+void fetcher_shutdown(struct vnd_engine *e);
+void fetcher_free(struct vnd_engine *e);
 /* store/foreign.c */
 void foreign_add(struct fetcher *f, struct blob_core *c, uint32_t index);
 void foreign_add_meta(struct fetcher *f, struct vnd_blob *b);

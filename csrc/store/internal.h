@@ -18,7 +18,7 @@
 #include "blob/table.h"
 #include "cache/cache.h"
 #include "cache/claim.h"
-#include "base/engine.h"
+#include "base/base.h"
 #include "store/store.h"
 #include "store/stream.h"
 
@@ -179,13 +179,8 @@ void fetch_purge(struct blob_core *c);
 void fetch_promote(struct fetcher *f, int slot, uint32_t index);
 
 /* ---- store/page.c */
-struct pool_task {
-    struct pool_task *next;
-    void (*run)(struct pool_task *t);
-};
-void pool_submit(struct vnd_engine *e, struct pool_task *t);
 /* Parks w until the extents' bytes were read off the queue thread. 0 or -ENOMEM. */
-int pool_park(struct vnd_engine *e, struct store_wait *w, const struct extent *ext, int n);
+int page_park(struct vnd_engine *e, struct store_wait *w, const struct extent *ext, int n);
 
 /* ---- store/uncached.c: chunks that could not be written, kept for a moment */
 int uncached_put(struct blob_core *c, uint32_t index, const uint8_t *data, size_t len);

@@ -271,17 +271,17 @@ static void say_bad(struct vnd_engine *e, const struct job *j, uint32_t i, bool 
     const struct blobtable_chunk *k = &job_table(j)->chunk[i];
 
     if (j->kind == VND_JOB_VERIFY)
-        engine_say(e, 30, VND_CAUSE_DIGEST,
+        engine_say(e, VND_LEVEL_WARNING, VND_CAUSE_DIGEST,
                    "cache of blob %s: chunk %u in the data file at %" PRIu64 " is not the "
                    "image's; it is fetched again",
                    j->core->info.id, i, k->uoff);
     else if (again)
-        engine_say(e, 30, VND_CAUSE_DIGEST,
+        engine_say(e, VND_LEVEL_WARNING, VND_CAUSE_DIGEST,
                    "blob %s: chunk %u [%" PRIu64 ", +%u) came with wrong bytes; it is "
                    "asked for once more",
                    j->core->info.id, i, k->coff, k->csize);
     else
-        engine_say(e, 40, VND_CAUSE_DIGEST,
+        engine_say(e, VND_LEVEL_ERROR, VND_CAUSE_DIGEST,
                    "blob %s: chunk %u [%" PRIu64 ", +%u) has wrong bytes: readers get "
                    "EIO; the blob on the server or the image is damaged",
                    j->core->info.id, i, k->coff, k->csize);
@@ -342,7 +342,8 @@ uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const
         claim_release(c->cache->side_fd, j->claim_first, j->claim_n);
     j->claimed = false;
     if (error && !j->bad && !atomic_load(&c->closed))
-        engine_say(e, j->whom == FOR_READER ? 40 : 30, cause, "%s", text && *text ? text : "fetching failed");
+        engine_say(e, j->whom == FOR_READER ? VND_LEVEL_ERROR : VND_LEVEL_WARNING, cause, "%s",
+                   text && *text ? text : "fetching failed");
     if (j->kind == VND_JOB_META)
         meta_end(j, error);
     else

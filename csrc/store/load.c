@@ -38,7 +38,8 @@ static int open_cache(struct blob_core *c, const struct blobtable *t, int *cause
         return c->stored && why ? fail_line(-EEXIST, err, err_len, "its cache is compressed, and %s", why) : 0;
     }
     if (why)
-        engine_say(c->engine, 30, VND_CAUSE_NONE, "cache of blob %s is kept uncompressed: %s", c->info.id, why);
+        engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_NONE, "cache of blob %s is kept uncompressed: %s",
+                   c->info.id, why);
     c->stored = c->store->compressed && !why;
     core_cache_cfg(c, &cfg);
     return cachefile_open(&c->cache, &cfg, cause, err, err_len);
@@ -152,7 +153,7 @@ static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
         return rc;
     rc = apply_meta(records, &b->info, plain, header, why, sizeof why);
     if (rc)
-        engine_say(b->core->engine, 30, VND_CAUSE_FORMAT,
+        engine_say(b->core->engine, VND_LEVEL_WARNING, VND_CAUSE_FORMAT,
                    "%s.blob.meta in the cache directory or beside the bootstrap is not used: %s", b->info.id, why);
     free(plain);
     return rc;
@@ -295,7 +296,7 @@ static void load_run(struct pool_task *task)
     rc = load(b, &cause, err, sizeof err);
     if (rc == -EINPROGRESS) {
         if (err[0])
-            engine_say(e, 30, VND_CAUSE_DIGEST, "%s; it is asked for once more", err);
+            engine_say(e, VND_LEVEL_WARNING, VND_CAUSE_DIGEST, "%s; it is asked for once more", err);
         b->raw_tries++;
         load_end(b, rc); /* before the job can end */
         if (fetch_push_meta(b))
@@ -305,7 +306,7 @@ static void load_run(struct pool_task *task)
         foreign_add_meta(e->fetcher, b);
     } else {
         if (rc)
-            engine_say(e, 40, cause, "blob %s cannot be served: %s", b->info.id, err);
+            engine_say(e, VND_LEVEL_ERROR, cause, "blob %s cannot be served: %s", b->info.id, err);
         load_end(b, rc);
     }
     if (!rc) {

@@ -1,5 +1,5 @@
-/* store/page.c -- a few threads for what must not run on a queue thread: reads that are not in the page cache, and
- * loading a blob's chunk table. A task's bytes go into its own buffer, never into guest memory.
+/* store/page.c -- reads of ready chunks that are not in the page cache: a pool thread waits for the disk, not the queue's.
+ * A task's bytes go into its own buffer, never into guest memory.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -7,94 +7,7 @@
 
 #include "store/fetcher.h"
 
-#define POOL_MAX 16
 #define AGAIN_MAX 2 /* then the pages are dropped faster than the reader comes back: hand the bytes over */
-
-struct pool {
-    struct vnd_engine *engine;
-    pthread_mutex_t lock;
-    pthread_cond_t some;
-    struct pool_task *head, **tail;
-    bool down;
-    uint32_t threads;
-    pthread_t thread[POOL_MAX];
-};
-
-static void *pool_run(void *arg)
-{
-    struct pool *p = arg;
-
-    pthread_mutex_lock(&p->lock);
-    for (;;) {
-        struct pool_task *t = p->head;
-        if (!t && p->down)
-            break;
-        if (!t) {
-            pthread_cond_wait(&p->some, &p->lock);
-            continue;
-        }
-        p->head = t->next;
-        if (!p->head)
-            p->tail = &p->head;
-        pthread_mutex_unlock(&p->lock);
-        t->run(t);
-        pthread_mutex_lock(&p->lock);
-    }
-    pthread_mutex_unlock(&p->lock);
-    return NULL;
-}
-
-int pool_new(struct vnd_engine *e, uint32_t threads)
-{
-    struct pool *p = calloc(1, sizeof *p);
-    int rc = 0;
-
-    if (!p)
-        return -ENOMEM;
-    p->engine = e;
-    p->tail = &p->head;
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_cond_init(&p->some, NULL);
-    e->pool = p;
-    for (uint32_t i = 0; i < threads && i < POOL_MAX && !rc; i++) {
-        rc = thread_start(&p->thread[i], "vnd-pool", pool_run, p);
-        p->threads += !rc;
-    }
-    if (rc)
-        pool_free(e);
-    return rc;
-}
-
-/* Runs what is queued, then ends. */
-void pool_free(struct vnd_engine *e)
-{
-    struct pool *p = e->pool;
-
-    pthread_mutex_lock(&p->lock);
-    p->down = true;
-    pthread_cond_broadcast(&p->some);
-    pthread_mutex_unlock(&p->lock);
-    for (uint32_t i = 0; i < p->threads; i++)
-        pthread_join(p->thread[i], NULL);
-    pthread_cond_destroy(&p->some);
-    pthread_mutex_destroy(&p->lock);
-    free(p);
-    e->pool = NULL;
-}
-
-void pool_submit(struct vnd_engine *e, struct pool_task *t)
-{
-    struct pool *p = e->pool;
-
-    t->next = NULL;
-    pthread_mutex_lock(&p->lock);
-    *p->tail = t;
-    p->tail = &t->next;
-    pthread_cond_signal(&p->some);
-    pthread_mutex_unlock(&p->lock);
-}
-
-/* ---------------------------------------------------------------- page-cache misses */
 
 struct page_task {
     struct pool_task task;
@@ -141,7 +54,7 @@ static void page_run(struct pool_task *task)
     miss_wake(list);
 }
 
-int pool_park(struct vnd_engine *e, struct store_wait *w, const struct extent *ext, int n)
+int page_park(struct vnd_engine *e, struct store_wait *w, const struct extent *ext, int n)
 {
     struct page_task *t = calloc(1, sizeof *t + (size_t)n * sizeof *ext);
     struct miss_shard *s;

@@ -220,7 +220,7 @@ static int park_missing(struct store_wait *w, const struct extent *ext, int n)
 
 static int64_t refuse_extent(const struct extent *x)
 {
-    engine_say(x->blob->core->engine, 40, VND_CAUSE_FORMAT,
+    engine_say(x->blob->core->engine, VND_LEVEL_ERROR, VND_CAUSE_FORMAT,
                "blob %s: a file names chunk %u at %llu, its chunk "
                "table does not: the image is damaged",
                x->blob->info.id, x->chunk, (unsigned long long)x->uoff);
@@ -292,7 +292,7 @@ int64_t store_read(struct store_wait *w, const struct extent *ext, int n, const 
         if (rc == -EAGAIN) {
             for (i = 0; i < n && !ext[i].blob; i++)
                 ;
-            rc = pool_park(ext[i].blob->core->engine, w, ext, n);
+            rc = page_park(ext[i].blob->core->engine, w, ext, n);
             return rc ? rc : -EINPROGRESS;
         }
         if (rc != -ENODATA)

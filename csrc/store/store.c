@@ -6,9 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <sys/vfs.h>
 #include <unistd.h>
 
+#include "base/netfs.h"
 #include "store/fetcher.h"
 
 #define SIDE_DIR ".virtiofsd-nydus"
@@ -17,24 +17,6 @@
 #define FEATURE_EXTERNAL 0x800u
 
 /* ---------------------------------------------------------------- stores */
-
-/* Locks, shared maps and futexes reach other hosts on none of these. */
-static bool is_network_fs(int fd)
-{
-    static const unsigned long magics[] = {
-        0x6969 /* NFS */,      0xFF534D42 /* CIFS */,   0xFE534D42 /* SMB2 */, 0x65735546 /* FUSE */,
-        0x01021997 /* 9p */,   0x00C36400 /* Ceph */,   0x5346414F /* AFS */,  0x6B414653 /* kAFS */,
-        0x47504653 /* GPFS */, 0x0BD00BD0 /* Lustre */,
-    };
-    struct statfs st;
-
-    if (fstatfs(fd, &st))
-        return true;
-    for (size_t i = 0; i < sizeof magics / sizeof *magics; i++)
-        if (((unsigned long)st.f_type & 0xFFFFFFFFul) == magics[i])
-            return true;
-    return false;
-}
 
 /* Sets side_dir_fd and writable; says once what is in the way. */
 static void side_dir_open(struct vnd_store *s)
@@ -45,7 +27,7 @@ static void side_dir_open(struct vnd_store *s)
         return;
     if (mkdirat(s->dir_fd, SIDE_DIR, 0700) && errno != EEXIST) {
         if (!s->side_said)
-            engine_say(s->engine, 30, VND_CAUSE_SPACE,
+            engine_say(s->engine, VND_LEVEL_WARNING, VND_CAUSE_SPACE,
                        "cache directory %s cannot be written (%s): what is not in it "
                        "is served from memory only and fetched again; %s",
                        s->path, strerror(errno), cachefile_cure(errno));
@@ -83,7 +65,7 @@ bool store_follow(struct vnd_store *s, bool retry)
         fd = open(s->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         if (fd < 0 || fstat(fd, &st)) {
             if (!s->gone_said)
-                engine_say(s->engine, 40, VND_CAUSE_IO,
+                engine_say(s->engine, VND_LEVEL_ERROR, VND_CAUSE_IO,
                            "cache directory %s is gone (%s): this daemon alone goes on "
                            "with the removed files; make it anew",
                            s->path, strerror(errno));
@@ -99,7 +81,7 @@ bool store_follow(struct vnd_store *s, bool retry)
         s->dev = st.st_dev;
         s->ino = st.st_ino;
         pthread_mutex_unlock(&s->engine->lock);
-        s->network = is_network_fs(s->dir_fd);
+        s->network = netfs_holds(s->dir_fd);
         s->gone_said = false;
         retry = true;
     }
@@ -155,9 +137,9 @@ vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, int compressed, c
     s->ino = st.st_ino;
     pthread_mutex_init(&s->lock, NULL);
     s->path = strdup(work_dir);
-    s->network = is_network_fs(fd);
+    s->network = netfs_holds(fd);
     if (s->network)
-        engine_say(e, 30, VND_CAUSE_NONE,
+        engine_say(e, VND_LEVEL_WARNING, VND_CAUSE_NONE,
                    "cache directory %s is on a network file system: fetches are not shared "
                    "between daemons and everything is verified once per start",
                    work_dir);

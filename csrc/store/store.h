@@ -7,9 +7,11 @@
 #ifndef VND_STORE_H
 #define VND_STORE_H
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "base/wakelist.h"
 #include "vnd.h"
 
 /* Largest number of chunks one read can touch: 1 MiB of 4 KiB chunks and an unaligned edge. */
@@ -46,8 +48,15 @@ struct store_wait {
     int64_t deadline_us;                /* CLOCK_MONOTONIC; orders demand */
     void (*wake)(struct store_wait *w); /* called once per park, any thread, no store lock held; must not block */
     struct store_wait *done_next;       /* free for the owner's done list */
+    struct wake_item done;              /* the same as an item of a wakelist */
     void *owner;
 };
+
+/* The waiter that an item of a wakelist is embedded in. */
+static inline struct store_wait *store_wait_of(struct wake_item *item)
+{
+    return (struct store_wait *)((char *)item - offsetof(struct store_wait, done));
+}
 
 /* Clears the store's part for a new request. */
 void store_wait_init(struct store_wait *w, void (*wake)(struct store_wait *), void *owner);

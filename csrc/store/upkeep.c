@@ -33,11 +33,11 @@ static void follow_core(struct blob_core *c, bool retry)
     rc = cachefile_move(f, &cfg, atomic_load(&c->table), stray == CACHEFILE_IN_PLACE, &cause, err, sizeof err);
     pthread_mutex_unlock(&c->load_lock);
     if (!rc && stray != CACHEFILE_IN_PLACE)
-        engine_say(c->engine, 30, VND_CAUSE_IO, "cache of blob %s: %s", f->id, STRAYED[stray]);
+        engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO, "cache of blob %s: %s", f->id, STRAYED[stray]);
     else if (!rc)
-        engine_say(c->engine, 20, VND_CAUSE_NONE, "cache of blob %s is written again", f->id);
+        engine_say(c->engine, VND_LEVEL_INFO, VND_CAUSE_NONE, "cache of blob %s is written again", f->id);
     else if (rc < 0 && stray != CACHEFILE_IN_PLACE && !f->stray_said)
-        engine_say(c->engine, 40, cause,
+        engine_say(c->engine, VND_LEVEL_ERROR, cause,
                    "%s; %s, and until that is mended this daemon alone goes on with the "
                    "removed file",
                    err, STRAYED[stray]);

@@ -10,7 +10,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#include "base/engine.h"
+#include "base/base.h"
 #include "base/sigbus.h"
 
 #define GUESTLOG_PAGE_SHIFT 12 /* vhost's dirty log page, whatever the guest's own pages are */

@@ -97,8 +97,8 @@ static void swap_memory(struct queue *q, struct queue_conf *c)
     q->ring.avail_addr = c->ring.avail_addr;
     q->ring.used_addr = c->ring.used_addr;
     if (queue_resolve(q) != 0 && was)
-        engine_say(q->engine, 30, VND_CAUSE_GUEST, "queue %u pauses: its ring is not in the guest's new memory",
-                   q->index);
+        engine_say(q->engine, VND_LEVEL_WARNING, VND_CAUSE_GUEST,
+                   "queue %u pauses: its ring is not in the guest's new memory", q->index);
 }
 
 static bool is_configured(const struct queue_conf *c)
@@ -302,7 +302,7 @@ int queue_init(struct queue *q, struct vnd_engine *e, struct vnd_vfs *v, struct 
     q->index = index;
     q->mem_lost = mem_lost;
     q->segs_bytes = segs_bytes;
-    q->deadline_us = (int64_t)(e->cfg.read_deadline_ms ? e->cfg.read_deadline_ms : 30000) * 1000;
+    q->deadline_us = (int64_t)e->cfg.read_deadline_ms * 1000;
     q->kick_fd = q->call_fd = q->err_fd = q->epoll_fd = q->wake_fd = -1;
     pthread_mutex_init(&q->lock, NULL);
     pthread_cond_init(&q->acked, NULL);

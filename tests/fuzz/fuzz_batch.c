@@ -11,7 +11,7 @@
 #include "blob/meta.h"
 #include "blob/cipher.h"
 #include "blob/codec.h"
-#include "base/engine.h"
+#include "base/base.h"
 #include "store/fetcher.h"
 #include "store/job.h"
 
