@@ -206,7 +206,8 @@ static inline void rig_up(struct rig *r, uint32_t deadline_ms)
     r->fix.server.hold = 1;
     r->fix.server.flip_from = r->fix.server.flip_to = -1;
     fix_up(&r->fix, r->dir, r->blob, 1);
-    r->fix.e->cfg.read_deadline_ms = deadline_ms;
+    if (deadline_ms)
+        r->fix.e->cfg.read_deadline_ms = deadline_ms;
     r->file = (struct one_file){ .fs = { &one_ops }, .fix = &r->fix, .blob = r->blob };
     r->vfs = vnd_vfs_new(r->fix.e, VND_SESSION_RAFS);
     CHECK(r->vfs);
