@@ -380,12 +380,18 @@ static inline void fix_down(struct fix *f)
 }
 
 /* ---- one step at a time, with a fixture of no server threads */
+/* Until the blob's chunk table is there, so that a read parks on its chunk at once. */
+static inline void fix_load_blob(struct vnd_blob *b)
+{
+    handle_want_load(b);
+    for (int64_t until = now_us() + 30000000; !atomic_load(&b->table) && now_us() < until;)
+        usleep(100);
+    CHECK(atomic_load(&b->table));
+}
+
 static inline void fix_load_table(struct fix *f)
 {
-    handle_want_load(f->h);
-    for (int64_t until = now_us() + 5000000; !atomic_load(&f->h->table) && now_us() < until;)
-        usleep(100);
-    CHECK(atomic_load(&f->h->table));
+    fix_load_blob(f->h);
 }
 
 static inline void fix_next_job(struct fix *f, vnd_job *job)

@@ -45,6 +45,7 @@ static void rig_new(struct rig *g, uint32_t deadline_ms)
     if (!g->image)
         fprintf(stderr, "%s\n", err);
     CHECK(g->image);
+    fix_load_blob(vnd_rafs_blob(g->image, 0));
     g->vfs = vnd_vfs_new(g->engine, VND_SESSION_RAFS);
     CHECK_EQ(vnd_vfs_mount_rafs(g->vfs, "/", g->image), 0);
     g->s = fuse_session_new(g->engine, g->vfs);
