@@ -12,6 +12,7 @@ from virtiofsd_nydus.errors import Cause, Failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
 ERR_MAX: int = lib.VND_ERR_MAX
@@ -20,6 +21,7 @@ SESSION_MIXED: int = lib.VND_SESSION_MIXED
 WAITING_MAX = 1024
 FILES_SLACK = 64
 INODES_AT_ONCE = 4096
+EVENT_WAIT_MS = 1000
 
 _STATS = (
     "fuse_requests",
@@ -104,6 +106,15 @@ class Event:
     def __init__(self, time_us: int, level: int, cause: "Cause", repeated: int, text: str) -> None:
         self.time_us, self.level, self.cause, self.repeated, self.text = time_us, level, cause, repeated, text
 
+    def fields(self) -> "dict[str, object]":
+        """What a log line says beside the text."""
+        found: dict[str, object] = {}
+        if self.cause:
+            found["cause"] = self.cause.name.lower()
+        if self.repeated:
+            found["repeated"] = self.repeated
+        return found
+
 
 class Engine:
     """One engine: everything in C hangs off it.
@@ -142,6 +153,24 @@ class Engine:
         if rc == -errno.ESHUTDOWN:
             raise EOFError
         return None
+
+    def events(self) -> "Iterator[Event]":
+        """Every line from here on, until the engine is shut down and the last one was given. One caller."""
+        while True:
+            try:
+                event = self.next_event(EVENT_WAIT_MS)
+            except EOFError:
+                return
+            if event is not None:
+                yield event
+
+    def waiting_events(self) -> "Iterator[Event]":
+        """The lines that wait now; of an engine that was shut down, too. One caller."""
+        try:
+            while (event := self.next_event(0)) is not None:
+                yield event
+        except EOFError:
+            return
 
     def stats(self) -> dict[str, int]:
         """Counters since start, by the names of vnd_stats."""

@@ -12,7 +12,8 @@ import pytest
 
 from tests.peers.faulty_server import FaultyServer
 from tests.store.conftest import Image
-from virtiofsd_nydus.daemon.service import Service
+from virtiofsd_nydus.daemon.mounts import ImageMount, read_mount
+from virtiofsd_nydus.daemon.service import Service, Sockets
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 from virtiofsd_nydus.log import Log
 from virtiofsd_nydus.storage.config import parse_config
@@ -49,16 +50,13 @@ class Daemon:
         )
 
     def start(self, with_image: bool = True, rafs: dict[str, bool] | None = None, **prefetch: object) -> None:
-        where = {"sock": str(self.directory / "fs.sock"), "fd": None, "apisock": str(self.api)}
-        if with_image:
-            self.service.start(
-                **where,
-                bootstrap=str(self.image.bootstrap),
-                mountpoint="/",
-                config=parse_config(self.config("conf-1", "cache", rafs, **prefetch)),
-            )
-        else:
-            self.service.start(**where, bootstrap=None, config=None)
+        sockets = Sockets(sock=str(self.directory / "fs.sock"), apisock=str(self.api))
+        config = parse_config(self.config("conf-1", "cache", rafs, **prefetch))
+        self.service.start(sockets, ImageMount("/", str(self.image.bootstrap), config) if with_image else None)
+
+    def mount(self, path: str, config_text: str) -> None:
+        """As an API call mounts the image."""
+        self.service.table.mount_image(read_mount(path, str(self.image.bootstrap), config_text, None))
 
     def call(self, path: str, method: str = "GET", body: object = None) -> tuple[int, Any]:
         """Status and document, or text; no answer holds the login."""

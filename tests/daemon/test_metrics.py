@@ -172,7 +172,7 @@ def test_single_files_only_where_asked(image: Image, daemon: Callable[..., Daemo
 def test_each_mount_counts_for_itself(image: Image, daemon: Callable[..., Daemon]) -> None:
     one = daemon(with_image=False)
     for name, rafs in (("first", None), ("second", {})):
-        one.service.mount_rafs(f"/{name}", str(image.bootstrap), one.config(f"conf-{name}", name, rafs))
+        one.mount(f"/{name}", one.config(f"conf-{name}", name, rafs))
     assert one.read("first/file-05") == image.files["file-05"]
     first, second = (one.call(f"/api/v1/metrics?id=/{name}")[1] for name in ("first", "second"))
     assert first["id"] == "/first" and second["id"] == "/second"
@@ -185,7 +185,7 @@ def test_each_mount_counts_for_itself(image: Image, daemon: Callable[..., Daemon
         assert cache["store_path"] == str(one.directory / name)
         assert (one.call(f"/api/v1/metrics/files?id=/{name}")[1] == {}) is nothing
         assert (one.call(f"/api/v1/metrics/pattern?id=/{name}")[1] == []) is nothing
-        assert bool(one.service.find_mount(f"/{name}").backend.meter.own_metrics()["received_bytes"]) is not nothing
+        assert bool(one.service.table.find(f"/{name}").backend.meter.own_metrics()["received_bytes"]) is not nothing
     assert one.read("second/file-05") == image.files["file-05"]
     assert one.call("/api/v1/metrics?id=/second")[1]["data_read"] == len(image.files["file-05"])
     assert one.call("/api/v1/metrics?id=/first")[1] == first
@@ -210,7 +210,7 @@ def test_chunks_found_in_the_cache_are_whole_hits(image: Image, daemon: Callable
 def test_prefetch_numbers(image: Image, daemon: Callable[..., Daemon]) -> None:
     began = time.time()
     one = daemon(enable=True, prefetch_all=True)
-    chunks = sum(blob.chunk_count for blob in one.service.find_mount("/").image.blobs())
+    chunks = sum(blob.chunk_count for blob in one.service.table.find("/").image.blobs())
     found = wait_until(
         lambda: (
             (answer := one.call("/api/v1/metrics/blobcache")[1])["data_all_ready"]
@@ -240,17 +240,20 @@ def test_bandwidth_limit_of_prefetch(image: Image, daemon: Callable[..., Daemon]
     one = daemon(enable=True, prefetch_all=True, bandwidth_limit=size // 10)
     assert one.read("file-11") == image.files["file-11"]
     assert time.monotonic() - began < 3
-    (mount,) = one.service._mounts.values()
-    assert mount.prefetch_limit is not None
+    (mount,) = one.service.table.images()
+    assert mount.opened.origin.prefetch_limit is not None
     wait_until(
-        lambda: mount.prefetch_limit.debt_s() > 0 or one.call("/api/v1/metrics/blobcache")[1]["data_all_ready"],
+        lambda: (
+            mount.opened.origin.prefetch_limit.debt_s() > 0
+            or one.call("/api/v1/metrics/blobcache")[1]["data_all_ready"]
+        ),
         "the limit is used up",
     )
 
 
 def test_which_instance(image: Image, daemon: Callable[..., Daemon]) -> None:
     one = daemon(with_image=False)
-    one.service.mount_rafs("/first", str(image.bootstrap), one.config("conf-1", "cache"))
+    one.mount("/first", one.config("conf-1", "cache"))
     for path, name in (
         ("", "GlobalMetrics"),
         ("/backend", "BackendMetrics"),
@@ -261,7 +264,7 @@ def test_which_instance(image: Image, daemon: Callable[..., Daemon]) -> None:
         status, found = one.call(f"/api/v1/metrics{path}?id=other")
         assert status == 404 and found["message"] == f"{name}(Metrics(Stats(NoCounter)))"
         assert one.call(f"/api/v1/metrics{path}", "PUT", {})[0] == 400
-    one.service.mount_rafs("/second", str(image.bootstrap), one.config("conf-2", "cache-2"))
+    one.mount("/second", one.config("conf-2", "cache-2"))
     assert one.call("/api/v1/metrics")[0] == 404  # which of the two?
     assert one.call("/api/v1/metrics?id=/second")[1]["id"] == "/second"
     assert one.call("/api/v1/metrics/blobcache?id=conf-2")[1]["store_path"].endswith("cache-2")
@@ -271,7 +274,7 @@ def test_reads_that_hang_show(image: Image, daemon: Callable[..., Daemon]) -> No
     """Each of them, with what nydusd's clients look at; and each mount's oldest."""
     one = daemon(with_image=False)
     for name in ("first", "second"):
-        one.service.mount_rafs(f"/{name}", str(image.bootstrap), one.config(name, name))
+        one.mount(f"/{name}", one.config(name, name))
     one.server.inject("delay", seconds=30, times=-1)
 
     def run(name: str) -> None:

@@ -16,8 +16,9 @@ from tests.system.daemon import wait_until
 from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
 from virtiofsd_nydus.cli.main import main
+from virtiofsd_nydus.daemon.mounts import ImageMount
 from virtiofsd_nydus.daemon.prefetch import add_chunk, read_list
-from virtiofsd_nydus.daemon.service import Service
+from virtiofsd_nydus.daemon.service import Service, Sockets
 from virtiofsd_nydus.errors import UsageFailure
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 from virtiofsd_nydus.log import Log
@@ -80,13 +81,10 @@ class Daemon:
         )
 
     def start(self, files: list[str] | None = None, with_image: bool = True, **prefetch: object) -> None:
+        config = parse_config(self.config(**prefetch))
         self.service.start(
-            sock=str(self.directory / "fs.sock"),
-            fd=None,
-            apisock=str(self.directory / "api.sock"),
-            bootstrap=str(self.tree.bootstrap) if with_image else None,
-            config=parse_config(self.config(**prefetch)) if with_image else None,
-            prefetch_files=files,
+            Sockets(sock=str(self.directory / "fs.sock"), apisock=str(self.directory / "api.sock")),
+            ImageMount("/", str(self.tree.bootstrap), config, files) if with_image else None,
         )
 
     def call(self, method: str, path: str, body: object = None) -> tuple[int, Any]:

@@ -95,14 +95,14 @@ def test_mounts_count_apart(image: Image, daemon: Callable[..., Daemon]) -> None
     one = daemon(with_image=False)
     odd = '/a "b" \\c'
     for place, cache in ((odd, "cache-1"), ("/other", "cache-2")):
-        one.service.mount_rafs(place, str(image.bootstrap), one.config(cache, cache))
+        one.mount(place, one.config(cache, cache))
     assert one.read(f"{odd}/file-03") == image.files["file-03"]
     found = scrape(one)
     assert of(found, "needed_bytes_total", mountpoint=odd) == len(image.files["file-03"])
     assert of(found, "fetched_bytes_total", mountpoint=odd, backend="registry") > 0
     assert of(found, "needed_bytes_total", mountpoint="/other") == 0
     assert of(found, "fetched_bytes_total", mountpoint="/other", backend="registry") == 0
-    one.service.umount(odd)
+    one.service.table.umount(odd)
     found = scrape(one)
     assert of(found, "mounts") == 1
     assert not [key for key in found if ("mountpoint", odd) in key[1]]

@@ -45,12 +45,11 @@ def run(args: "argparse.Namespace") -> int:
         raise UsageFailure("--id and --supervisor go together")
 
     from virtiofsd_nydus.daemon.host import HostService
-    from virtiofsd_nydus.daemon.prefetch import read_list
-    from virtiofsd_nydus.daemon.process import open_log, prepare_process, read_config
+    from virtiofsd_nydus.daemon.process import open_log, prepare_process, read_image
+    from virtiofsd_nydus.daemon.service import Sockets
     from virtiofsd_nydus.fuse.host import HostFuse
 
-    prefetch_files = read_list(args.prefetch_files) if args.prefetch_files else None
-    config = read_config(args)
+    image = read_image(args)
     fuse = HostFuse(
         args.mountpoint,
         threads=args.fuse_threads,
@@ -70,15 +69,7 @@ def run(args: "argparse.Namespace") -> int:
         allow_unverified=args.allow_unverified,
     )
     try:
-        service.start_host(
-            apisock=args.apisock,
-            bootstrap=args.bootstrap,
-            config=config,
-            mountpoint=args.virtual_mountpoint,
-            upgrade=args.upgrade,
-            sock=args.sock,
-            prefetch_files=prefetch_files,
-        )
+        service.start_host(Sockets(sock=args.sock, apisock=args.apisock), image, upgrade=args.upgrade)
     except Failure:
         service.stop()
         raise

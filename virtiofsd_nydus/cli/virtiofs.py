@@ -57,14 +57,12 @@ def run(args: "argparse.Namespace") -> int:
 
 
 def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "socket.socket | None") -> int:
-    from virtiofsd_nydus.daemon.prefetch import read_list
-    from virtiofsd_nydus.daemon.process import open_log, prepare_process, read_config
-    from virtiofsd_nydus.daemon.service import Service
+    from virtiofsd_nydus.daemon.process import open_log, prepare_process, read_image
+    from virtiofsd_nydus.daemon.service import Service, Sockets
 
     if args.prefetch_files and not args.bootstrap:
         raise UsageFailure("--prefetch-files needs --bootstrap; for mounts by the API the list is in the request")
-    prefetch_files = read_list(args.prefetch_files) if args.prefetch_files else None
-    config = read_config(args)
+    image = read_image(args)
     log = open_log(args)
     prepare_process(args, log)
     service = Service(
@@ -77,15 +75,9 @@ def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "socket.s
     service.catch_signals()  # one that comes as soon as RUNNING is answered is an orderly end, too
     try:
         service.start(
-            sock=sock,
-            fd=args.fd,
-            apisock=args.apisock,
-            bootstrap=args.bootstrap,
-            config=config,
-            mountpoint=args.virtual_mountpoint,
-            prefetch_files=prefetch_files,
-            shared_dir=args.shared_dir,
-            api_listener=api_listener,
+            Sockets(sock=sock, fd=args.fd, apisock=args.apisock, listener=api_listener),
+            image,
+            (args.virtual_mountpoint, args.shared_dir) if args.shared_dir else None,
         )
     except Failure:
         service.stop()

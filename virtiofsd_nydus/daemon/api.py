@@ -8,14 +8,49 @@ import json
 import socket
 import threading
 
+from virtiofsd_nydus.daemon.answers import ApiError, quoted
 from virtiofsd_nydus.daemon.listener import listen_api, remove_file
+from virtiofsd_nydus.daemon.mounts import read_mount
+from virtiofsd_nydus.daemon.prefetch import check_list
+from virtiofsd_nydus.daemon.requests import (
+    body_fault,
+    describe_kind,
+    parse_object,
+    parse_query,
+    require_mountpoint,
+    require_no_body,
+    require_texts,
+)
 from virtiofsd_nydus.errors import Failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
 
-    from virtiofsd_nydus.daemon.service import Mount, Service
+    from virtiofsd_nydus.daemon.mounts import Mount, MountTable
+    from virtiofsd_nydus.daemon.report import Report
+    from virtiofsd_nydus.log import Log
+
+    class Daemon(Protocol):
+        """What the API drives."""
+
+        table: MountTable
+        report: Report
+        log: Log
+
+        def exit_by_api(self) -> None:
+            """PUT exit."""
+
+        def start_by_api(self) -> None:
+            """PUT start."""
+
+        def send_fd(self) -> None:
+            """PUT fuse/sendfd."""
+
+        def take_over(self) -> None:
+            """PUT fuse/takeover."""
+
 
 HEAD_MAX_BYTES = 16 << 10
 CONNECTIONS_MAX = 1000  # a thread each; clients keep theirs idle for ten seconds
@@ -31,34 +66,12 @@ REASONS = {
 }
 
 
-class ApiError(Exception):
-    """An answer other than success: status and the message that nydusd would give. wrapped: the message is the inner
-    one, put into the route's WRAPPERS entry."""
-
-    def __init__(self, status: int, message: str, *, wrapped: bool = False) -> None:
-        super().__init__(message)
-        self.status, self.wrapped = status, wrapped
-
-
-def unexpected(event: str) -> ApiError:
-    """The daemon is in a state in which this cannot be."""
-    return ApiError(400, f"UnexpectedEvent({quoted(event)})", wrapped=True)
-
-
-def unsupported() -> ApiError:
-    return ApiError(501, "Unsupported", wrapped=True)
-
-
-def not_ready() -> ApiError:
-    return ApiError(503, "NotReady", wrapped=True)
-
-
 class ApiServer:
     """Listens on path once made, with listener if that is given; start() begins to answer. close() removes the file."""
 
-    def __init__(self, path: str, service: "Service", listener: socket.socket | None = None) -> None:
+    def __init__(self, path: str, daemon: "Daemon", listener: socket.socket | None = None) -> None:
         self.path = path
-        self._service = service
+        self._daemon = daemon
         self._closed = False
         self._socket = listener or listen_api(path)
         self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
@@ -150,17 +163,17 @@ class ApiServer:
         try:
             query = parse_query(query_text)
             if path == MOUNT_ROUTE:
-                _mountpoint(query)  # nydusd looks at it before the method
+                require_mountpoint(query)  # nydusd looks at it before the method
             handler = methods.get(method)
             if handler is None:
                 return 400, _error("BadRequest")
-            answer = handler(self._service, query, body)
+            answer = handler(self._daemon, query, body)
         except ApiError as error:
             return error.status, _error(wrapper.format(error) if error.wrapped else str(error))
         except Failure as failure:
             return 500, _error(wrapper.format(f"Other({quoted(str(failure))})"))
         except Exception as error:  # a fault of ours must not leave the client without an answer
-            self._service.note_fault(f"{method} {path}: {error!r}")
+            self._daemon.report.note_fault(f"{method} {path}: {error!r}")
             return 500, _error(wrapper.format(f"Other({quoted(f'internal error: {type(error).__name__}')})"))
         if answer is None:
             return 204, b""
@@ -183,149 +196,48 @@ def _error(message: str) -> bytes:
     return json.dumps({"code": "UNDEFINED", "message": message}).encode()
 
 
-def quoted(text: str) -> str:
-    """As Rust's Debug shows a string."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+def get_daemon(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    return daemon.report.daemon_info()
 
 
-def parse_query(text: str) -> "dict[str, str]":
-    """A form's query; of a name that comes twice the first counts."""
-    query: dict[str, str] = {}
-    for part in text.split("&"):
-        if part:
-            name, _, value = part.partition("=")
-            query.setdefault(_unescaped(name), _unescaped(value))
-    return query
-
-
-def _unescaped(text: str) -> str:
-    """Percent-encoded UTF-8; urllib.parse would cost start-up 4 ms."""
-    head, *rest = text.replace("+", " ").encode("latin-1").split(b"%")
-    for part in rest:
-        try:
-            head += bytes((int(part[:2], 16),)) + part[2:] if len(part) > 1 else b"%" + part
-        except ValueError:
-            head += b"%" + part
-    return head.decode("utf-8", "replace")
-
-
-def _no_body(body: bytes) -> None:
-    if body:
-        raise ApiError(400, "BadRequest")
-
-
-# Python's words for a fault of JSON -> nydusd's, where there is more text and at its end
-PARSE_FAULTS = {
-    "Expecting value": ("expected value", "EOF while parsing a value"),
-    "Extra data": ("trailing characters", "trailing characters"),
-    "Expecting property name enclosed in double quotes": ("key must be a string", "EOF while parsing an object"),
-    "Expecting ':' delimiter": ("expected `:`", "EOF while parsing an object"),
-    "Expecting ',' delimiter": ("expected `,` or `}`", "EOF while parsing an object"),
-    "Unterminated string starting at": ("EOF while parsing a string", "EOF while parsing a string"),
-}
-
-
-def _fault(text: str, line: int, column: int) -> ApiError:
-    return ApiError(400, f"ParseBody(Error({quoted(text)}, line: {line}, column: {column}))")
-
-
-def _parsed(body: bytes) -> object:
-    """The document that a body holds. A body without a byte is none at all."""
-    if not body:
-        raise ApiError(400, "BadRequest")
-    try:
-        return json.loads(body)
-    except json.JSONDecodeError as error:
-        ended = error.pos >= len(error.doc.rstrip())
-        text = PARSE_FAULTS.get(error.msg, ("expected value",) * 2)[ended]
-        column = error.colno
-        if ended:
-            column -= 1
-        elif text == "expected value" and error.doc[error.pos] in "ntf":
-            text, column = "expected ident", column + 1  # null, true or false was begun
-        raise _fault(text, error.lineno, column) from None
-    except ValueError:
-        raise _fault("invalid unicode code point", 1, 1) from None
-
-
-def _kind(value: object) -> str:
-    """A JSON value as nydusd names it when it is of the wrong type."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return f"boolean `{str(value).lower()}`"
-    if isinstance(value, (int, float)):
-        return f"{'integer' if isinstance(value, int) else 'floating point'} `{value}`"
-    if isinstance(value, str):
-        return f"string {quoted(value)}"
-    return "map" if isinstance(value, dict) else "sequence"
-
-
-def _object(body: bytes, expected: str = "a map") -> "dict[str, object]":
-    document = _parsed(body)
-    if not isinstance(document, dict):
-        raise _fault(f"invalid type: {_kind(document)}, expected {expected}", 1, len(body))
-    return document
-
-
-def _require_texts(document: "dict[str, object]", names: "tuple[str, ...]", body: bytes) -> None:
-    """Those keys are there and hold strings. The column told is the body's end: it is for people."""
-    for name in names:
-        if name in document and not isinstance(document[name], str):
-            raise _fault(f"invalid type: {_kind(document[name])}, expected a string", 1, len(body))
-    for name in names:
-        if name not in document:
-            raise _fault(f"missing field `{name}`", 1, len(body))
-
-
-def _mountpoint(query: "dict[str, str]") -> str:
-    if "mountpoint" not in query:
-        raise ApiError(400, "QueryString(\"'mountpoint' should be specified in query string\")")
-    return query["mountpoint"]
-
-
-def get_daemon(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    return service.daemon_info()
-
-
-def get_daemon_v2(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+def get_daemon_v2(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
     """Without the mounts, as nydusd's second version gives it."""
-    _no_body(body)
-    return {**service.daemon_info(), "backend_collection": None}
+    require_no_body(body)
+    return {**daemon.report.daemon_info(), "backend_collection": None}
 
 
-def put_daemon(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    document = _object(body, "struct DaemonConf")
-    _require_texts(document, ("log_level",), body)
+def put_daemon(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    document = parse_object(body, "struct DaemonConf")
+    require_texts(document, ("log_level",), body)
     try:
-        service.log.set_level(str(document["log_level"]))
+        daemon.log.set_level(str(document["log_level"]))
     except KeyError:
         raise ApiError(500, "Configure(ResponsePayloadType)") from None
     return None
 
 
-def put_exit(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    service.exit_by_api()
+def put_exit(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    daemon.exit_by_api()
     return None
 
 
-def put_start(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    service.start_by_api()
+def put_start(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    daemon.start_by_api()
     return None
 
 
-def put_sendfd(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    service.send_fd()
+def put_sendfd(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    daemon.send_fd()
     return None
 
 
-def put_takeover(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    service.take_over()
+def put_takeover(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    daemon.take_over()
     return None
 
 
@@ -335,113 +247,111 @@ MOUNT_KEYS = ("source", "fs_type", "config")
 
 def _mount_command(query: "dict[str, str]", body: bytes) -> "tuple[str, str, str, str, list[object] | None]":
     """(mount point, file system type, source, configuration text, files to prefetch)."""
-    command = _object(body, "struct ApiMountCmd")
-    _require_texts({"fs_type": "", **command}, MOUNT_KEYS, body)
+    command = parse_object(body, "struct ApiMountCmd")
+    require_texts({"fs_type": "", **command}, MOUNT_KEYS, body)
     files = command.get("prefetch_files")
     if files is not None and not isinstance(files, list):
-        raise _fault(f"invalid type: {_kind(files)}, expected a sequence", 1, len(body))
+        raise body_fault(f"invalid type: {describe_kind(files)}, expected a sequence", 1, len(body))
     kind = str(command.get("fs_type", ""))
     if kind != "rafs" and kind not in PASSTHROUGH_TYPES:
         raise Failure(f"invalid argument `only 'rafs' and 'passthrough_fs' are supported, but {kind} was specified`")
-    return _mountpoint(query), kind, str(command["source"]), str(command["config"]), files
+    return require_mountpoint(query), kind, str(command["source"]), str(command["config"]), files
 
 
-def post_mount(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+def post_mount(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
     mountpoint, kind, source, config, files = _mount_command(query, body)
     if kind == "rafs":
-        service.mount_rafs(mountpoint, source, config, files)
+        daemon.table.mount_image(read_mount(mountpoint, source, config, files))
     else:
-        service.mount_share(mountpoint, source)
+        daemon.table.mount_share(mountpoint, source)
     return None
 
 
-def put_mount(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+def put_mount(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
     mountpoint, _, source, config, files = _mount_command(query, body)
-    service.remount(mountpoint, source, config, files)
+    daemon.table.remount(read_mount(mountpoint, source, config, files))
     return None
 
 
-def delete_mount(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    service.umount(_mountpoint(query))
+def delete_mount(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    daemon.table.umount(require_mountpoint(query))
     return None
 
 
-def get_stats(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    return service.stats()
+def get_stats(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    return daemon.report.stats()
 
 
 # ---- metrics
 
 
-def _metrics(service: "Service", query: "dict[str, str]", body: bytes, kind: str, name: str) -> object:
+def _metrics(daemon: "Daemon", query: "dict[str, str]", body: bytes, kind: str, name: str) -> object:
     """kind: of metrics.DOCUMENTS; name: of the error, as nydusd gives it."""
-    _no_body(body)
+    require_no_body(body)
     try:
-        return service.mount_metrics(kind, query.get("id"))
+        return daemon.report.mount_metrics(kind, query.get("id"))
     except LookupError:
         raise ApiError(404, f"{name}(Metrics(Stats(NoCounter)))") from None
 
 
-def get_fs_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    return _metrics(service, query, body, "fs", "GlobalMetrics")
+def get_fs_metrics(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    return _metrics(daemon, query, body, "fs", "GlobalMetrics")
 
 
-def get_files_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    return _metrics(service, query, body, "latest" if query.get("latest") == "true" else "files", "FsFilesMetrics")
+def get_files_metrics(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    return _metrics(daemon, query, body, "latest" if query.get("latest") == "true" else "files", "FsFilesMetrics")
 
 
-def get_pattern_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    return _metrics(service, query, body, "pattern", "Pattern")
+def get_pattern_metrics(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    return _metrics(daemon, query, body, "pattern", "Pattern")
 
 
-def get_backend_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    return _metrics(service, query, body, "backend", "BackendMetrics")
+def get_backend_metrics(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    return _metrics(daemon, query, body, "backend", "BackendMetrics")
 
 
-def get_blobcache_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    return _metrics(service, query, body, "blobcache", "BlobcacheMetrics")
+def get_blobcache_metrics(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    return _metrics(daemon, query, body, "blobcache", "BlobcacheMetrics")
 
 
-def get_inflight_metrics(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    return service.inflight_metrics()
+def get_inflight_metrics(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    return daemon.report.inflight_metrics()
 
 
-def get_prometheus(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    return service.prometheus_text()
+def get_prometheus(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    return daemon.report.prometheus_text()
 
 
 # ---- prefetch
 
 
-def get_prefetch(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    return service.prefetch_progress()
+def get_prefetch(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    return daemon.report.prefetch_progress()
 
 
-def _prefetched(service: "Service", query: "dict[str, str]") -> "Mount":
-    mount = service.find_mount(query.get("mountpoint"))
+def _prefetched(daemon: "Daemon", query: "dict[str, str]") -> "Mount":
+    mount = daemon.table.find(query.get("mountpoint"))
     if mount is None:
         raise ApiError(404, "Prefetch(NoSuchMount)")
     return mount
 
 
-def put_prefetch(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+def put_prefetch(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
     """Fetches {"files": [absolute paths]}, or without a body everything. With ?wait=SECONDS the answer comes when all
     of it is here (200) or cannot be had in that time (503)."""
-    from virtiofsd_nydus.daemon.prefetch import check_list
-
-    files = _object(body).get("files") if body else None
+    files = parse_object(body).get("files") if body else None
     if files is not None and not isinstance(files, list):
         raise ApiError(400, 'ParseBody("files: not a list")')
     try:
         wait_s = float(query.get("wait") or 0)
     except ValueError:
         raise ApiError(400, "QueryString(\"'wait' is a number of seconds\")") from None
-    prefetch = _prefetched(service, query).prefetch
+    prefetch = _prefetched(daemon, query).prefetch
     prefetch.start(None if files is None else check_list(files, "prefetch"), then_all=files is None)
     if wait_s > 0:
         prefetch.wait(wait_s)
@@ -452,51 +362,51 @@ def put_prefetch(service: "Service", query: "dict[str, str]", body: bytes) -> ob
     return prefetch.progress()
 
 
-def delete_prefetch(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    _prefetched(service, query).prefetch.cancel()
+def delete_prefetch(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    _prefetched(daemon, query).prefetch.cancel()
     return None
 
 
 # ---- hot changes of configuration
 
 
-def get_config(service: "Service", query: "dict[str, str]", body: bytes) -> object:
+def get_config(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
     """What was changed since start, values and all, as nydusd answers: whoever may ask may also change it."""
-    _no_body(body)
-    return service.changed_config(query.get("id"))
+    require_no_body(body)
+    return daemon.table.changed_config(query.get("id"))
 
 
-def put_config(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    changes = _object(body)
-    _require_texts(changes, tuple(changes), body)
-    service.change_config(query.get("id"), {key: str(value) for key, value in changes.items()})
+def put_config(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    changes = parse_object(body)
+    require_texts(changes, tuple(changes), body)
+    daemon.table.change_config(query.get("id"), {key: str(value) for key, value in changes.items()})
     return None
 
 
 # ---- what else nydusd has
 
 
-def get_events(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    return service.events()
+def get_events(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    return daemon.report.events()
 
 
-def get_backend_info(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
-    return service.superblock(_mountpoint(query))
+def get_backend_info(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
+    return daemon.report.superblock(require_mountpoint(query))
 
 
 # nydusd's singleton mode, the kernel's on-demand cache, alone has these
 
 
-def put_blobs(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _require_texts(_object(body, "struct BlobCacheEntry"), ("type", "id"), body)
+def put_blobs(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_texts(parse_object(body, "struct BlobCacheEntry"), ("type", "id"), body)
     raise ApiError(501, "CreateBlobObject(DaemonAbnormal(Unsupported))")
 
 
-def delete_blobs(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
+def delete_blobs(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
     if "domain_id" in query:
         raise ApiError(501, "DeleteBlobObject(DaemonAbnormal(Unsupported))")
     if "blob_id" in query:
@@ -504,8 +414,8 @@ def delete_blobs(service: "Service", query: "dict[str, str]", body: bytes) -> ob
     raise ApiError(400, "BadRequest")
 
 
-def get_blobs(service: "Service", query: "dict[str, str]", body: bytes) -> object:
-    _no_body(body)
+def get_blobs(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    require_no_body(body)
     if "domain_id" not in query:
         raise ApiError(400, "BadRequest")
     raise ApiError(501, "GetBlobObjects(DaemonAbnormal(Unsupported))")  # of which nydusd dies
@@ -519,7 +429,7 @@ WRAPPERS = {
     "/api/v1/daemon/fuse/takeover": "Upgrade(DaemonAbnormal({}))",
     "/api/v1/daemon/backend": "FsBackendInfo(Metrics(Daemon({})))",
 }
-ROUTES: "dict[str, dict[str, Callable[[Service, dict[str, str], bytes], object]]]" = {
+ROUTES: "dict[str, dict[str, Callable[[Daemon, dict[str, str], bytes], object]]]" = {
     "/api/v1/daemon": {"GET": get_daemon, "PUT": put_daemon},
     "/api/v2/daemon": {"GET": get_daemon_v2, "PUT": put_daemon},
     "/api/v1/daemon/exit": {"PUT": put_exit},

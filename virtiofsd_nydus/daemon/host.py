@@ -12,15 +12,14 @@ import threading
 from virtiofsd_nydus import __version__
 from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.daemon import supervisor as supervisors
-from virtiofsd_nydus.daemon.api import ApiServer, not_ready, unexpected, unsupported
-from virtiofsd_nydus.daemon.service import QUEUES, SWITCH_INTERVAL_S, Service
-from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Vfs
+from virtiofsd_nydus.daemon.answers import not_ready, unexpected, unsupported
+from virtiofsd_nydus.daemon.api import ApiServer
+from virtiofsd_nydus.daemon.mounts import ImageMount
+from virtiofsd_nydus.daemon.service import Service, Sockets, set_switch_interval
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.fuse import mounts
 from virtiofsd_nydus.fuse.host import HostFuse
 from virtiofsd_nydus.storage.config import ImageConfig
-from virtiofsd_nydus.vhost.device import EngineDevice
-from virtiofsd_nydus.vhost.server import VhostServer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,52 +62,32 @@ class HostService(Service):
         self._keep_mount = False
         self._steps = threading.Lock()  # the API's start, sendfd and takeover, one at a time
 
-    def start_host(
-        self,
-        *,
-        apisock: str | None,
-        bootstrap: str | None,
-        config: ImageConfig | None,
-        mountpoint: str = "/",
-        upgrade: bool = False,
-        sock: str | None = None,
-        prefetch_files: "list[str] | None" = None,
-    ) -> None:
+    def start_host(self, sockets: Sockets, image: ImageMount | None = None, *, upgrade: bool = False) -> None:
         """Returns RUNNING, or in INIT when it waits for takeover. Raises Failure with nothing left behind but what
-        stop() removes. Main thread only. mountpoint: where the image lies inside the mount."""
-        import sys
-
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
+        stop() removes. Main thread only. image.path: where the image lies inside the mount."""
         self.catch_signals()
-        if upgrade or self._must_take_over(apisock):
-            if not apisock or not self._supervisor:
-                raise Failure("taking a mount over needs --apisock and --supervisor")
-            self._api = ApiServer(apisock, self)
-            self._keep_mount = True
-            self._api.start()
-            self.log.say(logs.INFO, "waiting to take over", mountpoint=self._fuse.mountpoint, version=__version__)
-            self._start_late()
+        if upgrade or self._must_take_over(sockets.apisock):
+            self._wait_takeover(sockets.apisock)
             return
-        self._vfs = vfs = Vfs(self.engine, SESSION_RAFS if bootstrap else SESSION_MIXED)
-        if bootstrap:
-            assert config is not None
-            self._mount(mountpoint, bootstrap, config, prefetch_files=prefetch_files)
-            # Without it nobody asks for OPEN: version 5 keeps that
-            self._fuse.passthrough &= all(mount.image.info()["fs_version"] == 6 for mount in self._mounts.values())
+        vfs = self._open_table(image)
+        # Without passthrough nobody asks for OPEN: version 5 keeps that
+        self._fuse.passthrough &= all(mount.image.info()["fs_version"] == 6 for mount in self.table.images())
         self._fuse.mount()
         self._fuse.serve(self.engine, vfs, on_end=self._mount_is_gone)
-        if sock:
-            self._vhost = VhostServer(
-                lambda: EngineDevice(self.engine, vfs, QUEUES), path=sock, fd=None, say=self.log.say
-            )
-        if apisock:
-            self._api = ApiServer(apisock, self)
-        if self._vhost:
-            self._vhost.start()
-        self.state = "RUNNING"
-        if self._api:
-            self._api.start()
-        self.log.say(logs.INFO, "running", mountpoint=self._fuse.mountpoint, version=__version__)
+        if sockets.sock:
+            self._open_vhost(vfs, sockets, None)
+        if sockets.apisock:
+            self._api = ApiServer(sockets.apisock, self)
+        self._run(mountpoint=self._fuse.mountpoint)
+
+    def _wait_takeover(self, apisock: str | None) -> None:
+        if not apisock or not self._supervisor:
+            raise Failure("taking a mount over needs --apisock and --supervisor")
+        set_switch_interval()
+        self._api = ApiServer(apisock, self)
+        self._keep_mount = True
+        self._api.start()
+        self.log.say(logs.INFO, "waiting to take over", mountpoint=self._fuse.mountpoint, version=__version__)
         self._start_late()
 
     def _must_take_over(self, apisock: str | None) -> bool:
@@ -144,16 +123,17 @@ class HostService(Service):
                 raise unsupported()
             if not self._fuse.ready and self.state != "READY":
                 raise not_ready()
-            if self._shares:
+            if self.table.shares():
                 raise Failure("host directories are mounted: a successor could not go on with files open in them")
             supervisors.send_state(self._supervisor, self._state_to_send(), self._fuse.fd)
 
     def _state_to_send(self) -> "dict[str, Any]":
-        assert self._vfs is not None
-        with self._lock:
+        vfs = self.table.vfs
+        assert vfs is not None
+        with self.table.held() as (mounts, _):
             return {
-                "kind": self._vfs.kind,
-                "next_serial": self._vfs.next_serial,
+                "kind": vfs.kind,
+                "next_serial": vfs.next_serial,
                 "mounts": [
                     {
                         "path": mount.path,
@@ -161,7 +141,7 @@ class HostService(Service):
                         "serial": mount.serial,
                         "config": {name: getattr(mount.config, name) for name in ImageConfig.__slots__},
                     }
-                    for mount in sorted(self._mounts.values(), key=lambda mount: mount.serial)
+                    for mount in sorted(mounts, key=lambda mount: mount.serial)
                 ],
             }
 
@@ -172,37 +152,34 @@ class HostService(Service):
             state, fd = supervisors.receive_state(self._supervisor)
             self._fuse.adopt(fd)
             try:
-                self._vfs = Vfs(self.engine, int(state["kind"]))
+                vfs = self.table.open(int(state["kind"]))
                 for entry in state["mounts"]:
                     config = ImageConfig("", {}, "")
                     for name in ImageConfig.__slots__:
                         setattr(config, name, entry["config"][name])
-                    self._mount(str(entry["path"]), str(entry["source"]), config, int(entry["serial"]))
-                self._vfs.next_serial = int(state["next_serial"])
+                    wanted = ImageMount(str(entry["path"]), str(entry["source"]), config)
+                    self.table.mount_image(wanted, int(entry["serial"]))
+                vfs.next_serial = int(state["next_serial"])
             except (KeyError, TypeError, ValueError) as error:
                 self._undo_takeover()
                 raise Failure(f"the state of the predecessor is damaged: {error!r}", Cause.FORMAT) from None
             except Failure:
                 self._undo_takeover()
                 raise
-            self.state = "READY"
+            self.report.state = "READY"
             self.log.say(logs.INFO, "took over", mountpoint=self._fuse.mountpoint, mounts=len(state["mounts"]))
 
     def _undo_takeover(self) -> None:
         """As before it, so that it can be tried again."""
-        for path in list(self._mounts):
-            self.umount(path)
-        if self._vfs:
-            self._vfs.close()
-            self._vfs = None
+        self.table.umount_all()
         self._fuse.forget()
 
     def start_by_api(self) -> None:
         with self._steps:
             if self.state != "READY":
                 raise unexpected("Start")
-            assert self._vfs is not None
-            self._fuse.serve(self.engine, self._vfs, on_end=self._mount_is_gone, resumed=True)
+            assert self.table.vfs is not None
+            self._fuse.serve(self.engine, self.table.vfs, on_end=self._mount_is_gone, resumed=True)
             self._keep_mount = False
-            self.state = "RUNNING"
+            self.report.state = "RUNNING"
             self.log.say(logs.INFO, "running", mountpoint=self._fuse.mountpoint, version=__version__)

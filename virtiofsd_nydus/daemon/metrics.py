@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
-    from virtiofsd_nydus.daemon.service import Mount
+    from virtiofsd_nydus.daemon.mounts import Mount
     from virtiofsd_nydus.engine import FileStats
 
 FOP_NAMES = (
@@ -37,22 +37,6 @@ FOPS = len(FOP_NAMES)
 OPEN_FOP, RELEASE_FOP, READ_FOP = 2, 3, 4
 SERIAL_SHIFT = 48  # of a nodeid: above it the number of the mount (docs/architecture.md)
 CACHE_FILE_SUFFIX = ".blob.data"
-
-
-def find_mount(mounts: "dict[str, Mount]", wanted: str | None) -> "Mount | None":
-    """The mount that an `id` names (its mountpoint or the id of its configuration); without one the only mount."""
-    if wanted is None:
-        return next(iter(mounts.values())) if len(mounts) == 1 else None
-    found = mounts.get(wanted)
-    if found is None:
-        found = next((mount for mount in mounts.values() if mount.config.id and mount.config.id == wanted), None)
-    return found
-
-
-def counts_files(mount: "Mount") -> bool:
-    """Whether its configuration asks for numbers of single files."""
-    config = mount.config
-    return config.iostats_files or config.access_pattern or config.latest_read_files
 
 
 def fs_metrics(mount: "Mount") -> "dict[str, Any]":

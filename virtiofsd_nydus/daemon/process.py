@@ -2,6 +2,8 @@
 
 from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.arguments import NOFILE_DEFAULT
+from virtiofsd_nydus.daemon.mounts import ImageMount
+from virtiofsd_nydus.daemon.prefetch import read_list
 from virtiofsd_nydus.engine import reduce_privileges
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.storage import config as configs
@@ -11,13 +13,13 @@ if TYPE_CHECKING:
     import argparse
 
 
-def read_config(args: "argparse.Namespace") -> configs.ImageConfig | None:
-    """The configuration of --bootstrap. Without one --config is not read: mounts by the API bring theirs."""
-    if args.localfs_dir:
-        return configs.localfs_config(args.localfs_dir)
-    if args.config and args.bootstrap:
-        return configs.load_config(args.config)
-    return None
+def read_image(args: "argparse.Namespace") -> ImageMount | None:
+    """The image of --bootstrap, with its configuration and its list of files to prefetch."""
+    prefetch_files = read_list(args.prefetch_files) if args.prefetch_files else None
+    if not args.bootstrap:
+        return None  # --config is not read then: mounts by the API bring theirs
+    config = configs.localfs_config(args.localfs_dir) if args.localfs_dir else configs.load_config(args.config)
+    return ImageMount(args.virtual_mountpoint, args.bootstrap, config, prefetch_files)
 
 
 def open_log(args: "argparse.Namespace") -> logs.Log:

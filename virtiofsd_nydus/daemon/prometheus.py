@@ -9,7 +9,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from virtiofsd_nydus.daemon.service import Mount
+    from virtiofsd_nydus.daemon.mounts import Mount
 
     Labels = dict[str, str]
     Samples = Iterable[tuple[str, Labels, float]]  # what is added to the name, labels, value

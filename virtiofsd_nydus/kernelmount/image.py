@@ -6,17 +6,13 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
-from virtiofsd_nydus.engine import Engine, Rafs, Store
+from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net.health import RateLimit
 from virtiofsd_nydus.storage.config import ImageConfig
-from virtiofsd_nydus.storage.factory import create_backend
-from virtiofsd_nydus.storage.pump import FetchPump
+from virtiofsd_nydus.storage.opened import make_origin, open_with_engine
 
-STALL_SECONDS = 60.0
+STALL_S = 60.0
 EVENT_MS = 100
-ERROR_LEVEL = 40
-STOP_SECONDS = 5.0
 
 
 class KernelImage:
@@ -27,35 +23,24 @@ class KernelImage:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        if self.config.cache_compressed:
+        config = self.config
+        if config.cache_compressed:
             raise Failure(
                 "the configuration keeps the cache compressed, which EROFS cannot read: leave `compressed` "
                 "out of it, or mount without --kernel",
                 Cause.FORMAT,
             )
         with ExitStack() as stack:
-            self.engine = Engine()
-            stack.callback(self.engine.close)
-            backend = create_backend(self.config.backend_type, self.config.backend_config, warn=self._warn)
-            stack.callback(backend.close)
-            store = Store(self.engine, self.config.work_dir)
-            stack.callback(store.close)
-            self.rafs = Rafs(self.engine, self.bootstrap, store)
-            stack.callback(self.rafs.close)
+            opened = stack.enter_context(
+                open_with_engine(self.bootstrap, lambda: make_origin(config, self._warn), work_dir=config.work_dir)
+            )
+            self.engine, self.rafs = opened.engine, opened.rafs
             if self.rafs.info()["fs_version"] != 6:
                 raise Failure(
                     f"{self.bootstrap} is RAFS version 5, which EROFS does not know: mount without --kernel",
                     Cause.FORMAT,
                 )
             self.blobs = self.rafs.blobs()
-            rate = self.config.prefetch_bandwidth_bytes_s
-            limit = RateLimit(rate) if rate else None
-            pump = FetchPump(self.engine)
-            for blob in self.blobs:
-                pump.add_backend(blob.key, backend, limit)
-            pump.start()
-            stack.callback(pump.join, STOP_SECONDS)
-            stack.callback(self.engine.shutdown)
             self._stack = stack.pop_all()
         return self
 
@@ -81,15 +66,15 @@ class KernelImage:
                 last_ready, moved_at = ready, time.monotonic()
                 if progress:
                     progress(ready, total)
-            if time.monotonic() - moved_at > STALL_SECONDS:
+            if time.monotonic() - moved_at > STALL_S:
                 raise Failure(f"only {ready} of {total} chunks came", Cause.NETWORK)
             event = self.engine.next_event(EVENT_MS)
-            if event is not None and event.level >= ERROR_LEVEL:
+            if event is not None and event.level >= logs.ERROR:
                 raise Failure(event.text, event.cause)
 
     def last_error(self, otherwise: Failure) -> Failure:
-        """What the engine said last of what went wrong."""
-        while (event := self.engine.next_event(0)) is not None:
-            if event.level >= ERROR_LEVEL:
+        """The engine's last error line; otherwise, where it said none."""
+        for event in self.engine.waiting_events():
+            if event.level >= logs.ERROR:
                 otherwise = Failure(event.text, event.cause)
         return otherwise

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LOOK_MS = 1000  # between two looks at what is complete
 PREFETCH_TAG = 1
-GUARD_PAUSE_SECONDS = 1.0  # guards are not started faster than this
+GUARD_PAUSE_S = 1.0  # guards are not started faster than this
 WHOLE = "mount --kernel --fetch-all fetches the whole image first and needs no events"
 
 
@@ -57,7 +57,7 @@ class GuardWatch:
         threading.Thread(target=self._run, args=(pidfd,), name="guard", daemon=True).start()
 
     def _run(self, pidfd: int) -> None:
-        began = -GUARD_PAUSE_SECONDS
+        began = -GUARD_PAUSE_S
         while True:
             if pidfd >= 0:
                 wait_for(pidfd)
@@ -66,8 +66,8 @@ class GuardWatch:
             if lib.vnd_precontent_ended(self._shared):
                 return
             self._log.say(logs.WARNING, "the guard is gone: starting another")
-            if time.monotonic() - began < GUARD_PAUSE_SECONDS:
-                time.sleep(GUARD_PAUSE_SECONDS)  # one that always dies must not use the machine up
+            if time.monotonic() - began < GUARD_PAUSE_S:
+                time.sleep(GUARD_PAUSE_S)  # one that always dies must not use the machine up
             began = time.monotonic()
             try:
                 pidfd = self.start_guard()
@@ -189,13 +189,8 @@ def check(rc: int, what: str, why: "dict[int, str | None] | None" = None) -> int
 
 def say_events(image: KernelImage, log: logs.Log) -> None:
     log.activate()
-    while True:
-        try:
-            event = image.engine.next_event(1000)
-        except EOFError:
-            return
-        if event is not None:
-            log.say(event.level, event.text, **({"cause": event.cause.name.lower()} if event.cause else {}))
+    for event in image.engine.events():
+        log.say(event.level, event.text, **event.fields())
 
 
 def tell(ready_fd: int, **what: object) -> bool:

@@ -100,9 +100,10 @@ class Info:
 class Bootstrap:
     """An opened bootstrap, or a data blob that holds one.
 
-    blob_id: real id of a single inlined blob. With a store its files can be read while a FetchPump serves the
-    engine's jobs. Without engine it makes one of its own. Raises Failure (FORMAT, IO, DIGEST); calls raise OSError with
-    the reader's errno (EIO: the image is malformed there). Close it before store and engine.
+    blob_id: real id of a single inlined blob. With a store its files can be read while a FetchPump serves the engine's
+    jobs. Without engine it makes one of its own. image: what path holds, where it is opened already; the caller's.
+    Raises Failure (FORMAT, IO, DIGEST); calls raise OSError with the reader's errno (EIO: the image is malformed
+    there). Close it before store and engine.
     """
 
     def __init__(
@@ -112,11 +113,13 @@ class Bootstrap:
         blob_id: str | None = None,
         engine: Engine | None = None,
         store: Store | None = None,
+        image: Rafs | None = None,
     ) -> None:
         self.path = os.fspath(path)
         self._own_engine = Engine() if engine is None else None
+        self._owns_image = image is None
         try:
-            self.image = Rafs(engine or self._own_engine, self.path, store, blob_id)  # type: ignore[arg-type]
+            self.image = image or Rafs(engine or self._own_engine, self.path, store, blob_id)  # type: ignore[arg-type]
         except BaseException:
             self._close_engine()
             raise
@@ -132,7 +135,8 @@ class Bootstrap:
         self.close()
 
     def close(self) -> None:
-        self.image.close()
+        if self._owns_image:
+            self.image.close()
         self._handle = ffi.NULL
         self._close_engine()
 

@@ -3,19 +3,17 @@
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from virtiofsd_nydus.engine import Engine, Store
-from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+from virtiofsd_nydus import log as logs
+from virtiofsd_nydus.engine import Engine
+from virtiofsd_nydus.errors import UsageFailure
 from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.storage.backend import Backend
-
-ERROR_LEVEL = 40
-STOP_SECONDS = 10
 
 
 class Source:
@@ -55,36 +53,26 @@ def opened_with_data(
     """The image with its data over a temporary cache, so that nothing which an earlier run trusted is
     used. source: a path is a directory of blobs. What the engine has to say (a wrong digest, a missing blob) goes
     to stderr."""
-    from virtiofsd_nydus.storage.pump import FetchPump
+    from virtiofsd_nydus.storage.opened import Origin, open_with_engine
 
-    with tempfile.TemporaryDirectory(prefix="virtiofsd-nydus-") as work:
-        engine = Engine(allow_unverified=allow_unverified)
-        pump = FetchPump(engine)
-        store: Store | None = None
-        image: Bootstrap | None = None
-        try:
-            store = Store(engine, work)
-            image = Bootstrap(path, blob_id=blob_id, engine=engine, store=store)
-            backend = (source if isinstance(source, Source) else directory_source(source)).create_backend()
-            for blob in image.blobs:
-                pump.add_backend(blob.key, backend)
-            pump.start()
-            yield image
-        finally:
-            engine.shutdown()
-            if not pump.join(STOP_SECONDS):
-                raise Failure("a fetch thread does not end", Cause.IO)
-            say_events(engine)  # here: the cause of a failed read is told after the read has ended
-            if image is not None:
-                image.close()
-            if store is not None:
-                store.close()
-            engine.close()
+    origin = source if isinstance(source, Source) else directory_source(source)
+    with (
+        tempfile.TemporaryDirectory(prefix="virtiofsd-nydus-") as work,
+        open_with_engine(
+            str(path),
+            lambda: Origin(origin.create_backend()),
+            work_dir=work,
+            blob_id=blob_id,
+            allow_unverified=allow_unverified,
+            at_end=say_events,
+        ) as opened,
+        Bootstrap(path, engine=opened.engine, image=opened.rafs) as image,
+    ):
+        yield image
 
 
 def say_events(engine: Engine) -> None:
-    """What is waiting in the engine's event queue, if it tells why something could not be read."""
-    with suppress(EOFError):  # the engine was shut down and has no more events
-        while (event := engine.next_event(0)) is not None:
-            if event.level >= ERROR_LEVEL:
-                print(event.text, file=sys.stderr)
+    """Prints what waits in the engine's event queue, if it tells why something could not be read."""
+    for event in engine.waiting_events():
+        if event.level >= logs.ERROR:
+            print(event.text, file=sys.stderr)
