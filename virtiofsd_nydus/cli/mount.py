@@ -13,8 +13,8 @@ from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 if TYPE_CHECKING:
     from virtiofsd_nydus.fuse.background import BackgroundMount
 
-READY_SECONDS = 30.0
-POLL_SECONDS = 0.01
+READY_S = 30.0
+POLL_S = 0.01
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,11 +111,11 @@ def _mount_kernel(name: str, daemon_options: list[str], target: str, *, fetch_al
 
 
 def _wait_ready(process: "subprocess.Popen[bytes]", place: "BackgroundMount") -> None:
-    end = time.monotonic() + READY_SECONDS
+    end = time.monotonic() + READY_S
     while not place.is_running():
         if process.poll() is not None:
             said = place.log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             raise Failure(said[-1].removeprefix("virtiofsd-nydus fuse: "), Cause.IO)
         if time.monotonic() > end:
-            raise Failure(f"the daemon is not ready after {READY_SECONDS:.0f} s", Cause.DEADLINE)
-        time.sleep(POLL_SECONDS)  # between two looks; the deadline decides
+            raise Failure(f"the daemon is not ready after {READY_S:.0f} s", Cause.DEADLINE)
+        time.sleep(POLL_S)  # between two looks; the deadline decides

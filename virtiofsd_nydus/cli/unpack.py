@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             with open_output(args.output) as out:
                 skipped = unpack_image(image, out)
         except BrokenPipeError:
-            raise Failure(f"{args.output}: whoever reads the tar has gone away", Cause.IO) from None
+            raise Failure(f"{args.output}: the reader of the tar has gone away", Cause.IO) from None
         except OSError as error:
             cause = Cause.SPACE if error.errno in (errno.ENOSPC, errno.EDQUOT) else Cause.IO
             raise Failure(f"{args.output}: {error.strerror}", cause) from error

@@ -372,7 +372,7 @@ def delete_prefetch(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> o
 
 
 def get_config(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
-    """What was changed since start, values and all, as nydusd answers: whoever may ask may also change it."""
+    """Gives what was changed since start, values and all, as nydusd does: a client that may ask may also change it."""
     require_no_body(body)
     return daemon.table.changed_config(query.get("id"))
 

@@ -1,7 +1,7 @@
 """The daemon with a host mount (`fuse`): nydusd's life cycle with start, exit, upgrade and failover.
 
 States: INIT -> READY -> RUNNING. A plain start goes through by itself, mounts first and API socket last. One that waits
-for a predecessor's mount stops in INIT: PUT takeover makes it READY (the mount is ours, nobody serves it), PUT start
+for a predecessor's mount stops in INIT: PUT takeover makes it READY (we hold the mount and do not serve it yet), PUT start
 RUNNING. Guests may be served beside, on --sock, from the same cache and fetch threads.
 """
 
@@ -70,7 +70,7 @@ class HostService(Service):
             self._wait_takeover(sockets.apisock)
             return
         vfs = self._open_table(image)
-        # Without passthrough nobody asks for OPEN: version 5 keeps that
+        # Passthrough needs OPEN requests, which version 5 does without: it stays so
         self._fuse.passthrough &= all(mount.image.info()["fs_version"] == 6 for mount in self.table.images())
         self._fuse.mount()
         self._fuse.serve(self.engine, vfs, on_end=self._mount_is_gone)

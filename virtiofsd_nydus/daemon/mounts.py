@@ -366,7 +366,7 @@ class MountTable:
                 raise Failure(NOT_MOUNTED)
 
     def _drop_idle(self, share: Share) -> None:
-        """Closes the share's descriptors that no open file needs; not of one that is being taken away."""
+        """Closes the share's descriptors that no open file needs; not of one that is being unmounted."""
         with self._changeable:
             if share.path in self._busy or self._shares.get(share.path) is not share:
                 return

@@ -153,7 +153,7 @@ class Prefetch:
         while not stop.is_set():
             for index, first, count in [*chosen, *(whole if then_all else ())]:
                 self._image.prefetch_chunks(index, first, count, self._tag)
-            self._settle(stop)
+            self._wait_idle(stop)
             ready, total = self._count(self._ranges)
             if ready == total and self._tables_known():
                 return DONE
@@ -181,8 +181,8 @@ class Prefetch:
             found.append((blob.index, 0, count or MAX_CHUNKS))
         return found
 
-    def _settle(self, stop: threading.Event) -> None:
-        """Until the engine has nothing left to do of what it was given."""
+    def _wait_idle(self, stop: threading.Event) -> None:
+        """Returns once the engine has nothing left to do of what it was given."""
         table_until = time.monotonic() + TABLE_LIMIT_S
         while self._engine.prefetch_pending(self._tag) and not stop.is_set():
             stop.wait(LOOK_S)

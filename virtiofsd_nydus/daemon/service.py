@@ -182,7 +182,7 @@ class Service:
             self._log_thread.join(LATE_TIMEOUT_S)
             threads_left = self._log_thread.is_alive()
         threads_left |= not self.pump.join(STOP_TIMEOUT_S)
-        if was_running:  # a start that failed is told in one line, by whoever asked for it
+        if was_running:  # a start that failed is told in one line, by the verb
             self.log.say(logs.INFO, "stopped")
         self.log.close()
         if threads_left:

@@ -11,8 +11,8 @@ from pathlib import Path
 from virtiofsd_nydus.errors import Cause, Failure
 
 SYSTEM_RUN_DIR = Path("/run/virtiofsd-nydus")
-END_SECONDS = 10.0
-POLL_SECONDS = 0.01
+END_S = 10.0
+POLL_S = 0.01
 
 
 class BackgroundMount:
@@ -31,13 +31,13 @@ class BackgroundMount:
         try:
             self.directory.parent.mkdir(mode=0o700, exist_ok=True)
             if self.directory.parent.stat().st_uid != os.geteuid():
-                raise Failure(f"{self.directory.parent} belongs to somebody else", Cause.IO)
+                raise Failure(f"{self.directory.parent} belongs to another user", Cause.IO)
             self.directory.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise Failure(f"cannot make {self.directory}: {error.strerror}", Cause.IO) from None
 
     def is_running(self) -> bool:
-        """The daemon answers, which it does once the mount is there."""
+        """Whether the daemon answers, which it does once the mount is there."""
         with socket.socket(socket.AF_UNIX) as probe:
             try:
                 probe.connect(str(self.api))
@@ -46,12 +46,12 @@ class BackgroundMount:
             return True
 
     def wait_ended(self) -> None:
-        """The daemon ends once its mount is gone."""
-        end = time.monotonic() + END_SECONDS
+        """Waits for the daemon's end, which comes once its mount is gone."""
+        end = time.monotonic() + END_S
         while self.is_running():
             if time.monotonic() > end:
                 raise Failure(f"the daemon at {self.api} goes on without its mount", Cause.DEADLINE)
-            time.sleep(POLL_SECONDS)  # between two looks; the deadline decides
+            time.sleep(POLL_S)  # between two looks; the deadline decides
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)

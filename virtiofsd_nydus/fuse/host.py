@@ -135,7 +135,7 @@ class HostFuse:
             try:
                 mounts.umount(self.mountpoint)
             except OSError:
-                pass  # somebody was faster
+                pass  # it is unmounted already
         self._mounted = False
         self.stop()
         if self._handle != ffi.NULL:

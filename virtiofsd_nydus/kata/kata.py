@@ -32,8 +32,8 @@ TAG = "kataShared"
 GUEST_SHARED = "/run/kata-containers/shared"
 SANDBOX = "sb1"
 BUSYBOX = Path("/bin/busybox")  # all there is in the pause container
-STOP_SECONDS = 5.0  # Kata's, from SIGTERM to SIGKILL
-READY_SECONDS = 10.0  # runtime-rs's, for the whole wait
+STOP_S = 5.0  # Kata's, from SIGTERM to SIGKILL
+READY_S = 10.0  # runtime-rs's, for the whole wait
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
 CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18
 
@@ -218,12 +218,12 @@ class Sandbox(Lifetime):
         )
 
     def _wait_running(self) -> None:
-        deadline = Deadline(READY_SECONDS, "the daemon's start")
+        deadline = Deadline(READY_S, "the daemon's start")
         while True:
             assert self.process is not None
             if self.process.poll() is not None:
                 for reader in self._readers:
-                    reader.join(STOP_SECONDS)
+                    reader.join(STOP_S)
                 raise Failure(f"the daemon ended: {self.log_text().strip()}", Cause.IO)
             try:
                 if call_api(self.api, "GET", "/api/v1/daemon")[1]["state"] == "RUNNING":
@@ -398,15 +398,13 @@ class Sandbox(Lifetime):
         if self.layout == "go":
             self.process.terminate()
             try:
-                self.process.wait(STOP_SECONDS)
+                self.process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 late = True
         self.process.kill()
         self.process.wait()
         for reader in self._readers:  # at the pipes' end, which is how Go learns of the daemon's
-            reader.join(STOP_SECONDS)
+            reader.join(STOP_S)
             late = late or reader.is_alive()
         if late:
-            raise Failure(
-                f"{STOP_SECONDS:g} s after SIGTERM the daemon runs, or something holds its output", Cause.DEADLINE
-            )
+            raise Failure(f"{STOP_S:g} s after SIGTERM the daemon runs, or something holds its output", Cause.DEADLINE)

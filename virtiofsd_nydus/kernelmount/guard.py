@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 TRIES = 5  # workers that die young; then readers are refused
-YOUNG_SECONDS = 5.0
-PAUSE_FIRST_SECONDS, PAUSE_LAST_SECONDS = 2.0, 30.0
+YOUNG_S = 5.0
+PAUSE_FIRST_S, PAUSE_LAST_S = 2.0, 30.0
 MNT_DETACH = 2
 
 
@@ -72,10 +72,10 @@ def guard(settings: Settings, pidfd: int) -> None:
             reap(worker)
         if lib.vnd_precontent_ended(shared):
             return
-        failed = pidfd < 0 or (worker and time.monotonic() - began < YOUNG_SECONDS)
+        failed = pidfd < 0 or (worker and time.monotonic() - began < YOUNG_S)
         young = young + 1 if failed else 0
         if young >= TRIES:
-            pause = min(PAUSE_FIRST_SECONDS * 2 ** min(young - TRIES, 10), PAUSE_LAST_SECONDS)
+            pause = min(PAUSE_FIRST_S * 2 ** min(young - TRIES, 10), PAUSE_LAST_S)
             say(f"{young} workers in a row have died young: reads of what is not here fail for {pause:.0f} s")
             refuse_until(settings, shared, time.monotonic() + pause)
             if lib.vnd_precontent_ended(shared):

@@ -16,7 +16,7 @@ from virtiofsd_nydus.kernelmount.image import KernelImage
 from virtiofsd_nydus.kernelmount.settings import Settings, reap
 from virtiofsd_nydus.storage.config import ImageConfig
 
-END_SECONDS = 2.0
+END_S = 2.0
 
 
 def mount_whole(
@@ -85,13 +85,13 @@ def _start(place: BackgroundMount, bootstrap: Path, config: ImageConfig, target:
 
 
 def umount_kernel(target: str, named: str) -> str:
-    """Takes a recorded mount away: a line for the user, "" when nothing is left. named: as the user named it."""
+    """Unmounts a recorded mount: a line for the user, "" when nothing is left. named: as the user named it."""
     directory = BackgroundMount(target).directory
     number = record.recorded_id(directory)
     try:
         mounts.umount(target)
     except OSError as error:
         raise Failure(f"cannot unmount {named}: {error.strerror}", Cause.IO) from None
-    left = record.wait_ended(directory, END_SECONDS)
+    left = record.wait_ended(directory, END_S)
     record.forget(directory, number)
     return "" if left else f"{named} is unmounted and still in use elsewhere: its daemon ends with the last user"

@@ -11,7 +11,7 @@ from virtiofsd_nydus._engine import lib
 from virtiofsd_nydus.fuse.background import BackgroundMount
 
 FILE, LOCK = "kernel.json", "lock"
-POLL_SECONDS = 0.01
+POLL_S = 0.01
 
 
 def mount_id(target: str) -> int:
@@ -64,6 +64,6 @@ def wait_ended(directory: Path, seconds: float) -> bool:
             except BlockingIOError:
                 if time.monotonic() > end:
                     return False
-            time.sleep(POLL_SECONDS)  # between two looks; the deadline decides
+            time.sleep(POLL_S)  # between two looks; the deadline decides
     finally:
         os.close(fd)

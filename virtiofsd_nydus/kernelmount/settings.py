@@ -88,7 +88,7 @@ def catch_signals(end: "Callable[[], None]") -> None:
 
 
 def reap(pid: int) -> None:
-    """Of a child that has ended; of another process: nothing."""
+    """Collects a child that has ended. A process that is no child of ours is left alone."""
     try:
         os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:

@@ -229,7 +229,7 @@ def work(settings: Settings, other: int) -> None:
                         detach(settings)
                         raise Failure(f"cannot start the guard: {error.strerror}", Cause.IO) from None
                 if not tell(other, lazy=lazy, pid=os.getpid()):
-                    detach(settings)  # nobody was told of it
+                    detach(settings)  # the verb has ended and told no user of it
                 if not lazy:
                     return
             else:

@@ -7,6 +7,7 @@ import socket
 import stat
 import threading
 
+from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.vhost.session import Session
 
@@ -20,11 +21,10 @@ if TYPE_CHECKING:
 PATH_MAX_BYTES = 107  # struct sockaddr_un's sun_path is 108 with its NUL
 BACKLOG = 16
 JOIN_TIMEOUT_S = 10.0
-DEBUG, INFO, ERROR = 10, 20, 40
 
 
 def listen_at(path: str) -> socket.socket:
-    """A listening socket at path. A socket file that nobody has bound is replaced. Raises Failure."""
+    """Makes a listening socket at path. A socket file without a living server is replaced. Raises Failure."""
     raw = os.fsencode(path)
     if len(raw) > PATH_MAX_BYTES:
         raise Failure(
@@ -154,7 +154,7 @@ class VhostServer:
             except (BlockingIOError, ConnectionAbortedError, InterruptedError):
                 continue
             except OSError as error:
-                self._say(ERROR, f"cannot take a front-end: {error.strerror}")
+                self._say(logs.ERROR, f"cannot take a front-end: {error.strerror}")
                 if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     return
                 # It stays in the backlog: look again when something may have been closed.
@@ -178,19 +178,19 @@ class VhostServer:
             except RuntimeError:
                 del self._connections[thread]
                 sock.close()
-                self._say(ERROR, "a front-end was turned away: no more threads can be started")
+                self._say(logs.ERROR, "a front-end was turned away: no more threads can be started")
 
     def _serve(self, sock: socket.socket) -> None:
         session = None
         try:
-            self._say(INFO, "front-end connected")
+            self._say(logs.INFO, "front-end connected")
             session = Session(sock, self._new_device(), self._say)
             session.run()
-            self._say(INFO, "front-end disconnected")
+            self._say(logs.INFO, "front-end disconnected")
         except Failure as failure:
-            self._say(ERROR, str(failure), cause=failure.cause.name.lower())
+            self._say(logs.ERROR, str(failure), cause=failure.cause.name.lower())
         except Exception as error:  # a fault of ours must cost this front-end only
-            self._say(ERROR, f"vhost-user session ended by a fault of this program: {error!r}")
+            self._say(logs.ERROR, f"vhost-user session ended by a fault of this program: {error!r}")
         finally:
             if session is not None:
                 session.close()

@@ -1,4 +1,4 @@
-"""One front-end's connection: its requests, in whatever order real ones use, added up to a DeviceState.
+"""One front-end's connection: its requests, in any order that real ones use, added up to a DeviceState.
 
 Three ways out of a bad request. A message that is none ends the connection. A request that cannot be done is refused
 when the front-end asked for an acknowledgement, else it ends the connection too, because the front-end believes it
@@ -8,6 +8,7 @@ done. A ring that cannot be used costs that ring: said and refused, and the conn
 import os
 import socket
 
+from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.vhost import messages as m
 from virtiofsd_nydus.vhost.messages import Message
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from virtiofsd_nydus.vhost.state import Device
 
     Say = Callable[..., None]
-
-WARNING = 30  # log levels, as csrc/vnd.h's events have them
 
 
 class Refusal(Exception):
@@ -86,7 +85,7 @@ class Session:
             ring = isinstance(error, Refusal) and error.ring
             if request in _ANSWERED or not (wants_ack or ring):
                 raise m.malformed(f"request {request}: {error}") from error
-            self._say(WARNING, f"vhost-user: request {request} refused: {error}", cause="guest")
+            self._say(logs.WARNING, f"vhost-user: request {request} refused: {error}", cause="guest")
             if wants_ack:
                 m.send_reply(self._sock, request, m.U64.pack(1))
             return
@@ -205,7 +204,7 @@ class Session:
         except ApplyFailure:
             self.state.set_log(-1, 0, 0)
             raise
-        return (m.U64.pack(0),)  # QEMU waits for an answer, whatever is in it
+        return (m.U64.pack(0),)  # QEMU waits for an answer and does not look at it
 
     def _get_inflight_fd(self, message: Message) -> "Reply":
         _, _, queues, entries = m.INFLIGHT.unpack_from(message.payload)

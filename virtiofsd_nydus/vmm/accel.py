@@ -11,10 +11,10 @@ from virtiofsd_nydus.vmm.qemu import GuestFiles, Machine, MachineConfig
 
 KVM_DEVICE = Path("/dev/kvm")
 # A KVM guest says hello within 1 s; a host where it takes longer gains nothing by it
-PROBE_SECONDS = 5.0
+PROBE_S = 5.0
 
 
-def probe_kvm(files: GuestFiles, seconds: float = PROBE_SECONDS) -> str:
+def probe_kvm(files: GuestFiles, seconds: float = PROBE_S) -> str:
     """Boots a bare guest with KVM. Returns "" when its init ran in time, else why KVM is not usable."""
     if not KVM_DEVICE.exists():
         return f"there is no {KVM_DEVICE}"

@@ -16,11 +16,13 @@ from virtiofsd_nydus.errors import Cause, Failure
 PROTOCOL = 1
 MAGIC = b"\r\nguest hello\r\n\0"
 HEADER = struct.Struct("<IHH")
+# Payloads begin with: protocol, now and init's start; now; errno; start, end and status. Times: us of the boot clock
+HELLO, PHASE, ERROR_CODE, ENDED = struct.Struct("<IQQ"), struct.Struct("<Q"), struct.Struct("<I"), struct.Struct("<QQI")
 # init.c reads up to 256 KiB; it never says more than 32 KiB at a time
 MAX_FRAME_BYTES = 256 * 1024
 
 # A request fits in the socket's buffer; one that waits longer than this has met a guest that is stopped or hung
-SEND_SECONDS = 10
+SEND_S = 10
 
 REQ_MOUNT, REQ_EXEC, REQ_KILL, REQ_EXIT, REQ_UNMOUNT = 1, 2, 3, 4, 5
 SAY_HELLO, SAY_PHASE, SAY_STDOUT, SAY_STDERR, SAY_ENDED, SAY_ERROR = 16, 17, 18, 19, 20, 21
@@ -92,7 +94,7 @@ class Guest:
         self.phases: dict[str, float] = {}  # name -> time.monotonic() of this host
         self.boots = 0
         self._stream = stream
-        stream.settimeout(SEND_SECONDS)
+        stream.settimeout(SEND_S)
         self._explain_end = explain_end
         self._in = bytearray()
         self._synced = False
@@ -244,35 +246,48 @@ class Guest:
         del self._in[:done]
 
     def _take(self, kind: int, job_id: int, payload: bytes) -> None:
+        """Takes one frame; a frame of an unknown kind or job is passed over."""
         job = self._jobs.get(job_id)
-        if kind == SAY_HELLO and len(payload) >= 20:
-            protocol, now_us, init_us = struct.unpack_from("<IQQ", payload)
-            if protocol != PROTOCOL:
-                raise Failure(f"the guest's init speaks protocol {protocol}, not {PROTOCOL}: run make guest")
-            self._clock_offset = time.monotonic() - now_us / 1e6
-            self.phases = {"init": self._host_time(init_us), "ready": self._host_time(now_us)}
-            self.kernel = payload[20:].decode(errors="replace")
-            self.boots += 1
-        elif kind == SAY_PHASE and len(payload) > 8:
-            (now_us,) = struct.unpack_from("<Q", payload)
-            self.phases[payload[8:].decode(errors="replace")] = self._host_time(now_us)
-        elif kind == SAY_STDOUT and job:
+        if kind == SAY_HELLO and len(payload) >= HELLO.size:
+            self._take_hello(payload)
+        elif kind == SAY_PHASE and len(payload) > PHASE.size:
+            (now_us,) = PHASE.unpack_from(payload)
+            self.phases[payload[PHASE.size :].decode(errors="replace")] = self._host_time(now_us)
+        elif kind == SAY_ERROR and len(payload) >= ERROR_CODE.size:
+            self._take_error(job, payload[ERROR_CODE.size :].decode(errors="replace"))
+        elif job is not None:
+            self._take_of_job(kind, job, payload)
+
+    def _take_hello(self, payload: bytes) -> None:
+        """The guest's init has started: its clock, its kernel."""
+        protocol, now_us, init_us = HELLO.unpack_from(payload)
+        if protocol != PROTOCOL:
+            raise Failure(f"the guest's init speaks protocol {protocol}, not {PROTOCOL}: run make guest")
+        self._clock_offset = time.monotonic() - now_us / 1e6
+        self.phases = {"init": self._host_time(init_us), "ready": self._host_time(now_us)}
+        self.kernel = payload[HELLO.size :].decode(errors="replace")
+        self.boots += 1
+
+    def _take_error(self, job: Job | None, text: str) -> None:
+        """A command that could not be started ends with 126; another error is for the next wait."""
+        if job is None:
+            self._errors.append(text)
+            return
+        job.stderr_sink = None
+        job.stderr.extend(text.encode())
+        job.status = 126
+        del self._jobs[job.id]
+
+    def _take_of_job(self, kind: int, job: Job, payload: bytes) -> None:
+        """Output of a command, or its end."""
+        if kind == SAY_STDOUT:
             (job.stdout_sink or job.stdout.extend)(payload)
-        elif kind == SAY_STDERR and job:
+        elif kind == SAY_STDERR:
             (job.stderr_sink or job.stderr.extend)(payload)
-        elif kind == SAY_ENDED and len(payload) == 20 and job:
-            start_us, end_us, job.status = struct.unpack("<QQI", payload)
+        elif kind == SAY_ENDED and len(payload) == ENDED.size:
+            start_us, end_us, job.status = ENDED.unpack(payload)
             job.started_at, job.ended_at = self._host_time(start_us), self._host_time(end_us)
-            del self._jobs[job_id]
-        elif kind == SAY_ERROR and len(payload) >= 4:
-            text = payload[4:].decode(errors="replace")
-            if job:
-                job.stderr_sink = None
-                job.stderr.extend(text.encode())
-                job.status = 126
-                del self._jobs[job_id]
-            else:
-                self._errors.append(text)
+            del self._jobs[job.id]
 
     def _host_time(self, guest_us: int) -> float:
         return self._clock_offset + guest_us / 1e6

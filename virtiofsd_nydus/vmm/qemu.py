@@ -35,10 +35,10 @@ KERNEL_ARGUMENTS = (
 TCG = ("-accel", "tcg,thread=multi", "-cpu", "max,-erms")
 KVM = ("-accel", "kvm", "-cpu", "host")
 EXIT_PORT = 0x501  # isa-debug-exit; vm-images/init.c writes there
-BUILD_SECONDS = 30.0  # from QEMU's start to its connection: it waits for the servers' first answers
-GONE_SECONDS = 5.0  # how long QEMU may take to end once its guest has ended or it was told to
+BUILD_S = 30.0  # from QEMU's start to its connection: it waits for the servers' first answers
+GONE_S = 5.0  # how long QEMU may take to end once its guest has ended or it was told to
 QEMU_FAILED = 1  # its exit status for a machine it cannot build
-SERVER_GONE_SECONDS = 0.3  # by how much a server's end may come after QEMU's, when it is the cause
+SERVER_GONE_S = 0.3  # by how much a server's end may come after QEMU's, when it is the cause
 # vhost-user-fs's largest, so that a read may carry 256 pages (queue size - 4 at least)
 QUEUE_SIZE = 1024
 MEMORY_MIN_MIB = 96  # the kernel unpacks itself and its initramfs into it
@@ -241,9 +241,9 @@ class Machine(Lifetime):
             selector.register(self.pidfd, selectors.EVENT_READ, self.explain_end)
             for fd, explain in self.config.watches.items():
                 selector.register(fd, selectors.EVENT_READ, explain)
-            events = selector.select(BUILD_SECONDS)
+            events = selector.select(BUILD_S)
         if not events:
-            raise Failure(f"QEMU did not build the machine within {BUILD_SECONDS:g} s", Cause.DEADLINE)
+            raise Failure(f"QEMU did not build the machine within {BUILD_S:g} s", Cause.DEADLINE)
         for key, _ in events:
             if key.data is not None:
                 raise key.data()
@@ -260,16 +260,16 @@ class Machine(Lifetime):
         """Ends the guest in order (commands killed, root unmounted) and waits for QEMU to go."""
         self.guest.request_exit(0)
         try:
-            status = self.process.wait(GONE_SECONDS)
+            status = self.process.wait(GONE_S)
         except subprocess.TimeoutExpired:
-            raise Failure(f"QEMU did not end within {GONE_SECONDS:g} s of its guest", Cause.DEADLINE) from None
+            raise Failure(f"QEMU did not end within {GONE_S:g} s of its guest", Cause.DEADLINE) from None
         if status != 1:  # (0 << 1) | 1, isa-debug-exit's form
             raise self.explain_end()
 
     def explain_end(self) -> Failure:
         """Why the machine has ended, as far as its servers, its console and QEMU's own words tell."""
         try:
-            status = self.process.wait(GONE_SECONDS)
+            status = self.process.wait(GONE_S)
         except subprocess.TimeoutExpired:
             return Failure("the guest closed its control channel", Cause.GUEST)
         console = self.console_text()
@@ -281,7 +281,7 @@ class Machine(Lifetime):
             import select
 
             # A server that dies while the machine is built takes QEMU with it: the server's reason is the one to tell
-            ended, _, _ = select.select(list(self.config.watches), [], [], SERVER_GONE_SECONDS)
+            ended, _, _ = select.select(list(self.config.watches), [], [], SERVER_GONE_S)
             for fd in ended:
                 return self.config.watches[fd]()
         errors = self.errors_path.read_text(errors="replace").strip().splitlines()
@@ -303,7 +303,7 @@ class Machine(Lifetime):
 
     # ---- the monitor
 
-    def execute(self, command: str, arguments: dict[str, object] | None = None, seconds: float = GONE_SECONDS) -> Any:
+    def execute(self, command: str, arguments: dict[str, object] | None = None, seconds: float = GONE_S) -> Any:
         """One QMP command; its return value. The connection is made at the first one."""
         import asyncio
 

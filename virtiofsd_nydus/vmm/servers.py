@@ -19,7 +19,7 @@ from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.vmm.lifetime import Lifetime
 from virtiofsd_nydus.vmm.qemu import check_socket_path, find_program
 
-STOP_SECONDS = 5.0
+STOP_S = 5.0
 # Debian 12: qemu-system-common; Debian 13: the package virtiofsd (the Rust one)
 C_VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
 RUST_VIRTIOFSD = Path("/usr/libexec/virtiofsd")
@@ -80,11 +80,11 @@ class Server(Lifetime):
         return self.errors_path.read_text(errors="replace")
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL after STOP_SECONDS."""
+        """SIGTERM, then SIGKILL after STOP_S."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
-                self.process.wait(STOP_SECONDS)
+                self.process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 self.process.kill()
         self.process.wait()
