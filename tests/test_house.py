@@ -99,9 +99,6 @@ KNOWN_CIRCLES = {
     "circles between modules": ("net.http net.proxy",),
     "private names of another module": (),
     "circles between files of csrc": (
-        "base/engine.c blob/meta.c blob/table.c cache/data.c cache/file.c cache/move.c store/fetch.c store/foreign.c "
-        "store/job.c store/load.c store/merge.c store/miss.c store/page.c store/read.c store/store.c store/stream.c "
-        "store/uncached.c store/upkeep.c",
         "fuse/detach.c fuse/ops.c fuse/ops_names.c fuse/ops_rw.c fuse/session.c",
         "passthrough/mounts.c passthrough/nodes.c",
         "rafs/backing.c rafs/v6_fs.c",
@@ -110,7 +107,6 @@ KNOWN_CIRCLES = {
         "vhost/request.c vhost/ring.c",
     ),
     "climbs of csrc": (
-        "blob/table.h includes store/store.h",
         "fs/vfs.c includes rafs/rafs.h",
         "fs/vfs.h includes fuse/fuse.h",
     ),

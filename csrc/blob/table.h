@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "store/store.h"
+#include "blob/chunk.h"
 
 #define BLOBTABLE_CHUNK_MAX (16u << 20) /* bytes of a chunk: rafs-format 7.2 */
 #define BLOBTABLE_COUNT_MAX (1u << 24)  /* chunks of a blob */

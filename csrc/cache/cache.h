@@ -16,6 +16,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <sys/uio.h>
 
@@ -96,6 +97,8 @@ void cachefile_names(struct cachefile_names *out, const char *id, bool stored);
 /* 0, or -errno with cause and line. Creates what is missing. */
 int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int *cause, char *err, size_t err_len);
 void cachefile_close(struct cachefile *c);
+/* Where the bindings begin in the side file of a blob of n chunks. */
+size_t cachefile_bound_offset(uint32_t n);
 /* With c->lock held: binds T's bits to what a table says of its chunks. -EEXIST with a line: the side file is in
  * use by somebody whose image says otherwise. Without a shared side file: 0. */
 int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len);

@@ -17,6 +17,8 @@
 #define CLAIM_SYNC ((1ll << 41) + 2)   /* makes data durable */
 #define CLAIM_EVICT ((1ll << 41) + 3)  /* takes bytes away: the epoch is odd */
 
+#define CLAIM_INIT_WAIT_MS 5000 /* whoever looks at a header is done long before */
+
 /* Takes units [first, first+n) or the free prefix of them: number taken, 0 = the first is taken by somebody
  * else. */
 int claim_units(int fd, uint32_t first, uint32_t n);

@@ -1,4 +1,4 @@
-/* cache/data.c -- the bytes behind a cachefile: writing, reading, marking ready, distrust, making durable. */
+/* cache/data.c -- the bytes behind a cachefile: written, read, made durable. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -12,33 +12,6 @@
 #include "base/base.h"
 
 #define SYNC_BYTES (256ull << 20)
-
-bool cachefile_doubted(const struct cachefile *c, uint32_t i)
-{
-    return c->data_fd >= 0 && (atomic_load_explicit(&c->r[i >> 3], memory_order_acquire) & (0x80 >> (i & 7)));
-}
-
-uint64_t cachefile_count_ready(const struct cachefile *c)
-{
-    uint64_t sum = 0;
-
-    for (uint32_t i = 0; i < (c->n + 63) / 64; i++)
-        sum += (uint64_t)__builtin_popcountll(atomic_load_explicit(&c->t[i], memory_order_relaxed));
-    return sum;
-}
-
-const char *cachefile_cure(int err)
-{
-    switch (err) {
-    case ENOSPC: return "free space in the cache directory";
-    case EDQUOT: return "free space in the cache directory or raise its owner's quota";
-    case EFBIG: return "raise the file size limit (ulimit -f)";
-    case EROFS: return "mount its file system read-write, and look in the kernel's log why it is not";
-    case EACCES:
-    case EPERM: return "give the daemon's user the right to write there";
-    default: return "look in the kernel's log for errors of its disk";
-    }
-}
 
 /* A write is announced in the side file, and its change time noted there, so that a later start can tell whether somebody
  * else wrote meanwhile, and a process that died in between from a stranger. */
@@ -138,51 +111,6 @@ int cachefile_read(struct cachefile *c, uint64_t off, void *buf, size_t len)
         len -= (size_t)n;
     }
     return 0;
-}
-
-void cachefile_take_away(struct cachefile *c, bool keep_durable)
-{
-    /* Waits for another process that does the same; whoever died over it left the byte free. */
-    if (c->side_fd >= 0)
-        claim_byte(c->side_fd, CLAIM_EVICT, true, 1000);
-    atomic_fetch_or(&c->head->epoch, 1);
-    for (size_t i = 0; i < ((size_t)c->n + 63) / 64; i++) {
-        if (keep_durable) {
-            atomic_fetch_and(&c->t[i], atomic_load(&c->d[i]));
-        } else {
-            atomic_store(&c->t[i], 0);
-            atomic_store(&c->d[i], 0);
-        }
-    }
-    atomic_fetch_add(&c->head->epoch, 1);
-    if (c->side_fd >= 0)
-        claim_byte_release(c->side_fd, CLAIM_EVICT);
-}
-
-void cachefile_distrust(struct cachefile *c, const char *why)
-{
-    pthread_mutex_lock(&c->lock);
-    cachefile_take_away(c, false);
-    pthread_mutex_unlock(&c->lock);
-    engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO, "cache of blob %s: %s; every chunk in it is checked again",
-               c->id, why);
-}
-
-void cachefile_examine(struct cachefile *c)
-{
-    struct stat st;
-
-    /* Odd with nobody at work: whoever took bytes away died over it. */
-    pthread_mutex_lock(&c->lock);
-    if (cachefile_epoch(c) & 1)
-        cachefile_take_away(c, false);
-    pthread_mutex_unlock(&c->lock);
-    if (c->data_fd < 0 || fstat(c->data_fd, &st) || (uint64_t)st.st_size >= c->size_bytes)
-        return;
-    cachefile_distrust(c, "its data file was cut short by somebody else");
-    if (c->writable && ftruncate(c->data_fd, (off_t)c->size_bytes))
-        engine_say(c->engine, VND_LEVEL_ERROR, VND_CAUSE_IO, "cache of blob %s: cannot size its data file: %s", c->id,
-                   strerror(errno));
 }
 
 bool cachefile_write_out(struct cachefile *c, bool force)

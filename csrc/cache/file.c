@@ -1,4 +1,4 @@
-/* cache/file.c -- see cache/cache.h: opening and binding; bytes, trust and sync are in cachedata.c. */
+/* cache/file.c -- opens and closes the three files of a blob; see cache/cache.h. */
 #include "cache/cache.h"
 
 #include <errno.h>
@@ -18,7 +18,6 @@
 #define SIDE_MAGIC "VNDSIDE\1"
 #define SIDE_VERSION 1
 #define SIDE_HEADER 4096u
-#define INIT_WAIT_MS 5000
 #define WRITE_LAG_NS 20000000u /* died_writing: a write takes at most so long */
 #define WRITE_NS 1000000000u
 /* rafs-format 6.2 */
@@ -36,7 +35,7 @@ static size_t bits_bytes(uint32_t n)
     return up((n + 7) / 8, 8);
 }
 
-static size_t bound_offset(uint32_t n)
+size_t cachefile_bound_offset(uint32_t n)
 {
     return up(SIDE_HEADER + 2 * bits_bytes(n), 4096);
 }
@@ -213,7 +212,7 @@ static int side_create(struct cachefile *c, const char *name, const struct ident
                              .ino = id->ino,
                              .btime_ns = id->btime_ns,
                              .size_bytes = c->size_bytes };
-    size_t len = bound_offset(c->n) + (size_t)c->n * sizeof(struct side_bound);
+    size_t len = cachefile_bound_offset(c->n) + (size_t)c->n * sizeof(struct side_bound);
     int fd, rc = 0;
 
     memcpy(h.magic, SIDE_MAGIC, 8);
@@ -223,7 +222,7 @@ static int side_create(struct cachefile *c, const char *name, const struct ident
     fd = openat(c->side_dir_fd, tmp, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0644);
     if (fd < 0)
         return -errno;
-    if (ftruncate(fd, (off_t)len) || claim_reserve(fd, (int64_t)bound_offset(c->n)) ||
+    if (ftruncate(fd, (off_t)len) || claim_reserve(fd, (int64_t)cachefile_bound_offset(c->n)) ||
         pwrite(fd, &h, sizeof h, 0) != sizeof h)
         rc = errno ? -errno : -EIO;
     else if (replace ? renameat(c->side_dir_fd, tmp, c->side_dir_fd, name)
@@ -258,7 +257,7 @@ static int side_open_locked(struct cachefile *c, const char *name, const struct 
         }
         if (fd < 0)
             return -errno;
-        rc = claim_byte(fd, CLAIM_INIT, true, INIT_WAIT_MS);
+        rc = claim_byte(fd, CLAIM_INIT, true, CLAIM_INIT_WAIT_MS);
         if (rc) {
             close(fd);
             return rc;
@@ -266,7 +265,7 @@ static int side_open_locked(struct cachefile *c, const char *name, const struct 
         if (same_file(c, fd, name)) {
             struct side_header h;
             struct stat st;
-            size_t len = bound_offset(c->n) + (size_t)c->n * sizeof(struct side_bound);
+            size_t len = cachefile_bound_offset(c->n) + (size_t)c->n * sizeof(struct side_bound);
             if (!fstat(fd, &st) && (uint64_t)st.st_size == len && pread(fd, &h, sizeof h, 0) == sizeof h &&
                 side_matches(c, &h, id)) {
                 c->side_fd = fd;
@@ -357,7 +356,7 @@ static int side_open(struct cachefile *c, bool quiet)
         atomic_store(&c->head->ctime_ns, id.ctime_ns);
         atomic_store(&c->head->writing, 0);
     }
-    rc = claim_byte(c->side_fd, CLAIM_ATTACH, false, INIT_WAIT_MS);
+    rc = claim_byte(c->side_fd, CLAIM_ATTACH, false, CLAIM_INIT_WAIT_MS);
     claim_byte_release(c->side_fd, CLAIM_INIT);
     return rc;
 }
@@ -414,170 +413,4 @@ void cachefile_close(struct cachefile *c)
     pthread_mutex_destroy(&c->lock);
     pthread_mutex_destroy(&c->write_lock);
     free(c);
-}
-
-/* ---------------------------------------------------------------- binding of chunks */
-
-/* The bindings are walked in blocks, and holes of the side file are skipped: an image may claim 16 million chunks
- * and name three. */
-#define BIND_BLOCK 4096u
-
-_Static_assert(sizeof(struct side_bound) == 48, "bindings are compared as bytes, so none may be padding");
-
-struct bind {
-    struct cachefile *c;
-    const struct blobtable *t;
-    bool rebind;             /* what is bound otherwise loses its bits and is bound anew */
-    bool sorted;             /* chunks so far lie in index order */
-    uint64_t end;            /* of the last one */
-    uint32_t bad;            /* first chunk that is bound otherwise, or n */
-    struct blobtable *spans; /* collects all that is bound, if not NULL */
-    struct side_bound block[BIND_BLOCK];
-};
-
-static bool names_any(const struct blobtable *t, uint32_t from, uint32_t to)
-{
-    while (from < to && !t->chunk[from].usize)
-        from++;
-    return from < to;
-}
-
-/* What the table says of a chunk; state 0: nothing. */
-static struct side_bound bound_of(const struct bind *b, uint32_t i)
-{
-    const struct blobtable_chunk *k = &b->t->chunk[i];
-    struct side_bound want = { .state = 0 };
-
-    if (!k->usize)
-        return want;
-    want.off = cachefile_off(b->c, k);
-    want.len = cachefile_len(b->c, k);
-    want.state = b->c->stored ? 1 | (k->flags & BLOBTABLE_COMPRESSED ? 2 : 0) | k->usize << 2 : 1;
-    memcpy(want.digest, b->t->digest[i], 32);
-    return want;
-}
-
-/* One chunk: compares, binds in the block, takes note of its span. Whether the block changed. */
-static bool bind_chunk(struct bind *b, uint32_t i, struct side_bound *k)
-{
-    const struct side_bound want = bound_of(b, i);
-    bool changed = false;
-
-    if (want.state && memcmp(k, &want, sizeof want)) {
-        if (k->state && !b->rebind && b->bad == b->c->n)
-            b->bad = i;
-        *k = want;
-        changed = true;
-    } else if (k->state && !want.state && b->rebind) {
-        *k = want;
-        changed = true;
-    }
-    if (k->state) {
-        b->sorted &= k->off >= b->end;
-        b->end = k->off + k->len;
-        if (b->spans) {
-            b->spans->chunk[i].uoff = k->off;
-            b->spans->chunk[i].usize = k->len;
-            b->spans->known++;
-        }
-    }
-    return changed;
-}
-
-/* Walks all bindings; write: stores what changed. 0 or -errno. */
-static int bind_walk(struct bind *b, bool write)
-{
-    struct cachefile *c = b->c;
-    off_t base = (off_t)bound_offset(c->n), data = base;
-
-    b->sorted = true;
-    b->end = 0;
-    b->bad = c->n;
-    for (uint32_t from = 0; from < c->n; from += BIND_BLOCK) {
-        uint32_t to = c->n - from < BIND_BLOCK ? c->n : from + BIND_BLOCK;
-        off_t at = base + (off_t)from * (off_t)sizeof *b->block;
-        size_t len = (size_t)(to - from) * sizeof *b->block;
-        bool changed = false;
-
-        if (data < at && (data = lseek(c->side_fd, at, SEEK_DATA)) < 0)
-            data = errno == ENXIO ? INT64_MAX : at;
-        if (data >= at + (off_t)len && !names_any(b->t, from, to))
-            continue;
-        if (pread(c->side_fd, b->block, len, at) != (ssize_t)len)
-            return -EIO;
-        for (uint32_t i = from; i < to; i++)
-            changed |= bind_chunk(b, i, &b->block[i - from]);
-        if (changed && write && pwrite(c->side_fd, b->block, len, at) != (ssize_t)len)
-            return errno ? -errno : -EIO;
-    }
-    return 0;
-}
-
-/* Whether chunks that would be bound together share bytes of the data file: one's commit would change the other. */
-static int bind_overlap(struct bind *b, bool *hit, uint32_t *x, uint32_t *y)
-{
-    int rc;
-
-    *hit = false;
-    if (b->sorted)
-        return 0;
-    b->spans = blobtable_new(b->c->n);
-    if (!b->spans)
-        return -ENOMEM;
-    rc = bind_walk(b, false);
-    *hit = !rc && blobtable_overlap(b->spans, x, y);
-    blobtable_free(b->spans);
-    b->spans = NULL;
-    return rc;
-}
-
-static int bind_locked(struct bind *b, char *err, size_t err_len)
-{
-    struct cachefile *c = b->c;
-    uint32_t x = 0, y = 0;
-    bool overlap;
-    int rc = bind_walk(b, false);
-    uint32_t bad = b->bad;
-
-    if (!rc)
-        rc = bind_overlap(b, &overlap, &x, &y);
-    if (!rc && (bad < c->n || overlap)) {
-        /* Whoever bound them may be gone: then the side file is ours to bind. */
-        if (claim_byte(c->side_fd, CLAIM_ATTACH, true, 0)) {
-            if (bad < c->n)
-                return fail_line(-EEXIST, err, err_len, "chunk %u is not what another image in use says of it", bad);
-            return fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image in use", x,
-                             y);
-        }
-        b->rebind = true;
-        cachefile_take_away(c, false);
-    }
-    if (!rc)
-        rc = bind_walk(b, true);
-    if (b->rebind)
-        claim_byte(c->side_fd, CLAIM_ATTACH, false, 0);
-    return rc ? fail_line(rc, err, err_len, "cannot use its side file: %s", strerror(-rc)) : 0;
-}
-
-int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len)
-{
-    struct bind *b;
-    int rc;
-
-    if (c->side_fd < 0)
-        return 0;
-    b = calloc(1, sizeof *b);
-    if (!b)
-        return fail_line(-ENOMEM, err, err_len, "no memory");
-    b->c = c;
-    b->t = t;
-    rc = claim_byte(c->side_fd, CLAIM_INIT, true, INIT_WAIT_MS);
-    if (rc) {
-        fail_line(rc, err, err_len, "cannot lock its side file: %s", strerror(-rc));
-    } else {
-        rc = bind_locked(b, err, err_len);
-        claim_byte_release(c->side_fd, CLAIM_INIT);
-    }
-    free(b);
-    return rc;
 }

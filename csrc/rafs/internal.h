@@ -175,7 +175,6 @@ int rafs_backing_new(struct vnd_rafs *r); /* 0 or -ENOMEM */
 void rafs_backing_free(struct vnd_rafs *r);
 
 /* ---- rafs/rafs.c */
-bool rafs_id_valid(const char *id);
 /* All chunk records of one blob that pass the bounds (blob_chunks_fn). */
 int rafs_blob_chunks(void *ctx, uint32_t blob_index, int (*put)(void *put_ctx, const struct blob_chunk *c),
                      void *put_ctx);

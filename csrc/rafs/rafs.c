@@ -29,13 +29,6 @@ int rafs_fail(const struct rafs_error *e, int cause, const char *fmt, ...)
     return fail_line(-1, e->text, e->len, "%s: %s", e->path, what);
 }
 
-bool rafs_id_valid(const char *id)
-{
-    size_t len = strspn(id, "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-");
-
-    return len >= 1 && len <= VND_ID_MAX && id[len] == 0;
-}
-
 /* An inlined bootstrap cannot name the blob that holds it: 64 'x' stand there (rafs-format 1.4). */
 static bool id_placeholder(const char *id)
 {
@@ -52,7 +45,7 @@ static bool path_stem(const char *path, char out[VND_ID_MAX + 1])
         return false;
     memcpy(out, start, len);
     out[len] = 0;
-    return rafs_id_valid(out);
+    return blob_id_valid(out);
 }
 
 /* Puts the real id in the place of an inlined blob's own: the one given, or the name of the blob it was read
@@ -62,7 +55,7 @@ static int resolve_ids(struct vnd_rafs *r, const char *blob_id, const struct raf
     char stem[VND_ID_MAX + 1];
     int done = 0;
 
-    if (blob_id && !rafs_id_valid(blob_id))
+    if (blob_id && !blob_id_valid(blob_id))
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob id '%.80s' is not 1 to 64 of [0-9a-zA-Z_-]", blob_id);
     if (!blob_id && r->from_blob && path_stem(r->path, stem))
         blob_id = stem;

@@ -139,7 +139,7 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const struct rafs_error *e)
     i->chunk_size_bytes = r->info.chunk_size_bytes;
     i->compressor = flags & 1 ? 0 : flags & 2 ? 1 : flags & 0x40 ? 2 : flags & 0x80 ? 3 : 1;
     i->digester = flags & RAFS_FLAG_BLAKE3 || !(flags & RAFS_FLAG_SHA256) ? 0 : 1;
-    if (!rafs_id_valid(i->id))
+    if (!blob_id_valid(i->id))
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has an id that is not 1 to 64 of [0-9a-zA-Z_-]", k);
     for (uint32_t j = 0; j < k; j++)
         if (strcmp(r->blobs[j].info.id, i->id) == 0)

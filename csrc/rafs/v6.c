@@ -233,7 +233,7 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const uint8_t *b, const str
     i->ci_offset = rafs_le64(b + 112);
     i->ci_csize_bytes = rafs_le64(b + 120);
     i->ci_usize_bytes = rafs_le64(b + 128);
-    if (!copy_id(i->id, b) || !rafs_id_valid(i->id))
+    if (!copy_id(i->id, b) || !blob_id_valid(i->id))
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has an id that is not 1 to 64 of [0-9a-zA-Z_-]", k);
     for (uint32_t j = 0; j < k; j++)
         if (strcmp(r->blobs[j].info.id, i->id) == 0)

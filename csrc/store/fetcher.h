@@ -79,7 +79,8 @@ struct foreign {
     struct foreign *next;
     struct blob_core *core;
     uint32_t index;
-    struct vnd_blob *meta; /* referenced: its stored chunk table, not a chunk */
+    struct vnd_blob *meta;                          /* referenced: its stored chunk table, not a chunk */
+    void (*settled)(struct vnd_blob *b, int error); /* of meta: another process has fetched it, or will not */
 };
 
 struct uncached_chunk;
@@ -112,14 +113,15 @@ struct fetcher {
     pthread_t upkeep_thread;
 };
 
-/* store/fetch.c */
+/* store/fetcher.c */
 int fetcher_new(struct vnd_engine *e); /* 0 or -errno */
 /* vnd_job_next gives -ESHUTDOWN from now on, waiters fail with ESHUTDOWN. */
 void fetcher_shutdown(struct vnd_engine *e);
 void fetcher_free(struct vnd_engine *e);
 /* store/foreign.c */
 void foreign_add(struct fetcher *f, struct blob_core *c, uint32_t index);
-void foreign_add_meta(struct fetcher *f, struct vnd_blob *b);
+/* settled is called once, from the foreign thread or here, with 0 or an errno. */
+void foreign_add_meta(struct fetcher *f, struct vnd_blob *b, void (*settled)(struct vnd_blob *b, int error));
 void foreign_stop(struct fetcher *f);
 /* store/upkeep.c */
 void upkeep_start(struct fetcher *f);
@@ -134,7 +136,13 @@ void job_wipe(struct job *j);               /* frees its buffers */
  * The slot is reserved by the caller. */
 bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool waited,
                uint32_t window_bytes);
-/* store/fetch.c */
+/* store/want.c */
+void want_free(struct fetch_want *w);    /* gives its references back */
+void ranges_free(struct prefetch *list); /* likewise */
+/* Slots; fetcher->lock is held. */
+bool slot_free(const struct fetcher *f, enum job_for whom); /* whether there is one */
+int slot_reserve(struct fetcher *f, enum job_for whom);     /* its number, or -1 */
+void slot_release(struct fetcher *f, struct job *j);
 void fetch_release_slot(struct fetcher *f, struct job *j);
 void fetch_drop_prefetch(struct blob_core *c);
 /* Queues a range of chunks that nobody waits for. 0 or -ENOMEM. */

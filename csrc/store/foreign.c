@@ -26,7 +26,7 @@ static bool meta_settled(const struct foreign *x, bool tick)
         close(fd);
     if (fd == -EAGAIN && !atomic_load(&x->core->closed))
         return false;
-    handle_raw(x->meta, NULL, 0, atomic_load(&x->core->closed) ? EIO : 0);
+    x->settled(x->meta, atomic_load(&x->core->closed) ? EIO : 0);
     return true;
 }
 
@@ -100,7 +100,8 @@ static void *foreign_run(void *arg)
     return NULL;
 }
 
-static bool add(struct fetcher *f, struct blob_core *c, uint32_t index, struct vnd_blob *meta)
+static bool add(struct fetcher *f, struct blob_core *c, uint32_t index, struct vnd_blob *meta,
+                void (*settled)(struct vnd_blob *b, int error))
 {
     struct foreign *x = calloc(1, sizeof *x);
     bool ok = x != NULL;
@@ -110,6 +111,7 @@ static bool add(struct fetcher *f, struct blob_core *c, uint32_t index, struct v
     x->core = c;
     x->index = index;
     x->meta = meta;
+    x->settled = settled;
     core_get(c);
     if (meta)
         handle_get(meta);
@@ -130,14 +132,14 @@ static bool add(struct fetcher *f, struct blob_core *c, uint32_t index, struct v
 
 void foreign_add(struct fetcher *f, struct blob_core *c, uint32_t index)
 {
-    if (!add(f, c, index, NULL))
+    if (!add(f, c, index, NULL, NULL))
         miss_finish(c, index, EIO);
 }
 
-void foreign_add_meta(struct fetcher *f, struct vnd_blob *b)
+void foreign_add_meta(struct fetcher *f, struct vnd_blob *b, void (*settled)(struct vnd_blob *b, int error))
 {
-    if (!add(f, b->core, 0, b))
-        handle_raw(b, NULL, 0, EIO);
+    if (!add(f, b->core, 0, b, settled))
+        settled(b, EIO);
 }
 
 void foreign_stop(struct fetcher *f)
@@ -156,7 +158,7 @@ void foreign_stop(struct fetcher *f)
         struct foreign *x = f->foreign;
         f->foreign = x->next;
         if (x->meta)
-            handle_raw(x->meta, NULL, 0, ESHUTDOWN);
+            x->settled(x->meta, ESHUTDOWN);
         foreign_free(x);
     }
 }

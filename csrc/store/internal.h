@@ -105,14 +105,6 @@ struct vnd_blob {
     pthread_cond_t load_end; /* with that lock */
 };
 
-struct store_buf {
-    _Atomic uint32_t refs;
-    size_t len;
-    uint8_t data[];
-};
-struct store_buf *store_buf_new(size_t len);
-void store_buf_put(struct store_buf *b);
-
 /* ---- store/store.c */
 /* Whether the work directory is there. If it, or what lies in it for all blobs, was removed and made anew, that is what is
  * used from now on. retry: what could not be had is tried again. One thread at a time. */
@@ -121,15 +113,23 @@ void core_get(struct blob_core *c);
 void core_put(struct blob_core *c);
 void handle_get(struct vnd_blob *b);
 void handle_put(struct vnd_blob *b);
+/* ---- store/load.c */
 /* Has the handle's table loaded by a pool thread, if it is not. */
 void handle_want_load(struct vnd_blob *b);
 /* What a META job brought (taken over), or its errno; NULL and 0: look again, another process has fetched it. */
 void handle_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);
 /* Links w until the table is loaded. 0; 1: it is loaded; -errno: it cannot be. */
 int handle_park(struct vnd_blob *b, struct store_wait *w);
-/* ---- store/load.c */
 void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg);
-/* ---- store/read.c */
+/* ---- store/serve.c */
+/* A place in the reader's memory. */
+struct cursor {
+    const struct iovec *iov;
+    int n, i;
+    size_t off;
+};
+/* Puts len bytes of src there; src NULL: zeroes. 0, or -EINVAL: there is no room. */
+int cursor_put(struct cursor *c, const uint8_t *src, size_t len);
 /* Reads extents whose blobs are loaded: bytes, -EAGAIN (not in the page cache, only with nowait), -ENODATA
  * (*missing is not ready), or -errno. */
 int64_t store_serve(const struct extent *ext, int n, const struct iovec *iov, int iov_n, bool nowait, int *missing);
@@ -159,12 +159,12 @@ void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err
 /* What became of a chunk that was queued. Forgets one whose deadline has passed and that nobody waits for any more. */
 enum miss_state { MISS_QUEUED, MISS_EXPIRED, MISS_GONE };
 enum miss_state miss_look(struct blob_core *c, uint32_t index, int64_t now);
-/* Hands a chunk to the thread that waits for other processes. */
-void miss_foreign(struct blob_core *c, uint32_t index);
+/* Another process fetches the chunk. True: readers wait for it here; false: none does, and its unit is gone. */
+bool miss_leave(struct blob_core *c, uint32_t index);
 void miss_fail_core(struct blob_core *c, int err);
 void miss_fail_all(struct fetcher *f, int err);
 
-/* ---- store/fetch.c: queues */
+/* ---- store/want.c: queues */
 struct fetch_want {
     struct fetch_want *next;
     struct blob_core *core;
@@ -173,7 +173,9 @@ struct fetch_want {
     const void *hint;      /* the handle that asked, compared only */
     struct vnd_blob *meta; /* referenced: its stored chunk table is wanted, not a chunk */
 };
+/* Asks for a blob's stored chunk table, before everything else: readers of all its chunks wait for it. 0 or -ENOMEM. */
 int fetch_push_meta(struct vnd_blob *b);
+/* Asks for a chunk; head: before what is asked for already. 0 or -ENOMEM. */
 int fetch_push(struct blob_core *c, uint32_t index, int64_t deadline_us, const void *hint, bool head);
 void fetch_purge(struct blob_core *c);
 void fetch_promote(struct fetcher *f, int slot, uint32_t index);

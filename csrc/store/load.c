@@ -14,20 +14,6 @@
 #define META_RETRY_US (1000 * 1000) /* an image that was refused may be looked at again after this */
 #define META_TRIES 2
 
-void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg)
-{
-    *cfg = (struct cachefile_cfg){
-        .engine = c->engine,
-        .dir_fd = c->store->dir_fd,
-        .side_dir_fd = c->store->side_dir_fd,
-        .writable = c->store->writable,
-        .id = c->info.id,
-        .stored = c->stored,
-        .n = c->info.chunk_count,
-        .size_bytes = c->stored ? blobtable_stored_bytes(&c->info) : c->info.uncompressed_size_bytes,
-    };
-}
-
 static int open_cache(struct blob_core *c, const struct blobtable *t, int *cause, char *err, size_t err_len)
 {
     struct cachefile_cfg cfg;
@@ -286,6 +272,12 @@ static void load_end(struct vnd_blob *b, int rc)
     miss_wake(list);
 }
 
+/* The other process has finished or failed: look again. */
+static void meta_settled(struct vnd_blob *b, int error)
+{
+    handle_raw(b, NULL, 0, error);
+}
+
 static void load_run(struct pool_task *task)
 {
     struct vnd_blob *b = ((struct load_task *)task)->b;
@@ -303,7 +295,7 @@ static void load_run(struct pool_task *task)
             handle_raw(b, NULL, 0, ENOMEM);
     } else if (rc == -EBUSY) {
         load_end(b, rc);
-        foreign_add_meta(e->fetcher, b);
+        foreign_add_meta(e->fetcher, b, meta_settled);
     } else {
         if (rc)
             engine_say(e, VND_LEVEL_ERROR, cause, "blob %s cannot be served: %s", b->info.id, err);

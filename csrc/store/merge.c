@@ -155,8 +155,8 @@ static void claim_job(struct build *b)
         int got = claim_units(b->cache->side_fd, j->first, j->n);
         if (got >= 0 && (uint32_t)got < j->n) {
             for (uint32_t rel = (uint32_t)got; rel < j->n; rel++)
-                if (j->state[rel] == JOB_WANT)
-                    miss_foreign(j->core, j->first + rel);
+                if (j->state[rel] == JOB_WANT && miss_leave(j->core, j->first + rel))
+                    foreign_add(b->f, j->core, j->first + rel);
             j->n = (uint32_t)got;
         }
         j->claimed = got > 0;

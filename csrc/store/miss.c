@@ -45,13 +45,6 @@ static struct store_unit *unit_add(struct store_unit **at, struct blob_core *c, 
 
 /* ---------------------------------------------------------------- waiters */
 
-void store_wait_init(struct store_wait *w, void (*wake)(struct store_wait *), void *owner)
-{
-    memset(w, 0, sizeof *w);
-    w->wake = wake;
-    w->owner = owner;
-}
-
 void miss_link(struct miss_shard *s, struct store_unit *u, struct store_wait *w)
 {
     w->shard = s;
@@ -64,55 +57,12 @@ void miss_link(struct miss_shard *s, struct store_unit *u, struct store_wait *w)
     u->waiters = w;
 }
 
-static void unlink_wait(struct store_wait *w)
-{
-    *w->prev = w->next;
-    if (w->next)
-        w->next->prev = w->prev;
-    w->next = NULL;
-    w->prev = NULL;
-    w->unit = NULL;
-}
-
-static void drop_buf(struct store_wait *w)
-{
-    store_buf_put(w->buf);
-    w->buf = NULL;
-}
-
-bool store_wait_cancel(struct store_wait *w)
-{
-    struct miss_shard *s = w->shard;
-    bool linked = false;
-
-    if (s) {
-        pthread_mutex_lock(&s->lock);
-        linked = w->unit != NULL;
-        if (linked)
-            unlink_wait(w);
-        pthread_mutex_unlock(&s->lock);
-    }
-    if (linked || !s)
-        drop_buf(w); /* not the answer: who makes one may be at it */
-    return linked;
-}
-
-void store_wait_done(struct store_wait *w)
-{
-    struct store_answer *a = w->answer;
-
-    drop_buf(w);
-    w->answer = NULL;
-    if (a)
-        a->drop(a);
-}
-
 struct store_wait *miss_detach(struct store_unit *u, int err)
 {
     struct store_wait *list = NULL, *w;
 
     while ((w = u->waiters)) { /* turned round: who came first is woken first */
-        unlink_wait(w);
+        store_wait_unlink(w);
         if (err)
             w->err = err;
         w->next = list;
@@ -229,7 +179,7 @@ void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err
                 later_us = w->deadline_us;
             continue;
         }
-        unlink_wait(w);
+        store_wait_unlink(w);
         w->err = err;
         w->next = list;
         list = w;
@@ -301,7 +251,7 @@ enum miss_state miss_look(struct blob_core *c, uint32_t index, int64_t now)
     return state;
 }
 
-void miss_foreign(struct blob_core *c, uint32_t index)
+bool miss_leave(struct blob_core *c, uint32_t index)
 {
     struct fetcher *f = c->engine->fetcher;
     struct miss_shard *s = miss_shard_of(f, c, index);
@@ -316,10 +266,9 @@ void miss_foreign(struct blob_core *c, uint32_t index)
         wanted = true;
     }
     pthread_mutex_unlock(&s->lock);
-    if (wanted)
-        foreign_add(f, c, index);
-    else
+    if (!wanted)
         miss_finish(c, index, 0);
+    return wanted;
 }
 
 /* Fails the units of one core, or of all. */

@@ -16,23 +16,6 @@ struct uncached_chunk {
     struct store_buf *buf;
 };
 
-struct store_buf *store_buf_new(size_t len)
-{
-    struct store_buf *b = malloc(sizeof *b + len);
-
-    if (b) {
-        atomic_init(&b->refs, 1);
-        b->len = len;
-    }
-    return b;
-}
-
-void store_buf_put(struct store_buf *b)
-{
-    if (b && atomic_fetch_sub(&b->refs, 1) == 1)
-        free(b);
-}
-
 static void take_out(struct fetcher *f, struct uncached_chunk *u)
 {
     *(u->prev ? &u->prev->next : &f->uncached) = u->next;

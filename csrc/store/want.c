@@ -1,0 +1,260 @@
+/* store/want.c -- what is wanted and not yet dispatched: the demand queue, ranges that nobody waits for, and the slots of
+ * the jobs under way. Passive: what is next is chosen in store/fetch.c.
+ */
+#include <errno.h>
+#include <stdlib.h>
+
+#include "store/fetcher.h"
+
+void want_free(struct fetch_want *w)
+{
+    if (w->meta)
+        handle_put(w->meta);
+    core_put(w->core);
+    free(w);
+}
+
+void ranges_free(struct prefetch *p)
+{
+    while (p) {
+        struct prefetch *gone = p;
+        p = p->next;
+        core_put(gone->core);
+        free(gone);
+    }
+}
+
+/* The queue is in order of deadlines: the span is the same for all, so those who come later go to its end. */
+static void push(struct fetcher *f, struct fetch_want *w, bool head)
+{
+    core_get(w->core);
+    pthread_mutex_lock(&f->lock);
+    if (head) {
+        w->next = f->demand;
+        f->demand = w;
+        if (!w->next)
+            f->demand_tail = &w->next;
+    } else {
+        *f->demand_tail = w;
+        f->demand_tail = &w->next;
+    }
+    pthread_cond_signal(&f->some);
+    pthread_mutex_unlock(&f->lock);
+}
+
+int fetch_push(struct blob_core *c, uint32_t index, int64_t deadline_us, const void *hint, bool head)
+{
+    struct fetch_want *w = malloc(sizeof *w);
+
+    if (!w)
+        return -ENOMEM;
+    *w = (struct fetch_want){ .core = c, .index = index, .deadline_us = deadline_us, .hint = hint };
+    push(c->engine->fetcher, w, head);
+    return 0;
+}
+
+int fetch_push_meta(struct vnd_blob *b)
+{
+    struct fetcher *f = b->core->engine->fetcher;
+    struct fetch_want *w = malloc(sizeof *w);
+
+    if (!w)
+        return -ENOMEM;
+    *w = (struct fetch_want){ .core = b->core, .hint = b, .meta = b };
+    w->deadline_us = now_us() + (int64_t)f->engine->cfg.read_deadline_ms * 1000;
+    handle_get(b);
+    push(f, w, true);
+    return 0;
+}
+
+/* Takes the ranges of a core out of a list, or with c NULL of a tag. A busy one is dropped by the thread that works on
+ * it. */
+static struct prefetch *take_ranges(struct prefetch **p, const struct blob_core *c, uint64_t tag)
+{
+    struct prefetch *gone = NULL;
+
+    while (*p) {
+        struct prefetch *r = *p;
+        bool hit = c ? r->core == c : r->tag == tag;
+        r->cancelled |= hit;
+        if (!hit || r->busy) {
+            p = &r->next;
+            continue;
+        }
+        *p = r->next;
+        r->next = gone;
+        gone = r;
+    }
+    return gone;
+}
+
+/* Drops what nobody waits for of a core, or the prefetch of a tag; tells the jobs under way. */
+static void drop_ranges(struct fetcher *f, const struct blob_core *c, uint64_t tag)
+{
+    struct prefetch *gone, *ahead = NULL;
+
+    pthread_mutex_lock(&f->lock);
+    gone = take_ranges(&f->prefetch, c, tag);
+    if (c)
+        ahead = take_ranges(&f->ahead, c, 0);
+    for (int i = 0; i < FETCH_SLOTS; i++) {
+        struct job *j = &f->slots[i];
+        if (j->id && (c ? j->whom != FOR_READER && j->core == c : j->whom == FOR_PREFETCH && j->tag == tag))
+            atomic_store(&j->cancelled, true);
+    }
+    pthread_mutex_unlock(&f->lock);
+    ranges_free(gone);
+    ranges_free(ahead);
+}
+
+void fetch_drop_prefetch(struct blob_core *c)
+{
+    drop_ranges(c->engine->fetcher, c, 0);
+}
+
+/* Drops what is queued for a closed core. Its jobs see for themselves that it is closed. */
+void fetch_purge(struct blob_core *c)
+{
+    struct fetcher *f = c->engine->fetcher;
+    struct fetch_want *wants = NULL;
+
+    pthread_mutex_lock(&f->lock);
+    for (struct fetch_want **p = &f->demand; *p;) {
+        struct fetch_want *w = *p;
+        if (w->core != c) {
+            p = &w->next;
+            continue;
+        }
+        *p = w->next;
+        w->next = wants;
+        wants = w;
+    }
+    f->demand_tail = &f->demand;
+    while (*f->demand_tail)
+        f->demand_tail = &(*f->demand_tail)->next;
+    pthread_mutex_unlock(&f->lock);
+    while (wants) {
+        struct fetch_want *w = wants;
+        wants = w->next;
+        want_free(w);
+    }
+    fetch_drop_prefetch(c);
+}
+
+void fetch_promote(struct fetcher *f, int slot, uint32_t index)
+{
+    struct job *j = &f->slots[slot];
+    uint32_t had = atomic_load(&j->shed_after);
+
+    while (index + 1 > had && !atomic_compare_exchange_weak(&j->shed_after, &had, index + 1))
+        ;
+}
+
+/* ---------------------------------------------------------------- slots */
+
+static const uint32_t slots_for[] = { [FOR_READER] = FETCH_SLOTS,
+                                      [FOR_PREFETCH] = FETCH_PREFETCH_SLOTS,
+                                      [FOR_STREAM] = FETCH_STREAM_SLOTS };
+
+/* Demand always finds a slot before long: prefetch and streams leave it one between them. */
+bool slot_free(const struct fetcher *f, enum job_for whom)
+{
+    return f->running < (whom == FOR_READER ? FETCH_SLOTS : FETCH_SLOTS - 1) && f->running_for[whom] < slots_for[whom];
+}
+
+int slot_reserve(struct fetcher *f, enum job_for whom)
+{
+    if (!slot_free(f, whom))
+        return -1;
+    for (int i = 0; i < FETCH_SLOTS; i++) {
+        struct job *j = &f->slots[i];
+        if (!j->id && !j->reserved) {
+            j->reserved = true;
+            j->whom = whom;
+            f->running++;
+            f->running_for[whom]++;
+            return i;
+        }
+    }
+    return -1;
+}
+
+void slot_release(struct fetcher *f, struct job *j)
+{
+    f->running--;
+    f->running_for[j->whom]--;
+    j->reserved = false;
+    j->id = 0;
+    j->core = NULL;
+}
+
+void fetch_release_slot(struct fetcher *f, struct job *j)
+{
+    pthread_mutex_lock(&f->lock);
+    slot_release(f, j);
+    pthread_cond_broadcast(&f->some);
+    pthread_mutex_unlock(&f->lock);
+}
+
+/* ---------------------------------------------------------------- ranges */
+
+static int queue_range(struct blob_core *c, enum job_for whom, struct prefetch range, bool head)
+{
+    struct fetcher *f = c->engine->fetcher;
+    struct prefetch *p = malloc(sizeof *p), **at = whom == FOR_STREAM ? &f->ahead : &f->prefetch;
+
+    if (!p)
+        return -ENOMEM;
+    *p = range;
+    p->core = c;
+    core_get(c);
+    while (*at && !head)
+        at = &(*at)->next;
+    p->next = *at;
+    *at = p;
+    pthread_cond_broadcast(&f->some); /* not every thread takes prefetch */
+    return 0;
+}
+
+int fetch_later(struct blob_core *c, enum job_for whom, uint32_t first, uint32_t end, uint64_t tag, const void *hint,
+                bool head)
+{
+    struct fetcher *f = c->engine->fetcher;
+    int rc;
+
+    pthread_mutex_lock(&f->lock);
+    rc = queue_range(c, whom, (struct prefetch){ .hint = hint, .at = first, .end = end, .tag = tag }, head);
+    pthread_mutex_unlock(&f->lock);
+    return rc;
+}
+
+int fetch_stream(struct blob_core *c, uint32_t first, uint32_t end, const void *hint)
+{
+    return queue_range(c, FOR_STREAM, (struct prefetch){ .hint = hint, .at = first, .end = end }, false);
+}
+
+void vnd_prefetch_cancel(vnd_engine *e, uint64_t tag)
+{
+    drop_ranges(e->fetcher, NULL, tag);
+}
+
+int vnd_prefetch_pending(vnd_engine *e, uint64_t tag)
+{
+    struct fetcher *f = e->fetcher;
+    bool some = false;
+
+    pthread_mutex_lock(&f->lock);
+    for (const struct prefetch *p = f->prefetch; p && !some; p = p->next)
+        some = p->tag == tag;
+    for (int i = 0; i < FETCH_SLOTS && !some; i++)
+        some = f->slots[i].id && f->slots[i].whom == FOR_PREFETCH && f->slots[i].tag == tag;
+    pthread_mutex_unlock(&f->lock);
+    return some;
+}
+
+void fetch_wake(struct fetcher *f)
+{
+    pthread_mutex_lock(&f->lock);
+    pthread_cond_broadcast(&f->some);
+    pthread_mutex_unlock(&f->lock);
+}
