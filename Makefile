@@ -63,9 +63,10 @@ $(eval $(call kind,fuzz,$(CLANG),-O1 -g $(SAN) -fsanitize=fuzzer-no-link,-O1 -g 
 .SECONDARY:
 JOBS := $(shell nproc)
 
+# Runs all C tests, a program a core at a time. One program or case: build/c/FOLDER/test_FILE [NAME]
 ctest:
-	@$(MAKE) --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/c/,$(CTESTS))
-	@for t in $(CTESTS); do $(BUILD)/c/$$t || exit 1; done
+	@$(MAKE) -s --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/c/,$(CTESTS))
+	@printf '%s\n' $(addprefix $(BUILD)/c/,$(CTESTS)) | xargs -P $(JOBS) -n 1 env
 
 # ---- sanitizers: the C tests, then the Python tests that drive the engine, with the engine built to match
 $(BUILD)/asan-tree/.built: $(VENV)/.ready $(CSRC) $(CHDR) $(wildcard csrc/fakeguest/*) setup.py
@@ -73,18 +74,18 @@ $(BUILD)/asan-tree/.built: $(VENV)/.ready $(CSRC) $(CHDR) $(wildcard csrc/fakegu
 	@touch $@
 
 asan: $(BUILD)/asan-tree/.built
-	@$(MAKE) --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/asan/,$(CTESTS))
-	@for t in $(addprefix $(BUILD)/asan/,$(CTESTS)); do $$t || exit 1; done
+	@$(MAKE) -s --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/asan/,$(CTESTS))
+	@printf '%s\n' $(addprefix $(BUILD)/asan/,$(CTESTS)) | xargs -P $(JOBS) -n 1 env
 	@scripts/run-sanitized $(PY) $(BUILD)/asan-tree -q -m "not guest" tests/fakeguest tests/vhost tests/fuse/test_mount.py tests/fuse/test_passthrough.py tests/passthrough
 
 tsan:
-	@$(MAKE) --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/tsan/,$(CTESTS))
-	@for t in $(CTESTS); do $(BUILD)/tsan/$$t || exit 1; done
+	@$(MAKE) -s --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/tsan/,$(CTESTS))
+	@printf '%s\n' $(addprefix $(BUILD)/tsan/,$(CTESTS)) | xargs -P $(JOBS) -n 1 env
 
 # ---- fuzzers: FUZZ_SECONDS each, from the kept corpus
 FUZZ_SECONDS ?= 20
 fuzz:
-	@$(MAKE) --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/fuzz/,$(FUZZERS))
+	@$(MAKE) -s --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/fuzz/,$(FUZZERS))
 	@for f in $(FUZZERS); do \
 		mkdir -p $(BUILD)/corpus/$$f tests/fuzz/corpus/$$f; \
 		$(BUILD)/fuzz/$$f -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -verbosity=0 -print_final_stats=0 \

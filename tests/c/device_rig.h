@@ -201,7 +201,7 @@ static inline void load_table(struct rig *r)
 static inline void rig_up(struct rig *r, uint32_t deadline_ms)
 {
     memset(r, 0, sizeof(*r));
-    fix_dir_make(r->dir, "/tmp");
+    fix_dir_make(r->dir);
     r->blob = fix_blob_new("b10b", 0, CHUNKS, CHUNK);
     r->fix.server.hold = 1;
     r->fix.server.flip_from = r->fix.server.flip_to = -1;
@@ -286,7 +286,7 @@ static inline int64_t reap(struct rig *r, uint32_t *slot, uint8_t *data)
 
     if (n < (int64_t)sizeof(h)) {
         fprintf(stderr, "reap: %lld: %s\n", (long long)n, fg_queue_error(r->q[RQ]));
-        abort();
+        check_fail();
     }
     memcpy(&h, reply, sizeof(h));
     if (data)
@@ -383,23 +383,6 @@ static inline void restart_rings(struct rig *r)
         r->st.call_gen[i]++;
     }
     CHECK_EQ(apply(r), 0);
-}
-
-/* ---- a test program: all its tests, or the one named */
-struct rig_test {
-    const char *name;
-    void (*run)(void);
-};
-
-static inline int run_tests(const struct rig_test *tests, size_t n, int argc, char **argv)
-{
-    for (size_t i = 0; i < n; i++)
-        if (argc < 2 || strcmp(argv[1], tests[i].name) == 0) {
-            if (getenv("VERBOSE"))
-                fprintf(stderr, "%s\n", tests[i].name);
-            tests[i].run();
-        }
-    return 0;
 }
 
 #endif

@@ -13,6 +13,18 @@
 
 static vnd_engine *engine;
 
+BEFORE_EACH
+{
+    engine = vnd_engine_new(&(vnd_engine_cfg){ 0 });
+    CHECK(engine);
+}
+
+AFTER_EACH
+{
+    vnd_engine_shutdown(engine);
+    vnd_engine_free(engine);
+}
+
 /* One daemon: a mount table, a session on it, a worker, and the last reply. */
 struct rig {
     vnd_vfs *vfs;

@@ -16,25 +16,11 @@
 #include <zlib.h>
 #include <zstd.h>
 
+#include "check.h"
+
 #include "blob/codec.h"
 #include "store/fetcher.h"
 #include "store/store.h"
-
-#define CHECK(x)                                                                          \
-    do {                                                                                  \
-        if (!(x)) {                                                                       \
-            fprintf(stderr, "%s:%d: %s: not so: %s\n", __FILE__, __LINE__, __func__, #x); \
-            abort();                                                                      \
-        }                                                                                 \
-    } while (0)
-#define CHECK_EQ(a, b)                                                                                      \
-    do {                                                                                                    \
-        long long a_ = (long long)(a), b_ = (long long)(b);                                                 \
-        if (a_ != b_) {                                                                                     \
-            fprintf(stderr, "%s:%d: %s: %s is %lld, not %lld\n", __FILE__, __LINE__, __func__, #a, a_, b_); \
-            abort();                                                                                        \
-        }                                                                                                   \
-    } while (0)
 
 struct fix_blob {
     vnd_blob_info info;
@@ -225,7 +211,7 @@ static inline void fix_check(struct vnd_blob *h, const struct fix_blob *b, uint6
     for (uint32_t i = 0; i < len; i++)
         if (buf[i] != b->plain[off + i]) {
             fprintf(stderr, "byte %llu is %u, not %u\n", (unsigned long long)off + i, buf[i], b->plain[off + i]);
-            abort();
+            check_fail();
         }
     free(buf);
 }
@@ -335,9 +321,9 @@ static inline void fix_server_stop(struct fix_server *s)
 }
 
 /* ---- a work directory */
-static inline void fix_dir_make(char *dir, const char *under)
+static inline void fix_dir_make(char *dir)
 {
-    sprintf(dir, "%s/vnd-test-XXXXXX", under);
+    sprintf(dir, "%s/vnd-test-XXXXXX", check_tmp());
     CHECK(mkdtemp(dir));
 }
 

@@ -8,8 +8,6 @@
 #define PER_BATCH 5
 #define SLOT 4096
 
-static const char *under;
-
 static void put32(uint8_t *p, uint32_t v)
 {
     memcpy(p, &v, 4);
@@ -137,7 +135,7 @@ static void read_chunk(struct vnd_blob *h, struct fix_blob *b, uint32_t i)
     CHECK(!memcmp(buf, b->plain + i * SLOT, b->chunk[i].usize));
 }
 
-static void test_batches(void)
+TEST(batches)
 {
     static const uint32_t codecs[] = { CODEC_ZSTD, CODEC_LZ4_BLOCK, CODEC_NONE };
 
@@ -149,7 +147,7 @@ static void test_batches(void)
         vnd_stats s;
         uint64_t total;
 
-        fix_dir_make(dir, under);
+        fix_dir_make(dir);
         f.server.feed_bytes = k ? 5 : 100000;
         fix_up(&f, dir, b, 1);
         read_chunk(f.h, b, 7); /* in the middle of a batch */
@@ -189,7 +187,7 @@ static void test_batches(void)
 }
 
 /* A flipped byte in a batch or in the stored table: asked for once more, then EIO, never a wrong byte. */
-static void test_flips(void)
+TEST(flips)
 {
     for (int until = 1; until < 100; until += 98) {
         char dir[200];
@@ -197,7 +195,7 @@ static void test_flips(void)
         uint8_t buf[16];
         struct fix_blob *b = batch_blob(CODEC_ZSTD, NULL);
 
-        fix_dir_make(dir, under);
+        fix_dir_make(dir);
         f.server.feed_bytes = 1000000;
         f.server.flip_to = until; /* the table first */
         fix_up(&f, dir, b, 1);
@@ -215,7 +213,7 @@ static void test_flips(void)
         f.server.flip_to = until == 1 ? 2 : 1000;
         f.server.feed_bytes = 1000000;
         fix_dir_remove(dir);
-        fix_dir_make(dir, under);
+        fix_dir_make(dir);
         fix_up(&f, dir, b, 1);
         if (until == 1) {
             for (uint32_t i = 0; i < N; i++)
@@ -248,11 +246,11 @@ static void refuse(struct fix_blob *b, const uint8_t *table, const uint8_t *head
     free(copy);
     if (!strstr(err, word)) {
         fprintf(stderr, "'%s' lacks '%s'\n", err, word);
-        abort();
+        check_fail();
     }
 }
 
-static void test_refuses(void)
+TEST(refuses)
 {
     uint8_t *table, h[4096], was[40];
     struct fix_blob *b = batch_blob(CODEC_ZSTD, &table);
@@ -312,7 +310,7 @@ static void test_refuses(void)
 
 /* First form: vectors from a real image (rafs-format appendix A). And an image without records, allowed
  * unverified. */
-static void test_v1(void)
+TEST(v1)
 {
     static const uint8_t vectors[32] = {
         0x00, 0x00, 0x00, 0x00, 0x00, 0x20, 0x22, 0x04, 0x00, 0x00, 0x00, 0x00, 0x00, 0xb0, 0x2d, 0x01,
@@ -363,7 +361,7 @@ static void test_v1(void)
     vnd_engine_cfg cfg = { .allow_unverified = 1 };
     struct fix f = { 0 };
     uint8_t buf[8];
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 1);
     CHECK_EQ(fix_read(f.h, b, 0, 8, buf), -EIO); /* not without being asked */
     CHECK(fix_said(f.e, VND_CAUSE_DIGEST, "--allow-unverified"));
@@ -381,7 +379,7 @@ static void test_v1(void)
 }
 
 /* The server is away when the table is wanted: EIO, and later it works. Unmount and shutdown do not wait for it. */
-static void test_table_unreachable(void)
+TEST(table_unreachable)
 {
     for (int how = 0; how < 3; how++) {
         char dir[200];
@@ -392,7 +390,7 @@ static void test_table_unreachable(void)
         struct extent x = { .len = 8 };
         struct iovec iov = { buf, 8 };
 
-        fix_dir_make(dir, under);
+        fix_dir_make(dir);
         f.server.fail_errno = how ? 0 : EIO;
         f.server.hold = how != 0;
         fix_up(&f, dir, b, 1);
@@ -471,14 +469,14 @@ static bool is_fetching(struct vnd_blob *h)
 
 /* Two users of one directory, as two processes are: one fetches the table, the other waits for it; if the one ends without
  * it, the other fetches. */
-static void test_fetched_once(bool ends)
+static void check_fetched_once(bool ends)
 {
     char dir[200];
     struct fix f = { 0 }, g = { 0 };
     struct fix_blob *b = batch_blob(CODEC_ZSTD, NULL);
     struct first_read one, two;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     f.server.feed_bytes = g.server.feed_bytes = 100000;
     atomic_init(&f.server.hold, 1);
     fix_up(&f, dir, b, 1);
@@ -506,16 +504,12 @@ static void test_fetched_once(bool ends)
     fix_dir_remove(dir);
 }
 
-int main(int argc, char **argv)
+TEST(fetched_once)
 {
-    under = argc > 1 ? argv[1] : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
-    test_v1();
-    test_refuses();
-    test_batches();
-    test_fetched_once(false);
-    test_fetched_once(true);
-    test_flips();
-    test_table_unreachable();
-    puts("test_blobmeta: ok");
-    return 0;
+    check_fetched_once(false);
+}
+
+TEST(fetched_once_where_the_first_process_ends)
+{
+    check_fetched_once(true);
 }

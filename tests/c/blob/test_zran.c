@@ -1,12 +1,11 @@
 /* Contexts of gzip files: starting at any block, over the ends of members, with left-over bits; what a hostile table
- * may say of them. And the cipher of encrypted chunks. */
+ * may say of them. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <zlib.h>
 
 #include "check.h"
-#include "blob/cipher.h"
 #include "vnd.h"
 #include "blob/zran.h"
 
@@ -97,6 +96,26 @@ static void make_contexts(struct file *f)
     }
 }
 
+static struct file *file_new(void)
+{
+    struct file *f = calloc(1, sizeof *f);
+
+    f->plain = malloc(PLAIN);
+    make_plain(f->plain);
+    make_gzip(f);
+    make_contexts(f);
+    return f;
+}
+
+static void file_free(struct file *f)
+{
+    free(f->plain);
+    free(f->gz);
+    free(f->contexts);
+    free(f->dicts);
+    free(f);
+}
+
 static int decode(const struct file *f, const struct zran *z, uint32_t i, uint32_t cut)
 {
     const struct zran_context *c = zran_at(z, i);
@@ -113,8 +132,9 @@ static int decode(const struct file *f, const struct zran *z, uint32_t i, uint32
     return rc;
 }
 
-static void test_contexts(struct file *f)
+TEST(contexts)
 {
+    struct file *f = file_new();
     const char *why;
     struct zran *z = zran_new(f->contexts, f->n, f->dicts, (size_t)f->n * ZRAN_WINDOW, &why), *same;
 
@@ -129,10 +149,12 @@ static void test_contexts(struct file *f)
     zran_put(zran_get(z));
     zran_put(z);
     zran_put(same);
+    file_free(f);
 }
 
-static void test_hostile(struct file *f)
+TEST(hostile)
 {
+    struct file *f = file_new();
     struct {
         size_t at;
         int bytes;
@@ -171,49 +193,5 @@ static void test_hostile(struct file *f)
     CHECK_EQ(zran_decode(z, 0, f->gz + zran_at(z, 0)->in_off, out), -EBADMSG);
     free(out);
     zran_put(z);
-}
-
-static void test_cipher(void)
-{
-    static const uint8_t short_plain[18] = { 0x61, 0x62, 14, 14, 14, 14, 14, 14,   14,
-                                             14,   14,   14, 14, 14, 14, 14, 0x78, 0x90 };
-    uint8_t key[32], iv[16], plain[1000], stored[1000], back[1000];
-    size_t len = 0;
-
-    for (int i = 0; i < 32; i++)
-        key[i] = (uint8_t)(i * 7);
-    for (int i = 0; i < 16; i++)
-        iv[i] = (uint8_t)(200 - i);
-    for (int i = 0; i < 1000; i++)
-        plain[i] = (uint8_t)(i * i);
-    CHECK(cipher_key_valid(key));
-    CHECK_EQ(vnd_xts_encrypt(key, iv, plain, 1000, stored), 0);
-    CHECK_EQ(cipher_decrypt(key, iv, stored, 1000, back, &len), 0);
-    CHECK(len == 1000 && !memcmp(plain, back, 1000) && memcmp(plain, stored, 1000));
-    CHECK_EQ(cipher_decrypt(key, iv, stored, 1000, stored, &len), 0);
-    CHECK(!memcmp(plain, stored, 1000));
-    CHECK_EQ(vnd_xts_encrypt(key, iv, short_plain, 18, stored), 0);
-    CHECK_EQ(cipher_decrypt(key, iv, stored, 18, back, &len), 0);
-    CHECK(len == 2 && back[0] == 'a' && back[1] == 'b');
-    CHECK_EQ(cipher_decrypt(key, iv, stored, 15, back, &len), -EBADMSG);
-    memcpy(key + 16, key, 16);
-    CHECK(!cipher_key_valid(key));
-}
-
-int main(void)
-{
-    struct file f = { .plain = malloc(PLAIN) };
-
-    make_plain(f.plain);
-    make_gzip(&f);
-    make_contexts(&f);
-    test_contexts(&f);
-    test_hostile(&f);
-    test_cipher();
-    free(f.plain);
-    free(f.gz);
-    free(f.contexts);
-    free(f.dicts);
-    puts("test_zran: ok");
-    return 0;
+    file_free(f);
 }

@@ -10,14 +10,18 @@
 #define N 200
 #define CHUNK 16384
 
-static const char *under;
-
 /* What processes tell each other. */
 struct board {
     _Atomic uint64_t fetched, jobs, expected_eio;
     _Atomic int started, go, step;
 };
-static struct board *board;
+static struct board *board; /* shared by the processes of one case */
+
+BEFORE_EACH
+{
+    board = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    CHECK(board != MAP_FAILED);
+}
 
 static void wait_for(_Atomic int *what, int value)
 {
@@ -72,14 +76,14 @@ static void read_everything(const char *dir, struct fix_blob *b, int me)
     fix_down(&f);
 }
 
-static void test_each_chunk_once(void)
+TEST(each_chunk_once)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     pid_t pid[3];
 
     memset(board, 0, sizeof *board);
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     for (int i = 0; i < 3; i++)
         pid[i] = child(read_everything, dir, b, i);
     wait_for(&board->started, 3);
@@ -173,14 +177,14 @@ static void wait_for_holder(const char *dir, struct fix_blob *b, int how)
     fix_down(&f);
 }
 
-static void test_holder(int how)
+static void check_holder(int how)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     pid_t holder, waiter;
 
     memset(board, 0, sizeof *board);
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     holder = child(hold_job, dir, b, how);
     waiter = child(wait_for_holder, dir, b, how);
     wait_for(&board->step, 2);
@@ -233,14 +237,14 @@ static void use_false(const char *dir, struct fix_blob *b, int me)
     atomic_store(&board->go, 1);
 }
 
-static void test_contradiction(void)
+TEST(contradiction)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     pid_t a, c;
 
     memset(board, 0, sizeof *board);
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     a = child(use_true, dir, b, 0);
     c = child(use_false, dir, b, 1);
     reap(c);
@@ -250,12 +254,12 @@ static void test_contradiction(void)
 }
 
 /* Locks themselves: prefix, release, freed by death. */
-static void test_locks(void)
+TEST(locks)
 {
     char dir[200], path[300];
     int a, b;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     sprintf(path, "%s/file", dir);
     a = open(path, O_RDWR | O_CREAT, 0600);
     b = open(path, O_RDWR);
@@ -274,15 +278,18 @@ static void test_locks(void)
     fix_dir_remove(dir);
 }
 
-int main(int argc, char **argv)
+/* What ends a holder's claim for who waits: see hold_job. */
+TEST(waiter_goes_on_when_the_holder_is_killed)
 {
-    under = argc > 1 ? argv[1] : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
-    board = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    test_locks();
-    test_each_chunk_once();
-    for (int how = 0; how < 3; how++)
-        test_holder(how);
-    test_contradiction();
-    puts("test_claim: ok");
-    return 0;
+    check_holder(0);
+}
+
+TEST(waiter_goes_on_when_the_holder_fails)
+{
+    check_holder(1);
+}
+
+TEST(waiter_reads_what_the_holder_fetched)
+{
+    check_holder(2);
 }

@@ -6,7 +6,6 @@
 #define N 24
 #define CHUNK 16384
 
-static const char *under;
 static const uint32_t CODECS[] = { CODEC_NONE, CODEC_LZ4_BLOCK, CODEC_GZIP, CODEC_ZSTD };
 
 static void read_file(const char *dir, const char *name, uint8_t *buf, size_t len)
@@ -49,7 +48,7 @@ static void read_all(const char *dir, struct fix_blob *b, int compressed, uint64
 }
 
 /* The file is the blob itself, its map Nydus's; what comes next is there without the network. */
-static void test_holds_what_is_stored(void)
+TEST(holds_what_is_stored)
 {
     for (size_t k = 0; k < 4; k++) {
         char dir[200];
@@ -58,7 +57,7 @@ static void test_holds_what_is_stored(void)
         uint64_t fetches, verifies;
         struct fix f = { .compressed = 1 };
 
-        fix_dir_make(dir, under);
+        fix_dir_make(dir);
         f.server.feed_bytes = k & 1 ? 7 : 100000;
         fix_up(&f, dir, b, 2);
         fix_check(f.h, b, 5 * CHUNK + 17, 30000);
@@ -81,7 +80,7 @@ static void test_holds_what_is_stored(void)
 }
 
 /* After a reboot, and by the bits of a stranger, chunks are verified; a flipped byte is found and fetched again. */
-static void test_doubt(void)
+TEST(doubt)
 {
     for (size_t k = 0; k < 4; k++) {
         char dir[200];
@@ -89,7 +88,7 @@ static void test_doubt(void)
         struct fix f = { .compressed = 1 };
         uint64_t fetches, verifies;
 
-        fix_dir_make(dir, under);
+        fix_dir_make(dir);
         read_all(dir, b, 1, &fetches, &verifies);
         flip(dir, ".virtiofsd-nydus/blob.raw.vnd", 16);
         read_all(dir, b, 1, &fetches, &verifies);
@@ -107,7 +106,7 @@ static void test_doubt(void)
 }
 
 /* Wrong bytes from the server never get into it. */
-static void test_wrong_bytes(void)
+TEST(wrong_bytes)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
@@ -115,7 +114,7 @@ static void test_wrong_bytes(void)
     uint64_t total;
     uint8_t buf[16];
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     f.server.flip_to = 1 << 30;
     f.server.feed_bytes = 1 << 20;
     fix_up(&f, dir, b, 1);
@@ -129,14 +128,14 @@ static void test_wrong_bytes(void)
 }
 
 /* Both kinds in one directory, at the same time, share nothing but the chunk map, whose bits are hints. */
-static void test_beside_the_plain_one(void)
+TEST(beside_the_plain_one)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_LZ4_BLOCK, N, CHUNK);
     struct fix f = { .compressed = 1 }, g = { 0 };
     uint64_t fetches, verifies;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 1);
     fix_up(&g, dir, b, 1);
     for (uint32_t i = 0; i + 1 < N; i++) {
@@ -155,7 +154,7 @@ static void test_beside_the_plain_one(void)
 }
 
 /* Chunks that share stored bytes would overwrite each other there: kept uncompressed, and said so. */
-static void test_unstorable(void)
+TEST(unstorable)
 {
     char dir[200], path[300];
     struct fix_blob *b = fix_blob_new("blob", CODEC_NONE, N, CHUNK);
@@ -164,7 +163,7 @@ static void test_unstorable(void)
     memcpy(b->plain + 5 * CHUNK, b->plain + 4 * CHUNK, CHUNK);
     memcpy(b->chunk[5].digest, b->chunk[4].digest, 32);
     b->chunk[5].coff = b->chunk[4].coff;
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 0, (N - 1) * CHUNK);
     CHECK(fix_said(f.e, VND_CAUSE_NONE, "kept uncompressed"));
@@ -173,16 +172,4 @@ static void test_unstorable(void)
     fix_down(&f);
     fix_blob_free(b);
     fix_dir_remove(dir);
-}
-
-int main(int argc, char **argv)
-{
-    under = argc > 1 ? argv[1] : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
-    test_holds_what_is_stored();
-    test_doubt();
-    test_wrong_bytes();
-    test_beside_the_plain_one();
-    test_unstorable();
-    puts("test_stored: ok");
-    return 0;
 }

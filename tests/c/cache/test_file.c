@@ -9,8 +9,6 @@
 #define N 24
 #define CHUNK 16384
 
-static const char *under;
-
 static void path_of(char *out, const char *dir, const char *name)
 {
     sprintf(out, "%s/%s", dir, name);
@@ -66,7 +64,7 @@ static void read_all(const char *dir, struct fix_blob *b, uint64_t *fetches, uin
     fix_down(&f);
 }
 
-static void test_restart_uses_cache(void)
+TEST(restart_uses_cache)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
@@ -74,7 +72,7 @@ static void test_restart_uses_cache(void)
     struct stat st;
     char path[300];
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fill_cache(dir, b);
     /* Nydus's layout: sizes, magics, bits from the top. */
     path_of(path, dir, "blob.blob.data");
@@ -91,13 +89,13 @@ static void test_restart_uses_cache(void)
 }
 
 /* A reboot: other boot id, nothing durable yet. R's bits lead to verification, not to the network. */
-static void test_reboot_verifies(void)
+TEST(reboot_verifies)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_LZ4_BLOCK, N, CHUNK);
     uint64_t fetches, verifies;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fill_cache(dir, b);
     poke(dir, ".virtiofsd-nydus/blob.vnd", 16, 1);
     read_all(dir, b, &fetches, &verifies);
@@ -110,13 +108,13 @@ static void test_reboot_verifies(void)
 }
 
 /* Losing the side file costs verification only. */
-static void test_side_file_lost(void)
+TEST(side_file_lost)
 {
     char dir[200], path[300];
     struct fix_blob *b = fix_blob_new("blob", CODEC_NONE, N, CHUNK);
     uint64_t fetches, verifies;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fill_cache(dir, b);
     path_of(path, dir, ".virtiofsd-nydus/blob.vnd");
     CHECK(!unlink(path));
@@ -136,7 +134,7 @@ static void test_side_file_lost(void)
 }
 
 /* A byte flipped in a stopped daemon's cache file, its bits set: found, fetched anew, never given out. */
-static void test_flip_while_stopped(void)
+TEST(flip_while_stopped)
 {
     static const uint32_t codecs[] = { CODEC_NONE, CODEC_LZ4_BLOCK, CODEC_ZSTD };
 
@@ -145,7 +143,7 @@ static void test_flip_while_stopped(void)
         struct fix_blob *b = fix_blob_new("blob", codecs[k], N, CHUNK);
         struct fix f = { 0 };
 
-        fix_dir_make(dir, under);
+        fix_dir_make(dir);
         fill_cache(dir, b);
         poke(dir, "blob.blob.data", 7 * CHUNK + 99, 0x10);
         fix_up(&f, dir, b, 2);
@@ -162,7 +160,7 @@ static void test_flip_while_stopped(void)
 }
 
 /* Bits that a stranger set over holes are hints. */
-static void test_foreign_bits(void)
+TEST(foreign_bits)
 {
     char dir[200], path[300];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
@@ -171,7 +169,7 @@ static void test_foreign_bits(void)
     uint64_t fetches, verifies;
     int fd;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     path_of(path, dir, "blob.blob.data.chunk_map");
     fd = open(path, O_RDWR | O_CREAT, 0644);
     CHECK(pwrite(fd, head, 16, 0) == 16 && pwrite(fd, bits, 3, 4096) == 3);
@@ -186,14 +184,14 @@ static void test_foreign_bits(void)
 }
 
 /* A chunk map of another size or of another kind is left as it is; reading works without. */
-static void test_foreign_map_size(void)
+TEST(foreign_map_size)
 {
     char dir[200], path[300];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     struct fix f = { 0 };
     struct stat st;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     path_of(path, dir, "blob.blob.data.chunk_map");
     close(open(path, O_RDWR | O_CREAT, 0644));
     CHECK(!truncate(path, 5000));
@@ -207,14 +205,14 @@ static void test_foreign_map_size(void)
 }
 
 /* A data file larger than the blob is not the blob's: EIO and a line; a symbolic link is not followed. */
-static void test_wrong_data_file(void)
+TEST(wrong_data_file)
 {
     char dir[200], path[300];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     struct fix f = { 0 };
     uint8_t buf[16];
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     path_of(path, dir, "blob.blob.data");
     close(open(path, O_RDWR | O_CREAT, 0644));
     CHECK(!truncate(path, (off_t)b->plain_len + 1));
@@ -232,13 +230,13 @@ static void test_wrong_data_file(void)
 }
 
 /* The data file is cut under a running daemon: bytes are fetched again, none is wrong. */
-static void test_cut_while_running(void)
+TEST(cut_while_running)
 {
     char dir[200], path[300];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     struct fix f = { 0 };
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 0, (N - 1) * CHUNK);
     path_of(path, dir, "blob.blob.data");
@@ -257,13 +255,13 @@ static void test_cut_while_running(void)
 }
 
 /* Side file and chunk map cut under a running daemon: no SIGBUS, no wrong byte. */
-static void test_maps_cut_while_running(void)
+TEST(maps_cut_while_running)
 {
     char dir[200], path[300];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     struct fix f = { 0 };
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 0, 10 * CHUNK);
     path_of(path, dir, ".virtiofsd-nydus/blob.vnd");
@@ -293,14 +291,14 @@ static void said_space(struct fix *f, struct fix_blob *b, uint64_t *jobs)
 }
 
 /* No room: chunks come from memory and set no bit. The file size limit stands for a full disk. */
-static void test_no_space(void)
+TEST(no_space)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     struct fix f = { 0 };
     struct rlimit old, none;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     signal(SIGXFSZ, SIG_IGN);
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 20 * CHUNK, 100); /* files exist in full size */
@@ -335,7 +333,7 @@ static void test_no_space(void)
 }
 
 /* Nothing is fetched ahead that could not be kept; readers are served all the same. */
-static void test_no_space_ends_prefetch(void)
+TEST(no_space_ends_prefetch)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_NONE, 2000, CHUNK);
@@ -343,10 +341,11 @@ static void test_no_space_ends_prefetch(void)
     struct rlimit old, none;
     bool left = true;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     f.server.feed_bytes = 1 << 20;
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 0, 100);
+    signal(SIGXFSZ, SIG_IGN);
     getrlimit(RLIMIT_FSIZE, &old);
     none = old;
     none.rlim_cur = 0;
@@ -367,14 +366,14 @@ static void test_no_space_ends_prefetch(void)
 }
 
 /* A work directory that cannot be written: what is in it is verified and used, the rest comes from memory. */
-static void test_read_only_dir(void)
+TEST(read_only_dir)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     struct fix f = { 0 };
     uint64_t jobs;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     if (geteuid() == 0 && mount(dir, dir, NULL, MS_BIND, NULL) == 0) {
         CHECK(!mount(NULL, dir, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY, NULL));
         fix_up(&f, dir, b, 1);
@@ -398,13 +397,13 @@ static void test_read_only_dir(void)
 }
 
 /* Killed at any moment, many times: the cache stays right and keeps what it had. */
-static void test_sigkill(void)
+TEST(sigkill)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     uint32_t seed = 11;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     for (int round = 0; round < 12; round++) {
         pid_t pid = fork();
         CHECK(pid >= 0);
@@ -435,14 +434,14 @@ static void test_sigkill(void)
 }
 
 /* Bytes written, no bit yet, then killed: as if nothing had come. And T without R is fine. */
-static void test_killed_between_write_and_bit(void)
+TEST(killed_between_write_and_bit)
 {
     char dir[200], path[300];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     uint64_t fetches, verifies;
     int fd;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     path_of(path, dir, "blob.blob.data");
     fd = open(path, O_RDWR | O_CREAT, 0644);
     CHECK(pwrite(fd, b->plain, CHUNK / 2, 0) == CHUNK / 2);
@@ -458,7 +457,7 @@ static void test_killed_between_write_and_bit(void)
 
 /* Killed in the middle of a write: what was trusted stays so. A file that changed without such a write, or later, is
  * verified. */
-static void test_killed_while_writing(void)
+TEST(killed_while_writing)
 {
     for (int how = 0; how < 3; how++) {
         char dir[200], path[300];
@@ -468,7 +467,7 @@ static void test_killed_while_writing(void)
         uint64_t fetches, verifies;
         int fd;
 
-        fix_dir_make(dir, under);
+        fix_dir_make(dir);
         fill_cache(dir, b);
         path_of(path, dir, ".virtiofsd-nydus/blob.vnd");
         fd = open(path, O_RDWR);
@@ -494,14 +493,14 @@ static void test_killed_while_writing(void)
 }
 
 /* D: what was synced survives a reboot without verification. */
-static void test_durable(void)
+TEST(durable)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     struct fix f = { 0 };
     uint64_t fetches, verifies;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 0, (N - 1) * CHUNK);
     cachefile_sync(f.h->cache);
@@ -511,27 +510,4 @@ static void test_durable(void)
     CHECK_EQ(fetches + verifies, 0);
     fix_blob_free(b);
     fix_dir_remove(dir);
-}
-
-int main(int argc, char **argv)
-{
-    under = argc > 1 ? argv[1] : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
-    test_sigkill(); /* forks: before any thread of ours */
-    test_restart_uses_cache();
-    test_reboot_verifies();
-    test_side_file_lost();
-    test_flip_while_stopped();
-    test_foreign_bits();
-    test_foreign_map_size();
-    test_wrong_data_file();
-    test_cut_while_running();
-    test_maps_cut_while_running();
-    test_no_space();
-    test_no_space_ends_prefetch();
-    test_read_only_dir();
-    test_killed_between_write_and_bit();
-    test_killed_while_writing();
-    test_durable();
-    puts("test_cachefile: ok");
-    return 0;
 }

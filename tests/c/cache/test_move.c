@@ -10,8 +10,6 @@
 #define ROUNDS 40
 #define READERS 3
 
-static const char *under;
-
 /* Looks at once rather than within the second, until the file at path is the one that c has open. */
 static void follow(struct fix *f, const char *path, _Atomic int *fd)
 {
@@ -88,14 +86,14 @@ static void expect_shared(const char *dir, struct fix_blob *b, int compressed)
     fix_down(&g);
 }
 
-static void test_data_removed(void)
+TEST(data_removed)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     struct fix f = { 0 };
     struct paths p;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     paths_of(&p, dir, 0);
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 0, (N - 1) * CHUNK);
@@ -119,7 +117,7 @@ static void test_data_removed(void)
 }
 
 /* A file that cannot be the blob's: said once, the old one is read on, and left as soon as that is mended. */
-static void test_data_replaced_by_a_stranger(void)
+TEST(data_replaced_by_a_stranger)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
@@ -127,7 +125,7 @@ static void test_data_replaced_by_a_stranger(void)
     struct paths p;
     struct stat st;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     paths_of(&p, dir, 0);
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 0, 5 * CHUNK);
@@ -149,7 +147,7 @@ static void test_data_replaced_by_a_stranger(void)
     fix_dir_remove(dir);
 }
 
-static void test_maps_removed(void)
+TEST(maps_removed)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
@@ -159,7 +157,7 @@ static void test_maps_removed(void)
     uint8_t bits[3];
     int fd;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     paths_of(&p, dir, 0);
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 0, (N - 1) * CHUNK);
@@ -191,7 +189,7 @@ static void test_maps_removed(void)
     fix_dir_remove(dir);
 }
 
-static void test_directory_removed(void)
+TEST(directory_removed)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
@@ -199,7 +197,7 @@ static void test_directory_removed(void)
     struct paths p;
     struct stat st;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     paths_of(&p, dir, 0);
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 0, 5 * CHUNK);
@@ -265,7 +263,7 @@ static void vanish(struct paths *p, const char *dir, uint32_t how)
 }
 
 /* Two users of one directory, as two processes are, with readers that compare every byte while files vanish. */
-static void test_under_readers(int compressed)
+static void check_under_readers(int compressed)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
@@ -275,7 +273,7 @@ static void test_under_readers(int compressed)
     struct paths p;
     uint32_t seed = 5;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     paths_of(&p, dir, compressed);
     p.whole = compressed ? b->stored_len : b->plain_len;
     fix_up(&f, dir, b, 2);
@@ -312,15 +310,12 @@ static void test_under_readers(int compressed)
     fix_dir_remove(dir);
 }
 
-int main(int argc, char **argv)
+TEST(under_readers)
 {
-    under = argc > 1 ? argv[1] : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
-    test_data_removed();
-    test_data_replaced_by_a_stranger();
-    test_maps_removed();
-    test_directory_removed();
-    test_under_readers(0);
-    test_under_readers(1);
-    puts("test_follow: ok");
-    return 0;
+    check_under_readers(0);
+}
+
+TEST(under_readers_of_stored_chunks)
+{
+    check_under_readers(1);
 }

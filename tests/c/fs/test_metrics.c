@@ -1,4 +1,4 @@
-/* test_metrics.c -- counters of an image: shards, buckets, records of inodes, and many threads at once. */
+/* Counters of an image: shards, buckets, records of inodes, and many threads at once. */
 #include "fs/metrics.h"
 
 #include <pthread.h>
@@ -20,7 +20,7 @@ static void count_read(struct fs_metrics *m, uint32_t shard, uint64_t ino, uint3
 }
 
 /* nydusd's bounds: a size belongs to the bucket that begins at it, a latency to the one that ends at it. */
-static void test_buckets(void)
+TEST(buckets)
 {
     static const uint32_t kib[VND_READ_SIZES - 1] = { 1, 4, 16, 64, 128, 512, 1024 };
     static const int64_t us[VND_LATENCIES - 1] = { 200, 1000, 20000, 50000, 500000, 1000000, 2000000 };
@@ -48,7 +48,7 @@ static void test_buckets(void)
 }
 
 /* The end of a file is a read, and nothing else. */
-static void test_empty_read(void)
+TEST(empty_read)
 {
     struct fs_metrics *m = metrics_new(10);
     vnd_mount_stats sum;
@@ -61,7 +61,7 @@ static void test_empty_read(void)
     metrics_free(m);
 }
 
-static void test_shards(void)
+TEST(shards)
 {
     uint64_t taken = 0;
 
@@ -75,7 +75,7 @@ static void test_shards(void)
 }
 
 /* Inodes that a guest made up leave nothing behind, however many; real ones are bounded by the image's. */
-static void test_records(void)
+TEST(records)
 {
     struct fs_metrics *m = metrics_new(300);
     vnd_file_stats out[400];
@@ -123,7 +123,7 @@ static void *count_many(void *arg)
 }
 
 /* Threads with shards of their own, two that share the last one, and one that asks meanwhile. */
-static void test_threads(void)
+TEST(threads)
 {
     struct fs_metrics *m = metrics_new(50);
     struct counting c[THREADS] = { { m, 0 }, { m, 1 }, { m, METRICS_SHARDS - 1 }, { m, METRICS_SHARDS - 1 } };
@@ -153,15 +153,4 @@ static void test_threads(void)
         reads += out[i].reads;
     CHECK_EQ(reads, THREADS * OPS);
     metrics_free(m);
-}
-
-int main(void)
-{
-    test_buckets();
-    test_empty_read();
-    test_shards();
-    test_records();
-    test_threads();
-    puts("test_metrics: ok");
-    return 0;
 }

@@ -1,4 +1,4 @@
-/* test_vfs.c -- the mount table as a guest sees it: pseudo directories, mounts on mounts, mounts that come and go under
+/* The mount table as a guest sees it: pseudo directories, mounts on mounts, mounts that come and go under
  * requests. */
 #include <fcntl.h>
 #include <sched.h>
@@ -6,104 +6,176 @@
 
 #include "fuse_rig.h"
 
-static void test_pseudo_and_mixed(void)
+/* A mixed session with an image at /rafs/c1/lowerdir and another at /rafs/c2, and the nodes that a guest has looked up. */
+struct two_mounts {
+    struct rig g;
+    struct img_nids n;
+    vnd_rafs *a, *b;
+    uint64_t rafs_dir, cid, root_a, root_b, file; /* cid: the pseudo directory /rafs/c1 */
+};
+
+static void two_mounts_new(struct two_mounts *t)
+{
+    memset(t, 0, sizeof *t);
+    t->a = open_tree(FLAGS, &t->n);
+    t->b = open_tree(FLAGS, &t->n);
+    rig_new(&t->g, VND_SESSION_MIXED);
+    init(&t->g, 7, 38, ~0ull);
+    CHECK_EQ(vnd_vfs_mount_rafs(t->g.vfs, "/rafs//c1/lowerdir/", t->a), 0);
+    CHECK_EQ(vnd_vfs_mount_rafs(t->g.vfs, "/rafs/c2", t->b), 0);
+    t->rafs_dir = lookup(&t->g, 1, "rafs").nodeid;
+    t->cid = lookup(&t->g, t->rafs_dir, "c1").nodeid;
+    t->root_a = lookup(&t->g, t->cid, "lowerdir").nodeid;
+    t->root_b = lookup(&t->g, t->rafs_dir, "c2").nodeid;
+    t->file = 1ull << 48 | t->n.file;
+}
+
+static void two_mounts_free(struct two_mounts *t)
+{
+    rig_free(&t->g);
+    vnd_rafs_free(t->a);
+    vnd_rafs_free(t->b);
+}
+
+static uint32_t open_flags(struct rig *g, uint32_t op, uint64_t nodeid)
 {
     struct fuse_open_in read_only = { 0 };
     struct fuse_open_out opened;
-    static struct seen d[20];
-    struct img_nids n;
-    struct rig g;
-    vnd_rafs *a = open_tree(FLAGS, &n), *b = open_tree(FLAGS, &n);
-    struct fuse_entry_out e;
-    uint64_t rafs_dir, cid, root_a, root_b, file;
 
+    CHECK_EQ(error_of(g, op, nodeid, &read_only, 8), 0);
+    memcpy(&opened, g->data, sizeof(opened));
+    CHECK_EQ(opened.fh, 0);
+    return opened.open_flags;
+}
+
+TEST(mount_paths_that_are_refused)
+{
+    struct two_mounts t;
+    struct rig g;
+
+    two_mounts_new(&t);
+    CHECK_EQ(vnd_vfs_mount_rafs(t.g.vfs, "/rafs/c1/lowerdir", t.b), -EEXIST);
+    CHECK_EQ(vnd_vfs_mount_rafs(t.g.vfs, "/rafs", t.b), -EBUSY);
+    CHECK_EQ(vnd_vfs_mount_rafs(t.g.vfs, "/", t.b), -EBUSY);
     rig_new(&g, VND_SESSION_MIXED);
     init(&g, 7, 38, ~0ull);
     CHECK_EQ(error_of(&g, FUSE_OP_LOOKUP, 1, "rafs", 5), ENOENT); /* never cached: it may come */
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "rafs", a), -EINVAL);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs/../x", a), -EINVAL);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs//c1/lowerdir/", a), 0);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs/c1/lowerdir", b), -EEXIST);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs", b), -EBUSY);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/", b), -EBUSY);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs/c2", b), 0);
-    e = lookup(&g, 1, "rafs");
+    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "rafs", t.a), -EINVAL);
+    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs/../x", t.a), -EINVAL);
+    rig_free(&g);
+    two_mounts_free(&t);
+}
+
+/* What may come or go is not cached: names of pseudo directories and mount points. */
+TEST(pseudo_directories_lead_to_mounts)
+{
+    struct two_mounts t;
+    struct fuse_entry_out e;
+
+    two_mounts_new(&t);
+    e = lookup(&t.g, 1, "rafs");
     CHECK(e.nodeid > 1 && e.nodeid >> 48 == 0);
     CHECK_EQ(e.entry_valid, 0);
     CHECK_EQ(e.attr_valid, 0);
     CHECK_EQ(e.attr.mode, S_IFDIR | 0755);
-    rafs_dir = e.nodeid;
-    cid = lookup(&g, rafs_dir, "c1").nodeid;
-    e = lookup(&g, cid, "lowerdir");
-    root_a = e.nodeid;
-    CHECK_EQ(root_a, 1ull << 48 | IMG_ROOT);
+    e = lookup(&t.g, t.cid, "lowerdir");
+    CHECK_EQ(e.nodeid, 1ull << 48 | IMG_ROOT);
     CHECK_EQ(e.entry_valid, 0); /* the mount may go */
     CHECK_EQ(e.attr_valid, YEAR_S);
-    root_b = lookup(&g, rafs_dir, "c2").nodeid;
-    CHECK_EQ(root_b, 2ull << 48 | IMG_ROOT);
-    CHECK_EQ(lookup(&g, root_a, "..").nodeid, cid);
-    CHECK_EQ(lookup(&g, cid, "..").nodeid, rafs_dir);
-    CHECK_EQ(lookup(&g, rafs_dir, "..").nodeid, 1);
-    CHECK_EQ(lookup(&g, 1, "..").nodeid, 1);
-    CHECK(lookup(&g, root_a, "file").nodeid != lookup(&g, root_b, "file").nodeid);
+    CHECK_EQ(t.root_b, 2ull << 48 | IMG_ROOT);
+    CHECK(lookup(&t.g, t.root_a, "file").nodeid != lookup(&t.g, t.root_b, "file").nodeid);
+    two_mounts_free(&t);
+}
 
-    /* Listings show what lookups give, over mount points in both directions. */
-    CHECK_EQ(read_dir(&g, rafs_dir, true, 0, 4096, d, 20), 4);
-    CHECK(strcmp(d[2].name, "c1") == 0 && d[2].ino == cid && d[2].e.nodeid == cid && d[2].e.attr_valid == 0);
-    CHECK(strcmp(d[3].name, "c2") == 0 && d[3].ino == root_b && d[3].e.nodeid == root_b);
-    CHECK_EQ(d[3].e.attr.ino, root_b);
+TEST(dotdot_crosses_mount_points)
+{
+    struct two_mounts t;
+
+    two_mounts_new(&t);
+    CHECK_EQ(lookup(&t.g, t.root_a, "..").nodeid, t.cid);
+    CHECK_EQ(lookup(&t.g, t.cid, "..").nodeid, t.rafs_dir);
+    CHECK_EQ(lookup(&t.g, t.rafs_dir, "..").nodeid, 1);
+    CHECK_EQ(lookup(&t.g, 1, "..").nodeid, 1);
+    two_mounts_free(&t);
+}
+
+/* Listings show what lookups give, over mount points in both directions. */
+TEST(listings_agree_with_lookups)
+{
+    static struct seen d[20];
+    struct two_mounts t;
+
+    two_mounts_new(&t);
+    CHECK_EQ(read_dir(&t.g, t.rafs_dir, true, 0, 4096, d, 20), 4);
+    CHECK(strcmp(d[2].name, "c1") == 0 && d[2].ino == t.cid && d[2].e.nodeid == t.cid && d[2].e.attr_valid == 0);
+    CHECK(strcmp(d[3].name, "c2") == 0 && d[3].ino == t.root_b && d[3].e.nodeid == t.root_b);
+    CHECK_EQ(d[3].e.attr.ino, t.root_b);
     CHECK_EQ(d[3].e.attr.nlink, 4);
     CHECK_EQ(d[3].e.entry_valid, 0);
-    CHECK_EQ(read_dir(&g, rafs_dir, true, d[2].off, 4096, d, 20), 1);
-    CHECK_EQ(read_dir(&g, root_a, false, 0, 4096, d, 20), 10);
-    CHECK_EQ(d[0].ino, root_a);
-    CHECK_EQ(d[1].ino, cid);
-    CHECK_EQ(d[5].ino, 1ull << 48 | n.file);
+    CHECK_EQ(read_dir(&t.g, t.rafs_dir, true, d[2].off, 4096, d, 20), 1);
+    CHECK_EQ(read_dir(&t.g, t.root_a, false, 0, 4096, d, 20), 10);
+    CHECK_EQ(d[0].ino, t.root_a);
+    CHECK_EQ(d[1].ino, t.cid);
+    CHECK_EQ(d[5].ino, t.file);
+    two_mounts_free(&t);
+}
 
-    /* Nothing that a read-write neighbour has is ever ENOSYS. */
-    file = 1ull << 48 | n.file;
-    CHECK_EQ(error_of(&g, FUSE_OP_OPEN, file, &read_only, 8), 0);
-    memcpy(&opened, g.data, sizeof(opened));
-    CHECK(opened.open_flags & FUSE_OPEN_KEEP_CACHE);
-    CHECK_EQ(opened.fh, 0);
-    CHECK_EQ(error_of(&g, FUSE_OP_OPENDIR, root_a, &read_only, 8), 0);
-    memcpy(&opened, g.data, sizeof(opened));
-    CHECK(opened.open_flags & FUSE_OPEN_CACHE_DIR);
-    CHECK_EQ(error_of(&g, FUSE_OP_OPENDIR, rafs_dir, &read_only, 8), 0);
-    memcpy(&opened, g.data, sizeof(opened));
-    CHECK_EQ(opened.open_flags, 0);
-    CHECK_EQ(error_of(&g, FUSE_OP_OPEN, root_a, &read_only, 8), EISDIR);
-    CHECK_EQ(error_of(&g, FUSE_OP_OPENDIR, file, &read_only, 8), ENOTDIR);
-    CHECK_EQ(error_of(&g, FUSE_OP_FLUSH, file, NULL, 0), 0);
-    CHECK_EQ(error_of(&g, FUSE_OP_FSYNC, file, NULL, 0), 0);
-    CHECK_EQ(error_of(&g, FUSE_OP_FSYNCDIR, root_a, NULL, 0), 0);
-    CHECK_EQ(xattr(&g, file, "user.foo", 5), ENODATA);
-    CHECK_EQ(xattr(&g, file, NULL, 5), 0);
-    CHECK_EQ(xattr(&g, rafs_dir, "user.foo", 5), ENODATA);
-    CHECK_EQ(xattr(&g, rafs_dir, NULL, 0), 0);
-    CHECK_EQ(error_of(&g, FUSE_OP_MKDIR, rafs_dir, NULL, 0), ENOSYS);
-    CHECK_EQ(error_of(&g, FUSE_OP_MKDIR, 1, NULL, 0), ENOSYS);
-    CHECK_EQ(error_of(&g, FUSE_OP_MKDIR, root_a, NULL, 0), EROFS);
-    CHECK_EQ(error_of(&g, FUSE_OP_UNLINK, rafs_dir, NULL, 0), EROFS);
+TEST(opens_say_what_may_be_kept)
+{
+    struct fuse_open_in read_only = { 0 };
+    struct two_mounts t;
 
-    CHECK_EQ(vnd_vfs_umount(g.vfs, "/rafs/c1"), -ENOENT);
-    CHECK_EQ(vnd_vfs_umount(g.vfs, "/rafs/c1/lowerdir"), 0);
-    vnd_rafs_free(a);
-    CHECK_EQ(error_of(&g, FUSE_OP_GETATTR, file, NULL, 0), ESTALE);
-    CHECK_EQ(error_of(&g, FUSE_OP_GETATTR, cid, NULL, 0), ESTALE); /* nothing needed it any more */
-    CHECK_EQ(error_of(&g, FUSE_OP_LOOKUP, rafs_dir, "c1", 3), ENOENT);
-    CHECK_EQ(lookup(&g, rafs_dir, "c2").nodeid, root_b);
-    a = open_tree(FLAGS, &n);
-    CHECK_EQ(vnd_vfs_mount_rafs(g.vfs, "/rafs/c1/lowerdir", a), 0);
-    cid = lookup(&g, rafs_dir, "c1").nodeid;
-    CHECK_EQ(lookup(&g, cid, "lowerdir").nodeid >> 48, 3); /* serials are never used again */
-    rig_free(&g);
-    vnd_rafs_free(a);
-    vnd_rafs_free(b);
+    two_mounts_new(&t);
+    CHECK(open_flags(&t.g, FUSE_OP_OPEN, t.file) & FUSE_OPEN_KEEP_CACHE);
+    CHECK(open_flags(&t.g, FUSE_OP_OPENDIR, t.root_a) & FUSE_OPEN_CACHE_DIR);
+    CHECK_EQ(open_flags(&t.g, FUSE_OP_OPENDIR, t.rafs_dir), 0);
+    CHECK_EQ(error_of(&t.g, FUSE_OP_OPEN, t.root_a, &read_only, 8), EISDIR);
+    CHECK_EQ(error_of(&t.g, FUSE_OP_OPENDIR, t.file, &read_only, 8), ENOTDIR);
+    two_mounts_free(&t);
+}
+
+/* The kernel takes ENOSYS for the whole connection: nothing that a read-write neighbour has is ever answered so. */
+TEST(nothing_that_a_neighbour_has_is_enosys)
+{
+    struct two_mounts t;
+
+    two_mounts_new(&t);
+    CHECK_EQ(error_of(&t.g, FUSE_OP_FLUSH, t.file, NULL, 0), 0);
+    CHECK_EQ(error_of(&t.g, FUSE_OP_FSYNC, t.file, NULL, 0), 0);
+    CHECK_EQ(error_of(&t.g, FUSE_OP_FSYNCDIR, t.root_a, NULL, 0), 0);
+    CHECK_EQ(xattr(&t.g, t.file, "user.foo", 5), ENODATA);
+    CHECK_EQ(xattr(&t.g, t.file, NULL, 5), 0);
+    CHECK_EQ(xattr(&t.g, t.rafs_dir, "user.foo", 5), ENODATA);
+    CHECK_EQ(xattr(&t.g, t.rafs_dir, NULL, 0), 0);
+    CHECK_EQ(error_of(&t.g, FUSE_OP_MKDIR, t.rafs_dir, NULL, 0), ENOSYS);
+    CHECK_EQ(error_of(&t.g, FUSE_OP_MKDIR, 1, NULL, 0), ENOSYS);
+    CHECK_EQ(error_of(&t.g, FUSE_OP_MKDIR, t.root_a, NULL, 0), EROFS);
+    CHECK_EQ(error_of(&t.g, FUSE_OP_UNLINK, t.rafs_dir, NULL, 0), EROFS);
+    two_mounts_free(&t);
+}
+
+TEST(umount_makes_nodes_stale_and_never_uses_a_serial_again)
+{
+    struct two_mounts t;
+    uint64_t cid;
+
+    two_mounts_new(&t);
+    CHECK_EQ(vnd_vfs_umount(t.g.vfs, "/rafs/c1"), -ENOENT);
+    CHECK_EQ(vnd_vfs_umount(t.g.vfs, "/rafs/c1/lowerdir"), 0);
+    vnd_rafs_free(t.a);
+    CHECK_EQ(error_of(&t.g, FUSE_OP_GETATTR, t.file, NULL, 0), ESTALE);
+    CHECK_EQ(error_of(&t.g, FUSE_OP_GETATTR, t.cid, NULL, 0), ESTALE); /* nothing needed it any more */
+    CHECK_EQ(error_of(&t.g, FUSE_OP_LOOKUP, t.rafs_dir, "c1", 3), ENOENT);
+    CHECK_EQ(lookup(&t.g, t.rafs_dir, "c2").nodeid, t.root_b);
+    t.a = open_tree(FLAGS, &t.n);
+    CHECK_EQ(vnd_vfs_mount_rafs(t.g.vfs, "/rafs/c1/lowerdir", t.a), 0);
+    cid = lookup(&t.g, t.rafs_dir, "c1").nodeid;
+    CHECK_EQ(lookup(&t.g, cid, "lowerdir").nodeid >> 48, 3);
+    two_mounts_free(&t);
 }
 
 /* Mounts on directories of other mounts. */
-static void test_nested(void)
+TEST(nested)
 {
     struct fs zero = { &zero_ops };
     static struct seen d[20];
@@ -159,7 +231,7 @@ static void *race(void *arg)
     return NULL;
 }
 
-static void test_mounts_under_load(void)
+TEST(mounts_under_load)
 {
     _Atomic int stop = 0;
     struct img_nids n;
@@ -183,17 +255,4 @@ static void test_mounts_under_load(void)
     for (int i = 0; i < 2; i++)
         pthread_join(threads[i], NULL);
     rig_free(&g);
-}
-
-int main(void)
-{
-    engine = vnd_engine_new(&(vnd_engine_cfg){ 0 });
-    CHECK(engine);
-    test_pseudo_and_mixed();
-    test_nested();
-    test_mounts_under_load();
-    vnd_engine_shutdown(engine);
-    vnd_engine_free(engine);
-    puts("test_vfs: ok");
-    return 0;
 }

@@ -1,4 +1,4 @@
-/* test_fuse_read.c -- READ from an image down to the blob store and back: parked, woken, failed, expired,
+/* READ from an image down to the blob store and back: parked, woken, failed, expired,
  * dropped. */
 #include "store_fixture.h"
 
@@ -33,7 +33,7 @@ static void rig_new(struct rig *g, uint32_t deadline_ms)
     memset(g, 0, sizeof(*g));
     memset(id, 'a', 64);
     id[64] = 0;
-    fix_dir_make(g->dir, "/tmp");
+    fix_dir_make(g->dir);
     g->blob = fix_blob_new(id, 0, IMG_BLOB_CHUNKS, IMG_CHUNK);
     make_image(&m, &g->n, g->blob);
     g->engine = vnd_engine_new(&(vnd_engine_cfg){ .read_deadline_ms = deadline_ms });
@@ -118,7 +118,7 @@ static void check_error(struct rig *g, int error)
     CHECK_EQ(g->f.r.out_len, 16);
 }
 
-static void test_parked_then_hit(void)
+TEST(parked_then_hit)
 {
     struct rig g;
     vnd_stats stats;
@@ -143,7 +143,7 @@ static void test_parked_then_hit(void)
     rig_free(&g);
 }
 
-static void test_wrong_bytes_are_eio(void)
+TEST(wrong_bytes_are_eio)
 {
     struct rig g;
     vnd_stats stats;
@@ -161,7 +161,7 @@ static void test_wrong_bytes_are_eio(void)
     rig_free(&g);
 }
 
-static void test_expiry(void)
+TEST(expiry)
 {
     struct rig g;
 
@@ -174,7 +174,7 @@ static void test_expiry(void)
 }
 
 /* The guest was reset while a read was parked: whoever wakes, no byte is written. */
-static void test_reset_while_parked(void)
+TEST(reset_while_parked)
 {
     struct rig g;
 
@@ -191,7 +191,7 @@ static void test_reset_while_parked(void)
 }
 
 /* The mount goes while a read is parked, and the image is closed: the reader is told. */
-static void test_umount_while_parked(void)
+TEST(umount_while_parked)
 {
     struct rig g;
 
@@ -206,7 +206,7 @@ static void test_umount_while_parked(void)
     rig_free(&g);
 }
 
-static void test_tool_read(void)
+TEST(tool_read)
 {
     uint8_t *buf = malloc(IMG_FILE_SIZE + 100);
     struct rig g;
@@ -221,16 +221,4 @@ static void test_tool_read(void)
     CHECK_EQ(vnd_rafs_read(g.image, g.n.sub, 0, buf, 100), -EISDIR);
     rig_free(&g);
     free(buf);
-}
-
-int main(void)
-{
-    test_parked_then_hit();
-    test_wrong_bytes_are_eio();
-    test_expiry();
-    test_reset_while_parked();
-    test_umount_while_parked();
-    test_tool_read();
-    puts("test_fuse_read: ok");
-    return 0;
 }

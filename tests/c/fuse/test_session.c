@@ -1,4 +1,4 @@
-/* test_fuse.c -- the FUSE session over a mount table: every answer that the kernel can see, without a kernel. */
+/* The FUSE session over a mount table: every answer that the kernel can see, without a kernel. */
 #include <dirent.h>
 #include <fcntl.h>
 
@@ -6,7 +6,7 @@
 
 /* ---- session life */
 
-static void test_init(void)
+TEST(init)
 {
     struct rig g;
     struct fuse_init_out out;
@@ -62,7 +62,7 @@ static void test_init(void)
     rig_free(&g);
 }
 
-static void test_malformed(void)
+TEST(malformed)
 {
     struct rig g;
     vnd_rafs *r = rig_rafs(&g, FLAGS);
@@ -112,7 +112,7 @@ static void test_malformed(void)
 
 /* ---- inside an image */
 
-static void test_lookup_and_attr(void)
+TEST(lookup_and_attr)
 {
     struct rig g;
     vnd_rafs *r = rig_rafs(&g, FLAGS);
@@ -153,7 +153,7 @@ static void test_lookup_and_attr(void)
     vnd_rafs_free(r);
 }
 
-static void test_refusals(void)
+TEST(refusals)
 {
     static const uint32_t erofs[] = { FUSE_OP_SETATTR,   FUSE_OP_SYMLINK,  FUSE_OP_MKNOD,           FUSE_OP_MKDIR,
                                       FUSE_OP_UNLINK,    FUSE_OP_RMDIR,    FUSE_OP_RENAME,          FUSE_OP_LINK,
@@ -180,7 +180,7 @@ static void test_refusals(void)
     vnd_rafs_free(r);
 }
 
-static void test_access_and_lseek(void)
+TEST(access_and_lseek)
 {
     struct fuse_access_in write = { .mask = 2 }, exec = { .mask = 1 }, reading = { .mask = 4 };
     struct fuse_lseek_in data = { .offset = 5, .whence = SEEK_DATA }, hole = { .offset = 5, .whence = SEEK_HOLE },
@@ -205,7 +205,7 @@ static void test_access_and_lseek(void)
     vnd_rafs_free(r);
 }
 
-static void test_xattrs(void)
+TEST(xattrs)
 {
     struct rig g;
     vnd_rafs *r = rig_rafs(&g, FLAGS | FLAG_XATTR);
@@ -241,7 +241,7 @@ static void test_xattrs(void)
 
 /* ---- listings */
 
-static void test_listings(void)
+TEST(listings)
 {
     static struct seen d[300];
     struct rig g;
@@ -298,7 +298,7 @@ static int read_at(struct rig *g, uint64_t nodeid, uint64_t off, uint32_t size, 
     return g->error ? -g->error : (int)g->len;
 }
 
-static void test_reads(void)
+TEST(reads)
 {
     struct fs zero = { &zero_ops };
     struct rig g;
@@ -320,22 +320,4 @@ static void test_reads(void)
     CHECK_EQ(read_at(&g, file, 0, 4096, 16), -EINVAL);
     CHECK_EQ(read_at(&g, file, 0, 0, 16), 0);
     rig_free(&g);
-}
-
-int main(void)
-{
-    engine = vnd_engine_new(&(vnd_engine_cfg){ 0 });
-    CHECK(engine);
-    test_init();
-    test_malformed();
-    test_lookup_and_attr();
-    test_refusals();
-    test_access_and_lseek();
-    test_xattrs();
-    test_listings();
-    test_reads();
-    vnd_engine_shutdown(engine);
-    vnd_engine_free(engine);
-    puts("test_fuse: ok");
-    return 0;
 }

@@ -10,7 +10,7 @@
 #define ROUNDS 200
 #define NAMES 12
 
-static char source[] = "/tmp/vnd-passthrough-XXXXXX";
+static char source[] = "/tmp/vnd-passthrough-XXXXXX"; /* of one case, see new_source */
 
 struct client {
     struct rig rig; /* shares vfs and session with the others */
@@ -174,15 +174,27 @@ static void *client_run(void *arg)
     return NULL;
 }
 
+static void new_source(void)
+{
+    CHECK(mkdtemp(source));
+}
+
+static void remove_source(void)
+{
+    nftw(source, remove_one, 16, FTW_DEPTH | FTW_PHYS);
+}
+
 /* Ends without a node or a file left, whatever was interleaved. */
-static void test_threads(void)
+TEST(threads)
 {
     struct client clients[THREADS];
     vnd_passthrough_stats stats;
     char err[VND_ERR_MAX];
     struct rig first;
-    vnd_passthrough *p = vnd_passthrough_new(engine, source, 0, err, sizeof(err));
+    vnd_passthrough *p;
 
+    new_source();
+    p = vnd_passthrough_new(engine, source, 0, err, sizeof(err));
     CHECK(p);
     rig_new(&first, VND_SESSION_MIXED);
     CHECK_EQ(vnd_vfs_mount_passthrough(first.vfs, "/", p), 0);
@@ -213,10 +225,11 @@ static void test_threads(void)
     CHECK_EQ(vnd_vfs_umount(first.vfs, "/"), 0);
     vnd_passthrough_free(p);
     rig_free(&first);
+    remove_source();
 }
 
 /* What a guest leaves behind goes with its session. */
-static void test_reset(void)
+TEST(reset)
 {
     struct fuse_create_in in = { .flags = O_RDWR, .mode = S_IFREG | 0644 };
     vnd_passthrough_stats stats;
@@ -224,8 +237,10 @@ static void test_reset(void)
     struct client c = { 0 };
     uint8_t body[64];
     struct rig g;
-    vnd_passthrough *p = vnd_passthrough_new(engine, source, 0, err, sizeof(err));
+    vnd_passthrough *p;
 
+    new_source();
+    p = vnd_passthrough_new(engine, source, 0, err, sizeof(err));
     CHECK(p);
     CHECK(!vnd_passthrough_new(engine, "/nonexistent", 0, err, sizeof(err)));
     CHECK(strstr(err, "/nonexistent"));
@@ -255,20 +270,5 @@ static void test_reset(void)
     CHECK_EQ(vnd_vfs_umount(g.vfs, "/"), 0);
     vnd_passthrough_free(p);
     rig_free(&g);
-}
-
-int main(void)
-{
-    vnd_engine_cfg cfg = { 0 };
-
-    CHECK(mkdtemp(source));
-    engine = vnd_engine_new(&cfg);
-    CHECK(engine);
-    test_threads();
-    test_reset();
-    vnd_engine_shutdown(engine);
-    vnd_engine_free(engine);
-    nftw(source, remove_one, 16, FTW_DEPTH | FTW_PHYS);
-    puts("test_passthrough: ok");
-    return 0;
+    remove_source();
 }

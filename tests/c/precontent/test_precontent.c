@@ -1,4 +1,4 @@
-/* test_precontent.c -- pre-content events on a socket that keeps message borders, as a group does: answered at once,
+/* Pre-content events on a socket that keeps message borders, as a group does: answered at once,
  * when their chunks come, with an error when they do not; gone on with by another server; refused. */
 #include "store_fixture.h"
 
@@ -127,7 +127,7 @@ static void rig_init(struct rig *g, uint32_t deadline_ms, uint32_t hide_from, ui
     int pair[2];
 
     memset(g, 0, sizeof *g);
-    fix_dir_make(g->dir, "/tmp");
+    fix_dir_make(g->dir);
     g->b = fix_blob_new("precontent", CODEC_NONE, CHUNKS, CHUNK);
     g->b->hide_from = hide_from;
     g->b->hide_to = hide_to;
@@ -173,7 +173,7 @@ static void wait_for_events(struct precontent_state *s, uint32_t n)
     }
 }
 
-static void test_parse(void)
+TEST(parse)
 {
     struct precontent_event ev;
     uint8_t raw[64] = { 0 };
@@ -205,7 +205,7 @@ static void test_parse(void)
     CHECK(ev.count == UINT64_MAX); /* no range: the whole file */
 }
 
-static void test_answers(void)
+TEST(answers)
 {
     struct rig g;
     int first, second, third;
@@ -239,7 +239,7 @@ static void test_answers(void)
     rig_free(&g);
 }
 
-static void test_failures(void)
+TEST(failures)
 {
     struct rig g;
     int fd;
@@ -263,7 +263,7 @@ static void test_failures(void)
     rig_free(&g);
 }
 
-static void test_another_goes_on(void)
+TEST(another_goes_on)
 {
     struct rig g;
     uint8_t raw[64];
@@ -301,7 +301,7 @@ static void test_another_goes_on(void)
     rig_free(&g);
 }
 
-static void test_refused(void)
+TEST(refused)
 {
     char err[VND_ERR_MAX] = "";
     struct rig g;
@@ -332,7 +332,7 @@ static void test_refused(void)
     rig_free(&g);
 }
 
-static void test_end(void)
+TEST(end)
 {
     struct rig g;
     struct pollfd over;
@@ -349,16 +349,4 @@ static void test_end(void)
     CHECK_EQ(poll(&over, 1, 20000), 1);
     CHECK(vnd_precontent_ended(g.p));
     rig_free(&g);
-}
-
-int main(void)
-{
-    test_parse();
-    test_answers();
-    test_failures();
-    test_another_goes_on();
-    test_refused();
-    test_end();
-    puts("precontent: ok");
-    return 0;
 }

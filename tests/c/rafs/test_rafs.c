@@ -1,4 +1,4 @@
-/* test_rafs.c -- the RAFS v6 reader on images made here: what it reads, and what it refuses. */
+/* The RAFS v6 reader on images made here: what it reads, and what it refuses. */
 #include <dirent.h>
 #include <errno.h>
 
@@ -10,6 +10,18 @@
 #define FLAGS (0x1u | 0x4u | 0x10u | 0x20u) /* no compression, blake3, explicit ids, xattrs */
 
 static vnd_engine *engine;
+
+BEFORE_EACH
+{
+    engine = vnd_engine_new(&(vnd_engine_cfg){ 0 });
+    CHECK(engine);
+}
+
+AFTER_EACH
+{
+    vnd_engine_shutdown(engine);
+    vnd_engine_free(engine);
+}
 
 static vnd_rafs *open_bytes(const void *bytes, size_t len, int *cause, char err[VND_ERR_MAX])
 {
@@ -41,7 +53,7 @@ static void refused(const struct img *m, size_t len, int cause, const char *word
 
     if (r || got != cause || !strstr(err, word)) {
         fprintf(stderr, "%s, cause %d, line '%s', wanted '%s'\n", r ? "opened" : "refused", got, err, word);
-        exit(1);
+        check_fail();
     }
 }
 
@@ -53,21 +65,21 @@ static uint64_t find(vnd_rafs *r, uint64_t dir, const char *name)
     return ino;
 }
 
-static void test_tree(void)
+static vnd_rafs *open_img_tree(struct img_nids *n)
 {
-    struct img m;
-    struct img_nids n;
-    vnd_dirent d[64];
-    vnd_rafs_info info;
-    vnd_blob_info blob;
-    vnd_attr a;
-    uint64_t off = 0, ino;
-    char buf[64], name[IMG_NAME];
-    int got, total = 0;
+    static struct img m;
 
     img_init(&m, FLAGS);
-    n = img_tree(&m);
-    vnd_rafs *r = open_image(&m);
+    *n = img_tree(&m);
+    return open_image(&m);
+}
+
+TEST(image_and_its_blobs)
+{
+    struct img_nids n;
+    vnd_rafs *r = open_img_tree(&n);
+    vnd_rafs_info info;
+    vnd_blob_info blob;
 
     vnd_rafs_info_get(r, &info);
     CHECK_EQ(info.fs_version, 6);
@@ -77,20 +89,47 @@ static void test_tree(void)
     CHECK_EQ(blob.chunk_count, IMG_BLOB_CHUNKS);
     CHECK_EQ(strspn(blob.id, "a"), 64);
     CHECK_EQ(vnd_rafs_blob_info(r, 1, &blob), -EINVAL);
+    vnd_rafs_free(r);
+}
+
+TEST(names_are_found)
+{
+    struct img_nids n;
+    vnd_rafs *r = open_img_tree(&n);
+
     CHECK_EQ(find(r, IMG_ROOT, "file"), n.file);
     CHECK_EQ(find(r, IMG_ROOT, "hard"), n.file);
     CHECK_EQ(find(r, n.deep, ".."), n.sub);
     CHECK_EQ(find(r, n.deep, "."), n.deep);
     CHECK_EQ(find(r, IMG_ROOT, ".."), IMG_ROOT);
-    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "fil", &ino), -ENOENT);
-    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "filee", &ino), -ENOENT);
-    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "\001", &ino), -ENOENT);
-    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "zz", &ino), -ENOENT);
-    CHECK_EQ(vnd_rafs_lookup(r, n.big, "n2", &ino), -ENOENT);
-    CHECK_EQ(vnd_rafs_lookup(r, n.big, "n399~", &ino), -ENOENT);
-    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "", &ino), -EINVAL);
-    CHECK_EQ(vnd_rafs_lookup(r, IMG_ROOT, "a/b", &ino), -EINVAL);
-    CHECK_EQ(vnd_rafs_lookup(r, n.file, "x", &ino), -ENOTDIR);
+    vnd_rafs_free(r);
+}
+
+TEST(names_that_are_not_there)
+{
+    struct img_nids n;
+    vnd_rafs *r = open_img_tree(&n);
+    const struct {
+        uint64_t dir;
+        const char *name;
+        int rc;
+    } cases[] = {
+        { IMG_ROOT, "fil", -ENOENT }, { IMG_ROOT, "filee", -ENOENT }, { IMG_ROOT, "\001", -ENOENT },
+        { IMG_ROOT, "zz", -ENOENT },  { n.big, "n2", -ENOENT },       { n.big, "n399~", -ENOENT },
+        { IMG_ROOT, "", -EINVAL },    { IMG_ROOT, "a/b", -EINVAL },   { n.file, "x", -ENOTDIR },
+    };
+    uint64_t ino;
+
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++)
+        CHECK_EQ(vnd_rafs_lookup(r, cases[i].dir, cases[i].name, &ino), cases[i].rc);
+    vnd_rafs_free(r);
+}
+
+TEST(attributes)
+{
+    struct img_nids n;
+    vnd_rafs *r = open_img_tree(&n);
+    vnd_attr a;
 
     CHECK_EQ(vnd_rafs_getattr(r, n.file, &a), 0);
     CHECK_EQ(a.size_bytes, IMG_FILE_SIZE);
@@ -105,14 +144,25 @@ static void test_tree(void)
     CHECK_EQ(a.rdev, 5 << 8 | 1);
     CHECK_EQ(vnd_rafs_getattr(r, 1u << 20, &a), -EIO);
     CHECK_EQ(vnd_rafs_getattr(r, UINT64_MAX, &a), -EIO);
+    vnd_rafs_free(r);
+}
 
-    /* The large directory, three entries at a time, each found again by name. */
+/* The large directory, three entries at a time, each found again by name. */
+TEST(directory_in_pieces)
+{
+    struct img_nids n;
+    vnd_rafs *r = open_img_tree(&n);
+    vnd_dirent d[64];
+    uint64_t off = 0;
+    char name[IMG_NAME];
+    int got, total = 0;
+
     while ((got = vnd_rafs_readdir(r, n.big, off, d, 3)) > 0) {
         for (int i = 0; i < got; i++) {
             CHECK_EQ(find(r, n.big, d[i].name), d[i].ino);
             if (total >= 2) {
                 img_many_name(name, total - 2);
-                CHECK(strcmp(d[i].name, name) == 0);
+                CHECK_STR(d[i].name, name);
                 CHECK_EQ(d[i].type, DT_REG);
             }
             total++;
@@ -123,12 +173,28 @@ static void test_tree(void)
     CHECK_EQ(total, IMG_MANY + 2);
     CHECK_EQ(vnd_rafs_readdir(r, n.big, UINT64_MAX, d, 3), 0);
     CHECK_EQ(vnd_rafs_readdir(r, n.file, 0, d, 3), -ENOTDIR);
+    vnd_rafs_free(r);
+}
+
+TEST(symlink_target_fits_or_is_refused)
+{
+    struct img_nids n;
+    vnd_rafs *r = open_img_tree(&n);
+    char buf[64];
 
     CHECK_EQ(vnd_rafs_readlink(r, n.link, NULL, 0), 11);
     CHECK_EQ(vnd_rafs_readlink(r, n.link, buf, 11), 11);
     CHECK(memcmp(buf, "target/path", 11) == 0);
     CHECK_EQ(vnd_rafs_readlink(r, n.link, buf, 10), -ERANGE);
     CHECK_EQ(vnd_rafs_readlink(r, n.file, buf, sizeof(buf)), -EINVAL);
+    vnd_rafs_free(r);
+}
+
+TEST(xattrs)
+{
+    struct img_nids n;
+    vnd_rafs *r = open_img_tree(&n);
+    char buf[64];
 
     CHECK_EQ(vnd_rafs_listxattr(r, n.xfile, NULL, 0), 22);
     CHECK_EQ(vnd_rafs_listxattr(r, n.xfile, buf, sizeof(buf)), 22);
@@ -144,7 +210,7 @@ static void test_tree(void)
     vnd_rafs_free(r);
 }
 
-static void test_compact_and_owner(void)
+TEST(compact_and_owner)
 {
     struct img m;
     struct img_nids n;
@@ -169,7 +235,7 @@ static void test_compact_and_owner(void)
 }
 
 /* Extents go to the blob; here there is none, so blobs are put in by hand. */
-static void test_extents(void)
+TEST(extents)
 {
     struct extent x[STORE_EXTENTS_MAX];
     struct vnd_blob *blob = (struct vnd_blob *)&engine;
@@ -214,7 +280,7 @@ static int count_put(void *ctx, const struct blob_chunk *c)
     return ++*count == 5;
 }
 
-static void test_chunks(void)
+TEST(chunks)
 {
     vnd_chunk_info c[16];
     struct img m;
@@ -246,7 +312,7 @@ static void test_chunks(void)
 }
 
 /* One fault each: what open refuses. */
-static void test_refused(void)
+TEST(refused)
 {
     struct img good, m;
 
@@ -306,13 +372,13 @@ static void check_says(const struct img *m, const char *word)
 
     if (word ? n < 1 || !strstr(out, word) : n != 0) {
         fprintf(stderr, "%d faults, wanted '%s':\n%s\n", n, word ? word : "none", out);
-        exit(1);
+        check_fail();
     }
     vnd_rafs_free(r);
 }
 
 /* One fault each: what the walk finds. */
-static void test_check(void)
+TEST(check)
 {
     struct img good, m;
     struct img_nids n;
@@ -368,7 +434,7 @@ static void test_check(void)
 }
 
 /* Many directories over the same entries: the work would grow with their product. */
-static void test_check_is_bounded(void)
+TEST(check_is_bounded)
 {
     static char names[12][4];
     struct img_name entries[14];
@@ -390,7 +456,7 @@ static void test_check_is_bounded(void)
     check_says(&m, "overlap");
 }
 
-static void test_check_stops_at_max(void)
+TEST(check_stops_at_max)
 {
     struct img m;
     char out[100];
@@ -406,7 +472,7 @@ static void test_check_stops_at_max(void)
     vnd_rafs_free(r);
 }
 
-static void test_placeholder_id(void)
+TEST(placeholder_id)
 {
     char path[32], err[VND_ERR_MAX], real[65];
     vnd_blob_info blob;
@@ -432,7 +498,7 @@ static void test_placeholder_id(void)
 }
 
 /* The file is cut short while it is mapped: errors, no crash. */
-static void test_truncated_under_us(void)
+TEST(truncated_under_us)
 {
     char path[32], err[VND_ERR_MAX], out[4096];
     struct img m;
@@ -453,24 +519,4 @@ static void test_truncated_under_us(void)
     CHECK(vnd_rafs_check(r, 10, out, sizeof(out)) > 0);
     vnd_rafs_free(r);
     close(fd);
-}
-
-int main(void)
-{
-    engine = vnd_engine_new(&(vnd_engine_cfg){ 0 });
-    CHECK(engine);
-    test_tree();
-    test_compact_and_owner();
-    test_extents();
-    test_chunks();
-    test_refused();
-    test_check();
-    test_check_is_bounded();
-    test_check_stops_at_max();
-    test_placeholder_id();
-    test_truncated_under_us();
-    vnd_engine_shutdown(engine);
-    vnd_engine_free(engine);
-    puts("test_rafs: ok");
-    return 0;
 }

@@ -3,8 +3,6 @@
  */
 #include "store_fixture.h"
 
-static const char *under;
-
 /* ---- cancel against wake, from several threads */
 
 struct racer {
@@ -57,7 +55,7 @@ static void *race_run(void *arg)
     return NULL;
 }
 
-static void test_cancel_races(void)
+TEST(cancel_races)
 {
     char dir[200];
     struct fix f = { 0 };
@@ -66,7 +64,7 @@ static void test_cancel_races(void)
     pthread_t t[3];
     int served = 0;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     f.server.feed_bytes = 50000;
     fix_up(&f, dir, b, 3);
     fix_check(f.h, b, 0, 1);
@@ -84,167 +82,261 @@ static void test_cancel_races(void)
     fix_dir_remove(dir);
 }
 
-/* Shutdown and unmount wake who waits. */
-static void test_ends_wake(void)
+/* A blob with one reader parked on its last chunk, behind a server that is held. */
+struct parked {
+    char dir[200];
+    struct fix f;
+    struct fix_blob *b;
+    struct fix_reader r;
+};
+
+static void park_one(struct parked *p)
 {
-    for (int how = 0; how < 3; how++) {
-        char dir[200];
-        struct fix f = { 0 };
-        struct fix_blob *b = fix_blob_new("blob", CODEC_LZ4_BLOCK, 40, 16384);
-        struct fix_reader r;
-        struct extent ext[4];
-        uint8_t buf[100];
-        struct iovec iov = { buf, sizeof buf };
-        fix_dir_make(dir, under);
-        fix_up(&f, dir, b, 1);
-        fix_check(f.h, b, 0, 100);
-        atomic_store(&f.server.hold, 1);
-        int n = fix_extents(f.h, b, 39 * 16384, 100, ext, 4);
-        fix_reader_init(&r);
-        CHECK_EQ(store_read(&r.w, ext, n, &iov, 1), -EINPROGRESS);
-        struct vnd_blob *other = how == 2 ? fix_open(f.s, b) : NULL;
-        if (how == 0) {
-            fix_down(&f);
-            fix_reader_wait(&r);
-            CHECK_EQ(r.w.err, ESHUTDOWN);
-        } else {
-            CHECK(how == 1 || other);
-            if (how == 1) { /* the last image that names it */
-                blob_put(f.h, NULL);
-                fix_reader_wait(&r);
-                CHECK_EQ(r.w.err, EIO);
-            } else { /* another still does: it is fetched on */
-                blob_put(f.h, NULL);
-                atomic_store(&f.server.hold, 0);
-                fix_reader_wait(&r);
-                CHECK_EQ(r.w.err, 0);
-                fix_check(other, b, 39 * 16384, 100);
-            }
-            f.h = how == 2 ? other : fix_open(f.s, b);
-            fix_down(&f);
-        }
-        fix_blob_free(b);
-        fix_dir_remove(dir);
-    }
+    memset(p, 0, sizeof *p);
+    p->b = fix_blob_new("blob", CODEC_LZ4_BLOCK, 40, 16384);
+    fix_dir_make(p->dir);
+    fix_up(&p->f, p->dir, p->b, 1);
+    fix_check(p->f.h, p->b, 0, 100);
+    atomic_store(&p->f.server.hold, 1);
+    fix_park(&p->f, p->b, &p->r, 39);
+}
+
+static void parked_free(struct parked *p)
+{
+    fix_blob_free(p->b);
+    fix_dir_remove(p->dir);
+}
+
+TEST(shutdown_wakes_who_waits)
+{
+    struct parked p;
+
+    park_one(&p);
+    fix_down(&p.f);
+    fix_reader_wait(&p.r);
+    CHECK_EQ(p.r.w.err, ESHUTDOWN);
+    parked_free(&p);
+}
+
+TEST(last_image_that_names_a_blob_wakes_who_waits)
+{
+    struct parked p;
+
+    park_one(&p);
+    blob_put(p.f.h, NULL);
+    fix_reader_wait(&p.r);
+    CHECK_EQ(p.r.w.err, EIO);
+    p.f.h = fix_open(p.f.s, p.b);
+    fix_down(&p.f);
+    parked_free(&p);
+}
+
+TEST(image_that_leaves_lets_another_be_fetched_on)
+{
+    struct parked p;
+    struct vnd_blob *other;
+
+    park_one(&p);
+    other = fix_open(p.f.s, p.b);
+    blob_put(p.f.h, NULL);
+    atomic_store(&p.f.server.hold, 0);
+    fix_reader_wait(&p.r);
+    CHECK_EQ(p.r.w.err, 0);
+    fix_check(other, p.b, 39 * 16384, 100);
+    p.f.h = other;
+    fix_down(&p.f);
+    parked_free(&p);
 }
 
 /* ---- what is fetched together */
 
-static void test_windows(void)
-{
+/* 600 chunks of 16 KiB that a case serves by hand: no server thread takes a job. */
+struct by_hand {
     char dir[200];
-    struct fix f = { 0 };
-    struct fix_blob *b = fix_blob_new("blob", CODEC_NONE, 600, 16384);
-    struct fix_reader r[8];
+    struct fix f;
+    struct fix_blob *b;
+};
+
+static void hand_up(struct by_hand *h)
+{
+    memset(h, 0, sizeof *h);
+    h->b = fix_blob_new("blob", CODEC_NONE, 600, 16384);
+    fix_dir_make(h->dir);
+    h->f.server.blob = h->b;
+    fix_up(&h->f, h->dir, h->b, 0);
+    fix_load_table(&h->f);
+}
+
+static void hand_down(struct by_hand *h)
+{
+    fix_down(&h->f);
+    fix_blob_free(h->b);
+    fix_dir_remove(h->dir);
+}
+
+/* Parks r on the chunk; the job that this makes must begin there and have wanted_bytes. */
+static void miss(struct by_hand *h, struct fix_reader *r, uint32_t chunk, uint32_t wanted_bytes, vnd_job *job)
+{
+    fix_park(&h->f, h->b, r, chunk);
+    fix_next_job(&h->f, job);
+    CHECK_EQ(job->coff, chunk * 16384);
+    CHECK_EQ(job->clen, wanted_bytes);
+}
+
+TEST(first_miss_fetches_256_kib)
+{
+    struct by_hand h;
+    struct fix_reader r;
     vnd_job job;
 
-    fix_dir_make(dir, under);
-    f.server.blob = b;
-    fix_up(&f, dir, b, 0);
-    fix_load_table(&f);
-
-    fix_park(&f, b, &r[0], 100); /* first miss: 256 KiB */
-    fix_next_job(&f, &job);
-    CHECK_EQ(job.coff, 100 * 16384);
-    CHECK_EQ(job.clen, 256 << 10);
+    hand_up(&h);
+    miss(&h, &r, 100, 256 << 10, &job);
     CHECK_EQ(job.prefetch, 0);
     CHECK_EQ(job.chunk_count, 16);
-    /* A second reader of a chunk that is being fetched adds no job; one of another chunk does. */
-    fix_park(&f, b, &r[1], 110);
-    CHECK_EQ(vnd_job_next(f.e, &job, 0, 0), -ETIMEDOUT);
-    fix_park(&f, b, &r[2], 90); /* stops where the other job begins */
-    vnd_job before;
-    fix_next_job(&f, &before);
-    CHECK_EQ(before.coff, 90 * 16384);
-    CHECK_EQ(before.clen, 10 * 16384);
-    job.id = before.id - 1;
-    vnd_job first = { .id = 0 };
-    for (uint64_t id = 0; id < FETCH_SLOTS; id++)
-        if (f.e->fetcher->slots[id].id && f.e->fetcher->slots[id].first == 100)
-            first.id = f.e->fetcher->slots[id].id;
-    first.coff = 100 * 16384;
-    first.clen = 256 << 10;
-    fix_serve_now(&f, &first);
+    fix_serve_now(&h.f, &job);
+    fix_reader_wait(&r);
+    hand_down(&h);
+}
+
+TEST(second_reader_of_a_chunk_under_way_adds_no_job)
+{
+    struct by_hand h;
+    struct fix_reader r[2];
+    vnd_job job, none;
+
+    hand_up(&h);
+    miss(&h, &r[0], 100, 256 << 10, &job);
+    fix_park(&h.f, h.b, &r[1], 110);
+    CHECK_EQ(vnd_job_next(h.f.e, &none, 0, 0), -ETIMEDOUT);
+    fix_serve_now(&h.f, &job);
     fix_reader_wait(&r[0]);
     fix_reader_wait(&r[1]);
-    fix_serve_now(&f, &before);
-    fix_reader_wait(&r[2]);
+    hand_down(&h);
+}
 
-    /* Misses that follow each other double the window up to what the image wants; a jump begins anew. */
-    fix_park(&f, b, &r[3], 200);
-    fix_next_job(&f, &job);
-    CHECK_EQ(job.clen, 256 << 10);
-    fix_serve_now(&f, &job);
-    fix_park(&f, b, &r[3], 216);
-    fix_next_job(&f, &job);
-    CHECK_EQ(job.clen, 512 << 10);
-    fix_serve_now(&f, &job);
-    fix_park(&f, b, &r[3], 248);
-    fix_next_job(&f, &job);
-    CHECK_EQ(job.clen, 1024 << 10);
-    fix_serve_now(&f, &job);
-    while (vnd_job_next(f.e, &job, 0, 0) == 0) /* what is ahead of that stream */
-        fix_serve_now(&f, &job);
-    fix_park(&f, b, &r[3], 460);
-    fix_next_job(&f, &job);
-    CHECK_EQ(job.clen, 256 << 10);
-    fix_serve_now(&f, &job);
+TEST(window_stops_where_another_job_begins)
+{
+    struct by_hand h;
+    struct fix_reader r[2];
+    vnd_job first, before;
 
-    /* Small ready gaps are bridged; they count as waste, 12 % at most. */
-    fix_park(&f, b, &r[4], 520);
-    fix_next_job(&f, &job);
-    fix_serve_now(&f, &job); /* 520..535 ready (window 256 KiB) */
-    CHECK_EQ(job.clen, 256 << 10);
-    fix_park(&f, b, &r[4], 510);
-    fix_next_job(&f, &job);
-    CHECK_EQ(job.clen, 10 * 16384); /* 16 ready ones are no small gap */
-    fix_serve_now(&f, &job);
+    hand_up(&h);
+    miss(&h, &r[0], 100, 256 << 10, &first);
+    miss(&h, &r[1], 90, 10 * 16384, &before);
+    fix_serve_now(&h.f, &first);
+    fix_reader_wait(&r[0]);
+    fix_serve_now(&h.f, &before);
+    fix_reader_wait(&r[1]);
+    hand_down(&h);
+}
 
-    /* Demand goes before prefetch; prefetch comes in pieces and can be cancelled. */
-    CHECK_EQ(vnd_prefetch(f.h, 0, 90, 7), 0);
-    fix_park(&f, b, &r[5], 590);
-    CHECK_EQ(vnd_job_next(f.e, &job, 1, 1000), 0);
+/* Misses that follow each other double the window up to what the image wants; a jump begins anew. */
+TEST(window_doubles_for_misses_in_order)
+{
+    static const struct {
+        uint32_t chunk, wanted_bytes;
+    } misses[] = { { 200, 256 << 10 }, { 216, 512 << 10 }, { 248, 1024 << 10 } };
+    struct by_hand h;
+    struct fix_reader r;
+    vnd_job job;
+
+    hand_up(&h);
+    for (size_t i = 0; i < sizeof misses / sizeof *misses; i++) {
+        miss(&h, &r, misses[i].chunk, misses[i].wanted_bytes, &job);
+        fix_serve_now(&h.f, &job);
+    }
+    while (vnd_job_next(h.f.e, &job, 0, 0) == 0) /* what is ahead of that stream */
+        fix_serve_now(&h.f, &job);
+    miss(&h, &r, 460, 256 << 10, &job);
+    fix_serve_now(&h.f, &job);
+    hand_down(&h);
+}
+
+/* Small ready gaps are bridged; they count as waste, 12 % at most. Sixteen ready chunks are no small gap. */
+TEST(window_stops_at_a_large_ready_gap)
+{
+    struct by_hand h;
+    struct fix_reader r;
+    vnd_job job;
+
+    hand_up(&h);
+    miss(&h, &r, 520, 256 << 10, &job);
+    fix_serve_now(&h.f, &job); /* 520..535 are ready */
+    miss(&h, &r, 510, 10 * 16384, &job);
+    fix_serve_now(&h.f, &job);
+    hand_down(&h);
+}
+
+TEST(demand_goes_before_prefetch)
+{
+    struct by_hand h;
+    struct fix_reader r;
+    vnd_job job;
+
+    hand_up(&h);
+    CHECK_EQ(vnd_prefetch(h.f.h, 0, 90, 7), 0);
+    fix_park(&h.f, h.b, &r, 590);
+    CHECK_EQ(vnd_job_next(h.f.e, &job, 1, 1000), 0);
     CHECK_EQ(job.prefetch, 0);
     CHECK_EQ(job.coff, 590 * 16384);
-    fix_serve_now(&f, &job);
-    CHECK_EQ(vnd_job_next(f.e, &job, 0, 0), -ETIMEDOUT);
-    CHECK_EQ(vnd_job_next(f.e, &job, 1, 1000), 0);
+    fix_serve_now(&h.f, &job);
+    CHECK_EQ(vnd_job_next(h.f.e, &job, 0, 0), -ETIMEDOUT);
+    CHECK_EQ(vnd_job_next(h.f.e, &job, 1, 1000), 0);
     CHECK_EQ(job.prefetch, 1);
     CHECK_EQ(job.coff, 0);
     CHECK(job.clen <= 2 << 20);
-    vnd_prefetch_cancel(f.e, 7);
-    CHECK_EQ(vnd_job_feed(f.e, job.id, b->stored, 100), -ECANCELED);
-    vnd_job_end(f.e, job.id, 0, 0, NULL);
-    CHECK_EQ(vnd_job_next(f.e, &job, 1, 0), -ETIMEDOUT);
-    CHECK_EQ(vnd_job_feed(f.e, job.id, b->stored, 100), -EINVAL);
+    fix_serve_now(&h.f, &job);
+    hand_down(&h);
+}
 
-    /* A reader that comes to a running prefetch waits for it, and what is behind is put off for other demand. */
-    CHECK_EQ(vnd_prefetch(f.h, 0, 90, 8), 0);
-    CHECK_EQ(vnd_job_next(f.e, &job, 1, 1000), 0);
-    fix_park(&f, b, &r[6], 1);
-    fix_park(&f, b, &r[7], 480);
+TEST(cancelled_prefetch_ends_in_the_middle_of_a_job)
+{
+    struct by_hand h;
+    vnd_job job;
+
+    hand_up(&h);
+    CHECK_EQ(vnd_prefetch(h.f.h, 0, 90, 7), 0);
+    CHECK_EQ(vnd_job_next(h.f.e, &job, 1, 1000), 0);
+    vnd_prefetch_cancel(h.f.e, 7);
+    CHECK_EQ(vnd_job_feed(h.f.e, job.id, h.b->stored, 100), -ECANCELED);
+    vnd_job_end(h.f.e, job.id, 0, 0, NULL);
+    CHECK_EQ(vnd_job_next(h.f.e, &job, 1, 0), -ETIMEDOUT);
+    CHECK_EQ(vnd_job_feed(h.f.e, job.id, h.b->stored, 100), -EINVAL);
+    hand_down(&h);
+}
+
+/* A reader that comes to a running prefetch waits for it, and what is behind is put off for other demand. */
+TEST(prefetch_that_a_reader_waits_for_yields_to_other_demand)
+{
+    struct by_hand h;
+    struct fix_reader in_prefetch, elsewhere;
+    vnd_job job;
+
+    hand_up(&h);
+    CHECK_EQ(vnd_prefetch(h.f.h, 0, 90, 8), 0);
+    CHECK_EQ(vnd_job_next(h.f.e, &job, 1, 1000), 0);
+    fix_park(&h.f, h.b, &in_prefetch, 1);
+    fix_park(&h.f, h.b, &elsewhere, 480);
     for (int i = 0; i < 2; i++) {
-        CHECK_EQ(vnd_job_feed(f.e, job.id, b->stored + i * 16384, 16384), 1);
-        CHECK_EQ(fix_settle(f.e, job.id), 0);
+        CHECK_EQ(vnd_job_feed(h.f.e, job.id, h.b->stored + i * 16384, 16384), 1);
+        CHECK_EQ(fix_settle(h.f.e, job.id), 0);
     }
-    fix_reader_wait(&r[6]);
-    CHECK_EQ(vnd_job_feed(f.e, job.id, b->stored + 2 * 16384, 16384), -ECANCELED);
-    vnd_job_end(f.e, job.id, 0, 0, NULL);
-    CHECK_EQ(vnd_job_next(f.e, &job, 1, 1000), 0);
+    fix_reader_wait(&in_prefetch);
+    CHECK_EQ(vnd_job_feed(h.f.e, job.id, h.b->stored + 2 * 16384, 16384), -ECANCELED);
+    vnd_job_end(h.f.e, job.id, 0, 0, NULL);
+    CHECK_EQ(vnd_job_next(h.f.e, &job, 1, 1000), 0);
     CHECK_EQ(job.coff, 480 * 16384);
-    fix_serve_now(&f, &job);
-    fix_reader_wait(&r[7]);
-    CHECK_EQ(vnd_job_next(f.e, &job, 1, 1000), 0); /* then the prefetch goes on where it was */
+    fix_serve_now(&h.f, &job);
+    fix_reader_wait(&elsewhere);
+    CHECK_EQ(vnd_job_next(h.f.e, &job, 1, 1000), 0); /* then the prefetch goes on where it was */
     CHECK_EQ(job.prefetch, 1);
     CHECK_EQ(job.coff, 2 * 16384);
-    fix_serve_now(&f, &job);
-    fix_down(&f);
-    fix_blob_free(b);
-    fix_dir_remove(dir);
+    fix_serve_now(&h.f, &job);
+    hand_down(&h);
 }
 
 /* Demand that nobody waits for any more goes behind demand that somebody does. */
-static void test_expired_demand(void)
+TEST(expired_demand)
 {
     char dir[200];
     struct fix f = { 0 };
@@ -255,7 +347,7 @@ static void test_expired_demand(void)
     struct extent x = { .uoff = 100 * 16384, .chunk = 100, .len = 8 };
     struct iovec iov = { buf, 8 };
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     f.server.blob = b;
     fix_up(&f, dir, b, 0);
     fix_load_table(&f);
@@ -282,7 +374,7 @@ static void test_expired_demand(void)
 
 /* A fetch that fails at the deadline of who asked first fails him alone: who came later has time left, and is served by
  * another fetch. */
-static void test_late_comers(void)
+TEST(late_comers)
 {
     char dir[200];
     struct fix f = { 0 };
@@ -292,7 +384,7 @@ static void test_late_comers(void)
     uint8_t buf[2][8];
     struct extent x = { .uoff = 100 * 16384, .chunk = 100, .len = 8 };
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     f.server.blob = b;
     fix_up(&f, dir, b, 0);
     fix_load_table(&f);
@@ -321,7 +413,7 @@ static void test_late_comers(void)
 }
 
 /* Never more than 8 jobs, never more than 6 of them prefetch. */
-static void test_slots(void)
+TEST(slots)
 {
     char dir[200];
     struct fix f = { 0 };
@@ -329,7 +421,7 @@ static void test_slots(void)
     struct fix_reader r[10];
     vnd_job job[8], more;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     f.server.blob = b;
     fix_up(&f, dir, b, 0);
     CHECK_EQ(vnd_prefetch(f.h, 0, 0, 1), 0);
@@ -353,7 +445,7 @@ static void test_slots(void)
 }
 
 /* The job seam is robust against its caller. */
-static void test_seam_misuse(void)
+TEST(seam_misuse)
 {
     char dir[200];
     struct fix f = { 0 };
@@ -362,7 +454,7 @@ static void test_seam_misuse(void)
     vnd_job job;
     vnd_chunk_view v[4];
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     f.server.blob = b;
     fix_up(&f, dir, b, 0);
     CHECK_EQ(vnd_job_next(f.e, &job, 1, 0), -ETIMEDOUT);
@@ -394,18 +486,4 @@ static void test_seam_misuse(void)
     fix_down(&f);
     fix_blob_free(b);
     fix_dir_remove(dir);
-}
-
-int main(int argc, char **argv)
-{
-    under = argc > 1 ? argv[1] : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
-    test_cancel_races();
-    test_ends_wake();
-    test_windows();
-    test_expired_demand();
-    test_late_comers();
-    test_slots();
-    test_seam_misuse();
-    puts("test_fetch: ok");
-    return 0;
 }

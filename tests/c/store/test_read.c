@@ -1,5 +1,5 @@
-/* A hit takes no lock, allocates nothing, and makes one data system call per contiguous run. With the argument
- * "bench" it prints what it costs beside a plain preadv of the same bytes.
+/* A hit takes no lock, allocates nothing, and makes one data system call per contiguous run. The measurement "cost" prints what it costs beside a
+ * plain preadv of the same bytes.
  */
 #include <dlfcn.h>
 #include <sys/uio.h>
@@ -126,35 +126,64 @@ static void bench(struct fix *f, struct fix_blob *b, const char *what, uint32_t 
            ours[50], plain[0], plain[50], ours[0] - plain[0], ours[50] - plain[50]);
 }
 
-int main(int argc, char **argv)
-{
+/* Two blobs that are wholly warm: one of large chunks, one of small. */
+struct warm {
     char dir[200];
-    struct fix f = { 0 }, g = { 0 };
-    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, 10, 1 << 20);
-    struct fix_blob *small = fix_blob_new("small", CODEC_LZ4_BLOCK, 600, 4096);
+    struct fix f, g;
+    struct fix_blob *b, *small;
+};
 
-    fix_dir_make(dir, getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp");
-    f.server.feed_bytes = g.server.feed_bytes = 1 << 20;
-    fix_up(&f, dir, b, 1);
-    fix_up(&g, dir, small, 1);
-    fix_check(f.h, b, 0, 9 << 20);
+static void warm_up(struct warm *w)
+{
+    memset(w, 0, sizeof *w);
+    w->b = fix_blob_new("blob", CODEC_ZSTD, 10, 1 << 20);
+    w->small = fix_blob_new("small", CODEC_LZ4_BLOCK, 600, 4096);
+    fix_dir_make(w->dir);
+    w->f.server.feed_bytes = w->g.server.feed_bytes = 1 << 20;
+    fix_up(&w->f, w->dir, w->b, 1);
+    fix_up(&w->g, w->dir, w->small, 1);
+    fix_check(w->f.h, w->b, 0, 9 << 20);
     for (uint64_t i = 0; i < 2; i++)
-        fix_check(g.h, small, i << 20, 1 << 20);
-    hit(&f, b, 4096, 4096, 1, 1);
-    hit(&f, b, 512, 1 << 18, 64, 1);
-    hit(&g, small, 8192, 1 << 16, 16, 1);
-    if (argc > 1 && !strcmp(argv[1], "bench")) {
-        bench(&f, b, "4 KiB", 4096, 1, 2000);
-        bench(&f, b, "64 KiB, 16 pieces", 65536, 16, 500);
-        bench(&f, b, "1 MiB, 1 piece", 1 << 20, 1, 30);
-        bench(&f, b, "1 MiB, 256 pieces", 1 << 20, 256, 30);
-        bench(&g, small, "1 MiB, 256 chunks and pieces", 1 << 20, 256, 30);
-    }
-    fix_down(&f);
-    fix_down(&g);
-    fix_blob_free(b);
-    fix_blob_free(small);
-    fix_dir_remove(dir);
-    puts("test_hit: ok");
-    return 0;
+        fix_check(w->g.h, w->small, i << 20, 1 << 20);
+}
+
+static void warm_down(struct warm *w)
+{
+    fix_down(&w->f);
+    fix_down(&w->g);
+    fix_blob_free(w->b);
+    fix_blob_free(w->small);
+    fix_dir_remove(w->dir);
+}
+
+TEST(hits_in_large_chunks)
+{
+    struct warm w;
+
+    warm_up(&w);
+    hit(&w.f, w.b, 4096, 4096, 1, 1);
+    hit(&w.f, w.b, 512, 1 << 18, 64, 1);
+    warm_down(&w);
+}
+
+TEST(hits_in_small_chunks)
+{
+    struct warm w;
+
+    warm_up(&w);
+    hit(&w.g, w.small, 8192, 1 << 16, 16, 1);
+    warm_down(&w);
+}
+
+MEASURE(cost)
+{
+    struct warm w;
+
+    warm_up(&w);
+    bench(&w.f, w.b, "4 KiB", 4096, 1, 2000);
+    bench(&w.f, w.b, "64 KiB, 16 pieces", 65536, 16, 500);
+    bench(&w.f, w.b, "1 MiB, 1 piece", 1 << 20, 1, 30);
+    bench(&w.f, w.b, "1 MiB, 256 pieces", 1 << 20, 256, 30);
+    bench(&w.g, w.small, "1 MiB, 256 chunks and pieces", 1 << 20, 256, 30);
+    warm_down(&w);
 }

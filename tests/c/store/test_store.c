@@ -3,9 +3,7 @@
  */
 #include "store_fixture.h"
 
-static const char *under;
-
-static void test_reads_every_codec(void)
+TEST(reads_every_codec)
 {
     static const uint32_t codecs[] = { CODEC_NONE, CODEC_LZ4_BLOCK, CODEC_GZIP, CODEC_ZSTD };
 
@@ -13,7 +11,7 @@ static void test_reads_every_codec(void)
         char dir[200];
         struct fix f = { 0 };
         struct fix_blob *b = fix_blob_new("blob", codecs[k], 40, 16384);
-        fix_dir_make(dir, under);
+        fix_dir_make(dir);
         f.server.feed_bytes = k & 1 ? 7 : 100000;
         fix_up(&f, dir, b, 2);
         fix_check(f.h, b, 5 * 16384 + 17, 30000);
@@ -31,7 +29,7 @@ static void test_reads_every_codec(void)
 }
 
 /* A flipped byte in what the server sends: asked for once more; then EIO and one clear line. Never a wrong byte. */
-static void test_wrong_bytes(void)
+TEST(wrong_bytes)
 {
     static const uint32_t codecs[] = { CODEC_NONE, CODEC_LZ4_BLOCK, CODEC_GZIP, CODEC_ZSTD };
 
@@ -41,7 +39,7 @@ static void test_wrong_bytes(void)
         uint8_t buf[4096];
         vnd_stats st;
         struct fix_blob *b = fix_blob_new("blob", codecs[k], 40, 16384);
-        fix_dir_make(dir, under);
+        fix_dir_make(dir);
         f.server.feed_bytes = 1000000;
         f.server.flip_to = 1;
         fix_up(&f, dir, b, 1);
@@ -51,7 +49,7 @@ static void test_wrong_bytes(void)
         fix_down(&f);
         fix_dir_remove(dir);
 
-        fix_dir_make(dir, under);
+        fix_dir_make(dir);
         memset(&f, 0, sizeof f);
         f.server.flip_to = 1 << 30;
         f.server.feed_bytes = 1000000;
@@ -68,14 +66,14 @@ static void test_wrong_bytes(void)
     }
 }
 
-static void test_server_away(void)
+TEST(server_away)
 {
     char dir[200];
     struct fix f = { 0 };
     uint8_t buf[4096];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, 40, 16384);
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 2);
     fix_check(f.h, b, 0, 4096);
     atomic_store(&f.server.fail_errno, EIO);
@@ -104,7 +102,7 @@ static int64_t read_extent(struct extent x)
 }
 
 /* Extents that the chunk table does not vouch for: EIO, ready or not, near or far. */
-static void test_hostile_extents(void)
+TEST(hostile_extents)
 {
     char dir[200];
     struct fix f = { 0 };
@@ -112,7 +110,7 @@ static void test_hostile_extents(void)
 
     b->hide_from = 30;
     b->hide_to = 32;
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 0, 20 * 16384);
     struct extent ok = { .blob = f.h, .uoff = 16384 + 8, .chunk = 1, .len = 64, .chunk_off = 8 }, x;
@@ -154,7 +152,7 @@ static void test_hostile_extents(void)
 }
 
 /* Several extents, holes, scattered memory, chunks out of order. */
-static void test_scattered(void)
+TEST(scattered)
 {
     char dir[200];
     struct fix f = { 0 };
@@ -183,7 +181,7 @@ static void test_scattered(void)
         at += n + 1;
         left -= n;
     }
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 2);
     ext[0].blob = ext[2].blob = ext[3].blob = ext[4].blob = f.h;
     for (int round = 0; round < 2; round++) {
@@ -205,7 +203,7 @@ static void test_scattered(void)
 
 /* Two images name one blob id. The second says otherwise of a chunk: it gets nothing, the first goes on. Images
  * that name different parts agree. */
-static void test_contradicting_images(void)
+TEST(contradicting_images)
 {
     char dir[200];
     struct fix f = { 0 };
@@ -217,7 +215,7 @@ static void test_contradicting_images(void)
     part->hide_from = 10;
     part->hide_to = 20;
     evil->chunk[5].digest[0] ^= 1;
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, part, 2);
     fix_check(f.h, b, 0, 10 * 16384);
     struct vnd_blob *whole = fix_open(f.s, b), *bad = fix_open(f.s, evil);
@@ -266,7 +264,7 @@ static void test_contradicting_images(void)
 }
 
 /* An image that claims 16 million chunks and names forty costs neither time nor memory. */
-static void test_claims_many_chunks(void)
+TEST(claims_many_chunks)
 {
     char dir[200], line[200];
     struct fix f = { 0 };
@@ -277,7 +275,7 @@ static void test_claims_many_chunks(void)
     b->info.chunk_count = 1 << 24;
     b->hide_from = 40;
     b->hide_to = 1 << 24;
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     for (int round = 0; round < 2; round++) {
         status = fopen("/proc/self/status", "r");
         while (fgets(line, sizeof line, status))
@@ -299,7 +297,7 @@ static void test_claims_many_chunks(void)
 }
 
 /* Without digests nothing is served, unless that was asked for. */
-static void test_no_digests(void)
+TEST(no_digests)
 {
     char dir[200], err[VND_ERR_MAX];
     struct fix f = { 0 };
@@ -308,7 +306,7 @@ static void test_no_digests(void)
 
     for (int i = 0; i < 40; i++)
         memset(b->chunk[i].digest, 0, 32);
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 1);
     CHECK_EQ(fix_read(f.h, b, 0, 64, buf), -EIO);
     CHECK(fix_said(f.e, VND_CAUSE_DIGEST, "--allow-unverified"));
@@ -325,7 +323,7 @@ static void test_no_digests(void)
     fix_dir_remove(dir);
 }
 
-static void test_refused_by_name(void)
+TEST(refused_by_name)
 {
     char dir[200], err[VND_ERR_MAX];
     struct fix f = { 0 };
@@ -333,7 +331,7 @@ static void test_refused_by_name(void)
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, 4, 16384);
     vnd_blob_info bad;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 1);
     bad = b->info;
     bad.features |= 0x800;
@@ -354,14 +352,14 @@ static void test_refused_by_name(void)
 }
 
 /* Ready but not in the page cache: the pool fetches it, the reader never blocks. */
-static void test_page_cache_miss(void)
+TEST(page_cache_miss)
 {
     char dir[200];
     struct fix f = { 0 };
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, 40, 16384);
     vnd_stats st;
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 1);
     fix_check(f.h, b, 0, 39 * 16384);
     fdatasync(f.h->cache->data_fd);
@@ -399,21 +397,4 @@ static void test_page_cache_miss(void)
     fix_down(&f);
     fix_blob_free(b);
     fix_dir_remove(dir);
-}
-
-int main(int argc, char **argv)
-{
-    under = argc > 1 ? argv[1] : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
-    test_reads_every_codec();
-    test_wrong_bytes();
-    test_server_away();
-    test_hostile_extents();
-    test_scattered();
-    test_contradicting_images();
-    test_claims_many_chunks();
-    test_no_digests();
-    test_refused_by_name();
-    test_page_cache_miss();
-    puts("test_store: ok");
-    return 0;
 }

@@ -1,12 +1,10 @@
-/* test_stream.c -- how far a fetch reaches and what is fetched ahead of a reader who reads in order: when that begins, how
+/* How far a fetch reaches and what is fetched ahead of a reader who reads in order: when that begins, how
  * it goes on, that demand goes before it, that it ends with its blob, that other readers get nothing of it.
  */
 #include "store_fixture.h"
 
 #define CHUNK 16384u
 #define PER_MIB 64u
-
-static const char *under;
 
 /* The link's pace is the machine's mood here: windows are what the image asks for. */
 static void forget_pace(struct fix *f)
@@ -62,7 +60,7 @@ static uint32_t read_till_ahead(struct fix *f, struct fix_blob *b, uint32_t from
 static void up(struct fix *f, char *dir, struct fix_blob **b, uint32_t n)
 {
     *b = fix_blob_new("blob", CODEC_NONE, n, CHUNK);
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     f->server.blob = *b;
     fix_up(f, dir, *b, 0);
     fix_load_table(f);
@@ -75,7 +73,7 @@ static void down(struct fix *f, const char *dir, struct fix_blob *b)
     fix_dir_remove(dir);
 }
 
-static void test_ahead(void)
+TEST(ahead)
 {
     char dir[200];
     struct fix f = { 0 };
@@ -125,7 +123,7 @@ static void test_ahead(void)
 }
 
 /* What is ahead stops at the blob's end; nobody comes to grief there. */
-static void test_end(void)
+TEST(end)
 {
     char dir[200];
     struct fix f = { 0 };
@@ -149,7 +147,7 @@ static void test_end(void)
 }
 
 /* Several readers in order are told apart; one who jumps about gets the smallest window and nothing ahead. */
-static void test_apart(void)
+TEST(apart)
 {
     char dir[200];
     struct fix f = { 0 };
@@ -178,7 +176,7 @@ static void test_apart(void)
 }
 
 /* Closing takes what is ahead away; so does the end of the engine (in down). */
-static void test_closed(void)
+TEST(closed)
 {
     char dir[200];
     struct fix f = { 0 };
@@ -199,7 +197,7 @@ static void test_closed(void)
 }
 
 /* What the image wants of a miss; 0: nothing but what is asked for, however it is read. */
-static void test_amplify(void)
+TEST(amplify)
 {
     static const struct {
         uint32_t amplify, chunks;
@@ -226,7 +224,7 @@ static void test_amplify(void)
 }
 
 /* Windows follow the link: sixteen times what it could send while one waits for it, within bounds. */
-static void test_pace(void)
+TEST(pace)
 {
     struct link_pace p = { 0 };
 
@@ -258,7 +256,7 @@ static void *read_all(void *arg)
     return NULL;
 }
 
-static void test_at_once(void)
+TEST(at_once)
 {
     char dir[200];
     struct fix f = { .server.feed_bytes = 200000 };
@@ -266,7 +264,7 @@ static void test_at_once(void)
     pthread_t thread[4];
     void *args[4][3];
 
-    fix_dir_make(dir, under);
+    fix_dir_make(dir);
     fix_up(&f, dir, b, 4);
     for (int i = 0; i < 4; i++) {
         args[i][0] = f.h;
@@ -278,18 +276,4 @@ static void test_at_once(void)
         pthread_join(thread[i], NULL);
     CHECK(atomic_load(&f.server.fed_bytes) <= b->stored_len); /* each chunk once */
     down(&f, dir, b);
-}
-
-int main(int argc, char **argv)
-{
-    under = argc > 1 ? argv[1] : getenv("TMPDIR") ? getenv("TMPDIR") : "/tmp";
-    test_pace();
-    test_ahead();
-    test_end();
-    test_apart();
-    test_closed();
-    test_amplify();
-    test_at_once();
-    puts("test_stream: ok");
-    return 0;
 }

@@ -1,7 +1,7 @@
-/* test_device.c -- what a front-end may set and change on a device that serves, and what a guest may break. */
+/* What a front-end may set and change on a device that serves, and what a guest may break. */
 #include "device_rig.h"
 
-static void test_reads(void)
+TEST(reads)
 {
     struct rig r;
 
@@ -17,7 +17,7 @@ static void test_reads(void)
 }
 
 /* Kicks before enable; nothing is looked at until then, all of it then without another kick. */
-static void test_kick_before_enable(void)
+TEST(kick_before_enable)
 {
     struct rig r;
     uint32_t slot;
@@ -36,7 +36,7 @@ static void test_kick_before_enable(void)
 }
 
 /* A request that misses is answered through the call fd that is there by then; the new one is signalled at once. */
-static void test_call_swap(void)
+TEST(call_swap)
 {
     struct rig r;
     uint32_t slot;
@@ -78,7 +78,7 @@ static void *swap_main(void *arg)
 }
 
 /* Memory is replaced all the time while reads run. */
-static void test_memory_swap(void)
+TEST(memory_swap)
 {
     struct rig r;
     struct swapper s = { .r = &r };
@@ -96,7 +96,7 @@ static void test_memory_swap(void)
 }
 
 /* Memory without the rings: the queue pauses; with them again it goes on, even for what waited meanwhile. */
-static void test_memory_gone(void)
+TEST(memory_gone)
 {
     struct rig r;
     uint32_t slot;
@@ -117,7 +117,7 @@ static void test_memory_gone(void)
 }
 
 /* The guest breaks a queue: err fd, one line, that queue only, and a restart heals it. */
-static void test_broken_queue(void)
+TEST(broken_queue)
 {
     struct rig r;
     uint32_t slot;
@@ -155,7 +155,7 @@ static void test_broken_queue(void)
 }
 
 /* A read whose pages lie nowhere fails alone. */
-static void test_hole(void)
+TEST(hole)
 {
     struct rig r;
     struct fuse_read_in in = { .offset = 0, .size = 4096 };
@@ -186,7 +186,7 @@ static void test_hole(void)
     rig_down(&r);
 }
 
-static void test_truncated(void)
+TEST(truncated)
 {
     struct rig r;
 
@@ -209,7 +209,7 @@ static void test_truncated(void)
 }
 
 /* A ring that was started without a kick fd is looked at all the same. */
-static void test_no_kick_fd(void)
+TEST(no_kick_fd)
 {
     struct rig r;
     uint32_t slot;
@@ -226,7 +226,7 @@ static void test_no_kick_fd(void)
 }
 
 /* What the front-end asks for and cannot have, leaves the device as it was. */
-static void test_refused(void)
+TEST(refused)
 {
     struct rig r;
 
@@ -264,22 +264,4 @@ static void test_refused(void)
     CHECK_EQ(apply(&r), 0);
     check_read(&r, 0, 1, 4096);
     rig_down(&r);
-}
-
-int main(int argc, char **argv)
-{
-    static const struct rig_test tests[] = {
-        { "reads", test_reads },
-        { "kick_before_enable", test_kick_before_enable },
-        { "call_swap", test_call_swap },
-        { "memory_swap", test_memory_swap },
-        { "memory_gone", test_memory_gone },
-        { "broken_queue", test_broken_queue },
-        { "hole", test_hole },
-        { "truncated", test_truncated },
-        { "no_kick_fd", test_no_kick_fd },
-        { "refused", test_refused },
-    };
-
-    return run_tests(tests, sizeof(tests) / sizeof(tests[0]), argc, argv);
 }

@@ -1,4 +1,4 @@
-/* test_inflight.c -- the in-flight region, up to a process that is killed at any instruction. */
+/* The in-flight region, up to a process that is killed at any instruction. */
 #include <errno.h>
 #include <limits.h>
 #include <signal.h>
@@ -8,7 +8,7 @@
 #include "vhost/inflight.h"
 #include "ring_guest.h"
 
-static void test_inflight(void)
+TEST(inflight)
 {
     uint64_t size;
     int fd = vnd_inflight_create(2, 8, &size);
@@ -138,7 +138,7 @@ static void check_after_death(struct guest *g, struct inflight *f)
     CHECK(seen == wanted);
 }
 
-static void test_killed_anywhere(void)
+TEST(killed_anywhere)
 {
     struct guest g;
     struct inflight f = { .num = RING_NUM };
@@ -165,11 +165,4 @@ static void test_killed_anywhere(void)
     }
     munmap(f.region, 4096);
     guest_close(&g);
-}
-
-int main(void)
-{
-    test_inflight();
-    test_killed_anywhere();
-    return 0;
 }

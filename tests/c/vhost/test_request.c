@@ -1,10 +1,10 @@
-/* test_device_wait.c -- reads that miss, and what ends or outlives them: wakes, deadlines, stops, reboots, crashes,
+/* Reads that miss, and what ends or outlives them: wakes, deadlines, stops, reboots, crashes,
  * hang-ups.
  */
 #include "device_rig.h"
 
 /* A cold read does not hold up a warm one behind it; answers go out of order. */
-static void test_cold_beside_warm(void)
+TEST(cold_beside_warm)
 {
     struct rig r;
     uint32_t slot;
@@ -27,7 +27,7 @@ static void test_cold_beside_warm(void)
 }
 
 /* A stop with a read that never comes: bounded, silent, and answered after the guest goes on. */
-static void test_stop_and_continue(void)
+TEST(stop_and_continue)
 {
     struct rig r;
     uint32_t slot;
@@ -59,7 +59,7 @@ static void test_stop_and_continue(void)
 }
 
 /* A reboot drops what was in flight and uses the heads anew. */
-static void test_reboot(void)
+TEST(reboot)
 {
     struct rig r;
 
@@ -79,7 +79,7 @@ static void test_reboot(void)
 }
 
 /* With the dirty log on, nothing can be taken along: EIO. And everything that was written is in the log. */
-static void test_stop_for_migration(void)
+TEST(stop_for_migration)
 {
     struct rig r;
     uint32_t slot;
@@ -117,7 +117,7 @@ static void test_stop_for_migration(void)
     rig_down(&r);
 }
 
-static void test_deadline(void)
+TEST(deadline)
 {
     struct rig r;
     uint32_t slot;
@@ -139,7 +139,7 @@ static void test_deadline(void)
 }
 
 /* A deadline does not run while the guest cannot be answered. */
-static void test_deadline_frozen(void)
+TEST(deadline_frozen)
 {
     struct rig r;
     uint32_t slot;
@@ -162,7 +162,7 @@ static void test_deadline_frozen(void)
 }
 
 /* A device dies with requests in the front-end's in-flight region; the next one serves them. */
-static void test_inflight(void)
+TEST(inflight)
 {
     struct rig r;
     uint64_t size;
@@ -211,7 +211,7 @@ static void test_inflight(void)
 }
 
 /* A blank region of the front-end: the base it sets is obeyed. */
-static void test_blank_inflight(void)
+TEST(blank_inflight)
 {
     struct rig r;
     uint64_t size;
@@ -237,7 +237,7 @@ static void test_blank_inflight(void)
 }
 
 /* A read into more ranges than a slot holds waits like any other; beyond the device's budget it fails, alone. */
-static void test_many_ranges(void)
+TEST(many_ranges)
 {
     struct rig r;
     struct fuse_read_in in = { .offset = 3 * CHUNK, .size = 60 * 1024 };
@@ -284,7 +284,7 @@ static void test_many_ranges(void)
 }
 
 /* Wakes race with everything that ends a request: hang-up, reset, deadline. */
-static void test_races(void)
+TEST(races)
 {
     struct rig r;
     uint32_t slot;
@@ -313,22 +313,4 @@ static void test_races(void)
         }
     }
     rig_down(&r);
-}
-
-int main(int argc, char **argv)
-{
-    static const struct rig_test tests[] = {
-        { "cold_beside_warm", test_cold_beside_warm },
-        { "stop_and_continue", test_stop_and_continue },
-        { "reboot", test_reboot },
-        { "stop_for_migration", test_stop_for_migration },
-        { "deadline", test_deadline },
-        { "deadline_frozen", test_deadline_frozen },
-        { "inflight", test_inflight },
-        { "blank_inflight", test_blank_inflight },
-        { "many_ranges", test_many_ranges },
-        { "races", test_races },
-    };
-
-    return run_tests(tests, sizeof(tests) / sizeof(tests[0]), argc, argv);
 }

@@ -1,4 +1,4 @@
-/* test_vring.c -- guest memory and split rings, without threads. */
+/* Guest memory and split rings, without threads. */
 #include <errno.h>
 #include <fcntl.h>
 #include <setjmp.h>
@@ -19,7 +19,7 @@ static int walk(struct guest *g, uint16_t head, struct vring_chain *c)
 
 static struct vring_chain chain;
 
-static void test_memory(void)
+TEST(memory)
 {
     struct guest g;
     uint64_t got;
@@ -46,7 +46,7 @@ static void test_memory(void)
     guest_close(&g);
 }
 
-static void test_memory_refused(void)
+TEST(memory_refused)
 {
     static const struct {
         const char *what;
@@ -95,7 +95,7 @@ static void test_memory_refused(void)
 }
 
 /* A second table takes mappings over; an odd offset is mapped from the page below. */
-static void test_memory_again(void)
+TEST(memory_again)
 {
     struct guest g;
     struct guestmem *m;
@@ -123,7 +123,7 @@ static void test_memory_again(void)
     guest_close(&g);
 }
 
-static void test_truncated(void)
+TEST(truncated)
 {
     struct guest g;
     char buf[8] = "x";
@@ -147,7 +147,7 @@ static void older_handler(int sig)
 }
 
 /* A SIGBUS that is none of ours reaches whoever was there before. The first test: handlers are installed once. */
-static void test_other_sigbus(void)
+TEST(other_sigbus)
 {
     struct sigaction sa = { .sa_handler = older_handler };
     struct guest g;
@@ -167,7 +167,7 @@ static void test_other_sigbus(void)
     guest_close(&g);
 }
 
-static void test_log(void)
+TEST(log)
 {
     struct guest g;
     struct guestlog *log;
@@ -193,7 +193,7 @@ static void test_log(void)
     guest_close(&g);
 }
 
-static void test_resolve(void)
+TEST(resolve)
 {
     struct guest g;
     struct vring r;
@@ -213,7 +213,7 @@ static void test_resolve(void)
     guest_close(&g);
 }
 
-static void test_chain(void)
+TEST(chain)
 {
     struct guest g;
 
@@ -234,7 +234,7 @@ static void test_chain(void)
     guest_close(&g);
 }
 
-static void test_indirect(void)
+TEST(indirect)
 {
     struct guest g;
 
@@ -275,7 +275,7 @@ static void test_indirect(void)
     guest_close(&g);
 }
 
-static void test_hostile_chain(void)
+TEST(hostile_chain)
 {
     struct guest g;
     uint16_t head;
@@ -313,7 +313,7 @@ static void test_hostile_chain(void)
 }
 
 /* Indices pass 65,535 in both rings, with every signalling decision as the guest's used_event asks. */
-static void test_wrap(void)
+TEST(wrap)
 {
     struct guest g;
     uint16_t start = 65530, head;
@@ -346,7 +346,7 @@ static void test_wrap(void)
 }
 
 /* need_event over a whole batch, and the first batch of a ring. */
-static void test_batch_event(void)
+TEST(batch_event)
 {
     struct guest g;
 
@@ -366,7 +366,7 @@ static void test_batch_event(void)
     guest_close(&g);
 }
 
-static void test_flags(void)
+TEST(flags)
 {
     struct guest g;
 
@@ -380,22 +380,4 @@ static void test_flags(void)
     CHECK(get16(g.low + USED) == 1);
     CHECK(!vring_arm(&g.ring) && get16(g.low + USED) == 0);
     guest_close(&g);
-}
-
-int main(void)
-{
-    test_other_sigbus();
-    test_memory();
-    test_memory_refused();
-    test_memory_again();
-    test_truncated();
-    test_log();
-    test_resolve();
-    test_chain();
-    test_indirect();
-    test_hostile_chain();
-    test_wrap();
-    test_batch_event();
-    test_flags();
-    return 0;
 }
