@@ -1,8 +1,8 @@
 """The daemon with a host mount (`fuse`): nydusd's life cycle with start, exit, upgrade and failover.
 
 States: INIT -> READY -> RUNNING. A plain start goes through by itself, mounts first and API socket last. One that waits
-for a predecessor's mount stops in INIT: PUT takeover makes it READY (we hold the mount and do not serve it yet), PUT
-start RUNNING. Guests may be served beside, on --sock, from the same cache and fetch threads.
+for a predecessor's mount stops in INIT. PUT takeover makes it READY: we hold the mount and do not serve it yet. PUT
+start makes it RUNNING. Guests may be served beside, on --sock, from the same cache and fetch threads.
 """
 
 import os
