@@ -7,7 +7,9 @@ left to the garbage collector, because C threads do not wait for it.
 import errno
 import os
 
-from virtiofsd_nydus._engine import ffi, lib
+from virtiofsd_nydus._engine import ffi as ffi
+from virtiofsd_nydus._engine import lib as lib
+from virtiofsd_nydus.cffi_types import realize_types
 from virtiofsd_nydus.errors import Cause, Failure
 
 TYPE_CHECKING = False
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+STRUCTS = realize_types(ffi, lib)  # before any thread is started
 ERR_MAX: int = lib.VND_ERR_MAX
 SESSION_RAFS: int = lib.VND_SESSION_RAFS
 SESSION_MIXED: int = lib.VND_SESSION_MIXED

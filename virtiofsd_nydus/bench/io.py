@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from virtiofsd_nydus import __version__
-from virtiofsd_nydus._fakeguest import ffi, lib
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, GuestFault, NoAnswer, Queue
+from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, GuestFault, NoAnswer, Queue, ffi, lib
 from virtiofsd_nydus.vmm.servers import C_VIRTIOFSD, RUST_VIRTIOFSD, NydusDaemon, PeerVirtiofsd, Server
 
 DATA_SEED = 42

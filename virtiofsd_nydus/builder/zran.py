@@ -15,7 +15,7 @@ class ZranIndex:
 
     def __init__(self, source: Readable, chunk_size: int, directory: str | None = None) -> None:
         """directory: for the file of the windows."""
-        from virtiofsd_nydus._engine import ffi, lib
+        from virtiofsd_nydus.engine import ffi, lib
 
         self._ffi: Any = ffi
         self._lib: Any = lib

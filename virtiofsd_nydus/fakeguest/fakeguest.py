@@ -14,11 +14,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from virtiofsd_nydus._fakeguest import ffi, lib
+from virtiofsd_nydus._fakeguest import ffi as ffi
+from virtiofsd_nydus._fakeguest import lib as lib
+from virtiofsd_nydus.cffi_types import realize_types
 from virtiofsd_nydus.fakeguest import frontend as vhost
 from virtiofsd_nydus.fakeguest.frontend import Feature, Protocol, Request, VhostFrontend
 from virtiofsd_nydus.fakeguest.fuse_client import FuseClient
 
+STRUCTS = realize_types(ffi, lib)  # before any thread is started
 PAGE = 4096
 # As QEMU cuts PC memory: low memory, the hole at 640 KiB, the rest; both from one memfd
 LOW_BYTES = 0xA0000

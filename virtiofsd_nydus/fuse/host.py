@@ -6,8 +6,7 @@ Light: the daemon imports it before its API answers.
 import os
 import threading
 
-from virtiofsd_nydus._engine import ffi, lib
-from virtiofsd_nydus.engine import ERR_MAX, Engine, Vfs, require
+from virtiofsd_nydus.engine import ERR_MAX, Engine, Vfs, ffi, lib, require
 from virtiofsd_nydus.errors import Failure, UsageFailure
 from virtiofsd_nydus.fuse import mounts
 

@@ -4,7 +4,7 @@ import errno
 import os
 import threading
 
-from virtiofsd_nydus._engine import lib
+from virtiofsd_nydus.engine import lib
 from virtiofsd_nydus.errors import Cause, Failure
 
 DEVICE = "/dev/fuse"

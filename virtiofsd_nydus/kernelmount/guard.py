@@ -9,8 +9,7 @@ import select
 import sys
 import time
 
-from virtiofsd_nydus._engine import ffi, lib
-from virtiofsd_nydus.engine import reduce_privileges
+from virtiofsd_nydus.engine import ffi, lib, reduce_privileges
 from virtiofsd_nydus.kernelmount.settings import Settings, catch_signals, reap
 
 TYPE_CHECKING = False

@@ -7,7 +7,7 @@ import shutil
 import time
 from pathlib import Path
 
-from virtiofsd_nydus._engine import lib
+from virtiofsd_nydus.engine import lib
 from virtiofsd_nydus.fuse.background import BackgroundMount
 
 FILE, LOCK = "kernel.json", "lock"

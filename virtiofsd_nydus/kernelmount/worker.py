@@ -15,8 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from virtiofsd_nydus import log as logs
-from virtiofsd_nydus._engine import ffi, lib
-from virtiofsd_nydus.engine import ERR_MAX, reduce_privileges, text_of
+from virtiofsd_nydus.engine import ERR_MAX, ffi, lib, reduce_privileges, text_of
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.kernelmount import record
 from virtiofsd_nydus.kernelmount.erofs import mount_erofs

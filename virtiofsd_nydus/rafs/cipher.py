@@ -28,7 +28,7 @@ class Cipher:
 
     def encrypt(self, data: bytes | bytearray | memoryview) -> bytes:
         """Encrypts one data unit. The result is as long as data, or 18 bytes for less than 16."""
-        from virtiofsd_nydus._engine import ffi, lib
+        from virtiofsd_nydus.engine import ffi, lib
 
         if len(data) < UNIT_BYTES_MIN:
             missing = UNIT_BYTES_MIN - len(data)

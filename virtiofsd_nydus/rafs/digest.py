@@ -20,7 +20,7 @@ def digest_function(digester: layout.Digester) -> DigestFunction:
 
 def crc32c_function() -> Callable[[bytes], int]:
     """CRC-32C of content; releases the GIL."""
-    from virtiofsd_nydus._engine import ffi, lib
+    from virtiofsd_nydus.engine import ffi, lib
 
     crc32c, from_buffer = lib.vnd_crc32c, ffi.from_buffer
     return lambda data: crc32c(from_buffer("uint8_t[]", data), len(data))

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from virtiofsd_nydus._engine import ffi, lib
-from virtiofsd_nydus.engine import BlobInfo, Engine, Rafs, Store
+from virtiofsd_nydus.engine import BlobInfo, Engine, Rafs, Store, ffi, lib
 from virtiofsd_nydus.errors import Cause, Failure
 
 _DIRENTS = 128

@@ -9,8 +9,7 @@ import errno
 import threading
 import time
 
-from virtiofsd_nydus._engine import ffi, lib
-from virtiofsd_nydus.engine import Engine
+from virtiofsd_nydus.engine import Engine, ffi, lib
 from virtiofsd_nydus.errors import Cause, Failure
 
 TYPE_CHECKING = False

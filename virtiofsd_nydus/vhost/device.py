@@ -2,8 +2,7 @@
 
 import os
 
-from virtiofsd_nydus._engine import ffi, lib
-from virtiofsd_nydus.engine import ERR_MAX, Engine, Vfs, require, text_of
+from virtiofsd_nydus.engine import ERR_MAX, Engine, Vfs, ffi, lib, require, text_of
 from virtiofsd_nydus.errors import Cause
 from virtiofsd_nydus.vhost.state import ApplyFailure, DeviceState
 
