@@ -18,7 +18,7 @@ from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs.bootstrap import BlobInfo, BootstrapWriter
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.layout import Codec, Digester
-from virtiofsd_nydus.rafs.tree import ROOT
+from virtiofsd_nydus.rafs.nodes import ROOT
 from virtiofsd_nydus.rafs.tree import Tree as RafsTree
 
 OPTIONS = [

@@ -7,12 +7,12 @@ from virtiofsd_nydus.builder.source_tar import resolve_directory
 from virtiofsd_nydus.builder.tar_stream import show
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs.chunktable import FOREIGN_BASE, ChunkTable, DigestIndex
+from virtiofsd_nydus.rafs.nodes import REGULAR, ROOT
 from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, relieve
-from virtiofsd_nydus.rafs.tree import COUNT, NLINK, ROOT, Tree
+from virtiofsd_nydus.rafs.tree import Tree
 
 WHITEOUT_PREFIX = b".wh."
 OPAQUE_NAME = b".wh..wh..opq"
-REGULAR = stat.S_IFREG >> 12
 
 
 def merge_trees(
@@ -81,7 +81,7 @@ class _Merge:
         taken = self._taken.get(node)
         if taken is None:
             taken = self._lower.copy_node(self._upper, node)
-            if self._upper.nodes.words[node * 16 + NLINK] > 1:
+            if self._upper.link_count(node) > 1:
                 self._taken[node] = taken
         return taken
 
@@ -140,10 +140,9 @@ class ChunkChoice:
         order = {id(table): number for number, table in enumerate(every)}
         needed = [bytearray(len(table)) for table in every]
         foreign: set[tuple[int, int]] = set()
-        nodes = tree.nodes.words
         for directory in tree.walk_directories():
             for child in tree.children(directory):
-                if nodes[child * 16] >> 12 == REGULAR and nodes[child * 16 + COUNT]:
+                if tree.kind(child) == REGULAR and tree.chunk_count(child):
                     number = order[id(tree.table(child))]
                     marks = needed[number]
                     for chunk in tree.chunks(child):

@@ -10,8 +10,9 @@ from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.bootstrap import is_storable_xattr
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
+from virtiofsd_nydus.rafs.nodes import ROOT
 from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, relieve
-from virtiofsd_nydus.rafs.tree import ROOT, RegularFile, Tree, Xattrs
+from virtiofsd_nydus.rafs.tree import RegularFile, Tree, Xattrs
 
 
 class DirectorySource:

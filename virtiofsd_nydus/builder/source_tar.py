@@ -10,7 +10,8 @@ from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.bootstrap import encode_xattrs, is_storable_xattr
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
-from virtiofsd_nydus.rafs.tree import ROOT, RegularFile, Tree, Xattrs
+from virtiofsd_nydus.rafs.nodes import ROOT
+from virtiofsd_nydus.rafs.tree import RegularFile, Tree, Xattrs
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.builder.zran import ZranIndex

@@ -17,8 +17,9 @@ from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import BlobInfo
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.layout import BLOCK_BYTES, CHUNK_INDEX_BYTES, INODE_BYTES, NID_BYTES, align_up
+from virtiofsd_nydus.rafs.nodes import DIRECTORY, REGULAR, ROOT, SYMLINK
 from virtiofsd_nydus.rafs.spill import Arena, relieve
-from virtiofsd_nydus.rafs.tree import COUNT, DIRECTORY, INO, NID, NLINK, ROOT, XATTRS, Tree, Xattrs
+from virtiofsd_nydus.rafs.tree import Tree, Xattrs
 
 # st_mode >> 12 -> dirent file type
 FILE_TYPES = {
@@ -26,7 +27,6 @@ FILE_TYPES = {
     stat.S_IFIFO >> 12: 5, stat.S_IFSOCK >> 12: 6, stat.S_IFLNK >> 12: 7,
 }  # fmt: skip
 
-REGULAR, SYMLINK = stat.S_IFREG >> 12, stat.S_IFLNK >> 12
 XATTR_BODIES_MAX = 4096  # encoded ones kept
 TOO_MANY_INODES = "the inodes take more than 128 GiB"
 INODE_PACK_INTO, CHUNK_INDEX_PACK_INTO = layout.INODE.pack_into, layout.CHUNK_INDEX.pack_into
@@ -227,7 +227,7 @@ class BootstrapWriter:
             struct.pack_into(f"<{len(nids)}I", out, prefetch_offset, *nids)
         layout.SUPER.pack_into(
             out, layout.SUPER_OFFSET, layout.SUPER_MAGIC, 0, layout.FEATURE_COMPAT_RAFS, layout.BLOCK_BITS, 0,
-            self.tree.nodes.words[ROOT * 16 + NID], self.stats.names, 0, 0,
+            self.tree.nid(ROOT), self.stats.names, 0, 0,
             sum(blob.uncompressed_size for blob in self.blobs) >> layout.BLOCK_BITS & 0xFFFFFFFF,
             meta_start >> layout.BLOCK_BITS, 0, b"", b"", layout.FEATURE_INCOMPAT, 0, len(self.blobs),
             layout.DEVICE_TABLE_OFFSET // layout.DEVICE_SLOT_BYTES,
@@ -238,57 +238,46 @@ class BootstrapWriter:
     # ---- first walk
     def _number(self) -> None:
         tree = self.tree
-        tree.clear_numbers()
+        tree.begin_numbers()
+        count_link = tree.count_link
         number = names = 1
-        nodes = tree.nodes.words
-        nodes[ROOT * 16 + INO], nodes[ROOT * 16 + NLINK] = 1, 2
         for directory in tree.walk_directories():
             tree.sort(directory)
             names += tree.child_count(directory)
             for child in tree.children(directory):
-                base = child * 16
-                if nodes[base] >> 12 == DIRECTORY:
-                    nodes[directory * 16 + NLINK] += 1
-                    nodes[base + NLINK] = 2
-                else:
-                    nodes[base + NLINK] += 1
-                    if nodes[base + INO]:
-                        continue
-                number += 1
-                nodes[base + INO] = number
+                number += count_link(directory, child, number + 1)
         self.stats.names = names
         self.stats.inodes = number
 
     # ---- second walk
     def _place_all(self) -> None:
-        tree, nodes = self.tree, self.tree.nodes.words
-        place = self._area.place
+        tree, place = self.tree, self._area.place
+        placing, set_nid = tree.placing, tree.set_nid
         for directory in tree.walk_directories():
             tree.set_size(directory, self._measure_directory(directory))
             self._place_flat(directory, tree.size(directory))
             for child in tree.children(directory):
-                base = child * 16
-                kind = nodes[base] >> 12
-                if nodes[base + NID] or kind == DIRECTORY:
+                kind, xattrs, chunks, placed = placing(child)
+                if placed or kind == DIRECTORY:
                     continue
                 if kind == SYMLINK:
                     self._place_flat(child, tree.size(child))
                     continue
                 size = INODE_BYTES
-                if nodes[base + XATTRS]:
-                    size += len(self._xattr_body(nodes[base + XATTRS]))
-                if kind == REGULAR and nodes[base + COUNT]:
-                    size = (size + 7 & ~7) + CHUNK_INDEX_BYTES * nodes[base + COUNT]
+                if xattrs:
+                    size += len(self._xattr_body(xattrs))
+                if kind == REGULAR and chunks:
+                    size = (size + 7 & ~7) + CHUNK_INDEX_BYTES * chunks
                 nid = place(size, one_block=False) // NID_BYTES
                 if nid > 0xFFFFFFFF:
                     raise Failure(TOO_MANY_INODES, Cause.FORMAT)
-                nodes[base + NID] = nid
+                set_nid(child, nid)
 
     def _set_nid(self, node: int, offset: int) -> None:
         nid = offset // NID_BYTES
         if nid > 0xFFFFFFFF:
             raise Failure(TOO_MANY_INODES, Cause.FORMAT)
-        self.tree.nodes.words[node * 16 + NID] = nid
+        self.tree.set_nid(node, nid)
 
     def _xattr_body(self, place: int) -> bytes:
         body = self._xattr_bodies.get(place)
@@ -310,7 +299,7 @@ class BootstrapWriter:
 
     def _place_flat(self, node: int, size: int) -> None:
         """A directory or symbolic link: whole blocks apart, the tail behind the inode where one block holds both."""
-        head = INODE_BYTES + len(self._xattr_body(self.tree.nodes.words[node * 16 + XATTRS]))
+        head = INODE_BYTES + len(self._xattr_body(self.tree.xattrs_place(node)))
         tail = size % BLOCK_BYTES
         inline = tail and head + tail <= BLOCK_BYTES
         blocks = size // BLOCK_BYTES if inline else align_up(size, BLOCK_BYTES) // BLOCK_BYTES
@@ -320,14 +309,14 @@ class BootstrapWriter:
 
     def _find_prefetch(self) -> list[int]:
         found = (self.tree.find_path(path) for path in self._prefetch)
-        return [self.tree.nodes.words[node * 16 + NID] for node in found if node]
+        return [self.tree.nid(node) for node in found if node]
 
     # ---- third walk
     def _write_inodes(self, out: memoryview, meta_start: int) -> None:
-        tree, nodes = self.tree, self.tree.nodes.words
+        tree = self.tree
         for directory in tree.walk_directories():
             for child in tree.children(directory):
-                kind = nodes[child * 16] >> 12
+                kind = tree.kind(child)
                 if kind == REGULAR:  # once for each name: the same bytes at the same place
                     self._write_file(out, meta_start, child)
                 elif kind == SYMLINK:
@@ -339,8 +328,7 @@ class BootstrapWriter:
 
     def _write_inode(self, out: memoryview, meta_start: int, node: int, data: int, size: int, i_u: int) -> int:
         """Returns the offset behind inode and xattrs."""
-        mode, uid, gid, place, seconds, nanoseconds = self.tree.attributes(node)
-        ino, nid, nlink = self.tree.nodes.words[node * 16 + INO : node * 16 + NLINK + 1]
+        mode, uid, gid, place, seconds, nanoseconds, ino, nid, nlink = self.tree.record(node)
         offset = meta_start + nid * NID_BYTES
         body = self._xattr_body(place) if place else b""
         INODE_PACK_INTO(
@@ -357,7 +345,7 @@ class BootstrapWriter:
         self, out: memoryview, meta_start: int, node: int, size: int, content: Iterable[bytes | bytearray]
     ) -> None:
         """content: of all blocks in turn, the last of which alone may be short."""
-        head = INODE_BYTES + len(self._xattr_body(self.tree.nodes.words[node * 16 + XATTRS]))
+        head = INODE_BYTES + len(self._xattr_body(self.tree.xattrs_place(node)))
         tail = size % BLOCK_BYTES
         inline = bool(tail and head + tail <= BLOCK_BYTES)
         blocks = meta_start + self._blocks[node] if node in self._blocks else 0
@@ -375,7 +363,7 @@ class BootstrapWriter:
                 out[offset : offset + len(block)] = block
 
     def _pack_dirents(self, directory: int) -> Iterator[bytearray]:
-        tree, nodes = self.tree, self.tree.nodes.words
+        tree, dirent = self.tree, self.tree.dirent
         pack = layout.DIRENT.pack
         full: bytearray | None = None
         for block, used in split_dirents(list_dirents(tree, directory)):
@@ -384,7 +372,8 @@ class BootstrapWriter:
             out = bytearray()
             name_offset = layout.DIRENT_BYTES * len(block)
             for name, node in block:
-                out += pack(nodes[node * 16 + NID], name_offset, FILE_TYPES[nodes[node * 16] >> 12], 0)
+                nid, kind = dirent(node)
+                out += pack(nid, name_offset, FILE_TYPES[kind], 0)
                 name_offset += len(name)
             for name, _ in block:
                 out += name

@@ -11,8 +11,9 @@ from virtiofsd_nydus.rafs.blob import BlobInfo
 from virtiofsd_nydus.rafs.bootstrap import XATTR_BODIES_MAX, BootstrapStats, ChunkPlace, encode_chunk_record
 from virtiofsd_nydus.rafs.digest import digest_function
 from virtiofsd_nydus.rafs.layout import align_up
+from virtiofsd_nydus.rafs.nodes import ROOT
 from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, Arena, relieve
-from virtiofsd_nydus.rafs.tree import INO, NID, NLINK, ROOT, XATTRS, Tree, Xattrs
+from virtiofsd_nydus.rafs.tree import Tree, Xattrs
 
 SUPER_MAGIC = 0x52414653
 VERSION = 0x500
@@ -74,7 +75,7 @@ class BootstrapWriterV5:
         self._digest_all()
         entries = self.stats.names
         found = [self.tree.find_path(path) for path in self._prefetch]
-        prefetch = [self.tree.nodes.words[node * 16 + INO] for node in found if node]
+        prefetch = [self.tree.ino(node) for node in found if node]
         blob_table = b"\0".join(
             struct.pack("<II", 0, min(blob.prefetch_size, 0xFFFFFFFF)) + blob.blob_id.encode() for blob in self.blobs
         )
@@ -112,43 +113,32 @@ class BootstrapWriterV5:
             copied: list[tuple[bytes, int]] = []
             for name, child in tree.names(directory):
                 kind = stat.S_IFMT(tree.mode(child))
-                if tree.nodes.words[child * 16 + NID] and kind not in (stat.S_IFREG, stat.S_IFDIR):
+                if tree.nid(child) and kind not in (stat.S_IFREG, stat.S_IFDIR):
                     copied.append((name, child))  # v5 has hard links of regular files only
-                tree.nodes.words[child * 16 + NID] = 1
+                tree.set_nid(child, 1)
             for name, child in copied:
                 tree.link(directory, name, tree.copy_node(tree, child))
-        tree.clear_numbers()
-        nodes = tree.nodes.words
-        nodes[ROOT * 16 + INO], nodes[ROOT * 16 + NLINK] = 1, 2
+        tree.begin_numbers()
         slot = inodes = 1
         for directory in tree.walk_directories():
-            nodes[directory * 16 + NID] = slot + 1
+            tree.set_nid(directory, slot + 1)
             for child in tree.children(directory):
-                base = child * 16
                 slot += 1
-                if tree.is_directory(child):
-                    nodes[directory * 16 + NLINK] += 1
-                    nodes[base + NLINK] = 2
-                else:
-                    nodes[base + NLINK] += 1
-                    if nodes[base + INO]:
-                        continue
-                inodes += 1
-                nodes[base + INO] = slot
+                inodes += tree.count_link(directory, child, slot)
         self.stats.names, self.stats.inodes = slot, inodes
         self._digests.reserve(DIGEST_BYTES * (slot + 1))
 
     def _digest_all(self) -> None:
         """Computes all digests, leaves first: a directory's digest is made of its children's."""
         tree, digest, digests = self.tree, self._digest, self._digests.data
-        nodes = tree.nodes.words
+        ino = tree.ino
         empty = digest(b"")
         order = array("I", tree.walk_directories())
         while order:
             directory = order.pop()
             joined = bytearray()
             for child in tree.children(directory):
-                start = DIGEST_BYTES * nodes[child * 16 + INO]
+                start = DIGEST_BYTES * ino(child)
                 kind = stat.S_IFMT(tree.mode(child))
                 if kind != stat.S_IFDIR:
                     if kind == stat.S_IFREG:
@@ -157,7 +147,7 @@ class BootstrapWriterV5:
                         found = digest(tree.target(child)) if kind == stat.S_IFLNK else empty
                     digests[start : start + DIGEST_BYTES] = found
                 joined += digests[start : start + DIGEST_BYTES]
-            start = DIGEST_BYTES * nodes[directory * 16 + INO]
+            start = DIGEST_BYTES * ino(directory)
             digests[start : start + DIGEST_BYTES] = digest(bytes(joined))
             if not len(order) % RELIEVE_EVERY:
                 relieve()
@@ -178,7 +168,7 @@ class BootstrapWriterV5:
                 raise Failure("the bootstrap would pass 2 GiB, which RAFS v5 allows; use v6", Cause.FORMAT)
             struct.pack_into("<I", out.data, SUPER_BYTES + 4 * (slot - 1), out.used >> 3)
             slot += 1
-            place = self.tree.nodes.words[node * 16 + XATTRS]
+            place = self.tree.xattrs_place(node)
             area = xattr_areas.get(place)
             if area is None:
                 if len(xattr_areas) > XATTR_BODIES_MAX:
@@ -192,14 +182,13 @@ class BootstrapWriterV5:
         tree = self.tree
         yield b"/", 0, ROOT
         for directory in tree.walk_directories():
-            ino = tree.nodes.words[directory * 16 + INO]
+            ino = tree.ino(directory)
             for name, child in tree.names(directory):
                 yield name, ino, child
 
     def _write_record(self, out: Arena, name: bytes, parent: int, node: int, xattrs: bytes) -> None:
         tree = self.tree
-        mode, uid, gid, _, seconds, nanoseconds = tree.attributes(node)
-        ino, nid, nlink = tree.nodes.words[node * 16 + INO : node * 16 + NLINK + 1]
+        mode, uid, gid, _, seconds, nanoseconds, ino, nid, nlink = tree.record(node)
         kind = stat.S_IFMT(mode)
         target, size, rdev, flags = b"", 0, 0, FLAG_XATTR if xattrs else 0
         child_index = child_count = 0

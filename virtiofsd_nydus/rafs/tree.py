@@ -12,26 +12,15 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
+from virtiofsd_nydus.rafs.nodes import FLAG_IMPLIED, FLAG_SORTED, FLAG_SUBDIRS, ROOT, Nodes
 from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, Arena, relieve
 
 Xattrs = tuple[tuple[bytes, bytes], ...]
 
-ROOT = 1
-NODE_BYTES, ENTRY_BYTES = 64, 32
-# mode (the whole st_mode), uid, gid, xattrs (place in texts / 8), mtime seconds and nanoseconds; the rest below
-ATTRIBUTES = struct.Struct("<IIIIQI")
-# Words of a node beyond its attributes. EXTRA: of a file, its chunk table's number; of a directory, FLAG_*. SIZE, 64
-# bits: of a file's content, a symbolic link's target; of a directory the writer's. DATA, 64 bits: of a file its chunk's
-# number, with several where they begin in the pool; of a symbolic link, where its target is in texts; of a device its
-# rdev; of a directory its first entry and, in the upper half, its parent. COUNT: of chunks, of entries. The last three
-# are the writer's.
-XATTRS, EXTRA, SIZE, DATA, COUNT, INO, NID, NLINK = 3, 7, 8, 10, 12, 13, 14, 15
-FLAG_IMPLIED, FLAG_SORTED, FLAG_SUBDIRS = 1, 2, 4  # the last: it has had one
-DIRECTORY = stat.S_IFDIR >> 12
+ENTRY_BYTES = 32
 # Words of an entry. TEXT: where the name is in texts, 64 bits.
 PARENT, NODE, NEXT, LENGTH, TEXT, HASH, CHAIN = 0, 1, 2, 3, 4, 6, 7
 CACHED_XATTRS = 4096
-TIME_MASK = 0xFFFFFFFFFFFFFFFF
 
 
 class RegularFile:
@@ -45,29 +34,22 @@ class RegularFile:
         self.size = size
 
     def add_chunk(self, index: int) -> None:
-        nodes, at = self.tree.nodes, self.node * 16 + COUNT
-        if nodes.words[at]:
-            self.tree.add_chunk(self.node, index)
-        else:
-            nodes.quads[self.node * 8 + DATA // 2] = index
-            nodes.words[at] = 1
+        self.tree.add_chunk(self.node, index)
 
 
-class Tree:
-    """directory: where the arenas' files go (default: TMPDIR). tables: the chunk tables of its files.
-
-    Names and attributes are not checked here; the writers check them."""
+class Tree(Nodes):
+    """Nodes and their names. directory: where the arenas' files go (default: TMPDIR). tables: the chunk tables of its
+    files. The tree takes names and attributes as they are given; the writers check them."""
 
     def __init__(self, directory: "str | os.PathLike[str] | None" = None) -> None:
         self.tables: list[ChunkTable] = []
         self.lower_links = 0  # nodes made so
-        self.nodes = Arena(directory)
+        super().__init__(directory)
         self._entries = Arena(directory)
         self._buckets = Arena(directory)
         self._texts = Arena(directory)
         self._pool = Arena(directory)  # chunk numbers of files with several
         self._texts.append(bytes(8))  # so that no place is 0
-        self._node_count = ROOT
         self._entry_count = 1
         self._table_numbers: dict[int, int] = {}
         self._xattr_places: dict[Xattrs, int] = {(): 0}
@@ -76,19 +58,10 @@ class Tree:
 
     # ---- making nodes
     def _make(self, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs) -> int:
-        node = self._node_count
-        end = (node + 1) * NODE_BYTES
-        if end > len(self.nodes.data):
-            self.nodes.reserve(end)
-        self._node_count = node + 1
-        seconds, nanoseconds = divmod(mtime_ns, 1_000_000_000)
         place = self._xattr_places.get(xattrs)
         if place is None:
             place = self._store_xattrs(xattrs)
-        ATTRIBUTES.pack_into(self.nodes.data, end - NODE_BYTES, mode, uid, gid, place, seconds & TIME_MASK, nanoseconds)
-        if not node % RELIEVE_EVERY:
-            relieve()
-        return node
+        return self.add_node(mode, uid, gid, mtime_ns, place)
 
     def _store_xattrs(self, xattrs: Xattrs) -> int:
         if len(self._xattr_places) > CACHED_XATTRS:
@@ -106,7 +79,8 @@ class Tree:
         """implied: no entry of the source describes the directory, but a path needs it; in a merge the other layer's
         attributes win."""
         node = self._make(mode, uid, gid, mtime_ns, xattrs)
-        self.nodes.words[node * 16 + EXTRA] = FLAG_IMPLIED if implied else 0
+        if implied:
+            self.set_flag(node, FLAG_IMPLIED, True)
         return node
 
     def make_file(
@@ -115,8 +89,7 @@ class Tree:
         """Makes a file. Its chunks are indexes into table, one for each chunk_size bytes of size; add_chunk adds
         them."""
         node = self._make(mode, uid, gid, mtime_ns, xattrs)
-        self.nodes.quads[node * 8 + SIZE // 2] = size
-        self.nodes.words[node * 16 + EXTRA] = self._number_table(table)
+        self.set_file(node, size, self._number_table(table))
         return node
 
     def _number_table(self, table: ChunkTable) -> int:
@@ -128,21 +101,19 @@ class Tree:
 
     def add_chunk(self, node: int, index: int) -> None:
         """The next chunk of a file. Most files have one, which then lies in the node itself."""
-        words, quads = self.nodes.words, self.nodes.quads
-        count = words[node * 16 + COUNT]
+        count, place = self.chunk_place(node)
         if not count:
-            quads[node * 8 + DATA // 2] = index
-        else:
-            pool, start = self._pool, quads[node * 8 + DATA // 2]
-            if count == 1:
-                start, first = pool.used // 4, start
-                pool.append(first.to_bytes(4, "little"))
-            elif start + count != pool.used // 4:  # another file came between
-                moved = bytes(pool.data[4 * start : 4 * (start + count)])
-                start = pool.append(moved) // 4
-            quads[node * 8 + DATA // 2] = start
-            pool.append(index.to_bytes(4, "little"))
-        words[node * 16 + COUNT] = count + 1
+            self.set_chunk_place(node, 1, index)
+            return
+        pool = self._pool
+        if count == 1:
+            first, place = place, pool.used // 4
+            pool.append(first.to_bytes(4, "little"))
+        elif place + count != pool.used // 4:  # another file came between
+            moved = bytes(pool.data[4 * place : 4 * (place + count)])
+            place = pool.append(moved) // 4
+        pool.append(index.to_bytes(4, "little"))
+        self.set_chunk_place(node, count + 1, place)
 
     def make_symlink(self, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs, target: bytes) -> int:
         node = self._make(mode, uid, gid, mtime_ns, xattrs)
@@ -150,8 +121,7 @@ class Tree:
         return node
 
     def _set_target(self, node: int, target: bytes) -> None:
-        self.nodes.quads[node * 8 + SIZE // 2] = len(target)
-        self.nodes.quads[node * 8 + DATA // 2] = self._texts.append(target)
+        self.set_text(node, len(target), self._texts.append(target))
 
     def make_lower_link(self, target: bytes) -> int:
         """Makes a name that shares the inode of a path in the layers below. Only merging can tell which inode that
@@ -167,55 +137,40 @@ class Tree:
         """A device node, FIFO or socket."""
         node = self._make(mode, uid, gid, mtime_ns, xattrs)
         rdev = minor & 0xFF | major << 8 | (minor & ~0xFF) << 12  # as glibc's low 32 bits
-        self.nodes.quads[node * 8 + DATA // 2] = rdev & 0xFFFFFFFF
+        self.set_rdev(node, rdev & 0xFFFFFFFF)
         return node
 
     def copy_node(self, other: "Tree", node: int) -> int:
-        """Copies a node of another tree into this one; a directory comes without its entries."""
-        mode, uid, gid, place, seconds, nanoseconds = ATTRIBUTES.unpack_from(other.nodes.data, node * NODE_BYTES)
-        made = self._make(mode, uid, gid, 0, other.xattrs_at(place))
-        place = self.nodes.words[made * 16 + XATTRS]
-        ATTRIBUTES.pack_into(self.nodes.data, made * NODE_BYTES, mode, uid, gid, place, seconds, nanoseconds)
-        kind = stat.S_IFMT(mode)
+        """A node as other's, in this tree; a directory without its entries."""
+        attributes = other.attributes(node)
+        made = self._make(0, 0, 0, 0, other.xattrs_at(attributes[3]))
+        self.set_attributes(made, attributes, self.xattrs_place(made))
+        kind = stat.S_IFMT(attributes[0])
         if kind == stat.S_IFREG:
-            self.nodes.quads[made * 8 + SIZE // 2] = other.size(node)
-            self.nodes.words[made * 16 + EXTRA] = self._number_table(other.table(node))
+            self.set_file(made, other.size(node), self._number_table(other.table(node)))
             for chunk in other.chunks(node):
                 self.add_chunk(made, chunk)
         elif kind in (stat.S_IFLNK, 0):
             self._set_target(made, other.target(node))
         elif kind == stat.S_IFDIR:
-            self.nodes.words[made * 16 + EXTRA] = other.nodes.words[node * 16 + EXTRA] & FLAG_IMPLIED
+            self.set_flag(made, FLAG_IMPLIED, other.is_implied(node))
         else:
-            self.nodes.quads[made * 8 + DATA // 2] = other.rdev(node)
+            self.set_rdev(made, other.rdev(node))
         return made
 
     def copy_attributes(self, directory: int, other: "Tree", node: int) -> None:
-        """Copies the attributes of a directory of another tree to one of this tree."""
-        mode, uid, gid, place, seconds, nanoseconds = ATTRIBUTES.unpack_from(other.nodes.data, node * NODE_BYTES)
-        xattrs = other.xattrs_at(place)
+        """Of another directory, to one of this tree."""
+        attributes = other.attributes(node)
+        xattrs = other.xattrs_at(attributes[3])
         found = self._xattr_places.get(xattrs)
         place = self._store_xattrs(xattrs) if found is None else found
-        ATTRIBUTES.pack_into(self.nodes.data, directory * NODE_BYTES, mode, uid, gid, place, seconds, nanoseconds)
-        flags = self.nodes.words[directory * 16 + EXTRA] & ~FLAG_IMPLIED
-        self.nodes.words[directory * 16 + EXTRA] = flags | other.nodes.words[node * 16 + EXTRA] & FLAG_IMPLIED
+        self.set_attributes(directory, attributes, place)
+        self.set_flag(directory, FLAG_IMPLIED, other.is_implied(node))
 
     # ---- reading nodes
-    def mode(self, node: int) -> int:
-        return self.nodes.words[node * 16]
-
-    def is_directory(self, node: int) -> bool:
-        return self.nodes.words[node * 16] >> 12 == DIRECTORY
-
     def is_implied(self, directory: int) -> bool:
-        return bool(self.nodes.words[directory * 16 + EXTRA] & FLAG_IMPLIED)
-
-    def attributes(self, node: int) -> tuple[int, int, int, int, int, int]:
-        """mode, uid, gid, place of the xattrs, seconds (as 64 bits without a sign) and nanoseconds of mtime."""
-        return ATTRIBUTES.unpack_from(self.nodes.data, node * NODE_BYTES)
-
-    def clear_time(self, node: int) -> None:
-        self.nodes.data[node * NODE_BYTES + 16 : node * NODE_BYTES + 28] = bytes(12)
+        """Whether no entry of the source described the directory."""
+        return self.has_flag(directory, FLAG_IMPLIED)
 
     def xattrs_at(self, place: int) -> Xattrs:
         """The xattrs at a place that `attributes` gave; place 0: none. Equal sets mostly share a place."""
@@ -228,49 +183,25 @@ class Tree:
             found = self._xattrs_at[place] = marshal.loads(self._texts.data[start : start + size])  # our own bytes
         return found
 
-    def size(self, node: int) -> int:
-        return self.nodes.quads[node * 8 + SIZE // 2]
-
-    def set_size(self, directory: int, size: int) -> None:
-        self.nodes.quads[directory * 8 + SIZE // 2] = size
-
-    def rdev(self, node: int) -> int:
-        return self.nodes.quads[node * 8 + DATA // 2]
-
     def target(self, node: int) -> bytes:
-        """The target of a symbolic link, or the path that a link into lower layers names."""
-        start = self.nodes.quads[node * 8 + DATA // 2]
-        return bytes(self._texts.data[start : start + self.nodes.quads[node * 8 + SIZE // 2]])
+        """Of a symbolic link; of a link into lower layers, the path there."""
+        start = self.text_place(node)
+        return bytes(self._texts.data[start : start + self.size(node)])
 
     def table(self, node: int) -> ChunkTable:
-        return self.tables[self.nodes.words[node * 16 + EXTRA]]
+        """The chunk table of a file."""
+        return self.tables[self.table_number(node)]
 
     def chunks(self, node: int) -> Sequence[int]:
         """A file's chunk numbers in its table."""
-        count, start = self.nodes.words[node * 16 + COUNT], self.nodes.quads[node * 8 + DATA // 2]
+        count, start = self.chunk_place(node)
         if count == 1:
             return (start,)
         return self._pool.words[start : start + count] if count else ()
 
-    def chunk_count(self, node: int) -> int:
-        return self.nodes.words[node * 16 + COUNT]
-
-    @property
-    def node_count(self) -> int:
-        """One more than the largest node number."""
-        return self._node_count
-
-    def clear_numbers(self) -> None:
-        """Sets the numbers that a writer keeps in the nodes to 0."""
-        words = self.nodes.words
-        for base in range(0, self._node_count * 16, 16):
-            words[base + INO] = words[base + NID] = words[base + NLINK] = 0
-            if not base % (16 * RELIEVE_EVERY):
-                relieve()
-
     # ---- names
     def _hash(self, directory: int, name: bytes) -> int:
-        # Python's hash of bytes is keyed: an attacker cannot choose names that collide.
+        # Python's hash of bytes is keyed: no one who makes an image can choose names that meet.
         return (hash(name) ^ directory * 0x9E3779B1) & 0xFFFFFFFF
 
     def _find_entry(self, directory: int, name: bytes, hashed: int) -> int:
@@ -294,12 +225,8 @@ class Tree:
         return self._entries.words[entry * 8 + NODE] if entry else 0
 
     def link(self, directory: int, name: bytes, node: int) -> None:
-        """Gives a node a name in a directory; replaces the node that had the name."""
-        nodes, own = self.nodes.words, directory * 16
-        if nodes[node * 16] >> 12 == DIRECTORY:
-            nodes[node * 16 + DATA + 1] = directory
-            nodes[own + EXTRA] |= FLAG_SUBDIRS
-        nodes[node * 16 + NLINK] += 1
+        """Gives a node a name, which another one may have had."""
+        self.note_name(directory, node)
         hashed = (hash(name) ^ directory * 0x9E3779B1) & 0xFFFFFFFF
         entry = self._find_entry(directory, name, hashed)
         if entry:
@@ -319,10 +246,7 @@ class Tree:
         slot = hashed & len(buckets) - 1
         words[base + HASH], words[base + CHAIN] = hashed, buckets[slot]
         buckets[slot] = entry
-        words[base + NEXT] = nodes[own + DATA]
-        nodes[own + DATA] = entry
-        nodes[own + COUNT] += 1
-        nodes[own + EXTRA] &= ~FLAG_SORTED
+        words[base + NEXT] = self.push_entry(directory, entry)
 
     def _grow_buckets(self) -> None:
         self._buckets.reserve(2 * len(self._buckets.data))
@@ -353,29 +277,22 @@ class Tree:
                 at = words[at * 8 + CHAIN]
             words[at * 8 + CHAIN] = words[entry * 8 + CHAIN]
         words[entry * 8 + NODE] = 0  # it stays in the directory's list, where it is passed over
-        self.nodes.words[directory * 16 + COUNT] -= 1
+        self.drop_entry(directory)
 
     def clear(self, directory: int) -> None:
         """Removes all names of a directory."""
         words = self._entries.words
-        entry = self.nodes.words[directory * 16 + DATA]
+        entry = self.first_entry(directory)
         while entry:
             if words[entry * 8 + NODE]:
                 self._drop(directory, entry)
             entry = words[entry * 8 + NEXT]
-        self.nodes.words[directory * 16 + DATA] = 0
-
-    def child_count(self, directory: int) -> int:
-        return self.nodes.words[directory * 16 + COUNT]
-
-    def parent(self, directory: int) -> int:
-        """The directory that a directory is in; 0 for the root."""
-        return self.nodes.words[directory * 16 + DATA + 1]
+        self.set_first_entry(directory, 0)
 
     def children(self, directory: int) -> Iterator[int]:
         """The nodes of a directory, once for each name. Names added meanwhile may or may not be among them."""
         words = self._entries.words
-        entry = self.nodes.words[directory * 16 + DATA]
+        entry = self.first_entry(directory)
         while entry:
             node = words[entry * 8 + NODE]
             if node:
@@ -385,7 +302,7 @@ class Tree:
     def names(self, directory: int) -> Iterator[tuple[bytes, int]]:
         """The names of a directory and their nodes, in order if it is sorted. No name may be added meanwhile."""
         words, quads, texts = self._entries.words, self._entries.quads, self._texts.data
-        entry = self.nodes.words[directory * 16 + DATA]
+        entry = self.first_entry(directory)
         while entry:
             base = entry * 8
             node = words[base + NODE]
@@ -397,7 +314,7 @@ class Tree:
     def measure_names(self, directory: int) -> int:
         """Bytes of all names of a directory."""
         words, total = self._entries.words, 0
-        entry = self.nodes.words[directory * 16 + DATA]
+        entry = self.first_entry(directory)
         while entry:
             base = entry * 8
             if words[base + NODE]:
@@ -407,12 +324,11 @@ class Tree:
 
     def sort(self, directory: int) -> None:
         """Puts a directory's names in the order of their bytes."""
-        own = directory * 16
-        if self.nodes.words[own + EXTRA] & FLAG_SORTED:
+        if self.has_flag(directory, FLAG_SORTED):
             return
         words = self._entries.words
         keys = []
-        entry = self.nodes.words[own + DATA]
+        entry = self.first_entry(directory)
         while entry:
             if words[entry * 8 + NODE]:
                 # One object a name; no name holds a NUL, so the number behind it does not change the order.
@@ -424,8 +340,8 @@ class Tree:
             entry = int.from_bytes(key[-4:], "big")
             words[entry * 8 + NEXT] = following
             following = entry
-        self.nodes.words[own + DATA] = following
-        self.nodes.words[own + EXTRA] |= FLAG_SORTED
+        self.set_first_entry(directory, following)
+        self.set_flag(directory, FLAG_SORTED, True)
 
     def walk_directories(self, start: int = ROOT) -> Iterator[int]:
         """Every directory, parents first, sub-directories in the order of the names; not recursive. The caller may
@@ -435,13 +351,12 @@ class Tree:
         while stack:
             directory = stack.pop()
             yield directory
-            visited += 1 + self.nodes.words[directory * 16 + COUNT]
+            visited += 1 + self.child_count(directory)
             if visited >= RELIEVE_EVERY:
                 visited = 0
                 relieve()
-            if self.nodes.words[directory * 16 + EXTRA] & FLAG_SUBDIRS:
-                nodes = self.nodes.words
-                subdirs = array("I", (node for node in self.children(directory) if nodes[node * 16] >> 12 == DIRECTORY))
+            if self.has_flag(directory, FLAG_SUBDIRS):
+                subdirs = array("I", filter(self.is_directory, self.children(directory)))
                 subdirs.reverse()
                 stack.extend(subdirs)
 
