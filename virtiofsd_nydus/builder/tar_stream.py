@@ -6,7 +6,7 @@ sparse, base-256 numbers), pax (with sparse 0.0, 0.1 and 1.0) and pre-POSIX.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Protocol
 
@@ -17,7 +17,7 @@ RECORD = 512
 READ_BYTES = 256 << 10
 # zstandard decodes all of its input at once, up to 32 KiB a byte: small pieces bound the memory.
 ZSTD_FEED_BYTES = 2 << 10
-# No real archive has names or pax headers longer than this: they are refused before memory is allocated.
+# No honest name or pax header is longer: such a one is refused before memory is allocated for it.
 EXTENSION_BYTES_MAX = 8 << 20
 SPARSE_REGIONS_MAX = 1 << 20
 ZERO_RECORD = bytes(RECORD)
@@ -28,7 +28,7 @@ class Readable(Protocol):
 
 
 class TarFailure(Failure):
-    """A fault of a tar. The caller puts the layer's name in front of the message."""
+    """What is wrong with a tar. The caller that knows the layer's name puts it in front."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, Cause.FORMAT)
@@ -197,6 +197,55 @@ def parse_time(text: bytes) -> int:
     return whole * 1_000_000_000 + (-digits if negative else digits)
 
 
+def _set_name(entry: TarEntry, value: bytes) -> None:
+    entry.name = value
+
+
+def _set_link(entry: TarEntry, value: bytes) -> None:
+    entry.link = value
+
+
+def _set_time(entry: TarEntry, value: bytes) -> None:
+    entry.mtime_ns = parse_time(value)
+
+
+def _set_size(entry: TarEntry, value: bytes) -> None:
+    entry.size = entry.real_size = int(value)
+
+
+def _set_uid(entry: TarEntry, value: bytes) -> None:
+    entry.uid = int(value)
+
+
+def _set_gid(entry: TarEntry, value: bytes) -> None:
+    entry.gid = int(value)
+
+
+PAX_XATTR = b"SCHILY.xattr."
+# What a pax record sets by its key. Each raises ValueError for a value that cannot be.
+PAX_FIELDS: dict[bytes, Callable[[TarEntry, bytes], None]] = {
+    b"path": _set_name,
+    b"linkpath": _set_link,
+    b"mtime": _set_time,
+    b"size": _set_size,
+    b"uid": _set_uid,
+    b"gid": _set_gid,
+}
+
+
+def _apply_pax_sparse(entry: TarEntry, pax: dict[bytes, bytes]) -> None:
+    """The records of GNU's sparse formats 0.1 and 1.0. Raises ValueError and KeyError for those that do not fit."""
+    if b"GNU.sparse.map" in pax:
+        numbers = [int(number) for number in pax[b"GNU.sparse.map"].split(b",") if number]
+        entry.regions = list(zip(numbers[::2], numbers[1::2], strict=True))
+        entry.real_size = int(pax[b"GNU.sparse.size"])
+    elif pax.get(b"GNU.sparse.major") == b"1":
+        entry.regions = []
+        entry.real_size = -int(pax[b"GNU.sparse.realsize"]) - 1  # negative: the map is in the data
+    if b"GNU.sparse.name" in pax and entry.regions is not None:
+        entry.name = pax[b"GNU.sparse.name"]
+
+
 class TarStream:
     """for entry in stream.entries(): ... stream.read_data(n) ... ; data not read is skipped."""
 
@@ -256,7 +305,7 @@ class TarStream:
         return data[:size]
 
     def drain(self) -> None:
-        """Reads the source to its end, so that a caller who hashes it has all bytes."""
+        """Reads the source to its end, so that a hash over it covers all of it."""
         self._buffer, self._position = b"", 0
         for _piece in self._pieces:
             pass
@@ -356,33 +405,16 @@ class TarStream:
 
     @staticmethod
     def _apply_pax(entry: TarEntry, pax: dict[bytes, bytes]) -> None:
+        """Sets what pax records say of an entry. A record without a value takes the record away, says pax(1)."""
         try:
             for key, value in pax.items():
-                if not value:  # pax(1): a record without a value takes the record away
+                if not value:
                     continue
-                if key.startswith(b"SCHILY.xattr."):
-                    entry.xattrs.append((key[13:], value))
-                elif key == b"path":
-                    entry.name = value
-                elif key == b"linkpath":
-                    entry.link = value
-                elif key == b"mtime":
-                    entry.mtime_ns = parse_time(value)
-                elif key == b"size":
-                    entry.size = entry.real_size = int(value)
-                elif key == b"uid":
-                    entry.uid = int(value)
-                elif key == b"gid":
-                    entry.gid = int(value)
-            if b"GNU.sparse.map" in pax:
-                numbers = [int(number) for number in pax[b"GNU.sparse.map"].split(b",") if number]
-                entry.regions = list(zip(numbers[::2], numbers[1::2], strict=True))
-                entry.real_size = int(pax[b"GNU.sparse.size"])
-            elif pax.get(b"GNU.sparse.major") == b"1":
-                entry.regions = []
-                entry.real_size = -int(pax[b"GNU.sparse.realsize"]) - 1  # negative: the map is in the data
-            if b"GNU.sparse.name" in pax and entry.regions is not None:
-                entry.name = pax[b"GNU.sparse.name"]
+                if key.startswith(PAX_XATTR):
+                    entry.xattrs.append((key.removeprefix(PAX_XATTR), value))
+                elif (apply := PAX_FIELDS.get(key)) is not None:
+                    apply(entry, value)
+            _apply_pax_sparse(entry, pax)
         except (ValueError, KeyError):
             raise TarFailure(f"{show(entry.name)}: a pax header is malformed") from None
 
