@@ -1,4 +1,17 @@
-"""The one way anything in the package fails towards a person: one line that says what, where and what to do.
+"""The one way the package fails towards a person: one line that says what failed, where, and what to do.
+
+    Failure                     a line and its Cause; every verb shows it and exits
+    +-- UsageFailure            the command line or a configuration is wrong: exit 2
+    +-- DeadlinePassed          (net.failures) no time was left to ask: says nothing about the server
+    +-- RetriableFailure        (net.failures) another attempt may mend it
+    |   +-- ProxyLimited        (net.failures) the proxy's own 429: the next attempt goes round it
+    +-- TarFailure              (builder.tar_stream) a tar is wrong; TarSource puts the layer's name before it
+    +-- ApplyFailure            (vhost.state) a front-end's message cannot be done
+    +-- TimedOut                (vmm.boot) the guest did not get far enough
+
+Others never leave their package, and carry what its caller has to answer: ApiError (daemon), an HTTP status; Refusal
+(vhost), a front-end's violation of the protocol; HungUp, BadReply, Refused, GuestFault and NoAnswer (fakeguest), a
+guest's view of the daemon.
 
 Light on purpose: the daemon imports it before it answers RUNNING.
 """

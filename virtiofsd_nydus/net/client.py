@@ -15,12 +15,14 @@ from virtiofsd_nydus.net.failures import RetriableFailure, classify_error, descr
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import IO, Protocol
 
     from urllib3 import BaseHTTPResponse, PoolManager, Timeout
 
     from virtiofsd_nydus.net.connect import Resolver
+
+    Body = bytes | Callable[[], IO[bytes]]
 
     class Proxy(Protocol):
         """A server that requests go through. net.proxy has the one there is."""
@@ -28,16 +30,9 @@ if TYPE_CHECKING:
         url: str
 
         def send(
-            self,
-            client: "HttpClient",
-            method: str,
-            url: str,
-            headers: Mapping[str, str],
-            body: bytes | IO[bytes] | None,
-            timeout: Timeout,
-            prefetch: bool,
+            self, client: "HttpClient", request: "Request", timeout: Timeout, prefetch: bool
         ) -> BaseHTTPResponse | None:
-            """The answer by way of the proxy; None: the request is to go directly."""
+            """The answer to a request with all its headers, by way of the proxy; None: it is to go directly."""
             ...
 
         def pass_by(self) -> float:
@@ -57,6 +52,8 @@ if TYPE_CHECKING:
 
 # As many connections to a host as there are fetch slots (storage/pump.py); more are closed after one use.
 POOL_SIZE = 8
+RETRIES = 3  # nydusd's budget
+USER_AGENT = "virtiofsd-nydus"
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 5.0
 # Back-off: doubled from the first to the last value, each spread by up to half of itself.
@@ -65,6 +62,74 @@ BACKOFF_LAST_S = 3.0
 # Headers that carry a secret of the one who configured them: for the backend's own server, not for the address that it
 # redirects to.
 SECRET_HEADERS = frozenset(("authorization", "proxy-authorization", "cookie"))
+
+
+class Limits:
+    """How long and how often a client tries. Timeouts of one wait in seconds, 0: none. retries: attempts after the
+    first one. pool_size: connections to a host that are kept."""
+
+    __slots__ = ("connect_timeout_s", "pool_size", "read_timeout_s", "retries")
+
+    def __init__(
+        self,
+        *,
+        read_timeout_s: float = READ_TIMEOUT_S,
+        connect_timeout_s: float = CONNECT_TIMEOUT_S,
+        retries: int = RETRIES,
+        pool_size: int = POOL_SIZE,
+    ) -> None:
+        self.read_timeout_s = read_timeout_s
+        self.connect_timeout_s = connect_timeout_s
+        self.retries = retries
+        self.pool_size = pool_size
+
+
+class Trust:
+    """Which servers are believed to be who they say. ca_cert_files: PEM files trusted beside the system's."""
+
+    __slots__ = ("ca_cert_files", "skip_verify")
+
+    def __init__(self, ca_cert_files: "Iterable[str]" = (), *, skip_verify: bool = False) -> None:
+        self.ca_cert_files = tuple(ca_cert_files)
+        self.skip_verify = skip_verify
+
+
+class Request:
+    """What is sent where. body: a function gives it anew for each attempt. own: url is on the server that the
+    configuration names. read_timeout_s: instead of the client's, for this request."""
+
+    __slots__ = ("body", "headers", "method", "own", "read_timeout_s", "url")
+
+    def __init__(
+        self,
+        method: str,
+        url: str,
+        headers: "Mapping[str, str] | None" = None,
+        body: "Body | None" = None,
+        *,
+        own: bool = False,
+        read_timeout_s: float | None = None,
+    ) -> None:
+        self.method = method
+        self.url = url
+        self.headers = headers or {}
+        self.body = body
+        self.own = own
+        self.read_timeout_s = read_timeout_s
+
+    def at(self, url: str, own: bool, headers: "Mapping[str, str] | None" = None) -> "Request":
+        """The same request to another address, with further headers."""
+        return Request(
+            self.method,
+            url,
+            {**self.headers, **(headers or {})},
+            self.body,
+            own=own,
+            read_timeout_s=self.read_timeout_s,
+        )
+
+    def make_body(self) -> "bytes | IO[bytes] | None":
+        return self.body() if callable(self.body) else self.body
 
 
 class Through:
@@ -122,26 +187,17 @@ class HttpClient:
 
     def __init__(
         self,
+        limits: Limits | None = None,
+        trust: Trust | None = None,
         *,
-        skip_verify: bool = False,
-        ca_cert_files: "Iterable[str]" = (),
-        read_timeout_s: float = READ_TIMEOUT_S,
-        connect_timeout_s: float = CONNECT_TIMEOUT_S,
-        pool_size: int = POOL_SIZE,
-        user_agent: str = "virtiofsd-nydus",
         headers: "Mapping[str, str] | None" = None,
         proxy: "Proxy | None" = None,
         unix_socket: str = "",
     ) -> None:
-        """Timeouts in seconds, 0 = none. ca_cert_files: PEM files trusted beside the system's. headers: sent with every
-        request of the backend (SECRET_HEADERS only where send() is told that the server is its own). unix_socket: where
-        all plain-HTTP requests go."""
-        self._skip_verify = skip_verify
-        self._ca_cert_files = tuple(ca_cert_files)
-        self.read_timeout_s = read_timeout_s
-        self._connect_timeout_s = connect_timeout_s
-        self.pool_size = pool_size
-        self._user_agent = user_agent
+        """headers: sent with every request (SECRET_HEADERS only with those to the backend's own server). unix_socket:
+        where all plain-HTTP requests go."""
+        self.limits = limits or Limits()
+        self._trust = trust or Trust()
         self._headers = dict(headers or {})
         self._public_headers = {k: v for k, v in self._headers.items() if k.lower() not in SECRET_HEADERS}
         self.proxy = proxy
@@ -179,48 +235,47 @@ class HttpClient:
 
     def send(
         self,
-        method: str,
-        url: str,
+        request: Request,
         *,
-        headers: "Mapping[str, str] | None" = None,
-        body: "bytes | IO[bytes] | None" = None,
         deadline: float | None = None,
-        read_timeout_s: float | None = None,
         through: Through | None = None,
-        own: bool = False,
     ) -> "BaseHTTPResponse":
-        """One request, no redirect followed, body of the answer unread: read it to its end or release(response).
-
-        read_timeout_s: for this request instead of the client's. through: by the proxy as it says; None: directly. own:
-        url is the server that the configuration names. Raises Failure: SCHEME for TLS that does not come
-        about, NETWORK (RetriableFailure) for whatever else keeps an answer from arriving."""
+        """Sends one request. No redirect is followed; the answer's body is unread: read it to its end or
+        release(response). through: by the proxy as it says; None: directly. Raises Failure: SCHEME for TLS that does
+        not come about, NETWORK (RetriableFailure) for all else that keeps an answer from arriving."""
         import http.client
 
         import urllib3
 
-        read_s = self.read_timeout_s if read_timeout_s is None else read_timeout_s
+        url = request.url
+        read_s = self.limits.read_timeout_s if request.read_timeout_s is None else request.read_timeout_s
         timeout = urllib3.Timeout(
-            connect=time_left(deadline, self._connect_timeout_s, url) or None,
+            connect=time_left(deadline, self.limits.connect_timeout_s, url) or None,
             read=time_left(deadline, read_s, url) or None,
         )
-        sent = {
-            "User-Agent": self._user_agent,
-            "Accept-Encoding": "identity",
-            **(self._headers if own else self._public_headers),
-            **(headers or {}),
-        }
+        whole = Request(
+            request.method,
+            url,
+            {
+                "User-Agent": USER_AGENT,
+                "Accept-Encoding": "identity",
+                **(self._headers if request.own else self._public_headers),
+                **request.headers,
+            },
+            request.body,
+        )
         proxy = self.proxy
         if proxy is not None and through is not None and not through.bypass:
-            response = proxy.send(self, method, url, sent, body, timeout, through.prefetch)
+            response = proxy.send(self, whole, timeout, through.prefetch)
             if response is not None:
                 return response
             time_left(deadline, 0, url)
         try:
             return self._manager().request(
-                method,
+                whole.method,
                 url,
-                headers=sent,
-                body=body,
+                headers=whole.headers,
+                body=whole.make_body(),
                 timeout=timeout,
                 redirect=False,
                 retries=False,
@@ -252,9 +307,9 @@ class HttpClient:
         from virtiofsd_nydus.net import connect
 
         if self._unix_socket:
-            return connect.make_unix_manager(self._unix_socket, self.pool_size)
+            return connect.make_unix_manager(self._unix_socket, self.limits.pool_size)
         manager = urllib3.PoolManager(
-            num_pools=16, maxsize=self.pool_size, block=False, ssl_context=self.make_ssl_context()
+            num_pools=16, maxsize=self.limits.pool_size, block=False, ssl_context=self.make_ssl_context()
         )
         return connect.install(manager, self.resolver())
 
@@ -264,14 +319,14 @@ class HttpClient:
         import urllib3
 
         context = ssl.create_default_context()
-        for file in self._ca_cert_files:
+        for file in self._trust.ca_cert_files:
             try:
                 context.load_verify_locations(cafile=file)
             except (OSError, ssl.SSLError) as error:
                 raise Failure(
                     f"cannot load the CA certificate file {file}: {describe_error(error)}", Cause.SCHEME
                 ) from error
-        if self._skip_verify:
+        if self._trust.skip_verify:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
@@ -279,23 +334,15 @@ class HttpClient:
 
 
 def request_following(
-    client: HttpClient,
-    method: str,
-    url: str,
-    what: str,
-    headers: "Mapping[str, str]",
-    through: Through,
-    deadline: float | None,
+    client: HttpClient, request: Request, what: str, through: Through, deadline: float | None
 ) -> "tuple[BaseHTTPResponse, str]":
     """One exchange with a server that knows no login, redirects followed: the answer (2xx or 416, unread) and the
     address that gave it."""
     from urllib.parse import urljoin
 
-    first = origin_of(url)
+    url, first = request.url, origin_of(request.url)
     for _ in range(REDIRECTS_MAX + 1):
-        response = client.send(
-            method, url, headers=headers, deadline=deadline, through=through, own=origin_of(url) == first
-        )
+        response = client.send(request.at(url, origin_of(url) == first), deadline=deadline, through=through)
         if response.status < 300 or response.status == 416:
             return response, url
         if response.status not in REDIRECT_STATUSES:

@@ -19,8 +19,12 @@ class RetriableFailure(Failure):
         self.after_s = after_s
 
 
+class ProxyLimited(RetriableFailure):
+    """The proxy itself (not the registry behind it) answered 429."""
+
+
 class DeadlinePassed(Failure):
-    """There was no time left to ask: it says nothing about the server."""
+    """No time was left to ask: this says nothing about the server."""
 
 
 def time_left(deadline: float | None, limit_s: float, url: str) -> float:

@@ -1,4 +1,5 @@
-"""Whom to ask: a gate that closes before a server that keeps failing, and a budget of bytes or requests a second.
+"""Which server to ask: a gate that closes before a server that keeps failing, and a budget of bytes or requests a
+second.
 
 Light: no HTTP library.
 """
@@ -10,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# A probe whose outcome nobody tells (its thread died) is forgotten after so long.
+# A probe is forgotten after so long: the thread that should tell its outcome may have died.
 PROBE_LIMIT_S = 60.0
 
 

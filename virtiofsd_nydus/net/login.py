@@ -14,7 +14,7 @@ import time
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.address import host_of
 from virtiofsd_nydus.net.answers import check_status, read_body, release
-from virtiofsd_nydus.net.client import HttpClient
+from virtiofsd_nydus.net.client import HttpClient, Request
 from virtiofsd_nydus.net.credentials import Credentials
 from virtiofsd_nydus.net.failures import DeadlinePassed, RetriableFailure
 
@@ -69,6 +69,24 @@ def push_scope(repo: str) -> str:
     return f"repository:{repo}:pull,push"
 
 
+class Login:
+    """What a registry is logged in to with. credentials: those that were given. token: a bearer token that another
+    program got (nydusd's registry_token), used until it is refused. find: asked at each login where no credentials were
+    given, for those may be short-lived."""
+
+    __slots__ = ("credentials", "find", "token")
+
+    def __init__(
+        self,
+        credentials: Credentials | None = None,
+        token: str = "",
+        find: "Callable[[], Credentials | None] | None" = None,
+    ) -> None:
+        self.credentials = credentials
+        self.token = token
+        self.find = find if credentials is None else None
+
+
 class Authenticator:
     """Authorization headers for one registry. Thread-safe.
 
@@ -78,30 +96,27 @@ class Authenticator:
         self,
         client: HttpClient,
         host: str,
-        credentials: Credentials | None = None,
-        token: str = "",
+        login: Login | None = None,
         *,
         secure: bool = False,
-        find_credentials: "Callable[[], Credentials | None] | None" = None,
         say: "Callable[[str], None] | None" = None,
     ) -> None:
-        """token: a bearer token somebody else got (nydusd's registry_token), used until it is refused. secure: the
-        registry is spoken to over TLS, so the token server must be too. find_credentials: where credentials are not
-        given, asked for them at each login (they may be short-lived). say: gets one line when the login stops or
-        begins to work."""
+        """secure: the registry is spoken to over TLS, so the token server must be too. say: gets one line when the
+        login stops or begins to work."""
+        login = login or Login()
         self._client = client
         self._host = host
-        self._credentials = credentials
+        self._credentials = login.credentials
         self._lock = threading.Lock()
         self._first = threading.Lock()
-        self._preset = f"Bearer {token}" if token else ""
+        self._preset = f"Bearer {login.token}" if login.token else ""
         self._headers: dict[str, tuple[str, float]] = {}  # scope -> header, monotonic time of its end
         self._lives_s: dict[str, float] = {}
         self._challenge: dict[str, str] | None = None
         self._refused: dict[str, tuple[Failure, float]] = {}  # scope -> refusal, monotonic time of its end
         self._get_only = False
         self.secure = secure
-        self._find_credentials = find_credentials if credentials is None else None
+        self._find_credentials = login.find
         self._not_found = ""  # why find_credentials failed
         self._say = say
         self._renewer: threading.Thread | None = None
@@ -280,20 +295,14 @@ class Authenticator:
             try:
                 if who is not None and (who.identity_token or not self._get_only):
                     form = [*fields, ("client_id", CLIENT_ID), ("scope", " ".join(scopes)), *_grant(who)]
-                    answer = self._token_call(
-                        "POST",
-                        realm,
-                        deadline,
-                        body=urlencode(form).encode(),
-                        headers={"Content-Type": "application/x-www-form-urlencoded"},
-                    )
+                    kind = {"Content-Type": "application/x-www-form-urlencoded"}
+                    answer = self._token_call(Request("POST", realm, kind, urlencode(form).encode()), deadline)
                     if answer is not None:
                         return answer
                 query = urlencode([*fields, ("client_id", CLIENT_ID), *(("scope", one) for one in scopes)])
                 headers = {"Authorization": who.basic_header()} if who is not None and who.username else {}
-                answer = self._token_call(
-                    "GET", f"{realm}{'&' if '?' in realm else '?'}{query}", deadline, headers=headers
-                )
+                url = f"{realm}{'&' if '?' in realm else '?'}{query}"
+                answer = self._token_call(Request("GET", url, headers), deadline)
                 if answer is None:
                     raise self.refused(scope, 401)
                 self._get_only = True
@@ -301,15 +310,14 @@ class Authenticator:
             except RetriableFailure as failure:
                 retry.wait(failure)
 
-    def _token_call(
-        self, method: str, url: str, deadline: float | None, *, headers: dict[str, str], body: bytes | None = None
-    ) -> tuple[str, float] | None:
+    def _token_call(self, request: Request, deadline: float | None) -> tuple[str, float] | None:
         """One call of the token server; None when it refuses (or, for POST, does not know it)."""
         import json
 
-        response = self._client.send(method, url, headers=headers, body=body, deadline=deadline)
+        url = request.url
+        response = self._client.send(request, deadline=deadline)
         status = response.status
-        if status in (400, 401, 403) or (method == "POST" and status in (404, 405, 501)):
+        if status in (400, 401, 403) or (request.method == "POST" and status in (404, 405, 501)):
             release(response)
             return None
         if status != 200:

@@ -10,14 +10,13 @@ import time
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.address import host_of
 from virtiofsd_nydus.net.answers import error_text, release
-from virtiofsd_nydus.net.client import HttpClient
-from virtiofsd_nydus.net.failures import RetriableFailure, classify_error
+from virtiofsd_nydus.net.client import HttpClient, Request
+from virtiofsd_nydus.net.failures import ProxyLimited, RetriableFailure, classify_error
 from virtiofsd_nydus.net.health import Gate, RateLimit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import IO
+    from collections.abc import Callable
 
     from urllib3 import BaseHTTPResponse, ProxyManager, Timeout
 
@@ -32,12 +31,12 @@ ERROR_TYPE_HEADER = "X-Dragonfly-Error-Type"
 PRIORITY_PREFETCH, PRIORITY_DEMAND = "3", "6"
 
 
-class ProxyLimited(RetriableFailure):
-    """The proxy itself (not the registry behind it) answered 429."""
+class ProxySettings:
+    """url: http://[USER:PASSWORD@]HOST:PORT. ping_url: asked every check_interval_s while there is traffic, "": never.
+    fallback: what the proxy fails at goes directly. use_http: https requests are sent to it as http, for it to fetch.
+    check_pause_s: checks rest after so long without a request."""
 
-
-class ForwardProxy:
-    """One proxy of one backend. Thread-safe. The checks run only while there is traffic."""
+    __slots__ = ("check_interval_s", "check_pause_s", "connect_timeout_s", "fallback", "ping_url", "url", "use_http")
 
     def __init__(
         self,
@@ -49,21 +48,27 @@ class ForwardProxy:
         use_http: bool = False,
         check_pause_s: float = 300.0,
         connect_timeout_s: float = 5.0,
-        say: "Callable[[str], None] | None" = None,
     ) -> None:
-        """url: http://[USER:PASSWORD@]HOST:PORT. check_pause_s: checks rest after so long without a request."""
         self.url = url
+        self.ping_url = ping_url
         self.fallback = fallback
-        self._ping_url = ping_url
+        self.check_interval_s = check_interval_s
+        self.use_http = use_http
+        self.check_pause_s = check_pause_s
+        self.connect_timeout_s = connect_timeout_s
+
+
+class ForwardProxy:
+    """One proxy of one backend. Thread-safe. The checks run only while there is traffic."""
+
+    def __init__(self, settings: ProxySettings, say: "Callable[[str], None] | None" = None) -> None:
+        """say: gets one line when the proxy is left aside or used again."""
+        self.url = settings.url
+        self.settings = settings
         self._say = say
         self._closed = False
-        self._check_interval_s = check_interval_s
-        self._use_http = use_http
-        self._check_pause_s = check_pause_s
-        self._connect_timeout_s = connect_timeout_s
-        self.gate = Gate(
-            f"proxy {host_of(url)}", FAILURES_MAX, check_interval_s, max(LAST_PAUSE_S, check_interval_s), say
-        )
+        pause_s = settings.check_interval_s
+        self.gate = Gate(f"proxy {host_of(self.url)}", FAILURES_MAX, pause_s, max(LAST_PAUSE_S, pause_s), say)
         self._bypasses = RateLimit(BYPASSES_PER_S, BYPASS_BURST)
         self._lock = threading.Lock()
         self._manager: ProxyManager | None = None
@@ -74,10 +79,7 @@ class ForwardProxy:
     def send(
         self,
         client: HttpClient,
-        method: str,
-        url: str,
-        headers: "Mapping[str, str]",
-        body: "bytes | IO[bytes] | None",
+        request: Request,
         timeout: "Timeout",
         prefetch: bool,
     ) -> "BaseHTTPResponse | None":
@@ -90,10 +92,11 @@ class ForwardProxy:
         if not self.gate.enter():
             self._leave_aside(RetriableFailure(self.gate.refusal()))
             return None
-        if self._use_http and url.startswith("https://"):
+        url = request.url
+        if self.settings.use_http and url.startswith("https://"):
             url = "http://" + url.removeprefix("https://")
         sent = {
-            **headers,
+            **request.headers,
             "X-Dragonfly-Use-P2P": "true",
             "X-Dragonfly-Priority": PRIORITY_PREFETCH if prefetch else PRIORITY_DEMAND,
         }
@@ -101,10 +104,10 @@ class ForwardProxy:
             sent["X-Dragonfly-Prefetch"] = "true"
         try:
             response = self._get_manager(client).request(
-                method,
+                request.method,
                 url,
                 headers=sent,
-                body=body,
+                body=request.make_body(),
                 timeout=timeout,
                 redirect=False,
                 retries=False,
@@ -128,8 +131,8 @@ class ForwardProxy:
             self._handle_own_error(response, prefetch)
             return None
         self.gate.succeeded()
-        if response.status >= 500 and self.fallback:
-            release(response)  # whoever is at fault, the origin is asked
+        if response.status >= 500 and self.settings.fallback:
+            release(response)  # the proxy may be at fault or the origin: the origin is asked
             self._leave_aside(None)
             return None
         self.used += 1
@@ -137,15 +140,16 @@ class ForwardProxy:
 
     def with_url(self, url: str) -> "ForwardProxy":
         """The same settings for another address; the health check was of this one and stays behind."""
-        return ForwardProxy(
+        former = self.settings
+        settings = ProxySettings(
             url,
-            fallback=self.fallback,
-            check_interval_s=self._check_interval_s,
-            use_http=self._use_http,
-            check_pause_s=self._check_pause_s,
-            connect_timeout_s=self._connect_timeout_s,
-            say=self._say,
+            fallback=former.fallback,
+            check_interval_s=former.check_interval_s,
+            use_http=former.use_http,
+            check_pause_s=former.check_pause_s,
+            connect_timeout_s=former.connect_timeout_s,
         )
+        return ForwardProxy(settings, self._say)
 
     def pass_by(self) -> float:
         """Counts a request that goes round it; seconds that this one has to wait first."""
@@ -179,7 +183,7 @@ class ForwardProxy:
         self._leave_aside(RetriableFailure(line))
 
     def _leave_aside(self, failure: Failure | None) -> None:
-        if self.fallback or failure is None:
+        if self.settings.fallback or failure is None:
             self.passed_by += 1
             return
         raise failure
@@ -198,7 +202,7 @@ class ForwardProxy:
                     f"{scheme}://{address}",
                     proxy_headers=headers,
                     num_pools=16,
-                    maxsize=client.pool_size,
+                    maxsize=client.limits.pool_size,
                     block=False,
                     ssl_context=client.make_ssl_context(),
                 )
@@ -210,7 +214,7 @@ class ForwardProxy:
 
     def _note_traffic(self, client: HttpClient) -> None:
         self._last_used = time.monotonic()
-        if not self._ping_url or self._checker is not None:
+        if not self.settings.ping_url or self._checker is not None:
             return
         with self._lock:
             if self._checker is None:
@@ -219,15 +223,17 @@ class ForwardProxy:
 
     def _check(self, client: HttpClient) -> None:
         """Pings until there has been no traffic for a while; the next request starts it anew."""
-        while time.monotonic() - self._last_used < self._check_pause_s and not self._closed:
+        while time.monotonic() - self._last_used < self.settings.check_pause_s and not self._closed:
             self._ping(client)
-            if client.closing.wait(self._check_interval_s):
+            if client.closing.wait(self.settings.check_interval_s):
                 break
         self._checker = None
 
     def _ping(self, client: HttpClient) -> None:
         try:
-            response = client.send("GET", self._ping_url, read_timeout_s=self._connect_timeout_s or 5.0)
+            response = client.send(
+                Request("GET", self.settings.ping_url, read_timeout_s=self.settings.connect_timeout_s or 5.0)
+            )
             status = response.status
             release(response)
         except Failure as failure:

@@ -13,48 +13,49 @@ from virtiofsd_nydus.net.answers import (
     redirect_target,
     release,
 )
-from virtiofsd_nydus.net.client import HttpClient, Through
-from virtiofsd_nydus.net.credentials import Credentials
-from virtiofsd_nydus.net.login import Authenticator, pull_scope, push_scope
+from virtiofsd_nydus.net.client import HttpClient, Request, Through
+from virtiofsd_nydus.net.login import Authenticator, Login, pull_scope, push_scope
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from typing import IO
+    from collections.abc import Callable
 
     from urllib3 import BaseHTTPResponse
 
-    Body = bytes | Callable[[], IO[bytes]]
+
+class Endpoint:
+    """One repository of one registry. plain_fallback: go on in plain HTTP when the host turns out not to speak TLS
+    (nydusd does so with skip_verify)."""
+
+    __slots__ = ("host", "plain_fallback", "repo", "scheme")
+
+    def __init__(self, scheme: str, host: str, repo: str, *, plain_fallback: bool = False) -> None:
+        self.scheme = scheme
+        self.host = host
+        self.repo = repo
+        self.plain_fallback = plain_fallback and scheme == "https"
 
 
 class RegistrySession:
-    """One repository. Thread-safe."""
+    """Requests to one endpoint. Thread-safe."""
 
     def __init__(
         self,
         client: HttpClient,
-        scheme: str,
-        host: str,
-        repo: str,
+        endpoint: Endpoint,
+        login: Login | None = None,
         *,
-        credentials: Credentials | None = None,
-        token: str = "",
-        plain_fallback: bool = False,
         rewrite_redirect: "Callable[[str], str] | None" = None,
-        find_credentials: "Callable[[], Credentials | None] | None" = None,
         say: "Callable[[str], None] | None" = None,
     ) -> None:
-        """plain_fallback: go on in plain HTTP when the host turns out not to speak TLS (nydusd does so with
-        skip_verify). rewrite_redirect: changes the address a redirect names. find_credentials: asked at each login when
-        credentials are not given. say: gets a line when the login stops or begins to work."""
+        """rewrite_redirect: changes the address a redirect names. say: gets a line when the login stops or begins to
+        work."""
         self.client = client
-        self.host = host
-        self.repo = repo
-        self.auth = Authenticator(
-            client, host, credentials, token, secure=scheme == "https", find_credentials=find_credentials, say=say
-        )
-        self._scheme = scheme
-        self._plain_fallback = plain_fallback and scheme == "https"
+        self.host = endpoint.host
+        self.repo = endpoint.repo
+        self.auth = Authenticator(client, endpoint.host, login, secure=endpoint.scheme == "https", say=say)
+        self._scheme = endpoint.scheme
+        self._plain_fallback = endpoint.plain_fallback
         self._rewrite_redirect = rewrite_redirect
 
     def url(self, path: str) -> str:
@@ -67,29 +68,25 @@ class RegistrySession:
 
     def request(
         self,
-        method: str,
-        target: str,
+        request: Request,
         what: str,
         *,
         push: bool = False,
-        headers: "Mapping[str, str] | None" = None,
-        body: "Body | None" = None,
         deadline: float | None = None,
-        read_timeout_s: float | None = None,
         through: Through | None = None,
         pass_statuses: tuple[int, ...] = (),
     ) -> "tuple[BaseHTTPResponse, str]":
-        """One exchange. target: path below /v2/REPO/, or a whole URL. what: names the thing in messages.
-        through: by the client's proxy as it says.
+        """One exchange. The request's url: a path below /v2/REPO/, or a whole one. what: names the thing in messages.
+        push: the login must allow to write. through: by the client's proxy as it says.
 
         Returns the answer (status below 300, or one of pass_statuses) unread, and the address that gave it. Raises
         Failure: AUTH, MISSING, SCHEME, NETWORK (RetriableFailure where another try may help), IO."""
         from urllib.parse import urljoin
 
-        url = target if "://" in target else self.url(target)
+        url = request.url if "://" in request.url else self.url(request.url)
         for _ in range(REDIRECTS_MAX + 1):
             try:
-                response = self._send(method, url, push, headers, body, deadline, read_timeout_s, through)
+                response = self._send(request, url, push, deadline, through)
             except Failure as failure:
                 if failure.cause is Cause.SCHEME and self._plain_fallback and self.is_own(url):
                     self._scheme, self._plain_fallback = "http", False
@@ -114,32 +111,13 @@ class RegistrySession:
         )
 
     def _send(
-        self,
-        method: str,
-        url: str,
-        push: bool,
-        headers: "Mapping[str, str] | None",
-        body: "Body | None",
-        deadline: float | None,
-        read_timeout_s: float | None,
-        through: Through | None,
+        self, request: Request, url: str, push: bool, deadline: float | None, through: Through | None
     ) -> "BaseHTTPResponse":
         own = self.is_own(url)
 
         def send(authorization: str) -> "BaseHTTPResponse":
-            sent = dict(headers or {})
-            if authorization:
-                sent["Authorization"] = authorization
-            return self.client.send(
-                method,
-                url,
-                headers=sent,
-                deadline=deadline,
-                read_timeout_s=read_timeout_s,
-                through=through,
-                own=own,
-                body=body() if callable(body) else body,
-            )
+            added = {"Authorization": authorization} if authorization else {}
+            return self.client.send(request.at(url, own, added), deadline=deadline, through=through)
 
         if not own:
             return send("")

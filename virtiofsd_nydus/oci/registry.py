@@ -10,18 +10,19 @@ from urllib.parse import urljoin
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.answers import check_status, read_body, release
-from virtiofsd_nydus.net.client import HttpClient
+from virtiofsd_nydus.net.client import HttpClient, Limits, Request, Trust
 from virtiofsd_nydus.net.credentials import Credentials, find_docker_credentials, parse_creds
 from virtiofsd_nydus.net.failures import RetriableFailure
+from virtiofsd_nydus.net.login import Login
+from virtiofsd_nydus.net.session import Endpoint
 from virtiofsd_nydus.oci.manifest import ACCEPT, DOCUMENT_BYTES, Descriptor, digest_of
 from virtiofsd_nydus.oci.reference import Reference, default_scheme
 from virtiofsd_nydus.oci.store import OnBytes
-from virtiofsd_nydus.storage.registry import RETRIES, RegistryBackend
+from virtiofsd_nydus.storage.registry import RegistryBackend
 
 # Nobody waits behind a conversion, so its limits are those of a slow registry. A PUT is answered after the registry
 # has hashed and stored the whole blob.
-READ_TIMEOUT_S = 30.0
-CONNECT_TIMEOUT_S = 10.0
+LIMITS = Limits(read_timeout_s=30.0, connect_timeout_s=10.0)
 PUT_TIMEOUT_S = 300.0
 
 
@@ -44,13 +45,8 @@ class RegistryStore:
         self.credentials = credentials
         self.ca_cert_files = tuple(ca_cert_files)
         self.skip_verify = skip_verify
-        self._client = HttpClient(
-            skip_verify=skip_verify,
-            ca_cert_files=self.ca_cert_files,
-            read_timeout_s=READ_TIMEOUT_S,
-            connect_timeout_s=CONNECT_TIMEOUT_S,
-        )
-        self._backend = RegistryBackend(self._client, self.scheme, self.host, self.repo, credentials=credentials)
+        self._client = HttpClient(LIMITS, Trust(self.ca_cert_files, skip_verify=skip_verify))
+        self._backend = RegistryBackend(self._client, Endpoint(scheme, self.host, self.repo), Login(credentials))
         self._session = self._backend.session
         self._known: set[str] = set()  # digests this repository has
         self._lock = threading.Lock()
@@ -79,12 +75,11 @@ class RegistryStore:
         self._client.close()
 
     def get_manifest(self, version: str) -> tuple[bytes, str]:
-        retry = self._client.retry(RETRIES, None)
+        retry = self._client.retry(LIMITS.retries, None)
         while True:
             try:
-                response, url = self._session.request(
-                    "GET", f"manifests/{version}", f"manifest of {self.name}", headers={"Accept": ACCEPT}
-                )
+                request = Request("GET", f"manifests/{version}", {"Accept": ACCEPT})
+                response, url = self._session.request(request, f"manifest of {self.name}")
                 media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
                 told = response.headers.get("Docker-Content-Digest", "")
                 data = read_body(response, url, DOCUMENT_BYTES)
@@ -105,11 +100,12 @@ class RegistryStore:
         with self._lock:
             if descriptor.digest in self._known:
                 return True
-        retry = self._client.retry(RETRIES, None)
+        retry = self._client.retry(LIMITS.retries, None)
         while True:
             try:
+                request = Request("HEAD", f"blobs/{descriptor.digest}")
                 response, _ = self._session.request(
-                    "HEAD", f"blobs/{descriptor.digest}", f"blob {descriptor.digest}", push=True, pass_statuses=(404,)
+                    request, f"blob {descriptor.digest}", push=True, pass_statuses=(404,)
                 )
                 there = response.status == 200
                 release(response)
@@ -123,7 +119,7 @@ class RegistryStore:
     def put_blob(self, descriptor: Descriptor, file: Path, on_bytes: OnBytes | None = None) -> None:
         """Monolithic upload (POST, then PUT of the whole). A broken upload starts anew."""
         what = f"upload of blob {descriptor.digest[7:19]} to {self.name}"
-        retry = self._client.retry(RETRIES, None)
+        retry = self._client.retry(LIMITS.retries, None)
         sent = 0
 
         def count(size: int) -> None:
@@ -145,18 +141,12 @@ class RegistryStore:
 
     def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> None:
         version = digest_of(data) if tag is None else tag
-        retry = self._client.retry(RETRIES, None)
+        retry = self._client.retry(LIMITS.retries, None)
         while True:
             try:
-                response, _ = self._session.request(
-                    "PUT",
-                    f"manifests/{version}",
-                    f"manifest of {self.name}",
-                    push=True,
-                    headers={"Content-Type": media_type},
-                    body=data,
-                    read_timeout_s=PUT_TIMEOUT_S,
-                )
+                kind = {"Content-Type": media_type}
+                request = Request("PUT", f"manifests/{version}", kind, data, read_timeout_s=PUT_TIMEOUT_S)
+                response, _ = self._session.request(request, f"manifest of {self.name}", push=True)
                 told = response.headers.get("Docker-Content-Digest", "")
                 release(response)
                 break
@@ -166,9 +156,8 @@ class RegistryStore:
             raise Failure(f"{self.name}: the registry stored another manifest than was sent ({told})", Cause.DIGEST)
 
     def _upload(self, descriptor: Descriptor, file: Path, what: str, on_bytes: OnBytes) -> None:
-        response, url = self._session.request(
-            "POST", "blobs/uploads/", what, push=True, headers={"Content-Length": "0"}
-        )
+        request = Request("POST", "blobs/uploads/", {"Content-Length": "0"})
+        response, url = self._session.request(request, what, push=True)
         location = response.headers.get("Location", "")
         release(response)
         if response.status != 202 or not location:
@@ -182,15 +171,9 @@ class RegistryStore:
             return opened[-1]  # type: ignore[return-value]  # has all that is used of it: read()
 
         try:
-            response, _ = self._session.request(
-                "PUT",
-                location,
-                what,
-                push=True,
-                body=body,
-                read_timeout_s=PUT_TIMEOUT_S,
-                headers={"Content-Type": "application/octet-stream", "Content-Length": str(descriptor.size)},
-            )
+            kind = {"Content-Type": "application/octet-stream", "Content-Length": str(descriptor.size)}
+            request = Request("PUT", location, kind, body, read_timeout_s=PUT_TIMEOUT_S)
+            response, _ = self._session.request(request, what, push=True)
         finally:
             for one in opened:
                 one.close()
@@ -205,10 +188,10 @@ class RegistryStore:
 
 def _wants_tls(host: str) -> bool:
     """Whether a plain request is answered by the complaint that it is not TLS. (A HEAD would not tell.)"""
-    client = HttpClient(read_timeout_s=READ_TIMEOUT_S, connect_timeout_s=CONNECT_TIMEOUT_S)
+    client = HttpClient(LIMITS)
     url = f"http://{host}/v2/"
     try:
-        check_status(client.send("GET", url), url, "the registry")
+        check_status(client.send(Request("GET", url)), url, "the registry")
     except Failure as failure:
         return failure.cause is Cause.SCHEME  # whatever else is wrong the first real request will tell
     finally:

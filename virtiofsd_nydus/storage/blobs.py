@@ -10,9 +10,8 @@ from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.address import host_of
 from virtiofsd_nydus.net.answers import PIECE_BYTES, check_range, parse_content_range, read_some, release, short_blob
 from virtiofsd_nydus.net.client import HttpClient, Retry, Through
-from virtiofsd_nydus.net.failures import DeadlinePassed, RetriableFailure
+from virtiofsd_nydus.net.failures import DeadlinePassed, ProxyLimited, RetriableFailure
 from virtiofsd_nydus.net.health import Gate
-from virtiofsd_nydus.net.proxy import ProxyLimited
 from virtiofsd_nydus.storage.meter import BackendMeter
 
 TYPE_CHECKING = False
@@ -23,8 +22,7 @@ if TYPE_CHECKING:
 
     from virtiofsd_nydus.net.client import Proxy
 
-# Retries after the first attempt: nydusd's budget.
-RETRIES = 3
+# Attempts of prefetch after the first one
 PREFETCH_RETRIES = 1
 # The circuit breaker: so many reads in a row that failed for the network, retries and all, shut it for so long.
 BREAKER_FAILURES = 5
@@ -41,12 +39,10 @@ class HttpBackend:
 
     kind = ""
 
-    def __init__(
-        self, client: HttpClient, where: str, retries: int = RETRIES, say: "Callable[[str], None] | None" = None
-    ) -> None:
+    def __init__(self, client: HttpClient, where: str, say: "Callable[[str], None] | None" = None) -> None:
         """where: names the server in messages. say: gets lines about servers that come and go."""
         self._client = client
-        self._retries = retries
+        self._retries = client.limits.retries
         self.say = say
         self.meter = BackendMeter(self.kind)
         self.breaker = Gate(f"{self.kind} {where}", BREAKER_FAILURES, BREAKER_FIRST_PAUSE_S, BREAKER_LAST_PAUSE_S, say)
@@ -137,51 +133,30 @@ class HttpBackend:
                 while offset < end:
                     start, began_s = offset, time.monotonic()
                     try:
-                        response, url, stop = self._open_range(blob_id, offset, end - offset, what, through, deadline)
+                        answer = self._open_range(blob_id, offset, end - offset, what, through, deadline)
                     except Failure as failure:
                         self.meter.record(began_s, end - offset, failure.cause.name.lower())
                         self._prepare_retry(retry, failure, through, deadline)
                         continue
                     failed: RetriableFailure | None = None
-                    pace = _Pace(self._client.read_timeout_s)
                     try:
-                        while offset < stop and failed is None:
-                            filled, whole = 0, None
-                            want = min(len(buffer), stop - offset)
-                            try:
-                                while filled < want:
-                                    piece = read_some(response, url, want - filled, deadline)
-                                    if not piece:
-                                        raise RetriableFailure(
-                                            f"{host_of(url)}: {what}: the answer ended "
-                                            f"{stop - offset - filled} bytes early"
-                                        )
-                                    pace.check(len(piece), url, what)
-                                    if not filled and len(piece) >= WHOLE_PIECE_BYTES:
-                                        filled, whole = len(piece), memoryview(piece)
-                                        break
-                                    view[filled : filled + len(piece)] = piece
-                                    filled += len(piece)
-                            except RetriableFailure as failure:
-                                failed = failure
-                            if filled:
-                                offset += filled
-                                self.meter.receive(filled)
-                                yield view[:filled] if whole is None else whole
+                        for piece in answer.read(view, self._client.limits.read_timeout_s, deadline):
+                            offset += len(piece)
+                            self.meter.receive(len(piece))
+                            yield piece
+                    except RetriableFailure as failure:
+                        failed = failure
                     finally:
-                        # After the last byte the connection is back in the pool already; one left half way is closed.
-                        if offset < stop:
-                            response.close()
-                        else:
-                            response.release_conn()
+                        answer.end()
                         self.meter.record(began_s, end - start, "network" if failed else "")
                     if offset - start >= PIECE_BYTES:
                         retry.progress()
                     if offset < end:
                         failed = failed or RetriableFailure(
-                            f"{host_of(url)}: {what}: the answer covers {stop - start} bytes, asked for {end - start}"
+                            f"{host_of(answer.url)}: {what}: the answer covers {answer.stop - start} bytes, asked for "
+                            f"{end - start}"
                         )
-                        self._broke(blob_id, url, failed)
+                        self._broke(blob_id, answer.url, failed)
                         self._prepare_retry(retry, failed, through, deadline)
         finally:
             view.release()
@@ -207,9 +182,8 @@ class HttpBackend:
 
     def _open_range(
         self, blob_id: str, offset: int, length: int, what: str, through: Through, deadline: float | None
-    ) -> "tuple[BaseHTTPResponse, str, int]":
-        """The checked answer to one range request, its address, and the blob offset at which it ends (at most
-        offset + length)."""
+    ) -> "_RangeAnswer":
+        """The checked answer to one range request; it may be shorter than length."""
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         response, url = self._request("GET", blob_id, what, headers, through, deadline)
         if response.status == 416:
@@ -231,7 +205,62 @@ class HttpBackend:
             known = self._sizes.pop(blob_id, 0)
             raise RetriableFailure(f"{host_of(url)}: {what}: had {known} bytes, now has {total_bytes}")
         parsed = parse_content_range(response.headers.get("Content-Range", ""))
-        return response, url, parsed[1] + 1 if response.status == 206 and parsed else offset + length
+        stop = parsed[1] + 1 if response.status == 206 and parsed else offset + length
+        return _RangeAnswer(response, url, what, offset, stop)
+
+
+class _RangeAnswer:
+    """A checked answer that is being read: bytes [at, stop) of the blob are to come."""
+
+    __slots__ = ("_at", "_response", "_what", "stop", "url")
+
+    def __init__(self, response: "BaseHTTPResponse", url: str, what: str, start: int, stop: int) -> None:
+        self._response = response
+        self._what = what
+        self._at = start
+        self.url = url
+        self.stop = stop
+
+    def read(self, view: memoryview, limit_s: float, deadline: float | None) -> "Iterator[memoryview]":
+        """Yields the bytes in order; a piece is valid until the next is asked for. view: memory to gather small pieces
+        in. Raises RetriableFailure once all that came before it is handed over."""
+        pace = _Pace(limit_s)
+        while self._at < self.stop:
+            piece, failure = self._gather(view, pace, deadline)
+            self._at += len(piece)
+            if piece:
+                yield piece
+            if failure is not None:
+                raise failure
+
+    def _gather(
+        self, view: memoryview, pace: "_Pace", deadline: float | None
+    ) -> "tuple[memoryview, RetriableFailure | None]":
+        """The next bytes, as many as view holds or as came in one large piece, and what kept more from coming."""
+        filled, want = 0, min(len(view), self.stop - self._at)
+        try:
+            while filled < want:
+                piece = read_some(self._response, self.url, want - filled, deadline)
+                if not piece:
+                    raise RetriableFailure(
+                        f"{host_of(self.url)}: {self._what}: the answer ended {self.stop - self._at - filled} bytes "
+                        "early"
+                    )
+                pace.check(len(piece), self.url, self._what)
+                if not filled and len(piece) >= WHOLE_PIECE_BYTES:
+                    return memoryview(piece), None
+                view[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        except RetriableFailure as failure:
+            return view[:filled], failure
+        return view[:filled], None
+
+    def end(self) -> None:
+        """After the last byte the connection is in the pool again; one that was left half way is closed."""
+        if self._at < self.stop:
+            self._response.close()
+        else:
+            self._response.release_conn()
 
 
 class _Pace:

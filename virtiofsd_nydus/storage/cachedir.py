@@ -218,7 +218,7 @@ class CacheDir:
     # ---- left-overs
 
     def collect(self, *, dry_run: bool = False, now: float | None = None) -> list[Path]:
-        """Removes side files whose blob is gone and unfinished ones that nobody makes any more; their paths."""
+        """Removes side files whose blob is gone and unfinished ones whose maker is gone; returns their paths."""
         side_dir = self.path / SIDE_DIR
         now = time.time() if now is None else now
         gone = []
@@ -235,7 +235,8 @@ class CacheDir:
         return gone
 
     def _sweep_side(self, path: Path, dry_run: bool) -> bool:
-        """With the daemons' own locks: whoever opens the file at the same time finds it gone and makes another."""
+        """With the daemons' own locks: a daemon that opens the file at the same time finds it gone and makes
+        another."""
         compressed = path.name.endswith(STORED_SIDE_SUFFIX)
         blob_id = path.name.removesuffix(STORED_SIDE_SUFFIX if compressed else SIDE_SUFFIX)
         data = self.path / Kept(blob_id, compressed).data_name
@@ -340,7 +341,7 @@ def _status(path: Path, read: Callable[[os.stat_result], T]) -> T | None:
 
 
 def _lock(fd: int, at: int) -> bool:
-    """An exclusive lock of one byte, with the open file; False: somebody else has it."""
+    """An exclusive lock of one byte, with the open file; False: another process has it."""
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
     except OSError as error:

@@ -3,7 +3,7 @@
 import os
 
 from virtiofsd_nydus.errors import UsageFailure
-from virtiofsd_nydus.net.client import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, HttpClient
+from virtiofsd_nydus.net.client import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, RETRIES, HttpClient, Limits, Trust
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from virtiofsd_nydus.net.proxy import ForwardProxy
     from virtiofsd_nydus.storage.backend import Backend
+    from virtiofsd_nydus.storage.objects import Keys
     from virtiofsd_nydus.storage.registry import Mirror
 
     Settings = Mapping[str, Any]
@@ -86,26 +87,24 @@ def _make_localdisk(settings: "Settings", say: "Say") -> "Backend":
 
 def _make_registry(settings: "Settings", say: "Say") -> "Backend":
     from virtiofsd_nydus.net.credentials import decode_basic, find_docker_credentials
-    from virtiofsd_nydus.storage.registry import RegistryBackend
+    from virtiofsd_nydus.net.login import Login
+    from virtiofsd_nydus.net.session import Endpoint
+    from virtiofsd_nydus.storage.registry import Redirects, RegistryBackend
 
     host, repo = _text(settings, "host"), _text(settings, "repo")
     if not host or not repo:
         raise UsageFailure("backend registry: host and repo are needed")
     auth = _text(settings, "auth")
     return RegistryBackend(
-        # nydusd: anything but http is https.
         _make_client(settings, say),
-        "http" if _text(settings, "scheme") == "http" else "https",
-        host,
-        repo,
-        credentials=decode_basic(auth, "backend registry, auth") if auth else None,
-        token=_text(settings, "registry_token"),
-        retries=_retries(settings),
-        plain_fallback=_flag(settings, "skip_verify"),
-        blob_url_scheme=_text(settings, "blob_url_scheme"),
-        blob_redirected_host=_text(settings, "blob_redirected_host"),
+        Endpoint(_scheme(settings), host, repo, plain_fallback=_flag(settings, "skip_verify")),
+        Login(
+            decode_basic(auth, "backend registry, auth") if auth else None,
+            _text(settings, "registry_token"),
+            lambda: find_docker_credentials(host),
+        ),
+        redirects=Redirects(_text(settings, "blob_url_scheme"), _text(settings, "blob_redirected_host")),
         mirrors=_make_mirrors(settings, say),
-        find_credentials=lambda: find_docker_credentials(host),
         say=say,
     )
 
@@ -142,45 +141,30 @@ def _make_mirrors(settings: "Settings", say: "Say") -> "list[Mirror]":
 
 
 def _make_s3(settings: "Settings", say: "Say") -> "Backend":
-    from virtiofsd_nydus.storage.objects import S3Backend
+    from virtiofsd_nydus.storage.objects import S3_ENDPOINT, Bucket, S3Backend
 
     bucket, region = _text(settings, "bucket_name"), _text(settings, "region")
     if not bucket or not region:
         raise UsageFailure("backend s3: bucket_name and region are needed")
-    return S3Backend(
-        _make_client(settings, say),
-        "http" if _text(settings, "scheme") == "http" else "https",
-        _text(settings, "endpoint"),
+    place = Bucket(
+        _scheme(settings),
+        _text(settings, "endpoint") or S3_ENDPOINT,
         bucket,
         _text(settings, "object_prefix"),
-        region=region,
-        key_id=_text(settings, "access_key_id"),
-        key_secret=_text(settings, "access_key_secret"),
-        session_token=_text(settings, "session_token"),
         path_style=_flag(settings, "path_style", True),
-        retries=_retries(settings),
-        say=say,
+        region=region,
     )
+    return S3Backend(_make_client(settings, say), place, _keys(settings), say)
 
 
 def _make_oss(settings: "Settings", say: "Say") -> "Backend":
-    from virtiofsd_nydus.storage.objects import OssBackend
+    from virtiofsd_nydus.storage.objects import Bucket, OssBackend
 
     endpoint, bucket = _text(settings, "endpoint"), _text(settings, "bucket_name")
     if not endpoint or not bucket:
         raise UsageFailure("backend oss: endpoint and bucket_name are needed")
-    return OssBackend(
-        _make_client(settings, say),
-        "http" if _text(settings, "scheme") == "http" else "https",
-        endpoint,
-        bucket,
-        _text(settings, "object_prefix"),
-        key_id=_text(settings, "access_key_id"),
-        key_secret=_text(settings, "access_key_secret"),
-        session_token=_text(settings, "session_token"),
-        retries=_retries(settings),
-        say=say,
-    )
+    place = Bucket(_scheme(settings), endpoint, bucket, _text(settings, "object_prefix"))
+    return OssBackend(_make_client(settings, say), place, _keys(settings), say)
 
 
 def _make_http_proxy(settings: "Settings", say: "Say") -> "Backend":
@@ -197,7 +181,6 @@ def _make_http_proxy(settings: "Settings", say: "Say") -> "Backend":
         address,
         path,
         unix=unix,
-        retries=_retries(settings),
         say=say,
     )
 
@@ -217,7 +200,7 @@ def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> list[str
     none). Nothing is changed when one of them cannot be: UsageFailure naming keys, never values. Returns the keys that
     mean nothing to this backend."""
     from virtiofsd_nydus.net.credentials import decode_basic
-    from virtiofsd_nydus.net.proxy import ForwardProxy
+    from virtiofsd_nydus.net.proxy import ForwardProxy, ProxySettings
     from virtiofsd_nydus.storage.blobs import HttpBackend
     from virtiofsd_nydus.storage.registry import RegistryBackend
 
@@ -229,7 +212,7 @@ def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> list[str
     if "proxy_url" in changes:
         url = _address(changes, "proxy_url")
         if isinstance(backend, HttpBackend):
-            backend.set_proxy(ForwardProxy(url, say=backend.say) if url else None)
+            backend.set_proxy(ForwardProxy(ProxySettings(url), backend.say) if url else None)
         else:
             unused.append("proxy_url")
     if "registry_auth" in changes:
@@ -246,10 +229,12 @@ def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> list[str
 def _make_client(settings: "Settings", say: "Say", *, unix_socket: str = "") -> HttpClient:
     connect_timeout_s = _number(settings, "connect_timeout", CONNECT_TIMEOUT_S)
     return HttpClient(
-        skip_verify=_flag(settings, "skip_verify"),
-        ca_cert_files=_texts(settings, "ca_cert_files"),
-        read_timeout_s=_number(settings, "timeout", READ_TIMEOUT_S),
-        connect_timeout_s=connect_timeout_s,
+        Limits(
+            read_timeout_s=_number(settings, "timeout", READ_TIMEOUT_S),
+            connect_timeout_s=connect_timeout_s,
+            retries=int(_number(settings, "retry_limit", 0)) or RETRIES,
+        ),
+        Trust(_texts(settings, "ca_cert_files"), skip_verify=_flag(settings, "skip_verify")),
         headers=read_header_environment(say),
         unix_socket=unix_socket,
         proxy=None if unix_socket else _make_proxy(settings, connect_timeout_s, say),
@@ -257,7 +242,7 @@ def _make_client(settings: "Settings", say: "Say", *, unix_socket: str = "") -> 
 
 
 def _make_proxy(settings: "Settings", connect_timeout_s: float, say: "Say") -> "ForwardProxy | None":
-    from virtiofsd_nydus.net.proxy import ForwardProxy
+    from virtiofsd_nydus.net.proxy import ForwardProxy, ProxySettings
 
     proxy = settings.get("proxy")
     if proxy is None:
@@ -273,7 +258,7 @@ def _make_proxy(settings: "Settings", connect_timeout_s: float, say: "Say") -> "
         )
     if not url:
         return None
-    return ForwardProxy(
+    wanted = ProxySettings(
         url,
         ping_url=_address(proxy, "ping_url"),
         fallback=_flag(proxy, "fallback", True),
@@ -281,8 +266,8 @@ def _make_proxy(settings: "Settings", connect_timeout_s: float, say: "Say") -> "
         use_http=_flag(proxy, "use_http"),
         check_pause_s=_number(proxy, "check_pause_elapsed", 0) or 300.0,
         connect_timeout_s=connect_timeout_s,
-        say=say,
     )
+    return ForwardProxy(wanted, say)
 
 
 def read_header_environment(say: "Say") -> dict[str, str]:
@@ -311,10 +296,17 @@ def _name_unknown(where: str, settings: "Settings", known: "frozenset[str] | set
             warn(f"{where}: {key} is no longer a key of nydusd's and without effect: {reason}")
 
 
-def _retries(settings: "Settings") -> int:
-    from virtiofsd_nydus.storage.blobs import RETRIES
+def _scheme(settings: "Settings") -> str:
+    """As nydusd: anything but http is https."""
+    return "http" if _text(settings, "scheme") == "http" else "https"
 
-    return int(_number(settings, "retry_limit", 0)) or RETRIES
+
+def _keys(settings: "Settings") -> "Keys":
+    from virtiofsd_nydus.storage.objects import Keys
+
+    return Keys(
+        _text(settings, "access_key_id"), _text(settings, "access_key_secret"), _text(settings, "session_token")
+    )
 
 
 def _text(settings: "Settings", key: str) -> str:

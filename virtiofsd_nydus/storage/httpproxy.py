@@ -5,8 +5,8 @@ Configuration as nydusd has it (docs/operations.md). Light: urllib3 is imported 
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.address import host_of
-from virtiofsd_nydus.net.client import HttpClient, Through, request_following
-from virtiofsd_nydus.storage.blobs import RETRIES, HttpBackend
+from virtiofsd_nydus.net.client import HttpClient, Request, Through, request_following
+from virtiofsd_nydus.storage.blobs import HttpBackend
 from virtiofsd_nydus.storage.localfs import BLOB_ID_CHARACTERS
 
 TYPE_CHECKING = False
@@ -29,11 +29,10 @@ class HttpProxyBackend(HttpBackend):
         path: str = "",
         *,
         unix: bool = False,
-        retries: int = RETRIES,
         say: "Callable[[str], None] | None" = None,
     ) -> None:
         """address: http(s)://HOST[:PORT]; for a unix socket (which client is bound to) its path, for messages."""
-        super().__init__(client, address if unix else host_of(address), retries, say)
+        super().__init__(client, address if unix else host_of(address), say)
         path = "/" + path.strip("/") if path.strip("/") else ""
         # A host is needed for the request line's sake only.
         self._base = ("http://localhost" if unix else address.rstrip("/")) + path
@@ -49,7 +48,7 @@ class HttpProxyBackend(HttpBackend):
         deadline: float | None,
     ) -> "tuple[BaseHTTPResponse, str]":
         url = self._base + "/" if self._whole else f"{self._base}/{check_blob_id(blob_id)}"
-        return request_following(self._client, method, url, what, headers, through, deadline)
+        return request_following(self._client, Request(method, url, headers), what, through, deadline)
 
 
 def check_blob_id(blob_id: str) -> str:

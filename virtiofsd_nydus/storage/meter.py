@@ -53,13 +53,13 @@ class BackendMeter:
             self._received_bytes += count
 
     def buffer(self, count: int, prefetch: bool) -> None:
-        """So many bytes that have arrived are about to be decoded and written. prefetch: nobody waits for them."""
+        """So many bytes that have arrived are about to be decoded and written. prefetch: no reader waits for them."""
         with self._lock:
             self._buffered_bytes += count
             self._prefetched_bytes += count if prefetch else 0
 
     def settle(self, count: int) -> None:
-        """They have been, or were dropped."""
+        """So many bytes that buffer() counted have been written or dropped."""
         with self._lock:
             self._buffered_bytes -= count
 

@@ -12,8 +12,8 @@ import time
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.address import host_of
 from virtiofsd_nydus.net.answers import REDIRECT_STATUSES, check_status, error_text, release
-from virtiofsd_nydus.net.client import HttpClient, Through
-from virtiofsd_nydus.storage.blobs import RETRIES, HttpBackend
+from virtiofsd_nydus.net.client import HttpClient, Request, Through
+from virtiofsd_nydus.storage.blobs import HttpBackend
 from virtiofsd_nydus.storage.httpproxy import check_blob_id
 
 TYPE_CHECKING = False
@@ -27,30 +27,49 @@ S3_ENDPOINT = "s3.amazonaws.com"
 SKEW_WORDS = ("RequestTimeTooSkewed",)
 
 
+class Bucket:
+    """Where objects are. endpoint: a host. path_style: the bucket's name stands in the path, not in the host. region:
+    s3's."""
+
+    __slots__ = ("base", "name", "prefix", "region")
+
+    def __init__(
+        self, scheme: str, endpoint: str, name: str, prefix: str = "", *, path_style: bool = False, region: str = ""
+    ) -> None:
+        self.base = f"{scheme}://{endpoint}/{name}" if path_style else f"{scheme}://{name}.{endpoint}"
+        self.name = name
+        self.prefix = prefix
+        self.region = region
+
+
+class Keys:
+    """What requests are signed with. Never shows its secrets."""
+
+    __slots__ = ("id", "secret", "session_token")
+
+    def __init__(self, id: str = "", secret: str = "", session_token: str = "") -> None:
+        self.id, self.secret, self.session_token = id, secret, session_token
+
+    def __repr__(self) -> str:
+        return f"Keys({self.id!r}, ...)"
+
+    def hide_in(self, text: str) -> str:
+        """text without these secrets, should a server have sent them back."""
+        for secret in (self.secret, self.session_token):
+            if len(secret) >= 4:
+                text = text.replace(secret, "***")
+        return text
+
+
 class ObjectBackend(HttpBackend):
     """One bucket. See storage.backend.Backend."""
 
     def __init__(
-        self,
-        client: HttpClient,
-        scheme: str,
-        endpoint: str,
-        bucket: str,
-        prefix: str = "",
-        *,
-        key_id: str = "",
-        key_secret: str = "",
-        session_token: str = "",
-        path_style: bool = False,
-        retries: int = RETRIES,
-        say: "Callable[[str], None] | None" = None,
+        self, client: HttpClient, bucket: Bucket, keys: Keys, say: "Callable[[str], None] | None" = None
     ) -> None:
-        super().__init__(client, f"bucket {bucket} at {endpoint}", retries, say)
+        super().__init__(client, f"bucket {bucket.name} at {host_of(bucket.base)}", say)
         self._bucket = bucket
-        self._prefix = prefix
-        self._path_style = path_style
-        self._base = f"{scheme}://{endpoint}/{bucket}" if path_style else f"{scheme}://{bucket}.{endpoint}"
-        self._key_id, self._key_secret, self._session_token = key_id, key_secret, session_token
+        self._keys = keys
 
     def _sign(self, method: str, url: str, key: str, headers: dict[str, str]) -> dict[str, str]:
         """The headers with the signature's."""
@@ -67,11 +86,10 @@ class ObjectBackend(HttpBackend):
     ) -> "tuple[BaseHTTPResponse, str]":
         from urllib.parse import quote
 
-        key = self._prefix + check_blob_id(blob_id)
-        url = f"{self._base}/{quote(key, safe='/~')}"
-        response = self._client.send(
-            method, url, headers=self._sign(method, url, key, headers), deadline=deadline, through=through, own=True
-        )
+        key = self._bucket.prefix + check_blob_id(blob_id)
+        url = f"{self._bucket.base}/{quote(key, safe='/~')}"
+        request = Request(method, url, self._sign(method, url, key, headers), own=True)
+        response = self._client.send(request, deadline=deadline, through=through)
         if response.status < 300 or response.status == 416:
             return response, url
         if response.status in REDIRECT_STATUSES:
@@ -79,7 +97,7 @@ class ObjectBackend(HttpBackend):
             region = response.headers.get("x-amz-bucket-region", "")
             release(response)
             raise Failure(
-                f"{host_of(url)}: bucket {self._bucket} is elsewhere"
+                f"{host_of(url)}: bucket {self._bucket.name} is elsewhere"
                 f"{f' (region {region})' if region else ''}: set endpoint and region to its own",
                 Cause.NETWORK,
             )
@@ -93,26 +111,19 @@ class ObjectBackend(HttpBackend):
         import re
 
         status = response.status
-        text = error_text(response, url)
-        for secret in (self._key_secret, self._session_token):
-            if len(secret) >= 4:
-                text = text.replace(secret, "***")
+        text = self._keys.hide_in(error_text(response, url))
         code = re.search(r"<Code>\s*([A-Za-z.]{1,64})\s*</Code>", text)
         said = f" ({code.group(1)})" if code else f" ({text[:80]})" if text else ""
-        who = f"key {self._key_id!r}" if self._key_id else "nobody (no key is configured)"
+        who = f"key {self._keys.id!r}" if self._keys.id else "nobody (no key is configured)"
         if code and code.group(1) in SKEW_WORDS:
             return Failure(f"{host_of(url)}: the clock of this machine is wrong{said}", Cause.AUTH)
         if status == 400 and not (code and ("Token" in code.group(1) or "Auth" in code.group(1))):
             return Failure(f"{host_of(url)}: {what}: unexpected status 400{said}", Cause.IO)
         return Failure(
             f"{host_of(url)}: {what}: refused to {who}{said}: check access_key_id and "
-            f"access_key_secret, and what they may read of bucket {self._bucket}",
+            f"access_key_secret, and what they may read of bucket {self._bucket.name}",
             Cause.AUTH,
         )
-
-    def set_keys(self, key_id: str, key_secret: str, session_token: str = "") -> None:
-        """Hot reload of the login."""
-        self._key_id, self._key_secret, self._session_token = key_id, key_secret, session_token
 
 
 class S3Backend(ObjectBackend):
@@ -121,39 +132,14 @@ class S3Backend(ObjectBackend):
     kind = "s3"
 
     def __init__(
-        self,
-        client: HttpClient,
-        scheme: str,
-        endpoint: str,
-        bucket: str,
-        prefix: str = "",
-        *,
-        region: str,
-        key_id: str = "",
-        key_secret: str = "",
-        session_token: str = "",
-        path_style: bool = True,
-        retries: int = RETRIES,
-        say: "Callable[[str], None] | None" = None,
+        self, client: HttpClient, bucket: Bucket, keys: Keys, say: "Callable[[str], None] | None" = None
     ) -> None:
-        super().__init__(
-            client,
-            scheme,
-            endpoint or S3_ENDPOINT,
-            bucket,
-            prefix,
-            key_id=key_id,
-            key_secret=key_secret,
-            session_token=session_token,
-            path_style=path_style,
-            retries=retries,
-            say=say,
-        )
-        self._region = region
+        super().__init__(client, bucket, keys, say)
         self._import_lock = threading.Lock()
 
     def _sign(self, method: str, url: str, key: str, headers: dict[str, str]) -> dict[str, str]:
-        if not self._key_id:
+        keys = self._keys
+        if not keys.id:
             return headers
         with self._import_lock:  # one thread pays for the import, not eight at once
             from botocore.auth import S3SigV4Auth
@@ -161,9 +147,8 @@ class S3Backend(ObjectBackend):
             from botocore.credentials import Credentials
 
         request = AWSRequest(method=method, url=url, headers=dict(headers))
-        S3SigV4Auth(
-            Credentials(self._key_id, self._key_secret, self._session_token or None), "s3", self._region
-        ).add_auth(request)
+        who = Credentials(keys.id, keys.secret, keys.session_token or None)
+        S3SigV4Auth(who, "s3", self._bucket.region).add_auth(request)
         return dict(request.headers.items())
 
 
@@ -178,12 +163,12 @@ class OssBackend(ObjectBackend):
         from email.utils import formatdate
 
         signed = {**headers, "Date": formatdate(time.time(), usegmt=True)}
-        extra = ""
-        if self._session_token:
-            signed["x-oss-security-token"] = self._session_token
-            extra = f"x-oss-security-token:{self._session_token}\n"
+        extra, keys = "", self._keys
+        if keys.session_token:
+            signed["x-oss-security-token"] = keys.session_token
+            extra = f"x-oss-security-token:{keys.session_token}\n"
         # Always signed, even with empty keys, as nydusd does.
-        text = f"{method}\n\n\n{signed['Date']}\n{extra}/{self._bucket}/{key}"
-        mac = hmac.new(self._key_secret.encode(), text.encode(), "sha1").digest()
-        signed["Authorization"] = f"OSS {self._key_id}:{binascii.b2a_base64(mac, newline=False).decode()}"
+        text = f"{method}\n\n\n{signed['Date']}\n{extra}/{self._bucket.name}/{key}"
+        mac = hmac.new(keys.secret.encode(), text.encode(), "sha1").digest()
+        signed["Authorization"] = f"OSS {keys.id}:{binascii.b2a_base64(mac, newline=False).decode()}"
         return signed

@@ -8,10 +8,11 @@ import time
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.answers import check_status, release
-from virtiofsd_nydus.net.client import HttpClient, Through
+from virtiofsd_nydus.net.client import HttpClient, Request, Through
 from virtiofsd_nydus.net.health import Gate
-from virtiofsd_nydus.net.session import RegistrySession
-from virtiofsd_nydus.storage.blobs import RETRIES, HttpBackend
+from virtiofsd_nydus.net.login import Login
+from virtiofsd_nydus.net.session import Endpoint, RegistrySession
+from virtiofsd_nydus.storage.blobs import HttpBackend
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
 
     from virtiofsd_nydus.net.credentials import Credentials
-
-__all__ = ["RETRIES", "Mirror", "RegistryBackend", "blob_path"]
 
 # What an address that a redirect once named answers when its time is over; the registry then names another.
 STALE_STATUSES = (400, 401, 403, 404, 410)
@@ -55,6 +54,24 @@ class Mirror:
         self.failures_max, self.check_interval_s, self.with_login = failures_max, check_interval_s, with_login
 
 
+class Redirects:
+    """What nydusd's configuration changes of the addresses that a registry redirects to: their scheme and host. "":
+    stays as it is."""
+
+    __slots__ = ("host", "scheme")
+
+    def __init__(self, scheme: str = "", host: str = "") -> None:
+        self.scheme, self.host = scheme, host
+
+    def rewrite(self, url: str) -> str:
+        if self.scheme:
+            url = f"{self.scheme}://{url.partition('://')[2]}"
+        if self.host:
+            scheme, _, rest = url.partition("://")
+            url = f"{scheme}://{self.host}/{rest.partition('/')[2]}"
+        return url
+
+
 class _Mirrored:
     """A mirror at work."""
 
@@ -80,40 +97,24 @@ class RegistryBackend(HttpBackend):
     def __init__(
         self,
         client: HttpClient,
-        scheme: str,
-        host: str,
-        repo: str,
+        endpoint: Endpoint,
+        login: Login | None = None,
         *,
-        credentials: "Credentials | None" = None,
-        token: str = "",
-        retries: int = RETRIES,
-        plain_fallback: bool = False,
-        blob_url_scheme: str = "",
-        blob_redirected_host: str = "",
+        redirects: Redirects | None = None,
         mirrors: "Sequence[Mirror]" = (),
-        find_credentials: "Callable[[], Credentials | None] | None" = None,
         say: "Callable[[str], None] | None" = None,
     ) -> None:
-        super().__init__(client, host, retries, say)
-        self._blob_url_scheme = blob_url_scheme
-        self._blob_redirected_host = blob_redirected_host
-        self.session = RegistrySession(
-            client,
-            scheme,
-            host,
-            repo,
-            credentials=credentials,
-            token=token,
-            say=say,
-            find_credentials=find_credentials if credentials is None else None,
-            plain_fallback=plain_fallback,
-            rewrite_redirect=self._rewrite_redirect,
-        )
+        super().__init__(client, endpoint.host, say)
+        login = login or Login()
+        rewrite = redirects.rewrite if redirects is not None else None
+        self.session = RegistrySession(client, endpoint, login, rewrite_redirect=rewrite, say=say)
         self._mirrors = [
             _Mirrored(
                 mirror,
                 RegistrySession(
-                    client, mirror.scheme, mirror.host, repo, credentials=credentials if mirror.with_login else None
+                    client,
+                    Endpoint(mirror.scheme, mirror.host, endpoint.repo),
+                    Login(login.credentials) if mirror.with_login else None,
                 ),
                 say,
             )
@@ -166,10 +167,8 @@ class RegistryBackend(HttpBackend):
         if location is not None:
             try:
                 response, url = self.session.request(
-                    method,
-                    location,
+                    Request(method, location, headers),
                     what,
-                    headers=headers,
                     deadline=deadline,
                     through=through,
                     pass_statuses=(416, *STALE_STATUSES),
@@ -181,9 +180,8 @@ class RegistryBackend(HttpBackend):
                 return response, url
             release(response)
             self._locations.pop(blob_id, None)
-        response, url = self.session.request(
-            method, blob_path(blob_id), what, headers=headers, deadline=deadline, through=through, pass_statuses=(416,)
-        )
+        request = Request(method, blob_path(blob_id), headers)
+        response, url = self.session.request(request, what, deadline=deadline, through=through, pass_statuses=(416,))
         # A signed address may be good for one method only, so that of a HEAD is not kept.
         if method == "GET" and not self.session.is_own(url):
             self._locations[blob_id] = url
@@ -205,14 +203,8 @@ class RegistryBackend(HttpBackend):
             try:
                 if one.gate.state != "open" and one.mirror.ping_url:
                     self._ping(one, deadline)
-                response, url = one.session.request(
-                    method,
-                    blob_path(blob_id),
-                    what,
-                    deadline=deadline,
-                    headers={**one.mirror.headers, **headers},
-                    through=through,
-                )
+                request = Request(method, blob_path(blob_id), {**one.mirror.headers, **headers})
+                response, url = one.session.request(request, what, deadline=deadline, through=through)
             except Failure as failure:
                 if failure.cause is Cause.NETWORK or failure.cause is Cause.SCHEME:
                     one.gate.failed(str(failure))
@@ -227,17 +219,9 @@ class RegistryBackend(HttpBackend):
         return None
 
     def _ping(self, one: _Mirrored, deadline: float | None) -> None:
-        response = self._client.send("GET", one.mirror.ping_url, deadline=deadline)
+        response = self._client.send(Request("GET", one.mirror.ping_url), deadline=deadline)
         check_status(response, one.mirror.ping_url, "health check")
         release(response)
-
-    def _rewrite_redirect(self, url: str) -> str:
-        if self._blob_url_scheme:
-            url = f"{self._blob_url_scheme}://{url.partition('://')[2]}"
-        if self._blob_redirected_host:
-            scheme, _, rest = url.partition("://")
-            url = f"{scheme}://{self._blob_redirected_host}/{rest.partition('/')[2]}"
-        return url
 
 
 def blob_path(blob_id: str) -> str:
