@@ -61,7 +61,7 @@ LEAVE_S = 3.0
 BOOTSTRAP_LEVEL = 6
 # Of a bootstrap, which may lie in a file (rafs/spill.py); tarfile reads 16 KiB at a time.
 READS_TO_RELIEVE = 512
-# Who made the image, where its history is shown (the words of Nydus's own converter, which tools look for).
+# The maker in the image's history, in the words of Nydus's own converter, which tools look for.
 CREATED_BY = "Nydus Converter"
 BOOTSTRAP_COMMENT = "Nydus Bootstrap Layer"
 
@@ -407,7 +407,7 @@ def write_bootstrap_layer(
     path: Path, bootstrap: "bytes | memoryview", metas: "Sequence[tuple[str, StoredMeta]]" = ()
 ) -> str:
     """Writes the tar+gzip with image/image.boot (Nydus's bootstrap layer) and beside it blob.meta of the blobs (by id),
-    so that nobody has to ask for those; the same bytes for the same image. Returns the digest of the tar."""
+    so that a mount need not ask for those; the same bytes for the same image. Returns the digest of the tar."""
     hashed = _HashedWriter()
     with (
         path.open("wb") as raw,

@@ -212,7 +212,7 @@ def choose_entry(entries: list[IndexEntry], wanted: Platform, what: str, *, nydu
     if nydus:
         fitting.sort(key=lambda entry: not entry.is_nydus)
     if not fitting:
-        # Attestations have the platform unknown/unknown; nobody wants to choose them.
+        # Attestations have the platform unknown/unknown; no person wants to choose them.
         have = sorted({str(entry.platform) for entry in entries if entry.platform and entry.platform.os != "unknown"})
         raise Failure(
             f"{what}: no image for {wanted}; there are: {', '.join(have) or 'none'} (--platform)", Cause.MISSING

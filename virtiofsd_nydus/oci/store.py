@@ -56,7 +56,8 @@ class ImageStore(Protocol):
 
 
 class VerifiedReader(io.RawIOBase):
-    """A blob as a stream: whoever reads to the end, or calls finish(), knows that it had the digest and the size."""
+    """A blob as a stream. A reader that comes to the end, or calls finish(), knows that it had the digest and the
+    size."""
 
     def __init__(
         self, pieces: Iterator[memoryview], descriptor: Descriptor, what: str, on_bytes: OnBytes | None = None

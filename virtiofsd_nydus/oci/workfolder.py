@@ -1,7 +1,7 @@
 """The folder a conversion works in: gone when it ends, and when it was killed, with the next conversion.
 
-A run holds a lock (flock) on its folder as long as it lives, so that a folder whose lock can be had is nobody's.
-"""
+A run holds a lock (flock) on its folder as long as it lives, so that a folder whose lock can be had belongs to no run
+that lives."""
 
 import fcntl
 import os
@@ -47,7 +47,7 @@ def _make_locked(top: Path) -> tuple[Path, int]:
         lock = -1
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            with suppress(OSError):  # a file system without locks: nobody sweeps there either
+            with suppress(OSError):  # a file system without locks: no run can sweep there either
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(lock), folder.stat()):
                 return folder, lock

@@ -122,7 +122,8 @@ class DigestIndex:
     def find(self, digest: bytes) -> int | None:
         slots = self._slots.quads
         mask = len(slots) - 1
-        mark = hash(digest) & HASH_MASK  # keyed: an attacker cannot choose digests that collide
+        # Python's hash of bytes is keyed: no one who makes an image can choose digests that meet.
+        mark = hash(digest) & HASH_MASK
         at = mark & mask
         while value := slots[at]:
             if value >> NUMBER_BITS == mark and self._digest_of((value & NUMBER_MASK) - 1) == digest:

@@ -26,9 +26,9 @@ _mapped_lock = threading.Lock()
 
 
 class Arena:
-    """Zeroed memory that grows. data, words and quads are views of all of it, as bytes, 32-bit and 64-bit numbers;
-    they are made anew when it grows: a caller must not keep one across an append. used: bytes taken by append.
-    directory: of the file (default: TMPDIR)."""
+    """Zeroed memory that grows. data, words and quads are views of all of it, as bytes, 32-bit and 64-bit numbers; they
+    are made anew when it grows, so a caller keeps none over that. used: bytes taken by append. directory: of the file
+    (default: TMPDIR)."""
 
     __slots__ = ("__weakref__", "_directory", "_fd", "_map", "data", "quads", "used", "words")
 
