@@ -141,7 +141,7 @@ class Tree(Nodes):
         return node
 
     def copy_node(self, other: "Tree", node: int) -> int:
-        """A node as other's, in this tree; a directory without its entries."""
+        """Copies a node of another tree into this one; a directory comes without its entries."""
         attributes = other.attributes(node)
         made = self._make(0, 0, 0, 0, other.xattrs_at(attributes[3]))
         self.set_attributes(made, attributes, self.xattrs_place(made))
@@ -159,7 +159,7 @@ class Tree(Nodes):
         return made
 
     def copy_attributes(self, directory: int, other: "Tree", node: int) -> None:
-        """Of another directory, to one of this tree."""
+        """Copies the attributes of a directory of another tree to one of this tree."""
         attributes = other.attributes(node)
         xattrs = other.xattrs_at(attributes[3])
         found = self._xattr_places.get(xattrs)
