@@ -13,7 +13,7 @@
 #include <stdint.h>
 #include <stddef.h>
 
-#define VND_ID_MAX 64      /* longest blob id, without the NUL (rafs-format: blob table) */
+#define VND_ID_MAX 64      /* longest blob id, without the NUL (docs/rafs-format.md 3.8) */
 #define VND_ERR_MAX 512    /* size of an error line buffer */
 #define VND_QUEUE_MAX 16   /* virtqueues a device has at most, queue 0 (hiprio) included */
 #define VND_RING_MAX 1024  /* entries of a virtqueue at most (QEMU's own limit) */
@@ -105,9 +105,9 @@ int vnd_engine_waiting(vnd_engine *e, vnd_waiting *out, int max);
 typedef struct vnd_store vnd_store;
 typedef struct vnd_blob vnd_blob;
 
-/* Opens work_dir (must exist) and its .virtiofsd-nydus/ side directory. NULL on failure. compressed: chunks are kept as the
- * blob stores them (ID.blob.raw), where that is possible. One per directory, compressed and engine: a second open of the
- * same returns the same store with one more reference. */
+/* Opens work_dir (must exist) and its .virtiofsd-nydus/ side directory. NULL on failure. compressed: chunks are kept
+ * as the blob stores them (ID.blob.raw), where that is possible. One per directory, compressed and engine: a second
+ * open of the same returns the same store with one more reference. */
 vnd_store *vnd_store_open(vnd_engine *e, const char *work_dir, int compressed, char *err, size_t err_len);
 void vnd_store_free(vnd_store *s);
 
@@ -135,7 +135,7 @@ typedef struct { /* one entry of the image's blob table */
 typedef struct {
     uint32_t fs_version; /* 5 or 6 */
     uint32_t chunk_size_bytes;
-    uint64_t flags; /* superblock flags, rafs-format 2.2 */
+    uint64_t flags; /* superblock flags, docs/rafs-format.md 2.2 */
     uint64_t inode_count;
     uint32_t blob_count;
     uint32_t prefetch_count;
@@ -373,8 +373,8 @@ enum vnd_fusedev_flag {
 vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads, uint32_t flags, char *err,
                              size_t err_len);
 int vnd_fusedev_ready(vnd_fusedev *d); /* 1: INIT was answered */
-/* After the mount table changed: the kernel keeps the attributes of the root until it is told (a supervisor looks at the
- * mount point of a dead server, and must not wait for the one it is to start). 0 or -errno. */
+/* After the mount table changed: the kernel keeps the attributes of the root until it is told (a supervisor looks at
+ * the mount point of a dead server, and must not wait for the one it is to start). 0 or -errno. */
 int vnd_fusedev_root_changed(vnd_fusedev *d);
 /* 0: the mount is gone (or stop was called); -ETIMEDOUT. */
 int vnd_fusedev_wait(vnd_fusedev *d, int timeout_ms);
@@ -387,29 +387,30 @@ int vnd_mount(const char *source, const char *target, const char *type, uint64_t
 int vnd_umount(const char *target, int flags);
 
 /* Where the process runs as root: gives up, for good, what serving does not need. Kept are the capabilities CHOWN,
- * DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETUID, SETGID, MKNOD, SETFCAP and SYS_ADMIN, as far as they are held;
- * no supplementary groups, and no_new_privs. Threads and children inherit it: to be called before there are any, and after
- * RLIMIT_NOFILE is raised. Goes on past what it may not do: 0, or the last -errno with its line. */
+ * DAC_OVERRIDE, DAC_READ_SEARCH, FOWNER, FSETID, SETUID, SETGID, MKNOD, SETFCAP and SYS_ADMIN, as far as they are
+ * held; no supplementary groups, and no_new_privs. Threads and children inherit it: to be called before there are
+ * any, and after RLIMIT_NOFILE is raised. Goes on past what it may not do: 0, or the last -errno with its line. */
 int vnd_privilege_reduce(char *err, size_t err_len);
 
-/* ---------------------------------------------------------------- pre-content events: the kernel reads our cache files */
+/* ---------------------------------------------------------------- pre-content events: the kernel reads our cache
+ * files */
 typedef struct vnd_precontent vnd_precontent;
 /* A fanotify group; fds below are the caller's. fd or -errno: -EPERM without CAP_SYS_ADMIN, -EINVAL: no such class. */
 int vnd_precontent_group(void);
 /* A private clone of the mount that a file lies on, with that file as its root; opened again by /proc/self/fd/N. */
 int vnd_precontent_clone(const char *path);
-/* reads 1: reads, opens and closes through the clone raise events; 0: reads no more. 0, -EINVAL: the kernel is older than
- * 6.14; -EOPNOTSUPP: the file system has no such events. */
+/* reads 1: reads, opens and closes through the clone raise events; 0: reads no more. 0, -EINVAL: the kernel is older
+ * than 6.14; -EOPNOTSUPP: the file system has no such events. */
 int vnd_precontent_mark(int group_fd, int clone_fd, int reads);
 /* A memfd with what the processes that hold a group share. */
 int vnd_precontent_state(void);
-/* First of all in a process that goes on for a dead one: takes the descriptor numbers of events that it left unanswered.
- * How many, or -errno. */
+/* First of all in a process that goes on for a dead one: takes the descriptor numbers of events that it left
+ * unanswered. How many, or -errno. */
 int vnd_precontent_reserve(int state_fd);
 /* e NULL: only to refuse. Both fds are borrowed. */
 vnd_precontent *vnd_precontent_new(vnd_engine *e, int group_fd, int state_fd, char *err, size_t err_len);
-/* Before start, every blob of the image in its order, in each process. Blocks until the chunk table is here. fd: the file
- * that the kernel reads (dupped), -1: the cache's present one. */
+/* Before start, every blob of the image in its order, in each process. Blocks until the chunk table is here. fd: the
+ * file that the kernel reads (dupped), -1: the cache's present one. */
 int vnd_precontent_add(vnd_precontent *p, vnd_blob *b, int fd, char *err, size_t err_len);
 /* That file, borrowed. Whoever opens it by name instead may get another. */
 int vnd_precontent_fd(vnd_precontent *p, uint32_t index);

@@ -152,3 +152,62 @@ def test_circles_are_seen(tmp_path: Path) -> None:
         "circles between files of csrc": ["high/b.c low/a.c"],
         "climbs of csrc": ["low/a.c includes high/b.h"],
     }
+
+
+# ---- documents: what comments and documents name is there
+
+SOURCE_FOLDERS = ("csrc", "virtiofsd_nydus", "tests", "scripts", "vm-images", "docs", ".ci")
+SOURCE_FILES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile", "setup.py", "pyproject.toml")
+TEXT = (".c", ".h", ".py", ".md", ".toml", "")
+NUMBER = r"\d+(?:\.\d+)*"
+
+
+def list_texts() -> list[tuple[str, str]]:
+    """Every text that people write here: path and content, comment marks and line ends taken out."""
+    found = [ROOT / name for name in SOURCE_FILES]
+    for folder in SOURCE_FOLDERS:
+        found += [path for path in sorted((ROOT / folder).rglob("*")) if path.is_file() and path.suffix in TEXT]
+    texts = []
+    for path in found:
+        name = path.relative_to(ROOT).as_posix()
+        if path == Path(__file__).resolve() or "/corpus/" in name or "__pycache__" in name:
+            continue
+        try:
+            text = path.read_text()
+        except UnicodeDecodeError:
+            continue
+        texts.append((name, re.sub(r"\n[ \t]*(?:\*|#|//)?[ \t]*", " ", text)))
+    return texts
+
+
+def list_headings(path: Path) -> list[str]:
+    return [line.lstrip("#").strip() for line in path.read_text().splitlines() if line.startswith("#")]
+
+
+def test_documents_that_are_named_exist() -> None:
+    here = {path.name for path in (*ROOT.glob("*.md"), *(ROOT / "docs").iterdir())}
+    missing = []
+    for name, text in list_texts():
+        for document in re.findall(r"(?<![\w/.-])((?:docs/)?[\w-]+\.md)\b", text):
+            if Path(document).name not in here and not (ROOT / name).parent.joinpath(document).exists():
+                missing.append(f"{name}: {document}")
+        missing += [
+            f"{name}: {word}" for word in re.findall(r"docs/[\w-]+\.(?:json|svg)", text) if not (ROOT / word).exists()
+        ]
+        missing += [
+            f"{name}: {word}"
+            for word in re.findall(r"(?<!docs/)\b(?:rafs-format|datapath|nydusd-interface|virtiofs-server)\b", text)
+        ]
+    assert missing == []
+
+
+def test_sections_that_are_cited_exist() -> None:
+    missing = []
+    for name, text in list_texts():
+        for document, numbers in re.findall(rf"docs/([\w-]+\.md) ({NUMBER}(?:(?:,| to| and|, and) {NUMBER})*)", text):
+            headings = [heading.split()[0].rstrip(".") for heading in list_headings(ROOT / "docs" / document)]
+            missing += [f"{name}: {document} {n}" for n in re.findall(NUMBER, numbers) if n not in headings]
+        for document, words in re.findall(r"docs/([\w-]+\.md), ([A-Z]\w*(?: [\w-]+)?)", text):
+            if not any(heading.startswith(words.split()[0]) for heading in list_headings(ROOT / "docs" / document)):
+                missing.append(f"{name}: {document}, {words}")
+    assert missing == []

@@ -19,7 +19,7 @@ struct extent {
 };
 
 struct blob_chunk {                      /* what a bootstrap says of one chunk */
-    uint32_t index, csize, usize, flags; /* flags: rafs-format 2.6 */
+    uint32_t index, csize, usize, flags; /* flags: docs/rafs-format.md 2.6 */
     uint32_t crc32;                      /* CRC-32C, if flagged */
     uint64_t coff, uoff;
     uint8_t digest[32];

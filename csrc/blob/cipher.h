@@ -1,5 +1,5 @@
-/* blob/cipher.h -- AES-128-XTS as Nydus encrypts blobs (rafs-format 4.7): each chunk, the chunk table and its header are
- * one data unit each, all with the blob's key and tweak.
+/* blob/cipher.h -- AES-128-XTS as Nydus encrypts blobs (docs/rafs-format.md 4.7): each chunk, the chunk table and
+ * its header are one data unit each, all with the blob's key and tweak.
  */
 #ifndef VND_CIPHER_H
 #define VND_CIPHER_H

@@ -5,7 +5,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* rafs-format 5 */
+/* docs/rafs-format.md 5 */
 enum codec_id { CODEC_NONE = 0, CODEC_LZ4_BLOCK = 1, CODEC_GZIP = 2, CODEC_ZSTD = 3 };
 enum codec_digest { CODEC_BLAKE3 = 0, CODEC_SHA256 = 1 };
 

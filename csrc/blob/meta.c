@@ -15,7 +15,7 @@
 #include "base/base.h"
 #include "blob/zran.h"
 
-/* rafs-format 4.2 to 4.5 */
+/* docs/rafs-format.md 4.2 to 4.5 */
 #define META_MAGIC 0xB10BB10Bu
 #define ENTRY_V1 16u
 #define ENTRY_V2 24u

@@ -1,13 +1,13 @@
-/* blob/meta.h -- the chunk table that a v6 blob carries at its end (rafs-format 4): needed where a bootstrap's own
- * records do not say where a chunk lies, that is for batches and for images without records. Everything in it is
- * checked.
+/* blob/meta.h -- the chunk table that a v6 blob carries at its end (docs/rafs-format.md 4): needed where a
+ * bootstrap's own records do not say where a chunk lies, that is for batches and for images without records.
+ * Everything in it is checked.
  */
 #ifndef VND_BLOBMETA_H
 #define VND_BLOBMETA_H
 #include "blob/table.h"
 
 #define BLOBMETA_HEADER 4096u
-/* Blob features, rafs-format 4.1 */
+/* Blob features, docs/rafs-format.md 4.1 */
 #define BLOBMETA_CHUNK_INFO_V2 0x004u
 #define BLOBMETA_ZRAN 0x008u
 #define BLOBMETA_BATCH 0x080u
@@ -27,7 +27,7 @@ int blobmeta_decode(uint8_t **plain, const vnd_blob_info *info, const uint8_t *s
 /* Puts the places that meta states into the records' table (in place): which both must agree on. */
 int blobmeta_place(struct blobtable *records, const struct blobtable *meta, const vnd_blob_info *info, char *err,
                    size_t err_len);
-/* ID.blob.meta in the work directory (rafs-format 6.4). read: malloc'ed table and header copied, or -errno. */
+/* ID.blob.meta in the work directory (docs/rafs-format.md 6.4). read: malloc'ed table and header copied, or -errno. */
 int blobmeta_file_read(int dir_fd, const vnd_blob_info *info, uint8_t **plain, uint8_t header[BLOBMETA_HEADER]);
 int blobmeta_file_write(int dir_fd, const vnd_blob_info *info, const uint8_t *plain, const uint8_t *header);
 

@@ -19,7 +19,7 @@ struct build {
     size_t err_len;
 };
 
-/* Blob features, rafs-format 4.1 */
+/* Blob features, docs/rafs-format.md 4.1 */
 #define BLOB_SEPARATE 0x10u
 #define BLOB_TAR_HEADER 0x10000000u
 #define BLOB_TAR_TOC 0x40000000u

@@ -9,9 +9,9 @@
 
 #include "blob/chunk.h"
 
-#define BLOBTABLE_CHUNK_MAX (16u << 20) /* bytes of a chunk: rafs-format 7.2 */
+#define BLOBTABLE_CHUNK_MAX (16u << 20) /* bytes of a chunk: docs/rafs-format.md 7.2 */
 #define BLOBTABLE_COUNT_MAX (1u << 24)  /* chunks of a blob */
-#define BLOBTABLE_COMPRESSED 1u         /* rafs-format 2.6 */
+#define BLOBTABLE_COMPRESSED 1u         /* docs/rafs-format.md 2.6 */
 #define BLOBTABLE_ENCRYPTED 4u
 #define BLOBTABLE_BATCH 8u
 #define BLOBTABLE_CRC32 16u          /* kept only where there is no digest */

@@ -1,5 +1,5 @@
-/* blob/zran.h -- random access into a gzip file by stored contexts (rafs-format 4.6). A context tells where in the file
- * inflating may start, with which window and left-over bits, and how many bytes come out.
+/* blob/zran.h -- random access into a gzip file by stored contexts (docs/rafs-format.md 4.6). A context tells where
+ * in the file inflating may start, with which window and left-over bits, and how many bytes come out.
  */
 #ifndef VND_ZRAN_H
 #define VND_ZRAN_H

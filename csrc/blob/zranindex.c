@@ -1,5 +1,5 @@
 /* blob/zranindex.c -- decodes a gzip layer while noting where decoding can begin anew: the zran contexts of an image
- * that refers to its OCI layers (rafs-format 4.6).
+ * that refers to its OCI layers (docs/rafs-format.md 4.6).
  *
  * Nothing is decoded beyond what was asked for, so the last block boundary passed is one before the position.
  */

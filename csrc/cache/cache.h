@@ -2,8 +2,9 @@
  * bytes matched their digest, in this file, this boot), D (T that survives a power loss) and what each chunk is
  * bound to.
  *
- * Files in the work directory: ID.blob.data, or ID.blob.raw when it holds chunks as the blob stores them, at the blob's own
- * offsets; ID.blob.data.chunk_map for either, as Nydus has it (rafs-format 6); .virtiofsd-nydus/ID.vnd, or ID.raw.vnd:
+ * Files in the work directory: ID.blob.data, or ID.blob.raw when it holds chunks as the blob stores them, at the blob's
+ * own offsets; ID.blob.data.chunk_map for either, as Nydus has it (docs/rafs-format.md 6); .virtiofsd-nydus/ID.vnd, or
+ * ID.raw.vnd:
  *   0     header 4096, struct side_header
  *   4096  T, one bit per chunk, LSB first, u64 words; then D alike
  *   up(4096) then one 48-byte struct side_bound per chunk

@@ -1,5 +1,5 @@
 /* cache/claim.h -- who fetches what, over processes: open-file-description locks on a blob's side file, and one futex
- * word per work directory that says "something became ready" (datapath (c)).
+ * word per work directory that says "something became ready" (docs/datapath.md 3).
  *
  * The locks live in offsets far beyond the file's data. They belong to the open file description, so a killed
  * holder's are free at once; they do not exclude threads that share the descriptor: the miss table does that,
@@ -30,8 +30,8 @@ bool claim_foreign(int fd, uint32_t unit);
 int claim_byte(int fd, int64_t at, bool exclusive, int wait_ms);
 void claim_byte_release(int fd, int64_t at);
 
-/* Who fetches a blob's stored chunk table (there may be no side file of the blob yet): a descriptor that holds the claim
- * until it is closed; -EAGAIN: somebody else has it; or -errno: nothing can be claimed here. */
+/* Who fetches a blob's stored chunk table (there may be no side file of the blob yet): a descriptor that holds the
+ * claim until it is closed; -EAGAIN: somebody else has it; or -errno: nothing can be claimed here. */
 int claim_meta(int side_dir_fd, const char *id);
 
 /* Gives a mapped file's first len bytes their blocks, so that a store into it never finds the disk full. */
@@ -48,7 +48,8 @@ struct claim_wake {
 /* dir_fd -1: private. Never fails for want of a file; -ENOMEM. */
 int claim_wake_open(struct claim_wake *w, int dir_fd);
 void claim_wake_close(struct claim_wake *w);
-/* If the file was removed or could not be had: the one that is there now, made anew if need be. One thread at a time. */
+/* If the file was removed or could not be had: the one that is there now, made anew if need be. One thread at a
+ * time. */
 void claim_wake_follow(struct claim_wake *w, int dir_fd);
 /* After maps were set. */
 void claim_wake_all(struct claim_wake *w);

@@ -20,7 +20,7 @@
 #define SIDE_HEADER 4096u
 #define WRITE_LAG_NS 20000000u /* died_writing: a write takes at most so long */
 #define WRITE_NS 1000000000u
-/* rafs-format 6.2 */
+/* docs/rafs-format.md 6.2 */
 #define MAP_MAGIC 0x424D4150u
 #define MAP_MAGIC2 0x434D4150u
 #define MAP_HEADER 4096u
@@ -301,8 +301,8 @@ static int side_map(struct cachefile *c)
     return c->guard_side ? 0 : -ENOMEM;
 }
 
-/* Whether a change time that was not noted is that of a write of ours whose process died over it: it only went to a chunk
- * that was not trusted. Coarse clocks of file systems lag a tick behind. */
+/* Whether a change time that was not noted is that of a write of ours whose process died over it: it only went to a
+ * chunk that was not trusted. Coarse clocks of file systems lag a tick behind. */
 static bool died_writing(const struct cachefile *c, uint64_t ctime_ns)
 {
     uint64_t began = atomic_load(&c->head->write_ns);

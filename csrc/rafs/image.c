@@ -1,6 +1,6 @@
 /* rafs/image.c -- finds the bootstrap in a file and maps it.
  *
- * A file is a bootstrap itself, or a data blob with one inside (rafs-format 1.2): sections back to back, each
+ * A file is a bootstrap itself, or a data blob with one inside (docs/rafs-format.md 1.2): sections back to back, each
  * followed by a tar header, so it is read from its end. There stands the table of contents, or the raw bootstrap
  * of older blobs. A compressed one is unpacked into a sealed memory file.
  */

@@ -12,7 +12,7 @@
 #include "base/base.h"
 #include "rafs/rafs.h"
 
-/* Superblock flags, rafs-format 2.2. */
+/* Superblock flags, docs/rafs-format.md 2.2. */
 #define RAFS_FLAG_COMPRESS_MASK 0xc3u /* none 1, lz4_block 2, gzip 0x40, zstd 0x80 */
 #define RAFS_FLAG_BLAKE3 0x4u
 #define RAFS_FLAG_SHA256 0x8u
@@ -23,7 +23,7 @@
 #define RAFS_FLAG_KNOWN 0x30003ffull
 #define RAFS_FLAG_COMPAT 0xfc000000ull /* reserved, harmless */
 
-/* Blob features, rafs-format 4.1. */
+/* Blob features, docs/rafs-format.md 4.1. */
 #define RAFS_BLOB_INLINED_FS_META 0x2u
 #define RAFS_BLOB_CHUNK_INFO_V2 0x4u
 #define RAFS_BLOB_ZRAN 0x8u
@@ -36,7 +36,7 @@
 #define RAFS_BLOB_UNKNOWN 0xf000u      /* incompatible bits nobody has defined */
 #define RAFS_BLOB_INTERNAL 0x80000000u /* must not be on disk */
 
-#define RAFS_CHUNK_RECORD 80 /* bytes, rafs-format 2.6 */
+#define RAFS_CHUNK_RECORD 80 /* bytes, docs/rafs-format.md 2.6 */
 #define RAFS_CHUNK_SIZE_MAX (16u << 20)
 #define RAFS_CHUNKS_PER_BLOB_MAX (1u << 24)
 #define RAFS_BLOB_CSIZE_MAX (1ull << 40)

@@ -13,7 +13,7 @@
 #include "rafs/internal.h"
 
 /* The first that recognises the bytes opens them: v5 is told by its first bytes, whatever stands at 1024
- * (rafs-format 1.1). */
+ * (docs/rafs-format.md 1.1). */
 static const struct rafs_version *const versions[] = { &rafs_v5, &rafs_v6 };
 
 int rafs_fail(const struct rafs_error *e, int cause, const char *fmt, ...)
@@ -29,7 +29,7 @@ int rafs_fail(const struct rafs_error *e, int cause, const char *fmt, ...)
     return fail_line(-1, e->text, e->len, "%s: %s", e->path, what);
 }
 
-/* An inlined bootstrap cannot name the blob that holds it: 64 'x' stand there (rafs-format 1.4). */
+/* An inlined bootstrap cannot name the blob that holds it: 64 'x' stand there (docs/rafs-format.md 1.4). */
 static bool id_placeholder(const char *id)
 {
     return strspn(id, "x") == VND_ID_MAX;

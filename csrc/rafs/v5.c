@@ -1,5 +1,5 @@
 /* rafs/v5.c -- RAFS v5: superblock and tables, checked once when an image is opened, and chunk records, which lie
- * with their inodes (rafs-format 2.1 to 2.4, 2.6).
+ * with their inodes (docs/rafs-format.md 2.1 to 2.4, 2.6).
  *
  * Images of old builders do not number their chunks and do not say how large a blob is: then the number is the
  * chunk's rank by its place in the blob, which is what later builders write, and opening reads all records once.
@@ -348,7 +348,7 @@ static int v5_open(struct vnd_rafs *r, const struct rafs_error *e)
     }
     if (read_superblock(r, e) || check_tables(r, e) || read_blobs(r, e))
         return -1;
-    /* The layout before 1.0 has no name at its place in the root (rafs-format 2.9). */
+    /* The layout before 1.0 has no name at its place in the root (docs/rafs-format.md 2.9). */
     first = rafs_at(r, (uint64_t)rafs_le32(r->base + r->inode_table) << 3, V5_INODE);
     if (first && rafs_le16(first + 100) == 0 && rafs_le32(first + 52) >> 12 == S_IFDIR >> 12) {
         return rafs_fail(e, VND_CAUSE_FORMAT,

@@ -1,5 +1,5 @@
 /* rafs/v5.h -- decoded pieces of a v5 bootstrap, for rafs/v5.c, rafs/v5_fs.c and the checker. All are
- * bounds-checked as they come (rafs-format 2).
+ * bounds-checked as they come (docs/rafs-format.md 2).
  */
 #ifndef VND_RAFS_V5_H
 #define VND_RAFS_V5_H

@@ -1,4 +1,4 @@
-/* rafs/v5_check.c -- walks a whole v5 tree (rafs-format 8, rows 7, 8, 12, 14, 15, 24, 25, 30 to 32).
+/* rafs/v5_check.c -- walks a whole v5 tree (docs/rafs-format.md 8, rows 7, 8, 12, 14, 15, 24, 25, 30 to 32).
  *
  * A slot belongs to one directory and lies behind it, so one pass over the slots sees every name once: nothing here
  * recurses, and no image can make it longer than it is.
@@ -58,7 +58,7 @@ static void check_dir(struct walk *w, const struct v5_inode *entry)
         prev = child;
         subdirs += S_ISDIR(child.mode) ? 1 : 0;
     }
-    /* Old builders wrote 1 (rafs-format, Appendix B). */
+    /* Old builders wrote 1 (docs/rafs-format.md, Appendix B). */
     if (!w->stop && dir.nlink != subdirs + 2 && dir.nlink != 1)
         fault_slot(w, dir.slot, "a directory whose link count is not 2 + its sub-directories");
 }

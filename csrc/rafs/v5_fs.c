@@ -1,5 +1,5 @@
 /* rafs/v5_fs.c -- RAFS v5 as a file system: names in consecutive slots of the inode table, chunks in their inodes
- * (rafs-format 2.5 to 2.8).
+ * (docs/rafs-format.md 2.5 to 2.8).
  *
  * A directory's slots lie behind its own, and each slot names its directory: both are asked of every step, so no
  * image makes a walk go in circles or down one branch twice.

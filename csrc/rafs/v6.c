@@ -1,4 +1,4 @@
-/* rafs/v6.c -- RAFS v6: superblocks and tables, checked once when an image is opened (rafs-format 3.1 to 3.3,
+/* rafs/v6.c -- RAFS v6: superblocks and tables, checked once when an image is opened (docs/rafs-format.md 3.1 to 3.3,
  * 3.8, 3.9).
  */
 #include <errno.h>
@@ -13,7 +13,7 @@
 #define EROFS_COMPAT_RAFS 0x40000000u
 #define EROFS_INCOMPAT_CHUNKED_FILE 0x4u
 #define EROFS_INCOMPAT_DEVICE_TABLE 0x8u
-#define BLOB_MAX 254 /* the kernel's device mask hides the rest, rafs-format 3.6 */
+#define BLOB_MAX 254 /* the kernel's device mask hides the rest, docs/rafs-format.md 3.6 */
 
 /* ---- opening */
 

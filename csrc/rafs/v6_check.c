@@ -1,4 +1,4 @@
-/* rafs/v6_check.c -- walks a whole v6 tree (rafs-format 8, rows 9 to 15, 24 to 26, 30).
+/* rafs/v6_check.c -- walks a whole v6 tree (docs/rafs-format.md 8, rows 9 to 15, 24 to 26, 30).
  *
  * Each directory is entered once, by its inode number, so the walk ends whatever the image claims, and its work is
  * bounded by the image's size. Recursion is a list on the heap.
@@ -208,7 +208,7 @@ static void check_dir(struct walk *w, const struct dir_job *d)
     }
     if (!w->stop && dots != 2)
         fault_inode(w, d->nid, "a directory without \".\" or \"..\"");
-    /* Old builders wrote 1 (rafs-format, Appendix B). */
+    /* Old builders wrote 1 (docs/rafs-format.md, Appendix B). */
     if (!w->stop && n.nlink != subdirs + 2 && n.nlink != 1)
         fault_inode(w, d->nid, "a directory whose link count is not 2 + its sub-directories");
 }

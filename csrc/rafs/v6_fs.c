@@ -1,5 +1,5 @@
 /* rafs/v6_fs.c -- RAFS v6 as a file system: EROFS inodes, directories and symlinks, chunk-based files over a
- * table of blobs (rafs-format 3.4 to 3.7).
+ * table of blobs (docs/rafs-format.md 3.4 to 3.7).
  *
  * The kernel's EROFS and this reader must agree on every byte, so layouts follow the kernel's rules where they
  * are wider than what builders emit.

@@ -1,5 +1,5 @@
 /* rafs/v6_walk.c -- chunks as files name them, for images whose chunk table means nothing: in tarfs mode a blob is an
- * uncompressed tar, and a chunk lies where its file's data lie in it (rafs-format 3.10).
+ * uncompressed tar, and a chunk lies where its file's data lie in it (docs/rafs-format.md 3.10).
  *
  * The whole tree is walked, when a blob's table is loaded and not at opening. What directories and files may name is
  * bounded by what the image has room for, so one that overlaps or goes in circles ends the walk.

@@ -1,4 +1,4 @@
-/* rafs/xattr.c -- inline extended attributes of an EROFS inode (rafs-format 3.7).
+/* rafs/xattr.c -- inline extended attributes of an EROFS inode (docs/rafs-format.md 3.7).
  *
  * Body: u32 name filter, u8 count of shared attributes (RAFS has none), 7 reserved; then entries u8 name_len,
  * u8 name_index, u16 value_size, name without its prefix, value, padded to 4.

@@ -5,7 +5,7 @@
 
 #include "store/fetcher.h"
 
-/* Blob features, rafs-format 4.1 */
+/* Blob features, docs/rafs-format.md 4.1 */
 #define FEATURE_EXTERNAL 0x800u
 
 static const char *feature_refused(uint32_t features)

@@ -1,4 +1,4 @@
-/* store/fetch.c -- what is to be fetched next: demand before prefetch (datapath (e)). What one job takes along is
+/* store/fetch.c -- what is to be fetched next: demand before prefetch (docs/datapath.md 5). What one job takes along is
  * store/merge.c's, jobs once handed out are store/job.c's.
  */
 #include <errno.h>

@@ -1,5 +1,5 @@
-/* store/job.c -- a job that was handed out: its life, digests compared, chunks committed (datapath (f)). Bytes in and chunks
- * decoded are store/decode.c's.
+/* store/job.c -- a job that was handed out: its life, digests compared, chunks committed (docs/datapath.md 6). Bytes in
+ * and chunks decoded are store/decode.c's.
  *
  * Nothing but the comparison here makes bytes ready. A chunk that is wrong is asked for once more; then its readers
  * get EIO. Chunks commit as they land: a bad or slow tail never holds back the head.

@@ -1,5 +1,5 @@
 /* store/merge.c -- which chunks one job takes: from the wanted one over its neighbours, claimed against other processes
- * (datapath (c), (e)).
+ * (docs/datapath.md 3, 5).
  */
 #include <errno.h>
 #include <string.h>

@@ -1,4 +1,5 @@
-/* store/miss.c -- the miss table: which chunks are wanted or being fetched, and who waits for them (datapath (c)). */
+/* store/miss.c -- the miss table: which chunks are wanted or being fetched, and who waits for them (docs/datapath.md
+ * 3). */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>

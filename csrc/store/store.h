@@ -1,6 +1,6 @@
 /* store/store.h -- what file systems and transports may ask of the blob store.
  *
- * A store is one cache directory. A blob is one data file of it, its maps (datapath (b)): T, our own "these bytes
+ * A store is one cache directory. A blob is one data file of it, its maps (docs/datapath.md 2): T, our own "these bytes
  * matched their digest in this file"; D, the durable subset; R, Nydus's chunk_map, a hint. Everything here may be
  * called from any C thread; hot-path calls allocate nothing and take no lock when all is ready.
  */
@@ -37,8 +37,8 @@ uint64_t blob_uncompressed_size(const struct vnd_blob *b);
 /* ---- for who reads cache files past us (rafs/backing.c) */
 /* True: the extents' bytes are all in the cache files, and were verified. */
 bool store_ready(const struct extent *ext, int n);
-/* The blob's data file, borrowed; -1 while it has none, or one of stored chunks. *epoch: which state of it; what was ready stays there until
- * that changes. */
+/* The blob's data file, borrowed; -1 while it has none, or one of stored chunks. *epoch: which state of it; what was
+ * ready stays there until that changes. */
 int blob_cache_fd(const struct vnd_blob *b, uint64_t *epoch);
 
 #endif

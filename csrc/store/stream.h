@@ -1,9 +1,9 @@
-/* store/stream.h -- readers that go through a blob in order: how far one fetch reaches, and what is fetched ahead of them
- * (datapath (e)).
+/* store/stream.h -- readers that go through a blob in order: how far one fetch reaches, and what is fetched ahead of
+ * them (docs/datapath.md 5).
  *
  * A miss that follows the last fetch of a stream doubles the stream's window; any other begins a stream. Once a stream
- * has fetched STREAM_AHEAD_AFTER, the window behind it is fetched before anybody misses it; when the reader comes to its
- * start, the next one is. So the network, the decoding and the reader work at the same time.
+ * has fetched STREAM_AHEAD_AFTER, the window behind it is fetched before anybody misses it; when the reader comes to
+ * its start, the next one is. So the network, the decoding and the reader work at the same time.
  *
  * What may be wasted is bounded by what was used: a window ahead is at most half of what the stream has fetched.
  */

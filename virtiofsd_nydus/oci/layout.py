@@ -1,4 +1,4 @@
-"""An OCI image layout directory (image-spec, image-layout.md) as source and destination of images."""
+"""An OCI image layout directory (image specification) as source and destination of images."""
 
 import contextlib
 import errno

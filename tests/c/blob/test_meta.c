@@ -308,7 +308,7 @@ TEST(refuses)
     free(table);
 }
 
-/* First form: vectors from a real image (rafs-format appendix A). And an image without records, allowed
+/* First form: vectors from a real image (docs/rafs-format.md, Appendix A). And an image without records, allowed
  * unverified. */
 TEST(v1)
 {
@@ -467,8 +467,8 @@ static bool is_fetching(struct vnd_blob *h)
     return fetching;
 }
 
-/* Two users of one directory, as two processes are: one fetches the table, the other waits for it; if the one ends without
- * it, the other fetches. */
+/* Two users of one directory, as two processes are: one fetches the table, the other waits for it; if the one ends
+ * without it, the other fetches. */
 static void check_fetched_once(bool ends)
 {
     char dir[200];
