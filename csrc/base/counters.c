@@ -6,6 +6,7 @@
 
 #include "base/clock.h"
 #include "base/engine.h"
+#include "base/parklist.h"
 
 /* The tool does not settle on one form for a list of X(). */
 /* clang-format off */
@@ -68,9 +69,10 @@ int vnd_engine_waiting(vnd_engine *e, vnd_waiting *out, int max)
 
     pthread_mutex_lock(&e->lock);
     for (struct engine_counters *c = e->counters; c && n < max; c = c->next) {
-        int (*waiting)(struct engine_counters *, vnd_waiting *, int, int64_t) = atomic_load(&c->waiting);
-        if (waiting)
-            n += waiting(c, out + n, max - n, now);
+        struct parklist *parked = atomic_load(&c->parked_list);
+
+        if (parked)
+            n += parklist_read(parked, out + n, max - n, now);
     }
     pthread_mutex_unlock(&e->lock);
     return n;

@@ -8,16 +8,16 @@
 
 #include "vnd.h"
 
+struct parklist;
+
 /* The counters of vnd_stats, in the same order. A thread that counts at a high rate registers a block of its own, so that
  * two queues share no cache line. The block's owner keeps it until engine_counters_unregister. */
 struct engine_counters {
     _Atomic uint64_t fuse_requests, fuse_errors, read_bytes, hits, parked, expired, pool_reads, fetch_jobs,
         fetched_bytes, fetched_chunks, verified_chunks, digest_failures, prefetch_bytes, ring_errors;
-    struct engine_counters *next;   /* list of registered blocks */
-    _Atomic int64_t oldest_park_us; /* now_us() when this thread's oldest parked request was parked, 0: none is */
-    /* Lists the requests that wait at the block's owner, oldest first, at most max; returns their number. NULL: it keeps
-     * none. Called under the engine's lock. */
-    int (*_Atomic waiting)(struct engine_counters *c, vnd_waiting *out, int max, int64_t now);
+    struct engine_counters *next;         /* list of registered blocks */
+    _Atomic int64_t oldest_park_us;       /* now_us() when this thread's oldest parked request was parked, 0: none is */
+    struct parklist *_Atomic parked_list; /* the requests that wait at the block's owner; NULL: it lists none */
 };
 
 void engine_counters_register(struct vnd_engine *e, struct engine_counters *c);

@@ -14,8 +14,8 @@ struct sigbus_range {
     struct sigbus_range *next;
     _Atomic uintptr_t start;
     _Atomic size_t len, page_bytes;
-    _Atomic(_Atomic int *) flag;
-    _Atomic int hit;
+    _Atomic(_Atomic bool *) flag;
+    _Atomic bool hit;
 };
 
 static _Atomic(struct sigbus_range *) ranges;
@@ -29,7 +29,7 @@ static bool repair(uintptr_t addr)
         uintptr_t start = atomic_load_explicit(&r->start, memory_order_acquire);
         size_t len = atomic_load_explicit(&r->len, memory_order_relaxed);
         size_t page = atomic_load_explicit(&r->page_bytes, memory_order_relaxed);
-        _Atomic int *flag = atomic_load_explicit(&r->flag, memory_order_relaxed);
+        _Atomic bool *flag = atomic_load_explicit(&r->flag, memory_order_relaxed);
 
         if (start == 0 || addr < start || addr - start >= len)
             continue;
@@ -39,9 +39,9 @@ static bool repair(uintptr_t addr)
         void *at = (void *)(start + (addr - start) / page * page);
         if (mmap(at, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != at)
             return false;
-        atomic_store(&r->hit, 1);
+        atomic_store(&r->hit, true);
         if (flag != NULL)
-            atomic_store(flag, 1);
+            atomic_store(flag, true);
         return true;
     }
     return false;
@@ -68,7 +68,7 @@ static void handle(int sig, siginfo_t *info, void *context)
         raise(SIGBUS);
 }
 
-struct sigbus_range *sigbus_add(void *start, size_t len, size_t page_bytes, _Atomic int *hit)
+struct sigbus_range *sigbus_add(void *start, size_t len, size_t page_bytes, _Atomic bool *hit)
 {
     struct sigbus_range *r;
 
@@ -90,7 +90,7 @@ struct sigbus_range *sigbus_add(void *start, size_t len, size_t page_bytes, _Ato
         }
     }
     if (r != NULL) {
-        atomic_store(&r->hit, 0);
+        atomic_store(&r->hit, false);
         atomic_store(&r->len, len);
         atomic_store(&r->page_bytes, page_bytes);
         atomic_store(&r->flag, hit);
@@ -112,7 +112,7 @@ void sigbus_remove(struct sigbus_range *r)
 
 bool sigbus_hit(struct sigbus_range *r)
 {
-    return r != NULL && atomic_load_explicit(&r->hit, memory_order_relaxed) != 0;
+    return r != NULL && atomic_load_explicit(&r->hit, memory_order_relaxed);
 }
 
 void sigbus_unblock(void)

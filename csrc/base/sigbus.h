@@ -14,8 +14,8 @@
 struct sigbus_range;
 
 /* Guards [start, start+len); page_bytes is the page size of the mapping (huge pages: theirs). hit, if not NULL, is
- * set to 1 on the first loss. NULL: no memory. */
-struct sigbus_range *sigbus_add(void *start, size_t len, size_t page_bytes, _Atomic int *hit);
+ * set on the first loss. NULL: no memory. */
+struct sigbus_range *sigbus_add(void *start, size_t len, size_t page_bytes, _Atomic bool *hit);
 /* Before munmap, when no thread touches the range any more. */
 void sigbus_remove(struct sigbus_range *r);
 bool sigbus_hit(struct sigbus_range *r);

@@ -38,7 +38,9 @@ int wakelist_open(struct wakelist *l);
 void wakelist_wait(struct wakelist *l);
 /* After wakelist_wait. What is still in the list is the owner's. Safe on a list that was never opened but has fd -1. */
 void wakelist_close(struct wakelist *l);
-/* Ends the taker's sleep, now or the next. Any thread. An eventfd that is full is readable all the same. */
+/* Raises an eventfd; one that is full is readable all the same. */
+void event_raise(int fd);
+/* Ends the taker's sleep, now or the next. Any thread. */
 void wakelist_raise(struct wakelist *l);
 /* Resets the eventfd, where it is polled by level: true if it was raised. */
 bool wakelist_clear(struct wakelist *l);

@@ -1,4 +1,4 @@
-/* fusedev/fusedev.c -- threads of the /dev/fuse transport and what control asks; see fusedev.h. */
+/* fusedev/fusedev.c -- threads of the /dev/fuse transport and what control asks; see fusedev/internal.h. */
 #include "fusedev/internal.h"
 
 #include <errno.h>
@@ -88,7 +88,7 @@ static int start_threads(struct vnd_fusedev *d, uint32_t threads, char *err, siz
     int rc = worker_init(d, &d->finisher, -1, false);
 
     if (rc == 0)
-        atomic_store(&d->finisher.fuse.counters.waiting, fusedev_list_waiting);
+        atomic_store(&d->finisher.fuse.counters.parked_list, &d->parked);
     if (rc == 0)
         rc = thread_start(&d->finisher.thread, "vnd-fuse-done", fusedev_finisher_main, &d->finisher);
     d->finisher.started = rc == 0;
@@ -102,7 +102,7 @@ static int start_threads(struct vnd_fusedev *d, uint32_t threads, char *err, siz
         d->n_readers = i + 1;
     }
     if (rc != 0)
-        fail_line(rc, err, err_len, "starting %u FUSE threads: %s", threads, strerror(rc < 0 ? -rc : rc));
+        fail_line(rc, err, err_len, "starting %u FUSE threads: %s", threads, strerror(-rc));
     return rc;
 }
 
@@ -115,9 +115,12 @@ vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads
     struct vnd_fusedev *d;
     int rc = install_leave_signal();
 
-    if (rc != 0 || threads < 1 || threads > FUSEDEV_THREADS_MAX) {
-        fail_line(0, err, err_len, rc ? "signal %d is in use" : "%d FUSE threads: 1 to %d are possible",
-                  rc ? FUSEDEV_SIGNAL_LEAVE : (int)threads, FUSEDEV_THREADS_MAX);
+    if (rc != 0) {
+        fail_line(0, err, err_len, "signal %d is in use", FUSEDEV_SIGNAL_LEAVE);
+        return NULL;
+    }
+    if (threads < 1 || threads > FUSEDEV_THREADS_MAX) {
+        fail_line(0, err, err_len, "%u FUSE threads: 1 to %d are possible", threads, FUSEDEV_THREADS_MAX);
         return NULL;
     }
     d = aligned_alloc(64, (sizeof(*d) + 63) / 64 * 64);
@@ -130,12 +133,12 @@ vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads
     d->vfs = v;
     d->clones = !(flags & VND_FUSEDEV_SHARED);
     d->deadline_us = (int64_t)e->cfg.read_deadline_ms * 1000;
-    pthread_mutex_init(&d->lock, NULL);
+    parklist_init(&d->parked, &d->finisher.fuse.counters);
     d->session = fuse_session_new(e, v);
-    d->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    wakelist_open(&d->wakes);
     d->ended_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     d->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    if (d->session == NULL || d->wake_fd < 0 || d->ended_fd < 0 || d->fd < 0) {
+    if (d->session == NULL || d->wakes.fd < 0 || d->ended_fd < 0 || d->fd < 0) {
         fail_line(0, err, err_len, "FUSE device: out of memory or descriptors");
         vnd_fusedev_free(d);
         return NULL;
@@ -204,11 +207,11 @@ void vnd_fusedev_stop(vnd_fusedev *d)
     }
     atomic_store(&d->abandon, true);
     if (d->finisher.started) {
-        fusedev_raise(d->wake_fd);
+        wakelist_raise(&d->wakes);
         pthread_join(d->finisher.thread, NULL);
         d->finisher.started = false;
     }
-    fusedev_raise(d->ended_fd);
+    event_raise(d->ended_fd);
 }
 
 void vnd_fusedev_free(vnd_fusedev *d)
@@ -220,17 +223,16 @@ void vnd_fusedev_free(vnd_fusedev *d)
         worker_free(&d->readers[i]);
     worker_free(&d->finisher);
     for (struct fusedev_slot *s = d->free, *next; s != NULL; s = next) {
-        next = s->next;
+        next = s->next_free;
         free(s);
     }
     fuse_session_free(d->session);
     backing_free(d->backing);
     if (d->fd >= 0)
         close(d->fd);
-    if (d->wake_fd >= 0)
-        close(d->wake_fd);
+    wakelist_close(&d->wakes);
     if (d->ended_fd >= 0)
         close(d->ended_fd);
-    pthread_mutex_destroy(&d->lock);
+    parklist_destroy(&d->parked);
     free(d);
 }

@@ -3,23 +3,13 @@
 
 #include <errno.h>
 #include <poll.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "fuse/internal.h"
 #include "base/sigbus.h"
-
-void fusedev_raise(int fd)
-{
-    uint64_t one = 1;
-    ssize_t n = write(fd, &one, sizeof(one));
-
-    (void)n;
-}
 
 /* ---- slots */
 
@@ -30,11 +20,11 @@ static struct fusedev_slot *take_slot(struct vnd_fusedev *d)
     struct fusedev_slot *s;
 
     for (;;) {
-        pthread_mutex_lock(&d->lock);
+        pthread_mutex_lock(&d->parked.lock);
         s = d->free;
         if (s != NULL)
-            d->free = s->next;
-        pthread_mutex_unlock(&d->lock);
+            d->free = s->next_free;
+        pthread_mutex_unlock(&d->parked.lock);
         if (s == NULL)
             s = malloc(sizeof(*s));
         if (s != NULL)
@@ -50,63 +40,29 @@ static void give_slot(struct fusedev_slot *s)
 {
     struct vnd_fusedev *d = s->dev;
 
-    pthread_mutex_lock(&d->lock);
-    s->next = d->free;
+    pthread_mutex_lock(&d->parked.lock);
+    s->next_free = d->free;
     d->free = s;
-    pthread_mutex_unlock(&d->lock);
-}
-
-static void note_oldest(struct vnd_fusedev *d)
-{
-    atomic_store_explicit(&d->finisher.fuse.counters.oldest_park_us, d->first ? d->first->parked_us : 0,
-                          memory_order_relaxed);
+    pthread_mutex_unlock(&d->parked.lock);
 }
 
 /* These two under the lock. */
 static void list_slot(struct vnd_fusedev *d, struct fusedev_slot *s)
 {
     s->state = FUSEDEV_PARKED;
-    s->prev = d->last;
-    s->next = NULL;
-    if (d->last != NULL)
-        d->last->next = s;
-    else
-        d->first = s;
-    d->last = s;
-    d->n_parked++;
-    note_oldest(d);
+    s->parked.wakes = false;
+    parklist_add(&d->parked, &s->parked);
 }
 
 static void unlist_slot(struct vnd_fusedev *d, struct fusedev_slot *s)
 {
-    if (s->prev != NULL)
-        s->prev->next = s->next;
-    else
-        d->first = s->next;
-    if (s->next != NULL)
-        s->next->prev = s->prev;
-    else
-        d->last = s->prev;
-    s->prev = s->next = NULL;
+    parklist_remove(&d->parked, &s->parked);
     s->state = FUSEDEV_SERVING;
-    d->n_parked--;
-    note_oldest(d);
 }
 
-int fusedev_list_waiting(struct engine_counters *c, vnd_waiting *out, int max, int64_t now)
+static struct fusedev_slot *slot_of_parked(struct parked *p)
 {
-    struct vnd_fusedev *d =
-        (struct vnd_fusedev *)(void *)((char *)c - offsetof(struct vnd_fusedev, finisher.fuse.counters));
-    int n = 0;
-
-    pthread_mutex_lock(&d->lock);
-    for (const struct fusedev_slot *s = d->first; s != NULL && n < max; s = s->next)
-        out[n++] = (vnd_waiting){ .nodeid = s->req.in.nodeid,
-                                  .unique = s->req.in.unique,
-                                  .opcode = s->req.in.opcode,
-                                  .wait_us = now > s->parked_us ? (uint64_t)(now - s->parked_us) : 0 };
-    pthread_mutex_unlock(&d->lock);
-    return n;
+    return (struct fusedev_slot *)(void *)((char *)p - offsetof(struct fusedev_slot, parked));
 }
 
 /* ---- the request's memory: buffers of the thread that serves it */
@@ -158,7 +114,7 @@ static void wake_slot(struct store_wait *w);
 
 /* ---- serving */
 
-/* Errors are no matter: whoever asked is gone (ENOENT), or the whole mount is (ENODEV). */
+/* ENOENT: the process that asked is gone. ENODEV: the mount is. Neither matters. */
 static void write_reply(struct fusedev_worker *w, const struct fusedev_slot *s)
 {
     ssize_t n;
@@ -192,36 +148,36 @@ static bool park_slot(struct vnd_fusedev *d, struct fusedev_slot *s, bool *inter
 {
     bool listed, first;
 
-    pthread_mutex_lock(&d->lock);
+    pthread_mutex_lock(&d->parked.lock);
     listed = !s->woken;
-    first = d->first == NULL;
+    first = d->parked.first == NULL;
     *interrupted = listed && is_early(d, s->req.in.unique);
     s->woken = false;
     if (listed)
         list_slot(d, s);
-    pthread_mutex_unlock(&d->lock);
+    pthread_mutex_unlock(&d->parked.lock);
     if (listed && first)
-        fusedev_raise(d->wake_fd); /* the finisher sleeps without a deadline */
+        wakelist_raise(&d->wakes); /* the finisher sleeps without a deadline */
     return listed;
 }
 
-/* The reader wants its read ended: at once if nothing is under way for it. */
+/* The kernel wants the request ended: at once if no wake is under way for it. */
 static void interrupt_request(struct fusedev_worker *w, uint64_t unique)
 {
     struct vnd_fusedev *d = w->dev;
-    struct fusedev_slot *s;
+    struct fusedev_slot *s = NULL;
 
-    pthread_mutex_lock(&d->lock);
-    for (s = d->first; s != NULL; s = s->next)
-        if (s->req.in.unique == unique)
-            break;
+    pthread_mutex_lock(&d->parked.lock);
+    for (struct parked *p = d->parked.first; p != NULL && s == NULL; p = p->next)
+        if (p->unique == unique)
+            s = slot_of_parked(p);
     if (s != NULL && s->state == FUSEDEV_PARKED && store_wait_cancel(&s->req.wait)) {
         unlist_slot(d, s);
     } else { /* not parked yet, or woken and about to be served, which may park it again */
         d->early[d->early_at++ % FUSEDEV_EARLY_MAX] = unique;
         s = NULL;
     }
-    pthread_mutex_unlock(&d->lock);
+    pthread_mutex_unlock(&d->parked.lock);
     if (s != NULL) {
         fail_slot(w, s, EINTR);
         give_slot(s);
@@ -242,8 +198,6 @@ static bool serve_slot(struct fusedev_worker *w, struct fusedev_slot *s)
             write_reply(w, s);
         if (verdict != REQ_PARKED)
             return true;
-        if (s->parked_us == 0)
-            s->parked_us = s->deadline_us - w->dev->deadline_us;
     } while (!park_slot(w->dev, s, &interrupted));
     if (interrupted)
         interrupt_request(w, unique);
@@ -282,11 +236,14 @@ static bool take_request(struct fusedev_worker *w, struct fusedev_slot *s, uint3
     s->fd = w->fd;
     s->state = FUSEDEV_SERVING;
     s->woken = false;
-    s->parked_us = 0;
     w->fuse.now_us = now_us();
     r->began_us = 0;
-    s->deadline_us = w->fuse.now_us + d->deadline_us;
-    r->wait.deadline_us = s->deadline_us;
+    r->wait.deadline_us = w->fuse.now_us + d->deadline_us;
+    s->parked = (struct parked){ .since_us = w->fuse.now_us,
+                                 .deadline_us = r->wait.deadline_us,
+                                 .nodeid = r->in.nodeid,
+                                 .unique = r->in.unique,
+                                 .opcode = r->in.opcode };
     return serve_slot(w, s);
 }
 
@@ -312,7 +269,7 @@ void *fusedev_reader_main(void *arg)
         } else if (n == 0 || (errno != EINTR && errno != EAGAIN && errno != ENOENT)) {
             if (n < 0 && errno != ENODEV)
                 engine_say(d->engine, VND_LEVEL_ERROR, VND_CAUSE_IO, "reading /dev/fuse: %s", strerror(errno));
-            fusedev_raise(d->ended_fd);
+            event_raise(d->ended_fd);
             break;
         }
     }
@@ -322,35 +279,9 @@ void *fusedev_reader_main(void *arg)
 
 /* ---- parked requests */
 
-/* Any thread. After the last line the device may be gone; until then wakers keeps it. */
 static void wake_slot(struct store_wait *w)
 {
-    struct vnd_fusedev *d = ((struct fusedev_slot *)w->owner)->dev;
-    struct store_wait *top;
-
-    atomic_fetch_add_explicit(&d->wakers, 1, memory_order_relaxed);
-    top = atomic_load_explicit(&d->done, memory_order_relaxed);
-    do {
-        w->done_next = top;
-    } while (!atomic_compare_exchange_weak(&d->done, &top, w));
-    if (atomic_load(&d->sleeping) && atomic_exchange(&d->sleeping, 0))
-        fusedev_raise(d->wake_fd);
-    atomic_fetch_sub_explicit(&d->wakers, 1, memory_order_release);
-}
-
-/* All woken ones, oldest first. */
-static struct store_wait *take_done(struct vnd_fusedev *d)
-{
-    struct store_wait *w = atomic_exchange_explicit(&d->done, NULL, memory_order_acquire), *list = NULL;
-
-    while (w != NULL) {
-        struct store_wait *next = w->done_next;
-
-        w->done_next = list;
-        list = w;
-        w = next;
-    }
-    return list;
+    wakelist_push(&((struct fusedev_slot *)w->owner)->dev->wakes, &w->done);
 }
 
 static void finish_woken(struct fusedev_worker *w, struct fusedev_slot *s)
@@ -358,13 +289,13 @@ static void finish_woken(struct fusedev_worker *w, struct fusedev_slot *s)
     struct vnd_fusedev *d = w->dev;
     bool mine;
 
-    pthread_mutex_lock(&d->lock);
+    pthread_mutex_lock(&d->parked.lock);
     mine = s->state != FUSEDEV_SERVING;
     if (mine)
         unlist_slot(d, s);
     else
-        s->woken = true; /* whoever is about to list it serves it again instead */
-    pthread_mutex_unlock(&d->lock);
+        s->woken = true; /* the thread that is about to list it serves it again instead */
+    pthread_mutex_unlock(&d->parked.lock);
     if (!mine)
         return;
     if (atomic_load_explicit(&d->abandon, memory_order_acquire)) {
@@ -375,27 +306,31 @@ static void finish_woken(struct fusedev_worker *w, struct fusedev_slot *s)
     }
 }
 
-/* Takes one whose time is over off the list: the one to fail, or NULL. abandon: any. */
+/* Takes a request whose deadline has passed off the list, for the caller to fail; NULL: there is none. abandon: whatever its
+ * deadline. */
 static struct fusedev_slot *take_expired(struct vnd_fusedev *d, int64_t now, bool abandon)
 {
-    struct fusedev_slot *s;
+    struct fusedev_slot *expired = NULL;
 
-    pthread_mutex_lock(&d->lock);
-    for (s = d->first; s != NULL; s = s->next) {
+    pthread_mutex_lock(&d->parked.lock);
+    for (struct parked *p = d->parked.first; p != NULL && expired == NULL; p = p->next) {
+        struct fusedev_slot *s = slot_of_parked(p);
+
         if (s->state != FUSEDEV_PARKED)
             continue;
-        if (!abandon && s->deadline_us > now) {
-            s = NULL;
+        if (!abandon && p->deadline_us > now)
             break;
-        }
         if (store_wait_cancel(&s->req.wait)) {
-            unlist_slot(d, s);
-            break;
+            expired = s;
+        } else { /* being woken: a moment */
+            s->state = FUSEDEV_EXPIRED;
+            p->wakes = true;
         }
-        s->state = FUSEDEV_EXPIRED; /* being woken: a moment */
     }
-    pthread_mutex_unlock(&d->lock);
-    return s;
+    if (expired != NULL)
+        unlist_slot(d, expired);
+    pthread_mutex_unlock(&d->parked.lock);
+    return expired;
 }
 
 static void expire_parked(struct fusedev_worker *w)
@@ -416,21 +351,14 @@ static void expire_parked(struct fusedev_worker *w)
     }
 }
 
-/* Milliseconds until the oldest parked request expires, -1: none is. */
 static int ms_to_deadline(struct vnd_fusedev *d)
 {
-    struct fusedev_slot *s;
-    int64_t ms = -1;
+    int ms;
 
-    pthread_mutex_lock(&d->lock);
-    for (s = d->first; s != NULL && s->state != FUSEDEV_PARKED; s = s->next)
-        ;
-    if (s != NULL) {
-        ms = (s->deadline_us - now_us() + 999) / 1000;
-        ms = ms < 0 ? 0 : ms > 1000000 ? 1000000 : ms;
-    }
-    pthread_mutex_unlock(&d->lock);
-    return (int)ms;
+    pthread_mutex_lock(&d->parked.lock);
+    ms = parklist_ms_left(&d->parked, now_us());
+    pthread_mutex_unlock(&d->parked.lock);
+    return ms;
 }
 
 static bool is_over(struct vnd_fusedev *d)
@@ -439,9 +367,9 @@ static bool is_over(struct vnd_fusedev *d)
 
     if (!atomic_load_explicit(&d->abandon, memory_order_acquire))
         return false;
-    pthread_mutex_lock(&d->lock);
-    over = d->n_parked == 0;
-    pthread_mutex_unlock(&d->lock);
+    pthread_mutex_lock(&d->parked.lock);
+    over = d->parked.n == 0;
+    pthread_mutex_unlock(&d->parked.lock);
     return over;
 }
 
@@ -449,31 +377,26 @@ void *fusedev_finisher_main(void *arg)
 {
     struct fusedev_worker *w = arg;
     struct vnd_fusedev *d = w->dev;
-    struct pollfd wait = { .fd = d->wake_fd, .events = POLLIN };
-    uint64_t count;
+    struct pollfd wait = { .fd = d->wakes.fd, .events = POLLIN };
 
     sigbus_unblock();
     for (;;) {
-        struct store_wait *next, *list = take_done(d);
+        struct wake_item *item;
         int ms;
 
-        for (; list != NULL; list = next) {
-            next = list->done_next;
-            finish_woken(w, list->owner);
-        }
+        while ((item = wakelist_take(&d->wakes)) != NULL)
+            finish_woken(w, store_wait_of(item)->owner);
         expire_parked(w);
         if (is_over(d))
             break;
-        /* What is parked from here on is younger than the one this sleeps for, or says so when it is the first. */
+        /* A request that parks from here on has a later deadline than the one that ends this sleep; where nothing is parked,
+         * the thread that parks the first one raises the eventfd (park_slot). */
         ms = ms_to_deadline(d);
-        atomic_store(&d->sleeping, 1);
-        if (atomic_load(&d->done) == NULL && !is_over(d))
+        if (wakelist_sleep(&d->wakes) && !is_over(d))
             poll(&wait, 1, ms);
-        atomic_store_explicit(&d->sleeping, 0, memory_order_relaxed);
-        if (read(d->wake_fd, &count, sizeof(count)) < 0)
-            continue; /* nobody raised it */
+        wakelist_awake(&d->wakes);
+        wakelist_clear(&d->wakes);
     }
-    while (atomic_load_explicit(&d->wakers, memory_order_acquire) != 0)
-        sched_yield();
+    wakelist_wait(&d->wakes);
     return NULL;
 }

@@ -13,22 +13,39 @@ uint64_t vnd_device_features(void)
     return DEVICE_FEATURES;
 }
 
-static int map_own_inflight(struct vnd_device *d, char *err, size_t err_len)
+static int map_own_inflight(struct vnd_device *d, struct failure *f)
 {
-    uint64_t size;
-    int fd = vnd_inflight_create(d->n_queues, VND_RING_MAX, &size), rc;
+    struct map_request r = { .what = "in-flight region" };
+    struct device_inflight *own = &d->own_inflight;
+    int rc;
 
-    if (fd < 0)
-        return fail_line(fd, err, err_len, "in-flight region: %s", strerror(-fd));
-    rc = guestmem_map_new(fd, 0, size, NULL, "in-flight region", &d->own_map, &d->own_inflight, err, err_len);
-    close(fd);
+    r.fd = vnd_inflight_create(d->n_queues, VND_RING_MAX, &r.size_bytes);
+    if (r.fd < 0)
+        return failure_set(f, r.fd, VND_CAUSE_IO, "in-flight region: %s", strerror(-r.fd));
+    rc = guestmem_map_new(&r, &own->map, &own->host, f);
+    close(r.fd);
+    own->queues = d->n_queues;
+    own->entries = VND_RING_MAX;
     return rc;
+}
+
+static int start_queues(struct vnd_device *d, uint32_t n, struct failure *f)
+{
+    for (; d->n_queues < n; d->n_queues++) {
+        int rc = queue_init(&d->queues[d->n_queues], &d->common, d->n_queues);
+
+        if (rc != 0)
+            return failure_set(f, rc, VND_CAUSE_IO, "starting queue %u: %s", d->n_queues, strerror(-rc));
+    }
+    return map_own_inflight(d, f);
 }
 
 vnd_device *vnd_device_new(vnd_engine *e, vnd_vfs *v, uint32_t queue_count, char *err, size_t err_len)
 {
+    struct failure f = { 0 };
     struct vnd_device *d;
-    int rc;
+    size_t bytes;
+    int rc = -ENOMEM;
 
     if (queue_count < 2 || queue_count > VND_QUEUE_MAX) {
         fail_line(0, err, err_len, "%u queues: 2 to %d are possible (one is the high priority queue)", queue_count,
@@ -36,31 +53,21 @@ vnd_device *vnd_device_new(vnd_engine *e, vnd_vfs *v, uint32_t queue_count, char
         return NULL;
     }
     d = calloc(1, sizeof(*d));
-    if (d == NULL)
-        goto no_memory;
-    d->engine = e;
-    d->vfs = v;
-    d->session = fuse_session_new(e, v);
-    /* Queues are aligned to cache lines. */
-    d->queues = aligned_alloc(64, (queue_count * sizeof(struct queue) + 63) / 64 * 64);
-    if (d->session == NULL || d->queues == NULL)
-        goto no_memory;
-    memset(d->queues, 0, queue_count * sizeof(struct queue));
-    for (; d->n_queues < queue_count; d->n_queues++) {
-        rc = queue_init(&d->queues[d->n_queues], e, v, d->session, d->n_queues, &d->mem_lost, &d->segs_bytes);
-        if (rc != 0) {
-            fail_line(rc, err, err_len, "starting queue %u: %s", d->n_queues, strerror(-rc));
-            vnd_device_free(d);
-            return NULL;
-        }
+    failure_set(&f, rc, VND_CAUSE_IO, "device: out of memory");
+    if (d != NULL) {
+        d->common.engine = e;
+        d->common.vfs = v;
+        d->common.session = fuse_session_new(e, v);
+        bytes = queue_count * sizeof(struct queue); /* a multiple of its alignment, which is a cache line's */
+        d->queues = aligned_alloc(_Alignof(struct queue), bytes);
+        if (d->queues != NULL)
+            memset(d->queues, 0, bytes);
+        if (d->queues != NULL && d->common.session != NULL)
+            rc = start_queues(d, queue_count, &f);
     }
-    if (map_own_inflight(d, err, err_len) != 0) {
-        vnd_device_free(d);
-        return NULL;
-    }
-    return d;
-no_memory:
-    fail_line(0, err, err_len, "device: out of memory");
+    if (rc == 0)
+        return d;
+    failure_tell(&f, rc, NULL, err, err_len);
     vnd_device_free(d);
     return NULL;
 }
@@ -85,35 +92,52 @@ static int take_fd(int fd, int *out)
 
 static struct inflight queue_inflight(const struct vnd_device *d, uint32_t i)
 {
-    struct inflight f = { 0 };
+    const struct device_inflight *in =
+        d->inflight.map != NULL && i < d->inflight.queues ? &d->inflight : &d->own_inflight;
 
-    if (d->inflight != NULL && i < d->inflight_queues) {
-        f.region = (void *)(d->inflight + i * inflight_stride(d->inflight_size));
-        f.num = d->inflight_size;
-    } else if (d->own_inflight != NULL) {
-        f.region = (void *)(d->own_inflight + i * inflight_stride(VND_RING_MAX));
-        f.num = VND_RING_MAX;
-    }
-    return f;
+    if (in->map == NULL)
+        return (struct inflight){ 0 };
+    return (struct inflight){ .region = (void *)(in->host + i * inflight_stride(in->entries)), .num = in->entries };
 }
 
 /* The front-end's in-flight region, checked and mapped. */
-static int map_inflight(const vnd_device_state *st, _Atomic int *lost, struct guestmem_map **map, uint8_t **host,
-                        char *err, size_t err_len)
+static int map_inflight(const vnd_device_state *st, _Atomic bool *lost, struct device_inflight *out, struct failure *f)
 {
+    struct map_request r = { .fd = st->inflight_fd,
+                             .offset = st->inflight_offset,
+                             .size_bytes = st->inflight_size_bytes,
+                             .what = "in-flight region",
+                             .lost = lost };
     uint64_t need;
 
     if (st->inflight_queues == 0 || st->inflight_queues > VND_QUEUE_MAX || st->inflight_queue_size == 0 ||
         st->inflight_queue_size > VND_RING_MAX)
-        return fail_line(-EINVAL, err, err_len, "in-flight region: %u queues of %u entries are not possible",
-                         st->inflight_queues, st->inflight_queue_size);
+        return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "in-flight region: %u queues of %u entries are not possible",
+                           st->inflight_queues, st->inflight_queue_size);
     need = st->inflight_queues * inflight_stride(st->inflight_queue_size);
-    if (st->inflight_size_bytes < need || st->inflight_offset % 8 != 0)
-        return fail_line(-EINVAL, err, err_len, "in-flight region: %llu bytes at offset %llu, %llu are due",
-                         (unsigned long long)st->inflight_size_bytes, (unsigned long long)st->inflight_offset,
-                         (unsigned long long)need);
-    return guestmem_map_new(st->inflight_fd, st->inflight_offset, st->inflight_size_bytes, lost, "in-flight region",
-                            map, host, err, err_len);
+    if (r.size_bytes < need || r.offset % 8 != 0)
+        return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "in-flight region: %llu bytes at offset %llu, %llu are due",
+                           (unsigned long long)r.size_bytes, (unsigned long long)r.offset, (unsigned long long)need);
+    out->queues = st->inflight_queues;
+    out->entries = st->inflight_queue_size;
+    return guestmem_map_new(&r, &out->map, &out->host, f);
+}
+
+/* What one call of apply changes: what is new until exchange, from then on what it replaced. */
+struct apply {
+    int drain_ms;
+    bool new_mem, new_log, new_inflight;
+    bool all; /* something that all rings have in common */
+    struct guestmem *mem;
+    struct guestlog *log;
+    struct device_inflight inflight;
+};
+
+static void unmap(struct apply *a)
+{
+    guestmem_free(a->mem);
+    guestlog_free(a->log);
+    guestmem_map_put(a->inflight.map);
 }
 
 static void fill_conf(struct vnd_device *d, uint32_t i, struct queue_conf *c)
@@ -138,9 +162,12 @@ static bool same_ring(const vnd_ring_state *a, const vnd_ring_state *b)
            a->started == b->started && a->enabled == b->enabled;
 }
 
-/* Posts what changed of ring i. 2: the ring itself did, 1: only what is common, 0: nothing, or -errno. */
-static int post_ring(struct vnd_device *d, const vnd_device_state *st, uint32_t i, bool all, int drain_ms, char *err,
-                     size_t err_len)
+/* What post_ring did. */
+enum posted { POSTED_NOTHING, POSTED_COMMON, POSTED_RING };
+
+/* Posts what changed of ring i, or only what all rings have in common: enum posted, or -errno. */
+static int post_ring(struct vnd_device *d, const vnd_device_state *st, uint32_t i, const struct apply *a,
+                     struct failure *f)
 {
     struct device_ring *r = &d->rings[i];
     struct queue_conf *c = &d->confs[i];
@@ -149,11 +176,11 @@ static int post_ring(struct vnd_device *d, const vnd_device_state *st, uint32_t 
                 r->err_gen == st->err_gen[i];
     int rc = 0;
 
-    if (same && !all)
-        return 0;
+    if (same && !a->all)
+        return POSTED_NOTHING;
     r->state = *want;
     fill_conf(d, i, c);
-    c->drain_ms = drain_ms;
+    c->drain_ms = a->drain_ms;
     if (r->kick_gen != st->kick_gen[i]) {
         c->new_kick = true;
         rc = take_fd(want->kick_fd, &c->kick_fd);
@@ -170,96 +197,121 @@ static int post_ring(struct vnd_device *d, const vnd_device_state *st, uint32_t 
         close(c->kick_fd);
         close(c->call_fd);
         r->state = before;
-        return fail_line(rc, err, err_len, "ring %u: taking its fds: %s", i, strerror(-rc));
+        return failure_set(f, rc, VND_CAUSE_IO, "ring %u: taking its fds: %s", i, strerror(-rc));
     }
     r->kick_gen = st->kick_gen[i];
     r->call_gen = st->call_gen[i];
     r->err_gen = st->err_gen[i];
     queue_post(&d->queues[i], c);
-    return same ? 1 : 2;
+    return same ? POSTED_COMMON : POSTED_RING;
 }
 
-static int check_state(const struct vnd_device *d, const vnd_device_state *st, char *err, size_t err_len)
+static int check_state(const struct vnd_device *d, const vnd_device_state *st, struct failure *f)
 {
     if (st->features & ~DEVICE_FEATURES)
-        return fail_line(-EINVAL, err, err_len, "features 0x%llx were never offered",
-                         (unsigned long long)(st->features & ~DEVICE_FEATURES));
+        return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "features 0x%llx were never offered",
+                           (unsigned long long)(st->features & ~DEVICE_FEATURES));
     if (st->ring_count > d->n_queues)
-        return fail_line(-EINVAL, err, err_len, "%u rings, the device has %u", st->ring_count, d->n_queues);
+        return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "%u rings, the device has %u", st->ring_count, d->n_queues);
     return 0;
 }
 
-int vnd_device_apply(vnd_device *d, vnd_device_state *st, int drain_ms, char *err, size_t err_len)
+/* Maps what is new: all that can fail. */
+static int prepare(struct vnd_device *d, const vnd_device_state *st, struct apply *a, struct failure *f)
 {
-    struct guestmem *old_mem = NULL, *mem = NULL;
-    struct guestlog *old_log = NULL, *log = NULL;
-    struct guestmem_map *old_inflight = NULL, *map = NULL;
-    uint8_t *host = NULL;
-    int posted[VND_QUEUE_MAX];
-    bool all;
-    bool new_mem = st->region_gen != d->region_gen, new_log = st->log_gen != d->log_gen,
-         new_inflight = st->inflight_gen != d->inflight_gen;
-    int rc = check_state(d, st, err, err_len);
+    int rc = check_state(d, st, f);
 
-    /* First all that can fail. */
-    if (rc == 0 && new_mem)
-        rc = guestmem_new(st->regions, st->region_count, d->mem, &d->mem_lost, &mem, err, err_len);
-    if (rc == 0 && new_log && st->log_fd >= 0)
-        rc = guestlog_new(st->log_fd, st->log_offset, st->log_size_bytes, &d->mem_lost, &log, err, err_len);
-    if (rc == 0 && new_inflight && st->inflight_fd >= 0)
-        rc = map_inflight(st, &d->mem_lost, &map, &host, err, err_len);
-    if (rc != 0) {
-        guestmem_free(mem);
-        guestlog_free(log);
-        return rc;
+    a->new_mem = st->region_gen != d->region_gen;
+    a->new_log = st->log_gen != d->log_gen;
+    a->new_inflight = st->inflight_gen != d->inflight_gen;
+    a->all = a->new_mem || a->new_log || a->new_inflight || st->features != d->features;
+    if (rc == 0 && a->new_mem)
+        rc = guestmem_new(st->regions, st->region_count, d->mem, &d->common.mem_lost, &a->mem, f);
+    if (rc == 0 && a->new_log && st->log_fd >= 0) {
+        struct map_request r = {
+            .fd = st->log_fd, .offset = st->log_offset, .size_bytes = st->log_size_bytes, .lost = &d->common.mem_lost
+        };
+
+        rc = guestlog_new(&r, &a->log, f);
     }
-    if (new_mem) {
-        old_mem = d->mem;
+    if (rc == 0 && a->new_inflight && st->inflight_fd >= 0)
+        rc = map_inflight(st, &d->common.mem_lost, &a->inflight, f);
+    if (rc != 0)
+        unmap(a);
+    return rc;
+}
+
+/* Puts what is new in its place; a then holds what it was before. */
+static void exchange(struct vnd_device *d, const vnd_device_state *st, struct apply *a)
+{
+    if (a->new_mem) {
+        struct guestmem *mem = a->mem;
+
+        a->mem = d->mem;
         d->mem = mem;
         d->region_gen = st->region_gen;
     }
-    if (new_log) {
-        old_log = d->log;
+    if (a->new_log) {
+        struct guestlog *log = a->log;
+
+        a->log = d->log;
         d->log = log;
         d->log_gen = st->log_gen;
     }
-    if (new_inflight) {
-        old_inflight = d->inflight_map;
-        d->inflight_map = map;
-        d->inflight = host;
-        d->inflight_queues = st->inflight_queues;
-        d->inflight_size = st->inflight_queue_size;
+    if (a->new_inflight) {
+        struct device_inflight inflight = a->inflight;
+
+        a->inflight = d->inflight;
+        d->inflight = inflight;
         d->inflight_gen = st->inflight_gen;
         for (uint32_t i = 0; i < d->n_queues; i++)
-            d->rings[i].recover = map != NULL && i < d->inflight_queues;
+            d->rings[i].recover = inflight.map != NULL && i < inflight.queues;
     }
-    all = new_mem || new_log || new_inflight || st->features != d->features;
     d->features = st->features;
+}
+
+/* Has every queue be as st wants it, and waits until it is. 0, or what failed first. */
+static int apply_rings(struct vnd_device *d, vnd_device_state *st, const struct apply *a, struct failure *f)
+{
+    int posted[VND_QUEUE_MAX], rc = 0;
 
     for (uint32_t i = 0; i < d->n_queues; i++) {
-        posted[i] = post_ring(d, st, i, all, drain_ms, err, err_len);
+        posted[i] = post_ring(d, st, i, a, rc == 0 ? f : NULL);
         if (posted[i] < 0 && rc == 0)
             rc = posted[i];
     }
     for (uint32_t i = 0; i < d->n_queues; i++) {
         struct queue_conf *c = &d->confs[i];
 
-        if (posted[i] <= 0)
+        if (posted[i] <= POSTED_NOTHING)
             continue;
         queue_wait(&d->queues[i]);
         st->rings[i].base = d->rings[i].state.base = c->ring.base;
         if (d->queues[i].running)
             d->rings[i].recover = false;
         /* A ring that could not start earlier tries again with each new memory: no news. */
-        if (c->rc != 0 && posted[i] == 2 && rc == 0)
-            rc = fail_line(c->rc, err, err_len, "%s", c->err);
+        if (c->rc != 0 && posted[i] == POSTED_RING && rc == 0) {
+            rc = c->rc;
+            *f = c->failure;
+        }
     }
-    guestmem_free(old_mem);
-    guestlog_free(old_log);
-    guestmem_map_put(old_inflight);
-    if (new_mem && !guestmem_hit(d->mem))
-        atomic_store(&d->mem_lost, 0);
     return rc;
+}
+
+int vnd_device_apply(vnd_device *d, vnd_device_state *st, int drain_ms, char *err, size_t err_len)
+{
+    struct apply a = { .drain_ms = drain_ms };
+    struct failure f = { 0 };
+    int rc = prepare(d, st, &a, &f);
+
+    if (rc != 0)
+        return failure_tell(&f, rc, NULL, err, err_len);
+    exchange(d, st, &a);
+    rc = apply_rings(d, st, &a, &f);
+    unmap(&a);
+    if (a.new_mem && !guestmem_hit(d->mem))
+        atomic_store(&d->common.mem_lost, false);
+    return rc == 0 ? 0 : failure_tell(&f, rc, NULL, err, err_len);
 }
 
 /* Has every queue do something that is not a state. */
@@ -278,7 +330,7 @@ static void post_all(struct vnd_device *d, bool leave)
 void vnd_device_reset(vnd_device *d)
 {
     post_all(d, false);
-    fuse_session_reset(d->session);
+    fuse_session_reset(d->common.session);
 }
 
 void vnd_device_free(vnd_device *d)
@@ -287,13 +339,13 @@ void vnd_device_free(vnd_device *d)
         return;
     post_all(d, true);
     for (uint32_t i = 0; i < d->n_queues; i++)
-        queue_free(&d->queues[i], d->vfs);
+        queue_free(&d->queues[i]);
     free(d->queues);
-    if (d->session != NULL)
-        fuse_session_free(d->session);
+    if (d->common.session != NULL)
+        fuse_session_free(d->common.session);
     guestmem_free(d->mem);
     guestlog_free(d->log);
-    guestmem_map_put(d->inflight_map);
-    guestmem_map_put(d->own_map);
+    guestmem_map_put(d->inflight.map);
+    guestmem_map_put(d->own_inflight.map);
     free(d);
 }

@@ -1,5 +1,14 @@
-/* vhost/device.h -- a vhost-user virtio-fs device: queues, memory and a FUSE session; vnd.h is its face. One control
- * thread at a time.
+/* vhost/device.h -- the contract of vhost/: a vhost-user virtio-fs device of one front-end. Its functions are vnd.h's.
+ *
+ * What it is: queues, the guest's memory, the in-flight region and a FUSE session (fuse/fuse.h). The messages themselves are
+ * spoken by Python; here is what they come to (vnd_device_state).
+ * Threads: one control thread at a time calls vnd_device_*. Each queue has a thread of its own, which alone touches its ring
+ * and its requests' memory. Threads of the store and of file systems call a request's wake, and nothing else.
+ * Locks, each taken alone: a queue's lock (a posted conf is acknowledged under it); its parked list's lock (after the
+ * engine's). Queue threads take none on the way of a request that is ready.
+ * Ownership: the device owns queues, mappings and session; a queue owns the descriptors that its conf gave it. Engine and
+ * mount table outlive the device. Memory is unmapped when every queue has acknowledged that it uses it no more.
+ * It may use base, store/store.h, fs and fuse.
  */
 #ifndef VND_DEVICE_H
 #define VND_DEVICE_H
@@ -16,10 +25,15 @@ struct device_ring {
     bool recover; /* the front-end gave an in-flight region that this ring has not looked at */
 };
 
+/* A front-end's in-flight region, mapped; map NULL: there is none. */
+struct device_inflight {
+    struct guestmem_map *map;
+    uint8_t *host;
+    uint32_t queues, entries; /* rings, and entries of each, that it was made for */
+};
+
 struct vnd_device {
-    struct vnd_engine *engine;
-    struct vnd_vfs *vfs;
-    struct fuse_session *session;
+    struct queue_common common;
     uint32_t n_queues;
     struct queue *queues;
     struct device_ring rings[VND_QUEUE_MAX];
@@ -29,11 +43,8 @@ struct vnd_device {
     uint32_t region_gen;
     struct guestlog *log;
     uint32_t log_gen;
-    struct guestmem_map *own_map, *inflight_map; /* in-flight region: ours, the front-end's or NULL */
-    uint8_t *own_inflight, *inflight;
-    uint32_t inflight_queues, inflight_size, inflight_gen;
-    _Atomic int mem_lost;
-    _Atomic uint32_t segs_bytes;
+    struct device_inflight own_inflight, inflight; /* ours, and the front-end's */
+    uint32_t inflight_gen;
 };
 
 #endif

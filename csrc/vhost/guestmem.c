@@ -43,67 +43,83 @@ static uint64_t block_bytes(int fd)
     return (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
-/* As guestmem_map_new; a mapping of old that holds the same bytes is shared. */
-static int map_get(int fd, uint64_t offset, uint64_t size, const struct guestmem *old, _Atomic int *lost,
-                   const char *what, struct guestmem_map **out, uint8_t **host, char *err, size_t err_len)
+/* The file's size and identity, once the range is found to lie in it. 0 or -errno. */
+static int check_range(const struct map_request *r, struct stat *st, struct failure *f)
 {
-    struct stat st;
-    uint64_t end, block, start, len;
-    struct guestmem_map *map;
+    uint64_t end;
 
-    if (size == 0 || __builtin_add_overflow(offset, size, &end) || end > INT64_MAX)
-        return fail_line(-EINVAL, err, err_len, "%s: 0x%llx bytes at file offset 0x%llx make no range", what,
-                         (unsigned long long)size, (unsigned long long)offset);
-    if (fstat(fd, &st) != 0)
-        return fail_line(-errno, err, err_len, "%s: fd %d: %s", what, fd, strerror(errno));
-    if (!S_ISREG(st.st_mode))
-        return fail_line(-EINVAL, err, err_len, "%s: fd %d is not a file; share a memfd or a file", what, fd);
-    if ((uint64_t)st.st_size < end)
-        return fail_line(-EINVAL, err, err_len, "%s: the range ends at 0x%llx, its file at 0x%llx", what,
-                         (unsigned long long)end, (unsigned long long)st.st_size);
-    block = block_bytes(fd);
-    start = offset / block * block;
-    len = (end - start + block - 1) / block * block;
-    for (uint32_t i = 0; old != NULL && i < old->n; i++) {
-        map = old->region[i].map;
-        if (map->dev == st.st_dev && map->ino == st.st_ino && map->offset == start && map->len == len &&
-            !sigbus_hit(map->guard)) {
-            map->refs++;
-            goto done;
-        }
-    }
-    map = calloc(1, sizeof(*map));
-    if (map == NULL)
-        return fail_line(-ENOMEM, err, err_len, "%s: out of memory", what);
-    map->addr = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, (off_t)start);
-    if (map->addr == MAP_FAILED) {
-        int e = errno;
-
-        free(map);
-        return fail_line(-e, err, err_len, "%s: mapping 0x%llx bytes at 0x%llx: %s", what, (unsigned long long)len,
-                         (unsigned long long)start, strerror(e));
-    }
-    madvise(map->addr, len, MADV_DONTDUMP);
-    map->refs = 1;
-    map->len = len;
-    map->offset = start;
-    map->dev = st.st_dev;
-    map->ino = st.st_ino;
-    map->guard = sigbus_add(map->addr, len, block, lost);
-    if (map->guard == NULL) {
-        guestmem_map_put(map);
-        return fail_line(-ENOMEM, err, err_len, "%s: out of memory", what);
-    }
-done:
-    *out = map;
-    *host = map->addr + (offset - start);
+    if (r->size_bytes == 0 || __builtin_add_overflow(r->offset, r->size_bytes, &end) || end > INT64_MAX)
+        return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "%s: 0x%llx bytes at file offset 0x%llx make no range",
+                           r->what, (unsigned long long)r->size_bytes, (unsigned long long)r->offset);
+    if (fstat(r->fd, st) != 0)
+        return failure_set(f, -errno, VND_CAUSE_IO, "%s: fd %d: %s", r->what, r->fd, strerror(errno));
+    if (!S_ISREG(st->st_mode))
+        return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "%s: fd %d is not a file; share a memfd or a file", r->what,
+                           r->fd);
+    if ((uint64_t)st->st_size < end)
+        return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "%s: the range ends at 0x%llx, its file at 0x%llx", r->what,
+                           (unsigned long long)end, (unsigned long long)st->st_size);
     return 0;
 }
 
-int guestmem_map_new(int fd, uint64_t offset, uint64_t size, _Atomic int *lost, const char *what,
-                     struct guestmem_map **out, uint8_t **host, char *err, size_t err_len)
+static struct guestmem_map *find_mapping(const struct guestmem *m, const struct guestmem_map *like)
 {
-    return map_get(fd, offset, size, NULL, lost, what, out, host, err, err_len);
+    for (uint32_t i = 0; m != NULL && i < m->n; i++) {
+        struct guestmem_map *map = m->region[i].map;
+
+        if (map->dev == like->dev && map->ino == like->ino && map->offset == like->offset && map->len == like->len &&
+            !sigbus_hit(map->guard))
+            return map;
+    }
+    return NULL;
+}
+
+/* map's offset, len, dev and ino are filled in; block is the page size. */
+static int map_file(const struct map_request *r, struct guestmem_map *map, uint64_t block, struct failure *f)
+{
+    map->addr = mmap(NULL, map->len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, r->fd, (off_t)map->offset);
+    if (map->addr == MAP_FAILED)
+        return failure_set(f, -errno, VND_CAUSE_IO, "%s: mapping 0x%llx bytes at 0x%llx: %s", r->what,
+                           (unsigned long long)map->len, (unsigned long long)map->offset, strerror(errno));
+    madvise(map->addr, map->len, MADV_DONTDUMP);
+    map->guard = sigbus_add(map->addr, map->len, block, r->lost);
+    if (map->guard != NULL)
+        return 0;
+    munmap(map->addr, map->len);
+    return failure_set(f, -ENOMEM, VND_CAUSE_IO, "%s: out of memory", r->what);
+}
+
+int guestmem_map_new(const struct map_request *r, struct guestmem_map **out, uint8_t **host, struct failure *f)
+{
+    struct guestmem_map like = { .refs = 1 }, *map;
+    uint64_t block;
+    struct stat st;
+    int rc = check_range(r, &st, f);
+
+    if (rc != 0)
+        return rc;
+    block = block_bytes(r->fd);
+    like.offset = r->offset / block * block;
+    like.len = (r->offset + r->size_bytes - like.offset + block - 1) / block * block;
+    like.dev = st.st_dev;
+    like.ino = st.st_ino;
+    map = find_mapping(r->old, &like);
+    if (map != NULL) {
+        map->refs++;
+    } else {
+        map = malloc(sizeof(*map));
+        if (map == NULL)
+            return failure_set(f, -ENOMEM, VND_CAUSE_IO, "%s: out of memory", r->what);
+        *map = like;
+        rc = map_file(r, map, block, f);
+        if (rc != 0) {
+            free(map);
+            return rc;
+        }
+    }
+    *out = map;
+    *host = map->addr + (r->offset - map->offset);
+    return 0;
 }
 
 static int compare_gpa(const void *a, const void *b)
@@ -121,13 +137,13 @@ static int compare_uaddr(const void *a, const void *b)
 }
 
 /* Sizes, sums and overlaps in both address spaces, on a scratch copy. */
-static int check_regions(const vnd_region *regions, uint32_t n, char *err, size_t err_len)
+static int check_regions(const vnd_region *regions, uint32_t n, struct failure *f)
 {
     struct guestmem_region *r = calloc(n ? n : 1, sizeof(*r));
     int rc = 0;
 
     if (r == NULL)
-        return fail_line(-ENOMEM, err, err_len, "guest memory: out of memory");
+        return failure_set(f, -ENOMEM, VND_CAUSE_IO, "guest memory: out of memory");
     for (uint32_t i = 0; i < n && rc == 0; i++) {
         uint64_t end;
 
@@ -136,45 +152,50 @@ static int check_regions(const vnd_region *regions, uint32_t n, char *err, size_
                                          .uaddr = regions[i].user_addr };
         if (r[i].size == 0 || __builtin_add_overflow(r[i].gpa, r[i].size, &end) ||
             __builtin_add_overflow(r[i].uaddr, r[i].size, &end))
-            rc = fail_line(-EINVAL, err, err_len,
-                           "guest memory: region %u (0x%llx bytes at 0x%llx) is empty or "
-                           "wraps",
-                           i, (unsigned long long)r[i].size, (unsigned long long)r[i].gpa);
+            rc = failure_set(f, -EINVAL, VND_CAUSE_FORMAT,
+                             "guest memory: region %u (0x%llx bytes at 0x%llx) is empty or wraps", i,
+                             (unsigned long long)r[i].size, (unsigned long long)r[i].gpa);
     }
     qsort(r, n, sizeof(*r), compare_uaddr);
     for (uint32_t i = 1; i < n && rc == 0; i++)
         if (r[i - 1].uaddr + r[i - 1].size > r[i].uaddr)
-            rc = fail_line(-EINVAL, err, err_len, "guest memory: regions overlap at user address 0x%llx",
-                           (unsigned long long)r[i].uaddr);
+            rc = failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "guest memory: regions overlap at user address 0x%llx",
+                             (unsigned long long)r[i].uaddr);
     qsort(r, n, sizeof(*r), compare_gpa);
     for (uint32_t i = 1; i < n && rc == 0; i++)
         if (r[i - 1].gpa + r[i - 1].size > r[i].gpa)
-            rc = fail_line(-EINVAL, err, err_len, "guest memory: regions overlap at guest address 0x%llx",
-                           (unsigned long long)r[i].gpa);
+            rc = failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "guest memory: regions overlap at guest address 0x%llx",
+                             (unsigned long long)r[i].gpa);
     free(r);
     return rc;
 }
 
-int guestmem_new(const vnd_region *regions, uint32_t n, const struct guestmem *old, _Atomic int *lost,
-                 struct guestmem **out, char *err, size_t err_len)
+int guestmem_new(const vnd_region *regions, uint32_t n, const struct guestmem *old, _Atomic bool *lost,
+                 struct guestmem **out, struct failure *f)
 {
     struct guestmem *m;
     int rc;
 
     if (n > VND_REGION_MAX)
-        return fail_line(-EINVAL, err, err_len, "guest memory: %u regions, at most %d", n, VND_REGION_MAX);
-    rc = check_regions(regions, n, err, err_len);
+        return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "guest memory: %u regions, at most %d", n, VND_REGION_MAX);
+    rc = check_regions(regions, n, f);
     if (rc != 0)
         return rc;
     m = calloc(1, sizeof(*m) + n * sizeof(m->region[0]));
     if (m == NULL)
-        return fail_line(-ENOMEM, err, err_len, "guest memory: out of memory");
+        return failure_set(f, -ENOMEM, VND_CAUSE_IO, "guest memory: out of memory");
     for (; m->n < n; m->n++) {
         const vnd_region *in = &regions[m->n];
         struct guestmem_region *r = &m->region[m->n];
 
-        rc = map_get(in->fd, in->mmap_offset, in->size_bytes, old, lost, "guest memory", &r->map, &r->host, err,
-                     err_len);
+        struct map_request map = { .fd = in->fd,
+                                   .offset = in->mmap_offset,
+                                   .size_bytes = in->size_bytes,
+                                   .what = "guest memory",
+                                   .lost = lost,
+                                   .old = old };
+
+        rc = guestmem_map_new(&map, &r->map, &r->host, f);
         if (rc != 0) {
             guestmem_free(m);
             return rc;
@@ -277,21 +298,22 @@ struct guestlog {
     struct guestmem_map *map;
 };
 
-int guestlog_new(int fd, uint64_t offset, uint64_t size_bytes, _Atomic int *lost, struct guestlog **out, char *err,
-                 size_t err_len)
+int guestlog_new(const struct map_request *r, struct guestlog **out, struct failure *f)
 {
-    struct guestlog *l;
+    struct map_request map = *r;
+    struct guestlog *l = calloc(1, sizeof(*l));
     int rc;
 
-    l = calloc(1, sizeof(*l));
     if (l == NULL)
-        return fail_line(-ENOMEM, err, err_len, "dirty log: out of memory");
-    rc = guestmem_map_new(fd, offset, size_bytes, lost, "dirty log", &l->map, &l->bits, err, err_len);
+        return failure_set(f, -ENOMEM, VND_CAUSE_IO, "dirty log: out of memory");
+    map.what = "dirty log";
+    map.old = NULL;
+    rc = guestmem_map_new(&map, &l->map, &l->bits, f);
     if (rc != 0) {
         free(l);
         return rc;
     }
-    l->size_bytes = size_bytes;
+    l->size_bytes = r->size_bytes;
     *out = l;
     return 0;
 }

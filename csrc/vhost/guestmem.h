@@ -1,8 +1,9 @@
-/* vhost/guestmem.h -- the guest's memory as the front-end shared it: an immutable table of mapped regions, the dirty log,
+/* vhost/guestmem.h -- the guest's memory as the front-end shares it: an immutable table of mapped regions, the dirty log,
  * and the only functions that write to the guest.
  *
- * Descriptors carry guest physical addresses (gpa), ring addresses are the front-end's own user addresses (uaddr).
- * A table is built by control, handed to the queue threads and freed when none of them uses it any more.
+ * Descriptors carry guest physical addresses (gpa); ring addresses are the front-end's own user addresses (uaddr).
+ * Threads: control builds a table, hands it to the queue threads, and frees it when none of them uses it any more; its
+ * contents do not change, so the queue threads read it without a lock.
  */
 #ifndef VND_GUESTMEM_H
 #define VND_GUESTMEM_H
@@ -10,14 +11,22 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "vnd.h"
+#include "base/error.h"
 
 /* One guarded shared mmap of a front-end's file. Control thread only. */
 struct guestmem_map;
-/* Maps bytes [offset, offset+size) of fd; *host gets their address. lost is set to 1 when a page of it is found
- * to be truncated away. what names it in the line. */
-int guestmem_map_new(int fd, uint64_t offset, uint64_t size, _Atomic int *lost, const char *what,
-                     struct guestmem_map **out, uint8_t **host, char *err, size_t err_len);
+struct guestmem;
+
+/* Bytes [offset, offset+size_bytes) of fd, which stays the caller's. */
+struct map_request {
+    int fd;
+    uint64_t offset, size_bytes;
+    const char *what;           /* names it in a failure's line */
+    _Atomic bool *lost;         /* set when a page of it is found to be truncated away; may be NULL */
+    const struct guestmem *old; /* a mapping of this table that holds the same bytes is shared; may be NULL */
+};
+/* *host gets the address of the first byte. 0 or -errno. */
+int guestmem_map_new(const struct map_request *r, struct guestmem_map **out, uint8_t **host, struct failure *f);
 void guestmem_map_put(struct guestmem_map *map); /* NULL is fine */
 
 struct guestmem_region {
@@ -31,10 +40,10 @@ struct guestmem {
     struct guestmem_region region[]; /* by gpa, ascending, disjoint */
 };
 
-/* Maps the regions (mappings of old that fit are shared, old stays valid). Nothing may wrap, overlap (in either
- * address space) or reach beyond its file. lost as above. 0 or -errno with a line. */
-int guestmem_new(const vnd_region *regions, uint32_t n, const struct guestmem *old, _Atomic int *lost,
-                 struct guestmem **out, char *err, size_t err_len);
+/* Maps the regions (mappings of old that fit are shared; old stays valid). No region may wrap, overlap another (in either
+ * address space) or reach beyond its file. lost as above. 0 or -errno. */
+int guestmem_new(const vnd_region *regions, uint32_t n, const struct guestmem *old, _Atomic bool *lost,
+                 struct guestmem **out, struct failure *f);
 void guestmem_free(struct guestmem *m); /* NULL is fine */
 /* True if a page of it was lost to truncation. */
 bool guestmem_hit(const struct guestmem *m);
@@ -49,8 +58,8 @@ int guestmem_read(const struct guestmem *m, uint32_t *hint, uint64_t gpa, void *
 
 /* Dirty log of live migration: bit per 4 KiB page of guest physical memory. */
 struct guestlog;
-int guestlog_new(int fd, uint64_t offset, uint64_t size_bytes, _Atomic int *lost, struct guestlog **out, char *err,
-                 size_t err_len);
+/* r->what and r->old are not used. 0 or -errno. */
+int guestlog_new(const struct map_request *r, struct guestlog **out, struct failure *f);
 void guestlog_free(struct guestlog *l);
 
 /* Bytes [gpa, gpa+len) of the guest have been written. log NULL: nobody asked. */

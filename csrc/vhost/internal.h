@@ -1,7 +1,9 @@
-/* vhost/internal.h -- one virtqueue and its thread: it fetches, has the FUSE session serve, and answers. Nobody else touches
- * its ring or its requests' memory, and the thread waits in its epoll only.
+/* vhost/internal.h -- inside of vhost/: one virtqueue and its thread, which fetches requests, has the FUSE session serve
+ * them, and answers. No other thread touches its ring or its requests' memory, and it waits in its epoll_wait only.
  *
- * vhost/queue.c: the loop and what control asks. vhost/ring.c: the ring's life. vhost/request.c: requests.
+ * From the bottom: vring.c, guestmem.c and inflight.c (memory, no thread), slot.c (a request's slot: its ranges, parked,
+ * woken), ring.c (the ring's life), request.c (from a head to a reply), queue.c (the thread's loop, and what control asks),
+ * device.c (all queues of a front-end). None of them uses one that comes later.
  */
 #ifndef VND_QUEUE_H
 #define VND_QUEUE_H
@@ -10,10 +12,12 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "base/base.h"
+#include "base/parklist.h"
+#include "base/wakelist.h"
 #include "fuse/fuse.h"
 #include "vhost/guestmem.h"
 #include "vhost/inflight.h"
-#include "fuse/req.h"
 #include "vhost/vring.h"
 
 #define QUEUE_SEGS_OWN 36            /* ranges a parked request holds in its slot; more come from the heap */
@@ -24,31 +28,30 @@ struct queue;
 enum slot_state {
     SLOT_FREE,
     SLOT_SERVING,
-    SLOT_PARKED,  /* linked in the store, or woken and on the done list */
-    SLOT_EXPIRED, /* its deadline passed while a wake was under way: answered when it is popped */
-    SLOT_DOOMED,  /* fails when it is popped: no memory for its ranges, or a migration waits */
+    SLOT_PARKED,  /* linked in the store, or woken and on the wake list */
+    SLOT_EXPIRED, /* its deadline passed while a wake was under way: answered when it is taken off the wake list */
+    SLOT_DOOMED,  /* fails when it is taken off the wake list: no memory for its ranges, or a migration waits */
     SLOT_ZOMBIE,  /* given up without an answer; only the wake under way is still awaited */
     SLOT_STAGED   /* answered, used entry not published yet */
 };
 
-/* One request; slot i of a ring serves head i. Holds guest addresses, never host ones. */
+/* One request; slot i of a ring serves head i. It holds guest addresses, never host addresses. */
 struct queue_slot {
     struct req req;
     struct queue *queue;
     uint16_t head;
-    uint8_t state;
-    uint8_t segs_on_heap;
+    uint8_t state; /* enum slot_state */
+    bool segs_on_heap;
     uint32_t n_in, n_out;
     const struct vring_seg *segs; /* the queue's scratch while first served, then own or the heap */
     struct vring_seg own[QUEUE_SEGS_OWN];
-    int64_t deadline_us, parked_us;
-    struct queue_slot *prev, *next; /* parked, oldest first */
+    struct parked parked; /* on the queue's list; its deadline is set when the head is fetched */
 };
 
-/* What control wants of a queue: a value that the thread makes true, then acknowledges. fds are given away. */
+/* What control wants of a queue: values that the thread makes true and then acknowledges. The thread takes the fds. */
 struct queue_conf {
     bool exit;    /* end the thread; nothing is written any more */
-    bool drop;    /* give every request up silently */
+    bool drop;    /* give every request up without an answer */
     bool recover; /* at start, take over what is in the front-end's in-flight region */
     bool new_kick, new_call, new_err;
     int kick_fd, call_fd, err_fd;
@@ -58,19 +61,27 @@ struct queue_conf {
     uint64_t features;
     vnd_ring_state ring; /* its fds are not used; base is written back on a stop */
     int drain_ms;
-    int rc; /* result, with its line */
-    char err[VND_ERR_MAX];
+    int rc; /* result; failure tells what, where that is not 0 */
+    struct failure failure;
+};
+
+/* What the queues of a device have in common. */
+struct queue_common {
+    struct vnd_engine *engine;
+    struct vnd_vfs *vfs;
+    struct fuse_session *session;
+    _Atomic bool mem_lost;       /* a memory file was truncated */
+    _Atomic uint32_t segs_bytes; /* the device's use of QUEUE_SEGS_BUDGET */
 };
 
 struct queue {
     /* Set once. */
-    struct vnd_engine *engine;
-    struct fuse_session *session;
-    _Atomic int *mem_lost;        /* the device's: a memory file was truncated */
-    _Atomic uint32_t *segs_bytes; /* the device's use of QUEUE_SEGS_BUDGET */
+    struct queue_common *common;
+    struct vnd_engine *engine;    /* common's */
+    struct fuse_session *session; /* common's */
     uint32_t index;
     pthread_t thread;
-    int epoll_fd, wake_fd;
+    int epoll_fd;
     int64_t deadline_us; /* a request's time to live */
 
     /* The thread's own. */
@@ -81,7 +92,7 @@ struct queue {
     bool running;                 /* started and not stopped */
     bool enabled, broken, polled; /* polled: it was started without a kick fd */
     bool start_failed;            /* and said so: each new memory table tries again */
-    bool log_all, frozen;         /* frozen: parked requests' clocks stand still */
+    bool log_all, frozen;         /* frozen: the deadlines of parked requests stand still */
     bool draining;
     int64_t drain_until_us;
     int kick_fd, call_fd, err_fd;
@@ -89,20 +100,16 @@ struct queue {
     struct inflight inflight;
     struct queue_slot *slots;
     uint32_t n_slots;
-    uint32_t n_parked, n_zombies;
-    pthread_mutex_t parked_lock;     /* the thread changes the list under it, others read it under it */
-    struct queue_slot *first, *last; /* parked */
-    struct store_wait *todo;         /* taken from done, oldest first */
-    uint16_t *resubmit;              /* heads of a dead process, oldest first */
+    uint32_t n_zombies;
+    struct parklist parked;
+    uint16_t *resubmit; /* heads of a dead process, oldest first */
     uint32_t n_resubmit, next_resubmit;
     struct queue_conf *applying; /* taken, not acknowledged */
     struct fuse_worker worker;
     struct vring_chain chain;
 
-    /* Shared with wakers. */
-    _Alignas(64) _Atomic(struct store_wait *) done; /* stack, newest first */
-    _Atomic int sleeping;
-    _Atomic int wakers; /* threads inside the wake call */
+    /* Shared with those who wake. */
+    struct wakelist wakes;
     /* Shared with control. */
     _Alignas(64) _Atomic(struct queue_conf *) posted;
     pthread_mutex_t lock;
@@ -110,36 +117,58 @@ struct queue {
     bool busy; /* a conf is posted and not acknowledged */
 };
 
-/* Starts the thread. */
-int queue_init(struct queue *q, struct vnd_engine *e, struct vnd_vfs *v, struct fuse_session *s, uint32_t index,
-               _Atomic int *mem_lost, _Atomic uint32_t *segs_bytes);
+/* ---- vhost/queue.c: control's side. 0 or -errno; on failure nothing is left. */
+int queue_init(struct queue *q, struct queue_common *common, uint32_t index);
 /* After an exit conf was acknowledged. */
-void queue_free(struct queue *q, struct vnd_vfs *v);
+void queue_free(struct queue *q);
 /* One at a time; c stays the queue's until queue_wait returned. */
 void queue_post(struct queue *q, struct queue_conf *c);
 void queue_wait(struct queue *q);
 
-/* vhost/ring.c: the ring's life. Like all below, the queue's thread only. */
-int queue_start(struct queue *q, struct queue_conf *c); /* 0 or -errno, line in c->err */
-int queue_resolve(struct queue *q);                     /* ring addresses in the present table */
+/* All that follows: the queue's thread only, but for queue_wake. */
+
+/* ---- vhost/ring.c: the ring's life */
+int queue_start(struct queue *q, struct queue_conf *c); /* 0 or -errno, with c->failure */
+int queue_resolve(struct queue *q);                     /* ring addresses in the present memory table; 0 or -errno */
 /* The guest loses this queue. Once memory is lost that is the reason, whatever is given. */
 void queue_break(struct queue *q, int cause, const char *why);
-void queue_flush(struct queue *q); /* publish what is staged, signal once */
+void queue_flush(struct queue *q); /* publishes what is staged, signals once */
 void queue_signal(struct queue *q);
 void queue_signal_error(struct queue *q);
-void queue_drop_all(struct queue *q);              /* forget every request; the guest is not written to */
-void queue_sleep(struct queue *q, int timeout_ms); /* epoll; sleeping is set and all was looked at again */
+/* Forgets every request; the guest is not written to. Returns when all wakes that were under way have arrived. */
+void queue_drop_all(struct queue *q);
+/* In epoll_wait; the caller has called wakelist_sleep and then looked at everything again. */
+void queue_sleep(struct queue *q, int timeout_ms);
 
-/* vhost/request.c: requests. */
+/* ---- vhost/request.c: requests */
 void queue_fetch_head(struct queue *q, uint16_t head, bool again, int64_t now); /* again: left by a dead process */
-struct queue_slot *queue_take_done(struct queue *q);
-void queue_run_done(struct queue *q);            /* serve the woken */
+void queue_run_woken(struct queue *q);                                          /* serves those that were woken */
 void queue_expire(struct queue *q, int64_t now); /* EIO to those whose deadline has passed */
-void queue_thaw(struct queue *q, int64_t now);
-void queue_fail_parked(struct queue *q); /* EIO to all, those being woken when they are popped */
-void queue_release(struct queue *q, struct queue_slot *s);
-void queue_unpark(struct queue *q, struct queue_slot *s);
-void queue_wake(struct store_wait *w);                                                     /* any thread */
-int queue_list_waiting(struct engine_counters *c, vnd_waiting *out, int max, int64_t now); /* any thread */
+void queue_thaw(struct queue *q, int64_t now);   /* the guest stood still: requests have as much time as at first */
+void queue_fail_parked(struct queue *q);         /* EIO to all; to those being woken when their wake has arrived */
+
+/* ---- vhost/slot.c: a slot's ranges, parked and woken */
+static inline struct queue_slot *slot_of(struct req *r)
+{
+    return (struct queue_slot *)(void *)((char *)r - offsetof(struct queue_slot, req));
+}
+
+static inline struct queue_slot *slot_of_parked(struct parked *p)
+{
+    return (struct queue_slot *)(void *)((char *)p - offsetof(struct queue_slot, parked));
+}
+
+/* The ranges leave the queue's scratch for the slot's own memory. False: no room. */
+bool queue_keep_segs(struct queue_slot *s);
+/* Keeps only what an error reply needs. */
+void queue_keep_reply_head(struct queue_slot *s);
+void queue_free_segs(struct queue_slot *s);
+void queue_park(struct queue_slot *s);
+void queue_unpark(struct queue_slot *s);
+/* The head's slot may serve again, without a used entry. */
+void queue_release(struct queue_slot *s);
+void queue_wake(struct store_wait *w); /* store_wait.wake; any thread */
+/* The next woken one in the order of the wakes, NULL: none. */
+struct queue_slot *queue_take_woken(struct queue *q);
 
 #endif

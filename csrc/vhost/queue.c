@@ -2,12 +2,10 @@
 #include "vhost/internal.h"
 
 #include <errno.h>
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include "base/sigbus.h"
@@ -55,8 +53,8 @@ static void swap_kick(struct queue *q, struct queue_conf *c)
         epoll_ctl(q->epoll_fd, EPOLL_CTL_DEL, q->kick_fd, NULL);
     close_fd(&q->kick_fd);
     if (c->kick_fd >= 0 && epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, c->kick_fd, &ev) != 0) {
-        c->rc = fail_line(-errno, c->err, sizeof(c->err), "ring %u: its kick fd cannot be waited on: %s", q->index,
-                          strerror(errno));
+        c->rc = failure_set(&c->failure, -errno, VND_CAUSE_IO, "ring %u: its kick fd cannot be waited on: %s", q->index,
+                            strerror(errno));
         close_fd(&c->kick_fd);
     }
     q->kick_fd = c->kick_fd;
@@ -152,9 +150,9 @@ static void take_conf(struct queue *q, struct queue_conf *c)
 static bool finish_stop(struct queue *q)
 {
     if (may_answer(q)) {
-        if (q->log_all && q->n_parked > 0) {
+        if (q->log_all && q->parked.n > 0) {
             queue_fail_parked(q);
-            if (q->n_parked > 0 && !q->broken)
+            if (q->parked.n > 0 && !q->broken)
                 return false; /* being woken: a moment */
         }
         queue_flush(q);
@@ -198,39 +196,27 @@ static bool fetch(struct queue *q)
     return true;
 }
 
-static int ms_until(int64_t when_us, int64_t now)
-{
-    int64_t ms = when_us > now ? (when_us - now + 999) / 1000 : 0;
-
-    return ms < 1000000 ? (int)ms : 1000000;
-}
-
 /* How long the thread may sleep; -1: until it is woken. */
 static int sleep_ms(const struct queue *q)
 {
-    int ms = -1, m;
+    int64_t now = now_us();
+    int ms = -1, deadline = may_answer(q) ? parklist_ms_left(&q->parked, now) : -1;
 
-    if (q->draining)
-        ms = q->n_parked > 0 ? ms_until(q->drain_until_us, now_us()) : 0;
+    if (q->draining && (q->parked.n == 0 || q->drain_until_us <= now))
+        ms = 0;
+    else if (q->draining)
+        ms = (int)((q->drain_until_us - now + 999) / 1000);
     if (q->polled && is_active(q) && (ms < 0 || ms > POLL_MS))
         ms = POLL_MS;
-    if (may_answer(q)) {
-        for (const struct queue_slot *s = q->first; s != NULL; s = s->next) {
-            if (s->state != SLOT_PARKED)
-                continue;
-            m = ms_until(s->deadline_us, now_us());
-            return ms < 0 || m < ms ? m : ms;
-        }
-    }
-    return ms;
+    return deadline >= 0 && (ms < 0 || deadline < ms) ? deadline : ms;
 }
 
-/* Whether there is something to do now, asked after `sleeping` was set. */
-static bool must_stay_awake(struct queue *q)
+/* Whether there is something to do now, asked after wakelist_sleep, which tells none_woken. */
+static bool must_stay_awake(struct queue *q, bool none_woken)
 {
     if (atomic_load(&q->posted) != NULL)
         return true;
-    if (may_answer(q) && (q->todo != NULL || atomic_load(&q->done) != NULL))
+    if (may_answer(q) && !none_woken)
         return true;
     return is_active(q) && vring_arm(&q->vring);
 }
@@ -252,26 +238,25 @@ static void run(struct queue *q)
             if (q->frozen)
                 queue_thaw(q, now_us());
             q->frozen = false;
-            if (atomic_load_explicit(q->mem_lost, memory_order_relaxed))
+            if (atomic_load_explicit(&q->common->mem_lost, memory_order_relaxed))
                 queue_break(q, VND_CAUSE_IO, NULL);
-            queue_run_done(q);
-            if (q->first != NULL)
+            queue_run_woken(q);
+            if (q->parked.first != NULL)
                 queue_expire(q, now_us());
         } else {
             q->frozen = true;
         }
         if (is_active(q))
             work = fetch(q);
-        if (q->draining && (q->n_parked == 0 || !may_answer(q) || now_us() >= q->drain_until_us) && finish_stop(q))
+        if (q->draining && (q->parked.n == 0 || !may_answer(q) || now_us() >= q->drain_until_us) && finish_stop(q))
             continue;
         if (work)
             continue;
         if (may_answer(q))
             queue_flush(q);
-        atomic_store(&q->sleeping, 1);
-        if (!must_stay_awake(q))
+        if (!must_stay_awake(q, wakelist_sleep(&q->wakes)))
             queue_sleep(q, sleep_ms(q));
-        atomic_store_explicit(&q->sleeping, 0, memory_order_relaxed);
+        wakelist_awake(&q->wakes);
     }
 }
 
@@ -281,65 +266,68 @@ static void *queue_main(void *arg)
 
     sigbus_unblock();
     run(q);
-    /* A waker that has delivered may still be about to look at the eventfd. */
-    while (atomic_load_explicit(&q->wakers, memory_order_acquire) != 0)
-        sched_yield();
+    wakelist_wait(&q->wakes); /* the last push may have delivered and not returned */
     acknowledge(q);
     return NULL;
 }
 
 /* ---- control's side */
 
-int queue_init(struct queue *q, struct vnd_engine *e, struct vnd_vfs *v, struct fuse_session *s, uint32_t index,
-               _Atomic int *mem_lost, _Atomic uint32_t *segs_bytes)
+/* All that queue_init took. The counters go first: they lead other threads to the list of parked requests. */
+static void release(struct queue *q)
+{
+    fuse_worker_free(&q->worker, q->common->vfs);
+    parklist_destroy(&q->parked);
+    free(q->slots);
+    free(q->resubmit);
+    close_fd(&q->kick_fd);
+    close_fd(&q->call_fd);
+    close_fd(&q->err_fd);
+    close_fd(&q->epoll_fd);
+    wakelist_close(&q->wakes);
+    pthread_mutex_destroy(&q->lock);
+    pthread_cond_destroy(&q->acked);
+}
+
+int queue_init(struct queue *q, struct queue_common *common, uint32_t index)
 {
     struct epoll_event ev = { .events = EPOLLIN | EPOLLET };
     char name[16];
     int rc;
 
-    q->engine = e;
-    q->session = s;
+    q->common = common;
+    q->engine = common->engine;
+    q->session = common->session;
     q->index = index;
-    q->mem_lost = mem_lost;
-    q->segs_bytes = segs_bytes;
-    q->deadline_us = (int64_t)e->cfg.read_deadline_ms * 1000;
-    q->kick_fd = q->call_fd = q->err_fd = q->epoll_fd = q->wake_fd = -1;
-    pthread_mutex_init(&q->lock, NULL);
-    pthread_cond_init(&q->acked, NULL);
-    pthread_mutex_init(&q->parked_lock, NULL);
-    rc = fuse_worker_init(&q->worker, e, v);
+    q->deadline_us = (int64_t)q->engine->cfg.read_deadline_ms * 1000;
+    q->kick_fd = q->call_fd = q->err_fd = -1;
+    rc = fuse_worker_init(&q->worker, q->engine, common->vfs);
     if (rc != 0)
         return rc;
-    atomic_store(&q->worker.counters.waiting, queue_list_waiting);
+    parklist_init(&q->parked, &q->worker.counters);
+    atomic_store(&q->worker.counters.parked_list, &q->parked);
+    pthread_mutex_init(&q->lock, NULL);
+    pthread_cond_init(&q->acked, NULL);
+    rc = wakelist_open(&q->wakes);
     q->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    q->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (q->epoll_fd < 0 || q->wake_fd < 0 || epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, q->wake_fd, &ev) != 0) {
+    if (rc == 0 && (q->epoll_fd < 0 || epoll_ctl(q->epoll_fd, EPOLL_CTL_ADD, q->wakes.fd, &ev) != 0))
         rc = -errno;
-    } else {
+    if (rc == 0) {
         snprintf(name, sizeof(name), "vnd-queue%u", index);
         rc = thread_start(&q->thread, name, queue_main, q);
-        if (rc > 0)
-            rc = -rc;
     }
-    if (rc != 0) {
-        close_fd(&q->epoll_fd);
-        close_fd(&q->wake_fd);
-        fuse_worker_free(&q->worker, v);
-    }
+    if (rc != 0)
+        release(q);
     return rc;
 }
 
 void queue_post(struct queue *q, struct queue_conf *c)
 {
-    uint64_t one = 1;
-
     pthread_mutex_lock(&q->lock);
     q->busy = true;
     pthread_mutex_unlock(&q->lock);
     atomic_store(&q->posted, c);
-    if (write(q->wake_fd, &one, sizeof(one)) < 0) {
-        /* A full eventfd still raises an edge when it is written or found readable; it cannot fill in practice. */
-    }
+    wakelist_raise(&q->wakes);
 }
 
 void queue_wait(struct queue *q)
@@ -350,18 +338,8 @@ void queue_wait(struct queue *q)
     pthread_mutex_unlock(&q->lock);
 }
 
-void queue_free(struct queue *q, struct vnd_vfs *v)
+void queue_free(struct queue *q)
 {
     pthread_join(q->thread, NULL);
-    fuse_worker_free(&q->worker, v);
-    free(q->slots);
-    free(q->resubmit);
-    close_fd(&q->kick_fd);
-    close_fd(&q->call_fd);
-    close_fd(&q->err_fd);
-    close_fd(&q->epoll_fd);
-    close_fd(&q->wake_fd);
-    pthread_mutex_destroy(&q->lock);
-    pthread_mutex_destroy(&q->parked_lock);
-    pthread_cond_destroy(&q->acked);
+    release(q);
 }

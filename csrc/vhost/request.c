@@ -10,11 +10,6 @@
 /* A FUSE request is 1 MiB and a header; more than this is nonsense and answered so. */
 #define REQUEST_BYTES_MAX (4u << 20)
 
-static struct queue_slot *slot_of(struct req *r)
-{
-    return (struct queue_slot *)(void *)((char *)r - offsetof(struct queue_slot, req));
-}
-
 /* ---- guest memory of a request, as ranges of host memory that are valid until the thread takes a new table */
 
 struct cursor {
@@ -161,123 +156,15 @@ static const struct req_ops queue_req_ops = {
     .in_iov = op_in_iov,
 };
 
-/* ---- parked requests */
-
-static void note_oldest(struct queue *q)
-{
-    atomic_store_explicit(&q->worker.counters.oldest_park_us, q->first ? q->first->parked_us : 0, memory_order_relaxed);
-}
-
-static void link_parked(struct queue *q, struct queue_slot *s)
-{
-    pthread_mutex_lock(&q->parked_lock);
-    s->prev = q->last;
-    s->next = NULL;
-    if (q->last != NULL)
-        q->last->next = s;
-    else
-        q->first = s;
-    q->last = s;
-    pthread_mutex_unlock(&q->parked_lock);
-    q->n_parked++;
-    note_oldest(q);
-}
-
-void queue_unpark(struct queue *q, struct queue_slot *s)
-{
-    pthread_mutex_lock(&q->parked_lock);
-    if (s->prev != NULL)
-        s->prev->next = s->next;
-    else
-        q->first = s->next;
-    if (s->next != NULL)
-        s->next->prev = s->prev;
-    else
-        q->last = s->prev;
-    s->prev = s->next = NULL;
-    pthread_mutex_unlock(&q->parked_lock);
-    q->n_parked--;
-    note_oldest(q);
-}
-
-int queue_list_waiting(struct engine_counters *c, vnd_waiting *out, int max, int64_t now)
-{
-    struct queue *q = (struct queue *)(void *)((char *)c - offsetof(struct queue, worker.counters));
-    int n = 0;
-
-    pthread_mutex_lock(&q->parked_lock);
-    for (const struct queue_slot *s = q->first; s != NULL && n < max; s = s->next)
-        out[n++] = (vnd_waiting){ .nodeid = s->req.in.nodeid,
-                                  .unique = s->req.in.unique,
-                                  .opcode = s->req.in.opcode,
-                                  .wait_us = now > s->parked_us ? (uint64_t)(now - s->parked_us) : 0 };
-    pthread_mutex_unlock(&q->parked_lock);
-    return n;
-}
-
-static void free_segs(struct queue_slot *s)
-{
-    if (s->segs_on_heap) {
-        uint32_t bytes = (s->n_in + s->n_out) * (uint32_t)sizeof(*s->segs);
-
-        free((void *)(uintptr_t)s->segs);
-        atomic_fetch_sub_explicit(s->queue->segs_bytes, bytes, memory_order_relaxed);
-        s->segs_on_heap = 0;
-    }
-    s->segs = NULL;
-    s->n_in = s->n_out = 0;
-}
-
-/* The ranges leave the queue's scratch. False: no room. */
-static bool keep_segs(struct queue *q, struct queue_slot *s)
-{
-    uint32_t n = s->n_in + s->n_out, bytes = n * (uint32_t)sizeof(*s->segs);
-    struct vring_seg *heap;
-
-    if (n <= QUEUE_SEGS_OWN) {
-        memcpy(s->own, s->segs, bytes);
-        s->segs = s->own;
-        return true;
-    }
-    if (atomic_fetch_add_explicit(q->segs_bytes, bytes, memory_order_relaxed) + bytes <= QUEUE_SEGS_BUDGET) {
-        heap = malloc(bytes);
-        if (heap != NULL) {
-            memcpy(heap, s->segs, bytes);
-            s->segs = heap;
-            s->segs_on_heap = 1;
-            return true;
-        }
-    }
-    atomic_fetch_sub_explicit(q->segs_bytes, bytes, memory_order_relaxed);
-    return false;
-}
-
-/* Only what an error reply needs: the out header, in at most as many ranges as it has bytes. */
-static void keep_reply_head(struct queue_slot *s)
-{
-    uint32_t n = s->n_out < sizeof(struct fuse_out_header) ? s->n_out : (uint32_t)sizeof(struct fuse_out_header);
-
-    memcpy(s->own, s->segs + s->n_in, n * sizeof(s->own[0]));
-    s->segs = s->own;
-    s->n_in = 0;
-    s->n_out = n;
-}
-
-/* The head's slot may serve again. */
-void queue_release(struct queue *q, struct queue_slot *s)
-{
-    free_segs(s);
-    s->state = SLOT_FREE;
-    inflight_drop(&q->inflight, s->head);
-}
+/* ---- served */
 
 static void answer(struct queue *q, struct queue_slot *s, enum req_verdict verdict)
 {
     uint32_t len = verdict == REQ_REPLY && s->req.out_len <= s->req.out_cap ? s->req.out_len : 0;
 
     if (s->state != SLOT_SERVING)
-        queue_unpark(q, s);
-    free_segs(s);
+        queue_unpark(s);
+    queue_free_segs(s);
     s->state = SLOT_STAGED;
     vring_stage(&q->vring, s->head, len);
     if (q->vring.n_staged == VRING_BATCH)
@@ -291,21 +178,22 @@ static void fail(struct queue *q, struct queue_slot *s, int error)
 
 static void park(struct queue *q, struct queue_slot *s)
 {
+    s->parked.wakes = false;
     if (s->state != SLOT_SERVING) {
         s->state = SLOT_PARKED; /* again: it keeps its place and its deadline */
         return;
     }
-    if (keep_segs(q, s)) {
+    if (queue_keep_segs(s)) {
         s->state = SLOT_PARKED;
     } else if (store_wait_cancel(&s->req.wait)) {
         fail(q, s, EIO);
         return;
     } else {
-        keep_reply_head(s);
+        queue_keep_reply_head(s);
         s->state = SLOT_DOOMED;
+        s->parked.wakes = true;
     }
-    s->parked_us = s->deadline_us - q->deadline_us;
-    link_parked(q, s);
+    queue_park(s);
 }
 
 static void serve(struct queue *q, struct queue_slot *s)
@@ -372,8 +260,8 @@ void queue_fetch_head(struct queue *q, uint16_t head, bool again, int64_t now)
         answer(q, s, REQ_NOREPLY); /* its addresses lead nowhere: there is no unique to answer to */
         return;
     }
-    s->deadline_us = now + q->deadline_us;
-    s->req.wait.deadline_us = s->deadline_us;
+    s->parked.deadline_us = now + q->deadline_us;
+    s->req.wait.deadline_us = s->parked.deadline_us;
     if (q->chain.in_bytes < sizeof(s->req.in) || q->chain.in_bytes > REQUEST_BYTES_MAX ||
         q->chain.out_bytes > REQUEST_BYTES_MAX)
         fail(q, s, EINVAL);
@@ -381,55 +269,13 @@ void queue_fetch_head(struct queue *q, uint16_t head, bool again, int64_t now)
         serve(q, s);
 }
 
-/* ---- wakes */
+/* ---- woken, expired, given up */
 
-/* Any thread. After the last line the queue may be gone; until then wakers keeps it. */
-void queue_wake(struct store_wait *w)
-{
-    struct queue *q = ((struct queue_slot *)w->owner)->queue;
-    struct store_wait *top;
-    uint64_t one = 1;
-
-    atomic_fetch_add_explicit(&q->wakers, 1, memory_order_relaxed);
-    top = atomic_load_explicit(&q->done, memory_order_relaxed);
-    do {
-        w->done_next = top;
-    } while (!atomic_compare_exchange_weak(&q->done, &top, w));
-    if (atomic_load(&q->sleeping) && atomic_exchange(&q->sleeping, 0))
-        if (write(q->wake_fd, &one, sizeof(one)) < 0) {
-            /* An eventfd that is full is readable all the same. */
-        }
-    atomic_fetch_sub_explicit(&q->wakers, 1, memory_order_release);
-}
-
-/* Next woken request in the order of the wakes, NULL: none. */
-struct queue_slot *queue_take_done(struct queue *q)
-{
-    struct store_wait *w = q->todo;
-
-    if (w == NULL) {
-        struct store_wait *list = NULL;
-
-        if (atomic_load_explicit(&q->done, memory_order_relaxed) == NULL)
-            return NULL;
-        for (w = atomic_exchange_explicit(&q->done, NULL, memory_order_acquire); w != NULL;) {
-            struct store_wait *next = w->done_next;
-
-            w->done_next = list;
-            list = w;
-            w = next;
-        }
-        w = list;
-    }
-    q->todo = w->done_next;
-    return w->owner;
-}
-
-void queue_run_done(struct queue *q)
+void queue_run_woken(struct queue *q)
 {
     struct queue_slot *s;
 
-    while (!q->broken && (s = queue_take_done(q)) != NULL) {
+    while (!q->broken && (s = queue_take_woken(q)) != NULL) {
         if (s->state == SLOT_DOOMED) {
             store_wait_done(&s->req.wait);
             fail(q, s, EIO);
@@ -441,14 +287,17 @@ void queue_run_done(struct queue *q)
 
 void queue_expire(struct queue *q, int64_t now)
 {
-    struct queue_slot *next;
+    struct parked *next;
 
-    for (struct queue_slot *s = q->first; s != NULL && s->deadline_us <= now && !q->broken; s = next) {
-        next = s->next;
+    for (struct parked *p = q->parked.first; p != NULL && p->deadline_us <= now && !q->broken; p = next) {
+        struct queue_slot *s = slot_of_parked(p);
+
+        next = p->next;
         if (s->state != SLOT_PARKED)
             continue;
         if (!store_wait_cancel(&s->req.wait)) {
             s->state = SLOT_EXPIRED;
+            p->wakes = true;
             continue;
         }
         atomic_fetch_add_explicit(&q->worker.counters.expired, 1, memory_order_relaxed);
@@ -459,24 +308,27 @@ void queue_expire(struct queue *q, int64_t now)
     }
 }
 
-/* The guest stood still, so its requests have as much time as at first. */
 void queue_thaw(struct queue *q, int64_t now)
 {
-    for (struct queue_slot *s = q->first; s != NULL; s = s->next)
-        s->deadline_us = now + q->deadline_us;
+    for (struct parked *p = q->parked.first; p != NULL; p = p->next)
+        p->deadline_us = now + q->deadline_us;
 }
 
 void queue_fail_parked(struct queue *q)
 {
-    struct queue_slot *next;
+    struct parked *next;
 
-    for (struct queue_slot *s = q->first; s != NULL && !q->broken; s = next) {
-        next = s->next;
+    for (struct parked *p = q->parked.first; p != NULL && !q->broken; p = next) {
+        struct queue_slot *s = slot_of_parked(p);
+
+        next = p->next;
         if (s->state == SLOT_DOOMED)
             continue;
-        if (s->state == SLOT_PARKED && store_wait_cancel(&s->req.wait))
+        if (s->state == SLOT_PARKED && store_wait_cancel(&s->req.wait)) {
             fail(q, s, EIO);
-        else
+        } else {
             s->state = SLOT_DOOMED;
+            p->wakes = true;
+        }
     }
 }

@@ -10,13 +10,11 @@
 #define VIRTIO_RING_F_EVENT_IDX (1ull << 29)
 #define VRING_F_LOG 1u /* vnd_ring_state.flags: log writes to the used ring */
 
+/* A full eventfd is signalled already; nobody listens at one whose other end is closed. */
 static void write_event(int fd)
 {
-    uint64_t one = 1;
-
-    /* Full: it is signalled already. Closed at the other end: nobody listens. */
-    if (fd >= 0 && write(fd, &one, sizeof(one)) < 0)
-        return;
+    if (fd >= 0)
+        event_raise(fd);
 }
 
 void queue_signal(struct queue *q)
@@ -51,7 +49,7 @@ void queue_flush(struct queue *q)
 {
     if (q->vring.n_staged == 0)
         return;
-    if (atomic_load_explicit(q->mem_lost, memory_order_relaxed))
+    if (atomic_load_explicit(&q->common->mem_lost, memory_order_relaxed))
         queue_break(q, VND_CAUSE_IO, NULL);
     else
         publish(q);
@@ -62,7 +60,7 @@ void queue_break(struct queue *q, int cause, const char *why)
     if (q->broken)
         return;
     q->broken = true;
-    if (atomic_load_explicit(q->mem_lost, memory_order_relaxed)) {
+    if (atomic_load_explicit(&q->common->mem_lost, memory_order_relaxed)) {
         cause = VND_CAUSE_IO; /* the zeroes that came in its place look like a fault of the guest */
         why = "a memory file of the guest was truncated";
     } else {
@@ -76,18 +74,20 @@ void queue_break(struct queue *q, int cause, const char *why)
 
 void queue_drop_all(struct queue *q)
 {
-    struct queue_slot *next;
+    struct parked *next;
 
     for (uint32_t i = 0; i < q->vring.n_staged; i++)
-        queue_release(q, &q->slots[q->vring.staged[i].id]);
+        queue_release(&q->slots[q->vring.staged[i].id]);
     q->vring.n_staged = 0;
     for (; q->next_resubmit < q->n_resubmit; q->next_resubmit++)
         inflight_drop(&q->inflight, q->resubmit[q->next_resubmit]);
-    for (struct queue_slot *s = q->first; s != NULL; s = next) {
-        next = s->next;
-        queue_unpark(q, s);
+    for (struct parked *p = q->parked.first; p != NULL; p = next) {
+        struct queue_slot *s = slot_of_parked(p);
+
+        next = p->next;
+        queue_unpark(s);
         if (store_wait_cancel(&s->req.wait)) {
-            queue_release(q, s);
+            queue_release(s);
         } else {
             s->state = SLOT_ZOMBIE;
             q->n_zombies++;
@@ -95,18 +95,17 @@ void queue_drop_all(struct queue *q)
     }
     /* Their wakes are on the way: the slots are ours again only when they have arrived. */
     while (q->n_zombies > 0) {
-        struct queue_slot *s = queue_take_done(q);
+        struct queue_slot *s = queue_take_woken(q);
 
         if (s != NULL) {
             store_wait_done(&s->req.wait);
-            queue_release(q, s);
+            queue_release(s);
             q->n_zombies--;
             continue;
         }
-        atomic_store(&q->sleeping, 1);
-        if (atomic_load(&q->done) == NULL)
+        if (wakelist_sleep(&q->wakes))
             queue_sleep(q, -1);
-        atomic_store(&q->sleeping, 0);
+        wakelist_awake(&q->wakes);
     }
 }
 
@@ -161,23 +160,23 @@ int queue_start(struct queue *q, struct queue_conf *c)
     q->ring = c->ring;
     rc = queue_resolve(q);
     if (rc == -EINVAL)
-        return fail_line(rc, c->err, sizeof(c->err),
-                         "ring %u: %u entries (a power of two up to %d is due) or a "
-                         "badly aligned part",
-                         q->index, c->ring.num, VND_RING_MAX);
+        return failure_set(&c->failure, rc, VND_CAUSE_GUEST,
+                           "ring %u: %u entries (a power of two up to %d is due) or a "
+                           "badly aligned part",
+                           q->index, c->ring.num, VND_RING_MAX);
     if (rc != 0)
-        return fail_line(rc, c->err, sizeof(c->err),
-                         "ring %u: not in guest memory (descriptors 0x%llx, available "
-                         "0x%llx, used 0x%llx)",
-                         q->index, (unsigned long long)c->ring.desc_addr, (unsigned long long)c->ring.avail_addr,
-                         (unsigned long long)c->ring.used_addr);
+        return failure_set(&c->failure, rc, VND_CAUSE_GUEST,
+                           "ring %u: not in guest memory (descriptors 0x%llx, available "
+                           "0x%llx, used 0x%llx)",
+                           q->index, (unsigned long long)c->ring.desc_addr, (unsigned long long)c->ring.avail_addr,
+                           (unsigned long long)c->ring.used_addr);
     if (q->inflight.region == NULL || q->inflight.num < c->ring.num)
-        return fail_line(-EINVAL, c->err, sizeof(c->err), "ring %u: %u entries, the in-flight region has %u", q->index,
-                         c->ring.num, q->inflight.num);
+        return failure_set(&c->failure, -EINVAL, VND_CAUSE_GUEST, "ring %u: %u entries, the in-flight region has %u",
+                           q->index, c->ring.num, q->inflight.num);
     used = vring_used_now(&q->vring);
     /* A guest that was stopped and goes on finds its requests where they were; a rebooted one starts at 0, which
      * cannot be where a ring with requests in flight stood (avail and used differ there). */
-    if (q->n_parked > 0 && !q->broken && c->ring.num == q->n_slots && c->ring.base == old_avail && used == old_used) {
+    if (q->parked.n > 0 && !q->broken && c->ring.num == q->n_slots && c->ring.base == old_avail && used == old_used) {
         q->vring.force_signal = true;
         q->running = true;
         return 0;
@@ -185,7 +184,7 @@ int queue_start(struct queue *q, struct queue_conf *c)
     queue_drop_all(q);
     rc = size_slots(q, c->ring.num);
     if (rc != 0)
-        return fail_line(rc, c->err, sizeof(c->err), "ring %u: out of memory", q->index);
+        return failure_set(&c->failure, rc, VND_CAUSE_GUEST, "ring %u: out of memory", q->index);
     q->vring.event_idx = (c->features & VIRTIO_RING_F_EVENT_IDX) != 0;
     q->vring.notify_off = false;
     q->vring.force_signal = true;
@@ -196,10 +195,10 @@ int queue_start(struct queue *q, struct queue_conf *c)
     if (c->recover && q->inflight.region->version != 0) {
         rc = inflight_recover(&q->inflight, c->ring.num, used, q->resubmit);
         if (rc < 0)
-            return fail_line(rc, c->err, sizeof(c->err),
-                             "ring %u: the in-flight region is of another version or "
-                             "size",
-                             q->index);
+            return failure_set(&c->failure, rc, VND_CAUSE_GUEST,
+                               "ring %u: the in-flight region is of another version or "
+                               "size",
+                               q->index);
         q->n_resubmit = (uint32_t)rc;
         q->vring.last_avail = (uint16_t)(used + q->n_resubmit);
     } else {

@@ -32,7 +32,7 @@ struct guest {
     uint8_t *low, *high, *far;
     struct guestmem *mem;
     struct vring ring;
-    _Atomic int lost;
+    _Atomic bool lost;
     uint16_t avail_idx;
 };
 
@@ -45,15 +45,15 @@ static const vnd_region layout[] = {
 static inline int map_layout(struct guest *g, const vnd_region *regions, uint32_t n, struct guestmem **out)
 {
     vnd_region with_fd[3];
-    char err[VND_ERR_MAX];
+    struct failure failure = { 0 };
     int rc;
 
     memcpy(with_fd, regions, n * sizeof(*regions));
     for (uint32_t i = 0; i < n; i++)
         with_fd[i].fd = g->fd;
-    rc = guestmem_new(with_fd, n, NULL, &g->lost, out, err, sizeof(err));
+    rc = guestmem_new(with_fd, n, NULL, &g->lost, out, &failure);
     if (rc != 0)
-        CHECK(strlen(err) > 0);
+        CHECK(failure.line[0] && failure.cause);
     return rc;
 }
 

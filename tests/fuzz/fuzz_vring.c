@@ -17,14 +17,14 @@
 static struct guestmem *mem;
 static uint8_t *first, *second;
 static struct vring ring;
-static _Atomic int lost;
+static _Atomic bool lost;
 static struct vring_chain chain;
 
 static void set_up(void)
 {
     vnd_region r[2] = { { .gpa = 0, .size_bytes = REGION, .user_addr = USER },
                         { .gpa = 2 * REGION, .size_bytes = REGION, .user_addr = 8 * USER, .mmap_offset = REGION } };
-    char err[VND_ERR_MAX];
+    struct failure failure = { 0 };
     uint64_t got;
     uint32_t hint = 0;
     int fd = memfd_create("guest", MFD_CLOEXEC);
@@ -32,7 +32,7 @@ static void set_up(void)
     if (fd < 0 || ftruncate(fd, 2 * REGION) != 0)
         abort();
     r[0].fd = r[1].fd = fd;
-    if (guestmem_new(r, 2, NULL, &lost, &mem, err, sizeof(err)) != 0 ||
+    if (guestmem_new(r, 2, NULL, &lost, &mem, &failure) != 0 ||
         vring_resolve(&ring, mem, RING_NUM, USER, USER + 0x200, USER + 0x400) != 0)
         abort();
     first = guestmem_host(mem, &hint, 0, REGION, &got);

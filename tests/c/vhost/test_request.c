@@ -257,17 +257,17 @@ TEST(many_ranges)
     CHECK(fg_queue_add(r.q[RQ], seg, 62, gpa + 0x40000, 1) >= 0);
     fg_queue_publish(r.q[RQ]);
     await_parked(&r, 1);
-    CHECK(atomic_load(&r.dev->segs_bytes) > 0);
+    CHECK(atomic_load(&r.dev->common.segs_bytes) > 0);
     serve_now(&r, 0);
     CHECK_EQ(fg_queue_wait(r.q[RQ], WAIT_MS), 0);
     CHECK_EQ(fg_queue_pop(r.q[RQ], &cookie, &len), 1);
     CHECK_EQ(len, 16 + 60 * 1024);
     for (uint32_t i = 0; i < 60; i++)
         CHECK(memcmp(at + 8192 + 2048 * i, r.blob->plain + 3 * CHUNK + 1024 * i, 1024) == 0);
-    CHECK_EQ(atomic_load(&r.dev->segs_bytes), 0);
+    CHECK_EQ(atomic_load(&r.dev->common.segs_bytes), 0);
 
     atomic_store(&r.fix.server.hold, 1);
-    atomic_store(&r.dev->segs_bytes, QUEUE_SEGS_BUDGET);
+    atomic_store(&r.dev->common.segs_bytes, QUEUE_SEGS_BUDGET);
     in.offset = 25 * CHUNK;
     make(&r, at, FUSE_OP_READ, 1ull << 48 | FILE_INO, &in, sizeof(in));
     CHECK(fg_queue_add(r.q[RQ], seg, 62, gpa + 0x40000, 1) >= 0);
@@ -278,7 +278,7 @@ TEST(many_ranges)
     struct fuse_out_header h;
     memcpy(&h, at + 4096, sizeof(h));
     CHECK_EQ(h.error, -EIO);
-    CHECK_EQ(atomic_load(&r.dev->segs_bytes), QUEUE_SEGS_BUDGET);
+    CHECK_EQ(atomic_load(&r.dev->common.segs_bytes), QUEUE_SEGS_BUDGET);
     check_read(&r, 1, 3, 4096);
     rig_down(&r);
 }

@@ -72,7 +72,7 @@ TEST(memory_refused)
     };
     struct guest g;
     struct guestmem *m = NULL;
-    char err[VND_ERR_MAX];
+    struct failure failure = { 0 };
     int pipe_fds[2];
     vnd_region r = layout[0];
 
@@ -84,9 +84,9 @@ TEST(memory_refused)
         }
     CHECK(pipe(pipe_fds) == 0);
     r.fd = pipe_fds[0];
-    CHECK(guestmem_new(&r, 1, NULL, &g.lost, &m, err, sizeof(err)) < 0);
+    CHECK(guestmem_new(&r, 1, NULL, &g.lost, &m, &failure) < 0);
     r.fd = 9999;
-    CHECK(guestmem_new(&r, 1, NULL, &g.lost, &m, err, sizeof(err)) == -EBADF);
+    CHECK(guestmem_new(&r, 1, NULL, &g.lost, &m, &failure) == -EBADF);
     close(pipe_fds[0]);
     close(pipe_fds[1]);
     CHECK(map_layout(&g, layout, 0, &m) == 0); /* none at all is a table */
@@ -99,7 +99,7 @@ TEST(memory_again)
 {
     struct guest g;
     struct guestmem *m;
-    char err[VND_ERR_MAX];
+    struct failure failure = { 0 };
     uint64_t got;
     uint32_t hint = 0;
     vnd_region r = { .gpa = 0x100, .size_bytes = 0x100, .user_addr = USER, .mmap_offset = 0x30200 };
@@ -107,7 +107,7 @@ TEST(memory_again)
     guest_open(&g, true);
     memcpy(g.low + 0x200, "here", 4);
     r.fd = g.fd;
-    CHECK(guestmem_new(&r, 1, g.mem, &g.lost, &m, err, sizeof(err)) == 0);
+    CHECK(guestmem_new(&r, 1, g.mem, &g.lost, &m, &failure) == 0);
     uint8_t *host = guestmem_host(m, &hint, 0x100, 4, &got);
     CHECK(host != NULL && memcmp(host, "here", 4) == 0);
     guestmem_free(m);
@@ -115,7 +115,7 @@ TEST(memory_again)
     memcpy(same, layout, sizeof(same));
     for (int i = 0; i < 3; i++)
         same[i].fd = g.fd;
-    CHECK(guestmem_new(same, 3, g.mem, &g.lost, &m, err, sizeof(err)) == 0);
+    CHECK(guestmem_new(same, 3, g.mem, &g.lost, &m, &failure) == 0);
     CHECK(guestmem_ring(m, USER, 1) == guestmem_ring(g.mem, USER, 1));
     guestmem_free(g.mem);
     g.mem = m;
@@ -167,20 +167,26 @@ TEST(other_sigbus)
     guest_close(&g);
 }
 
+static int make_log(struct guest *g, int fd, uint64_t offset, uint64_t size_bytes, struct guestlog **out)
+{
+    struct map_request r = { .fd = fd, .offset = offset, .size_bytes = size_bytes, .lost = &g->lost };
+
+    return guestlog_new(&r, out, NULL);
+}
+
 TEST(log)
 {
     struct guest g;
     struct guestlog *log;
-    char err[VND_ERR_MAX];
     uint8_t bits[8] = { 0 };
     int fd = memfd_create("log", MFD_CLOEXEC);
     uint32_t word = 1;
 
     guest_open(&g, true);
     CHECK(ftruncate(fd, 4096) == 0);
-    CHECK(guestlog_new(fd, 0, 8192, &g.lost, &log, err, sizeof(err)) < 0);
-    CHECK(guestlog_new(fd, 0, 0, &g.lost, &log, err, sizeof(err)) < 0);
-    CHECK(guestlog_new(fd, 8, 2, &g.lost, &log, err, sizeof(err)) == 0);
+    CHECK(make_log(&g, fd, 0, 8192, &log) < 0);
+    CHECK(make_log(&g, fd, 0, 0, &log) < 0);
+    CHECK(make_log(&g, fd, 8, 2, &log) == 0);
     guestmem_mark(log, 0xfff, 2); /* pages 0 and 1 */
     guestmem_write(log, g.mem->region[0].host, &word, 4, 9 * PAGE);
     guestmem_mark(log, 16 * PAGE, 1); /* beyond the log: nothing */
