@@ -1,6 +1,6 @@
 /* vnd.h -- the seam: everything Python may call in the C engine.
  *
- * The engine build (virtiofsd_nydus/engine_build.py) hands this file to cffi, so it holds plain
+ * The engine build (virtiofsd_nydus/engine_build.py) gives this file to cffi, so it holds plain
  * declarations only: no macros but integer constants, no inline code. Every call releases the GIL. C never
  * calls back. Errors are negative errno values unless stated; a function that takes (err, err_len) fills err
  * with one line (what, where, what to do) when it fails.
@@ -47,7 +47,7 @@ typedef struct {
     uint8_t allow_unverified;  /* serve images that carry no chunk digests */
 } vnd_engine_cfg;
 
-/* What the engine wants said. text is NUL-terminated, one line, without secrets. */
+/* A line for the log. text is NUL-terminated, one line, without secrets. */
 typedef struct {
     uint64_t time_us;  /* CLOCK_REALTIME */
     int32_t level;     /* enum vnd_level */
@@ -72,7 +72,7 @@ typedef struct {              /* monotonic counters since engine start, all byte
     uint64_t parked;          /* reads that had to wait at least once */
     uint64_t expired;         /* reads that ended by deadline */
     uint64_t pool_reads;      /* ready data that was not in the page cache */
-    uint64_t fetch_jobs;      /* range jobs handed out */
+    uint64_t fetch_jobs;      /* range jobs given to fetch threads */
     uint64_t fetched_bytes;   /* compressed bytes fed */
     uint64_t fetched_chunks;  /* chunks made ready by a fetch */
     uint64_t verified_chunks; /* chunks made ready by verifying what was in the cache */
@@ -94,7 +94,8 @@ typedef struct {
     uint64_t read_sizes[VND_READ_SIZES];
 } vnd_fop_stats;
 
-/* Requests that wait for data, of all transports: their number, at most max. */
+/* One request that waits for data. vnd_engine_waiting copies at most max of them, of all transports, and returns their
+ * number. */
 typedef struct {
     uint64_t nodeid, unique, wait_us;
     uint32_t opcode;
@@ -155,35 +156,36 @@ void vnd_rafs_info_get(vnd_rafs *r, vnd_rafs_info *out);
 int vnd_rafs_blob_info(vnd_rafs *r, uint32_t index, vnd_blob_info *out);
 /* The store's blob of that index, borrowed; NULL without a store. Python keys its backends by it. */
 vnd_blob *vnd_rafs_blob(vnd_rafs *r, uint32_t index);
-/* What guests did with this image, since it was opened. A read counts in all but fops if it gave bytes. */
+/* What guests did with this image since it was opened. Only reads that gave bytes count, but in fops every one does. */
 #define VND_LATENCIES 8
 typedef struct {
     vnd_fop_stats fops;                     /* forgets, which name many inodes at once, are the engine's alone */
     uint64_t read_latencies[VND_LATENCIES]; /* reads by time: up to 200 us, 1 20 50 500 ms, 1 2 s, more */
-    uint64_t read_latency_us;               /* of all */
+    uint64_t read_latency_us;               /* sum over all reads */
     uint64_t read_bytes;
     uint64_t reads_at_once, reads_waited;
 } vnd_mount_stats;
 void vnd_rafs_stats(vnd_rafs *r, vnd_mount_stats *out);
-/* Whether single inodes are counted too, from now on. */
+/* on 1: from now on each inode is counted, too; 0: no longer. */
 void vnd_rafs_count_files(vnd_rafs *r, int on);
 typedef struct { /* of an inode that an operation succeeded on; one inode may have several of these */
     uint64_t ino, data_read, reads, first_read_s; /* CLOCK_REALTIME */
     uint32_t first_read_ns;
     uint32_t hits[VND_FOPS], errors[VND_FOPS], read_sizes[VND_READ_SIZES];
 } vnd_file_stats;
-/* How many there are; the first max of them are copied. */
+/* Copies at most max of them; returns how many there are. */
 uint64_t vnd_rafs_file_stats(vnd_rafs *r, vnd_file_stats *out, uint64_t max);
-/* Inodes read since they were last given by this: their number; call again until it is 0. One may come twice. */
+/* Gives each inode that was read since this last gave it, at most max of them; returns their number. Call it until it
+ * returns 0. An inode may come twice. */
 uint64_t vnd_rafs_latest_read(vnd_rafs *r, uint64_t *inos, uint64_t max);
-/* Must not be mounted any more. */
+/* The image must not be mounted any more. */
 void vnd_rafs_free(vnd_rafs *r);
 
-/* The tools' face of the same reader. Strings are copied out. */
+/* The same reader for tools. Strings are copied out. */
 typedef struct {
     uint64_t ino, size_bytes, blocks, mtime_s;
     uint32_t mtime_nsec, mode, nlink, uid, gid, rdev;
-    /* Of file systems that change; zero in an image, whose times are all mtime. */
+    /* Set by file systems that change; zero in an image, where mtime is the only time. */
     uint64_t generation, atime_s, ctime_s;
     uint32_t atime_nsec, ctime_nsec;
     uint32_t blksize_bytes; /* non-zero: atime and ctime are given too */
@@ -201,20 +203,21 @@ typedef struct { /* one chunk of a file */
 } vnd_chunk_info;
 int vnd_rafs_getattr(vnd_rafs *r, uint64_t ino, vnd_attr *out);
 int vnd_rafs_lookup(vnd_rafs *r, uint64_t dir_ino, const char *name, uint64_t *ino);
-/* Entries from off on (0 = start; "." and ".." included): their number, 0 at the end, or -errno. */
+/* Reads at most max entries from off on (0 = start; "." and ".." included). Returns their number, 0 at the end, or
+ * -errno. */
 int vnd_rafs_readdir(vnd_rafs *r, uint64_t dir_ino, uint64_t off, vnd_dirent *out, int max);
-/* Length copied, or -errno; with buf_len 0 the length needed. */
+/* Each copies its text and returns its length, or -errno; with buf_len 0 it returns the length needed. */
 int64_t vnd_rafs_readlink(vnd_rafs *r, uint64_t ino, char *buf, size_t buf_len);
 int64_t vnd_rafs_listxattr(vnd_rafs *r, uint64_t ino, char *buf, size_t buf_len);
 int64_t vnd_rafs_getxattr(vnd_rafs *r, uint64_t ino, const char *name, char *buf, size_t buf_len);
-/* Chunks of a regular file from number first on: their number, 0 at the end, or -errno. */
+/* Gives at most max chunks of a regular file from number first on. Returns their number, 0 at the end, or -errno. */
 int vnd_rafs_chunks(vnd_rafs *r, uint64_t ino, uint64_t first, vnd_chunk_info *out, int max);
-/* Walks the whole image and calls nothing: writes one line per fault into out, '\n'-separated, stops at
- * max_faults. Number of faults, or -errno. */
+/* Walks the whole image and writes one line per fault into out, '\n'-separated; stops at max_faults. Returns the number
+ * of faults, or -errno. */
 int vnd_rafs_check(vnd_rafs *r, int max_faults, char *out, size_t out_len);
 /* The digest (32 bytes) that RAFS v5 stores of an inode: 0, -ENODATA in other images, -EIO. */
 int vnd_rafs_digest(vnd_rafs *r, uint64_t ino, uint8_t *out);
-/* Inodes of the prefetch table; number copied. */
+/* Copies at most max inodes of the prefetch table; returns their number. */
 int vnd_rafs_prefetch(vnd_rafs *r, uint64_t *inos, int max);
 
 /* ---------------------------------------------------------------- blobs, jobs */
@@ -226,13 +229,13 @@ enum vnd_job_kind {
 typedef struct {
     uint64_t id;
     vnd_blob *blob;
-    char blob_id[VND_ID_MAX + 1]; /* what to read: with META perhaps not blob's own id, see meta_id */
+    char blob_id[VND_ID_MAX + 1]; /* the blob to read; a META job may name another than blob's own (meta_id) */
     uint64_t coff, clen;          /* compressed range, bytes */
     uint32_t kind;                /* enum vnd_job_kind */
     uint32_t chunk_count;         /* chunks that lie in the range */
-    uint32_t prefetch;            /* 1: prefetch, 0: somebody waits or is expected to, reading in order */
+    uint32_t prefetch;            /* 1: prefetch; 0: a reader waits, or is expected because it reads in order */
     uint32_t digester;            /* 0 blake3: hash the views of job_chunks; 1 sha256: C does it */
-    int64_t deadline_us;          /* CLOCK_MONOTONIC, of the most urgent waiter; 0 = none */
+    int64_t deadline_us;          /* CLOCK_MONOTONIC, of the most urgent reader; 0 = none */
 } vnd_job;
 typedef struct { /* a decoded chunk; valid until the next feed, commit or end of its job */
     uint32_t chunk_index;
@@ -243,35 +246,37 @@ typedef struct { /* a decoded chunk; valid until the next feed, commit or end of
 /* Blocks up to timeout_ms for work: 0, -ETIMEDOUT, -ESHUTDOWN. take_prefetch 0: demand jobs only. */
 int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms);
 /* Takes the next len bytes of the range, borrowed for the call. Decodes what is complete. >= 0: number of chunks now
- * waiting for commit; -ECANCELED: nobody wants the rest (call job_end); -EBADMSG: will not decode; -EINVAL: too
- * many bytes. At most 1 MiB at a time keeps the head of a range fast. */
+ * waiting for commit; -ECANCELED: the rest is no longer wanted (call job_end); -EBADMSG: the bytes do not decode;
+ * -EINVAL: too many bytes. Feed at most 1 MiB at a time, so that the head of a range is fast. */
 int vnd_job_feed(vnd_engine *e, uint64_t job_id, const uint8_t *buf, size_t len);
-/* Views of the chunks decoded and not committed; their number. When all are committed it decodes more of what was fed:
- * call it and commit until it gives 0. */
+/* Gives views of the chunks that are decoded and not committed; returns their number. When all are committed it decodes
+ * more of the bytes that were fed: call it and commit until it returns 0. */
 int vnd_job_chunks(vnd_engine *e, uint64_t job_id, vnd_chunk_view *out, int max);
 /* digests: n x 32 bytes for the chunks as job_chunks gave them (ignored, may be NULL, where digester is sha256).
- * C compares, writes, sets the maps and wakes. Number of chunks made ready; -EBADMSG if any digest was wrong (the
- * right ones are kept), -ENOSPC when kept in memory only. */
+ * C compares, writes, sets the maps and wakes. Returns the number of chunks made ready; -EBADMSG if any digest
+ * was wrong (chunks with right ones are kept), -ENOSPC when they are kept in memory only. */
 int vnd_job_commit(vnd_engine *e, uint64_t job_id, const uint8_t *digests, int n);
-/* Ends the job whatever its state. error 0 or a positive errno with its cause and one line for the log. Chunks of
- * the range that are not ready fail their waiters (error != 0) or are asked for anew (error == 0). Gives the bytes
- * that were fed and of no use: chunks that were here already or had a wrong digest. */
+/* Ends the job whatever its state. error 0 or a positive errno with its cause and one line for the log. Readers of
+ * chunks that are not ready fail (error != 0), or the chunks are asked for again (error == 0). Returns the bytes
+ * that were fed for nothing: of chunks that were ready already or had a wrong digest. */
 uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const char *text);
 
-/* How far misses of this image in the blob are extended over what follows them, compressed bytes; 0: not at all, less
- * than 128 KiB act as that. 1 MiB unless called. Who reads in order is given more where the link asks for it. */
+/* How many compressed bytes a fetch for a miss of this image takes along behind the wanted chunk; 0: none; a value
+ * below 128 KiB acts as 128 KiB; 1 MiB unless called. A reader in order gets more where the link is worth it. */
 void vnd_blob_set_amplify(vnd_blob *b, uint32_t bytes);
-/* Asks for chunks [first, first+n) of a blob, n 0 = to its end, behind all demand. tag groups a request. */
+/* Asks for chunks [first, first+n) of a blob, n 0 = to its end, behind all demand. tag names the request for the two
+ * functions below. */
 int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag);
 void vnd_prefetch_cancel(vnd_engine *e, uint64_t tag);
-/* Whether anything of that tag is still queued or being fetched: 1, 0. */
+/* 1: something of that tag is still queued or being fetched; 0: nothing is. */
 int vnd_prefetch_pending(vnd_engine *e, uint64_t tag);
-/* Chunks that the image names of the blob and that are ready and trusted; *total gets their full number (0 while its
- * table is unknown). */
+/* Returns how many of the chunks that the image names of the blob are ready; *total gets how many it names (0 while its
+ * chunk table is not loaded). */
 uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total);
-/* The same of chunks [first, first+n). */
+/* The same for chunks [first, first+n). */
 uint64_t vnd_blob_ready_range(vnd_blob *b, uint32_t first, uint32_t n, uint64_t *total);
-/* Chunks [0, this) hold all that begin before byte end of the blob as it is stored; 0 while its table is unknown. */
+/* Returns n so that chunks [0, n) are all that begin before byte end of the blob as it is stored; 0 while its chunk
+ * table is not loaded. */
 uint32_t vnd_blob_chunks_before(vnd_blob *b, uint64_t end);
 
 /* ---------------------------------------------------------------- vfs and file systems */
@@ -281,8 +286,9 @@ vnd_vfs *vnd_vfs_new(vnd_engine *e, int session_kind);
 void vnd_vfs_free(vnd_vfs *v); /* unmounts all; no device may use it */
 /* path is absolute; missing parents appear as pseudo directories. -EEXIST if mounted there already. */
 int vnd_vfs_mount_rafs(vnd_vfs *v, const char *path, vnd_rafs *r);
-/* The number that the next mount gets; inode numbers hold it. A successor that takes a live session over sets it before
- * each of its mounts (1 to 65535; only upwards) so that what the kernel knows stays true. 0 or -EINVAL. */
+/* The serial that the next mount gets; inode numbers contain it. A successor that takes over a live session sets it
+ * before each of its mounts (1 to 65535; only upwards), so that the inode numbers the kernel holds stay valid. 0 or
+ * -EINVAL. */
 uint32_t vnd_vfs_next_serial(vnd_vfs *v);
 int vnd_vfs_set_next_serial(vnd_vfs *v, uint32_t serial);
 /* Returns once no request is inside the file system: the caller may then free it. -ENOENT. */
@@ -301,14 +307,14 @@ typedef struct {
 /* source must be a directory. NULL on failure. */
 vnd_passthrough *vnd_passthrough_new(vnd_engine *e, const char *source, uint32_t flags, char *err, size_t err_len);
 int vnd_vfs_mount_passthrough(vnd_vfs *v, const char *path, vnd_passthrough *p);
-/* Closes every descriptor that no open file needs, so that the host can unmount what lies below. */
+/* Closes every descriptor that no open file needs, so that the host can unmount what lies below the directory. */
 void vnd_passthrough_drop_idle(vnd_passthrough *p);
 void vnd_passthrough_stats_get(vnd_passthrough *p, vnd_passthrough_stats *out);
-/* Must not be mounted any more. Waits for host calls under way. */
+/* The directory must not be mounted any more. Waits for host calls under way. */
 void vnd_passthrough_free(vnd_passthrough *p);
 
-/* Read for tools and tests, through the same path as a guest's: blocks the caller until the bytes are there.
- * Bytes read, or -errno. */
+/* Reads for tools and tests by the same path as a guest's read: blocks the caller until the bytes are there.
+ * Returns the bytes read, or -errno. */
 int64_t vnd_rafs_read(vnd_rafs *r, uint64_t ino, uint64_t off, uint8_t *buf, size_t len);
 
 /* ---------------------------------------------------------------- vhost-user device */
@@ -327,9 +333,9 @@ typedef struct {                                         /* one ring as the fron
     uint8_t enabled;
     int32_t kick_fd, call_fd, err_fd; /* -1 = none; a changed number means a changed fd */
 } vnd_ring_state;
-/* Everything the front-end has told us. A value: what apply makes of it does not depend on how it came about.
- * The caller owns all fds; apply dups what it keeps, and compares with what it has by a generation number that the
- * caller raises whenever it stores a new fd. */
+/* All that the front-end has set. It is a value: apply's result does not depend on the order of messages.
+ * The caller owns all fds; apply dups those that it keeps. It sees a new fd by a generation number, which the
+ * caller raises whenever it stores one. */
 typedef struct {
     uint64_t features; /* virtio features acked */
     uint32_t region_count;
@@ -350,22 +356,23 @@ typedef struct {
 /* queue_count: 1 hiprio + request queues, each a thread. */
 vnd_device *vnd_device_new(vnd_engine *e, vnd_vfs *v, uint32_t queue_count, char *err, size_t err_len);
 uint64_t vnd_device_features(void); /* virtio feature bits the engine implements */
-/* Makes the device be in that state: maps, starts, swaps, enables, stops; returns when it is. A ring that stops drains
- * for at most drain_ms; its base is written into st. 0, or -errno with a line (bad address, overlap, no memory...). */
+/* Brings the device into that state (maps, starts, swaps, enables, stops) and returns when it is. A ring that stops
+ * drains for at most drain_ms; its base is written into st. 0, or -errno with a line (bad address, overlap, no
+ * memory...). */
 int vnd_device_apply(vnd_device *d, vnd_device_state *st, int drain_ms, char *err, size_t err_len);
 /* A zeroed, sealed memfd that holds in-flight state for nq rings of qsize entries (libvhost-user's layout);
  * the caller owns the fd. */
 int vnd_inflight_create(uint32_t nq, uint32_t qsize, uint64_t *size_bytes);
 /* Drops the FUSE session (RESET_DEVICE, connection loss) but not the memory. */
 void vnd_device_reset(vnd_device *d);
-void vnd_device_free(vnd_device *d); /* stops everything; never writes to the guest again */
+void vnd_device_free(vnd_device *d); /* stops everything; the guest's memory is not written any more */
 
 /* ---------------------------------------------------------------- /dev/fuse: the host's own mounts */
 typedef struct vnd_fusedev vnd_fusedev;
 enum vnd_fusedev_flag {
-    VND_FUSEDEV_SHARED = 1,     /* all threads read fd itself: who holds it can take over. Else clones of it */
+    VND_FUSEDEV_SHARED = 1,     /* all threads read fd itself, so that a successor can take over; else each a clone */
     VND_FUSEDEV_RESUME = 2,     /* another process has answered INIT */
-    VND_FUSEDEV_RESEND = 4,     /* have the kernel send again what that one left unanswered */
+    VND_FUSEDEV_RESEND = 4,     /* have the kernel send again the requests that it left unanswered */
     VND_FUSEDEV_PASSTHROUGH = 8 /* have the kernel read files by itself that are wholly in the cache. Not with SHARED: a
                                    * successor would not know which files are open how */
 };
@@ -378,8 +385,8 @@ int vnd_fusedev_ready(vnd_fusedev *d); /* 1: INIT was answered */
 int vnd_fusedev_root_changed(vnd_fusedev *d);
 /* 0: the mount is gone (or stop was called); -ETIMEDOUT. */
 int vnd_fusedev_wait(vnd_fusedev *d, int timeout_ms);
-/* Ends all threads. Requests that are parked stay unanswered: the next server's, or ended by the kernel with the last
- * descriptor. Idempotent. */
+/* Ends all threads. Requests that are parked stay unanswered: the next server answers them, or the kernel ends them
+ * with the last descriptor. Idempotent. */
 void vnd_fusedev_stop(vnd_fusedev *d);
 void vnd_fusedev_free(vnd_fusedev *d);
 /* mount(2) and umount2(2) as they are: 0 or -errno. */
@@ -407,12 +414,12 @@ int vnd_precontent_state(void);
 /* First of all in a process that goes on for a dead one: takes the descriptor numbers of events that it left
  * unanswered. How many, or -errno. */
 int vnd_precontent_reserve(int state_fd);
-/* e NULL: only to refuse. Both fds are borrowed. */
+/* e NULL: this one can only refuse. Both fds are borrowed. */
 vnd_precontent *vnd_precontent_new(vnd_engine *e, int group_fd, int state_fd, char *err, size_t err_len);
 /* Before start, every blob of the image in its order, in each process. Blocks until the chunk table is here. fd: the
  * file that the kernel reads (dupped), -1: the cache's present one. */
 int vnd_precontent_add(vnd_precontent *p, vnd_blob *b, int fd, char *err, size_t err_len);
-/* That file, borrowed. Whoever opens it by name instead may get another. */
+/* That file, borrowed. Its name may lead to another file by now. */
 int vnd_precontent_fd(vnd_precontent *p, uint32_t index);
 /* 1: all that the image names of the blob is in that file. */
 int vnd_precontent_complete(vnd_precontent *p, uint32_t index);
@@ -421,11 +428,13 @@ int vnd_precontent_start(vnd_precontent *p);
 int vnd_precontent_ended_fd(vnd_precontent *p);
 int vnd_precontent_ended(vnd_precontent *p);
 void vnd_precontent_set_ended(vnd_precontent *p);
-/* Fails, with EIO, every reader that waits. Their number. Never while it is started, here or in another process. */
+/* Fails every reader that waits with EIO; returns their number. Never while it is started, here or in another
+ * process. */
 int vnd_precontent_refuse(vnd_precontent *p);
-/* What is unanswered stays so. Before the images of its blobs are freed and before the engine is shut down. */
+/* Unanswered events stay unanswered. Call it before the images of its blobs are freed and before the engine is shut
+ * down. */
 void vnd_precontent_free(vnd_precontent *p);
-/* The number that no other mount ever had or will have until the next boot, of what is mounted at path; or -errno. */
+/* The number of the mount at path, which no other mount has or will have until the next boot; or -errno. */
 int64_t vnd_mount_id(const char *path);
 
 /* ---------------------------------------------------------------- for those who write images */

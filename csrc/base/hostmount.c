@@ -36,7 +36,7 @@ static int open_loop(const struct hostmount_part *part, int *number)
     config.info.lo_flags = LO_FLAGS_READ_ONLY | LO_FLAGS_AUTOCLEAR;
     if (control < 0)
         return -errno;
-    for (int i = 0; i < LOOP_TRIES && rc == -EBUSY; i++) { /* somebody may take the free one first */
+    for (int i = 0; i < LOOP_TRIES && rc == -EBUSY; i++) { /* another process may take the free one first */
         char path[32];
         int fd;
 

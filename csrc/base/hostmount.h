@@ -13,9 +13,9 @@ struct hostmount_part {
 };
 
 /* Mounts EROFS read-only over parts[0] (the bootstrap) with parts[1..n) as its devices, in the superblock's order, and
- * attaches it nowhere. Loop devices stand between, which go with the mount: the file system then lies at the bottom of
+ * attaches it nowhere. Loop devices carry the parts and end with the mount. So the file system lies at the bottom of
  * the kernel's stack of file systems, as the backing files of FUSE passthrough must when something is to be stacked on
- * the FUSE mount. A descriptor of its root, open for reading, or -errno with a line. Linux 5.8 (LOOP_CONFIGURE). */
+ * the FUSE mount. Returns a descriptor of its root, open for reading, or -errno with a line. Linux 5.8 (LOOP_CONFIGURE). */
 int hostmount_erofs(const struct hostmount_part *parts, int n, char *err, size_t err_len);
 
 #endif

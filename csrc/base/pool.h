@@ -8,7 +8,7 @@
 
 struct vnd_engine;
 
-/* Embedded in what is to be done; whoever submits it owns it again from within run on, which may free it. */
+/* Embedded in the caller's own struct. It is the pool's from pool_submit until run is called; run may free it. */
 struct pool_task {
     struct pool_task *next;
     void (*run)(struct pool_task *t);

@@ -5,7 +5,7 @@
 #define VND_PRIVILEGE_H
 #include <linux/capability.h>
 
-/* Of the calling thread, in two words of 32 each. 0 or -errno. */
+/* Read and set the capabilities of the calling thread, in two words of 32 bits. 0 or -errno. */
 int privilege_get(struct __user_cap_data_struct cap[2]);
 int privilege_set(struct __user_cap_data_struct cap[2]);
 

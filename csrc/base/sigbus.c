@@ -62,7 +62,7 @@ static void handle(int sig, siginfo_t *info, void *context)
     }
     if (older.sa_handler == SIG_IGN && info->si_code <= 0)
         return;
-    /* Default action: the access is repeated, or the signal raised again, with nobody in between. */
+    /* Default action: the access is repeated, or the signal raised again, with no handler in between. */
     signal(SIGBUS, SIG_DFL);
     if (info->si_code <= 0)
         raise(SIGBUS);

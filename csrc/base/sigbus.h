@@ -1,4 +1,4 @@
-/* base/sigbus.h -- mapped files that somebody else may truncate under us (guest memory, in-flight region, dirty log).
+/* base/sigbus.h -- mapped files that another process may truncate under us (guest memory, in-flight region, dirty log).
  *
  * A read or write past the end of such a file raises SIGBUS. The handler puts an anonymous zero page where the lost
  * page was, notes it, and the access goes on; the owner looks at the note and gives the mapping up. A SIGBUS
