@@ -1,12 +1,12 @@
-/* rafs/backing.c -- files whose bytes are all in the cache, as files of the kernel's own (FUSE passthrough).
+/* rafs/backing.c -- backing files for the kernel (fs/backing.h): files of an image whose bytes are all in the cache.
  *
- * Passthrough reads a backing file at the same offsets, and our bytes lie in the middle of blobs. EROFS over the same
- * bootstrap and the same cache files has every file at its own offsets, so the image is mounted once more, attached
- * nowhere (base/hostmount.h), and its files are opened by handle: a nid is an inode number here as there. Only files whose
- * chunks are all ready are opened: of others EROFS would show holes.
+ * The kernel reads a backing file at the same offsets as the file that is open, but an image's bytes lie in the middle of
+ * blobs. EROFS over the same bootstrap and the same cache files has every file at its own offsets. So the image is
+ * mounted once more, attached to no directory (base/hostmount.h), and its files are opened by handle: a nid is EROFS's
+ * inode number too. Only a file whose chunks are all ready is opened; EROFS would show holes in any other file.
  *
- * A blob that nobody has read from has no cache file yet: the bootstrap stands in for it, which no file that is
- * complete needs. When such a blob or a new cache file of a known one is needed, the image is mounted anew.
+ * A blob that was never read from has no cache file yet. The bootstrap stands in for it, because no file that is complete
+ * needs that blob. When such a blob, or a new cache file of a known blob, is needed, the image is mounted anew.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -20,7 +20,7 @@
 /* A file of one or two READs gains nothing over the page cache that FUSE keeps for it. */
 #define BACKING_BYTES_MIN (128u << 10)
 #define SECTOR 512u
-#define NO_EPOCH UINT64_MAX /* odd: never a settled one */
+#define NO_EPOCH UINT64_MAX /* odd, so no state that can be read has it */
 #define EROFS_FILEID 0x81   /* FILEID_INO64_GEN: high and low half of the nid, generation 0 */
 
 struct nid_handle {
@@ -31,7 +31,7 @@ struct nid_handle {
 struct rafs_backing {
     pthread_mutex_t lock;
     int root_fd;      /* -1: none yet */
-    bool failed;      /* said once, not tried again */
+    bool failed;      /* mounting failed; it was said once and is not tried again */
     uint64_t *epochs; /* of each blob's cache file when it was mounted, or NO_EPOCH */
 };
 
@@ -66,7 +66,7 @@ int rafs_backing_new(struct vnd_rafs *r)
     return 0;
 }
 
-/* With b->lock. Which blobs have a cache file, and which: true if that is not what is mounted. */
+/* With b->lock. Notes the state of each blob's cache file. True: it is not the state that is mounted. */
 static bool note_epochs(struct vnd_rafs *r, struct hostmount_part *parts)
 {
     struct rafs_backing *b = r->backing;
@@ -83,7 +83,7 @@ static bool note_epochs(struct vnd_rafs *r, struct hostmount_part *parts)
     return changed;
 }
 
-/* With b->lock: the image as it is in the cache now. */
+/* With b->lock. Mounts the image over the cache files as they are now, if that is not what is mounted. */
 static void mount_image(struct vnd_rafs *r)
 {
     struct rafs_backing *b = r->backing;
@@ -104,7 +104,7 @@ static void mount_image(struct vnd_rafs *r)
     }
 }
 
-/* With b->lock. The cache files that the extents are in are the ones that are mounted. */
+/* With b->lock. True: the cache files that hold the extents are those that are mounted. */
 static bool is_mounted(const struct vnd_rafs *r, const struct extent *ext, int n)
 {
     for (int i = 0; i < n; i++) {
@@ -121,7 +121,8 @@ static bool is_mounted(const struct vnd_rafs *r, const struct extent *ext, int n
     return true;
 }
 
-enum file_state { FILE_PARTIAL, FILE_READY, FILE_MOUNTED }; /* all chunks ready; and in what is mounted */
+/* Of a file: a chunk is missing; all chunks are ready; all are ready, and in cache files that are mounted. */
+enum file_state { FILE_PARTIAL, FILE_READY, FILE_MOUNTED };
 
 /* With b->lock. */
 static enum file_state state_of(struct vnd_rafs *r, uint64_t nid, uint64_t size)
@@ -174,7 +175,7 @@ int v6_backing_fd(struct fs *fs, uint64_t nid)
     }
     fd = state == FILE_MOUNTED ? open_nid(b->root_fd, nid) : -ENODATA;
     pthread_mutex_unlock(&b->lock);
-    /* The kernel reads the same inode as we, or nothing at all. */
+    /* The kernel gets the inode that this reader means, or none. */
     if (fd >= 0 && (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode) || (uint64_t)st.st_size != n.size)) {
         close(fd);
         return -EIO;

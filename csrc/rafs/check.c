@@ -1,5 +1,5 @@
-/* rafs/check.c -- faults of an image that opening does not look for, since it would cost time that grows with
- * it. */
+/* rafs/check.c -- faults of an image that opening does not look for, because the search takes time that grows with the
+ * image. */
 #include "rafs/check.h"
 #include "blob/table.h"
 #include "blob/cipher.h"
@@ -34,7 +34,7 @@ bool rafs_fault(struct rafs_faults *f, const char *fmt, ...)
     return ++f->count < f->max;
 }
 
-/* What only shows when all records of a blob are looked at together. */
+/* Faults that show only when all records of a blob are seen together. */
 static void check_table(struct vnd_rafs *r, struct rafs_faults *f, uint32_t blob)
 {
     struct blobtable *t;
@@ -68,9 +68,9 @@ static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, 
         return rafs_fault(f, "chunk record %llu has index %u of %u in blob %u", (unsigned long long)i, c->index,
                           b->chunk_count, blob);
     }
-    /* Of a chunk inside a batch the record does not tell where it is stored: csize 0. */
+    /* The record of a chunk inside a batch does not say where the chunk is stored: csize is 0. */
     bool in_batch = (b->features & RAFS_BLOB_BATCH) && !c->csize;
-    /* Less than 16 bytes are padded before they are encrypted. */
+    /* A chunk of less than 16 bytes is padded before it is encrypted. */
     bool padded = b->cipher && c->usize < 16 && c->csize == CIPHER_PADDED;
 
     if (!c->csize && c->flags & 1 && b->compressor == CODEC_GZIP && !(b->features & RAFS_BLOB_ZRAN)) {
@@ -84,7 +84,7 @@ static bool check_record(struct vnd_rafs *r, struct rafs_faults *f, uint64_t i, 
         return rafs_fault(f, "chunk record %llu (blob %u, index %u) has bad sizes: %u stored, %u plain",
                           (unsigned long long)i, blob, c->index, c->csize, c->usize);
     }
-    /* Of a gzip layer's chunk it only says about where it is: the contexts tell. */
+    /* The record of a gzip layer's chunk says only about where it is; its context says exactly. */
     bool about = b->features & RAFS_BLOB_ZRAN;
 
     if (c->uoff > end || c->usize > end - c->uoff ||
@@ -106,7 +106,8 @@ static int put_record(void *ctx, uint64_t number, uint32_t blob, const struct bl
     return !check_record(w->r, w->f, number, blob, c);
 }
 
-void rafs_check_records(struct vnd_rafs *r, struct rafs_faults *f)
+/* For all versions: compares the chunk records with the blob table and finds missing digests. */
+static void check_records(struct vnd_rafs *r, struct rafs_faults *f)
 {
     struct record_walk w = { r, f };
     bool sized = true;
@@ -122,7 +123,7 @@ void rafs_check_records(struct vnd_rafs *r, struct rafs_faults *f)
             sized = false;
         }
     }
-    if (!sized) /* each of their records would be a fault of its own */
+    if (!sized) /* each record of such a blob would be one more fault */
         return;
     r->version->records(r, UINT32_MAX, put_record, &w);
     for (uint32_t k = 0; k < r->info.blob_count && f->count < f->max; k++)
@@ -135,7 +136,7 @@ int vnd_rafs_check(vnd_rafs *r, int max_faults, char *out, size_t out_len)
 
     if (out_len)
         out[0] = 0;
-    rafs_check_records(r, &f);
+    check_records(r, &f);
     if (f.count < f.max)
         r->version->check(r, &f);
     return f.count;

@@ -1,17 +1,14 @@
-/* rafs/check.h -- collects the faults of a walk: one line each, up to a number. */
+/* rafs/check.h -- collects the faults that a walk of an image finds: one line for each, up to max lines. */
 #ifndef VND_RAFS_CHECK_H
 #define VND_RAFS_CHECK_H
 #include "rafs/internal.h"
 
 struct rafs_faults {
     int count, max;
-    char *out;
+    char *out; /* lines with '\n' between them, NUL-ended */
     size_t used, cap;
 };
-/* Adds a line. Control characters of names are shown as '?'. false: enough, stop. */
+/* Adds a line; control characters of names become '?'. False when max lines are there: the walk is to stop. */
 bool rafs_fault(struct rafs_faults *f, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
-
-/* All versions: the chunk records against the blob table, digests that are missing. */
-void rafs_check_records(struct vnd_rafs *r, struct rafs_faults *f);
 
 #endif

@@ -1,6 +1,6 @@
 /* rafs/image.c -- finds the bootstrap in a file and maps it.
  *
- * A file is a bootstrap itself, or a data blob with one inside (docs/rafs-format.md 1.2): sections back to back, each
+ * A file is a bootstrap, or a data blob with a bootstrap inside (docs/rafs-format.md 1.2): sections back to back, each
  * followed by a tar header, so it is read from its end. There stands the table of contents, or the raw bootstrap
  * of older blobs. A compressed one is unpacked into a sealed memory file.
  */
@@ -13,13 +13,14 @@
 #include <unistd.h>
 #include <zstd.h>
 
-#include "rafs/internal.h"
 #include "base/sigbus.h"
+#include "rafs/v5.h"
+#include "rafs/v6.h"
 
 #define TAR_BLOCK 512
 #define TOC_ENTRY 128
-#define TOC_WINDOW 4096              /* a table of contents and its header lie in the last so many bytes */
-#define INLINE_BOOT_MAX (1ull << 30) /* of an unpacked bootstrap: what a hostile blob can make us write */
+#define TOC_WINDOW 4096              /* a table of contents and its header lie in the last so many bytes of a blob */
+#define INLINE_BOOT_MAX (1ull << 30) /* bytes of an unpacked bootstrap: bounds what a hostile blob makes us write */
 
 struct section {
     uint64_t off, csize, usize;
@@ -27,8 +28,8 @@ struct section {
     uint8_t digest[32];
 };
 
-/* Value of a numeric tar field of n bytes: octal digits, or base-256 when the first bit is set. UINT64_MAX =
- * bad. */
+/* The value of a numeric tar field of n bytes: octal digits, or base 256 when the first bit is set. UINT64_MAX: it is
+ * malformed. */
 static uint64_t tar_number(const uint8_t *p, int n)
 {
     uint64_t v = 0;
@@ -49,7 +50,7 @@ static uint64_t tar_number(const uint8_t *p, int n)
     return v;
 }
 
-/* A GNU tar header of a plain file with a right checksum: its size field, or UINT64_MAX. */
+/* The size field of a GNU tar header of a plain file with a right checksum; UINT64_MAX: it is no such header. */
 static uint64_t tar_header_size(const uint8_t h[TAR_BLOCK])
 {
     uint64_t sum = 0;
@@ -83,7 +84,7 @@ static bool read_all(int fd, void *buf, size_t len, uint64_t off)
     return true;
 }
 
-/* 1 found, 0 no such section, -1 failed with a line. */
+/* Finds the section that holds the bootstrap: 1, 0 where the file is no data blob, or -errno with a line. */
 static int find_section(int fd, uint64_t size, struct section *s, const struct rafs_error *e)
 {
     uint8_t win[TOC_WINDOW];
@@ -138,17 +139,17 @@ static int map_range(struct vnd_rafs *r, int fd, uint64_t off, uint64_t len, con
     r->map_fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     if (r->map_fd < 0)
         return rafs_fail(e, VND_CAUSE_IO, "out of descriptors: %s", strerror(errno));
-    /* Who owns the file may cut it short under us: what is lost then reads as zeroes, which no check lets
-     * through. */
+    /* The file's owner may cut the file short under us. The lost part then reads as zeroes, which no check
+     * accepts. */
     r->guard = sigbus_add(r->map, r->map_len, page, NULL);
     if (!r->guard)
-        return rafs_fail(e, VND_CAUSE_IO, "out of memory");
+        return rafs_no_memory(e);
     r->base = (const uint8_t *)r->map + lead;
     r->size = len;
     return 0;
 }
 
-/* Decompresses in[csize] into out[usize]: exactly that many bytes, or false. */
+/* Unpacks the section into out. False unless it gives exactly usize bytes. */
 static bool unpack_zstd(int fd, const struct section *s, uint8_t *out)
 {
     ZSTD_DStream *z = ZSTD_createDStream();
@@ -218,10 +219,9 @@ static int map_section(struct vnd_rafs *r, int fd, const struct section *s, cons
 
 static bool is_bootstrap(int fd)
 {
-    uint8_t head[1024 + 4];
+    uint8_t head[V6_SB + 4];
 
-    return read_all(fd, head, sizeof(head), 0) &&
-           (rafs_le32(head) == 0x52414653 || rafs_le32(head + 1024) == 0xe0f5e1e2);
+    return read_all(fd, head, sizeof(head), 0) && (rafs_le32(head) == V5_MAGIC || rafs_le32(head + V6_SB) == V6_MAGIC);
 }
 
 int rafs_image_map(struct vnd_rafs *r, const struct rafs_error *e)

@@ -3,33 +3,20 @@
 
 #include <errno.h>
 #include <limits.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "base/base.h"
 #include "fs/metrics.h"
 #include "fs/vfs.h"
 #include "rafs/internal.h"
 
-/* The first that recognises the bytes opens them: v5 is told by its first bytes, whatever stands at 1024
+/* In the order in which they are asked. v5 comes first: its first bytes decide, whatever stands at byte 1024
  * (docs/rafs-format.md 1.1). */
 static const struct rafs_version *const versions[] = { &rafs_v5, &rafs_v6 };
 
-int rafs_fail(const struct rafs_error *e, int cause, const char *fmt, ...)
-{
-    char what[VND_ERR_MAX];
-    va_list ap;
-
-    va_start(ap, fmt);
-    vsnprintf(what, sizeof(what), fmt, ap);
-    va_end(ap);
-    if (e->cause)
-        *e->cause = cause;
-    return fail_line(-1, e->text, e->len, "%s: %s", e->path, what);
-}
-
-/* An inlined bootstrap cannot name the blob that holds it: 64 'x' stand there (docs/rafs-format.md 1.4). */
+/* An inlined bootstrap cannot name the blob that holds it, so it has 64 'x' for an id (docs/rafs-format.md 1.4). */
 static bool id_placeholder(const char *id)
 {
     return strspn(id, "x") == VND_ID_MAX;
@@ -48,12 +35,12 @@ static bool path_stem(const char *path, char out[VND_ID_MAX + 1])
     return blob_id_valid(out);
 }
 
-/* Puts the real id in the place of an inlined blob's own: the one given, or the name of the blob it was read
- * from. */
+/* Puts the real id in the place of an inlined blob's placeholder: blob_id, or else the name of the data blob that the
+ * bootstrap was read from. */
 static int resolve_ids(struct vnd_rafs *r, const char *blob_id, const struct rafs_error *e)
 {
     char stem[VND_ID_MAX + 1];
-    int done = 0;
+    bool done = false;
 
     if (blob_id && !blob_id_valid(blob_id))
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob id '%.80s' is not 1 to 64 of [0-9a-zA-Z_-]", blob_id);
@@ -73,42 +60,14 @@ static int resolve_ids(struct vnd_rafs *r, const char *blob_id, const struct raf
             continue;
         if (!blob_id && r->store)
             return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has no id of its own: its name must be given", k);
-        if (blob_id && done++)
+        if (!blob_id)
+            continue;
+        if (done)
             return rafs_fail(e, VND_CAUSE_FORMAT, "more than one blob has no id of its own");
-        if (blob_id)
-            strcpy(i->id, blob_id);
+        strcpy(i->id, blob_id);
+        done = true;
     }
     return 0;
-}
-
-struct blob_records {
-    const vnd_blob_info *info;
-    int (*put)(void *put_ctx, const struct blob_chunk *c);
-    void *put_ctx;
-};
-
-static int put_bounded(void *ctx, uint64_t number, uint32_t blob, const struct blob_chunk *c)
-{
-    struct blob_records *x = ctx;
-    uint64_t end = (x->info->uncompressed_size_bytes + 4095) & ~4095ull;
-
-    if (c->index >= x->info->chunk_count || c->usize == 0 || c->usize > RAFS_CHUNK_SIZE_MAX ||
-        c->csize > RAFS_CHUNK_SIZE_MAX || c->uoff > end || c->usize > end - c->uoff || c->coff > RAFS_BLOB_CSIZE_MAX) {
-        return 0; /* then it has no digest, and is not served */
-    }
-    return x->put(x->put_ctx, c);
-}
-
-int rafs_blob_chunks(void *ctx, uint32_t blob_index, int (*put)(void *put_ctx, const struct blob_chunk *c),
-                     void *put_ctx)
-{
-    struct vnd_rafs *r = ctx;
-
-    if (blob_index >= r->info.blob_count)
-        return 0;
-    struct blob_records x = { &r->blobs[blob_index].info, put, put_ctx };
-
-    return r->version->records(r, blob_index, put_bounded, &x);
 }
 
 /* Law 2: what cannot be verified is not served unless the operator says so. */
@@ -117,7 +76,7 @@ static int check_digests(const struct vnd_rafs *r, const struct rafs_error *e)
     for (uint32_t k = 0; k < r->info.blob_count; k++) {
         const vnd_blob_info *b = &r->blobs[k].info;
 
-        /* In v5 each chunk record lies with its inode and has a digest. */
+        /* In v5 each chunk record follows its inode and has a digest. */
         if (r->info.fs_version == 6 && b->chunk_count &&
             (r->info.flags & RAFS_FLAG_TARFS ||
              (!r->info.chunk_table_size_bytes && !(b->features & RAFS_BLOB_INLINED_DIGEST)))) {
@@ -134,16 +93,18 @@ static int open_blobs(struct vnd_rafs *r, const struct rafs_error *e)
 {
     const char *slash = strrchr(r->path, '/');
     char dir[PATH_MAX];
+    int rc;
 
     if (!r->store)
         return 0;
     snprintf(dir, sizeof(dir), "%.*s", slash ? (int)(slash - r->path) + 1 : 2, slash ? r->path : "./");
-    if (!r->engine->cfg.allow_unverified && check_digests(r, e))
-        return -1;
+    if (!r->engine->cfg.allow_unverified && (rc = check_digests(r, e)))
+        return rc;
     for (uint32_t k = 0; k < r->info.blob_count; k++) {
-        r->blobs[k].blob = blob_get(r->store, &r->blobs[k].info, rafs_blob_chunks, r, e->cause, e->text, e->len);
+        r->blobs[k].blob = blob_get(r->store, &r->blobs[k].info, rafs_blob_chunks, r, &e->failure->cause,
+                                    e->failure->line, sizeof(e->failure->line));
         if (!r->blobs[k].blob)
-            return -1;
+            return -EIO;
         blob_meta_beside(r->blobs[k].blob, dir);
     }
     return 0;
@@ -164,11 +125,12 @@ static int open_version(struct vnd_rafs *r, const struct rafs_error *e)
 vnd_rafs *vnd_rafs_open(vnd_engine *engine, const char *bootstrap, const char *blob_id, vnd_store *store, int *cause,
                         char *err, size_t err_len)
 {
-    struct rafs_error e = { bootstrap, cause, err, err_len };
+    struct failure failure = { 0 };
+    struct rafs_error e = { bootstrap, &failure };
     struct vnd_rafs *r = calloc(1, sizeof(*r));
 
     if (!r) {
-        rafs_fail(&e, VND_CAUSE_IO, "out of memory");
+        failure_tell(&failure, rafs_no_memory(&e), cause, err, err_len);
         return NULL;
     }
     pthread_mutex_init(&r->index_lock, NULL);
@@ -180,14 +142,15 @@ vnd_rafs *vnd_rafs_open(vnd_engine *engine, const char *bootstrap, const char *b
     r->path = strdup(bootstrap);
     r->fs.label = r->path;
     if (!r->path) {
-        rafs_fail(&e, VND_CAUSE_IO, "out of memory");
+        rafs_no_memory(&e);
     } else if (rafs_image_map(r, &e) == 0 && open_version(r, &e) == 0 && resolve_ids(r, blob_id, &e) == 0 &&
-               open_blobs(r, &e) == 0 && rafs_backing_new(r) == 0) {
+               open_blobs(r, &e) == 0) {
         r->fs.metrics = metrics_new(r->info.inode_count);
-        if (r->fs.metrics)
+        if (r->fs.metrics && rafs_backing_new(r) == 0)
             return r;
-        rafs_fail(&e, VND_CAUSE_IO, "out of memory");
+        rafs_no_memory(&e);
     }
+    failure_tell(&failure, 0, cause, err, err_len);
     vnd_rafs_free(r);
     return NULL;
 }

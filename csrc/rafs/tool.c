@@ -123,7 +123,7 @@ static int compare_records(const void *a, const void *b, void *ctx)
     return ka != kb ? (ka > kb) - (ka < kb) : (ia > ib) - (ia < ib);
 }
 
-/* Sorts the record numbers once. -ENOMEM, -EIO (more records than a u32 counts). */
+/* Sorts the record numbers once. 0 or -ENOMEM (also: more records than a u32 counts). */
 static int make_index(struct vnd_rafs *r)
 {
     uint64_t n = r->info.chunk_table_size_bytes / RAFS_CHUNK_RECORD;

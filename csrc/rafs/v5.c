@@ -1,19 +1,20 @@
-/* rafs/v5.c -- RAFS v5: superblock and tables, checked once when an image is opened, and chunk records, which lie
- * with their inodes (docs/rafs-format.md 2.1 to 2.4, 2.6).
+/* rafs/v5.c -- RAFS v5: superblock and tables, checked once when an image is opened, and the walk of all chunk records
+ * (docs/rafs-format.md 2.1 to 2.4, 2.6).
  *
- * Images of old builders do not number their chunks and do not say how large a blob is: then the number is the
- * chunk's rank by its place in the blob, which is what later builders write, and opening reads all records once.
+ * Images of old builders do not number their chunks and do not say how large a blob is. A chunk's number is then its rank
+ * by its place in the blob, which is what later builders write, and opening reads all records once.
  */
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/stat.h>
 
+#include "blob/codec.h"
 #include "rafs/v5.h"
 
 #define V5_VERSION 0x500u
 #define V5_SIZE_MAX (2ull << 30)
 #define EXT_ENTRY 64
-#define FEATURES_KNOWN 0xfffu /* unknown low ones are dropped, as the reference does */
+#define FEATURES_KNOWN 0xfffu /* other low bits are ignored, as Nydus does */
 
 struct table {
     const char *name;
@@ -22,14 +23,9 @@ struct table {
 
 /* ---- opening */
 
-static int v5_detect(const uint8_t *base, uint64_t size)
+static bool v5_detect(const uint8_t *base, uint64_t size)
 {
     return size >= 8 && rafs_le32(base) == V5_MAGIC;
-}
-
-static uint64_t up8(uint64_t v)
-{
-    return (v + 7) & ~7ull;
 }
 
 static int read_superblock(struct vnd_rafs *r, const struct rafs_error *e)
@@ -102,8 +98,8 @@ static int check_tables(const struct vnd_rafs *r, const struct rafs_error *e)
     return 0;
 }
 
-/* What the blob table's variable records hold: calls for each until the table or the room ends. Their number; -1:
- * malformed. */
+/* Reads the records of the blob table, which vary in length, into the first max blobs. The number of records in the
+ * table, or -EIO: it is malformed or has too many. */
 static int64_t walk_blob_table(struct vnd_rafs *r, uint32_t max)
 {
     const uint8_t *p = r->base + r->info.blob_table_offset, *end = p + r->info.blob_table_size_bytes;
@@ -113,7 +109,7 @@ static int64_t walk_blob_table(struct vnd_rafs *r, uint32_t max)
         size_t len = strnlen((const char *)p + 8, (size_t)(end - p) - 8);
 
         if (n >= V5_BLOB_MAX || len > VND_ID_MAX)
-            return -1;
+            return -EIO;
         if (n < max) {
             memcpy(r->blobs[n].info.id, p + 8, len);
             r->blobs[n].info.id[len] = 0;
@@ -130,6 +126,24 @@ static int64_t walk_blob_table(struct vnd_rafs *r, uint32_t max)
     return n;
 }
 
+/* The codec of all blobs, as vnd_blob_info has it. Old images name none: they are lz4_block. */
+static uint32_t compressor_of(uint64_t flags)
+{
+    static const struct {
+        uint32_t flag, codec;
+    } codecs[] = {
+        { RAFS_FLAG_NONE, CODEC_NONE },
+        { RAFS_FLAG_LZ4, CODEC_LZ4_BLOCK },
+        { RAFS_FLAG_GZIP, CODEC_GZIP },
+        { RAFS_FLAG_ZSTD, CODEC_ZSTD },
+    };
+
+    for (size_t i = 0; i < sizeof(codecs) / sizeof(codecs[0]); i++)
+        if (flags & codecs[i].flag)
+            return codecs[i].codec;
+    return CODEC_LZ4_BLOCK;
+}
+
 static int read_blob(struct vnd_rafs *r, uint32_t k, const struct rafs_error *e)
 {
     vnd_blob_info *i = &r->blobs[k].info;
@@ -137,7 +151,7 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const struct rafs_error *e)
 
     i->index = k;
     i->chunk_size_bytes = r->info.chunk_size_bytes;
-    i->compressor = flags & 1 ? 0 : flags & 2 ? 1 : flags & 0x40 ? 2 : flags & 0x80 ? 3 : 1;
+    i->compressor = compressor_of(flags);
     i->digester = flags & RAFS_FLAG_BLAKE3 || !(flags & RAFS_FLAG_SHA256) ? 0 : 1;
     if (!blob_id_valid(i->id))
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has an id that is not 1 to 64 of [0-9a-zA-Z_-]", k);
@@ -168,6 +182,7 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const struct rafs_error *e)
 static int read_blobs(struct vnd_rafs *r, const struct rafs_error *e)
 {
     int64_t n = walk_blob_table(r, 0);
+    int rc = 0;
 
     if (n < 0)
         return rafs_fail(e, VND_CAUSE_FORMAT, "its blob table is malformed, or has more than %d blobs", V5_BLOB_MAX);
@@ -179,46 +194,18 @@ static int read_blobs(struct vnd_rafs *r, const struct rafs_error *e)
         return 0;
     r->blobs = calloc((size_t)n, sizeof(*r->blobs));
     if (!r->blobs)
-        return rafs_fail(e, VND_CAUSE_IO, "out of memory");
+        return rafs_no_memory(e);
     r->info.blob_count = (uint32_t)n;
     walk_blob_table(r, (uint32_t)n);
-    for (uint32_t k = 0; k < (uint32_t)n; k++)
-        if (read_blob(r, k, e))
-            return -1;
-    return 0;
+    for (uint32_t k = 0; k < (uint32_t)n && !rc; k++)
+        rc = read_blob(r, k, e);
+    return rc;
 }
 
 /* ---- chunk records */
 
-void v5_decode_chunk(const struct vnd_rafs *r, const uint8_t *p, uint32_t *blob, struct blob_chunk *out)
-{
-    *blob = rafs_le32(p + 32);
-    *out = (struct blob_chunk){ .flags = rafs_le32(p + 36),
-                                .csize = rafs_le32(p + 40),
-                                .usize = rafs_le32(p + 44),
-                                .coff = rafs_le64(p + 48),
-                                .uoff = rafs_le64(p + 56),
-                                .index = rafs_le32(p + 72),
-                                .crc32 = rafs_le32(p + 76) };
-    memcpy(out->digest, p, sizeof(out->digest));
-    if (*blob < r->info.blob_count && r->numbers && r->numbers[*blob].uoff) {
-        const struct v5_numbers *n = &r->numbers[*blob];
-        uint32_t lo = 0, hi = n->count;
-
-        while (lo < hi) {
-            uint32_t mid = lo + (hi - lo) / 2;
-
-            if (n->uoff[mid] < out->uoff)
-                lo = mid + 1;
-            else
-                hi = mid;
-        }
-        out->index = lo < n->count && n->uoff[lo] == out->uoff ? lo : UINT32_MAX;
-    }
-}
-
-/* Calls put for each chunk record that files are read by. Inodes that overlap could name more of them than the
- * image has room for: that many are looked at. */
+/* Calls put for each chunk record that a file is read by. Inodes that overlap could name more records than the image has
+ * room for; the walk ends after as many as it has room for. */
 static int v5_records(struct vnd_rafs *r, uint32_t only_blob, rafs_put_record put, void *ctx)
 {
     uint64_t left = r->size / RAFS_CHUNK_RECORD, number = 0;
@@ -324,12 +311,12 @@ static int number_chunks(struct vnd_rafs *r, const struct rafs_error *e)
         if (!unnumbered(r, k))
             continue;
         if (!n && !(n = calloc(r->info.blob_count, sizeof(*n))))
-            return rafs_fail(e, VND_CAUSE_IO, "out of memory");
+            return rafs_no_memory(e);
         int rc = number_blob(r, k, n);
 
         r->numbers = n; /* vnd_rafs_free's */
         if (rc)
-            return rafs_fail(e, VND_CAUSE_IO, "out of memory");
+            return rafs_no_memory(e);
         r->blobs[k].info.chunk_count = n[k].count;
         if (n[k].count > RAFS_CHUNKS_PER_BLOB_MAX)
             return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has %u chunks, more than can be served", k, n[k].count);
@@ -341,13 +328,14 @@ static int v5_open(struct vnd_rafs *r, const struct rafs_error *e)
 {
     const uint8_t *first;
     struct v5_inode root;
+    int rc;
 
     if (r->size < V5_SB) {
         return rafs_fail(e, VND_CAUSE_FORMAT, "truncated: %llu bytes are no RAFS v5 bootstrap",
                          (unsigned long long)r->size);
     }
-    if (read_superblock(r, e) || check_tables(r, e) || read_blobs(r, e))
-        return -1;
+    if ((rc = read_superblock(r, e)) || (rc = check_tables(r, e)) || (rc = read_blobs(r, e)))
+        return rc;
     /* The layout before 1.0 has no name at its place in the root (docs/rafs-format.md 2.9). */
     first = rafs_at(r, (uint64_t)rafs_le32(r->base + r->inode_table) << 3, V5_INODE);
     if (first && rafs_le16(first + 100) == 0 && rafs_le32(first + 52) >> 12 == S_IFDIR >> 12) {
@@ -368,72 +356,6 @@ static void v5_close(struct vnd_rafs *r)
 }
 
 /* ---- inode records */
-
-int v5_record(const struct vnd_rafs *r, uint64_t slot, struct v5_inode *out)
-{
-    uint64_t off, left;
-    const uint8_t *p;
-
-    if (slot < 1 || slot > r->slots)
-        return -EIO;
-    off = (uint64_t)rafs_le32(r->base + r->inode_table + (slot - 1) * 4) << 3;
-    if (off < V5_SB || !(p = rafs_at(r, off, V5_INODE)))
-        return -EIO;
-    *out = (struct v5_inode){
-        .slot = (uint32_t)slot,
-        .digest = p,
-        .parent = rafs_le64(p + 32),
-        .ino = rafs_le64(p + 40),
-        .uid = rafs_le32(p + 48),
-        .gid = rafs_le32(p + 52),
-        .mode = rafs_le32(p + 60),
-        .size = rafs_le64(p + 64),
-        .blocks = rafs_le64(p + 72),
-        .flags = rafs_le64(p + 80),
-        .nlink = rafs_le32(p + 88),
-        .child_index = rafs_le32(p + 92),
-        .child_count = rafs_le32(p + 96),
-        .name_len = rafs_le16(p + 100),
-        .link_len = rafs_le16(p + 102),
-        .rdev = rafs_le32(p + 104),
-        .mtime_nsec = rafs_le32(p + 108),
-        .mtime = rafs_le64(p + 112),
-    };
-    left = r->size - off - V5_INODE;
-    p += V5_INODE;
-    if (!out->name_len || out->name_len > RAFS_NAME_MAX || up8(out->name_len) > left || out->ino < 1 ||
-        out->ino > r->slots || !out->nlink || out->size > INT64_MAX || out->mode > 0xffff ||
-        (out->ino != slot && !S_ISREG(out->mode))) {
-        return -EIO;
-    }
-    out->name = (const char *)p;
-    p += up8(out->name_len);
-    left -= up8(out->name_len);
-    if (S_ISLNK(out->mode)) {
-        if (up8(out->link_len) > left)
-            return -EIO;
-        out->link = (const char *)p;
-        p += up8(out->link_len);
-        left -= up8(out->link_len);
-    }
-    if (out->flags & V5_INODE_XATTR) {
-        if (left < 8 || (out->xattr_len = rafs_le64(p)) > left - 8 || up8(out->xattr_len) > left - 8)
-            return -EIO;
-        out->xattr = p + 8;
-        p += 8 + up8(out->xattr_len);
-        left -= 8 + up8(out->xattr_len);
-    }
-    if (S_ISREG(out->mode)) {
-        if ((uint64_t)out->child_count * RAFS_CHUNK_RECORD > left)
-            return -EIO;
-        out->chunks = p;
-    }
-    if (!(r->info.flags & RAFS_FLAG_EXPLICIT_UID_GID)) {
-        out->uid = r->own_uid;
-        out->gid = r->own_gid;
-    }
-    return 0;
-}
 
 static int v5_prefetch(struct vnd_rafs *r, uint64_t *inos, int max)
 {

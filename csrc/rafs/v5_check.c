@@ -1,7 +1,7 @@
 /* rafs/v5_check.c -- walks a whole v5 tree (docs/rafs-format.md 8, rows 7, 8, 12, 14, 15, 24, 25, 30 to 32).
  *
- * A slot belongs to one directory and lies behind it, so one pass over the slots sees every name once: nothing here
- * recurses, and no image can make it longer than it is.
+ * An entry of the inode table belongs to one directory and lies behind it, so one pass over the entries sees every name
+ * once. Nothing here recurses, and the pass is never longer than the table.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -13,8 +13,8 @@
 struct walk {
     struct vnd_rafs *r;
     struct rafs_faults *f;
-    uint32_t *owner; /* the directory that claims a slot, 0 none */
-    uint32_t *links; /* names of an inode that directories claim */
+    uint32_t *owner; /* by entry: the directory that claims it, 0 none */
+    uint32_t *links; /* by inode: how many names of it were met */
     bool xattr_seen, stop;
 };
 
@@ -46,11 +46,11 @@ static void check_dir(struct walk *w, const struct v5_inode *entry)
 
         if (w->owner[slot]) {
             fault_slot(w, slot, "claimed by more than one directory");
-            return; /* the rest of the range would be the same */
+            return; /* the entries that follow would give the same fault */
         }
         w->owner[slot] = dir.slot;
         if (v5_record(w->r, slot, &child))
-            continue; /* said when its turn comes */
+            continue; /* the pass itself comes to this entry and says so */
         if (child.parent != dir.ino)
             fault_slot(w, slot, "its parent is not the directory that it is in");
         if (prev.name && rafs_name_compare(prev.name, prev.name_len, child.name, child.name_len) >= 0)

@@ -1,8 +1,5 @@
-/* rafs/v5_fs.c -- RAFS v5 as a file system: names in consecutive slots of the inode table, chunks in their inodes
- * (docs/rafs-format.md 2.5 to 2.8).
- *
- * A directory's slots lie behind its own, and each slot names its directory: both are asked of every step, so no
- * image makes a walk go in circles or down one branch twice.
+/* rafs/v5_fs.c -- RAFS v5 as a file system: the names of a directory are consecutive entries of the inode table, and the
+ * chunks of a file follow its inode (docs/rafs-format.md 2.5 to 2.8).
  */
 #include <dirent.h>
 #include <errno.h>
@@ -11,13 +8,6 @@
 #include "rafs/v5.h"
 
 /* ---- inodes */
-
-int v5_inode(const struct vnd_rafs *r, uint64_t ino, struct v5_inode *out)
-{
-    int rc = v5_record(r, ino, out);
-
-    return rc ? rc : out->ino == ino ? 0 : -EIO;
-}
 
 static void fill_attr(const struct v5_inode *n, vnd_attr *out)
 {
@@ -45,8 +35,8 @@ static int v5_getattr(struct fs *fs, uint64_t ino, vnd_attr *out)
     return rc;
 }
 
-/* What a name leads to: another name of the same file may hold other values if the image lies, so the first one's
- * are given. */
+/* The attributes that a name leads to. In a malformed image a later name of a file may hold other values than the first
+ * name; the first name's count. */
 static int attr_of_child(const struct vnd_rafs *r, const struct v5_inode *child, vnd_attr *out)
 {
     struct v5_inode n;
@@ -58,32 +48,6 @@ static int attr_of_child(const struct vnd_rafs *r, const struct v5_inode *child,
 }
 
 /* ---- directories */
-
-int v5_dir(const struct vnd_rafs *r, uint64_t ino, struct v5_inode *out)
-{
-    int rc = v5_inode(r, ino, out);
-
-    if (rc)
-        return rc;
-    if (!S_ISDIR(out->mode))
-        return -ENOTDIR;
-    if (out->child_count && (out->child_index <= out->slot || out->child_count > r->slots ||
-                             out->child_index - 1 > r->slots - out->child_count)) {
-        return -EIO;
-    }
-    return 0;
-}
-
-int v5_child(const struct vnd_rafs *r, const struct v5_inode *dir, uint32_t k, struct v5_inode *out)
-{
-    int rc = v5_record(r, (uint64_t)dir->child_index + k, out);
-    struct v5_inode first;
-
-    if (rc || out->parent != dir->ino)
-        return -EIO;
-    /* Only files have several names: one that leads to a directory would make a circle. */
-    return out->ino == out->slot || (v5_inode(r, out->ino, &first) == 0 && S_ISREG(first.mode)) ? 0 : -EIO;
-}
 
 static int v5_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out)
 {
@@ -178,29 +142,6 @@ static int64_t v5_readlink(struct fs *fs, uint64_t ino, char *buf, size_t cap)
     return n.link_len;
 }
 
-int v5_xattr_next(const struct v5_inode *n, uint64_t *at, struct v5_xattr *out)
-{
-    uint64_t left = n->xattr_len - *at;
-    const uint8_t *p;
-    uint32_t len;
-    size_t name;
-
-    if (!left)
-        return 0;
-    p = n->xattr + *at;
-    if (left < 4 || (len = rafs_le32(p)) > left - 4)
-        return -EIO;
-    name = strnlen((const char *)p + 4, len);
-    if (!name || name == len || name > RAFS_NAME_MAX || len - name - 1 > UINT16_MAX + 1u)
-        return -EIO;
-    *out = (struct v5_xattr){ .name = (const char *)p + 4,
-                              .name_len = (uint32_t)name,
-                              .value = p + 4 + name + 1,
-                              .value_len = len - (uint32_t)name - 1 };
-    *at += 4 + (uint64_t)len;
-    return 1;
-}
-
 static int v5_listxattr(struct fs *fs, uint64_t ino, char *buf, size_t cap, size_t *need)
 {
     struct v5_xattr x;
@@ -238,28 +179,6 @@ static int v5_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len
 
 /* ---- file data */
 
-int v5_chunk_at(const struct vnd_rafs *r, const struct v5_inode *n, uint64_t k, struct rafs_chunk *out)
-{
-    const uint8_t *p = n->chunks + k * RAFS_CHUNK_RECORD;
-    struct blob_chunk c;
-    uint32_t blob;
-
-    v5_decode_chunk(r, p, &blob, &c);
-    *out = (struct rafs_chunk){
-        .blob = blob, .index = c.index, .uoff = c.uoff, .size = c.usize, .record = p, .file_off = k << r->chunk_bits
-    };
-    if (n->flags & V5_INODE_HAS_HOLE)
-        out->file_off = rafs_le64(p + 64);
-    out->hole = c.flags & V5_CHUNK_HOLE;
-    if (out->file_off >= n->size || !c.usize || c.usize > r->info.chunk_size_bytes)
-        return -EIO;
-    if (out->size > n->size - out->file_off)
-        out->size = (uint32_t)(n->size - out->file_off);
-    if (!out->hole && (blob >= r->info.blob_count || c.index >= r->blobs[blob].info.chunk_count))
-        return -EIO;
-    return 0;
-}
-
 static int file_inode(const struct vnd_rafs *r, uint64_t ino, struct v5_inode *n)
 {
     int rc = v5_inode(r, ino, n);
@@ -274,7 +193,7 @@ static int file_inode(const struct vnd_rafs *r, uint64_t ino, struct v5_inode *n
                : -EIO;
 }
 
-/* Of a file with holes: the last chunk that starts at or before a byte, or child_count if there is none. */
+/* In a file with holes: the last chunk that starts at or before byte at, or child_count if no chunk does. */
 static uint64_t chunk_before(const struct v5_inode *n, uint64_t at)
 {
     uint64_t lo = 0, hi = n->child_count;
@@ -290,7 +209,7 @@ static uint64_t chunk_before(const struct v5_inode *n, uint64_t at)
     return lo ? lo - 1 : n->child_count;
 }
 
-/* The extent at a byte of the file, as long as it goes. */
+/* The extent at byte at of the file; *len gets how many bytes of it follow. */
 static int extent_at(const struct vnd_rafs *r, const struct v5_inode *n, uint64_t at, struct extent *x, uint64_t *len)
 {
     bool holes = n->flags & V5_INODE_HAS_HOLE;
@@ -309,10 +228,10 @@ static int extent_at(const struct vnd_rafs *r, const struct v5_inode *n, uint64_
         x->chunk = c.index;
         x->chunk_off = (uint32_t)(at - c.file_off);
         x->uoff = c.uoff + x->chunk_off;
-        return x->blob ? 0 : -ENODEV; /* opened for its metadata only */
+        return x->blob ? 0 : -ENODEV; /* the image was opened for its metadata alone */
     }
     if (!holes)
-        return -EIO; /* a chunk that is not as long as it must be */
+        return -EIO; /* the chunk is shorter than it must be */
     k = k < n->child_count ? k + 1 : 0;
     next = k < n->child_count ? rafs_le64(n->chunks + k * RAFS_CHUNK_RECORD + 64) : n->size;
     if (next <= at)

@@ -9,17 +9,16 @@
 #include "rafs/v6.h"
 
 #define BLOB_ENTRY 256
-#define EROFS_MAGIC 0xe0f5e1e2u
 #define EROFS_COMPAT_RAFS 0x40000000u
 #define EROFS_INCOMPAT_CHUNKED_FILE 0x4u
 #define EROFS_INCOMPAT_DEVICE_TABLE 0x8u
-#define BLOB_MAX 254 /* the kernel's device mask hides the rest, docs/rafs-format.md 3.6 */
+#define BLOB_MAX 254 /* the kernel's device mask has no room for more, docs/rafs-format.md 3.6 */
 
 /* ---- opening */
 
-static int v6_detect(const uint8_t *base, uint64_t size)
+static bool v6_detect(const uint8_t *base, uint64_t size)
 {
-    return size >= V6_SB + 128 && rafs_le32(base + V6_SB) == EROFS_MAGIC;
+    return size >= V6_SB + 128 && rafs_le32(base + V6_SB) == V6_MAGIC;
 }
 
 static int fail_incompat(uint32_t bits, const struct rafs_error *e)
@@ -47,15 +46,20 @@ static int fail_incompat(uint32_t bits, const struct rafs_error *e)
     return 0;
 }
 
-/* A table must lie, aligned, in the file and clear of the inodes. */
-static int check_table(const struct vnd_rafs *r, const char *name, uint64_t off, uint64_t size, uint32_t align,
-                       uint32_t unit, const struct rafs_error *e)
+struct table {
+    const char *name;
+    uint64_t off, size;
+    uint32_t align, entry; /* bytes */
+};
+
+/* A table must be aligned, and lie in the file, behind the superblocks. */
+static int check_table(const struct vnd_rafs *r, const struct table *t, const struct rafs_error *e)
 {
-    if (!size)
+    if (!t->size)
         return 0;
-    if (off < V6_TABLES || off % align || size % unit || !rafs_at(r, off, size)) {
-        return rafs_fail(e, VND_CAUSE_FORMAT, "%s of %llu bytes at %llu does not fit a bootstrap of %llu bytes", name,
-                         (unsigned long long)size, (unsigned long long)off, (unsigned long long)r->size);
+    if (t->off < V6_TABLES || t->off % t->align || t->size % t->entry || !rafs_at(r, t->off, t->size)) {
+        return rafs_fail(e, VND_CAUSE_FORMAT, "%s of %llu bytes at %llu does not fit a bootstrap of %llu bytes",
+                         t->name, (unsigned long long)t->size, (unsigned long long)t->off, (unsigned long long)r->size);
     }
     return 0;
 }
@@ -70,11 +74,13 @@ static int read_superblock(struct vnd_rafs *r, const struct rafs_error *e)
     const uint8_t *sb = r->base + V6_SB;
     uint32_t compat = rafs_le32(sb + 8), incompat = rafs_le32(sb + 80), bits = sb[12];
     uint64_t root_off;
+    int rc;
 
     if (!(compat & EROFS_COMPAT_RAFS))
         return rafs_fail(e, VND_CAUSE_FORMAT, "a plain EROFS image, not RAFS: it names no blobs to fetch");
-    if (fail_incompat(incompat & ~(EROFS_INCOMPAT_CHUNKED_FILE | EROFS_INCOMPAT_DEVICE_TABLE), e))
-        return -1;
+    rc = fail_incompat(incompat & ~(EROFS_INCOMPAT_CHUNKED_FILE | EROFS_INCOMPAT_DEVICE_TABLE), e);
+    if (rc)
+        return rc;
     if (bits != 12 && bits != 9)
         return rafs_fail(e, VND_CAUSE_FORMAT, "block size 2^%u is not one of 512 and 4096", bits);
     if (r->size < 4096 || r->size & ((1u << bits) - 1)) {
@@ -99,11 +105,44 @@ static int read_superblock(struct vnd_rafs *r, const struct rafs_error *e)
     return 0;
 }
 
+/* Blob, chunk and prefetch table must be clear of each other and of the inodes. */
+static int check_tables(struct vnd_rafs *r, const struct rafs_error *e)
+{
+    const vnd_rafs_info *i = &r->info;
+    const struct table tables[] = {
+        { "blob table", i->blob_table_offset, i->blob_table_size_bytes, 4096, BLOB_ENTRY },
+        { "chunk table", i->chunk_table_offset, i->chunk_table_size_bytes, 4096, RAFS_CHUNK_RECORD },
+        { "prefetch table", i->prefetch_table_offset, i->prefetch_table_size_bytes, 4, 4 },
+    };
+    uint64_t root_off = r->meta_off + (uint64_t)r->root_nid * 32;
+    int rc = 0;
+
+    for (size_t k = 0; k < sizeof(tables) / sizeof(tables[0]) && !rc; k++)
+        rc = check_table(r, &tables[k], e);
+    if (rc)
+        return rc;
+    r->inode_end = r->size;
+    if (i->chunk_table_size_bytes && i->chunk_table_offset > root_off)
+        r->inode_end = i->chunk_table_offset;
+    if (ranges_meet(i->blob_table_offset, i->blob_table_size_bytes, i->chunk_table_offset, i->chunk_table_size_bytes) ||
+        ranges_meet(i->blob_table_offset, i->blob_table_size_bytes, i->prefetch_table_offset,
+                    i->prefetch_table_size_bytes) ||
+        ranges_meet(i->chunk_table_offset, i->chunk_table_size_bytes, i->prefetch_table_offset,
+                    i->prefetch_table_size_bytes)) {
+        return rafs_fail(e, VND_CAUSE_FORMAT, "its blob, chunk and prefetch tables overlap");
+    }
+    if (ranges_meet(root_off, r->inode_end - root_off, i->blob_table_offset, i->blob_table_size_bytes) ||
+        ranges_meet(root_off, r->inode_end - root_off, i->prefetch_table_offset, i->prefetch_table_size_bytes)) {
+        return rafs_fail(e, VND_CAUSE_FORMAT, "its tables overlap the inodes");
+    }
+    return 0;
+}
+
 static int read_ext_superblock(struct vnd_rafs *r, const struct rafs_error *e)
 {
     const uint8_t *x = r->base + V6_EXT_SB;
     vnd_rafs_info *i = &r->info;
-    uint64_t unknown, root_off = r->meta_off + (uint64_t)r->root_nid * 32;
+    uint64_t unknown;
     uint32_t codec;
 
     i->flags = rafs_le64(x);
@@ -135,32 +174,13 @@ static int read_ext_superblock(struct vnd_rafs *r, const struct rafs_error *e)
     i->prefetch_table_offset = rafs_le64(x + 40);
     i->prefetch_table_size_bytes = rafs_le32(x + 48);
     if (!i->prefetch_table_offset)
-        i->prefetch_table_size_bytes = 0; /* seen in old empty images */
+        i->prefetch_table_size_bytes = 0; /* old empty images have a size without a table */
     i->blob_count = (uint32_t)(i->blob_table_size_bytes / BLOB_ENTRY);
     i->prefetch_count = (uint32_t)(i->prefetch_table_size_bytes / 4);
-    if (check_table(r, "blob table", i->blob_table_offset, i->blob_table_size_bytes, 4096, BLOB_ENTRY, e) ||
-        check_table(r, "chunk table", i->chunk_table_offset, i->chunk_table_size_bytes, 4096, RAFS_CHUNK_RECORD, e) ||
-        check_table(r, "prefetch table", i->prefetch_table_offset, i->prefetch_table_size_bytes, 4, 4, e)) {
-        return -1;
-    }
-    r->inode_end = r->size;
-    if (i->chunk_table_size_bytes && i->chunk_table_offset > root_off)
-        r->inode_end = i->chunk_table_offset;
-    if (ranges_meet(i->blob_table_offset, i->blob_table_size_bytes, i->chunk_table_offset, i->chunk_table_size_bytes) ||
-        ranges_meet(i->blob_table_offset, i->blob_table_size_bytes, i->prefetch_table_offset,
-                    i->prefetch_table_size_bytes) ||
-        ranges_meet(i->chunk_table_offset, i->chunk_table_size_bytes, i->prefetch_table_offset,
-                    i->prefetch_table_size_bytes)) {
-        return rafs_fail(e, VND_CAUSE_FORMAT, "its blob, chunk and prefetch tables overlap");
-    }
-    if (ranges_meet(root_off, r->inode_end - root_off, i->blob_table_offset, i->blob_table_size_bytes) ||
-        ranges_meet(root_off, r->inode_end - root_off, i->prefetch_table_offset, i->prefetch_table_size_bytes)) {
-        return rafs_fail(e, VND_CAUSE_FORMAT, "its tables overlap the inodes");
-    }
-    return 0;
+    return check_tables(r, e);
 }
 
-/* Copies an id field of 64 bytes, NUL padded; false if there is more behind the padding. */
+/* Copies an id field of 64 bytes, NUL padded. False if anything but NULs follows the first NUL. */
 static bool copy_id(char out[VND_ID_MAX + 1], const uint8_t *field)
 {
     size_t len = strnlen((const char *)field, VND_ID_MAX);
@@ -173,7 +193,7 @@ static bool copy_id(char out[VND_ID_MAX + 1], const uint8_t *field)
     return true;
 }
 
-/* Key and tweak stand where a blob that is not encrypted names its chunk table's. */
+/* The key and the tweak of an encrypted blob stand where another blob has the digest of its chunk table's blob. */
 static int read_cipher(vnd_blob_info *i, const uint8_t *b, const struct rafs_error *e)
 {
     static const char *const names[] = { "none", "AES-128-XTS", "AES-256-XTS", "AES-256-GCM" };
@@ -196,7 +216,7 @@ static int read_cipher(vnd_blob_info *i, const uint8_t *b, const struct rafs_err
     return 0;
 }
 
-/* A blob that is somebody else's file (an OCI layer) has its chunk table in another, named by its digest. */
+/* A blob that another tool made (an OCI layer) has its chunk table in another blob, which is named by its digest. */
 static int read_meta_id(const struct vnd_rafs *r, vnd_blob_info *i, const uint8_t *b, const struct rafs_error *e)
 {
     static const uint8_t unset[32];
@@ -220,6 +240,7 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const uint8_t *b, const str
 {
     vnd_blob_info *i = &r->blobs[k].info;
     bool tarfs = r->info.flags & RAFS_FLAG_TARFS;
+    int rc;
 
     i->index = k;
     i->chunk_size_bytes = rafs_le32(b + 68);
@@ -242,8 +263,8 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const uint8_t *b, const str
         return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u needs feature 0x%x, which is unknown", k,
                          i->features & (RAFS_BLOB_UNKNOWN | RAFS_BLOB_INTERNAL));
     }
-    if (read_cipher(i, b, e) || read_meta_id(r, i, b, e))
-        return -1;
+    if ((rc = read_cipher(i, b, e)) || (rc = read_meta_id(r, i, b, e)))
+        return rc;
     if (rafs_le32(b + 64) != k || i->chunk_size_bytes != r->info.chunk_size_bytes || i->compressor > 3 ||
         i->digester > 1 || i->ci_compressor > 3 || i->chunk_count > RAFS_CHUNKS_PER_BLOB_MAX ||
         i->compressed_size_bytes > RAFS_BLOB_CSIZE_MAX || i->uncompressed_size_bytes > RAFS_BLOB_USIZE_MAX ||
@@ -253,12 +274,13 @@ static int read_blob(struct vnd_rafs *r, uint32_t k, const uint8_t *b, const str
     return 0;
 }
 
-/* Blob table against device slots: the kernel goes by one, we by the other. */
+/* Blob table and device slots must agree: the kernel goes by the slots, this reader by the table. */
 static int read_blobs(struct vnd_rafs *r, const struct rafs_error *e)
 {
     const uint8_t *sb = r->base + V6_SB;
     uint64_t slots = (uint64_t)rafs_le16(sb + V6_SB_SLOTS) * V6_DEVICE, devices = rafs_le16(sb + 86);
     uint32_t n = r->info.blob_count;
+    int rc;
 
     if (n > BLOB_MAX || devices != n) {
         return rafs_fail(e, VND_CAUSE_FORMAT, "%u blobs and %llu devices: must be equal, and at most %d", n,
@@ -272,12 +294,12 @@ static int read_blobs(struct vnd_rafs *r, const struct rafs_error *e)
     }
     r->blobs = calloc(n, sizeof(*r->blobs));
     if (!r->blobs)
-        return rafs_fail(e, VND_CAUSE_IO, "out of memory");
+        return rafs_no_memory(e);
     for (uint32_t k = 0; k < n; k++) {
         const uint8_t *entry = r->base + r->info.blob_table_offset + (uint64_t)k * BLOB_ENTRY;
 
-        if (read_blob(r, k, entry, e))
-            return -1;
+        if ((rc = read_blob(r, k, entry, e)))
+            return rc;
         if (memcmp(entry, r->base + slots + (uint64_t)k * V6_DEVICE, VND_ID_MAX) != 0)
             return rafs_fail(e, VND_CAUSE_FORMAT, "device slot %u and blob table entry %u name different blobs", k, k);
     }
@@ -287,9 +309,10 @@ static int read_blobs(struct vnd_rafs *r, const struct rafs_error *e)
 static int v6_open(struct vnd_rafs *r, const struct rafs_error *e)
 {
     struct v6_inode root;
+    int rc;
 
-    if (read_superblock(r, e) || read_ext_superblock(r, e) || read_blobs(r, e))
-        return -1;
+    if ((rc = read_superblock(r, e)) || (rc = read_ext_superblock(r, e)) || (rc = read_blobs(r, e)))
+        return rc;
     if (v6_inode(r, r->root_nid, &root) || !S_ISDIR(root.mode))
         return rafs_fail(e, VND_CAUSE_FORMAT, "the root inode is not a directory");
     return 0;

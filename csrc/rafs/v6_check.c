@@ -1,7 +1,7 @@
 /* rafs/v6_check.c -- walks a whole v6 tree (docs/rafs-format.md 8, rows 9 to 15, 24 to 26, 30).
  *
- * Each directory is entered once, by its inode number, so the walk ends whatever the image claims, and its work is
- * bounded by the image's size. Recursion is a list on the heap.
+ * Each directory is entered once, by its inode number, so the walk ends whatever the image says, and its work is bounded
+ * by the image's size. The directories still to be entered are a list on the heap.
  */
 #include <errno.h>
 #include <stdio.h>
@@ -18,11 +18,11 @@ struct dir_job {
 struct walk {
     struct vnd_rafs *r;
     struct rafs_faults *f;
-    uint32_t *links; /* dirents met per nid (".", ".." not counted) */
+    uint32_t *links; /* by nid: how many entries name it, without "." and ".." */
     uint64_t slots;
     struct dir_job *jobs;
     size_t count, cap;
-    uint64_t entries_left, chunks_left; /* as many as the image has room for: more means that they overlap */
+    uint64_t entries_left, chunks_left; /* starts at what the image has room for; more would overlap */
     bool xattr_seen, stop;
 };
 
@@ -32,7 +32,7 @@ static void fault_inode(struct walk *w, uint64_t nid, const char *what)
         w->stop = true;
 }
 
-/* Takes one from a budget; says so once and stops the walk when it is spent. */
+/* Takes one from a budget. When the budget is spent: false, the fault is noted once and the walk stops. */
 static bool spend(struct walk *w, uint64_t *left, uint64_t nid, const char *what)
 {
     if (*left) {
@@ -95,7 +95,7 @@ static void check_inline(struct walk *w, const struct v6_inode *n)
         fault_inode(w, n->nid, "inline data crosses a block boundary: the kernel refuses that");
 }
 
-/* What every inode is asked once. */
+/* The checks that each inode gets once. */
 static void check_inode(struct walk *w, const struct v6_inode *n)
 {
     char buf[RAFS_SYMLINK_MAX];
@@ -244,7 +244,7 @@ static void check_tables(struct walk *w)
         rafs_fault(w->f, "inodes have xattrs but the superblock says that none has");
 }
 
-/* Where the kernel sees the blobs when they and the bootstrap are one device. Old builders left that out (0). */
+/* Checks where the kernel finds the blobs when they and the bootstrap are one device. Old builders left that out (0). */
 static void check_mapped(struct walk *w)
 {
     struct vnd_rafs *r = w->r;

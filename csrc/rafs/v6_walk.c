@@ -1,8 +1,8 @@
-/* rafs/v6_walk.c -- chunks as files name them, for images whose chunk table means nothing: in tarfs mode a blob is an
- * uncompressed tar, and a chunk lies where its file's data lie in it (docs/rafs-format.md 3.10).
+/* rafs/v6_walk.c -- chunk records made from the files, for images whose chunk table means nothing: in tarfs mode a blob
+ * is an uncompressed tar, and a chunk lies where its file's data lie in it (docs/rafs-format.md 3.10).
  *
- * The whole tree is walked, when a blob's table is loaded and not at opening. What directories and files may name is
- * bounded by what the image has room for, so one that overlaps or goes in circles ends the walk.
+ * The whole tree is walked when a blob's table is loaded, not when the image is opened. The walk ends after as many
+ * entries and chunks as the image has room for, so directories that overlap or form a circle cannot prolong it.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -74,7 +74,7 @@ static int walk_dir(struct walk *w, uint64_t nid)
                 return 0;
             }
             if (v6_dir_entry(&b, k, &e) || v6_inode(w->r, e.nid, &n))
-                continue; /* whoever opens it gets EIO */
+                continue; /* a reader of it gets EIO */
             if (S_ISREG(n.mode) && n.layout == V6_CHUNKED)
                 rc = put_file(w, &n);
             else if (S_ISDIR(n.mode) && !(e.name[0] == '.' && (e.len == 1 || (e.len == 2 && e.name[1] == '.'))))

@@ -1,7 +1,7 @@
 /* rafs/xattr.c -- inline extended attributes of an EROFS inode (docs/rafs-format.md 3.7).
  *
- * Body: u32 name filter, u8 count of shared attributes (RAFS has none), 7 reserved; then entries u8 name_len,
- * u8 name_index, u16 value_size, name without its prefix, value, padded to 4.
+ * The body is u32 name filter, u8 count of shared attributes (RAFS has none), 7 reserved bytes; then entries of u8
+ * name_len, u8 name_index, u16 value_size, the name without its prefix, the value, and padding to 4 bytes.
  */
 #include <errno.h>
 
@@ -21,7 +21,7 @@ struct xattr {
     uint32_t prefix_len, name_len, value_len;
 };
 
-/* The entry at *off, which moves on: 1, 0 at the end, -EIO. */
+/* Gives the entry at *off and moves *off behind it: 1, 0 at the end, -EIO. */
 static int xattr_next(const uint8_t *body, uint32_t body_len, uint32_t *off, struct xattr *x)
 {
     uint32_t at = *off, index;
@@ -49,7 +49,7 @@ static int xattr_next(const uint8_t *body, uint32_t body_len, uint32_t *off, str
     x->prefix_len = (uint32_t)strlen(x->prefix);
     x->name = (const char *)body + at;
     x->value = body + at + x->name_len;
-    /* Only the two ACL names are whole by their prefix. */
+    /* The prefixes of the two ACLs are whole names; all other names go on behind their prefix. */
     if ((x->name_len == 0) != (index == 2 || index == 3) || x->prefix_len + x->name_len > RAFS_NAME_MAX ||
         memchr(x->name, 0, x->name_len)) {
         return -EIO;
