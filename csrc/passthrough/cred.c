@@ -1,5 +1,5 @@
-/* passthrough/cred.c -- whose a new object is. Linux keeps fsuid, capabilities and groups per thread; the raw calls
- * change this thread alone (glibc's wrappers of some would change all).
+/* passthrough/cred.c -- under which ids a new object is made. Linux keeps fsuid, capabilities and groups for each thread;
+ * the raw system calls change this thread alone, where glibc's wrappers would change all threads.
  */
 #include <errno.h>
 #include <sched.h>
@@ -11,10 +11,10 @@
 #include "passthrough/internal.h"
 #include "base/privilege.h"
 
-/* A file system context of the thread's own, no supplementary groups, and that umask. */
+/* Gives the thread a file system context of its own, no supplementary groups, and that umask. */
 static void prepare_thread(mode_t mask)
 {
-    /* The one fact that belongs to a thread and not to an engine: its context has been split off, and how. */
+    /* The one fact that belongs to a thread and not to an engine: whether its context is its own, and the umask there. */
     static _Thread_local mode_t now = (mode_t)-1;
 
     if (now == mask)
@@ -31,7 +31,7 @@ static void prepare_thread(mode_t mask)
 void pt_cred_back(struct pt_cred *saved)
 {
     if (saved->changed) {
-        setfsuid(geteuid()); /* back to 0: the kernel gives the file system capabilities back too */
+        setfsuid(geteuid()); /* with 0 the kernel gives the file system capabilities back too */
         setfsgid(getegid());
         saved->changed = false;
     }

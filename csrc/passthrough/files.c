@@ -7,13 +7,13 @@
 
 #include "passthrough/internal.h"
 
-/* A guest's copy loop comes again; the queue's thread must not be away for long. */
+/* One call copies no more, so that a thread is not away for long. The guest's kernel asks again for the rest. */
 #define COPY_MAX_BYTES (4u << 20)
 #define READ_AHEAD_BYTES (1u << 20)
 #define RETRY_MAX 2
 #define SYNC_MOUNTS_MAX 64
 
-/* ---- the table: fh = gen << 32 | slot + 1 */
+/* ---- the table of open files; fh = gen << 32 | (slot + 1) */
 
 static int grow(struct vnd_passthrough *p)
 {
@@ -95,7 +95,7 @@ struct pt_file *pt_file_get(struct vnd_passthrough *p, uint64_t ino, uint64_t fh
     return f;
 }
 
-/* True: f is nobody's any more and to be freed outside the lock. */
+/* Under the lock. True: it was the last reference; the caller frees f outside the lock. */
 static bool put_locked(struct vnd_passthrough *p, struct pt_file *f)
 {
     struct pt_file **at = &f->node->files;
@@ -205,7 +205,7 @@ int pt_open(struct fs *fs, uint64_t ino, uint32_t flags, bool dir, bool kill, ui
     return rc;
 }
 
-/* What a close would say (a quota, a network file system): a duplicate's says it too. */
+/* Closing a duplicate gives the error that closing the file would give (a quota, a network file system). */
 int pt_flush(struct fs *fs, uint64_t fh)
 {
     struct vnd_passthrough *p = pt_of(fs);
@@ -216,7 +216,7 @@ int pt_flush(struct fs *fs, uint64_t fh)
         return -EBADF;
     fd = fcntl(f->fd, F_DUPFD_CLOEXEC, 0);
     if (fd < 0)
-        rc = errno == EMFILE ? 0 : -errno; /* nothing was asked that needs one */
+        rc = errno == EMFILE ? 0 : -errno; /* the guest's flush itself needs no descriptor */
     else if (close(fd))
         rc = -errno;
     pt_file_put(p, f);
@@ -240,7 +240,7 @@ static void run_read_ahead(void *arg)
         ssize_t n = pread(r->fd, buf, r->len - done, (off_t)(r->off + done));
 
         if (n <= 0)
-            break; /* an error is met again, and told, by the request */
+            break; /* the request meets the error again and tells it */
         done += (uint64_t)n;
     }
     free(buf);
@@ -274,8 +274,8 @@ static uint64_t iov_bytes(const struct iovec *iov, int n)
     return bytes;
 }
 
-/* What is in the page cache: all bytes up to the end of the file, or -EAGAIN. A short read that ends at a page's edge
- * may have met a page that is not there, or the end: one byte more tells. */
+/* Reads from the page cache: all bytes up to the end of the file, or -EAGAIN. A short read that ends at a page's edge met
+ * a page that is missing, or the end of the file: reading one byte more tells which. */
 static int64_t read_cached(int fd, uint64_t off, const struct iovec *iov, int n, uint64_t want)
 {
     int64_t got = preadv2(fd, iov, n, (off_t)off, RWF_NOWAIT);
@@ -301,7 +301,7 @@ int64_t pt_read(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const st
     if (!f)
         return -EBADF;
     got = w ? read_cached(f->fd, off, iov, n, want) : -EAGAIN;
-    /* After RETRY_MAX rounds of another thread the pages go faster than we come, so this one waits. */
+    /* After RETRY_MAX rounds the pages leave the cache faster than this thread comes for them, so it waits itself. */
     if (got == -EAGAIN && w && w->again < RETRY_MAX) {
         w->again++;
         got = start_read_ahead(p, w, f->fd, off, want < READ_AHEAD_BYTES ? want : READ_AHEAD_BYTES);
@@ -333,7 +333,7 @@ int64_t pt_write(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const s
     return done;
 }
 
-/* Every file system that the guest was led into, by mounts whose descriptors are at hand. */
+/* Syncs the file systems that the guest was led into, as far as their mounts have a descriptor. */
 static int sync_all(struct vnd_passthrough *p)
 {
     int fds[SYNC_MOUNTS_MAX], n = 0, error = 0;
@@ -415,7 +415,7 @@ int64_t pt_lseek(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, uint32_
     if (!f)
         return -EBADF;
     if (f->dir || whence > SEEK_HOLE || off > INT64_MAX) {
-        at = -EINVAL; /* a directory's position belongs to its listings */
+        at = -EINVAL; /* the position of an open directory is moved by its listings alone */
     } else {
         at = lseek(f->fd, (off_t)off, (int)whence);
         at = at < 0 ? -errno : at;

@@ -1,5 +1,5 @@
 /* passthrough/mounts.c -- the mounts that a guest was led into, and the descriptors that file handles are opened on; see
- * passthrough.h. All under the lock unless said otherwise.
+ * passthrough.h.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -24,10 +24,12 @@ int pt_stat(int fd, struct statx *sx)
     return 0;
 }
 
-void pt_mount_put(struct vnd_passthrough *p, struct pt_mount *m)
+struct pt_node *pt_mount_put(struct vnd_passthrough *p, struct pt_mount *m)
 {
+    struct pt_node *above = m->above;
+
     if (--m->refs)
-        return;
+        return NULL;
     p->n_remote -= m->remote;
     for (struct pt_mount **at = &p->mounts; *at; at = &(*at)->next) {
         if (*at == m) {
@@ -39,12 +41,10 @@ void pt_mount_put(struct vnd_passthrough *p, struct pt_mount *m)
         p->slot_taken[m->slot] = false;
     if (m->fd >= 0 && m->fd != p->root_fd)
         close(m->fd);
-    if (m->above)
-        pt_node_put_locked(p, m->above);
     free(m);
+    return above;
 }
 
-/* With one ref. */
 struct pt_mount *pt_mount_find(struct vnd_passthrough *p, uint64_t id)
 {
     for (struct pt_mount *m = p->mounts; m; m = m->next) {
@@ -83,34 +83,29 @@ struct pt_mount *pt_mount_add(struct vnd_passthrough *p, uint64_t id, struct pt_
     return m;
 }
 
-/* The mount's descriptor, in use; outside the lock. -ESTALE: the host has taken the mount away. */
 int pt_mount_fd_get(struct vnd_passthrough *p, struct pt_mount *m)
 {
-    struct pt_ref above;
-    struct statx sx;
-    char path[32];
-    int fd, real, rc;
+    int fd = -ENOENT;
 
     pthread_mutex_lock(&p->lock);
     if (m->fd >= 0) {
         m->fd_users++;
         m->fd_used = true;
         fd = m->fd;
-        pthread_mutex_unlock(&p->lock);
-        return fd;
     }
     pthread_mutex_unlock(&p->lock);
-    if (!m->above || m->no_fd)
-        return -ESTALE;
-    rc = pt_get(p, m->above->ino, &above);
-    if (rc)
-        return rc;
-    fd = openat(above.fd, m->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
-    rc = fd < 0 ? -errno : pt_stat(fd, &sx);
-    pt_put(p, &above);
+    return fd;
+}
+
+int pt_mount_fd_open(struct vnd_passthrough *p, struct pt_mount *m, int above_fd)
+{
+    struct statx sx;
+    char path[32];
+    int fd = openat(above_fd, m->name, O_PATH | O_NOFOLLOW | O_CLOEXEC), real = -1;
+    int rc = fd < 0 ? -errno : pt_stat(fd, &sx);
+
     if (!rc && (sx.stx_mnt_id != m->id || !(S_ISDIR(sx.stx_mode) || S_ISREG(sx.stx_mode))))
         rc = -ESTALE;
-    real = -1;
     if (!rc) {
         snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
         real = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);

@@ -1,5 +1,5 @@
-/* passthrough/names.c -- names: looked up, listed, made, renamed, removed. Each is one component below a directory
- * that the guest was given; see passthrough.h.
+/* passthrough/names.c -- looks names up, lists, makes, renames and removes them. A name is one component below a
+ * directory that the guest was given; see passthrough.h.
  */
 #include <dirent.h>
 #include <errno.h>
@@ -42,7 +42,7 @@ static int open_name(struct vnd_passthrough *p, int dir, const char *name)
     return fd < 0 ? fail_errno() : fd;
 }
 
-/* A directory that something is to be changed in. */
+/* A reference to a directory in which names are to change. -EROFS where the flags forbid that. */
 static int get_dir(struct vnd_passthrough *p, uint64_t ino, struct pt_ref *ref)
 {
     struct stat st;
@@ -77,7 +77,7 @@ int pt_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_att
     return rc;
 }
 
-/* One entry for a listing with attributes: 1 if it was not taken. */
+/* Gives one entry of a listing with attributes. 1: it was not taken. */
 static int put_plus(struct vnd_passthrough *p, struct pt_node *dir, int dir_fd, const struct linux_dirent64 *d,
                     uint32_t type, fs_dir_put put, void *ctx)
 {
@@ -85,7 +85,7 @@ static int put_plus(struct vnd_passthrough *p, struct pt_node *dir, int dir_fd, 
     vnd_attr attr;
     int fd = open_name(p, dir_fd, d->d_name);
 
-    if (fd < 0 || pt_learn(p, dir, d->d_name, fd, true, &attr)) /* gone, or no room: by a look-up, later */
+    if (fd < 0 || pt_learn(p, dir, d->d_name, fd, true, &attr)) /* gone, or no room: a look-up may find it later */
         return put(ctx, pt_ino_of(dir->mount, d->d_ino), d->d_name, len, type, (uint64_t)d->d_off, NULL);
     if (put(ctx, attr.ino, d->d_name, len, attr.mode >> 12 & 15, (uint64_t)d->d_off, &attr)) {
         pt_forget(p, attr.ino, 1);
@@ -104,7 +104,7 @@ static int put_plain(struct pt_node *dir, int dir_fd, const struct linux_dirent6
     return put(ctx, pt_ino_of(dir->mount, d->d_ino), d->d_name, strlen(d->d_name), type, (uint64_t)d->d_off, NULL);
 }
 
-/* 4 KiB of entries are about what a guest takes at a time (its listings are 4 KiB, with attributes or without). */
+/* A guest takes about 4 KiB of entries at a time, with attributes or without. */
 static int list_locked(struct vnd_passthrough *p, struct pt_file *f, uint64_t off, bool want_attr, fs_dir_put put,
                        void *ctx)
 {
@@ -160,7 +160,7 @@ static int learn_name(struct vnd_passthrough *p, const struct pt_ref *dir, const
     return fd < 0 ? fd : pt_learn(p, dir->node, name, fd, true, out);
 }
 
-/* A directory in use to make something in, as the caller; 0: both to be given back. */
+/* A reference to a directory, and the caller's credentials, to make something there. 0: both are to be given back. */
 static int enter(struct vnd_passthrough *p, const struct fs_caller *who, uint64_t dir, struct pt_ref *ref,
                  struct pt_cred *cred)
 {
@@ -174,7 +174,7 @@ static int enter(struct vnd_passthrough *p, const struct fs_caller *who, uint64_
     return rc;
 }
 
-/* The same, where it could not be undone: there must be room for what is made to become known. */
+/* The same for what cannot be undone: -ENFILE where the new object would have no room to become known. */
 static int enter_to_name(struct vnd_passthrough *p, const struct fs_caller *who, uint64_t dir, struct pt_ref *ref,
                          struct pt_cred *cred)
 {
@@ -188,7 +188,7 @@ static int enter_to_name(struct vnd_passthrough *p, const struct fs_caller *who,
     return rc;
 }
 
-/* What was made becomes known; rc: of the making. */
+/* Ends what enter began. rc: what making gave; if it is 0 the new object becomes known. */
 static int leave_named(struct vnd_passthrough *p, struct pt_ref *ref, struct pt_cred *cred, int rc, const char *name,
                        vnd_attr *out)
 {
@@ -233,7 +233,7 @@ int pt_symlink(struct fs *fs, const struct fs_caller *who, uint64_t dir, const c
     return leave_named(p, &ref, &cred, rc, name, out);
 }
 
-/* Removes a file that was just made and that the guest cannot be given, unless the host has put another there. */
+/* Removes a file that was just made and cannot be given to the guest, unless the host has replaced it. */
 static void unmake(const struct pt_ref *dir, const char *name, int fd)
 {
     struct stat made, there;
@@ -244,8 +244,8 @@ static void unmake(const struct pt_ref *dir, const char *name, int fd)
     }
 }
 
-/* The guest has the entry and a file of it, or neither, and then the host neither. name: "" of a file that has none. fd is
- * taken. */
+/* Gives the guest the entry and an open file, or neither; then the host has no such file either. name: "" of a file
+ * without a name. fd is taken. */
 static int open_made(struct vnd_passthrough *p, const struct pt_ref *dir, const char *name, int fd, vnd_attr *out,
                      uint64_t *fh)
 {
@@ -293,7 +293,7 @@ int pt_create(struct fs *fs, const struct fs_caller *who, uint64_t dir, const ch
 
     if (rc)
         return rc;
-    /* Never what is there already: it might be a device. */
+    /* O_EXCL: what is there already might be a device, which must not be opened. */
     fd = openat(ref.fd, name, (pt_open_flags(flags) & ~O_TRUNC) | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
                 mode & 07777);
     rc = fd < 0 ? fail_errno() : 0;
@@ -382,7 +382,7 @@ int pt_rename(struct fs *fs, const struct fs_caller *who, uint64_t dir, const ch
         return rc;
     rc = get_dir(p, new_dir, &to);
     if (!rc) {
-        if (flags & RENAME_WHITEOUT) /* that is a new object, the caller's */
+        if (flags & RENAME_WHITEOUT) /* the whiteout is a new object of the caller's */
             rc = pt_cred_take(who, &cred);
         if (!rc) {
             rc = renameat2(from.fd, name, to.fd, new_name, flags) ? fail_errno() : 0;

@@ -1,4 +1,5 @@
-/* passthrough/nodes.c -- the nodes that a guest knows, and the descriptors that reach them; see passthrough.h. All under the one lock, held for table work only: what asks the host runs outside.
+/* passthrough/nodes.c -- the nodes that a guest knows; see passthrough.h. Table work runs under the lock, calls to the
+ * host run outside it.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -13,16 +14,10 @@
 #include "base/netfs.h"
 #include "passthrough/internal.h"
 
-#define HANDLE_MAX 128 /* MAX_HANDLE_SZ */
-
-struct fid {
-    struct file_handle h;
-    uint8_t room[HANDLE_MAX];
-};
-
+/* The upper bits of the product are the best mixed. */
 static uint32_t bucket_of(uint64_t v)
 {
-    return (uint32_t)(v * 0x9e3779b97f4a7c15ull >> 52) % PT_BUCKETS;
+    return (uint32_t)(v * 0x9e3779b97f4a7c15ull >> (64 - PT_BUCKETS_LOG2));
 }
 
 static uint64_t key_of(const struct pt_mount *m, uint64_t host_ino)
@@ -34,7 +29,7 @@ uint64_t pt_ino_of(const struct pt_mount *m, uint64_t host_ino)
 {
     if (m->slot < PT_MOUNT_SLOTS && host_ino >> PT_HOST_INO_BITS == 0)
         return (uint64_t)m->slot << PT_HOST_INO_BITS | host_ino;
-    return PT_INO_TOP | (host_ino ^ (uint64_t)m->slot << 32); /* for listings: a hint */
+    return PT_INO_TOP | (host_ino ^ (uint64_t)m->slot << 32); /* for listings, where it need not be unique */
 }
 
 static void fill(const struct pt_node *n, const struct statx *sx, vnd_attr *out)
@@ -71,7 +66,7 @@ int pt_fill_attr(const struct pt_node *n, int fd, vnd_attr *out)
 
 /* ---- nodes */
 
-static struct pt_node *find_ino(struct vnd_passthrough *p, uint64_t ino)
+struct pt_node *pt_node_at(struct vnd_passthrough *p, uint64_t ino)
 {
     struct pt_node *n = p->by_ino[bucket_of(ino)];
 
@@ -103,7 +98,7 @@ static void link_node(struct vnd_passthrough *p, struct pt_node *n)
     p->n_nodes++;
 }
 
-static void close_cached(struct vnd_passthrough *p, struct pt_node *n)
+void pt_node_close(struct vnd_passthrough *p, struct pt_node *n)
 {
     if (n->fd < 0 || n->fd_kept)
         return;
@@ -130,22 +125,24 @@ static void unlink_node(struct vnd_passthrough *p, struct pt_node *n)
     *at = n->next_key;
     n->linked = false;
     p->n_nodes--;
-    close_cached(p, n);
+    pt_node_close(p, n);
     pt_node_put_locked(p, n);
 }
 
 void pt_node_put_locked(struct vnd_passthrough *p, struct pt_node *n)
 {
-    if (--n->refs)
-        return;
-    if (n->fd_kept) {
-        close(n->fd);
-        p->n_kept--;
-    } else {
-        close_cached(p, n);
+    while (n && !--n->refs) { /* the last node of a mount lets go of the directory above the mount */
+        struct pt_node *gone = n;
+
+        if (gone->fd_kept) {
+            close(gone->fd);
+            p->n_kept--;
+        } else {
+            pt_node_close(p, gone);
+        }
+        n = pt_mount_put(p, gone->mount);
+        free(gone);
     }
-    pt_mount_put(p, n->mount);
-    free(n);
 }
 
 void pt_node_put(struct vnd_passthrough *p, struct pt_node *n)
@@ -160,102 +157,11 @@ struct pt_node *pt_node_find(struct vnd_passthrough *p, uint64_t ino)
     struct pt_node *n;
 
     pthread_mutex_lock(&p->lock);
-    n = find_ino(p, ino);
+    n = pt_node_at(p, ino);
     if (n)
         n->refs++;
     pthread_mutex_unlock(&p->lock);
     return n;
-}
-
-/* Opens a node by its handle; outside the lock, the node in use. */
-static int open_handle(struct vnd_passthrough *p, struct pt_node *n, int flags)
-{
-    struct fid fid;
-    bool tried = false;
-    int mfd, fd;
-
-    if (!n->handle_bytes || !p->handles)
-        return -ESTALE;
-    mfd = pt_mount_fd_get(p, n->mount);
-    if (mfd < 0)
-        return mfd;
-    fid.h.handle_bytes = n->handle_bytes;
-    fid.h.handle_type = n->handle_type;
-    memcpy(fid.h.f_handle, n->handle, n->handle_bytes);
-    do {
-        fd = open_by_handle_at(mfd, &fid.h, flags | O_CLOEXEC);
-    } while (fd < 0 && pt_make_room(p, &tried));
-    if (fd < 0)
-        fd = errno == EMFILE ? -ENFILE : -errno;
-    pt_mount_fd_put(p, n->mount);
-    return fd;
-}
-
-/* Keeps an O_PATH descriptor for next time; under the lock. False: no place. */
-static bool cache_fd(struct vnd_passthrough *p, struct pt_node *n, int fd)
-{
-    for (uint32_t i = 0; i < 8; i++) {
-        uint32_t at = p->hand++ % p->cache_max;
-        struct pt_node *old = p->cache[at];
-
-        if (old && (old->fd_used || old->fd_users)) {
-            old->fd_used = false;
-            continue;
-        }
-        if (old)
-            close_cached(p, old);
-        p->cache[at] = n;
-        n->cache_at = at;
-        p->n_cached++;
-        n->fd = fd;
-        n->fd_drop = false;
-        n->fd_used = true;
-        return true;
-    }
-    return false;
-}
-
-int pt_get(struct vnd_passthrough *p, uint64_t ino, struct pt_ref *ref)
-{
-    struct pt_node *n;
-    int fd;
-
-    pthread_mutex_lock(&p->lock);
-    n = find_ino(p, ino);
-    if (!n) {
-        pthread_mutex_unlock(&p->lock);
-        return -ESTALE;
-    }
-    n->refs++;
-    *ref = (struct pt_ref){ n, n->fd, false };
-    if (n->fd >= 0) {
-        n->fd_users++;
-        n->fd_used = true;
-        pthread_mutex_unlock(&p->lock);
-        return 0;
-    }
-    pthread_mutex_unlock(&p->lock);
-    fd = open_handle(p, n, O_PATH);
-    pthread_mutex_lock(&p->lock);
-    if (fd < 0 && n->files) { /* no longer to be had by its handle, but the guest has it open */
-        int other = fcntl(n->files->fd, F_DUPFD_CLOEXEC, 0);
-
-        fd = other < 0 ? fd : other;
-    } else if (fd >= 0 && n->fd < 0 && n->linked && cache_fd(p, n, fd)) {
-        n->fd_users++;
-        ref->fd = fd;
-        pthread_mutex_unlock(&p->lock);
-        return 0;
-    }
-    if (fd < 0) {
-        pt_node_put_locked(p, n);
-        pthread_mutex_unlock(&p->lock);
-        return fd;
-    }
-    pthread_mutex_unlock(&p->lock);
-    ref->fd = fd;
-    ref->own = true;
-    return 0;
 }
 
 bool pt_is_on_remote(struct vnd_passthrough *p, uint64_t ino)
@@ -264,48 +170,12 @@ bool pt_is_on_remote(struct vnd_passthrough *p, uint64_t ino)
     bool yes;
 
     pthread_mutex_lock(&p->lock);
-    n = find_ino(p, ino);
+    n = pt_node_at(p, ino);
     yes = n && n->mount->remote;
     for (struct pt_mount *m = p->mounts; n && !yes && m; m = m->next)
         yes = m->remote && m->above == n;
     pthread_mutex_unlock(&p->lock);
     return yes;
-}
-
-void pt_put(struct vnd_passthrough *p, struct pt_ref *ref)
-{
-    struct pt_node *n = ref->node;
-
-    if (ref->own)
-        close(ref->fd);
-    pthread_mutex_lock(&p->lock);
-    if (!ref->own && --n->fd_users == 0 && n->fd_drop)
-        close_cached(p, n);
-    pt_node_put_locked(p, n);
-    pthread_mutex_unlock(&p->lock);
-}
-
-int pt_open_node(struct vnd_passthrough *p, struct pt_node *n, int flags)
-{
-    struct pt_ref ref;
-    char path[32];
-    int fd, rc;
-
-    if (n->type != S_IFREG && n->type != S_IFDIR)
-        return -EBADF;
-    /* The type is no news for a handle, which stands for this very inode. */
-    fd = open_handle(p, n, flags | O_NONBLOCK | O_NOCTTY);
-    if (fd >= 0 || fd != -ESTALE)
-        return fd;
-    rc = pt_get(p, n->ino, &ref);
-    if (rc)
-        return rc;
-    snprintf(path, sizeof(path), "/proc/self/fd/%d", ref.fd);
-    fd = open(path, flags | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
-    if (fd < 0)
-        fd = errno == EMFILE ? -ENFILE : -errno;
-    pt_put(p, &ref);
-    return fd;
 }
 
 /* ---- what is found */
@@ -314,15 +184,16 @@ static uint64_t choose_ino(struct vnd_passthrough *p, const struct pt_mount *m, 
 {
     uint64_t ino = pt_ino_of(m, host_ino);
 
-    /* Taken still: by a node of a mount that had the slot before. */
-    if (ino < PT_INO_TOP && !find_ino(p, ino))
+    /* A node of a mount that had the slot before may still have the number. */
+    if (ino < PT_INO_TOP && !pt_node_at(p, ino))
         return ino;
     return PT_INO_TOP | ++p->next_ino;
 }
 
-/* A node for what was found, with one ref for the caller; under the lock. NULL: -ENOMEM. m's ref goes into it. */
+/* Under the lock. A node for what was found, with one ref for the caller; it takes the caller's ref on m. NULL: no
+ * memory. before: a node under the same number that the host has replaced. */
 static struct pt_node *node_add(struct vnd_passthrough *p, struct pt_mount *m, const struct statx *sx,
-                                const struct fid *fid, struct pt_node *before)
+                                const struct pt_fid *fid, struct pt_node *before)
 {
     uint32_t bytes = fid ? fid->h.handle_bytes : 0;
     struct pt_node *n = calloc(1, sizeof(*n) + bytes);
@@ -341,7 +212,7 @@ static struct pt_node *node_add(struct vnd_passthrough *p, struct pt_mount *m, c
     if (before) {
         n->ino = before->ino;
         n->generation = before->generation + 1;
-        n->nlookup = before->nlookup; /* the guest forgets both by one number */
+        n->nlookup = before->nlookup; /* the guest forgets both under one number */
         unlink_node(p, before);
     } else {
         n->ino = choose_ino(p, m, sx->stx_ino);
@@ -351,13 +222,13 @@ static struct pt_node *node_add(struct vnd_passthrough *p, struct pt_mount *m, c
     return n;
 }
 
-static bool same_fid(const struct pt_node *n, const struct fid *fid)
+static bool same_fid(const struct pt_node *n, const struct pt_fid *fid)
 {
     return !fid || (n->handle_bytes == fid->h.handle_bytes && n->handle_type == fid->h.handle_type &&
                     memcmp(n->handle, fid->h.f_handle, n->handle_bytes) == 0);
 }
 
-/* Its descriptor is all that will lead to it. Under the lock. */
+/* Under the lock. Keeps a descriptor in the node, because nothing else leads to it. */
 static int keep_fd(struct vnd_passthrough *p, struct pt_node *n, int fd)
 {
     int own;
@@ -383,13 +254,13 @@ bool pt_has_room(struct vnd_passthrough *p, const struct pt_node *dir)
     return room;
 }
 
-static bool needs_fd(const struct pt_mount *m, const struct fid *fid)
+static bool needs_fd(const struct pt_mount *m, const struct pt_fid *fid)
 {
     return !fid || m->no_fd;
 }
 
 static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const char *name, int fd,
-                        const struct statx *sx, const struct fid *fid, int remote, vnd_attr *out)
+                        const struct statx *sx, const struct pt_fid *fid, int remote, vnd_attr *out)
 {
     struct pt_mount *m = pt_mount_find(p, sx->stx_mnt_id);
     struct pt_node *n;
@@ -397,7 +268,7 @@ static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const 
 
     if (!above && (!m || !find_key(p, m, sx->stx_ino))) {
         if (m)
-            pt_mount_put(p, m);
+            pt_node_put_locked(p, pt_mount_put(p, m));
         return -ESTALE;
     }
     if (!m && remote < 0)
@@ -411,11 +282,11 @@ static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const 
     n = find_key(p, m, sx->stx_ino);
     if (n && n->type == (sx->stx_mode & S_IFMT) && (n->fd_kept || same_fid(n, fid))) {
         n->refs++;
-        pt_mount_put(p, m);
+        pt_node_put_locked(p, pt_mount_put(p, m));
     } else {
         n = node_add(p, m, sx, fid, n);
         if (!n) {
-            pt_mount_put(p, m);
+            pt_node_put_locked(p, pt_mount_put(p, m));
             return -ENOMEM;
         }
         if (needs_fd(m, fid))
@@ -434,18 +305,18 @@ static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const 
 
 int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name, int fd, bool take, vnd_attr *out)
 {
-    struct fid fid;
+    struct pt_fid fid;
     struct statx sx;
     int mnt, rc = pt_stat(fd, &sx);
     bool has_fid;
 
     if (!rc) {
-        fid.h.handle_bytes = HANDLE_MAX;
+        fid.h.handle_bytes = PT_HANDLE_MAX;
         has_fid = p->handles && name_to_handle_at(fd, "", &fid.h, &mnt, AT_EMPTY_PATH) == 0;
         pthread_mutex_lock(&p->lock);
         rc = learn_locked(p, above, name, fd, &sx, has_fid ? &fid : NULL, -1, out);
         pthread_mutex_unlock(&p->lock);
-        if (rc == -EINPROGRESS) { /* a mount that was not known yet */
+        if (rc == -EINPROGRESS) { /* the mount is new: its kind is asked for outside the lock */
             int remote = netfs_holds(fd);
 
             pthread_mutex_lock(&p->lock);
@@ -463,7 +334,7 @@ void pt_forget(struct vnd_passthrough *p, uint64_t ino, uint64_t n)
     struct pt_node *node;
 
     pthread_mutex_lock(&p->lock);
-    node = find_ino(p, ino);
+    node = pt_node_at(p, ino);
     if (node && node != p->root) {
         node->nlookup = n < node->nlookup ? node->nlookup - n : 0;
         if (!node->nlookup)
@@ -494,7 +365,7 @@ void pt_drop_idle(struct vnd_passthrough *p, bool even_used)
         struct pt_node *n = p->cache[i];
 
         if (n && (even_used || !n->fd_used))
-            close_cached(p, n);
+            pt_node_close(p, n);
         else if (n)
             n->fd_used = false;
     }
@@ -516,7 +387,7 @@ bool pt_make_room(struct vnd_passthrough *p, bool *tried)
 
 int pt_root_open(struct vnd_passthrough *p)
 {
-    struct fid fid;
+    struct pt_fid fid;
     struct statx sx;
     struct pt_mount *m;
     int mnt, rc = pt_stat(p->root_fd, &sx);
@@ -524,9 +395,9 @@ int pt_root_open(struct vnd_passthrough *p)
 
     if (rc)
         return rc;
-    fid.h.handle_bytes = HANDLE_MAX;
+    fid.h.handle_bytes = PT_HANDLE_MAX;
     has_fid = name_to_handle_at(p->root_fd, "", &fid.h, &mnt, AT_EMPTY_PATH) == 0;
-    if (has_fid) { /* without CAP_DAC_READ_SEARCH handles are given and not taken back */
+    if (has_fid) { /* without CAP_DAC_READ_SEARCH handles are given but cannot be opened */
         int fd = open_by_handle_at(p->root_fd, &fid.h, O_PATH | O_CLOEXEC);
 
         p->handles = fd >= 0;
@@ -556,7 +427,6 @@ int pt_root_open(struct vnd_passthrough *p)
     return 0;
 }
 
-/* Nobody uses the file system any more. */
 void pt_nodes_free(struct vnd_passthrough *p)
 {
     pt_forget_all(p);

@@ -13,14 +13,14 @@
 
 #include "fs/vfs.h"
 
-/* Host files change by themselves; a second is what a guest may not see of it. */
+/* Host files change by themselves. For that long a guest may not see a change. */
 #define VALID_MS 1000
 #define FILES_MAX (1u << 20)
 #define ACL_ACCESS "system.posix_acl_access"
 #define ACL_DEFAULT "system.posix_acl_default"
 
-/* The magic link of a descriptor, for calls that know no descriptors of O_PATH; it leads to the inode itself, a
- * symlink's too. */
+/* The magic link of a descriptor, for calls that take no O_PATH descriptor. It leads to the inode itself, even to that of
+ * a symlink. */
 static const char *proc_path(char path[32], int fd)
 {
     snprintf(path, 32, "/proc/self/fd/%d", fd);
@@ -184,7 +184,7 @@ static bool is_acl(const char *name)
 static int xattr_result(ssize_t n, size_t cap, size_t *need)
 {
     if (n < 0)
-        return errno == ENOSYS ? -EOPNOTSUPP : -errno; /* ENOSYS would end the asking for everybody */
+        return errno == ENOSYS ? -EOPNOTSUPP : -errno; /* after ENOSYS the guest would never ask again */
     *need = (size_t)n;
     return cap && (size_t)n > cap ? -ERANGE : 0;
 }
@@ -199,7 +199,7 @@ static int pt_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len
     if (!rc) {
         rc = xattr_result(getxattr(proc_path(path, ref.fd), name, buf, cap), cap, need);
         if (rc == -EOPNOTSUPP && is_acl(name))
-            rc = -ENODATA; /* to a kernel that obeys ACLs anything else is a failure of the access itself */
+            rc = -ENODATA; /* a guest that obeys ACLs takes any other error for a failure of the access itself */
         pt_put(p, &ref);
     }
     return rc;

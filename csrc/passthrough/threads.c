@@ -12,7 +12,7 @@ static void run_task(struct pt_task *t)
 
     t->run(t->arg);
     free(t);
-    w->wake(w); /* the last of it: the request and its queue may be gone now */
+    w->wake(w); /* the last use of it: the request and its queue may be gone now */
 }
 
 static bool sweep_due(struct vnd_passthrough *p)
@@ -129,7 +129,7 @@ int pt_run(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg
     *pool->tail = t;
     pool->tail = &t->next;
     if (++pool->queued > pool->idle && pool->threads < PT_THREADS)
-        start_thread(p); /* without one more the others come to it */
+        start_thread(p); /* if that fails, the threads there are serve it later */
     pthread_cond_broadcast(&pool->some);
     pthread_mutex_unlock(&pool->lock);
     return -EINPROGRESS;

@@ -8,9 +8,9 @@
 #include "rafs/internal.h"
 
 #define V6_MAGIC 0xe0f5e1e2u /* EROFS's */
-#define V6_SB 1024     /* byte of the file where the EROFS superblock starts */
-#define V6_EXT_SB 1152 /* byte of the file where RAFS's own superblock starts */
-#define V6_TABLES 1408 /* below this byte of the file lie superblocks alone */
+#define V6_SB 1024           /* byte of the file where the EROFS superblock starts */
+#define V6_EXT_SB 1152       /* byte of the file where RAFS's own superblock starts */
+#define V6_TABLES 1408       /* below this byte of the file lie superblocks alone */
 
 #define V6_SB_SLOTS 88      /* offset in the superblock, u16: where the device table is, in device slots */
 #define V6_DEVICE 128       /* bytes of a device slot; it starts with the blob's id */
