@@ -1,5 +1,5 @@
-/* precontent/state.c -- kernel objects of precontent/internal.h: group, clones, marks, events as bytes, the shared state, and
- * refusing all that waits. */
+/* precontent/state.c -- kernel objects (group, clones, marks), events as bytes, the shared state, and refusing all that
+ * waits. See precontent/state.h. */
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -11,7 +11,6 @@
 #include <unistd.h>
 
 #include "precontent/internal.h"
-#include "precontent/state.h"
 
 #define STATE_MAGIC "VNDPREC\1"
 #define CLASS_PRE_CONTENT 0x8u
@@ -139,7 +138,7 @@ void precontent_answer(int group_fd, int fd, uint32_t response)
     do
         n = write(group_fd, &r, sizeof r);
     while (n < 0 && errno == EINTR);
-    /* ENOENT: whoever read it has answered it, and died before it said so. */
+    /* ENOENT: a predecessor has answered it, and died before it noted that. */
 }
 
 bool precontent_count(struct precontent_state *s, uint64_t mask)

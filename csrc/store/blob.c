@@ -145,6 +145,21 @@ uint64_t blob_uncompressed_size(const struct vnd_blob *b)
     return b->info.uncompressed_size_bytes;
 }
 
+const char *blob_id(const struct vnd_blob *b)
+{
+    return b->info.id;
+}
+
+struct blobtable *blob_table(const struct vnd_blob *b)
+{
+    return atomic_load_explicit(&b->table, memory_order_acquire);
+}
+
+struct cachefile *blob_cachefile(const struct vnd_blob *b)
+{
+    return blob_table(b) ? b->cache : NULL;
+}
+
 uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total)
 {
     struct blobtable *t = atomic_load_explicit(&b->table, memory_order_acquire);

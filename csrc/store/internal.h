@@ -118,8 +118,6 @@ void handle_put(struct vnd_blob *b);
 void handle_want_load(struct vnd_blob *b);
 /* What a META job brought (taken over), or its errno; NULL and 0: look again, another process has fetched it. */
 void handle_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);
-/* Links w until the table is loaded. 0; 1: it is loaded; -errno: it cannot be. */
-int handle_park(struct vnd_blob *b, struct store_wait *w);
 void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg);
 /* ---- store/serve.c */
 /* A place in the reader's memory. */

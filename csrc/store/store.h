@@ -34,6 +34,17 @@ void blob_meta_beside(struct vnd_blob *b, const char *dir);
 void blob_put(struct vnd_blob *b, void *ctx);
 uint64_t blob_uncompressed_size(const struct vnd_blob *b);
 
+/* ---- for those who have the kernel read cache files (precontent/) */
+struct blobtable;
+struct cachefile;
+const char *blob_id(const struct vnd_blob *b);
+/* Links w until the blob's chunk table is loaded. 0; 1: it is loaded already; -errno: it cannot be. */
+int handle_park(struct vnd_blob *b, struct store_wait *w);
+/* This image's table of the blob's chunks (blob/table.h) and the blob's cache file (cache/cache.h), for as long as the blob is
+ * open; NULL until the table is loaded. */
+struct blobtable *blob_table(const struct vnd_blob *b);
+struct cachefile *blob_cachefile(const struct vnd_blob *b);
+
 /* ---- for who reads cache files past us (rafs/backing.c) */
 /* True: the extents' bytes are all in the cache files, and were verified. */
 bool store_ready(const struct extent *ext, int n);

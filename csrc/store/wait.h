@@ -36,8 +36,7 @@ struct store_wait {
     /* ---- the owner's */
     int64_t deadline_us;                /* CLOCK_MONOTONIC; orders demand */
     void (*wake)(struct store_wait *w); /* called once per park, any thread, no store lock held; must not block */
-    struct store_wait *done_next;       /* free for the owner's done list */
-    struct wake_item done;              /* the same as an item of a wakelist */
+    struct wake_item done;              /* free for the owner's wake list */
     void *owner;
 };
 
