@@ -178,7 +178,7 @@ int blobmeta_parse(struct blobtable **out, const vnd_blob_info *info, const uint
         return rc;
     t = blobtable_new(info->chunk_count);
     if (!t) {
-        zran_put(ctx.zran);
+        zran_unref(ctx.zran);
         return fail_line(-ENOMEM, err, err_len, "chunk table of blob %s: no memory", info->id);
     }
     t->zran = ctx.zran;
@@ -267,7 +267,7 @@ int blobmeta_place(struct blobtable *records, const struct blobtable *meta, cons
         r->flags = (r->flags & ~BLOBTABLE_COMPRESSED) | (m->flags & BLOBTABLE_COMPRESSED);
     }
     if (!records->zran)
-        records->zran = zran_get(meta->zran);
+        records->zran = zran_ref(meta->zran);
     return 0;
 }
 

@@ -51,7 +51,7 @@ void blobtable_free(struct blobtable *t)
         return;
     free(t->chunk);
     free(t->digest);
-    zran_put(t->zran);
+    zran_unref(t->zran);
     free(t);
 }
 
@@ -278,7 +278,7 @@ int blobtable_merge(struct blobtable **out, const struct blobtable *a, const str
     t = blobtable_new(a->n);
     if (!t)
         return fail_line(-ENOMEM, err, err_len, "no memory for a table of %u chunks", a->n);
-    t->zran = zran_get(a->zran);
+    t->zran = zran_ref(a->zran);
     for (uint32_t i = 0; i < a->n; i++) {
         const struct blobtable *from = a->chunk[i].usize ? a : b;
         if (!from->chunk[i].usize)

@@ -59,7 +59,7 @@ struct zran *zran_new(const uint8_t *stored, uint32_t n, const uint8_t *dicts, s
     z->context = calloc(n ? n : 1, sizeof *z->context);
     z->dicts = malloc(dicts_len ? dicts_len : 1);
     if (!z->context || !z->dicts) {
-        zran_put(z);
+        zran_unref(z);
         return NULL;
     }
     if (dicts_len)
@@ -67,20 +67,20 @@ struct zran *zran_new(const uint8_t *stored, uint32_t n, const uint8_t *dicts, s
     for (uint32_t i = 0; i < n && !*why; i++)
         *why = read_context(stored + (size_t)i * ZRAN_CONTEXT, dicts_len, &z->context[i]);
     if (*why) {
-        zran_put(z);
+        zran_unref(z);
         return NULL;
     }
     return z;
 }
 
-struct zran *zran_get(struct zran *z)
+struct zran *zran_ref(struct zran *z)
 {
     if (z)
         atomic_fetch_add_explicit(&z->refs, 1, memory_order_relaxed);
     return z;
 }
 
-void zran_put(struct zran *z)
+void zran_unref(struct zran *z)
 {
     if (!z || atomic_fetch_sub(&z->refs, 1) != 1)
         return;

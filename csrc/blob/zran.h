@@ -25,8 +25,8 @@ struct zran; /* the contexts of one blob; immutable, counted */
 /* Takes n stored contexts and the dictionaries behind them, all checked. NULL with *why (static text), *why NULL: no
  * memory. */
 struct zran *zran_new(const uint8_t *stored, uint32_t n, const uint8_t *dicts, size_t dicts_len, const char **why);
-struct zran *zran_get(struct zran *z);
-void zran_put(struct zran *z);
+struct zran *zran_ref(struct zran *z);
+void zran_unref(struct zran *z);
 bool zran_equal(const struct zran *a, const struct zran *b); /* either may be NULL */
 uint32_t zran_count(const struct zran *z);
 const struct zran_context *zran_at(const struct zran *z, uint32_t i);

@@ -140,7 +140,7 @@ static int bind_locked(struct bind *b, char *err, size_t err_len)
                              y);
         }
         b->rebind = true;
-        cachefile_take_away(c, false);
+        cachefile_invalidate(c, false);
     }
     if (!rc)
         rc = bind_walk(b, true);

@@ -60,17 +60,17 @@ struct cachefile {
     _Atomic bool writable;
     _Atomic int lack_errno;                       /* why it is not */
     struct cachefile_at data_at, side_at, map_at; /* for cachefile_open and the one thread that moves */
-    bool stray_said;                              /* likewise */
+    bool replaced_said;                           /* likewise */
     _Atomic uint64_t moves;                       /* odd: files are being exchanged */
     uint32_t n;
     uint64_t size_bytes;
     struct side_header *head;
     size_t side_map_bytes;
-    _Atomic uint64_t *t, *d;
-    _Atomic uint8_t *r; /* private memory where there is no file */
-    uint8_t *r_map;
-    size_t r_map_bytes;
-    struct sigbus_range *guard_side, *guard_r;
+    _Atomic uint64_t *trusted, *durable;
+    _Atomic uint8_t *marked; /* private memory where there is no file */
+    uint8_t *marked_map;
+    size_t marked_map_bytes;
+    struct sigbus_range *guard_side, *guard_marked;
     _Atomic bool nowait_missing; /* RWF_NOWAIT is not supported here */
     _Atomic uint64_t unsynced_bytes;
     bool sync_due; /* write-out has begun; for the upkeep thread */
@@ -117,7 +117,7 @@ static inline uint32_t cachefile_len(const struct cachefile *c, const struct blo
 /* The ready test. */
 static inline bool cachefile_ready(const struct cachefile *c, uint32_t i)
 {
-    return atomic_load_explicit(&c->t[i >> 6], memory_order_acquire) >> (i & 63) & 1;
+    return atomic_load_explicit(&c->trusted[i >> 6], memory_order_acquire) >> (i & 63) & 1;
 }
 /* Changes when bytes are taken away (the side file's epoch, all processes) and when the files themselves are exchanged
  * (moves, ours alone: another side file may well have the same epoch). Odd: do not trust. */
@@ -133,7 +133,7 @@ static inline bool cachefile_epoch_holds(const struct cachefile *c, uint64_t epo
     return !(epoch & 1) && cachefile_epoch(c) == epoch;
 }
 /* R's bit: somebody, perhaps not us, says the chunk is in the data file. */
-bool cachefile_doubted(const struct cachefile *c, uint32_t i);
+bool cachefile_marked(const struct cachefile *c, uint32_t i);
 uint64_t cachefile_count_ready(const struct cachefile *c);
 
 /* What to do about an errno of the cache's disk, as the end of a line. */
@@ -143,14 +143,14 @@ int cachefile_write(struct cachefile *c, uint64_t off, const void *buf, size_t l
 /* With c->lock held: the chunk's bytes are in the file and were checked, all within the present epoch. */
 void cachefile_set_ready(struct cachefile *c, uint32_t i);
 /* Call once after a batch of writes of so many bytes and their set_ready. */
-void cachefile_settle(struct cachefile *c, uint64_t bytes);
+void cachefile_note_written(struct cachefile *c, uint64_t bytes);
 /* 0: all len bytes were read; -EIO otherwise. Blocks. */
 int cachefile_read(struct cachefile *c, uint64_t off, void *buf, size_t len);
 /* The file lost bytes or was changed under us: nothing in it is trusted any more. */
 void cachefile_distrust(struct cachefile *c, const char *why);
 /* The same without words and with c->lock held (or nobody else there yet); keep_durable: what D holds stays
  * trusted. */
-void cachefile_take_away(struct cachefile *c, bool keep_durable);
+void cachefile_invalidate(struct cachefile *c, bool keep_durable);
 /* Looks whether the data file still has its size; sizes it anew and distrusts it otherwise. */
 void cachefile_examine(struct cachefile *c);
 /* Begins to write out what is not durable, if there is enough of it or force. True: cachefile_sync is to follow a while
@@ -160,10 +160,15 @@ bool cachefile_write_out(struct cachefile *c, bool force);
 void cachefile_sync(struct cachefile *c);
 
 /* ---- cache/move.c: somebody removes or replaces the files */
-enum cachefile_stray { CACHEFILE_IN_PLACE, CACHEFILE_DATA_STRAYED, CACHEFILE_SIDE_STRAYED, CACHEFILE_MAP_STRAYED };
+enum cachefile_replaced {
+    CACHEFILE_IN_PLACE,
+    CACHEFILE_DATA_REPLACED,
+    CACHEFILE_SIDE_REPLACED,
+    CACHEFILE_MAP_REPLACED
+};
 /* Which of the names in cfg's directories no longer leads to the file that is open. A few fstatat; one thread at a
  * time. */
-enum cachefile_stray cachefile_find_stray(const struct cachefile *c, const struct cachefile_cfg *cfg);
+enum cachefile_replaced cachefile_find_replaced(const struct cachefile *c, const struct cachefile_cfg *cfg);
 /* Whether something could not be had when it was opened, for want of space or rights. */
 bool cachefile_lacks(const struct cachefile *c, const struct cachefile_cfg *cfg);
 /* Opens what the names lead to now, made anew where nothing is there, binds it to t, and exchanges the files under c.

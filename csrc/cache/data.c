@@ -83,13 +83,13 @@ int cachefile_write(struct cachefile *c, uint64_t off, const void *buf, size_t l
 
 void cachefile_set_ready(struct cachefile *c, uint32_t i)
 {
-    atomic_fetch_or_explicit(&c->t[i >> 6], 1ull << (i & 63), memory_order_release);
+    atomic_fetch_or_explicit(&c->trusted[i >> 6], 1ull << (i & 63), memory_order_release);
     if (c->writable)
-        atomic_fetch_or_explicit(&c->r[i >> 3], (uint8_t)(0x80 >> (i & 7)), memory_order_release);
+        atomic_fetch_or_explicit(&c->marked[i >> 3], (uint8_t)(0x80 >> (i & 7)), memory_order_release);
 }
 
 /* No write-out is begun here: readers wait for this thread. */
-void cachefile_settle(struct cachefile *c, uint64_t bytes)
+void cachefile_note_written(struct cachefile *c, uint64_t bytes)
 {
     atomic_fetch_add_explicit(&c->unsynced_bytes, bytes, memory_order_relaxed);
 }
@@ -139,16 +139,16 @@ void cachefile_sync(struct cachefile *c)
     }
     epoch = cachefile_epoch(c);
     for (size_t i = 0; i < words; i++)
-        ready[i] = atomic_load_explicit(&c->t[i], memory_order_acquire);
+        ready[i] = atomic_load_explicit(&c->trusted[i], memory_order_acquire);
     atomic_fetch_sub(&c->unsynced_bytes, bytes);
     int rc = fdatasync(c->data_fd) ? errno : 0;
     pthread_mutex_lock(&c->lock);
     if (rc) {
         /* The kernel has marked the lost pages clean: what is not known to be durable may be gone. */
-        cachefile_take_away(c, true);
+        cachefile_invalidate(c, true);
     } else if (cachefile_epoch_holds(c, epoch)) {
         for (size_t i = 0; i < words; i++)
-            atomic_fetch_or_explicit(&c->d[i], ready[i], memory_order_relaxed);
+            atomic_fetch_or_explicit(&c->durable[i], ready[i], memory_order_relaxed);
     }
     pthread_mutex_unlock(&c->lock);
     if (rc)

@@ -171,7 +171,7 @@ static void map_open(struct cachefile *c)
     if (c->writable && claim_reserve(fd, (int64_t)len))
         goto out;
     /* Over the private memory: whoever cannot have the file has that. */
-    m = mmap(c->r_map, len, c->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
+    m = mmap(c->marked_map, len, c->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
     if (m != MAP_FAILED)
         c->map_at = (struct cachefile_at){ st.st_dev, st.st_ino };
 out:
@@ -186,11 +186,11 @@ static int map_reserve(struct cachefile *c)
 
     if (m == MAP_FAILED)
         return -errno;
-    c->r_map = m;
-    c->r_map_bytes = len;
-    c->r = (_Atomic uint8_t *)(c->r_map + MAP_HEADER);
-    c->guard_r = sigbus_add(c->r_map, up(len, 4096), 4096, NULL);
-    return c->guard_r ? 0 : -ENOMEM;
+    c->marked_map = m;
+    c->marked_map_bytes = len;
+    c->marked = (_Atomic uint8_t *)(c->marked_map + MAP_HEADER);
+    c->guard_marked = sigbus_add(c->marked_map, up(len, 4096), 4096, NULL);
+    return c->guard_marked ? 0 : -ENOMEM;
 }
 
 /* ---------------------------------------------------------------- side file */
@@ -294,8 +294,8 @@ static int side_map(struct cachefile *c)
     if (m == MAP_FAILED)
         return -errno;
     c->head = m;
-    c->t = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER);
-    c->d = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER + tb);
+    c->trusted = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER);
+    c->durable = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER + tb);
     /* Cut under us, the pages read as zeroes: nothing is ready, nothing is wrong. */
     c->guard_side = sigbus_add(m, up(c->side_map_bytes, 4096), 4096, NULL);
     return c->guard_side ? 0 : -ENOMEM;
@@ -342,17 +342,17 @@ static int side_open(struct cachefile *c, bool quiet)
     /* Alone here: nobody writes, so what differs from the last known state was done by a stranger or by a crash. */
     bool alone = claim_byte(c->side_fd, CLAIM_ATTACH, true, 0) == 0;
     if (grown)
-        cachefile_take_away(c, false);
+        cachefile_invalidate(c, false);
     if (alone) {
         bool rebooted = memcmp(boot, c->head->boot_id, sizeof boot) != 0;
         if (rebooted) {
-            cachefile_take_away(c, true);
+            cachefile_invalidate(c, true);
             memcpy(c->head->boot_id, boot, sizeof boot);
         } else if (atomic_load(&c->head->epoch) & 1) {
-            cachefile_take_away(c, false);
+            cachefile_invalidate(c, false);
         }
         if (!grown && atomic_load(&c->head->ctime_ns) != id.ctime_ns && !died_writing(c, id.ctime_ns))
-            cachefile_take_away(c, false);
+            cachefile_invalidate(c, false);
         atomic_store(&c->head->ctime_ns, id.ctime_ns);
         atomic_store(&c->head->writing, 0);
     }
@@ -401,11 +401,11 @@ void cachefile_close(struct cachefile *c)
     if (!c)
         return;
     sigbus_remove(c->guard_side);
-    sigbus_remove(c->guard_r);
+    sigbus_remove(c->guard_marked);
     if (c->head)
         munmap(c->head, c->side_map_bytes);
-    if (c->r_map)
-        munmap(c->r_map, c->r_map_bytes);
+    if (c->marked_map)
+        munmap(c->marked_map, c->marked_map_bytes);
     if (c->side_fd >= 0)
         close(c->side_fd);
     if (c->data_fd >= 0)

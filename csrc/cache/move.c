@@ -15,7 +15,7 @@
 #include "cache/cache.h"
 #include "base/base.h"
 
-static bool strayed(int dir_fd, const char *name, const struct cachefile_at *at)
+static bool replaced(int dir_fd, const char *name, const struct cachefile_at *at)
 {
     struct stat st;
 
@@ -26,16 +26,16 @@ static bool strayed(int dir_fd, const char *name, const struct cachefile_at *at)
     return st.st_dev != at->dev || st.st_ino != at->ino;
 }
 
-enum cachefile_stray cachefile_find_stray(const struct cachefile *c, const struct cachefile_cfg *cfg)
+enum cachefile_replaced cachefile_find_replaced(const struct cachefile *c, const struct cachefile_cfg *cfg)
 {
     struct cachefile_names names;
 
     cachefile_names(&names, c->id, c->stored);
-    if (strayed(cfg->dir_fd, names.data, &c->data_at))
-        return CACHEFILE_DATA_STRAYED;
-    if (cfg->side_dir_fd >= 0 && strayed(cfg->side_dir_fd, names.side, &c->side_at))
-        return CACHEFILE_SIDE_STRAYED;
-    return strayed(cfg->dir_fd, names.map, &c->map_at) ? CACHEFILE_MAP_STRAYED : CACHEFILE_IN_PLACE;
+    if (replaced(cfg->dir_fd, names.data, &c->data_at))
+        return CACHEFILE_DATA_REPLACED;
+    if (cfg->side_dir_fd >= 0 && replaced(cfg->side_dir_fd, names.side, &c->side_at))
+        return CACHEFILE_SIDE_REPLACED;
+    return replaced(cfg->dir_fd, names.map, &c->map_at) ? CACHEFILE_MAP_REPLACED : CACHEFILE_IN_PLACE;
 }
 
 bool cachefile_lacks(const struct cachefile *c, const struct cachefile_cfg *cfg)
@@ -69,10 +69,10 @@ static bool put_map(void *to, void *from, size_t len)
 static void tell_map(struct cachefile *c)
 {
     for (uint32_t w = 0; w < (c->n + 63) / 64; w++) {
-        uint64_t bits = atomic_load_explicit(&c->t[w], memory_order_acquire);
+        uint64_t bits = atomic_load_explicit(&c->trusted[w], memory_order_acquire);
         for (; bits; bits &= bits - 1) {
             uint32_t i = w * 64 + (uint32_t)__builtin_ctzll(bits);
-            atomic_fetch_or_explicit(&c->r[i >> 3], (uint8_t)(0x80 >> (i & 7)), memory_order_release);
+            atomic_fetch_or_explicit(&c->marked[i >> 3], (uint8_t)(0x80 >> (i & 7)), memory_order_release);
         }
     }
 }
@@ -99,8 +99,8 @@ static int exchange(struct cachefile *c, struct cachefile *fresh)
         fresh->head = NULL;
         put_fd(&c->side_fd, &fresh->side_fd);
         put_fd(&c->data_fd, &fresh->data_fd);
-        if (put_map(c->r_map, fresh->r_map, c->r_map_bytes)) {
-            fresh->r_map = NULL;
+        if (put_map(c->marked_map, fresh->marked_map, c->marked_map_bytes)) {
+            fresh->marked_map = NULL;
             c->map_at = fresh->map_at;
         }
         c->data_at = fresh->data_at;

@@ -8,9 +8,9 @@
 #include "cache/cache.h"
 #include "cache/claim.h"
 
-bool cachefile_doubted(const struct cachefile *c, uint32_t i)
+bool cachefile_marked(const struct cachefile *c, uint32_t i)
 {
-    return c->data_fd >= 0 && (atomic_load_explicit(&c->r[i >> 3], memory_order_acquire) & (0x80 >> (i & 7)));
+    return c->data_fd >= 0 && (atomic_load_explicit(&c->marked[i >> 3], memory_order_acquire) & (0x80 >> (i & 7)));
 }
 
 uint64_t cachefile_count_ready(const struct cachefile *c)
@@ -18,11 +18,11 @@ uint64_t cachefile_count_ready(const struct cachefile *c)
     uint64_t sum = 0;
 
     for (uint32_t i = 0; i < (c->n + 63) / 64; i++)
-        sum += (uint64_t)__builtin_popcountll(atomic_load_explicit(&c->t[i], memory_order_relaxed));
+        sum += (uint64_t)__builtin_popcountll(atomic_load_explicit(&c->trusted[i], memory_order_relaxed));
     return sum;
 }
 
-void cachefile_take_away(struct cachefile *c, bool keep_durable)
+void cachefile_invalidate(struct cachefile *c, bool keep_durable)
 {
     /* Waits for another process that does the same; whoever died over it left the byte free. */
     if (c->side_fd >= 0)
@@ -30,10 +30,10 @@ void cachefile_take_away(struct cachefile *c, bool keep_durable)
     atomic_fetch_or(&c->head->epoch, 1);
     for (size_t i = 0; i < ((size_t)c->n + 63) / 64; i++) {
         if (keep_durable) {
-            atomic_fetch_and(&c->t[i], atomic_load(&c->d[i]));
+            atomic_fetch_and(&c->trusted[i], atomic_load(&c->durable[i]));
         } else {
-            atomic_store(&c->t[i], 0);
-            atomic_store(&c->d[i], 0);
+            atomic_store(&c->trusted[i], 0);
+            atomic_store(&c->durable[i], 0);
         }
     }
     atomic_fetch_add(&c->head->epoch, 1);
@@ -44,7 +44,7 @@ void cachefile_take_away(struct cachefile *c, bool keep_durable)
 void cachefile_distrust(struct cachefile *c, const char *why)
 {
     pthread_mutex_lock(&c->lock);
-    cachefile_take_away(c, false);
+    cachefile_invalidate(c, false);
     pthread_mutex_unlock(&c->lock);
     engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO, "cache of blob %s: %s; every chunk in it is checked again",
                c->id, why);
@@ -57,7 +57,7 @@ void cachefile_examine(struct cachefile *c)
     /* Odd with nobody at work: whoever took bytes away died over it. */
     pthread_mutex_lock(&c->lock);
     if (cachefile_epoch(c) & 1)
-        cachefile_take_away(c, false);
+        cachefile_invalidate(c, false);
     pthread_mutex_unlock(&c->lock);
     if (c->data_fd < 0 || fstat(c->data_fd, &st) || (uint64_t)st.st_size >= c->size_bytes)
         return;

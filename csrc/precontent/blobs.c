@@ -36,7 +36,7 @@ static int load_table(struct vnd_precontent *p, struct vnd_blob *b)
         return -errno;
     store_wait_init(&l.wait, wake_load, &l);
     l.wait.deadline_us = now_us() + p->ttl_us;
-    rc = handle_park(b, &l.wait);
+    rc = blob_park(b, &l.wait);
     if (rc == 0) {
         while (poll(&wait, 1, (int)(p->ttl_us / 1000)) < 0 && errno == EINTR)
             ;

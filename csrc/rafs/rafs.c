@@ -101,7 +101,7 @@ static int open_blobs(struct vnd_rafs *r, const struct rafs_error *e)
     if (!r->engine->cfg.allow_unverified && (rc = check_digests(r, e)))
         return rc;
     for (uint32_t k = 0; k < r->info.blob_count; k++) {
-        r->blobs[k].blob = blob_get(r->store, &r->blobs[k].info, rafs_blob_chunks, r, &e->failure->cause,
+        r->blobs[k].blob = blob_open(r->store, &r->blobs[k].info, rafs_blob_chunks, r, &e->failure->cause,
                                     e->failure->line, sizeof(e->failure->line));
         if (!r->blobs[k].blob)
             return -EIO;
@@ -161,7 +161,7 @@ void vnd_rafs_free(vnd_rafs *r)
         return;
     for (uint32_t k = 0; r->blobs && k < r->info.blob_count; k++)
         if (r->blobs[k].blob)
-            blob_put(r->blobs[k].blob, r);
+            blob_close(r->blobs[k].blob, r);
     if (r->version && r->version->close)
         r->version->close(r);
     rafs_backing_free(r);

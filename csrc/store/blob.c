@@ -43,8 +43,8 @@ static int core_join(struct vnd_store *s, struct vnd_blob *b)
     c->refs++;
     b->core = c;
     pthread_mutex_lock(&c->lock);
-    b->next = c->handles;
-    c->handles = b;
+    b->next = c->blobs;
+    c->blobs = b;
     pthread_mutex_unlock(&c->lock);
     pthread_mutex_unlock(&s->lock);
     pthread_mutex_unlock(&s->engine->lock);
@@ -52,8 +52,8 @@ static int core_join(struct vnd_store *s, struct vnd_blob *b)
     return 0;
 }
 
-struct vnd_blob *blob_get(vnd_store *s, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx, int *cause,
-                          char *err, size_t err_len)
+struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx, int *cause,
+                           char *err, size_t err_len)
 {
     const char *feature = feature_refused(info->features);
     struct vnd_blob *b;
@@ -107,7 +107,7 @@ void blob_meta_beside(struct vnd_blob *b, const char *dir)
         b->beside = strdup(dir);
 }
 
-void blob_put(struct vnd_blob *b, void *ctx)
+void blob_close(struct vnd_blob *b, void *ctx)
 {
     struct blob_core *c = b->core;
     struct miss_shard *s = miss_shard_of(c->engine->fetcher, b, 0);
@@ -123,21 +123,21 @@ void blob_put(struct vnd_blob *b, void *ctx)
     miss_wake(list);
     pthread_mutex_lock(&c->store->lock);
     pthread_mutex_lock(&c->lock);
-    for (struct vnd_blob **p = &c->handles; *p; p = &(*p)->next)
+    for (struct vnd_blob **p = &c->blobs; *p; p = &(*p)->next)
         if (*p == b) {
             *p = b->next;
             break;
         }
-    last = !c->handles;
+    last = !c->blobs;
     if (last) /* an image that names the blob from now on gets a core of its own */
         atomic_store(&c->closed, true);
     pthread_mutex_unlock(&c->lock);
     pthread_mutex_unlock(&c->store->lock);
     if (last) {
-        fetch_purge(c);
+        want_purge(c);
         miss_fail_core(c, EIO);
     }
-    handle_put(b);
+    blob_unref(b);
 }
 
 uint64_t blob_uncompressed_size(const struct vnd_blob *b)

@@ -12,13 +12,13 @@
 #define PREFETCH_SCAN 4096 /* chunks looked at per turn */
 
 /* How far the image of the handle that asked wants a miss extended. */
-static uint32_t amplify_of(struct blob_core *c, const void *hint)
+static uint32_t amplify_of(struct blob_core *c, struct asker asker)
 {
     uint32_t bytes = AMPLIFY_DEFAULT_BYTES;
 
     pthread_mutex_lock(&c->lock);
-    for (const struct vnd_blob *b = c->handles; b; b = b->next)
-        if (b == hint)
+    for (const struct vnd_blob *b = c->blobs; b; b = b->next)
+        if (asker_is(asker, b))
             bytes = atomic_load_explicit(&b->amplify_bytes, memory_order_relaxed);
     pthread_mutex_unlock(&c->lock);
     return bytes;
@@ -42,9 +42,9 @@ static void fill_out(struct job *j, vnd_job *out)
     memcpy(out->blob_id, j->kind == VND_JOB_META && j->meta->info.meta_id[0] ? j->meta->info.meta_id : c->info.id,
            sizeof out->blob_id);
     pthread_mutex_lock(&c->lock);
-    out->blob = c->handles;
-    for (struct vnd_blob *b = c->handles; b; b = b->next)
-        if (b == j->hint)
+    out->blob = c->blobs;
+    for (struct vnd_blob *b = c->blobs; b; b = b->next)
+        if (asker_is(j->asker, b))
             out->blob = b;
     pthread_mutex_unlock(&c->lock);
 }
@@ -54,7 +54,7 @@ static void fill_out(struct job *j, vnd_job *out)
 static int next_demand(struct fetcher *f, vnd_job *out)
 {
     int slot = slot_reserve(f, FOR_READER);
-    struct fetch_want *w = f->demand;
+    struct want *w = f->demand;
     uint64_t stream = 0;
     struct job *j;
     bool made = false;
@@ -76,7 +76,7 @@ static int next_demand(struct fetcher *f, vnd_job *out)
         made = true;
     } else {
         pthread_mutex_unlock(&f->lock);
-        uint32_t amplify = amplify_of(w->core, w->hint);
+        uint32_t amplify = amplify_of(w->core, w->asker);
         enum miss_state state = miss_look(w->core, w->index, now_us());
         pthread_mutex_lock(&f->lock);
         if (state == MISS_QUEUED) {
@@ -87,7 +87,7 @@ static int next_demand(struct fetcher *f, vnd_job *out)
         } else if (state == MISS_EXPIRED) {
             /* Whoever wanted it has given up: not in the way of those who have not. */
             pthread_mutex_unlock(&f->lock);
-            fetch_later(w->core, FOR_PREFETCH, w->index, w->index + 1, 0, w->hint, false);
+            want_later(w->core, FOR_PREFETCH, w->index, w->index + 1, 0, w->asker, false);
             pthread_mutex_lock(&f->lock);
         }
     }
@@ -99,21 +99,21 @@ static int next_demand(struct fetcher *f, vnd_job *out)
         return 0;
     }
     if (!w->meta)
-        stream_fetched(w->core, stream, j->first + j->n, j->clen, w->hint);
+        stream_fetched(w->core, stream, j->first + j->n, j->clen, w->asker);
     j->deadline_us = w->deadline_us;
     j->tag = 0;
     job_begin(j, ++f->next_id * FETCH_SLOTS + (uint64_t)slot);
-    j->hint = w->hint;
+    j->asker = w->asker;
     fill_out(j, out);
     free(w); /* its reference to the core is the job's now */
     return 1;
 }
 
 /* The same of a list of ranges. -1: nothing to try, 0: tried and nothing came of it. */
-static int next_range(struct fetcher *f, struct prefetch **list, enum job_for whom, vnd_job *out)
+static int next_range(struct fetcher *f, struct want_range **list, enum job_for whom, vnd_job *out)
 {
     uint32_t window_bytes = whom == FOR_PREFETCH ? FETCH_PREFETCH_BYTES : STREAM_WINDOW_MAX;
-    struct prefetch *p = *list, **at;
+    struct want_range *p = *list, **at;
     struct job *j;
     bool made = false;
     int slot;
@@ -134,7 +134,7 @@ static int next_range(struct fetcher *f, struct prefetch **list, enum job_for wh
         p->at = made ? j->first + j->n : p->at + 1;
     }
     if (made)
-        core_get(p->core);
+        core_ref(p->core);
     pthread_mutex_lock(&f->lock);
     p->busy = false;
     if (made) {
@@ -142,7 +142,7 @@ static int next_range(struct fetcher *f, struct prefetch **list, enum job_for wh
         j->tag = p->tag;
         job_begin(j, ++f->next_id * FETCH_SLOTS + (uint64_t)slot);
         atomic_store(&j->cancelled, p->cancelled);
-        j->hint = p->hint;
+        j->asker = p->asker;
         fill_out(j, out);
     } else {
         slot_release(f, j);
@@ -206,10 +206,10 @@ int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms)
 
 int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag)
 {
-    int rc =
-        fetch_later(b->core, FOR_PREFETCH, first, n && n < UINT32_MAX - first ? first + n : UINT32_MAX, tag, b, false);
+    int rc = want_later(b->core, FOR_PREFETCH, first, n && n < UINT32_MAX - first ? first + n : UINT32_MAX, tag,
+                        asker_of(b), false);
 
     if (!rc && !atomic_load_explicit(&b->table, memory_order_acquire))
-        handle_want_load(b);
+        blob_want_load(b);
     return rc;
 }

@@ -45,15 +45,15 @@ void fetcher_shutdown(struct vnd_engine *e)
     upkeep_stop(f);
     miss_fail_all(f, ESHUTDOWN);
     pthread_mutex_lock(&f->lock);
-    struct fetch_want *left = f->demand;
+    struct want *left = f->demand;
     f->demand = NULL;
     f->demand_tail = &f->demand;
     pthread_mutex_unlock(&f->lock);
     while (left) {
-        struct fetch_want *w = left;
+        struct want *w = left;
         left = w->next;
         if (w->meta)
-            handle_raw(w->meta, NULL, 0, ESHUTDOWN);
+            blob_take_raw(w->meta, NULL, 0, ESHUTDOWN);
         want_free(w);
     }
 }
@@ -65,7 +65,7 @@ void fetcher_free(struct vnd_engine *e)
     for (int i = 0; i < FETCH_SLOTS; i++)
         job_wipe(&f->slots[i]);
     while (f->demand) {
-        struct fetch_want *w = f->demand;
+        struct want *w = f->demand;
         f->demand = w->next;
         want_free(w);
     }

@@ -25,7 +25,7 @@ struct job {
     uint64_t id;          /* 0: free or being built; under fetcher->lock */
     bool reserved;        /* under fetcher->lock */
     struct blob_core *core;
-    const void *hint;      /* handle whose image asked, compared only */
+    struct asker asker;
     struct vnd_blob *meta; /* META job: whose table it brings; referenced */
     uint64_t tag;
     int64_t deadline_us;
@@ -34,8 +34,9 @@ struct job {
     int64_t began_us, first_us; /* handed out; first bytes came, of which there were */
     uint64_t first_bytes;
     _Atomic bool cancelled;
-    _Atomic uint32_t shed_after; /* a job for nobody yet that somebody came to wait for: the last chunk index wanted */
-    uint32_t first, n;           /* chunk indexes [first, first+n) */
+    _Atomic uint32_t
+        preempt_after; /* a job for nobody yet that somebody came to wait for: the last chunk index wanted */
+    uint32_t first, n; /* chunk indexes [first, first+n) */
     uint8_t state[FETCH_JOB_CHUNKS]; /* enum job_chunk */
     bool claimed;                    /* units [claim_first, + claim_n) are locked against other processes */
     uint32_t claim_first, claim_n;
@@ -66,10 +67,10 @@ struct job {
     struct codec *codec;
 };
 
-struct prefetch {
-    struct prefetch *next;
+struct want_range {
+    struct want_range *next;
     struct blob_core *core;
-    const void *hint;
+    struct asker asker;
     uint32_t at, end;
     uint64_t tag;
     bool busy, cancelled; /* a thread works on it and holds no lock: it stays in the list */
@@ -79,8 +80,8 @@ struct foreign {
     struct foreign *next;
     struct blob_core *core;
     uint32_t index;
-    struct vnd_blob *meta;                          /* referenced: its stored chunk table, not a chunk */
-    void (*settled)(struct vnd_blob *b, int error); /* of meta: another process has fetched it, or will not */
+    struct vnd_blob *meta;                       /* referenced: its stored chunk table, not a chunk */
+    void (*done)(struct vnd_blob *b, int error); /* of meta: another process has fetched it, or will not */
 };
 
 struct uncached_chunk;
@@ -90,8 +91,8 @@ struct fetcher {
     pthread_mutex_t lock; /* queues, slots, windows */
     pthread_cond_t some;
     _Atomic bool down;
-    struct fetch_want *demand, **demand_tail;
-    struct prefetch *ahead, *prefetch;
+    struct want *demand, **demand_tail;
+    struct want_range *ahead, *prefetch;
     uint32_t running, running_for[3]; /* by enum job_for */
     uint64_t next_id;
     struct job slots[FETCH_SLOTS];
@@ -120,8 +121,8 @@ void fetcher_shutdown(struct vnd_engine *e);
 void fetcher_free(struct vnd_engine *e);
 /* store/foreign.c */
 void foreign_add(struct fetcher *f, struct blob_core *c, uint32_t index);
-/* settled is called once, from the foreign thread or here, with 0 or an errno. */
-void foreign_add_meta(struct fetcher *f, struct vnd_blob *b, void (*settled)(struct vnd_blob *b, int error));
+/* done is called once, from the foreign thread or here, with 0 or an errno. */
+void foreign_add_meta(struct fetcher *f, struct vnd_blob *b, void (*done)(struct vnd_blob *b, int error));
 void foreign_stop(struct fetcher *f);
 /* store/upkeep.c */
 void upkeep_start(struct fetcher *f);
@@ -137,19 +138,19 @@ void job_wipe(struct job *j);               /* frees its buffers */
 bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool waited,
                uint32_t window_bytes);
 /* store/want.c */
-void want_free(struct fetch_want *w);    /* gives its references back */
-void ranges_free(struct prefetch *list); /* likewise */
+void want_free(struct want *w);            /* gives its references back */
+void ranges_free(struct want_range *list); /* likewise */
 /* Slots; fetcher->lock is held. */
 bool slot_free(const struct fetcher *f, enum job_for whom); /* whether there is one */
 int slot_reserve(struct fetcher *f, enum job_for whom);     /* its number, or -1 */
 void slot_release(struct fetcher *f, struct job *j);
-void fetch_release_slot(struct fetcher *f, struct job *j);
-void fetch_drop_prefetch(struct blob_core *c);
+void want_release_slot(struct fetcher *f, struct job *j);
+void want_drop_ranges(struct blob_core *c);
 /* Queues a range of chunks that nobody waits for. 0 or -ENOMEM. */
-int fetch_later(struct blob_core *c, enum job_for whom, uint32_t first, uint32_t end, uint64_t tag, const void *hint,
-                bool head);
+int want_later(struct blob_core *c, enum job_for whom, uint32_t first, uint32_t end, uint64_t tag, struct asker asker,
+               bool head);
 /* The same for a stream, with fetcher->lock held. */
-int fetch_stream(struct blob_core *c, uint32_t first, uint32_t end, const void *hint);
-void fetch_wake(struct fetcher *f); /* something changed that job_next looks at */
+int want_stream(struct blob_core *c, uint32_t first, uint32_t end, struct asker asker);
+void want_wake(struct fetcher *f); /* something changed that job_next looks at */
 
 #endif

@@ -12,13 +12,13 @@
 static void foreign_free(struct foreign *x)
 {
     if (x->meta)
-        handle_put(x->meta);
-    core_put(x->core);
+        blob_unref(x->meta);
+    core_unref(x->core);
     free(x);
 }
 
 /* The table is there, or its fetcher gave up or died: the load looks again, and fetches itself if need be. */
-static bool meta_settled(const struct foreign *x, bool tick)
+static bool meta_over(const struct foreign *x, bool tick)
 {
     int fd = tick ? claim_meta(x->core->store->side_dir_fd, x->meta->info.id) : -EAGAIN;
 
@@ -26,17 +26,17 @@ static bool meta_settled(const struct foreign *x, bool tick)
         close(fd);
     if (fd == -EAGAIN && !atomic_load(&x->core->closed))
         return false;
-    x->settled(x->meta, atomic_load(&x->core->closed) ? EIO : 0);
+    x->done(x->meta, atomic_load(&x->core->closed) ? EIO : 0);
     return true;
 }
 
 /* Whether the thread has nothing more to do for the chunk. */
-static bool foreign_settled(const struct foreign *x, bool tick)
+static bool foreign_over(const struct foreign *x, bool tick)
 {
     struct cachefile *c = x->core->cache;
 
     if (x->meta)
-        return meta_settled(x, tick);
+        return meta_over(x, tick);
     if (cachefile_ready(c, x->index)) {
         miss_finish(x->core, x->index, 0);
         return true;
@@ -46,8 +46,8 @@ static bool foreign_settled(const struct foreign *x, bool tick)
         return true;
     }
     /* Free and not ready: the holder died or failed. Doubted: somebody filled it without a lock. Ours now. */
-    if (tick && (cachefile_doubted(c, x->index) || !claim_foreign(c->side_fd, x->index))) {
-        miss_retry(x->core, x->index, 255, false, false, EIO);
+    if (tick && (cachefile_marked(c, x->index) || !claim_foreign(c->side_fd, x->index))) {
+        miss_retry(x->core, x->index, MISS_ANY_TRIES, 0, EIO);
         return true;
     }
     return false;
@@ -71,12 +71,12 @@ static void *foreign_run(void *arg)
         f->foreign = NULL;
         pthread_mutex_unlock(&f->foreign_lock);
 
-        core_get(held); /* keeps the store for the wait below */
+        core_ref(held); /* keeps the store for the wait below */
         uint32_t gen = claim_wake_enter(&store->wake);
         while (mine) {
             struct foreign *x = mine;
             mine = x->next;
-            if (foreign_settled(x, tick)) {
+            if (foreign_over(x, tick)) {
                 foreign_free(x);
                 continue;
             }
@@ -89,7 +89,7 @@ static void *foreign_run(void *arg)
         if (keep)
             claim_wake_wait(&store->wake, gen, TICK_MS);
         claim_wake_leave(&store->wake);
-        core_put(held);
+        core_unref(held);
 
         pthread_mutex_lock(&f->foreign_lock);
         *keep_tail = f->foreign;
@@ -101,7 +101,7 @@ static void *foreign_run(void *arg)
 }
 
 static bool add(struct fetcher *f, struct blob_core *c, uint32_t index, struct vnd_blob *meta,
-                void (*settled)(struct vnd_blob *b, int error))
+                void (*done)(struct vnd_blob *b, int error))
 {
     struct foreign *x = calloc(1, sizeof *x);
     bool ok = x != NULL;
@@ -111,10 +111,10 @@ static bool add(struct fetcher *f, struct blob_core *c, uint32_t index, struct v
     x->core = c;
     x->index = index;
     x->meta = meta;
-    x->settled = settled;
-    core_get(c);
+    x->done = done;
+    core_ref(c);
     if (meta)
-        handle_get(meta);
+        blob_ref(meta);
     pthread_mutex_lock(&f->foreign_lock);
     if (!f->foreign_started && !f->foreign_down)
         f->foreign_started = !thread_start(&f->foreign_thread, "vnd-foreign", foreign_run, f);
@@ -136,10 +136,10 @@ void foreign_add(struct fetcher *f, struct blob_core *c, uint32_t index)
         miss_finish(c, index, EIO);
 }
 
-void foreign_add_meta(struct fetcher *f, struct vnd_blob *b, void (*settled)(struct vnd_blob *b, int error))
+void foreign_add_meta(struct fetcher *f, struct vnd_blob *b, void (*done)(struct vnd_blob *b, int error))
 {
-    if (!add(f, b->core, 0, b, settled))
-        settled(b, EIO);
+    if (!add(f, b->core, 0, b, done))
+        done(b, EIO);
 }
 
 void foreign_stop(struct fetcher *f)
@@ -158,7 +158,7 @@ void foreign_stop(struct fetcher *f)
         struct foreign *x = f->foreign;
         f->foreign = x->next;
         if (x->meta)
-            x->settled(x->meta, ESHUTDOWN);
+            x->done(x->meta, ESHUTDOWN);
         foreign_free(x);
     }
 }

@@ -52,7 +52,7 @@ struct store_unit {
     bool force_fetch; /* what the data file holds was found wrong */
     int16_t slot;     /* the job that has it, -1 none */
     int64_t deadline_us;
-    const void *hint; /* the handle that asked first, compared only: whose backend to ask */
+    struct asker asker; /* who asked first */
     struct store_wait *waiters;
 };
 
@@ -70,7 +70,7 @@ struct blob_core {
     _Atomic bool closed;       /* no image names it any more */
     pthread_mutex_t load_lock; /* one table is loaded at a time */
     pthread_mutex_t lock;      /* handles */
-    struct vnd_blob *handles;
+    struct vnd_blob *blobs;
     struct cachefile *cache;           /* set once, before table */
     bool stored;                       /* likewise: the cache holds chunks as they are stored */
     _Atomic(struct blobtable *) table; /* union of all images' tables */
@@ -109,15 +109,15 @@ struct vnd_blob {
 /* Whether the work directory is there. If it, or what lies in it for all blobs, was removed and made anew, that is what is
  * used from now on. retry: what could not be had is tried again. One thread at a time. */
 bool store_follow(struct vnd_store *s, bool retry);
-void core_get(struct blob_core *c);
-void core_put(struct blob_core *c);
-void handle_get(struct vnd_blob *b);
-void handle_put(struct vnd_blob *b);
+void core_ref(struct blob_core *c);
+void core_unref(struct blob_core *c);
+void blob_ref(struct vnd_blob *b);
+void blob_unref(struct vnd_blob *b);
 /* ---- store/load.c */
 /* Has the handle's table loaded by a pool thread, if it is not. */
-void handle_want_load(struct vnd_blob *b);
+void blob_want_load(struct vnd_blob *b);
 /* What a META job brought (taken over), or its errno; NULL and 0: look again, another process has fetched it. */
-void handle_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);
+void blob_take_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);
 void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg);
 /* ---- store/serve.c */
 /* A place in the reader's memory. */
@@ -137,7 +137,7 @@ struct fetcher;
 struct miss_shard *miss_shard_of(struct fetcher *f, const void *key, uint32_t index);
 /* Links w (may be NULL) on a chunk, makes the unit if need be. 1: the chunk is ready after all, w is not linked; 0;
  * or -ENOMEM, -ESHUTDOWN. */
-int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t deadline_us, const void *hint);
+int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t deadline_us, struct asker asker);
 /* Links w on a pseudo-unit whose shard's lock is held. */
 void miss_link(struct miss_shard *s, struct store_unit *u, struct store_wait *w);
 /* Detaches all waiters of a unit, its shard's lock held; miss_wake calls them after it was released. */
@@ -148,9 +148,14 @@ enum miss_take { MISS_TAKEN, MISS_READY, MISS_BUSY, MISS_ABSENT };
 enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted, bool *force_fetch);
 /* The chunk is ready (err 0) or given up: wakes its waiters, forgets the unit. */
 void miss_finish(struct blob_core *c, uint32_t index, int err);
-/* Gives a chunk back: asked for again if anybody wants it and it was tried less than max_tries times, else finished
- * with err. bad: its bytes were wrong, force: what the data file holds is wrong. Whether it was asked for again. */
-bool miss_retry(struct blob_core *c, uint32_t index, int max_tries, bool bad, bool force, int err);
+/* Gives a chunk back. If a reader wants it and it was tried less than max_tries times, it is asked for again; true. Else
+ * its waiters fail with err (0: they look again); false. */
+#define MISS_ANY_TRIES UINT32_MAX
+enum miss_flags {
+    MISS_COUNTS = 1, /* this try counts: its bytes were wrong, or did not come */
+    MISS_FORCE = 2   /* the data file's bytes are wrong: fetch, do not verify */
+};
+bool miss_retry(struct blob_core *c, uint32_t index, uint32_t max_tries, uint32_t flags, int err);
 /* A fetch that had until deadline_us failed: fails the waiters whose own deadline is no later and asks anew for the others,
  * who came to it when its time was nearly over. */
 void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err);
@@ -163,20 +168,20 @@ void miss_fail_core(struct blob_core *c, int err);
 void miss_fail_all(struct fetcher *f, int err);
 
 /* ---- store/want.c: queues */
-struct fetch_want {
-    struct fetch_want *next;
+struct want {
+    struct want *next;
     struct blob_core *core;
     uint32_t index;
     int64_t deadline_us;
-    const void *hint;      /* the handle that asked, compared only */
+    struct asker asker;
     struct vnd_blob *meta; /* referenced: its stored chunk table is wanted, not a chunk */
 };
 /* Asks for a blob's stored chunk table, before everything else: readers of all its chunks wait for it. 0 or -ENOMEM. */
-int fetch_push_meta(struct vnd_blob *b);
+int want_push_meta(struct vnd_blob *b);
 /* Asks for a chunk; head: before what is asked for already. 0 or -ENOMEM. */
-int fetch_push(struct blob_core *c, uint32_t index, int64_t deadline_us, const void *hint, bool head);
-void fetch_purge(struct blob_core *c);
-void fetch_promote(struct fetcher *f, int slot, uint32_t index);
+int want_push(struct blob_core *c, uint32_t index, int64_t deadline_us, struct asker asker, bool head);
+void want_purge(struct blob_core *c);
+void want_promote(struct fetcher *f, int slot, uint32_t index);
 
 /* ---- store/page.c */
 /* Parks w until the extents' bytes were read off the queue thread. 0 or -ENOMEM. */

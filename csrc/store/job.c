@@ -57,9 +57,9 @@ void job_wipe(struct job *j)
     codec_free(j->codec);
     pthread_mutex_destroy(&j->lock);
     if (j->id && j->meta)
-        handle_put(j->meta);
+        blob_unref(j->meta);
     if (j->id && c)
-        core_put(c);
+        core_unref(c);
 }
 
 struct job *job_get(struct vnd_engine *e, uint64_t id)
@@ -85,13 +85,13 @@ const struct blobtable *job_table(const struct job *j)
 
 bool job_unwanted(struct fetcher *f, struct job *j)
 {
-    uint32_t shed;
+    uint32_t after;
     bool demand;
 
     if (atomic_load(&j->cancelled) || atomic_load(&j->core->closed) || atomic_load(&f->down))
         return true;
-    shed = atomic_load(&j->shed_after);
-    if (j->whom == FOR_READER || !shed || j->first + j->cursor < shed)
+    after = atomic_load(&j->preempt_after);
+    if (j->whom == FOR_READER || !after || j->first + j->cursor < after)
         return false;
     pthread_mutex_lock(&f->lock);
     demand = f->demand != NULL;
@@ -156,16 +156,16 @@ static int write_views(struct commit *m, uint32_t from, uint32_t to)
 static void keep_unwritten(struct job *j, uint32_t view)
 {
     j->unspaced = true;
-    if (j->whom != FOR_READER && !atomic_load(&j->shed_after)) {
+    if (j->whom != FOR_READER && !atomic_load(&j->preempt_after)) {
         atomic_store(&j->cancelled, true); /* no use in fetching ahead into nowhere */
-        fetch_drop_prefetch(j->core);
+        want_drop_ranges(j->core);
     } else {
         uncached_put(j->core, j->first + j->views[view].rel, j->scratch + j->views[view].at, j->views[view].usize);
     }
 }
 
 /* Makes views [from, to) ready, or keeps them in memory. */
-static void settle_views(struct commit *m, uint32_t from, uint32_t to)
+static void commit_views(struct commit *m, uint32_t from, uint32_t to)
 {
     struct job *j = m->j;
     struct cachefile *cache = j->core->cache;
@@ -226,19 +226,19 @@ static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digest
     pthread_mutex_unlock(&j->core->cache->lock);
     for (uint32_t v = 0; v < count; v++) {
         if (!digest_right(&m, v, digests ? digests + (size_t)v * CODEC_DIGEST_BYTES : NULL)) {
-            settle_views(&m, from, v);
+            commit_views(&m, from, v);
             from = v + 1;
             j->state[j->views[v].rel] = JOB_BAD;
             j->bad = true;
             j->wasted += j->kind == VND_JOB_VERIFY ? 0 : m.t->chunk[j->first + j->views[v].rel].csize;
             m.wrong++;
         } else if (v + 1 == count || !views_touch(&m, v)) {
-            settle_views(&m, from, v + 1);
+            commit_views(&m, from, v + 1);
             from = v + 1;
         }
     }
     if (m.written_bytes)
-        cachefile_settle(j->core->cache, m.written_bytes);
+        cachefile_note_written(j->core->cache, m.written_bytes);
     if (m.ready)
         claim_wake_all(&j->core->store->wake);
     j->views_n -= count;
@@ -295,13 +295,14 @@ static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
     for (uint32_t rel = j->n; rel-- > 0;) { /* backwards: each goes to the head of the queue */
         uint32_t i = j->first + rel;
         if (j->state[rel] == JOB_BAD) {
-            bool again = miss_retry(j->core, i, verify ? 255 : FETCH_TRIES, !verify, verify, EIO);
+            bool again =
+                miss_retry(j->core, i, verify ? MISS_ANY_TRIES : FETCH_TRIES, verify ? MISS_FORCE : MISS_COUNTS, EIO);
             say_bad(e, j, i, again);
         } else if (j->state[rel] == JOB_WANT || j->state[rel] == JOB_DECODED) {
             if (j->bad || j->lost || dropped) /* not reached, through no fault of its own */
-                miss_retry(j->core, i, 255, false, false, EIO);
+                miss_retry(j->core, i, MISS_ANY_TRIES, 0, EIO);
             else if (!error || j->whom != FOR_READER || verify)
-                miss_retry(j->core, i, FETCH_TRIES, true, false, EIO);
+                miss_retry(j->core, i, FETCH_TRIES, MISS_COUNTS, EIO);
             else
                 miss_fail(j->core, i, j->deadline_us, EIO);
         }
@@ -314,14 +315,14 @@ static void meta_end(struct job *j, int error)
     struct vnd_blob *b = j->meta;
 
     if (error || j->fed != j->clen) {
-        handle_raw(b, NULL, 0, EIO);
+        blob_take_raw(b, NULL, 0, EIO);
     } else {
-        handle_raw(b, j->pend, j->pend_len, 0);
+        blob_take_raw(b, j->pend, j->pend_len, 0);
         j->pend = NULL;
         j->pend_cap = 0;
     }
     j->meta = NULL;
-    handle_put(b);
+    blob_unref(b);
 }
 
 uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const char *text)
@@ -329,14 +330,14 @@ uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const
     struct job *j = job_get(e, job_id);
     struct blob_core *c;
     uint64_t wasted;
-    bool shed;
+    bool preempted;
 
     if (!j)
         return 0;
     c = j->core;
     wasted = j->wasted < j->fed ? j->wasted : j->fed;
-    shed = j->whom != FOR_READER && job_unwanted(e->fetcher, j) && !atomic_load(&j->cancelled) &&
-           !atomic_load(&c->closed) && !atomic_load(&e->fetcher->down);
+    preempted = j->whom != FOR_READER && job_unwanted(e->fetcher, j) && !atomic_load(&j->cancelled) &&
+                !atomic_load(&c->closed) && !atomic_load(&e->fetcher->down);
     /* First: chunks asked for again are claimed anew, maybe by another thread at once. */
     if (j->claimed)
         claim_release(c->cache->side_fd, j->claim_first, j->claim_n);
@@ -350,8 +351,8 @@ uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const
         job_leftovers(e, j, error);
     claim_wake_all(&c->store->wake);
     /* What made way for a reader goes on later where it stopped. */
-    if (shed && !error && j->cursor < j->n)
-        fetch_later(c, j->whom, j->first + j->cursor, j->first + j->n, j->tag, j->hint, true);
+    if (preempted && !error && j->cursor < j->n)
+        want_later(c, j->whom, j->first + j->cursor, j->first + j->n, j->tag, j->asker, true);
     if (!error && j->first_us && j->fed == j->clen)
         stream_pace(&c->pace, (uint32_t)(j->first_us - j->began_us), j->fed - j->first_bytes,
                     (uint64_t)(now_us() - j->first_us));
@@ -360,8 +361,8 @@ uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const
     shrink(&j->kept, &j->kept_cap);
     shrink(&j->batch, &j->batch_cap);
     shrink(&j->clear, &j->clear_cap);
-    fetch_release_slot(e->fetcher, j);
+    want_release_slot(e->fetcher, j);
     pthread_mutex_unlock(&j->lock);
-    core_put(c);
+    core_unref(c);
     return wasted;
 }

@@ -38,7 +38,7 @@ static int live_union(struct blob_core *c, struct blobtable *own, struct blobtab
 
     *all = own;
     pthread_mutex_lock(&c->lock);
-    for (struct vnd_blob *b = c->handles; b && !rc; b = b->next) {
+    for (struct vnd_blob *b = c->blobs; b && !rc; b = b->next) {
         struct blobtable *t = atomic_load_explicit(&b->table, memory_order_acquire), *more;
         if (!t)
             continue;
@@ -85,7 +85,7 @@ static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct bl
     rc = open_cache(c, all, cause, err, err_len);
     if (!rc) {
         *cause = VND_CAUSE_DIGEST;
-        /* Binding and table change in one step for whoever commits (cachefile_take_away's rule). */
+        /* Binding and table change in one step for whoever commits (cachefile_invalidate's rule). */
         pthread_mutex_lock(&c->cache->lock);
         rc = cachefile_bind(c->cache, all, err, err_len);
         if (!rc) {
@@ -273,9 +273,9 @@ static void load_end(struct vnd_blob *b, int rc)
 }
 
 /* The other process has finished or failed: look again. */
-static void meta_settled(struct vnd_blob *b, int error)
+static void meta_fetched(struct vnd_blob *b, int error)
 {
-    handle_raw(b, NULL, 0, error);
+    blob_take_raw(b, NULL, 0, error);
 }
 
 static void load_run(struct pool_task *task)
@@ -291,11 +291,11 @@ static void load_run(struct pool_task *task)
             engine_say(e, VND_LEVEL_WARNING, VND_CAUSE_DIGEST, "%s; it is asked for once more", err);
         b->raw_tries++;
         load_end(b, rc); /* before the job can end */
-        if (fetch_push_meta(b))
-            handle_raw(b, NULL, 0, ENOMEM);
+        if (want_push_meta(b))
+            blob_take_raw(b, NULL, 0, ENOMEM);
     } else if (rc == -EBUSY) {
         load_end(b, rc);
-        foreign_add_meta(e->fetcher, b, meta_settled);
+        foreign_add_meta(e->fetcher, b, meta_fetched);
     } else {
         if (rc)
             engine_say(e, VND_LEVEL_ERROR, cause, "blob %s cannot be served: %s", b->info.id, err);
@@ -303,9 +303,9 @@ static void load_run(struct pool_task *task)
     }
     if (!rc) {
         upkeep_start(e->fetcher);
-        fetch_wake(e->fetcher);
+        want_wake(e->fetcher);
     }
-    handle_put(b);
+    blob_unref(b);
     free(task);
 }
 
@@ -325,13 +325,13 @@ static int load_start(struct vnd_blob *b)
         return -ENOMEM;
     t->task.run = load_run;
     t->b = b;
-    handle_get(b);
+    blob_ref(b);
     b->loading = true;
     pool_submit(b->core->engine, &t->task);
     return 0;
 }
 
-void handle_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error)
+void blob_take_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error)
 {
     struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
     int rc = error ? -error : 0;
@@ -348,7 +348,7 @@ void handle_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error)
         load_end(b, rc);
 }
 
-void handle_want_load(struct vnd_blob *b)
+void blob_want_load(struct vnd_blob *b)
 {
     struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
 
@@ -358,7 +358,7 @@ void handle_want_load(struct vnd_blob *b)
     pthread_mutex_unlock(&s->lock);
 }
 
-int handle_park(struct vnd_blob *b, struct store_wait *w)
+int blob_park(struct vnd_blob *b, struct store_wait *w)
 {
     struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
     int rc = 1;

@@ -9,7 +9,7 @@
 #define VERIFY_BYTES (1u << 20)
 #define WANTED_BYTES (1u << 20) /* chunks that somebody asked for merge up to this whatever the window is */
 
-struct build {
+struct merge {
     struct fetcher *f;
     struct job *j;
     int slot;
@@ -28,7 +28,7 @@ static uint64_t chunk_end(const struct blobtable_chunk *k)
 }
 
 /* Whether chunk i, not ready, may be joined to a job that reaches to b->end. */
-static bool may_join(const struct build *b, uint32_t i, bool *speculative)
+static bool may_join(const struct merge *b, uint32_t i, bool *speculative)
 {
     const struct blobtable_chunk *k = &b->t->chunk[i], *head = &b->t->chunk[b->j->first];
     uint64_t bytes, gap;
@@ -36,9 +36,9 @@ static bool may_join(const struct build *b, uint32_t i, bool *speculative)
     *speculative = true;
     if (b->verify) {
         bytes = k->uoff + k->usize - head->uoff;
-        return k->uoff > head->uoff && bytes <= VERIFY_BYTES && cachefile_doubted(b->cache, i);
+        return k->uoff > head->uoff && bytes <= VERIFY_BYTES && cachefile_marked(b->cache, i);
     }
-    if (cachefile_doubted(b->cache, i))
+    if (cachefile_marked(b->cache, i))
         return false;
     if (k->batch && k->batch == b->batch) { /* comes with what is fetched already */
         *speculative = true;
@@ -55,7 +55,7 @@ static bool may_join(const struct build *b, uint32_t i, bool *speculative)
 }
 
 /* Takes the neighbours after the first chunk. */
-static void merge_forward(struct build *b)
+static void merge_forward(struct merge *b)
 {
     struct job *j = b->j;
     uint32_t last = j->n ? j->n - 1 : 0;
@@ -83,7 +83,7 @@ static void merge_forward(struct build *b)
         if (got != MISS_TAKEN)
             break;
         if (b->verify && force) { /* its bytes in the file are known to be wrong */
-            miss_retry(j->core, i, 255, false, true, EIO);
+            miss_retry(j->core, i, MISS_ANY_TRIES, MISS_FORCE, EIO);
             break;
         }
         j->state[rel] = JOB_WANT;
@@ -96,7 +96,7 @@ static void merge_forward(struct build *b)
 }
 
 /* Takes the members of the first chunk's batch that come before it: they are decoded together. */
-static void merge_backward(struct build *b)
+static void merge_backward(struct merge *b)
 {
     struct job *j = b->j;
     uint32_t index = j->first, first = index;
@@ -119,7 +119,7 @@ static void merge_backward(struct build *b)
 
 /* Somebody reads backwards: what follows is here already, what comes before is not. Takes up to a small window of it,
  * for the wanted chunk is now the last to arrive. */
-static void reach_back(struct build *b)
+static void reach_back(struct merge *b)
 {
     struct job *j = b->j;
     uint32_t index = j->first, first = index;
@@ -133,7 +133,7 @@ static void reach_back(struct build *b)
         const struct blobtable_chunk *before = &b->t->chunk[first - 1];
         if (!before->usize || before->batch || chunk_end(before) != b->t->chunk[first].coff ||
             chunk_end(k) - before->coff > reach || cachefile_ready(b->cache, first - 1) ||
-            cachefile_doubted(b->cache, first - 1))
+            cachefile_marked(b->cache, first - 1))
             break;
         if (miss_take(j->core, first - 1, b->slot, true, &wanted, &force) != MISS_TAKEN)
             break;
@@ -145,7 +145,7 @@ static void reach_back(struct build *b)
 }
 
 /* Claims the units against other processes and drops from the job what others have or have made ready. */
-static void claim_job(struct build *b)
+static void claim_job(struct merge *b)
 {
     struct job *j = b->j;
 
@@ -186,7 +186,7 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
                uint32_t window_bytes)
 {
     struct job *j = &f->slots[slot];
-    struct build b = { .f = f,
+    struct merge b = { .f = f,
                        .j = j,
                        .slot = slot,
                        .cache = c->cache,
@@ -201,14 +201,14 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
     j->n = 0;
     if (atomic_load(&c->closed) || !b.t || index >= b.t->n || !b.t->chunk[index].usize)
         return false;
-    atomic_store(&j->shed_after, 0);
+    atomic_store(&j->preempt_after, 0);
     got = miss_take(c, index, slot, !waited, &wanted, &force);
     if (got == MISS_READY)
         miss_finish(c, index, 0);
     if (got != MISS_TAKEN)
         return false;
     b.limit = end < b.t->n ? end : b.t->n;
-    b.verify = !force && cachefile_doubted(b.cache, index);
+    b.verify = !force && cachefile_marked(b.cache, index);
     /* Another process sets T, then R: R seen after an unset T may just have been that. */
     if (b.verify && cachefile_ready(b.cache, index)) {
         miss_finish(c, index, 0);

@@ -84,7 +84,7 @@ void miss_wake(struct store_wait *list)
 
 /* ---------------------------------------------------------------- units */
 
-int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t deadline_us, const void *hint)
+int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t deadline_us, struct asker asker)
 {
     struct fetcher *f = c->engine->fetcher;
     struct miss_shard *s = miss_shard_of(f, c, index);
@@ -106,15 +106,15 @@ int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t
         if (!u->deadline_us || (deadline_us && deadline_us < u->deadline_us))
             u->deadline_us = deadline_us;
         if (!u->wanted)
-            u->hint = hint;
+            u->asker = asker;
         u->wanted = true;
         if (u->state == UNIT_CLAIMED && u->slot >= 0)
-            fetch_promote(f, u->slot, index);
+            want_promote(f, u->slot, index);
         if (w)
             miss_link(s, u, w);
     }
     pthread_mutex_unlock(&s->lock);
-    if (push && fetch_push(c, index, deadline_us, hint, false))
+    if (push && want_push(c, index, deadline_us, asker, false))
         miss_finish(c, index, ENOMEM);
     return rc;
 }
@@ -167,7 +167,7 @@ void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err
     struct miss_shard *s = miss_shard_of(c->engine->fetcher, c, index);
     struct store_unit **at, *u;
     struct store_wait *list = NULL, *w, *next;
-    const void *hint = NULL;
+    struct asker asker = { 0 };
     int64_t later_us = 0;
 
     pthread_mutex_lock(&s->lock);
@@ -189,7 +189,7 @@ void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err
         u->state = UNIT_QUEUED;
         u->slot = -1;
         u->deadline_us = later_us;
-        hint = u->hint;
+        asker = u->asker;
         u = NULL; /* it stays */
     } else if (u) {
         *at = u->next;
@@ -197,33 +197,34 @@ void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err
     pthread_mutex_unlock(&s->lock);
     free(u);
     miss_wake(list);
-    if (later_us && fetch_push(c, index, later_us, hint, true))
+    if (later_us && want_push(c, index, later_us, asker, true))
         miss_finish(c, index, ENOMEM);
 }
 
-bool miss_retry(struct blob_core *c, uint32_t index, int max_tries, bool counts, bool force, int err)
+bool miss_retry(struct blob_core *c, uint32_t index, uint32_t max_tries, uint32_t flags, int err)
 {
     struct miss_shard *s = miss_shard_of(c->engine->fetcher, c, index);
     struct store_unit *u;
     int64_t deadline_us = 0;
-    const void *hint = NULL;
+    struct asker asker = { 0 };
     bool again = false;
 
     pthread_mutex_lock(&s->lock);
     u = *unit_find(s, c, index);
     if (u) {
-        u->tries = (uint8_t)(u->tries + (counts && u->tries < 255));
-        u->force_fetch |= force;
+        if (flags & MISS_COUNTS && u->tries < UINT8_MAX)
+            u->tries++;
+        u->force_fetch |= (flags & MISS_FORCE) != 0;
         again = u->wanted && u->tries < max_tries;
         if (again) {
             u->state = UNIT_QUEUED;
             u->slot = -1;
             deadline_us = u->deadline_us;
-            hint = u->hint;
+            asker = u->asker;
         }
     }
     pthread_mutex_unlock(&s->lock);
-    if (again && fetch_push(c, index, deadline_us, hint, true))
+    if (again && want_push(c, index, deadline_us, asker, true))
         again = false;
     if (!again)
         miss_finish(c, index, err);

@@ -48,8 +48,8 @@ static void page_run(struct pool_task *task)
     pthread_mutex_unlock(&s->lock);
     for (int i = 0; i < t->n; i++)
         if (t->ext[i].blob)
-            handle_put(t->ext[i].blob);
-    store_buf_put(b);
+            blob_unref(t->ext[i].blob);
+    store_buf_unref(b);
     free(t);
     miss_wake(list);
 }
@@ -69,7 +69,7 @@ int page_park(struct vnd_engine *e, struct store_wait *w, const struct extent *e
     for (int i = 0; i < n; i++) {
         t->total += ext[i].len;
         if (ext[i].blob) {
-            handle_get(ext[i].blob);
+            blob_ref(ext[i].blob);
             t->decoded |= ext[i].blob->cache->stored;
         }
     }

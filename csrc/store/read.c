@@ -19,10 +19,10 @@ static int park_missing(struct store_wait *w, const struct extent *ext, int n)
         if (i && ext[i - 1].blob == x->blob && ext[i - 1].chunk == x->chunk)
             continue;
         if ((b = uncached_get(x->blob->core, x->chunk))) {
-            store_buf_put(b);
+            store_buf_unref(b);
             continue;
         }
-        rc = miss_want(x->blob->core, x->chunk, linked ? NULL : w, w->deadline_us, x->blob);
+        rc = miss_want(x->blob->core, x->chunk, linked ? NULL : w, w->deadline_us, asker_of(x->blob));
         if (rc < 0 && !linked)
             return rc == -ESHUTDOWN ? -EIO : rc;
         /* From the first success on w may be woken at any moment; it is this thread that runs it again. */
@@ -56,7 +56,7 @@ static void pass_marks(const struct extent *x)
 
     for (int i = 0; i < STREAMS; i++)
         if (atomic_load_explicit(&c->streams[i].mark, memory_order_relaxed) == x->chunk) {
-            stream_reached(c, x->chunk, x->blob);
+            stream_reached(c, x->chunk, asker_of(x->blob));
             return;
         }
 }
@@ -86,7 +86,7 @@ int64_t store_read(struct store_wait *w, const struct extent *ext, int n, const 
                 continue;
             t = atomic_load_explicit(&x->blob->table, memory_order_acquire);
             if (!t) {
-                int parked = handle_park(x->blob, w);
+                int parked = blob_park(x->blob, w);
                 if (parked <= 0)
                     return parked ? parked : -EINPROGRESS;
                 t = atomic_load_explicit(&x->blob->table, memory_order_acquire);

@@ -94,7 +94,7 @@ static int read_uncached(const struct extent *x, struct cursor *cur)
 
     if (b && (size_t)x->chunk_off + x->len <= b->len)
         rc = cursor_put(cur, b->data + x->chunk_off, x->len);
-    store_buf_put(b);
+    store_buf_unref(b);
     return rc;
 }
 

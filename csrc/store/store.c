@@ -189,14 +189,14 @@ void vnd_store_free(vnd_store *s)
 
 /* ---------------------------------------------------------------- cores and handles */
 
-void core_get(struct blob_core *c)
+void core_ref(struct blob_core *c)
 {
     pthread_mutex_lock(&c->store->lock);
     c->refs++;
     pthread_mutex_unlock(&c->store->lock);
 }
 
-void core_put(struct blob_core *c)
+void core_unref(struct blob_core *c)
 {
     struct vnd_store *s = c->store;
     bool last;
@@ -224,16 +224,16 @@ void core_put(struct blob_core *c)
     vnd_store_free(s);
 }
 
-void handle_get(struct vnd_blob *b)
+void blob_ref(struct vnd_blob *b)
 {
     atomic_fetch_add_explicit(&b->refs, 1, memory_order_relaxed);
 }
 
-void handle_put(struct vnd_blob *b)
+void blob_unref(struct vnd_blob *b)
 {
     if (atomic_fetch_sub(&b->refs, 1) != 1)
         return;
-    core_put(b->core);
+    core_unref(b->core);
     pthread_cond_destroy(&b->load_end);
     if (b->meta_claim >= 0)
         close(b->meta_claim);

@@ -1,7 +1,7 @@
 /* store/store.h -- what file systems and transports may ask of the blob store.
  *
  * A store is one cache directory. A blob is one data file of it, its maps (docs/datapath.md 2): T, our own "these bytes
- * matched their digest in this file"; D, the durable subset; R, Nydus's chunk_map, a hint. Everything here may be
+ * matched their digest in this file"; D, the durable subset; R, Nydus's chunk_map, a asker. Everything here may be
  * called from any C thread; hot-path calls allocate nothing and take no lock when all is ready.
  */
 #ifndef VND_STORE_H
@@ -26,12 +26,12 @@ int store_want(struct store_wait *w, const struct extent *ext, int n);
 /* ---- for file systems that open blobs */
 /* One per image that names the blob. All of them share its cache file, as long as they agree on its chunks: an
  * image that contradicts one in use gets EIO at first use, and the other goes on. chunks/ctx are used until
- * blob_put. Opening touches no network and does no work that grows with the blob. */
-struct vnd_blob *blob_get(vnd_store *s, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx, int *cause,
-                          char *err, size_t err_len);
+ * blob_close. Opening touches no network and does no work that grows with the blob. */
+struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx, int *cause,
+                           char *err, size_t err_len);
 /* ID.blob.meta may lie in this directory too: beside the bootstrap, where its layer brought it. */
 void blob_meta_beside(struct vnd_blob *b, const char *dir);
-void blob_put(struct vnd_blob *b, void *ctx);
+void blob_close(struct vnd_blob *b, void *ctx);
 uint64_t blob_uncompressed_size(const struct vnd_blob *b);
 
 /* ---- for those who have the kernel read cache files (precontent/) */
@@ -39,7 +39,7 @@ struct blobtable;
 struct cachefile;
 const char *blob_id(const struct vnd_blob *b);
 /* Links w until the blob's chunk table is loaded. 0; 1: it is loaded already; -errno: it cannot be. */
-int handle_park(struct vnd_blob *b, struct store_wait *w);
+int blob_park(struct vnd_blob *b, struct store_wait *w);
 /* This image's table of the blob's chunks (blob/table.h) and the blob's cache file (cache/cache.h), for as long as the blob is
  * open; NULL until the table is loaded. */
 struct blobtable *blob_table(const struct vnd_blob *b);

@@ -62,13 +62,13 @@ static void set_mark(struct blob_core *c, struct stream *s, uint32_t mark)
 }
 
 /* Queues the window behind what is queued and marks its start. */
-static void add_window(struct blob_core *c, struct stream *s, const void *hint)
+static void add_window(struct blob_core *c, struct stream *s, struct asker asker)
 {
     const struct blobtable *t = atomic_load_explicit(&c->table, memory_order_acquire);
     uint64_t half = s->fetched_bytes / 2;
     uint32_t end = window_end(t, s->ahead, s->window_bytes < half ? s->window_bytes : half);
 
-    if (end == s->ahead || fetch_stream(c, s->ahead, end, hint)) {
+    if (end == s->ahead || want_stream(c, s->ahead, end, asker)) {
         set_mark(c, s, STREAM_NONE);
         return;
     }
@@ -122,7 +122,7 @@ uint32_t stream_miss(struct blob_core *c, uint32_t index, uint32_t amplify_bytes
     return s->window_bytes;
 }
 
-void stream_fetched(struct blob_core *c, uint64_t number, uint32_t end, uint64_t bytes, const void *hint)
+void stream_fetched(struct blob_core *c, uint64_t number, uint32_t end, uint64_t bytes, struct asker asker)
 {
     struct stream *s = NULL;
 
@@ -138,10 +138,10 @@ void stream_fetched(struct blob_core *c, uint64_t number, uint32_t end, uint64_t
     s->ahead = end;
     set_mark(c, s, STREAM_NONE);
     if (established(s))
-        add_window(c, s, hint);
+        add_window(c, s, asker);
 }
 
-void stream_reached(struct blob_core *c, uint32_t index, const void *hint)
+void stream_reached(struct blob_core *c, uint32_t index, struct asker asker)
 {
     struct fetcher *f = c->engine->fetcher;
 
@@ -156,7 +156,7 @@ void stream_reached(struct blob_core *c, uint32_t index, const void *hint)
         s->fetched_bytes += k[s->ahead - 1].coff + k[s->ahead - 1].csize - k[mark].coff;
         s->next = mark;
         grow(c, s);
-        add_window(c, s, hint);
+        add_window(c, s, asker);
     }
     pthread_mutex_unlock(&f->lock);
 }

@@ -13,6 +13,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "store/asker.h"
+
 struct blob_core;
 struct fetcher;
 struct job;
@@ -50,8 +52,8 @@ void stream_init(struct blob_core *c);
  * nothing is taken along that nobody asked for. fetcher->lock is held. */
 uint32_t stream_miss(struct blob_core *c, uint32_t index, uint32_t amplify_bytes, uint64_t *number);
 /* The fetch for it was made: [first, end), bytes. Queues what is to be ahead. fetcher->lock is held. */
-void stream_fetched(struct blob_core *c, uint64_t number, uint32_t end, uint64_t bytes, const void *hint);
+void stream_fetched(struct blob_core *c, uint64_t number, uint32_t end, uint64_t bytes, struct asker asker);
 /* A reader has come to a stream's mark. No lock is held. */
-void stream_reached(struct blob_core *c, uint32_t index, const void *hint);
+void stream_reached(struct blob_core *c, uint32_t index, struct asker asker);
 
 #endif

@@ -22,7 +22,7 @@ static void take_out(struct fetcher *f, struct uncached_chunk *u)
     *(u->next ? &u->next->prev : &f->uncached_last) = u->prev;
     f->uncached_bytes -= u->buf->len;
     atomic_fetch_sub(&u->core->uncached, 1);
-    store_buf_put(u->buf);
+    store_buf_unref(u->buf);
     free(u);
 }
 
@@ -110,7 +110,7 @@ static bool write_after_all(struct blob_core *c, uint32_t index, const struct st
     if (cachefile_epoch_holds(c->cache, epoch))
         cachefile_set_ready(c->cache, index);
     pthread_mutex_unlock(&c->cache->lock);
-    cachefile_settle(c->cache, k->usize);
+    cachefile_note_written(c->cache, k->usize);
     return true;
 }
 
@@ -139,7 +139,7 @@ void uncached_flush(struct blob_core *c)
         if (u && u->buf == b)
             take_out(f, u);
         pthread_mutex_unlock(&f->uncached_lock);
-        store_buf_put(b);
+        store_buf_unref(b);
     }
 }
 

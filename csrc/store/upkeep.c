@@ -9,10 +9,10 @@
 #define LOOK_MS 1000
 #define RETRY_US (5ll * 1000 * 1000) /* what could not be had is asked for again after this */
 
-static const char *const STRAYED[] = {
-    [CACHEFILE_DATA_STRAYED] = "its data file was removed or replaced; what is read is fetched again",
-    [CACHEFILE_SIDE_STRAYED] = "its side file was removed or replaced; what is read is verified again",
-    [CACHEFILE_MAP_STRAYED] = "its chunk map was removed or replaced; it is written anew",
+static const char *const REPLACED[] = {
+    [CACHEFILE_DATA_REPLACED] = "its data file was removed or replaced; what is read is fetched again",
+    [CACHEFILE_SIDE_REPLACED] = "its side file was removed or replaced; what is read is verified again",
+    [CACHEFILE_MAP_REPLACED] = "its chunk map was removed or replaced; it is written anew",
 };
 
 /* Readers go on in the open files until the move, so it is no hurry and no loss if it fails. */
@@ -20,28 +20,28 @@ static void follow_core(struct blob_core *c, bool retry)
 {
     struct cachefile *f = c->cache;
     struct cachefile_cfg cfg;
-    enum cachefile_stray stray;
+    enum cachefile_replaced which;
     char err[VND_ERR_MAX] = "";
     int cause = VND_CAUSE_NONE, rc;
 
     core_cache_cfg(c, &cfg);
-    stray = cachefile_find_stray(f, &cfg);
-    if (stray == CACHEFILE_IN_PLACE && !(retry && cachefile_lacks(f, &cfg)))
+    which = cachefile_find_replaced(f, &cfg);
+    if (which == CACHEFILE_IN_PLACE && !(retry && cachefile_lacks(f, &cfg)))
         return;
-    cfg.quiet = stray == CACHEFILE_IN_PLACE;
+    cfg.quiet = which == CACHEFILE_IN_PLACE;
     pthread_mutex_lock(&c->load_lock); /* the table stays as it is */
-    rc = cachefile_move(f, &cfg, atomic_load(&c->table), stray == CACHEFILE_IN_PLACE, &cause, err, sizeof err);
+    rc = cachefile_move(f, &cfg, atomic_load(&c->table), which == CACHEFILE_IN_PLACE, &cause, err, sizeof err);
     pthread_mutex_unlock(&c->load_lock);
-    if (!rc && stray != CACHEFILE_IN_PLACE)
-        engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO, "cache of blob %s: %s", f->id, STRAYED[stray]);
+    if (!rc && which != CACHEFILE_IN_PLACE)
+        engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO, "cache of blob %s: %s", f->id, REPLACED[which]);
     else if (!rc)
         engine_say(c->engine, VND_LEVEL_INFO, VND_CAUSE_NONE, "cache of blob %s is written again", f->id);
-    else if (rc < 0 && stray != CACHEFILE_IN_PLACE && !f->stray_said)
+    else if (rc < 0 && which != CACHEFILE_IN_PLACE && !f->replaced_said)
         engine_say(c->engine, VND_LEVEL_ERROR, cause,
                    "%s; %s, and until that is mended this daemon alone goes on with the "
                    "removed file",
-                   err, STRAYED[stray]);
-    f->stray_said = rc < 0;
+                   err, REPLACED[which]);
+    f->replaced_said = rc < 0;
 }
 
 /* One round over all blobs. sync_all: the interval has passed, so little is worth it too. */
@@ -77,7 +77,7 @@ static void look_after(struct vnd_engine *e, bool sync_all, bool retry)
                 pthread_mutex_unlock(&c->load_lock);
             }
         }
-        core_put(c);
+        core_unref(c);
     }
 }
 

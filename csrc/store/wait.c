@@ -18,7 +18,7 @@ struct store_buf *store_buf_new(size_t len)
     return b;
 }
 
-void store_buf_put(struct store_buf *b)
+void store_buf_unref(struct store_buf *b)
 {
     if (b && atomic_fetch_sub(&b->refs, 1) == 1)
         free(b);
@@ -43,7 +43,7 @@ void store_wait_unlink(struct store_wait *w)
 
 static void drop_buf(struct store_wait *w)
 {
-    store_buf_put(w->buf);
+    store_buf_unref(w->buf);
     w->buf = NULL;
 }
 

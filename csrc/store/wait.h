@@ -15,7 +15,7 @@ struct store_buf {
     uint8_t data[];
 };
 struct store_buf *store_buf_new(size_t len); /* with one reference; NULL: no memory */
-void store_buf_put(struct store_buf *b);     /* NULL: nothing */
+void store_buf_unref(struct store_buf *b);   /* NULL: nothing */
 
 /* What another thread made for a waiter. */
 struct store_answer {

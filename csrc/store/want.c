@@ -6,28 +6,28 @@
 
 #include "store/fetcher.h"
 
-void want_free(struct fetch_want *w)
+void want_free(struct want *w)
 {
     if (w->meta)
-        handle_put(w->meta);
-    core_put(w->core);
+        blob_unref(w->meta);
+    core_unref(w->core);
     free(w);
 }
 
-void ranges_free(struct prefetch *p)
+void ranges_free(struct want_range *p)
 {
     while (p) {
-        struct prefetch *gone = p;
+        struct want_range *gone = p;
         p = p->next;
-        core_put(gone->core);
+        core_unref(gone->core);
         free(gone);
     }
 }
 
 /* The queue is in order of deadlines: the span is the same for all, so those who come later go to its end. */
-static void push(struct fetcher *f, struct fetch_want *w, bool head)
+static void push(struct fetcher *f, struct want *w, bool head)
 {
-    core_get(w->core);
+    core_ref(w->core);
     pthread_mutex_lock(&f->lock);
     if (head) {
         w->next = f->demand;
@@ -42,39 +42,39 @@ static void push(struct fetcher *f, struct fetch_want *w, bool head)
     pthread_mutex_unlock(&f->lock);
 }
 
-int fetch_push(struct blob_core *c, uint32_t index, int64_t deadline_us, const void *hint, bool head)
+int want_push(struct blob_core *c, uint32_t index, int64_t deadline_us, struct asker asker, bool head)
 {
-    struct fetch_want *w = malloc(sizeof *w);
+    struct want *w = malloc(sizeof *w);
 
     if (!w)
         return -ENOMEM;
-    *w = (struct fetch_want){ .core = c, .index = index, .deadline_us = deadline_us, .hint = hint };
+    *w = (struct want){ .core = c, .index = index, .deadline_us = deadline_us, .asker = asker };
     push(c->engine->fetcher, w, head);
     return 0;
 }
 
-int fetch_push_meta(struct vnd_blob *b)
+int want_push_meta(struct vnd_blob *b)
 {
     struct fetcher *f = b->core->engine->fetcher;
-    struct fetch_want *w = malloc(sizeof *w);
+    struct want *w = malloc(sizeof *w);
 
     if (!w)
         return -ENOMEM;
-    *w = (struct fetch_want){ .core = b->core, .hint = b, .meta = b };
+    *w = (struct want){ .core = b->core, .asker = asker_of(b), .meta = b };
     w->deadline_us = now_us() + (int64_t)f->engine->cfg.read_deadline_ms * 1000;
-    handle_get(b);
+    blob_ref(b);
     push(f, w, true);
     return 0;
 }
 
 /* Takes the ranges of a core out of a list, or with c NULL of a tag. A busy one is dropped by the thread that works on
  * it. */
-static struct prefetch *take_ranges(struct prefetch **p, const struct blob_core *c, uint64_t tag)
+static struct want_range *take_ranges(struct want_range **p, const struct blob_core *c, uint64_t tag)
 {
-    struct prefetch *gone = NULL;
+    struct want_range *gone = NULL;
 
     while (*p) {
-        struct prefetch *r = *p;
+        struct want_range *r = *p;
         bool hit = c ? r->core == c : r->tag == tag;
         r->cancelled |= hit;
         if (!hit || r->busy) {
@@ -91,7 +91,7 @@ static struct prefetch *take_ranges(struct prefetch **p, const struct blob_core 
 /* Drops what nobody waits for of a core, or the prefetch of a tag; tells the jobs under way. */
 static void drop_ranges(struct fetcher *f, const struct blob_core *c, uint64_t tag)
 {
-    struct prefetch *gone, *ahead = NULL;
+    struct want_range *gone, *ahead = NULL;
 
     pthread_mutex_lock(&f->lock);
     gone = take_ranges(&f->prefetch, c, tag);
@@ -107,20 +107,20 @@ static void drop_ranges(struct fetcher *f, const struct blob_core *c, uint64_t t
     ranges_free(ahead);
 }
 
-void fetch_drop_prefetch(struct blob_core *c)
+void want_drop_ranges(struct blob_core *c)
 {
     drop_ranges(c->engine->fetcher, c, 0);
 }
 
 /* Drops what is queued for a closed core. Its jobs see for themselves that it is closed. */
-void fetch_purge(struct blob_core *c)
+void want_purge(struct blob_core *c)
 {
     struct fetcher *f = c->engine->fetcher;
-    struct fetch_want *wants = NULL;
+    struct want *wants = NULL;
 
     pthread_mutex_lock(&f->lock);
-    for (struct fetch_want **p = &f->demand; *p;) {
-        struct fetch_want *w = *p;
+    for (struct want **p = &f->demand; *p;) {
+        struct want *w = *p;
         if (w->core != c) {
             p = &w->next;
             continue;
@@ -134,19 +134,19 @@ void fetch_purge(struct blob_core *c)
         f->demand_tail = &(*f->demand_tail)->next;
     pthread_mutex_unlock(&f->lock);
     while (wants) {
-        struct fetch_want *w = wants;
+        struct want *w = wants;
         wants = w->next;
         want_free(w);
     }
-    fetch_drop_prefetch(c);
+    want_drop_ranges(c);
 }
 
-void fetch_promote(struct fetcher *f, int slot, uint32_t index)
+void want_promote(struct fetcher *f, int slot, uint32_t index)
 {
     struct job *j = &f->slots[slot];
-    uint32_t had = atomic_load(&j->shed_after);
+    uint32_t had = atomic_load(&j->preempt_after);
 
-    while (index + 1 > had && !atomic_compare_exchange_weak(&j->shed_after, &had, index + 1))
+    while (index + 1 > had && !atomic_compare_exchange_weak(&j->preempt_after, &had, index + 1))
         ;
 }
 
@@ -188,7 +188,7 @@ void slot_release(struct fetcher *f, struct job *j)
     j->core = NULL;
 }
 
-void fetch_release_slot(struct fetcher *f, struct job *j)
+void want_release_slot(struct fetcher *f, struct job *j)
 {
     pthread_mutex_lock(&f->lock);
     slot_release(f, j);
@@ -198,16 +198,16 @@ void fetch_release_slot(struct fetcher *f, struct job *j)
 
 /* ---------------------------------------------------------------- ranges */
 
-static int queue_range(struct blob_core *c, enum job_for whom, struct prefetch range, bool head)
+static int queue_range(struct blob_core *c, enum job_for whom, struct want_range range, bool head)
 {
     struct fetcher *f = c->engine->fetcher;
-    struct prefetch *p = malloc(sizeof *p), **at = whom == FOR_STREAM ? &f->ahead : &f->prefetch;
+    struct want_range *p = malloc(sizeof *p), **at = whom == FOR_STREAM ? &f->ahead : &f->prefetch;
 
     if (!p)
         return -ENOMEM;
     *p = range;
     p->core = c;
-    core_get(c);
+    core_ref(c);
     while (*at && !head)
         at = &(*at)->next;
     p->next = *at;
@@ -216,21 +216,21 @@ static int queue_range(struct blob_core *c, enum job_for whom, struct prefetch r
     return 0;
 }
 
-int fetch_later(struct blob_core *c, enum job_for whom, uint32_t first, uint32_t end, uint64_t tag, const void *hint,
-                bool head)
+int want_later(struct blob_core *c, enum job_for whom, uint32_t first, uint32_t end, uint64_t tag, struct asker asker,
+               bool head)
 {
     struct fetcher *f = c->engine->fetcher;
     int rc;
 
     pthread_mutex_lock(&f->lock);
-    rc = queue_range(c, whom, (struct prefetch){ .hint = hint, .at = first, .end = end, .tag = tag }, head);
+    rc = queue_range(c, whom, (struct want_range){ .asker = asker, .at = first, .end = end, .tag = tag }, head);
     pthread_mutex_unlock(&f->lock);
     return rc;
 }
 
-int fetch_stream(struct blob_core *c, uint32_t first, uint32_t end, const void *hint)
+int want_stream(struct blob_core *c, uint32_t first, uint32_t end, struct asker asker)
 {
-    return queue_range(c, FOR_STREAM, (struct prefetch){ .hint = hint, .at = first, .end = end }, false);
+    return queue_range(c, FOR_STREAM, (struct want_range){ .asker = asker, .at = first, .end = end }, false);
 }
 
 void vnd_prefetch_cancel(vnd_engine *e, uint64_t tag)
@@ -244,7 +244,7 @@ int vnd_prefetch_pending(vnd_engine *e, uint64_t tag)
     bool some = false;
 
     pthread_mutex_lock(&f->lock);
-    for (const struct prefetch *p = f->prefetch; p && !some; p = p->next)
+    for (const struct want_range *p = f->prefetch; p && !some; p = p->next)
         some = p->tag == tag;
     for (int i = 0; i < FETCH_SLOTS && !some; i++)
         some = f->slots[i].id && f->slots[i].whom == FOR_PREFETCH && f->slots[i].tag == tag;
@@ -252,7 +252,7 @@ int vnd_prefetch_pending(vnd_engine *e, uint64_t tag)
     return some;
 }
 
-void fetch_wake(struct fetcher *f)
+void want_wake(struct fetcher *f)
 {
     pthread_mutex_lock(&f->lock);
     pthread_cond_broadcast(&f->some);

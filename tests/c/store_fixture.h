@@ -125,10 +125,10 @@ static inline struct vnd_blob *fix_open(vnd_store *s, struct fix_blob *b)
 {
     char err[VND_ERR_MAX] = "";
     int cause;
-    struct vnd_blob *h = blob_get(s, &b->info, fix_chunks, b, &cause, err, sizeof err);
+    struct vnd_blob *h = blob_open(s, &b->info, fix_chunks, b, &cause, err, sizeof err);
 
     if (!h)
-        fprintf(stderr, "blob_get: %s\n", err);
+        fprintf(stderr, "blob_open: %s\n", err);
     CHECK(h);
     return h;
 }
@@ -360,7 +360,7 @@ static inline void fix_down(struct fix *f)
 {
     vnd_engine_shutdown(f->e);
     fix_server_stop(&f->server);
-    blob_put(f->h, NULL);
+    blob_close(f->h, NULL);
     vnd_store_free(f->s);
     vnd_engine_free(f->e);
 }
@@ -369,7 +369,7 @@ static inline void fix_down(struct fix *f)
 /* Until the blob's chunk table is there, so that a read parks on its chunk at once. */
 static inline void fix_load_blob(struct vnd_blob *b)
 {
-    handle_want_load(b);
+    blob_want_load(b);
     for (int64_t until = now_us() + 30000000; !atomic_load(&b->table) && now_us() < until;)
         usleep(100);
     CHECK(atomic_load(&b->table));

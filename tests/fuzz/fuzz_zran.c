@@ -30,8 +30,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     same = zran_new(data, n, data + n * ZRAN_CONTEXT, dicts, &why);
     if (!same || !zran_equal(z, same) || zran_equal(z, NULL) || !zran_equal(NULL, NULL))
         abort();
-    zran_put(zran_get(same));
-    zran_put(same);
+    zran_unref(zran_ref(same));
+    zran_unref(same);
     data += n * ZRAN_CONTEXT + dicts;
     size -= n * ZRAN_CONTEXT + dicts;
     for (uint32_t i = 0; i < zran_count(z); i++) {
@@ -47,6 +47,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         free(in);
         free(out);
     }
-    zran_put(z);
+    zran_unref(z);
     return 0;
 }

@@ -420,7 +420,7 @@ TEST(table_unreachable)
                 fix_down(&f);
                 fix_reader_wait(&r);
             } else {
-                blob_put(f.h, NULL);
+                blob_close(f.h, NULL);
                 fix_reader_wait(&r);
                 f.h = fix_open(f.s, b);
                 fix_down(&f);

@@ -146,9 +146,9 @@ TEST(contexts)
     CHECK(decode(f, z, 1, zran_at(z, 1)->in_len / 2) < 0);
     same = zran_new(f->contexts, f->n, f->dicts, (size_t)f->n * ZRAN_WINDOW, &why);
     CHECK(zran_equal(z, same) && zran_equal(NULL, NULL) && !zran_equal(z, NULL));
-    zran_put(zran_get(z));
-    zran_put(z);
-    zran_put(same);
+    zran_unref(zran_ref(z));
+    zran_unref(z);
+    zran_unref(same);
     file_free(f);
 }
 
@@ -185,13 +185,13 @@ TEST(hostile)
     put(f->contexts + 28, 10, 4);
     z = zran_new(f->contexts, f->n, f->dicts, (size_t)f->n * ZRAN_WINDOW, &why);
     CHECK_EQ(decode(f, z, 0, 0), 0);
-    zran_put(z);
+    zran_unref(z);
     /* More is claimed than comes out. */
     put(f->contexts + 28, PLAIN + 1, 4);
     z = zran_new(f->contexts, f->n, f->dicts, (size_t)f->n * ZRAN_WINDOW, &why);
     uint8_t *out = malloc(PLAIN + 1);
     CHECK_EQ(zran_decode(z, 0, f->gz + zran_at(z, 0)->in_off, out), -EBADMSG);
     free(out);
-    zran_put(z);
+    zran_unref(z);
     file_free(f);
 }

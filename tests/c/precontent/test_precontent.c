@@ -149,7 +149,7 @@ static void rig_free(struct rig *g)
 {
     vnd_precontent_free(g->p);
     vnd_engine_shutdown(g->e);
-    blob_put(g->h, g->b);
+    blob_close(g->h, g->b);
     vnd_store_free(g->s);
     vnd_engine_free(g->e);
     fix_blob_free(g->b);

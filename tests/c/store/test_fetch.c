@@ -47,7 +47,7 @@ static void *race_run(void *arg)
         pthread_mutex_unlock(&r.lock);
         if (i % 8 == 0) { /* take it all away again, so that there is something to wait for */
             pthread_mutex_lock(&me->f->h->cache->lock);
-            cachefile_take_away(me->f->h->cache, false);
+            cachefile_invalidate(me->f->h->cache, false);
             pthread_mutex_unlock(&me->f->h->cache->lock);
         }
     }
@@ -123,7 +123,7 @@ TEST(last_image_that_names_a_blob_wakes_who_waits)
     struct parked p;
 
     park_one(&p);
-    blob_put(p.f.h, NULL);
+    blob_close(p.f.h, NULL);
     fix_reader_wait(&p.r);
     CHECK_EQ(p.r.w.err, EIO);
     p.f.h = fix_open(p.f.s, p.b);
@@ -138,7 +138,7 @@ TEST(image_that_leaves_lets_another_be_fetched_on)
 
     park_one(&p);
     other = fix_open(p.f.s, p.b);
-    blob_put(p.f.h, NULL);
+    blob_close(p.f.h, NULL);
     atomic_store(&p.f.server.hold, 0);
     fix_reader_wait(&p.r);
     CHECK_EQ(p.r.w.err, 0);

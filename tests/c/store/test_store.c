@@ -226,8 +226,8 @@ TEST(contradicting_images)
     /* Ready through the other image, but this one does not name it. */
     CHECK_EQ(fix_read(f.h, b, 12 * 16384, 64, buf), -EIO);
     CHECK_EQ(fix_read(bad, evil, 0, 64, buf), -EIO);
-    blob_put(bad, NULL);
-    blob_put(whole, NULL);
+    blob_close(bad, NULL);
+    blob_close(whole, NULL);
     fix_check(f.h, b, 0, 10 * 16384);
     fix_down(&f);
 
@@ -238,7 +238,7 @@ TEST(contradicting_images)
     b->chunk[5].digest[1] ^= 1; /* what the second image says of it */
     bad = fix_open(f.s, b);
     CHECK_EQ(fix_read(bad, b, 0, 64, buf), -EIO);
-    blob_put(f.h, NULL);
+    blob_close(f.h, NULL);
     f.h = bad;
     for (int64_t until = now_us() + 10000000; fix_read(bad, b, 0, 64, buf) != 64; usleep(50000))
         CHECK(now_us() < until);
@@ -335,13 +335,13 @@ TEST(refused_by_name)
     fix_up(&f, dir, b, 1);
     bad = b->info;
     bad.features |= 0x800;
-    CHECK(!blob_get(f.s, &bad, fix_chunks, b, &cause, err, sizeof err) && strstr(err, "EXTERNAL"));
+    CHECK(!blob_open(f.s, &bad, fix_chunks, b, &cause, err, sizeof err) && strstr(err, "EXTERNAL"));
     CHECK_EQ(cause, VND_CAUSE_FORMAT);
     bad = b->info;
     strcpy(bad.id, "../../etc/passwd");
-    CHECK(!blob_get(f.s, &bad, fix_chunks, b, &cause, err, sizeof err));
+    CHECK(!blob_open(f.s, &bad, fix_chunks, b, &cause, err, sizeof err));
     strcpy(bad.id, "");
-    CHECK(!blob_get(f.s, &bad, fix_chunks, b, &cause, err, sizeof err));
+    CHECK(!blob_open(f.s, &bad, fix_chunks, b, &cause, err, sizeof err));
     CHECK(!vnd_store_open(f.e, "/nonexistent/dir", 0, err, sizeof err) && strstr(err, "/nonexistent/dir"));
     vnd_store *again = vnd_store_open(f.e, dir, 0, err, sizeof err);
     CHECK(again == f.s);

@@ -188,7 +188,7 @@ TEST(closed)
     fix_next_job(&f, &job);
     fix_check(f.h, b, (uint64_t)(at - 1) * CHUNK, 8);
     struct vnd_blob *held = f.h;
-    blob_put(held, NULL);
+    blob_close(held, NULL);
     CHECK_EQ(vnd_job_feed(f.e, job.id, b->stored, 100), -ECANCELED);
     vnd_job_end(f.e, job.id, 0, 0, NULL);
     check_none(&f);
