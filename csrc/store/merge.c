@@ -208,6 +208,9 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
     if (got != MISS_TAKEN)
         return false;
     b.limit = end < b.t->n ? end : b.t->n;
+    /* Waits for an exchange of the files that is under way: what the old chunk map says is not true of the new file. */
+    pthread_mutex_lock(&b.cache->lock);
+    pthread_mutex_unlock(&b.cache->lock);
     b.verify = !force && cachefile_marked(b.cache, index);
     /* Another process sets T, then R: R seen after an unset T may just have been that. */
     if (b.verify && cachefile_ready(b.cache, index)) {
