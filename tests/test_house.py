@@ -211,3 +211,29 @@ def test_sections_that_are_cited_exist() -> None:
             if not any(heading.startswith(words.split()[0]) for heading in list_headings(ROOT / "docs" / document)):
                 missing.append(f"{name}: {document}, {words}")
     assert missing == []
+
+
+def is_defined(path: Path, name: str) -> bool:
+    pattern = (
+        rf"^\s*(?:async )?(?:def|class) {name}\b" if path.suffix == ".py" else rf"^\w[^;=\n]*\b{name}\([^;]*?\)\n\{{"
+    )
+    return re.search(pattern, path.read_text(), re.MULTILINE) is not None
+
+
+@pytest.mark.parametrize(
+    "document", ["docs/architecture.md", "docs/datapath.md", "docs/rafs-format.md", "CONTRIBUTING.md"]
+)
+def test_files_and_functions_that_documents_name_exist(document: str) -> None:
+    """`path` is a file or folder, `path:name` a function or class defined there, as are names that follow it."""
+    missing = []
+    named = r"`((?:csrc|virtiofsd_nydus|tests|scripts|docs)/[\w./-]*)(?::(\w+))?`((?:, `\w+`)*)"
+    for match in re.finditer(named, re.sub(r"\s+", " ", (ROOT / document).read_text())):
+        path = ROOT / match[1]
+        if "NAME" in match[1]:
+            continue
+        if not path.exists():
+            missing.append(match[1])
+        elif match[2]:
+            names = [match[2], *re.findall(r"`(\w+)`", match[3])]
+            missing += [f"{match[1]}:{name}" for name in names if not is_defined(path, name)]
+    assert missing == [], f"{document} is to say where they went"
