@@ -13,9 +13,10 @@ import pytest
 from tests.vhost.conftest import PATIENCE_S, QUEUES
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.fakeguest.frontend import HungUp, VhostFrontend
+from virtiofsd_nydus.listening import PATH_MAX_BYTES
 from virtiofsd_nydus.vhost import messages as m
 from virtiofsd_nydus.vhost.device import EngineDevice
-from virtiofsd_nydus.vhost.server import PATH_MAX_BYTES, VhostServer
+from virtiofsd_nydus.vhost.server import VhostServer
 
 NewDevice = Callable[[], EngineDevice]
 

@@ -46,7 +46,7 @@ def run(args: "argparse.Namespace") -> int:
 
     from virtiofsd_nydus.daemon.host import HostService
     from virtiofsd_nydus.daemon.process import open_log, prepare_process, read_image
-    from virtiofsd_nydus.daemon.service import Sockets
+    from virtiofsd_nydus.daemon.service import STOP_DEADLINE_S, Sockets
     from virtiofsd_nydus.fuse.host import HostFuse
 
     image = read_image(args)
@@ -70,9 +70,9 @@ def run(args: "argparse.Namespace") -> int:
     )
     try:
         service.start_host(Sockets(sock=args.sock, apisock=args.apisock), image, upgrade=args.upgrade)
-    except Failure:
-        service.stop()
+    except Failure as failure:
+        service.stop(STOP_DEADLINE_S, failure)
         raise
     service.wait()
-    service.stop()
+    service.stop(STOP_DEADLINE_S)
     return 0

@@ -12,7 +12,8 @@ from virtiofsd_nydus.errors import Failure, UsageFailure
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
-    import socket
+
+    from virtiofsd_nydus.listening import UnixListener
 
 
 def add_arguments(parser: "argparse.ArgumentParser") -> None:
@@ -45,20 +46,19 @@ def run(args: "argparse.Namespace") -> int:
     if not args.apisock:
         return _serve(args, sock, None)
 
-    from virtiofsd_nydus.daemon.listener import listen_api, remove_file
+    from virtiofsd_nydus.daemon.server import listen_api
 
     listener = listen_api(args.apisock)
     try:
         return _serve(args, sock, listener)
     except BaseException:
         listener.close()
-        remove_file(args.apisock)
         raise
 
 
-def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "socket.socket | None") -> int:
+def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "UnixListener | None") -> int:
     from virtiofsd_nydus.daemon.process import open_log, prepare_process, read_image
-    from virtiofsd_nydus.daemon.service import Service, Sockets
+    from virtiofsd_nydus.daemon.service import STOP_DEADLINE_S, Service, Sockets
 
     if args.prefetch_files and not args.bootstrap:
         raise UsageFailure("--prefetch-files needs --bootstrap; for mounts by the API the list is in the request")
@@ -79,10 +79,10 @@ def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "socket.s
             image,
             (args.virtual_mountpoint, args.shared_dir) if args.shared_dir else None,
         )
-    except Failure:
-        service.stop()
+    except Failure as failure:
+        service.stop(STOP_DEADLINE_S, failure)
         raise
     print(f"virtiofsd-nydus {__version__} running", file=sys.stderr) if sys.stderr.isatty() else None
     service.wait()
-    service.stop()
+    service.stop(STOP_DEADLINE_S)
     return 0

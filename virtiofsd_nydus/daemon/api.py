@@ -1,15 +1,11 @@
-"""nydusd's HTTP API on a unix socket, and our own routes under /api/ext/v1/.
+"""nydusd's HTTP API, and our own routes under /api/ext/v1/: what each answers.
 
-A small server of our own: http.server costs 60 ms at start. One thread a connection, keep-alive, so that no client
-waits for another's connection; nothing here waits for the network. Statuses and error texts are those clients match on.
+Nothing here waits for the network. Statuses and error texts are those clients match on.
 """
 
 import json
-import socket
-import threading
 
 from virtiofsd_nydus.daemon.answers import ApiError, quoted
-from virtiofsd_nydus.daemon.listener import listen_api, remove_file
 from virtiofsd_nydus.daemon.mounts import read_mount
 from virtiofsd_nydus.daemon.prefetch import check_list
 from virtiofsd_nydus.daemon.requests import (
@@ -21,7 +17,9 @@ from virtiofsd_nydus.daemon.requests import (
     require_no_body,
     require_texts,
 )
+from virtiofsd_nydus.daemon.server import HttpServer, Request
 from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.listening import UnixListener
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,144 +50,41 @@ if TYPE_CHECKING:
             """PUT fuse/takeover."""
 
 
-HEAD_MAX_BYTES = 16 << 10
-CONNECTIONS_MAX = 1000  # a thread each; clients keep theirs idle for ten seconds
-BODY_MAX_BYTES = 1 << 20
-REASONS = {
-    200: "OK",
-    204: "No Content",
-    400: "Bad Request",
-    404: "Not Found",
-    500: "Internal Server Error",
-    501: "Not Implemented",
-    503: "Service Unavailable",
-}
-
-
-class ApiServer:
-    """Listens on path once made, with listener if that is given; start() begins to answer. close() removes the file."""
-
-    def __init__(self, path: str, daemon: "Daemon", listener: socket.socket | None = None) -> None:
-        self.path = path
-        self._daemon = daemon
-        self._closed = False
-        self._socket = listener or listen_api(path)
-        self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
-
-    def start(self) -> None:
-        threading.Thread(target=self._accept, name="api", daemon=True).start()
-
-    def close(self) -> None:
-        self._closed = True
-        try:
-            remove_file(self.path)
-        except OSError:
-            pass
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
-        self._socket.close()
-
-    def _accept(self) -> None:
-        while not self._closed:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            if not self._slots.acquire(blocking=False):
-                connection.close()
-                continue
-            try:
-                threading.Thread(target=self._converse, args=(connection,), name="api-client", daemon=True).start()
-            except RuntimeError:  # no thread to be had
-                self._slots.release()
-                connection.close()
-
-    def _converse(self, connection: socket.socket) -> None:
-        try:
-            self._serve(connection)
-        finally:
-            self._slots.release()
-
-    def _serve(self, connection: socket.socket) -> None:
-        pending = b""
-        with connection:
-            try:
-                while True:
-                    while b"\r\n\r\n" not in pending:
-                        if len(pending) > HEAD_MAX_BYTES:
-                            return
-                        more = connection.recv(65536)
-                        if not more:
-                            return
-                        pending += more
-                    head, pending = pending.split(b"\r\n\r\n", 1)
-                    lines = head.decode("latin-1").split("\r\n")
-                    headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])}
-                    if headers.get("expect", "").lower() == "100-continue":
-                        connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-                    length = headers.get("content-length", "0")
-                    size = int(length) if length.isdigit() else -1
-                    if not 0 <= size <= BODY_MAX_BYTES:
-                        self._reply(connection, 400, _error("BadRequest"), False)
-                        return
-                    while len(pending) < size:
-                        more = connection.recv(65536)
-                        if not more:
-                            return
-                        pending += more
-                    body, pending = pending[:size], pending[size:]
-                    words = lines[0].split(" ")
-                    keep = headers.get("connection", "").lower() != "close" and words[-1] != "HTTP/1.0"
-                    status, answer = self._answer(words, body)
-                    self._reply(connection, status, answer, keep)
-                    if not keep:
-                        return
-            except OSError:
-                return  # the client went away
-
-    def _answer(self, words: list[str], body: bytes) -> "tuple[int, bytes]":
-        if len(words) != 3:
+def answer_request(daemon: "Daemon", request: Request) -> "tuple[int, bytes]":
+    """Status and body. A fault of this program is noted, and must not leave the client without an answer."""
+    if not request.method:
+        return 400, _error("BadRequest")
+    target = request.target
+    if target.startswith("http://"):
+        target = "/" + target[len("http://") :].partition("/")[2]
+    path, _, query_text = target.partition("?")
+    methods = ROUTES.get(path)
+    if methods is None:
+        return 404, _error("NoRoute")
+    wrapper = WRAPPERS.get(path, "Configure(DaemonAbnormal({}))")
+    try:
+        query = parse_query(query_text)
+        if path == MOUNT_ROUTE:
+            require_mountpoint(query)  # nydusd looks at it before the method
+        handler = methods.get(request.method)
+        if handler is None:
             return 400, _error("BadRequest")
-        method, target, _ = words
-        if target.startswith("http://"):
-            target = "/" + target[len("http://") :].partition("/")[2]
-        path, _, query_text = target.partition("?")
-        methods = ROUTES.get(path)
-        if methods is None:
-            return 404, _error("NoRoute")
-        wrapper = WRAPPERS.get(path, "Configure(DaemonAbnormal({}))")
-        try:
-            query = parse_query(query_text)
-            if path == MOUNT_ROUTE:
-                require_mountpoint(query)  # nydusd looks at it before the method
-            handler = methods.get(method)
-            if handler is None:
-                return 400, _error("BadRequest")
-            answer = handler(self._daemon, query, body)
-        except ApiError as error:
-            return error.status, _error(wrapper.format(error) if error.wrapped else str(error))
-        except Failure as failure:
-            return 500, _error(wrapper.format(f"Other({quoted(str(failure))})"))
-        except Exception as error:  # a fault of ours must not leave the client without an answer
-            self._daemon.report.note_fault(f"{method} {path}: {error!r}")
-            return 500, _error(wrapper.format(f"Other({quoted(f'internal error: {type(error).__name__}')})"))
-        if answer is None:
-            return 204, b""
-        return 200, answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+        answer = handler(daemon, query, request.body)
+    except ApiError as error:
+        return error.status, _error(wrapper.format(error) if error.wrapped else str(error))
+    except Failure as failure:
+        return 500, _error(wrapper.format(f"Other({quoted(str(failure))})"))
+    except Exception as error:
+        daemon.report.note_fault(f"{request.method} {path}: {error!r}")
+        return 500, _error(wrapper.format(f"Other({quoted(f'internal error: {type(error).__name__}')})"))
+    if answer is None:
+        return 204, b""
+    return 200, answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
 
-    @staticmethod
-    def _reply(connection: socket.socket, status: int, body: bytes, keep: bool) -> None:
-        head = [
-            f"HTTP/1.1 {status} {REASONS.get(status, 'Error')}",
-            "Server: Nydus API",
-            f"Connection: {'keep-alive' if keep else 'close'}",
-        ]
-        if status != 204:
-            kind = "application/json" if body[:1] in (b"{", b"[") else "text/plain; version=0.0.4; charset=utf-8"
-            head += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
-        connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
+
+def make_server(daemon: "Daemon", listener: UnixListener) -> HttpServer:
+    """The server of a daemon's API."""
+    return HttpServer(listener, lambda request: answer_request(daemon, request), daemon.report.note_fault)
 
 
 def _error(message: str) -> bytes:

@@ -13,8 +13,9 @@ from virtiofsd_nydus import __version__
 from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.daemon import supervisor as supervisors
 from virtiofsd_nydus.daemon.answers import not_ready, unexpected, unsupported
-from virtiofsd_nydus.daemon.api import ApiServer
+from virtiofsd_nydus.daemon.api import make_server
 from virtiofsd_nydus.daemon.mounts import ImageMount
+from virtiofsd_nydus.daemon.server import listen_api
 from virtiofsd_nydus.daemon.service import Service, Sockets, set_switch_interval
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.fuse import mounts
@@ -77,14 +78,14 @@ class HostService(Service):
         if sockets.sock:
             self._open_vhost(vfs, sockets, None)
         if sockets.apisock:
-            self._api = ApiServer(sockets.apisock, self)
+            self._api = make_server(self, listen_api(sockets.apisock))
         self._run(mountpoint=self._fuse.mountpoint)
 
     def _wait_takeover(self, apisock: str | None) -> None:
         if not apisock or not self._supervisor:
             raise Failure("taking a mount over needs --apisock and --supervisor")
         set_switch_interval()
-        self._api = ApiServer(apisock, self)
+        self._api = make_server(self, listen_api(apisock))
         self._keep_mount = True
         self._api.start()
         self.log.say(logs.INFO, "waiting to take over", mountpoint=self._fuse.mountpoint, version=__version__)

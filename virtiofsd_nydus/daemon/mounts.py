@@ -1,6 +1,7 @@
 """The daemon's mounts: images and shared host directories, by mount point, and the changes of that table.
 
 Locks: _lock is held for moments only, and never while something waits for storage, the network or a guest's request.
+_numbering is taken before it.
 A change (mount, remount, umount) holds its mount point instead (_changing): only changes of the same one wait for it.
 """
 
@@ -121,7 +122,9 @@ class MountTable:
         self.vfs: Vfs | None = None
         self._pump, self._engine, self._log, self._changed = pump, pump.engine, log, changed
         self._lock = threading.Lock()
+        self._numbering = threading.Lock()  # a mount's number is read and used up in one step
         self._changeable = threading.Condition(self._lock)
+        self._closing = False
         self._busy: set[str] = set()  # mount points that a change holds
         self._mounts: dict[str, Mount] = {}
         self._shares: dict[str, Share] = {}
@@ -153,6 +156,13 @@ class MountTable:
         for mount in self.images():
             self.umount(mount.path)
         self._close_vfs()
+
+    def end_changes(self, within_s: float) -> bool:
+        """From here on every change is refused. Whether those under way ended within that time: close() must not be
+        called else."""
+        with self._changeable:
+            self._closing = True
+            return self._changeable.wait_for(lambda: not self._busy, within_s)
 
     def close(self) -> None:
         """Frees everything, the engine's table first. Nothing may serve it, and the fetch threads have ended."""
@@ -209,7 +219,7 @@ class MountTable:
         with self._changeable:
             while path in self._busy:
                 self._changeable.wait()
-            if self.vfs is None:
+            if self.vfs is None or self._closing:
                 raise not_ready()
             self._busy.add(path)
         try:
@@ -251,11 +261,12 @@ class MountTable:
         try:
             mount = Mount(wanted, opened, self._new_prefetch(opened, wanted.source))
             mount.image.count_files(mount.counts_files())
-            with self._lock:
+            with self._numbering:
                 if serial:
                     vfs.next_serial = serial
                 mount.serial = vfs.next_serial
                 vfs.mount_rafs(wanted.path, opened.rafs)
+            with self._lock:
                 self._mounts[wanted.path] = mount
         except OSError as error:
             opened.close()
@@ -302,8 +313,8 @@ class MountTable:
             try:
                 self._add_image(vfs, wanted)
             except (Failure, OSError):
+                vfs.mount_rafs(path, old.image)
                 with self._lock:
-                    vfs.mount_rafs(path, old.image)
                     self._mounts[path] = old
                 raise
             self._release(old)
@@ -328,12 +339,13 @@ class MountTable:
             kata_top = path == "/containers" and source.rstrip("/").endswith("/rw")
             directory = Passthrough(self._engine, source, keep_top=kata_top)
             try:
-                with self._lock:
+                with self._numbering:
                     vfs.mount_passthrough(path, directory)
-                    self._shares[path] = Share(path, source, directory)
             except OSError as error:
                 directory.close()
                 raise Failure(f"cannot mount at {path}: {error.strerror}") from error
+            with self._lock:
+                self._shares[path] = Share(path, source, directory)
         self._changed()
         self._log.say(logs.INFO, "host directory mounted", mountpoint=path, source=source)
 
@@ -368,7 +380,7 @@ class MountTable:
     def _drop_idle(self, share: Share) -> None:
         """Closes the share's descriptors that no open file needs; not of one that is being unmounted."""
         with self._changeable:
-            if share.path in self._busy or self._shares.get(share.path) is not share:
+            if self._closing or share.path in self._busy or self._shares.get(share.path) is not share:
                 return
             self._busy.add(share.path)
         try:

@@ -61,6 +61,8 @@ def parse_body(body: bytes) -> object:
         elif text == "expected value" and error.doc[error.pos] in "ntf":
             text, column = "expected ident", column + 1  # null, true or false was begun
         raise body_fault(text, error.lineno, column) from None
+    except RecursionError:
+        raise body_fault("recursion limit exceeded", 1, len(body)) from None
     except ValueError:
         raise body_fault("invalid unicode code point", 1, 1) from None
 

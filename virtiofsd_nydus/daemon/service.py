@@ -7,35 +7,79 @@ takes long; a thread does that afterwards (docs/architecture.md, start-up).
 import os
 import select
 import signal
-import socket
+import sys
 import threading
+from contextlib import contextmanager
 
 from virtiofsd_nydus import __version__
 from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.daemon.answers import unexpected, unsupported
-from virtiofsd_nydus.daemon.api import ApiServer
+from virtiofsd_nydus.daemon.api import make_server
 from virtiofsd_nydus.daemon.mounts import ImageMount, MountTable
 from virtiofsd_nydus.daemon.report import Report
+from virtiofsd_nydus.daemon.server import HttpServer, listen_api
 from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Vfs
+from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.listening import UnixListener
 from virtiofsd_nydus.storage.pump import FetchPump
 from virtiofsd_nydus.vhost.device import EngineDevice
 from virtiofsd_nydus.vhost.server import VhostServer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from typing import NoReturn
 
 QUEUES = 5  # hiprio and up to four request queues; the front-end uses as many as it has
 STOP_TIMEOUT_S = 2.0  # how long a fetch thread stuck in its backend may hold up the end
+STOP_DEADLINE_S = 4.0  # of a daemon's whole stop; launchers wait five seconds before they kill
+API_CLOSE_S = 1.0  # how long a request of the API may hold up the end
+LAST_LINE_S = 0.5
 LATE_TIMEOUT_S = 10.0  # how long what is loaded after RUNNING may, on a busy machine
 SWITCH_INTERVAL_S = 0.0005  # a busy Python thread must not starve the fetch threads
 
 
 def set_switch_interval() -> None:
     """Before the first thread is started."""
-    import sys
-
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+
+
+class StopWatch:
+    """Ends the process when stopping takes longer than within_s, and says at which step."""
+
+    def __init__(self, log: logs.Log, within_s: float | None, failure: Failure | None) -> None:
+        self._log, self._failure, self._step = log, failure, ""
+        self._done = threading.Event()
+        if within_s is not None:
+            threading.Thread(target=self._watch, args=(within_s,), name="stop", daemon=True).start()
+
+    @contextmanager
+    def step(self, waits_for: str) -> "Iterator[None]":
+        """What is waited for inside the context."""
+        self._step = waits_for
+        yield
+
+    def done(self) -> None:
+        """All has ended."""
+        self._done.set()
+
+    def end_now(self) -> "NoReturn":
+        """Ends the process as it is."""
+        if self._failure is not None:
+            print(f"virtiofsd-nydus: {self._failure}", file=sys.stderr, flush=True)
+        # The log may be waiting for an import that another thread does
+        saying = threading.Thread(target=self._say_left, daemon=True)
+        saying.start()
+        saying.join(LAST_LINE_S)
+        os._exit(0 if self._failure is None else 1)
+
+    def _say_left(self) -> None:
+        self._log.say(logs.WARNING, f"stopped without waiting for {self._step}")
+        self._log.close()
+
+    def _watch(self, within_s: float) -> None:
+        if not self._done.wait(within_s):
+            self.end_now()
 
 
 class Sockets:
@@ -49,7 +93,7 @@ class Sockets:
         sock: str | None = None,
         fd: int | None = None,
         apisock: str | None = None,
-        listener: socket.socket | None = None,
+        listener: UnixListener | None = None,
     ) -> None:
         self.sock, self.fd, self.apisock, self.listener = sock, fd, apisock, listener
 
@@ -74,7 +118,7 @@ class Service:
         self.table = MountTable(self.pump, log, self._mounts_changed)
         self.report = Report(self.engine, self.table, log, instance_id, supervisor)
         self._vhost: VhostServer | None = None
-        self._api: ApiServer | None = None
+        self._api: HttpServer | None = None
         self._log_thread: threading.Thread | None = None
 
     @property
@@ -92,7 +136,7 @@ class Service:
             self.table.mount_share(*share)
         self._open_vhost(vfs, sockets, self.request_exit)
         if sockets.apisock:
-            self._api = ApiServer(sockets.apisock, self, sockets.listener)
+            self._api = make_server(self, sockets.listener or listen_api(sockets.apisock))
         self._run(socket=sockets.sock or f"fd {sockets.fd}")
 
     def _open_table(self, image: ImageMount | None) -> Vfs:
@@ -167,28 +211,43 @@ class Service:
     def _close_host(self) -> None:
         pass
 
-    def stop(self) -> None:
-        """Ends everything in the order that leaves no pointer behind: queues, jobs, mounts, engine."""
+    def stop(self, within_s: float | None = None, failure: Failure | None = None) -> None:
+        """Ends everything in the order that leaves no pointer behind: queues, jobs, mounts, engine.
+
+        What waits for storage that does not answer must not hold the end up. After within_s (None: the steps' own
+        limits) the process ends, whatever is left; so it does when a thread is left that may use what would be freed.
+        The cache is safe at any moment. failure: why a start failed, told then, with status 1.
+        """
         was_running, self.report.state = self.state == "RUNNING", "STOPPED"
-        if self._api:
-            self._api.close()
-        self._close_host()
-        if self._vhost:
-            self._vhost.close()
-        self.table.cancel_prefetch()
-        self.engine.shutdown()
-        threads_left = False
-        if self._log_thread:  # first: it may be about to start fetch threads
-            self._log_thread.join(LATE_TIMEOUT_S)
-            threads_left = self._log_thread.is_alive()
-        threads_left |= not self.pump.join(STOP_TIMEOUT_S)
+        watch = StopWatch(self.log, within_s, failure)
+        ended = True
+        with watch.step("requests of the API"):
+            if self._api:
+                ended &= self._api.close(API_CLOSE_S)
+            ended &= self.table.end_changes(API_CLOSE_S)
+        with watch.step("the host mount"):
+            self._close_host()
+        with watch.step("front-ends, a request of which waits for its storage"):
+            if self._vhost:
+                ended &= self._vhost.close()
+        if not ended:
+            watch.end_now()
+        with watch.step("threads that fetch"):
+            self.table.cancel_prefetch()
+            self.engine.shutdown()
+            if self._log_thread:  # first: it may be about to start fetch threads
+                self._log_thread.join(LATE_TIMEOUT_S)
+                ended = not self._log_thread.is_alive()
+            ended &= self.pump.join(STOP_TIMEOUT_S)
         if was_running:  # a start that failed is told in one line, by the verb
             self.log.say(logs.INFO, "stopped")
         self.log.close()
-        if threads_left:
-            os._exit(0)  # a fetch thread sits in a dead network: the cache is safe at any moment, so just go
-        self.table.close()
-        self.engine.close()
+        if not ended:
+            watch.end_now()
+        with watch.step("files of the mounts"):
+            self.table.close()
+            self.engine.close()
+        watch.done()
 
     def _after_start(self) -> None:
         """Loads what would cost start-up time, the fetch threads' imports and the log's. Then says the engine's lines
