@@ -1,4 +1,4 @@
-/* blob/encrypt.c -- AES-128-XTS for those who write images; reading is the store's. */
+/* blob/encrypt.c -- AES-128-XTS for writing images; cipher.c decrypts. */
 #include "vnd.h"
 
 #include <errno.h>

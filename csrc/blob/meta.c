@@ -1,4 +1,4 @@
-/* blob/meta.c -- see blobmeta.h. */
+/* blob/meta.c -- see blob/meta.h. */
 #include "blob/meta.h"
 
 #include <endian.h>
@@ -256,7 +256,7 @@ int blobmeta_place(struct blobtable *records, const struct blobtable *meta, cons
                              "chunk table of blob %s and the image differ about chunk %u; "
                              "one of them is damaged",
                              info->id, i);
-        /* Only the flags of what the image itself places say whether it is encrypted. */
+        /* A record's flags say whether the chunk is encrypted only where the record has the chunk's place. */
         if (!r->csize)
             r->flags |= m->flags & BLOBTABLE_ENCRYPTED;
         r->coff = m->coff;

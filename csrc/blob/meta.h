@@ -24,7 +24,7 @@ int blobmeta_decrypt(const vnd_blob_info *info, uint8_t *stored, size_t len, cha
  * ci_usize_bytes. 0, -EBADMSG with a line, -ENOMEM. */
 int blobmeta_decode(uint8_t **plain, const vnd_blob_info *info, const uint8_t *stored, size_t len, char *err,
                     size_t err_len);
-/* Puts the places that meta states into the records' table (in place): which both must agree on. */
+/* Puts the places of meta into the records' table (in place). -EINVAL with a line: the two contradict each other. */
 int blobmeta_place(struct blobtable *records, const struct blobtable *meta, const vnd_blob_info *info, char *err,
                    size_t err_len);
 /* ID.blob.meta in the work directory (docs/rafs-format.md 6.4). read: malloc'ed table and header copied, or -errno. */

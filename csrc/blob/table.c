@@ -1,4 +1,4 @@
-/* blob/table.c -- see blobtable.h. */
+/* blob/table.c -- see blob/table.h. */
 #include "blob/table.h"
 
 #include <errno.h>
@@ -109,7 +109,7 @@ static int put_record(void *ctx, const struct blob_chunk *r)
     const char *why = "index beyond the blob's chunk count";
     /* Builders leave the place of a batched chunk 0 and do not flag it either. */
     bool batch = ((r->flags & BLOBTABLE_BATCH || !r->csize) && b->info->features & BLOBMETA_BATCH) ||
-                 b->info->features & BLOBMETA_ZRAN; /* what it says of those is no place to read */
+                 b->info->features & BLOBMETA_ZRAN; /* for those a record's place is not one to read at */
 
     if (!batch && !r->csize && r->flags & BLOBTABLE_COMPRESSED && b->info->compressor == CODEC_GZIP)
         return fail_line(-EINVAL, b->err, b->err_len,
@@ -234,7 +234,8 @@ const char *blobtable_unstorable(const vnd_blob_info *info, const struct blobtab
 {
     uint64_t size = blobtable_stored_bytes(info), end = 0;
 
-    /* What decodes together would be decoded as a whole for each chunk of it. nydusd keeps such too, and reads EIO. */
+    /* A unit of several chunks would be decoded as a whole for each of them. nydusd keeps them, too, and then reads
+     * EIO. */
     if (info->features & (BLOBMETA_BATCH | BLOBMETA_ZRAN))
         return "its chunks are stored together, in batches or gzip contexts";
     if (info->cipher)

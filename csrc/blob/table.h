@@ -22,7 +22,7 @@ struct blobtable_chunk {
     uint32_t csize;
     uint32_t usize; /* 0: the image names no such chunk */
     uint32_t flags;
-    uint32_t batch;    /* 0, or 1 + the batch, or gzip context, it is decoded with: coff and csize are its */
+    uint32_t batch;    /* 0, or 1 + the context it is decoded with, whose coff and csize these are */
     uint32_t batch_at; /* where it starts in the decoded batch */
     uint32_t batch_usize;
     uint32_t crc32;
@@ -35,7 +35,7 @@ struct blobtable {
     uint32_t digests; /* of them with a digest */
     struct blobtable_chunk *chunk;
     uint8_t (*digest)[32];
-    struct zran *zran;      /* a gzip layer's contexts, NULL: its chunks are no parts of one */
+    struct zran *zran;      /* the contexts of a gzip layer; NULL: the blob is none */
     struct blobtable *next; /* owner's list */
 };
 
@@ -45,22 +45,21 @@ int blobtable_from_records(struct blobtable **out, const vnd_blob_info *info, bl
                            char *err, size_t err_len);
 /* What is wrong with one chunk by itself, NULL = nothing. */
 const char *blobtable_check(const vnd_blob_info *info, const struct blobtable_chunk *c);
-/* Both know the same chunks and say the same of them. */
+/* Whether both describe the same chunks alike. */
 bool blobtable_equal(const struct blobtable *a, const struct blobtable *b);
-/* A new table that knows what either knows. -EEXIST with a line: they contradict each other. */
+/* Makes a new table with the chunks of both. -EEXIST with a line: they contradict each other. */
 int blobtable_merge(struct blobtable **out, const struct blobtable *a, const struct blobtable *b, char *err,
                     size_t err_len);
 /* First pair of chunks that share uncompressed bytes, among those with usize[i] != 0. true: there is one. */
 bool blobtable_overlap(const struct blobtable *t, uint32_t *a, uint32_t *b);
-/* Size of the blob's part that holds chunks: of ID.blob.raw. */
+/* Size of the part of the blob that holds chunks, and of ID.blob.raw. */
 uint64_t blobtable_stored_bytes(const vnd_blob_info *info);
 /* Why a cache file cannot hold the chunks as they are stored, NULL = it can. */
 const char *blobtable_unstorable(const vnd_blob_info *info, const struct blobtable *t);
 struct blobtable *blobtable_new(uint32_t n);
 void blobtable_free(struct blobtable *t);
 
-/* Part of the ready test: the extent is what the table says of its chunk, so that T vouches for these very
- * bytes. */
+/* Part of the ready test: the extent is where the table has its chunk, so that the trusted bit is about these bytes. */
 static inline bool blobtable_covers(const struct blobtable *t, const struct extent *x)
 {
     if (x->chunk >= t->n)

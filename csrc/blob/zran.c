@@ -110,8 +110,8 @@ const struct zran_context *zran_at(const struct zran *z, uint32_t i)
     return &z->context[i];
 }
 
-/* From the end of one gzip member to the data of the next: what is left of the input begins with the trailer that
- * raw inflating does not know. false: there is no next. */
+/* Goes from the end of one gzip member to the data of the next. The rest of the input begins with the member's
+ * trailer, which raw inflating does not read. false: there is no next member. */
 static bool next_member(z_stream *s, bool *raw)
 {
     if (*raw) {

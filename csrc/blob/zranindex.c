@@ -13,10 +13,10 @@
 
 #define ZRAN_WINDOW_BYTES 32768u
 #define ZRAN_CONTEXT_BYTES 40u
-/* A context ends once it takes in or gives out this much: a reader fetches and decodes all of one at a time. */
+/* A context ends once it takes in or gives out this many bytes: a reader fetches and decodes a whole context. */
 #define ZRAN_IN_BYTES (512u << 10)
 #define ZRAN_OUT_BYTES (2u << 20)
-#define ZRAN_DICT_MAX (1u << 30) /* windows of 64 GiB of layer: a bomb, or no layer for this */
+#define ZRAN_DICT_MAX (1u << 30) /* windows of a layer of 64 GiB: more is a decompression bomb */
 #define ZRAN_OUT_MAX (16u << 20) /* readers refuse more */
 
 struct zran_boundary {
@@ -41,7 +41,7 @@ struct vnd_zran {
     struct zran_boundary last;
     struct zran_context *contexts;
     size_t count, cap;
-    uint64_t dict_len; /* of all windows so far, which whoever calls has taken */
+    uint64_t dict_len; /* bytes of all windows so far, which the caller has taken */
     uint32_t window_len;
     uint8_t window[ZRAN_WINDOW_BYTES];
 };
@@ -84,7 +84,7 @@ static int note_boundary(vnd_zran *z)
     return 0;
 }
 
-/* One step: up to the next block boundary, the end of the input or of the room. */
+/* Inflates up to the next block boundary, the end of the input or the end of the output's room. */
 static int inflate_step(vnd_zran *z)
 {
     const uint8_t *in = z->gz.next_in;

@@ -32,7 +32,7 @@ static bool names_any(const struct blobtable *t, uint32_t from, uint32_t to)
     return from < to;
 }
 
-/* What the table says of a chunk; state 0: nothing. */
+/* The binding that the table gives a chunk; state 0: none. */
 static struct side_bound bound_of(const struct bind *b, uint32_t i)
 {
     const struct blobtable_chunk *k = &b->t->chunk[i];
@@ -47,7 +47,7 @@ static struct side_bound bound_of(const struct bind *b, uint32_t i)
     return want;
 }
 
-/* One chunk: compares, binds in the block, takes note of its span. Whether the block changed. */
+/* Compares one chunk, binds it in the block, notes its span. Returns whether the block changed. */
 static bool bind_chunk(struct bind *b, uint32_t i, struct side_bound *k)
 {
     const struct side_bound want = bound_of(b, i);
@@ -132,7 +132,7 @@ static int bind_locked(struct bind *b, char *err, size_t err_len)
     if (!rc)
         rc = bind_overlap(b, &overlap, &x, &y);
     if (!rc && (bad < c->n || overlap)) {
-        /* Whoever bound them may be gone: then the side file is ours to bind. */
+        /* The process that bound them may be gone: then the side file is ours to bind. */
         if (claim_byte(c->side_fd, CLAIM_ATTACH, true, 0)) {
             if (bad < c->n)
                 return fail_line(-EEXIST, err, err_len, "chunk %u is not what another image in use says of it", bad);

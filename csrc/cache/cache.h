@@ -1,16 +1,15 @@
-/* cache/cache.h -- one blob's bytes on this node: data file, chunk map R (Nydus's, a hint), side file with T (these
- * bytes matched their digest, in this file, this boot), D (T that survives a power loss) and what each chunk is
- * bound to.
+/* cache/cache.h -- one blob's files on this node. Three bits per chunk: trusted (its bytes matched its digest, in this
+ * file, since this boot), durable (trusted, and survives a power cut), marked (Nydus's bit, a hint).
  *
  * Files in the work directory: ID.blob.data, or ID.blob.raw when it holds chunks as the blob stores them, at the blob's
- * own offsets; ID.blob.data.chunk_map for either, as Nydus has it (docs/rafs-format.md 6); .virtiofsd-nydus/ID.vnd, or
- * ID.raw.vnd:
+ * own offsets; ID.blob.data.chunk_map (marked) for either, as Nydus has it (docs/rafs-format.md 6);
+ * .virtiofsd-nydus/ID.vnd, or ID.raw.vnd, the side file:
  *   0     header 4096, struct side_header
- *   4096  T, one bit per chunk, LSB first, u64 words; then D alike
+ *   4096  trusted, one bit per chunk, LSB first, u64 words; then durable alike
  *   up(4096) then one 48-byte struct side_bound per chunk
- * Order in: bytes -> T (release) -> R. Order out: epoch -> T -> bytes -> epoch.
- * Where locks or shared maps do not work across hosts (network file systems), or nothing can be written, T is
- * private memory: everything still works, and is verified again next time.
+ * Order in: bytes -> trusted (release) -> marked. Order out: epoch -> trusted -> bytes -> epoch (docs/datapath.md 2).
+ * Where locks or shared maps do not work across hosts (network file systems), or nothing can be written, the trusted
+ * bits are private memory: everything still works, and is verified again next time.
  */
 #ifndef VND_CACHEFILE_H
 #define VND_CACHEFILE_H
@@ -25,7 +24,7 @@
 
 struct vnd_engine;
 
-struct side_bound { /* what T's bit of a chunk vouches for */
+struct side_bound { /* what a chunk's trusted bit vouches for */
     uint8_t digest[32];
     uint64_t off; /* in the data file */
     uint32_t len;
@@ -37,10 +36,10 @@ struct side_header {
     uint32_t version, n;
     char boot_id[40];
     uint64_t dev, ino, btime_ns, size_bytes; /* of the data file */
-    _Atomic uint64_t epoch;                  /* odd: bytes are being taken away */
-    _Atomic uint64_t ctime_ns;               /* of the data file after the last write of ours */
+    _Atomic uint64_t epoch;                  /* odd: chunks are being invalidated */
+    _Atomic uint64_t ctime_ns;               /* change time of the data file after our last write */
     uint32_t retired;
-    _Atomic uint32_t writing;  /* writes of ours under way, and those that somebody died over */
+    _Atomic uint32_t writing;  /* our writes under way, and those whose process died */
     _Atomic uint64_t write_ns; /* wall clock when the latest of them began */
 };
 
@@ -53,10 +52,10 @@ struct cachefile {
     char id[VND_ID_MAX + 1];
     bool stored;     /* it holds chunks as the blob stores them: every read decodes */
     int dir_fd;      /* borrowed */
-    int side_dir_fd; /* borrowed, -1: T is private */
+    int side_dir_fd; /* borrowed, -1: the trusted bits are private */
     /* A descriptor's number and a map's address stay when the files behind them are exchanged (cache/move.c). */
     _Atomic int data_fd; /* -1: nothing on disk, bytes live in memory only */
-    _Atomic int side_fd; /* -1: T is private */
+    _Atomic int side_fd; /* -1: the trusted bits are private */
     _Atomic bool writable;
     _Atomic int lack_errno;                       /* why it is not */
     struct cachefile_at data_at, side_at, map_at; /* for cachefile_open and the one thread that moves */
@@ -75,8 +74,8 @@ struct cachefile {
     _Atomic uint64_t unsynced_bytes;
     bool sync_due; /* write-out has begun; for the upkeep thread */
     _Atomic bool space_said;
-    pthread_mutex_t lock;       /* T is set and taken away, and D set, under it */
-    pthread_mutex_t write_lock; /* one writes at a time: the kernel lets in no more, and there the others spin */
+    pthread_mutex_t lock;       /* trusted is set and cleared, and durable set, under it */
+    pthread_mutex_t write_lock; /* one thread writes at a time: others would spin in the kernel */
 };
 
 struct cachefile_cfg {
@@ -85,7 +84,7 @@ struct cachefile_cfg {
     bool writable; /* the directory is */
     const char *id;
     bool stored;
-    bool quiet; /* what is lacking was said before */
+    bool quiet; /* what is missing was said before */
     uint32_t n;
     uint64_t size_bytes; /* of the data file */
 };
@@ -100,8 +99,8 @@ int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int 
 void cachefile_close(struct cachefile *c);
 /* Where the bindings begin in the side file of a blob of n chunks. */
 size_t cachefile_bound_offset(uint32_t n);
-/* With c->lock held: binds T's bits to what a table says of its chunks. -EEXIST with a line: the side file is in
- * use by somebody whose image says otherwise. Without a shared side file: 0. */
+/* With c->lock held: binds the trusted bits to what a table says of its chunks. -EEXIST with a line: another process
+ * uses the side file for an image that says otherwise. 0 without a shared side file. */
 int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len);
 
 /* Where a chunk's bytes are in the data file. */
@@ -119,8 +118,9 @@ static inline bool cachefile_ready(const struct cachefile *c, uint32_t i)
 {
     return atomic_load_explicit(&c->trusted[i >> 6], memory_order_acquire) >> (i & 63) & 1;
 }
-/* Changes when bytes are taken away (the side file's epoch, all processes) and when the files themselves are exchanged
- * (moves, ours alone: another side file may well have the same epoch). Odd: do not trust. */
+/* A number that changes when chunks are invalidated (the side file's epoch, by any process) and when the files
+ * themselves are exchanged (moves, of this process: another side file may well have the same epoch). Odd: trust
+ * nothing. */
 static inline uint64_t cachefile_epoch(const struct cachefile *c)
 {
     uint64_t moves = atomic_load_explicit(&c->moves, memory_order_acquire);
@@ -132,7 +132,7 @@ static inline bool cachefile_epoch_holds(const struct cachefile *c, uint64_t epo
     atomic_thread_fence(memory_order_acquire);
     return !(epoch & 1) && cachefile_epoch(c) == epoch;
 }
-/* R's bit: somebody, perhaps not us, says the chunk is in the data file. */
+/* Whether the chunk is marked: a process, perhaps a nydusd, says that it is in the data file. */
 bool cachefile_marked(const struct cachefile *c, uint32_t i);
 uint64_t cachefile_count_ready(const struct cachefile *c);
 
@@ -148,13 +148,13 @@ void cachefile_note_written(struct cachefile *c, uint64_t bytes);
 int cachefile_read(struct cachefile *c, uint64_t off, void *buf, size_t len);
 /* The file lost bytes or was changed under us: nothing in it is trusted any more. */
 void cachefile_distrust(struct cachefile *c, const char *why);
-/* The same without words and with c->lock held (or nobody else there yet); keep_durable: what D holds stays
- * trusted. */
+/* The same without a line in the log. c->lock is held, or no other thread has c yet. keep_durable: durable chunks
+ * stay trusted. */
 void cachefile_invalidate(struct cachefile *c, bool keep_durable);
-/* Looks whether the data file still has its size; sizes it anew and distrusts it otherwise. */
+/* If the data file no longer has its size: gives it its size again and invalidates all chunks. */
 void cachefile_examine(struct cachefile *c);
-/* Begins to write out what is not durable, if there is enough of it or force. True: cachefile_sync is to follow a while
- * later; an fdatasync that has much to write holds up those who write meanwhile. */
+/* Begins to write out bytes that are not durable, if there are enough of them or force is set. True: call
+ * cachefile_sync a while later. An fdatasync that has much to write delays threads that write meanwhile. */
 bool cachefile_write_out(struct cachefile *c, bool force);
 /* Makes what is trusted durable. */
 void cachefile_sync(struct cachefile *c);
@@ -166,14 +166,14 @@ enum cachefile_replaced {
     CACHEFILE_SIDE_REPLACED,
     CACHEFILE_MAP_REPLACED
 };
-/* Which of the names in cfg's directories no longer leads to the file that is open. A few fstatat; one thread at a
+/* Tells which of the names in cfg's directories no longer leads to the open file. A few fstatat; one thread at a
  * time. */
 enum cachefile_replaced cachefile_find_replaced(const struct cachefile *c, const struct cachefile_cfg *cfg);
-/* Whether something could not be had when it was opened, for want of space or rights. */
+/* Whether a file could not be opened or made, because space or rights were missing, and could be now. */
 bool cachefile_lacks(const struct cachefile *c, const struct cachefile_cfg *cfg);
-/* Opens what the names lead to now, made anew where nothing is there, binds it to t, and exchanges the files under c.
- * Readers of c go on meanwhile: each read is of one file and what its maps say, or is done again. only_better: not
- * unless that has what c lacks. 0: exchanged; 1: not; -errno with cause and line: c stays as it is. */
+/* Opens the files that the names lead to now (makes missing ones), binds them to t, and exchanges them for those of
+ * c. Readers of c go on meanwhile: a read that meets the exchange is done again. only_better: exchanges only if the
+ * new files have what c lacks. 0: exchanged; 1: not; -errno with cause and line: c stays as it is. */
 int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const struct blobtable *t, bool only_better,
                    int *cause, char *err, size_t err_len);
 

@@ -24,7 +24,7 @@ static int lock_set(int fd, short type, int64_t start, int64_t len)
     return rc < 0 ? (errno == EACCES ? -EAGAIN : -errno) : 0;
 }
 
-/* First byte of [start, start+len) that somebody else holds, or start + len. */
+/* First byte of [start, start+len) that another process holds, or start + len. */
 static int64_t lock_first(int fd, int64_t start, int64_t len)
 {
     int64_t first = start + len;
@@ -45,7 +45,7 @@ int claim_units(int fd, uint32_t first, uint32_t n)
 {
     int64_t start = CLAIM_UNITS + first;
 
-    /* Somebody may take units between the question and the lock: ask again, a few times. */
+    /* Another process may claim units between the question and the lock: ask again, a few times. */
     for (int i = 0; i < 8 && n; i++) {
         int rc = lock_set(fd, F_WRLCK, start, n);
         if (rc == 0)
@@ -161,7 +161,7 @@ void claim_wake_follow(struct claim_wake *w, int dir_fd)
     page = wake_map(w, dir_fd);
     if (page == MAP_FAILED)
         return;
-    /* Exchanged in one step. Who waits on the old one wakes by time. */
+    /* Exchanged in one step. A process that waits on the old page wakes when its time is over. */
     if (mremap(page, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, w->page) == w->page)
         w->shared = true;
     else

@@ -13,25 +13,25 @@
 
 #define CLAIM_UNITS (1ll << 40)        /* + first unit, length n */
 #define CLAIM_INIT (1ll << 41)         /* header and binding are being looked at or changed */
-#define CLAIM_ATTACH ((1ll << 41) + 1) /* held shared by everybody who has the file open */
+#define CLAIM_ATTACH ((1ll << 41) + 1) /* held shared by every process that has the file open */
 #define CLAIM_SYNC ((1ll << 41) + 2)   /* makes data durable */
-#define CLAIM_EVICT ((1ll << 41) + 3)  /* takes bytes away: the epoch is odd */
+#define CLAIM_EVICT ((1ll << 41) + 3)  /* invalidates chunks: the epoch is odd */
 
-#define CLAIM_INIT_WAIT_MS 5000 /* whoever looks at a header is done long before */
+#define CLAIM_INIT_WAIT_MS 5000 /* a process that reads or changes a header is done long before */
 
-/* Takes units [first, first+n) or the free prefix of them: number taken, 0 = the first is taken by somebody
- * else. */
+/* Claims units [first, first+n) or the free beginning of them. Returns the number claimed; 0: another process holds
+ * the first. */
 int claim_units(int fd, uint32_t first, uint32_t n);
 void claim_release(int fd, uint32_t first, uint32_t n);
 /* Whether another process holds a unit now. */
 bool claim_foreign(int fd, uint32_t unit);
-/* One byte; a shared one that we hold becomes exclusive only for its only holder. 0, -EAGAIN when it is taken
- * (after waiting up to wait_ms for it), or -errno. */
+/* Locks one byte, shared or exclusive. A shared lock of ours becomes exclusive only when no other process has one.
+ * 0, -EAGAIN when another holds it (after waiting up to wait_ms), or -errno. */
 int claim_byte(int fd, int64_t at, bool exclusive, int wait_ms);
 void claim_byte_release(int fd, int64_t at);
 
-/* Who fetches a blob's stored chunk table (there may be no side file of the blob yet): a descriptor that holds the
- * claim until it is closed; -EAGAIN: somebody else has it; or -errno: nothing can be claimed here. */
+/* Claims the fetching of a blob's stored chunk table (the blob may have no side file yet). Returns a descriptor that
+ * holds the claim until it is closed; -EAGAIN: another process holds it; or -errno: nothing can be claimed here. */
 int claim_meta(int side_dir_fd, const char *id);
 
 /* Gives a mapped file's first len bytes their blocks, so that a store into it never finds the disk full. */
@@ -45,13 +45,13 @@ struct claim_wake {
     bool shared;
     uint64_t dev, ino; /* of the file */
 };
-/* dir_fd -1: private. Never fails for want of a file; -ENOMEM. */
+/* dir_fd -1: private memory. Without a file it uses private memory, too; fails with -ENOMEM alone. */
 int claim_wake_open(struct claim_wake *w, int dir_fd);
 void claim_wake_close(struct claim_wake *w);
-/* If the file was removed or could not be had: the one that is there now, made anew if need be. One thread at a
- * time. */
+/* If the file was removed or could not be opened before: uses the one that is there now, makes it if need be. One
+ * thread at a time. */
 void claim_wake_follow(struct claim_wake *w, int dir_fd);
-/* After maps were set. */
+/* Wakes the waiting processes, after trusted bits were set. */
 void claim_wake_all(struct claim_wake *w);
 /* Waits until the generation is no longer gen, at most timeout_ms. */
 void claim_wake_wait(struct claim_wake *w, uint32_t gen, int timeout_ms);

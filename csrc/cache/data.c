@@ -13,8 +13,8 @@
 
 #define SYNC_BYTES (256ull << 20)
 
-/* A write is announced in the side file, and its change time noted there, so that a later start can tell whether somebody
- * else wrote meanwhile, and a process that died in between from a stranger. */
+/* A write is announced in the side file, and its change time noted there. So a later start can tell whether another
+ * program wrote to the file meanwhile, or one of our processes died in a write. */
 static void write_begin(struct cachefile *c)
 {
     struct timespec ts;
@@ -30,7 +30,7 @@ static void write_end(struct cachefile *c)
     uint64_t now, had;
     uint32_t writing;
 
-    pthread_mutex_lock(&c->lock); /* of this file in this file's header */
+    pthread_mutex_lock(&c->lock); /* this file's change time belongs in this file's header */
     if (!fstat(c->data_fd, &st)) {
         now = (uint64_t)st.st_ctim.tv_sec * 1000000000u + (uint64_t)st.st_ctim.tv_nsec;
         had = atomic_load(&c->head->ctime_ns);
@@ -131,7 +131,7 @@ void cachefile_sync(struct cachefile *c)
     if (c->side_fd < 0 || !bytes)
         return;
     if (claim_byte(c->side_fd, CLAIM_SYNC, true, 0))
-        return; /* another process does it now, for what it sees; ours comes next time */
+        return; /* another process syncs now what it sees; ours is synced next time */
     ready = malloc(words * sizeof *ready);
     if (!ready) {
         claim_byte_release(c->side_fd, CLAIM_SYNC);

@@ -63,7 +63,8 @@ static void boot_id_get(char out[40])
     memset(out + (n == 36 ? 36 : 0), 0, n == 36 ? 4 : 40);
 }
 
-/* What T is bound to. The change time tells whether somebody wrote while nobody of us was there. */
+/* The file that the trusted bits are bound to. Its change time tells whether another program wrote while no process
+ * of ours had it open. */
 struct identity {
     uint64_t dev, ino, btime_ns, ctime_ns;
 };
@@ -117,8 +118,8 @@ static int data_open(struct cachefile *c, int *cause, char *err, size_t err_len)
     return 0;
 }
 
-/* Gives the data file its size. True: it had another, so bytes may be gone. With CLAIM_INIT held where there is a
- * side file: a file that another process has just created is not one that was cut. */
+/* Gives the data file its size. Returns true if it was shorter, so that bytes may be gone. CLAIM_INIT is held where
+ * there is a side file: otherwise a file that another process has just created would look like one that was cut. */
 static bool data_size(struct cachefile *c)
 {
     struct stat st;
@@ -170,7 +171,7 @@ static void map_open(struct cachefile *c)
     }
     if (c->writable && claim_reserve(fd, (int64_t)len))
         goto out;
-    /* Over the private memory: whoever cannot have the file has that. */
+    /* Mapped over the private memory, which stays in use where the file cannot be opened. */
     m = mmap(c->marked_map, len, c->writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0);
     if (m != MAP_FAILED)
         c->map_at = (struct cachefile_at){ st.st_dev, st.st_ino };
@@ -201,8 +202,8 @@ static bool side_matches(const struct cachefile *c, const struct side_header *h,
            h->dev == id->dev && h->ino == id->ino && h->btime_ns == id->btime_ns && h->size_bytes == c->size_bytes;
 }
 
-/* A fresh side file under the name, made whole before it appears. replace: the lock of the present one is held, its
- * other users keep it. Without, whoever is first wins. */
+/* Makes a new side file and then gives it the name. replace: the caller holds the lock of the present one; other
+ * processes keep that one open. Without replace the first process to name its file wins. */
 static int side_create(struct cachefile *c, const char *name, const struct identity *id, bool replace)
 {
     char tmp[VND_ID_MAX + 48];
@@ -272,7 +273,7 @@ static int side_open_locked(struct cachefile *c, const char *name, const struct 
                 c->side_at = (struct cachefile_at){ st.st_dev, st.st_ino };
                 return 0;
             }
-            rc = side_create(c, name, id, true); /* who waits for this lock will see */
+            rc = side_create(c, name, id, true); /* a process that waits for this lock will see the new file */
             close(fd);
             if (rc)
                 return rc;
@@ -310,7 +311,7 @@ static bool died_writing(const struct cachefile *c, uint64_t ctime_ns)
     return atomic_load(&c->head->writing) && ctime_ns + WRITE_LAG_NS >= began && ctime_ns <= began + WRITE_NS;
 }
 
-/* Opens, binds and maps the side file; on any trouble T becomes private. */
+/* Opens, binds and maps the side file. If that fails the trusted bits are private memory. */
 static int side_open(struct cachefile *c, bool quiet)
 {
     struct cachefile_names names;
@@ -339,7 +340,8 @@ static int side_open(struct cachefile *c, bool quiet)
     if (rc)
         return rc;
     boot_id_get(boot);
-    /* Alone here: nobody writes, so what differs from the last known state was done by a stranger or by a crash. */
+    /* Alone here: no process of ours writes, so a change since the last known state is another program's or a
+     * crash's. */
     bool alone = claim_byte(c->side_fd, CLAIM_ATTACH, true, 0) == 0;
     if (grown)
         cachefile_invalidate(c, false);

@@ -1,9 +1,9 @@
-/* cache/move.c -- a cache file that somebody removed or replaced under us (nydus-snapshotter's garbage collection does):
- * the names are followed to the files that are there now, and those are exchanged for the open ones.
+/* cache/move.c -- a cache file that was removed or replaced under us (nydus-snapshotter's garbage collection does
+ * that): the files that the names lead to now are exchanged for the open ones.
  *
- * Nobody who reads has to be stopped for it. The descriptor keeps its number and the maps their addresses (dup3, mremap:
- * the kernel exchanges what is behind them in one step and keeps the old for whoever is in the middle of a call). Between
- * the steps maps and data belong to different files; moves is odd then, and who began before or within reads again.
+ * Readers need not stop. The descriptor keeps its number and the maps their addresses (dup3, mremap: the kernel
+ * exchanges the files behind them in one step and keeps the old one for a call under way). Between the steps maps
+ * and data belong to different files: moves is odd then, and a read that began before the end reads again.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -19,7 +19,7 @@ static bool replaced(int dir_fd, const char *name, const struct cachefile_at *at
 {
     struct stat st;
 
-    if (!at->ino) /* was never there */
+    if (!at->ino) /* it was never opened */
         return false;
     if (fstatat(dir_fd, name, &st, AT_SYMLINK_NOFOLLOW))
         return errno == ENOENT;
@@ -58,14 +58,14 @@ static void put_fd(_Atomic int *to, _Atomic int *from)
         ;
 }
 
-/* Both maps are as large, so nothing is needed that the kernel could lack. The look before tells whether from is in one
- * piece, without which the move would fail after it has cleared its target. */
+/* Both maps have the same size, so the kernel needs no memory for the move. The first call tells whether from is one
+ * mapping: if it were not, the move would fail after it has cleared its target. */
 static bool put_map(void *to, void *from, size_t len)
 {
     return mremap(from, len, len, 0) == from && mremap(from, len, len, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to;
 }
 
-/* A chunk map that was made anew is told what is here. */
+/* Marks the trusted chunks in a chunk map that was made anew. */
 static void tell_map(struct cachefile *c)
 {
     for (uint32_t w = 0; w < (c->n + 63) / 64; w++) {
@@ -93,7 +93,7 @@ static int exchange(struct cachefile *c, struct cachefile *fresh)
 {
     int rc = 0;
 
-    pthread_mutex_lock(&c->lock); /* nobody sets or takes away bits */
+    pthread_mutex_lock(&c->lock); /* no thread sets or clears bits */
     atomic_fetch_add(&c->moves, 1);
     if (put_map(c->head, fresh->head, c->side_map_bytes)) {
         fresh->head = NULL;

@@ -24,7 +24,7 @@ uint64_t cachefile_count_ready(const struct cachefile *c)
 
 void cachefile_invalidate(struct cachefile *c, bool keep_durable)
 {
-    /* Waits for another process that does the same; whoever died over it left the byte free. */
+    /* Waits for another process that does the same. One that died in it has left the byte free. */
     if (c->side_fd >= 0)
         claim_byte(c->side_fd, CLAIM_EVICT, true, 1000);
     atomic_fetch_or(&c->head->epoch, 1);
@@ -54,7 +54,7 @@ void cachefile_examine(struct cachefile *c)
 {
     struct stat st;
 
-    /* Odd with nobody at work: whoever took bytes away died over it. */
+    /* Odd with no process at work: one has died while it invalidated chunks. */
     pthread_mutex_lock(&c->lock);
     if (cachefile_epoch(c) & 1)
         cachefile_invalidate(c, false);

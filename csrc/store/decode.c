@@ -1,4 +1,4 @@
-/* store/decode.c -- bytes into a job that was handed out, chunks out of them (docs/datapath.md 6). */
+/* store/decode.c -- bytes into a job that was dispatched, chunks out of them (docs/datapath.md 6). */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>

@@ -1,5 +1,6 @@
-/* store/fetcher.h -- the fetcher's own state: queues (store/fetch.c), streams (store/stream.c), merging (store/merge.c), jobs (store/job.c), miss
- * table (store/miss.c), other processes (store/foreign.c), memory for uncached chunks (store/uncached.c).
+/* store/fetcher.h -- the fetcher's own state: queues (store/fetch.c), streams (store/stream.c), merging
+ * (store/merge.c), jobs (store/job.c), miss table (store/miss.c), other processes (store/foreign.c), memory for
+ * uncached chunks (store/uncached.c).
  */
 #ifndef VND_FETCHER_H
 #define VND_FETCHER_H
@@ -21,7 +22,7 @@ enum job_for { FOR_READER, FOR_PREFETCH, FOR_STREAM };
 enum job_chunk { JOB_SKIP, JOB_WANT, JOB_DECODED, JOB_DONE, JOB_BAD };
 
 struct job {
-    pthread_mutex_t lock; /* feed, chunks, commit, end; one caller is the rule, more do no harm */
+    pthread_mutex_t lock; /* held by feed, chunks, commit and end: usually one thread calls them */
     uint64_t id;          /* 0: free or being built; under fetcher->lock */
     bool reserved;        /* under fetcher->lock */
     struct blob_core *core;
@@ -31,28 +32,27 @@ struct job {
     int64_t deadline_us;
     uint32_t kind;
     enum job_for whom;
-    int64_t began_us, first_us; /* handed out; first bytes came, of which there were */
+    int64_t began_us, first_us; /* dispatched; its first bytes came (first_bytes of them) */
     uint64_t first_bytes;
     _Atomic bool cancelled;
-    _Atomic uint32_t
-        preempt_after; /* a job for nobody yet that somebody came to wait for: the last chunk index wanted */
-    uint32_t first, n; /* chunk indexes [first, first+n) */
+    _Atomic uint32_t preempt_after;  /* the prefetch job ends behind this chunk, for a reader waits; 0: none does */
+    uint32_t first, n;               /* chunk indexes [first, first+n) */
     uint8_t state[FETCH_JOB_CHUNKS]; /* enum job_chunk */
     bool claimed;                    /* units [claim_first, + claim_n) are locked against other processes */
     uint32_t claim_first, claim_n;
     bool unspaced;         /* a chunk could not be written */
-    bool lost;             /* bytes were taken away while chunks were being committed */
-    uint64_t verify_epoch; /* VERIFY: of the data file's bytes that the views show */
+    bool lost;             /* chunks were invalidated while they were being committed */
+    uint64_t verify_epoch; /* VERIFY: the epoch in which the views were read */
     bool bad;
     uint64_t coff, clen, fed; /* compressed range and how much of it came */
-    uint64_t wasted;          /* part of fed that was of no use */
+    uint64_t wasted;          /* part of fed that was for nothing */
     uint64_t pos;             /* blob offset of the next byte to decode */
     uint32_t cursor;          /* next chunk to decode, relative to first */
-    uint8_t *pend;            /* bytes that came and are not decoded */
+    uint8_t *pend;            /* bytes that are not decoded yet */
     size_t pend_off, pend_len, pend_cap;
     uint8_t *scratch; /* decoded chunks */
     size_t scratch_len, scratch_cap;
-    uint8_t *kept; /* the same as they are stored, for a cache that holds them so */
+    uint8_t *kept; /* the same chunks as they are stored, for a cache that holds them so */
     size_t kept_len, kept_cap;
     uint8_t *batch; /* the last batch that was decoded; batch_id 0: none */
     size_t batch_cap;
@@ -116,7 +116,7 @@ struct fetcher {
 
 /* store/fetcher.c */
 int fetcher_new(struct vnd_engine *e); /* 0 or -errno */
-/* vnd_job_next gives -ESHUTDOWN from now on, waiters fail with ESHUTDOWN. */
+/* From now on vnd_job_next returns -ESHUTDOWN; waiting readers fail with ESHUTDOWN. */
 void fetcher_shutdown(struct vnd_engine *e);
 void fetcher_free(struct vnd_engine *e);
 /* store/foreign.c */
@@ -131,26 +131,26 @@ void upkeep_stop(struct fetcher *f);
 void uncached_free(struct fetcher *f);
 /* store/job.c */
 void job_init(struct job *j);
-void job_begin(struct job *j, uint64_t id); /* a job that was built is handed out; under fetcher->lock */
+void job_begin(struct job *j, uint64_t id); /* dispatches a job that was built; under fetcher->lock */
 void job_wipe(struct job *j);               /* frees its buffers */
-/* store/merge.c: makes slot's job out of a chunk and its neighbours before chunk end. false: nothing to do for that chunk.
- * The slot is reserved by the caller. */
+/* store/merge.c: makes slot's job of a chunk and its neighbours before chunk end. Returns false if there is nothing
+ * to do for the chunk. The caller has reserved the slot. */
 bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool waited,
                uint32_t window_bytes);
 /* store/want.c */
-void want_free(struct want *w);            /* gives its references back */
+void want_free(struct want *w);            /* drops its references */
 void ranges_free(struct want_range *list); /* likewise */
 /* Slots; fetcher->lock is held. */
-bool slot_free(const struct fetcher *f, enum job_for whom); /* whether there is one */
+bool slot_free(const struct fetcher *f, enum job_for whom); /* whether a slot is free */
 int slot_reserve(struct fetcher *f, enum job_for whom);     /* its number, or -1 */
 void slot_release(struct fetcher *f, struct job *j);
 void want_release_slot(struct fetcher *f, struct job *j);
 void want_drop_ranges(struct blob_core *c);
-/* Queues a range of chunks that nobody waits for. 0 or -ENOMEM. */
+/* Queues a range of chunks that no reader waits for. 0 or -ENOMEM. */
 int want_later(struct blob_core *c, enum job_for whom, uint32_t first, uint32_t end, uint64_t tag, struct asker asker,
                bool head);
 /* The same for a stream, with fetcher->lock held. */
 int want_stream(struct blob_core *c, uint32_t first, uint32_t end, struct asker asker);
-void want_wake(struct fetcher *f); /* something changed that job_next looks at */
+void want_wake(struct fetcher *f); /* wakes threads in vnd_job_next after a change */
 
 #endif

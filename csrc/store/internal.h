@@ -1,13 +1,13 @@
-/* store/internal.h -- inside of the blob store: what store/store.c, store/miss.c, store/fetch.c, store/job.c and store/page.c share.
+/* store/internal.h -- inside of the blob store: what store/store.c, store/miss.c, store/fetch.c, store/job.c and
+ * store/page.c share.
  *
- * Three layers: a blob_core per (work directory, blob id) with the cache file and the union of what the images say
- * of the blob; a vnd_blob per image that names it, with that image's own chunk table, so that no image is given
- * bytes that were checked against another image's digest; store_units, the chunks somebody waits for or is
- * fetching.
+ * Three layers: a blob_core per (work directory, blob id) with the cache file and the union of what the images say of
+ * the blob; a vnd_blob per image that names it, with that image's own chunk table, so that no image is given bytes that
+ * were checked against another image's digest; store_units, the chunks that a reader waits for or a job fetches.
  *
  * Locks, in the order in which they may be held together: a job's lock; core->load_lock; engine->lock; a shard's
- * lock or fetcher->lock; store->lock; core->lock. store_wait.wake is called with no lock that a reader's thread may
- * want.
+ * lock or fetcher->lock; store->lock; core->lock. store_wait.wake is called with no lock held that a reader's thread
+ * may take.
  */
 #ifndef VND_BLOB_H
 #define VND_BLOB_H
@@ -41,7 +41,7 @@ struct vnd_store {
 
 enum unit_state { UNIT_QUEUED, UNIT_CLAIMED, UNIT_FOREIGN, UNIT_OTHER };
 
-/* A chunk that is not ready and that somebody wants or fetches. Under its shard's lock. */
+/* A chunk that is not ready and that a reader wants or a job fetches. Under its shard's lock. */
 struct store_unit {
     struct store_unit *next; /* bucket */
     struct blob_core *core;
@@ -49,10 +49,10 @@ struct store_unit {
     uint8_t state;    /* enum unit_state */
     uint8_t tries;    /* how often its bytes were wrong or did not come */
     bool wanted;      /* a reader asked for it, not only a merge or prefetch */
-    bool force_fetch; /* what the data file holds was found wrong */
+    bool force_fetch; /* the data file's bytes of it were found wrong */
     int16_t slot;     /* the job that has it, -1 none */
     int64_t deadline_us;
-    struct asker asker; /* who asked first */
+    struct asker asker; /* the image that asked first */
     struct store_wait *waiters;
 };
 
@@ -79,7 +79,7 @@ struct blob_core {
     uint64_t stream_clock;  /* under fetcher->lock */
     _Atomic uint32_t marks; /* streams that have one: a read that meets none looks no further */
     struct link_pace pace;
-    _Atomic uint32_t uncached; /* chunks held in memory for want of space */
+    _Atomic uint32_t uncached; /* chunks held in memory because they could not be written */
 };
 
 struct vnd_blob {
@@ -100,23 +100,24 @@ struct vnd_blob {
     int meta_claim; /* held while it is fetched, -1: not; the load's */
     char *beside;   /* a directory that may hold its ID.blob.meta, or NULL */
     uint8_t raw_tries;
-    int meta_errno; /* why it cannot be used, 0 = not known to be unusable */
+    int meta_errno; /* why the table cannot be used; 0: no reason known */
     int64_t meta_retry_us;
     pthread_cond_t load_end; /* with that lock */
 };
 
 /* ---- store/store.c */
-/* Whether the work directory is there. If it, or what lies in it for all blobs, was removed and made anew, that is what is
- * used from now on. retry: what could not be had is tried again. One thread at a time. */
+/* Returns whether the work directory exists. If the directory, or our side directory in it, was removed and made
+ * anew, uses the new one from now on. retry: tries again to open or make what is missing. One thread at a time. */
 bool store_follow(struct vnd_store *s, bool retry);
 void core_ref(struct blob_core *c);
 void core_unref(struct blob_core *c);
 void blob_ref(struct vnd_blob *b);
 void blob_unref(struct vnd_blob *b);
 /* ---- store/load.c */
-/* Has the handle's table loaded by a pool thread, if it is not. */
+/* Has the blob's chunk table loaded by a pool thread, unless it is loaded. */
 void blob_want_load(struct vnd_blob *b);
-/* What a META job brought (taken over), or its errno; NULL and 0: look again, another process has fetched it. */
+/* Takes over the stored chunk table that a META job brought, or the job's errno. raw NULL and error 0: another
+ * process has fetched it, look again. */
 void blob_take_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);
 void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg);
 /* ---- store/serve.c */
@@ -128,41 +129,42 @@ struct cursor {
 };
 /* Puts len bytes of src there; src NULL: zeroes. 0, or -EINVAL: there is no room. */
 int cursor_put(struct cursor *c, const uint8_t *src, size_t len);
-/* Reads extents whose blobs are loaded: bytes, -EAGAIN (not in the page cache, only with nowait), -ENODATA
- * (*missing is not ready), or -errno. */
+/* Reads extents whose blobs' tables are loaded. Returns the bytes read, -EAGAIN (not in the page cache; with nowait
+ * alone), -ENODATA (extent *missing is not ready), or -errno. */
 int64_t store_serve(const struct extent *ext, int n, const struct iovec *iov, int iov_n, bool nowait, int *missing);
 
 /* ---- store/miss.c: units and waiters */
 struct fetcher;
 struct miss_shard *miss_shard_of(struct fetcher *f, const void *key, uint32_t index);
-/* Links w (may be NULL) on a chunk, makes the unit if need be. 1: the chunk is ready after all, w is not linked; 0;
- * or -ENOMEM, -ESHUTDOWN. */
+/* Links w (may be NULL) on a chunk and asks for the chunk if no reader has. 0; 1: the chunk is ready after all and w
+ * is not linked; or -ENOMEM, -ESHUTDOWN. */
 int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t deadline_us, struct asker asker);
 /* Links w on a pseudo-unit whose shard's lock is held. */
 void miss_link(struct miss_shard *s, struct store_unit *u, struct store_wait *w);
 /* Detaches all waiters of a unit, its shard's lock held; miss_wake calls them after it was released. */
 struct store_wait *miss_detach(struct store_unit *u, int err);
 void miss_wake(struct store_wait *list);
-/* The job in slot takes the chunk. create: even if nobody asked for it. */
+/* The job in slot takes the chunk. create: also a chunk that no reader asked for. */
 enum miss_take { MISS_TAKEN, MISS_READY, MISS_BUSY, MISS_ABSENT };
 enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted, bool *force_fetch);
 /* The chunk is ready (err 0) or given up: wakes its waiters, forgets the unit. */
 void miss_finish(struct blob_core *c, uint32_t index, int err);
-/* Gives a chunk back. If a reader wants it and it was tried less than max_tries times, it is asked for again; true. Else
- * its waiters fail with err (0: they look again); false. */
+/* Gives a chunk back. If a reader wants it and it was tried less than max_tries times, asks for it again and returns
+ * true. Otherwise its readers fail with err (0: they look again); returns false. */
 #define MISS_ANY_TRIES UINT32_MAX
 enum miss_flags {
     MISS_COUNTS = 1, /* this try counts: its bytes were wrong, or did not come */
     MISS_FORCE = 2   /* the data file's bytes are wrong: fetch, do not verify */
 };
 bool miss_retry(struct blob_core *c, uint32_t index, uint32_t max_tries, uint32_t flags, int err);
-/* A fetch that had until deadline_us failed: fails the waiters whose own deadline is no later and asks anew for the others,
- * who came to it when its time was nearly over. */
+/* A fetch with the deadline deadline_us failed: fails the readers whose own deadline is no later, and asks again for
+ * the others, who came when its time was nearly over. */
 void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err);
-/* What became of a chunk that was queued. Forgets one whose deadline has passed and that nobody waits for any more. */
+/* Looks up a chunk that was queued. Forgets it if its deadline has passed and no reader waits for it any more. */
 enum miss_state { MISS_QUEUED, MISS_EXPIRED, MISS_GONE };
 enum miss_state miss_look(struct blob_core *c, uint32_t index, int64_t now);
-/* Another process fetches the chunk. True: readers wait for it here; false: none does, and its unit is gone. */
+/* Another process fetches the chunk. Returns true if readers wait for it here; false: none does, and it is
+ * forgotten. */
 bool miss_leave(struct blob_core *c, uint32_t index);
 void miss_fail_core(struct blob_core *c, int err);
 void miss_fail_all(struct fetcher *f, int err);
@@ -191,7 +193,7 @@ int page_park(struct vnd_engine *e, struct store_wait *w, const struct extent *e
 int uncached_put(struct blob_core *c, uint32_t index, const uint8_t *data, size_t len);
 struct store_buf *uncached_get(struct blob_core *c, uint32_t index); /* referenced, or NULL */
 void uncached_drop(struct blob_core *c);
-/* Writes them after all, as far as there is room. With core->load_lock held. */
+/* Writes the chunks in memory to the cache file, as far as there is room. core->load_lock is held. */
 void uncached_flush(struct blob_core *c);
 
 #endif

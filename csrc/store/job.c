@@ -1,4 +1,4 @@
-/* store/job.c -- a job that was handed out: its life, digests compared, chunks committed (docs/datapath.md 6). Bytes in
+/* store/job.c -- a job that was dispatched: its life, digests compared, chunks committed (docs/datapath.md 6). Bytes in
  * and chunks decoded are store/decode.c's.
  *
  * Nothing but the comparison here makes bytes ready. A chunk that is wrong is asked for once more; then its readers
@@ -101,8 +101,8 @@ bool job_unwanted(struct fetcher *f, struct job *j)
 
 /* ---------------------------------------------------------------- commit */
 
-/* What one commit goes by: taken together, so that bytes compared with one table never become ready under
- * another. */
+/* Table and epoch of one commit. They are taken together, so that bytes compared with one table never become ready
+ * under another. */
 struct commit {
     struct vnd_engine *e;
     struct job *j;
@@ -157,7 +157,7 @@ static void keep_unwritten(struct job *j, uint32_t view)
 {
     j->unspaced = true;
     if (j->whom != FOR_READER && !atomic_load(&j->preempt_after)) {
-        atomic_store(&j->cancelled, true); /* no use in fetching ahead into nowhere */
+        atomic_store(&j->cancelled, true); /* chunks that cannot be kept are not fetched ahead */
         want_drop_ranges(j->core);
     } else {
         uncached_put(j->core, j->first + j->views[view].rel, j->scratch + j->views[view].at, j->views[view].usize);
@@ -176,8 +176,8 @@ static void commit_views(struct commit *m, uint32_t from, uint32_t to)
 
     if (!rc) {
         pthread_mutex_lock(&cache->lock);
-        lost = !cachefile_epoch_holds(cache, m->epoch); /* bytes were taken away meanwhile, perhaps these */
-        if (!lost)                                      /* counted first: who sees them ready finds them counted */
+        lost = !cachefile_epoch_holds(cache, m->epoch); /* chunks were invalidated meanwhile, perhaps these */
+        if (!lost)                                      /* counted first, so that chunks seen ready are counted */
             atomic_fetch_add_explicit(counter, to - from, memory_order_relaxed);
         for (uint32_t v = from; v < to && !lost; v++)
             cachefile_set_ready(cache, j->first + j->views[v].rel);
@@ -287,7 +287,7 @@ static void say_bad(struct vnd_engine *e, const struct job *j, uint32_t i, bool 
                    j->core->info.id, i, k->coff, k->csize);
 }
 
-/* Settles what the job leaves: asked for again, or failed. */
+/* Asks again for the chunks that the job leaves, or fails their readers. */
 static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
 {
     bool verify = j->kind == VND_JOB_VERIFY, dropped = job_unwanted(e->fetcher, j);
@@ -299,7 +299,7 @@ static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
                 miss_retry(j->core, i, verify ? MISS_ANY_TRIES : FETCH_TRIES, verify ? MISS_FORCE : MISS_COUNTS, EIO);
             say_bad(e, j, i, again);
         } else if (j->state[rel] == JOB_WANT || j->state[rel] == JOB_DECODED) {
-            if (j->bad || j->lost || dropped) /* not reached, through no fault of its own */
+            if (j->bad || j->lost || dropped) /* the job did not reach it: that is no try */
                 miss_retry(j->core, i, MISS_ANY_TRIES, 0, EIO);
             else if (!error || j->whom != FOR_READER || verify)
                 miss_retry(j->core, i, FETCH_TRIES, MISS_COUNTS, EIO);
@@ -309,7 +309,7 @@ static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
     }
 }
 
-/* Hands what a META job brought to the load that waits for it. */
+/* Gives the table that a META job brought to the load that waits for it. */
 static void meta_end(struct job *j, int error)
 {
     struct vnd_blob *b = j->meta;
@@ -338,7 +338,7 @@ uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const
     wasted = j->wasted < j->fed ? j->wasted : j->fed;
     preempted = j->whom != FOR_READER && job_unwanted(e->fetcher, j) && !atomic_load(&j->cancelled) &&
                 !atomic_load(&c->closed) && !atomic_load(&e->fetcher->down);
-    /* First: chunks asked for again are claimed anew, maybe by another thread at once. */
+    /* Before the chunks are asked for again: another thread may claim them at once. */
     if (j->claimed)
         claim_release(c->cache->side_fd, j->claim_first, j->claim_n);
     j->claimed = false;
@@ -350,7 +350,7 @@ uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const
     else
         job_leftovers(e, j, error);
     claim_wake_all(&c->store->wake);
-    /* What made way for a reader goes on later where it stopped. */
+    /* The rest of a preempted job is queued again. */
     if (preempted && !error && j->cursor < j->n)
         want_later(c, j->whom, j->first + j->cursor, j->first + j->n, j->tag, j->asker, true);
     if (!error && j->first_us && j->fed == j->clen)

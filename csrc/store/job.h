@@ -1,4 +1,4 @@
-/* store/job.h -- what store/job.c and store/decode.c share of a job that was handed out. */
+/* store/job.h -- what store/job.c and store/decode.c share of a job that was dispatched. */
 #ifndef VND_JOB_H
 #define VND_JOB_H
 #include "store/fetcher.h"
@@ -6,7 +6,7 @@
 /* The job of an id, locked; NULL: no such job. */
 struct job *job_get(struct vnd_engine *e, uint64_t id);
 const struct blobtable *job_table(const struct job *j);
-/* Nobody wants what is left. */
+/* Whether no reader wants the rest of the job. */
 bool job_unwanted(struct fetcher *f, struct job *j);
 
 #endif

@@ -31,7 +31,7 @@ static int open_cache(struct blob_core *c, const struct blobtable *t, int *cause
     return cachefile_open(&c->cache, &cfg, cause, err, err_len);
 }
 
-/* What the images in use now say together with own; own itself if there is no other. */
+/* The union of own and the tables of all images that use the blob now; own itself if there is no other. */
 static int live_union(struct blob_core *c, struct blobtable *own, struct blobtable **all, char *err, size_t err_len)
 {
     int rc = 0;
@@ -55,7 +55,7 @@ static int live_union(struct blob_core *c, struct blobtable *own, struct blobtab
     return rc;
 }
 
-/* Brings own into the core; on success *own is the table that the handle shall use (owned by the core). */
+/* Joins own with the core's table. On success *own is the table that the blob shall use (owned by the core). */
 static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct blobtable **own, int *cause, char *err,
                        size_t err_len)
 {
@@ -76,16 +76,16 @@ static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct bl
     }
     if (now)
         rc = blobtable_merge(&all, now, *own, err, err_len);
-    if (rc == -EEXIST) { /* perhaps with an image that is gone */
+    if (rc == -EEXIST) { /* it may contradict an image that is closed */
         rc = live_union(c, *own, &all, err, err_len);
-        uncached_drop(c); /* it may be that one's */
+        uncached_drop(c); /* the chunks in memory may be that image's */
     }
     if (rc)
         return rc;
     rc = open_cache(c, all, cause, err, err_len);
     if (!rc) {
         *cause = VND_CAUSE_DIGEST;
-        /* Binding and table change in one step for whoever commits (cachefile_invalidate's rule). */
+        /* For a commit, binding and table change in one step (cachefile_invalidate's rule). */
         pthread_mutex_lock(&c->cache->lock);
         rc = cachefile_bind(c->cache, all, err, err_len);
         if (!rc) {
@@ -122,7 +122,7 @@ static int apply_meta(struct blobtable **records, const vnd_blob_info *info, con
     return rc;
 }
 
-/* Out of the file in the work directory. Anything wrong with it only means that it is not used. */
+/* Reads the table from the file in the work directory. A file with a fault is not used. */
 static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
 {
     uint8_t header[BLOBMETA_HEADER], *plain;
@@ -145,7 +145,7 @@ static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
     return rc;
 }
 
-/* Out of what a META job brought. */
+/* Makes the table of the bytes that a META job brought. */
 static int meta_from_raw(struct vnd_blob *b, struct blobtable **records, char *err, size_t err_len)
 {
     const uint8_t *header = b->raw + b->info.ci_csize_bytes;
@@ -163,8 +163,8 @@ static int meta_from_raw(struct vnd_blob *b, struct blobtable **records, char *e
     return rc;
 }
 
-/* Out of the file, or who fetches it: -EINPROGRESS: we do, and hold the claim where there can be one; -EBUSY: another
- * process does. */
+/* Reads the stored table from its file. -EINPROGRESS: it has to be fetched, and we hold the claim where there can be
+ * one; -EBUSY: another process fetches it. */
 static int meta_find(struct vnd_blob *b, struct blobtable **own)
 {
     if (!meta_from_file(b, own))
@@ -172,7 +172,7 @@ static int meta_find(struct vnd_blob *b, struct blobtable **own)
     b->meta_claim = claim_meta(b->core->store->side_dir_fd, b->info.id);
     if (b->meta_claim == -EAGAIN)
         return -EBUSY;
-    /* Somebody may have finished between the look and the claim. */
+    /* Another process may have finished between the look and the claim. */
     return b->meta_claim >= 0 && !meta_from_file(b, own) ? 0 : -EINPROGRESS;
 }
 
@@ -257,7 +257,7 @@ static void load_end(struct vnd_blob *b, int rc)
     pthread_mutex_lock(&s->lock);
     b->loading = false;
     b->fetching = rc == -EINPROGRESS || rc == -EBUSY;
-    if (rc != -EINPROGRESS && b->meta_claim >= 0) /* the file is written, if it came */
+    if (rc != -EINPROGRESS && b->meta_claim >= 0) /* the file is written now, or cannot be */
         close(b->meta_claim);
     if (rc != -EINPROGRESS)
         b->meta_claim = -1;

@@ -7,7 +7,7 @@
 #include "store/fetcher.h"
 
 #define VERIFY_BYTES (1u << 20)
-#define WANTED_BYTES (1u << 20) /* chunks that somebody asked for merge up to this whatever the window is */
+#define WANTED_BYTES (1u << 20) /* wanted chunks are merged up to this, even beyond the window */
 
 struct merge {
     struct fetcher *f;
@@ -15,11 +15,11 @@ struct merge {
     int slot;
     struct blobtable *t;
     struct cachefile *cache;
-    bool verify, wanted; /* wanted: somebody waits for the first chunk */
+    bool verify, wanted; /* wanted: a reader waits for the first chunk */
     uint32_t window_bytes;
     uint32_t limit;        /* chunks from here on are not taken */
     uint32_t batch;        /* of the last taken chunk */
-    uint64_t end, bridged; /* end of the last taken chunk; bytes of the range that nobody needs */
+    uint64_t end, bridged; /* end of the last taken chunk; bytes of the range that are not needed */
 };
 
 static uint64_t chunk_end(const struct blobtable_chunk *k)
@@ -117,8 +117,8 @@ static void merge_backward(struct merge *b)
     j->n = index - first + 1;
 }
 
-/* Somebody reads backwards: what follows is here already, what comes before is not. Takes up to a small window of it,
- * for the wanted chunk is now the last to arrive. */
+/* A reader who reads backwards: the chunk behind the wanted one is ready, those before it are not. Takes a small
+ * window of them: small, because the wanted chunk then arrives last. */
 static void reach_back(struct merge *b)
 {
     struct job *j = b->j;
@@ -144,13 +144,13 @@ static void reach_back(struct merge *b)
     j->n = index - first + 1;
 }
 
-/* Claims the units against other processes and drops from the job what others have or have made ready. */
+/* Claims the units against other processes. Drops from the job the chunks that those hold or have made ready. */
 static void claim_job(struct merge *b)
 {
     struct job *j = b->j;
 
     j->claimed = false;
-    /* Verifying needs no claim: two who do it lose nothing, and one must not wait for a stuck fetch. */
+    /* Verifying needs no claim: it does no harm if two processes do it, and it must not wait for a stuck fetch. */
     if (b->cache->side_fd >= 0 && !b->verify) {
         int got = claim_units(b->cache->side_fd, j->first, j->n);
         if (got >= 0 && (uint32_t)got < j->n) {
@@ -208,11 +208,11 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
     if (got != MISS_TAKEN)
         return false;
     b.limit = end < b.t->n ? end : b.t->n;
-    /* Waits for an exchange of the files that is under way: what the old chunk map says is not true of the new file. */
+    /* Waits for the end of an exchange of the files: the old chunk map says nothing about the new file. */
     pthread_mutex_lock(&b.cache->lock);
     pthread_mutex_unlock(&b.cache->lock);
     b.verify = !force && cachefile_marked(b.cache, index);
-    /* Another process sets T, then R: R seen after an unset T may just have been that. */
+    /* Another process sets trusted, then marked: a chunk seen untrusted and then marked may be trusted by now. */
     if (b.verify && cachefile_ready(b.cache, index)) {
         miss_finish(c, index, 0);
         return false;

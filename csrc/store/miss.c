@@ -62,7 +62,7 @@ struct store_wait *miss_detach(struct store_unit *u, int err)
 {
     struct store_wait *list = NULL, *w;
 
-    while ((w = u->waiters)) { /* turned round: who came first is woken first */
+    while ((w = u->waiters)) { /* the list is reversed: the first reader is woken first */
         store_wait_unlink(w);
         if (err)
             w->err = err;
@@ -190,7 +190,7 @@ void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err
         u->slot = -1;
         u->deadline_us = later_us;
         asker = u->asker;
-        u = NULL; /* it stays */
+        u = NULL; /* the unit stays */
     } else if (u) {
         *at = u->next;
     }

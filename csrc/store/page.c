@@ -1,5 +1,5 @@
-/* store/page.c -- reads of ready chunks that are not in the page cache: a pool thread waits for the disk, not the queue's.
- * A task's bytes go into its own buffer, never into guest memory.
+/* store/page.c -- reads of ready chunks that are not in the page cache: a pool thread waits for the disk, not the
+ * queue's. A task's bytes go into its own buffer, never into guest memory.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -7,7 +7,7 @@
 
 #include "store/fetcher.h"
 
-#define AGAIN_MAX 2 /* then the pages are dropped faster than the reader comes back: hand the bytes over */
+#define AGAIN_MAX 2 /* then the kernel drops pages faster than the reader comes back: give it the bytes */
 
 struct page_task {
     struct pool_task task;
@@ -36,7 +36,7 @@ static void page_run(struct pool_task *task)
                 if (t->ext[i].blob)
                     cachefile_examine(t->ext[i].blob->cache);
     }
-    /* Anything short of plain bytes is for the reader's next attempt to find out; only a lost disk ends it here. */
+    /* The reader's next attempt finds out why there were no bytes; only an error of the disk ends it here. */
     if (rc < 0 && rc != -ENODATA && rc != -EAGAIN)
         err = (int)-rc;
     pthread_mutex_lock(&s->lock);

@@ -4,7 +4,7 @@
 
 #include "store/fetcher.h"
 
-/* Asks for all that the extents lack, in order, and links w on the first. 1: nothing is lacking after all. */
+/* Asks for all missing chunks of the extents, in order, and links w on the first. 1: none is missing after all. */
 static int park_missing(struct store_wait *w, const struct extent *ext, int n)
 {
     bool linked = false;
@@ -25,7 +25,8 @@ static int park_missing(struct store_wait *w, const struct extent *ext, int n)
         rc = miss_want(x->blob->core, x->chunk, linked ? NULL : w, w->deadline_us, asker_of(x->blob));
         if (rc < 0 && !linked)
             return rc == -ESHUTDOWN ? -EIO : rc;
-        /* From the first success on w may be woken at any moment; it is this thread that runs it again. */
+        /* From the first success on w may be woken at any moment. That does no harm: this thread alone runs it
+         * again. */
         linked |= rc == 0;
     }
     return linked ? 0 : 1;
@@ -40,7 +41,7 @@ static int64_t refuse_extent(const struct extent *x)
     return -EIO;
 }
 
-/* Something of these blobs is kept in memory only. */
+/* Whether chunks of these blobs are kept in memory only. */
 static bool any_uncached(const struct extent *ext, int n)
 {
     for (int i = 0; i < n; i++)
@@ -49,7 +50,7 @@ static bool any_uncached(const struct extent *ext, int n)
     return false;
 }
 
-/* Asks for more where a reader who reads in order comes to what was fetched ahead of him. */
+/* Asks for the next window when a reader in order comes to the window that was fetched ahead. */
 static void pass_marks(const struct extent *x)
 {
     struct blob_core *c = x->blob->core;

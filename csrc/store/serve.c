@@ -86,7 +86,7 @@ static int read_run(struct cachefile *c, uint64_t uoff, size_t len, struct curso
     return 0;
 }
 
-/* One extent's bytes out of memory, for want of room on disk. */
+/* Reads one extent's bytes from memory: the chunk could not be written. */
 static int read_uncached(const struct extent *x, struct cursor *cur)
 {
     struct store_buf *b = uncached_get(x->blob->core, x->chunk);
@@ -98,8 +98,8 @@ static int read_uncached(const struct extent *x, struct cursor *cur)
     return rc;
 }
 
-/* One extent out of a file that holds chunks as they are stored. The whole chunk is decoded; that its bytes are right was
- * found when its bit was set. 0 or -errno. */
+/* Reads one extent from a file that holds chunks as they are stored. The whole chunk is decoded; its digest was
+ * compared when it came. 0 or -errno. */
 static int read_stored(struct cachefile *c, const struct extent *x, struct cursor *cur)
 {
     const struct blobtable *t = atomic_load_explicit(&x->blob->table, memory_order_acquire);
@@ -171,7 +171,7 @@ int64_t store_serve(const struct extent *ext, int n, const struct iovec *iov, in
         }
         if (rc && (rc != -EIO || holds))
             return rc;
-        if (!holds) { /* bytes were taken away meanwhile: look again */
+        if (!holds) { /* chunks were invalidated meanwhile: look again */
             if (++tries >= EPOCH_TRIES)
                 return -EAGAIN;
             cur = at;

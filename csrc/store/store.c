@@ -15,7 +15,7 @@
 
 /* ---------------------------------------------------------------- stores */
 
-/* Sets side_dir_fd and writable; says once what is in the way. */
+/* Sets side_dir_fd and writable. If the side directory cannot be made, says so once. */
 static void side_dir_open(struct vnd_store *s)
 {
     int fd;

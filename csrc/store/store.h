@@ -1,8 +1,8 @@
 /* store/store.h -- what file systems and transports may ask of the blob store.
  *
- * A store is one cache directory. A blob is one data file of it, its maps (docs/datapath.md 2): T, our own "these bytes
- * matched their digest in this file"; D, the durable subset; R, Nydus's chunk_map, a asker. Everything here may be
- * called from any C thread; hot-path calls allocate nothing and take no lock when all is ready.
+ * A store is one cache directory. A blob is one data file in it with three bits a chunk: trusted, durable, marked
+ * (cache/cache.h, docs/datapath.md 2). Everything here may be called from any C thread. Calls on the way of a read
+ * allocate nothing and take no lock when all is ready.
  */
 #ifndef VND_STORE_H
 #define VND_STORE_H
@@ -19,8 +19,8 @@
  * -errno. Restartable: what an earlier attempt wrote is written again. A woken w with err fails here. */
 int64_t store_read(struct store_wait *w, const struct extent *ext, int n, const struct iovec *iov, int iov_n);
 
-/* The same without bytes: 0 when every chunk is ready in its cache file, for whoever reads that itself; -ENOSPC: one is
- * here and could not be written. The blobs' tables are loaded. */
+/* The same without bytes: 0 when every chunk is ready in its cache file, for a caller that reads the file itself;
+ * -ENOSPC: a chunk came and could not be written. The blobs' tables are loaded. */
 int store_want(struct store_wait *w, const struct extent *ext, int n);
 
 /* ---- for file systems that open blobs */
@@ -40,8 +40,8 @@ struct cachefile;
 const char *blob_id(const struct vnd_blob *b);
 /* Links w until the blob's chunk table is loaded. 0; 1: it is loaded already; -errno: it cannot be. */
 int blob_park(struct vnd_blob *b, struct store_wait *w);
-/* This image's table of the blob's chunks (blob/table.h) and the blob's cache file (cache/cache.h), for as long as the blob is
- * open; NULL until the table is loaded. */
+/* This image's table of the blob's chunks (blob/table.h) and the blob's cache file (cache/cache.h), for as long as
+ * the blob is open; NULL until the table is loaded. */
 struct blobtable *blob_table(const struct vnd_blob *b);
 struct cachefile *blob_cachefile(const struct vnd_blob *b);
 

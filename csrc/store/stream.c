@@ -1,7 +1,7 @@
 /* store/stream.c -- see stream.h. */
 #include "store/fetcher.h"
 
-#define PACE_SHARE 16 /* a window takes this many times the latency: a ninth of the time at most is waiting */
+#define PACE_SHARE 16 /* a window takes this many times the latency: little of the time is waiting */
 
 uint32_t stream_window_max(const struct link_pace *p, uint32_t amplify_bytes)
 {
@@ -34,7 +34,8 @@ void stream_init(struct blob_core *c)
         atomic_init(&c->streams[i].mark, STREAM_NONE);
 }
 
-/* The first chunk at or behind from that no window of so many bytes from there holds; from itself: there is none. */
+/* A window of so many bytes that begins at chunk from: returns the first chunk behind it; from itself if it holds
+ * none. */
 static uint32_t window_end(const struct blobtable *t, uint32_t from, uint64_t bytes)
 {
     uint64_t start, end;
@@ -61,7 +62,7 @@ static void set_mark(struct blob_core *c, struct stream *s, uint32_t mark)
     atomic_store_explicit(&s->mark, mark, memory_order_relaxed);
 }
 
-/* Queues the window behind what is queued and marks its start. */
+/* Queues the next window and notes where it starts. */
 static void add_window(struct blob_core *c, struct stream *s, struct asker asker)
 {
     const struct blobtable *t = atomic_load_explicit(&c->table, memory_order_acquire);
@@ -81,7 +82,7 @@ static bool established(const struct stream *s)
     return s->fetched_bytes >= STREAM_AHEAD_AFTER;
 }
 
-/* What the link asks for counts once it is likely that the reader goes on. */
+/* The window grows beyond amplify once the reader is likely to go on. */
 static void grow(struct blob_core *c, struct stream *s)
 {
     uint32_t max = established(s) ? stream_window_max(&c->pace, s->amplify_bytes) : s->amplify_bytes;
@@ -134,7 +135,7 @@ void stream_fetched(struct blob_core *c, uint64_t number, uint32_t end, uint64_t
     s->fetched_bytes += bytes;
     s->next = end;
     if (s->ahead > end)
-        return; /* what is ahead still is; its mark is before the reader */
+        return; /* the window ahead is still ahead of the reader */
     s->ahead = end;
     set_mark(c, s, STREAM_NONE);
     if (established(s))

@@ -102,7 +102,7 @@ static bool write_after_all(struct blob_core *c, uint32_t index, const struct st
     const struct blobtable_chunk *k = &t->chunk[index];
     uint64_t epoch = cachefile_epoch(c->cache);
 
-    if (c->stored) /* what is stored is not at hand: to be fetched again */
+    if (c->stored) /* the stored form is not kept in memory: fetch it again */
         return true;
     if (k->usize != b->len || cachefile_write(c->cache, k->uoff, b->data, b->len))
         return false;

@@ -1,5 +1,5 @@
-/* store/upkeep.c -- the thread that looks after cache files once a second: makes written data durable, follows files that
- * somebody removed or replaced, and comes back to a disk that was full or could not be written.
+/* store/upkeep.c -- the thread that looks after cache files once a second: makes written data durable, follows files
+ * that were removed or replaced, and uses a disk again that was full or could not be written.
  */
 #include <errno.h>
 #include <time.h>
@@ -7,7 +7,7 @@
 #include "store/fetcher.h"
 
 #define LOOK_MS 1000
-#define RETRY_US (5ll * 1000 * 1000) /* what could not be had is asked for again after this */
+#define RETRY_US (5ll * 1000 * 1000) /* after this, files that could not be opened or written are tried again */
 
 static const char *const REPLACED[] = {
     [CACHEFILE_DATA_REPLACED] = "its data file was removed or replaced; what is read is fetched again",
@@ -15,7 +15,7 @@ static const char *const REPLACED[] = {
     [CACHEFILE_MAP_REPLACED] = "its chunk map was removed or replaced; it is written anew",
 };
 
-/* Readers go on in the open files until the move, so it is no hurry and no loss if it fails. */
+/* Readers use the open files until the move, so it is not urgent, and nothing is lost if it fails. */
 static void follow_core(struct blob_core *c, bool retry)
 {
     struct cachefile *f = c->cache;
@@ -44,14 +44,14 @@ static void follow_core(struct blob_core *c, bool retry)
     f->replaced_said = rc < 0;
 }
 
-/* One round over all blobs. sync_all: the interval has passed, so little is worth it too. */
+/* One round over all blobs. sync_all: the interval has passed, so small amounts are synced, too. */
 static void look_after(struct vnd_engine *e, bool sync_all, bool retry)
 {
     for (int skip = 0;; skip++) {
         struct blob_core *c = NULL;
         int at = 0;
 
-        /* Walks by position: lists change under us, a blob missed or met twice does no harm. */
+        /* Walks by position, because the lists change meanwhile. To miss a blob or meet it twice does no harm. */
         pthread_mutex_lock(&e->lock);
         for (struct vnd_store *s = e->stores; s && !c; s = s->next) {
             pthread_mutex_lock(&s->lock);

@@ -60,7 +60,7 @@ bool store_wait_cancel(struct store_wait *w)
         pthread_mutex_unlock(&s->lock);
     }
     if (linked || !s)
-        drop_buf(w); /* not the answer: who makes one may be at it */
+        drop_buf(w); /* the answer stays: the thread that makes it may be at work */
     return linked;
 }
 

@@ -1,5 +1,5 @@
-/* store/want.c -- what is wanted and not yet dispatched: the demand queue, ranges that nobody waits for, and the slots of
- * the jobs under way. Passive: what is next is chosen in store/fetch.c.
+/* store/want.c -- what is wanted and not yet dispatched: the demand queue, ranges that no reader waits for, and the
+ * slots of the jobs under way. store/fetch.c chooses what is next.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -24,7 +24,7 @@ void ranges_free(struct want_range *p)
     }
 }
 
-/* The queue is in order of deadlines: the span is the same for all, so those who come later go to its end. */
+/* The queue is in order of deadlines: the span is the same for all readers, so a later one goes to its end. */
 static void push(struct fetcher *f, struct want *w, bool head)
 {
     core_ref(w->core);
@@ -67,8 +67,8 @@ int want_push_meta(struct vnd_blob *b)
     return 0;
 }
 
-/* Takes the ranges of a core out of a list, or with c NULL of a tag. A busy one is dropped by the thread that works on
- * it. */
+/* Takes the ranges of a core, or with c NULL of a tag, out of a list. A busy range is dropped by the thread that
+ * works on it. */
 static struct want_range *take_ranges(struct want_range **p, const struct blob_core *c, uint64_t tag)
 {
     struct want_range *gone = NULL;
@@ -88,7 +88,7 @@ static struct want_range *take_ranges(struct want_range **p, const struct blob_c
     return gone;
 }
 
-/* Drops what nobody waits for of a core, or the prefetch of a tag; tells the jobs under way. */
+/* Drops the ranges of a core that no reader waits for, or the prefetch of a tag, and cancels their jobs. */
 static void drop_ranges(struct fetcher *f, const struct blob_core *c, uint64_t tag)
 {
     struct want_range *gone, *ahead = NULL;
@@ -156,7 +156,7 @@ static const uint32_t slots_for[] = { [FOR_READER] = FETCH_SLOTS,
                                       [FOR_PREFETCH] = FETCH_PREFETCH_SLOTS,
                                       [FOR_STREAM] = FETCH_STREAM_SLOTS };
 
-/* Demand always finds a slot before long: prefetch and streams leave it one between them. */
+/* Prefetch and streams together leave one slot to demand, so that it is served before long. */
 bool slot_free(const struct fetcher *f, enum job_for whom)
 {
     return f->running < (whom == FOR_READER ? FETCH_SLOTS : FETCH_SLOTS - 1) && f->running_for[whom] < slots_for[whom];
