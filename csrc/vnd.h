@@ -370,10 +370,10 @@ void vnd_device_free(vnd_device *d); /* stops everything; the guest's memory is 
 /* ---------------------------------------------------------------- /dev/fuse: the host's own mounts */
 typedef struct vnd_fusedev vnd_fusedev;
 enum vnd_fusedev_flag {
-    VND_FUSEDEV_SHARED = 1,     /* all threads read fd itself, so that a successor can take over; else each a clone */
-    VND_FUSEDEV_RESUME = 2,     /* another process has answered INIT */
-    VND_FUSEDEV_RESEND = 4,     /* have the kernel send again the requests that it left unanswered */
-    VND_FUSEDEV_PASSTHROUGH = 8 /* have the kernel read files by itself that are wholly in the cache. Not with SHARED: a
+    VND_FUSEDEV_SHARED = 1, /* all threads read fd itself, so that a successor can take over; else each a clone */
+    VND_FUSEDEV_RESUME = 2, /* another process has answered INIT */
+    VND_FUSEDEV_RESEND = 4, /* have the kernel send again the requests that it left unanswered */
+    VND_FUSEDEV_BACKING = 8 /* have the kernel read files by itself that are wholly in the cache. Not with SHARED: a
                                    * successor would not know which files are open how */
 };
 /* Serves a descriptor of /dev/fuse that is mounted (it is dupped). NULL on failure. */

@@ -2,7 +2,7 @@
  * load loops.
  *
  * For tests and benchmarks only; never linked into the engine. The vhost-user messages are spoken by Python
- * (vmm/vhost_frontend.py). Everything that comes back from the server is checked: which head, which length, which
+ * (virtiofsd_nydus/fakeguest/frontend.py). Everything that comes back from the server is checked: which head, which length, which
  * unique, the error range, and that no byte changed outside what the request let the server write.
  *
  * Threads: a queue belongs to one thread at a time, except fg_queue_set_call and fg_queue_stop. Errors are -errno

@@ -9,11 +9,6 @@
 #define FG_WRITE_HEAD 80u /* fuse_in_header and fuse_write_in */
 #define SEGMENTS_MAX 512
 
-uint64_t fg_slot_bytes(uint32_t data_bytes)
-{
-    return FG_SLOT_DATA + (uint64_t)data_bytes + FG_PAGE;
-}
-
 uint64_t fg_page_at(const fg_queue *q, uint32_t page)
 {
     return FG_SLOT_DATA + (uint64_t)q->page_order[page] * FG_PAGE;

@@ -20,6 +20,11 @@ int fg_fail(fg_queue *q, int code, const char *fmt, ...)
     return code;
 }
 
+uint64_t fg_slot_bytes(uint32_t data_bytes)
+{
+    return FG_SLOT_DATA + (uint64_t)data_bytes + FG_PAGE;
+}
+
 static int set_up_slots(fg_queue *q)
 {
     uint32_t pages = q->cfg.slot_data_bytes / FG_PAGE;

@@ -1,8 +1,8 @@
 /* fuse/detach.c -- requests that may take long leave the queue's thread, so that a slow disk or a server behind a host
  * directory delays no other request of the queue, least of all a warm read of an image.
  *
- * A copy of the request, whose memory is the heap's (law 7: a queue's thread alone touches its guest's), is served by a
- * thread of the file system's; its reply is copied to the guest when the request is woken.
+ * A copy of the request, whose memory is the heap's (only a queue's thread touches its guest's), is served by a thread of
+ * the file system; its reply is copied to the guest when the request is woken.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -11,12 +11,13 @@
 
 #include "fuse/internal.h"
 
-/* Of one session; above it requests are served where they came in. */
+/* Copies of one session; above that, requests are served where they came in. */
 #define DETACHED_BYTES_MAX (128u << 20)
 #define BODY_MAX (FUSE_REPLY_MAX + 4096u)
-/* A truncation by more than that frees space for long. */
+/* To free more than that takes a file system long. */
 #define TRUNCATE_BYTES (4u << 20)
-/* Above what a busy machine makes a thread wait for a processor: that is no slow disk. */
+/* A call that takes longer marks its file system as slow. Less may be a busy machine, where a thread waits that long for a
+ * processor. */
 #define SLOW_MS 100
 
 struct detached {
@@ -148,7 +149,7 @@ static void serve_detached(void *arg)
 
 /* ---- on the queue's thread */
 
-/* More is freed than is done in passing. */
+/* Frees more than TRUNCATE_BYTES. */
 static bool truncates_much(struct fuse_call *c, uint64_t size_bytes)
 {
     vnd_attr attr;

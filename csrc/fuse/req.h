@@ -1,8 +1,13 @@
-/* fuse/req.h -- one FUSE request as transports and the session share it.
+/* fuse/req.h -- one FUSE request, as a transport and the session share it.
  *
- * A transport (virtio-fs queue, /dev/fuse) owns the struct, fills in + args from a single copy of what the guest sent,
- * and calls fuse_session_serve on its own thread. It never looks into the request; the session never knows where
- * the bytes go (design law 6). Host addresses of reply memory exist only inside one call (law 11).
+ * What it is: the header and arguments of a request, copied once from what the guest sent, and five functions by which the
+ * session reaches the rest of it. The transport never looks into the request; the session never knows where the bytes go.
+ * Threads: the transport calls fuse_session_serve on its own thread, and again there when the request was woken. The five
+ * functions are called within that call, on that thread. wait.wake alone is called by others.
+ * Locks: none.
+ * Ownership: the transport owns the struct, from before it is first served until a verdict other than REQ_PARKED. Host
+ * addresses of a request's memory are valid until the call returns.
+ * It may use store/wait.h and store/store.h. Another transport needs this header and fuse.h alone.
  */
 #ifndef VND_REQ_H
 #define VND_REQ_H

@@ -263,7 +263,7 @@ static const uint8_t fop_numbers[FUSE_OP_MAX] = {
     [FUSE_OP_ACCESS] = 13, [FUSE_OP_FORGET] = 14,  [FUSE_OP_BATCH_FORGET] = 15,
 };
 
-/* Inside enter/leave: the file system may go as soon as nobody is. */
+/* Between vfs_enter and vfs_leave: the file system may be freed as soon as no thread is. */
 static void count_op(struct fuse_call *c, enum req_verdict verdict)
 {
     uint32_t opcode = c->r->in.opcode;

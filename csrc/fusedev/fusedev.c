@@ -143,7 +143,7 @@ vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads
         vnd_fusedev_free(d);
         return NULL;
     }
-    if (flags & VND_FUSEDEV_PASSTHROUGH)
+    if (flags & VND_FUSEDEV_BACKING)
         d->backing = backing_new(d->fd);
     fuse_session_set_backing(d->session, d->backing);
     fuse_session_keep_root(d->session);

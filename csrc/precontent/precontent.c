@@ -66,8 +66,7 @@ static int want_range(struct precontent_request *r)
             int n = precontent_gather(b, &at, end, any, ext), rc;
             if (n < 0) {
                 engine_say(p->engine, VND_LEVEL_ERROR, VND_CAUSE_FORMAT,
-                           "blob %s: a file lies at %llu, where the image names no "
-                           "chunk: it is damaged",
+                           "blob %s: a file lies at %llu, where the image names no chunk: it is damaged",
                            blob_id(b->blob), (unsigned long long)r->at);
                 return n;
             }

@@ -62,7 +62,7 @@ struct guestlog;
 int guestlog_new(const struct map_request *r, struct guestlog **out, struct failure *f);
 void guestlog_free(struct guestlog *l);
 
-/* Bytes [gpa, gpa+len) of the guest have been written. log NULL: nobody asked. */
+/* Bytes [gpa, gpa+len) of the guest have been written. log NULL: nothing is logged. */
 void guestmem_mark(struct guestlog *log, uint64_t gpa, uint64_t len);
 /* The function that writes to the guest. Two aligned bytes (a ring index) are stored at once, in release order. */
 void guestmem_write(struct guestlog *log, uint8_t *host, const void *src, uint64_t len, uint64_t gpa);

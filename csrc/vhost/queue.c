@@ -1,4 +1,4 @@
-/* vhost/queue.c -- the queue's thread: its loop, and what control asks of it. See queue.h. */
+/* vhost/queue.c -- the queue's thread: its loop, and what control asks of it. See vhost/internal.h. */
 #include "vhost/internal.h"
 
 #include <errno.h>
@@ -104,7 +104,7 @@ static bool is_configured(const struct queue_conf *c)
     return c->ring.num != 0 && c->mem != NULL && (c->ring.desc_addr | c->ring.avail_addr | c->ring.used_addr) != 0;
 }
 
-/* Everything but a stop is done on the spot. */
+/* Makes the queue be as c says. All but the end of a stop is done on the spot; finish_stop acknowledges that. */
 static void take_conf(struct queue *q, struct queue_conf *c)
 {
     int rc;

@@ -10,7 +10,7 @@
 #define VIRTIO_RING_F_EVENT_IDX (1ull << 29)
 #define VRING_F_LOG 1u /* vnd_ring_state.flags: log writes to the used ring */
 
-/* A full eventfd is signalled already; nobody listens at one whose other end is closed. */
+/* A full eventfd is signalled already. Errors do not matter: the front-end chose what fd is. */
 static void write_event(int fd)
 {
     if (fd >= 0)
@@ -161,14 +161,12 @@ int queue_start(struct queue *q, struct queue_conf *c)
     rc = queue_resolve(q);
     if (rc == -EINVAL)
         return failure_set(&c->failure, rc, VND_CAUSE_GUEST,
-                           "ring %u: %u entries (a power of two up to %d is due) or a "
-                           "badly aligned part",
-                           q->index, c->ring.num, VND_RING_MAX);
+                           "ring %u: %u entries (a power of two up to %d is due) or a badly aligned part", q->index,
+                           c->ring.num, VND_RING_MAX);
     if (rc != 0)
         return failure_set(&c->failure, rc, VND_CAUSE_GUEST,
-                           "ring %u: not in guest memory (descriptors 0x%llx, available "
-                           "0x%llx, used 0x%llx)",
-                           q->index, (unsigned long long)c->ring.desc_addr, (unsigned long long)c->ring.avail_addr,
+                           "ring %u: not in guest memory (descriptors 0x%llx, available 0x%llx, used 0x%llx)", q->index,
+                           (unsigned long long)c->ring.desc_addr, (unsigned long long)c->ring.avail_addr,
                            (unsigned long long)c->ring.used_addr);
     if (q->inflight.region == NULL || q->inflight.num < c->ring.num)
         return failure_set(&c->failure, -EINVAL, VND_CAUSE_GUEST, "ring %u: %u entries, the in-flight region has %u",
@@ -196,9 +194,7 @@ int queue_start(struct queue *q, struct queue_conf *c)
         rc = inflight_recover(&q->inflight, c->ring.num, used, q->resubmit);
         if (rc < 0)
             return failure_set(&c->failure, rc, VND_CAUSE_GUEST,
-                               "ring %u: the in-flight region is of another version or "
-                               "size",
-                               q->index);
+                               "ring %u: the in-flight region is of another version or size", q->index);
         q->n_resubmit = (uint32_t)rc;
         q->vring.last_avail = (uint16_t)(used + q->n_resubmit);
     } else {

@@ -72,7 +72,7 @@ class HostFuse:
         the mount goes away under us."""
         flags = lib.VND_FUSEDEV_SHARED if self._supervised else 0
         if self.passthrough and mounts.can_pass_through():
-            flags |= lib.VND_FUSEDEV_PASSTHROUGH
+            flags |= lib.VND_FUSEDEV_BACKING
         if resumed:
             flags |= lib.VND_FUSEDEV_RESUME
             if self.failover_policy != "none":
