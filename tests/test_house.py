@@ -237,3 +237,17 @@ def test_files_and_functions_that_documents_name_exist(document: str) -> None:
             names = [match[2], *re.findall(r"`(\w+)`", match[3])]
             missing += [f"{match[1]}:{name}" for name in names if not is_defined(path, name)]
     assert missing == [], f"{document} is to say where they went"
+
+
+def test_comments_name_their_subjects() -> None:
+    """Words that stand for a thing that has a name (docs/words.md, Not used)."""
+    unnamed = re.compile(r"\b(?:whoever|somebody|nobody|anybody|no one)\b", re.IGNORECASE)
+    found = []
+    for folder in ("csrc", "virtiofsd_nydus"):
+        for path in sorted((ROOT / folder).rglob("*.[chp]*")):
+            if path.suffix not in (".c", ".h", ".py"):
+                continue
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                if unnamed.search(line) and '"nobody' not in line:
+                    found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert found == []

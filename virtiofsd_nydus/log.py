@@ -1,9 +1,9 @@
 """Logging of the daemon: structlog, but not before it answers RUNNING (its import alone costs 100 ms).
 
 Lines said before activate() are kept and replayed with their own time. After it every line goes out at once, as text
-or JSON. Whoever says a line keeps secrets out of it.
+or JSON. The caller keeps secrets out of its line.
 
-A log that is a pipe may have a reader that has stopped: lines are lost then, and counted, but nobody waits.
+The reader of a log that is a pipe may have stopped: lines are then lost and counted, and no thread waits.
 """
 
 import os
@@ -129,5 +129,5 @@ class Log:
         name = NAMES.get(level, "info")
         try:
             getattr(self._logger, name)(event, timestamp=stamp, level=name, **fields)
-        except (OSError, ValueError):  # whoever read our log is gone: serving goes on
+        except (OSError, ValueError):  # the log's reader is gone: serving goes on
             pass

@@ -1,10 +1,10 @@
 /* init.c: the whole user space of the test guest. It loads the modules, opens the control port (virtio-serial) and does
  * what the host asks there: mount the image, run commands in it and hand back their output and status, end the machine.
  *
- * Frames, little endian, both ways: u32 payload length, u16 type, u16 job, payload. virtiofsd_nydus/vmm/guest.py holds
- * the other end and the same numbers. The host is trusted (it runs us); lengths are checked all the same, so that a bug
- * there shows as an error line and not as a dead guest. Each start of the guest says the 16 bytes of `magic` first: after
- * a reset the host finds the first frame by them. */
+ * Frames, little endian, both ways: u32 payload length, u16 type, u16 job, payload. virtiofsd_nydus/vmm/guest.py
+ * holds the other end and the same numbers. The host is trusted (it runs us); lengths are checked all the same, so
+ * that a bug there shows as an error line and not as a dead guest. Each start of the guest says the 16 bytes of
+ * `magic` first: after a reset the host finds the first frame by them. */
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -110,7 +110,7 @@ static void say(struct guest *g, uint16_t type, uint16_t job, const void *payloa
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
-            machine_exit(3); /* nobody listens any more */
+            machine_exit(3); /* the host has closed the channel */
         while (i < 2 && (size_t)n >= iov[i].iov_len)
             n -= (ssize_t)iov[i++].iov_len;
         if (i < 2) {
@@ -189,7 +189,8 @@ static void raise_loopback(void)
     }
 }
 
-/* proc, sys, dev and what programs expect in /dev. Their directories come from the image or, on an overlay, are made. */
+/* proc, sys, dev and what programs expect in /dev. Their directories come from the image or, on an overlay, are
+ * made. */
 static void mount_special(void)
 {
     mount_here("proc", "/newroot/proc", "proc", NULL);

@@ -159,7 +159,7 @@ bool cachefile_write_out(struct cachefile *c, bool force);
 /* Makes what is trusted durable. */
 void cachefile_sync(struct cachefile *c);
 
-/* ---- cache/move.c: somebody removes or replaces the files */
+/* ---- cache/move.c: the files were removed or replaced */
 enum cachefile_replaced {
     CACHEFILE_IN_PLACE,
     CACHEFILE_DATA_REPLACED,

@@ -61,7 +61,7 @@ void cachefile_examine(struct cachefile *c)
     pthread_mutex_unlock(&c->lock);
     if (c->data_fd < 0 || fstat(c->data_fd, &st) || (uint64_t)st.st_size >= c->size_bytes)
         return;
-    cachefile_distrust(c, "its data file was cut short by somebody else");
+    cachefile_distrust(c, "its data file was cut short by another program");
     if (c->writable && ftruncate(c->data_fd, (off_t)c->size_bytes))
         engine_say(c->engine, VND_LEVEL_ERROR, VND_CAUSE_IO, "cache of blob %s: cannot size its data file: %s", c->id,
                    strerror(errno));

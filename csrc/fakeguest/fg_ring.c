@@ -83,7 +83,7 @@ fg_queue *fg_queue_new(fg_ram *m, const fg_queue_config *cfg, uint16_t next)
     q->cfg = *cfg;
     q->kick_fd = -1;
     q->call_fd = -1;
-    q->next_unique = 1u << 20; /* apart from those that Python hands out */
+    q->next_unique = 1u << 20; /* apart from those that Python gives out */
     q->desc = (void *)fg_ram_at(m, cfg->desc_gpa, 16ull * cfg->num);
     q->avail = (void *)fg_ram_at(m, cfg->avail_gpa, 6 + 2ull * cfg->num);
     q->used = (void *)fg_ram_at(m, cfg->used_gpa, 6 + 8ull * cfg->num);

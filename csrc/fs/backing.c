@@ -105,7 +105,7 @@ int32_t backing_open(struct backing *b, uint64_t nodeid, struct fs *fs, uint64_t
             *at = f;
         }
     }
-    /* Not counted for want of memory: an open that comes meanwhile may choose otherwise and fail with EIO. */
+    /* Without memory the open is not counted: another open meanwhile may choose otherwise and fail with EIO. */
     if (f) {
         f->opens++;
         id = f->id;

@@ -1,5 +1,5 @@
-/* fuse/ops_rw.c -- FUSE operations on a file system that can be written to (fs/fs.h's fs_rw_ops): open files, their bytes,
- * attributes and extended attributes. The table in fuse/session.c calls them for no other node.
+/* fuse/ops_rw.c -- FUSE operations on a file system that can be written to (fs/fs.h's fs_rw_ops): open files, their
+ * bytes, attributes and extended attributes. The table in fuse/session.c calls them for no other node.
  *
  * An operation first checks that its reply has room, so that nothing is done that would then have to be undone.
  */
@@ -237,9 +237,9 @@ enum req_verdict fuse_rw_lseek(struct fuse_call *c)
 
 /* ---- the rest */
 
-/* As a kernel without a security module of its own has it: security.* is root's. Guests' kernels ask their security modules,
- * and some of those let anybody pass. What they all decide by themselves is who may set security.capability (root of a
- * user namespace may). */
+/* As a kernel without a security module of its own has it: security.* is root's. Guests' kernels ask their security
+ * modules, and some of those let any user pass. What they all decide by themselves is who may set
+ * security.capability (root of a user namespace may). */
 static bool is_refused(const struct fuse_call *c, const char *name, bool removes)
 {
     return c->r->in.uid && strncmp(name, XATTR_SECURITY_PREFIX, XATTR_SECURITY_PREFIX_LEN) == 0 &&

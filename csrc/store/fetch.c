@@ -1,5 +1,5 @@
 /* store/fetch.c -- what is to be fetched next: demand before prefetch (docs/datapath.md 5). What one job takes along is
- * store/merge.c's, jobs once handed out are store/job.c's.
+ * store/merge.c's, jobs once dispatched are store/job.c's.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -85,7 +85,7 @@ static int next_demand(struct fetcher *f, vnd_job *out)
             made = job_build(f, slot, w->core, w->index, UINT32_MAX, true, window);
             pthread_mutex_lock(&f->lock);
         } else if (state == MISS_EXPIRED) {
-            /* Whoever wanted it has given up: not in the way of those who have not. */
+            /* The reader who wanted it has given up: it goes behind the chunks that readers wait for. */
             pthread_mutex_unlock(&f->lock);
             want_later(w->core, FOR_PREFETCH, w->index, w->index + 1, 0, w->asker, false);
             pthread_mutex_lock(&f->lock);
@@ -159,7 +159,7 @@ static int next_range(struct fetcher *f, struct want_range **list, enum job_for 
     return made;
 }
 
-/* What is next for anybody: 1, or as next_range. Demand goes before what is ahead of readers, that before prefetch. */
+/* Makes the next job: 1, or as next_range. Demand goes first, then what is ahead of readers, then prefetch. */
 static int next_job(struct fetcher *f, vnd_job *out, bool take_prefetch)
 {
     int got = -1;

@@ -1,5 +1,5 @@
-/* store/foreign.c -- the thread that waits for chunks and chunk tables which other processes fetch. It starts when first
- * needed. */
+/* store/foreign.c -- the thread that waits for chunks and chunk tables which other processes fetch. It starts when
+ * first needed. */
 #include <errno.h>
 #include <stdlib.h>
 #include <time.h>
@@ -45,7 +45,7 @@ static bool foreign_over(const struct foreign *x, bool tick)
         miss_finish(x->core, x->index, EIO);
         return true;
     }
-    /* Free and not ready: the holder died or failed. Doubted: somebody filled it without a lock. Ours now. */
+    /* Free and not ready: the holder died or failed. Marked: a nydusd filled it without a lock. It is ours now. */
     if (tick && (cachefile_marked(c, x->index) || !claim_foreign(c->side_fd, x->index))) {
         miss_retry(x->core, x->index, MISS_ANY_TRIES, 0, EIO);
         return true;

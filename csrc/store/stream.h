@@ -2,7 +2,7 @@
  * them (docs/datapath.md 5).
  *
  * A miss that follows the last fetch of a stream doubles the stream's window; any other begins a stream. Once a stream
- * has fetched STREAM_AHEAD_AFTER, the window behind it is fetched before anybody misses it; when the reader comes to
+ * has fetched STREAM_AHEAD_AFTER, the window behind it is fetched before a reader misses it; when the reader comes to
  * its start, the next one is. So the network, the decoding and the reader work at the same time.
  *
  * What may be wasted is bounded by what was used: a window ahead is at most half of what the stream has fetched.
@@ -31,7 +31,7 @@ struct stream {
     uint64_t used; /* 0: free; else the stream's number in order of use */
     uint32_t window_bytes, amplify_bytes;
     uint64_t fetched_bytes; /* compressed, in order, so far */
-    uint32_t next;          /* behind the last fetch that somebody waited for */
+    uint32_t next;          /* behind the last fetch that a reader waited for */
     uint32_t ahead;         /* behind the window ahead, or next */
     _Atomic uint32_t mark;  /* start of that window: a reader who gets here asks for more */
 };
@@ -48,10 +48,11 @@ uint32_t stream_window_max(const struct link_pace *p, uint32_t amplify_bytes);
 void stream_pace(struct link_pace *p, uint32_t latency_us, uint64_t rest_bytes, uint64_t rest_us);
 /* A core is new. */
 void stream_init(struct blob_core *c);
-/* A miss of chunk index: the window of its fetch; *number tells stream_fetched which stream it was. amplify_bytes 0:
- * nothing is taken along that nobody asked for. fetcher->lock is held. */
+/* A miss of chunk index: returns the window of its fetch; *number tells stream_fetched which stream it was.
+ * amplify_bytes 0: only wanted chunks are fetched. fetcher->lock is held. */
 uint32_t stream_miss(struct blob_core *c, uint32_t index, uint32_t amplify_bytes, uint64_t *number);
-/* The fetch for it was made: [first, end), bytes. Queues what is to be ahead. fetcher->lock is held. */
+/* The fetch for it was made: it ends before chunk end and has so many bytes. Queues the window ahead. fetcher->lock
+ * is held. */
 void stream_fetched(struct blob_core *c, uint64_t number, uint32_t end, uint64_t bytes, struct asker asker);
 /* A reader has come to a stream's mark. No lock is held. */
 void stream_reached(struct blob_core *c, uint32_t index, struct asker asker);

@@ -110,8 +110,8 @@ def can_pass_through() -> bool:
 
 
 def umount(target: str) -> None:
-    """Takes what is mounted there away, at once or, while somebody is in it, as soon as it is left; no error when
-    nothing is mounted. Raises OSError."""
+    """Unmounts target: at once or, while a process uses the mount, when that has ended. No error when nothing is
+    mounted. Raises OSError."""
     for flags in (0, MNT_DETACH):
         rc: int = lib.vnd_umount(os.fsencode(target), flags)
         if rc in (0, -errno.EINVAL):

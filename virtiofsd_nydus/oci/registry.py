@@ -20,7 +20,7 @@ from virtiofsd_nydus.oci.reference import Reference, default_scheme
 from virtiofsd_nydus.oci.store import OnBytes
 from virtiofsd_nydus.storage.registry import RegistryBackend
 
-# Nobody waits behind a conversion, so its limits are those of a slow registry. A PUT is answered after the registry
+# No guest waits for a conversion, so its limits are those of a slow registry. A PUT is answered after the registry
 # has hashed and stored the whole blob.
 LIMITS = Limits(read_timeout_s=30.0, connect_timeout_s=10.0)
 PUT_TIMEOUT_S = 300.0

@@ -122,7 +122,7 @@ class DigestIndex:
     def find(self, digest: bytes) -> int | None:
         slots = self._slots.quads
         mask = len(slots) - 1
-        # Python's hash of bytes is keyed: no one who makes an image can choose digests that meet.
+        # Python's hash of bytes is keyed: the author of an image cannot choose digests that collide.
         mark = hash(digest) & HASH_MASK
         at = mark & mask
         while value := slots[at]:

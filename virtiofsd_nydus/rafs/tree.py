@@ -201,7 +201,7 @@ class Tree(Nodes):
 
     # ---- names
     def _hash(self, directory: int, name: bytes) -> int:
-        # Python's hash of bytes is keyed: no one who makes an image can choose names that meet.
+        # Python's hash of bytes is keyed: the author of an image cannot choose names that collide.
         return (hash(name) ^ directory * 0x9E3779B1) & 0xFFFFFFFF
 
     def _find_entry(self, directory: int, name: bytes, hashed: int) -> int:

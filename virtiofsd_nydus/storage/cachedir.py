@@ -131,7 +131,7 @@ class SideFile:
 
     @property
     def epoch(self) -> int:
-        """Odd while bytes are being taken away."""
+        """Odd while chunks are being invalidated."""
         return int.from_bytes(self._map[_EPOCH_OFFSET : _EPOCH_OFFSET + 8], "little")
 
     def durable(self) -> int:
@@ -261,7 +261,7 @@ class CacheDir:
 
     def verify(self, kept: Kept) -> Verdict:
         """Hashes every chunk that is there, by our map or by Nydus's, and compares with what it is bound to. A chunk
-        that is taken away meanwhile is passed over."""
+        that is invalidated meanwhile is left out."""
         verdict = Verdict(kept.id)
         marked = self._marked(kept.id) or 0
         try:
