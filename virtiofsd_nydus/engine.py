@@ -301,7 +301,8 @@ class Rafs:
         lib.vnd_rafs_count_files(self.handle, on)
 
     def file_stats(self) -> "list[FileStats]":
-        """Of each inode that an operation succeeded on; an inode may have several, one a thread that served it."""
+        """Counts of each inode that an operation succeeded on. An inode may have several entries, one for each thread
+        that served it."""
         count: int = lib.vnd_rafs_file_stats(self.handle, ffi.NULL, 0)
         room = count + FILES_SLACK  # what is new meanwhile
         out = ffi.new("vnd_file_stats[]", room)
@@ -330,7 +331,7 @@ class Rafs:
             lib.vnd_prefetch(blob, 0, 0, tag)
 
     def prefetch_chunks(self, index: int, first: int, count: int, tag: int) -> None:
-        """The same of chunks [first, first + count)."""
+        """Prefetches chunks [first, first + count)."""
         blob = lib.vnd_rafs_blob(self.handle, index)
         if blob != ffi.NULL and count:
             lib.vnd_prefetch(blob, first, count, tag)

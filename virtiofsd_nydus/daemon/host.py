@@ -171,7 +171,7 @@ class HostService(Service):
             self.log.say(logs.INFO, "took over", mountpoint=self._fuse.mountpoint, mounts=len(state["mounts"]))
 
     def _undo_takeover(self) -> None:
-        """As before it, so that it can be tried again."""
+        """Undoes a takeover that failed, so that it can be tried again."""
         self.table.umount_all()
         self._fuse.forget()
 

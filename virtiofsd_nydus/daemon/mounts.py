@@ -152,14 +152,14 @@ class MountTable:
             mount.prefetch.cancel()
 
     def umount_all(self) -> None:
-        """As before open()."""
+        """Unmounts all: the table is as before open()."""
         for mount in self.images():
             self.umount(mount.path)
         self._close_vfs()
 
     def end_changes(self, within_s: float) -> bool:
-        """From here on every change is refused. Whether those under way ended within that time: close() must not be
-        called else."""
+        """Refuses every change from here on. Returns whether the changes under way ended within that time: close()
+        must not be called else."""
         with self._changeable:
             self._closing = True
             return self._changeable.wait_for(lambda: not self._busy, within_s)
@@ -246,7 +246,7 @@ class MountTable:
                 raise Failure(ALREADY_MOUNTED)
 
     def _add_image(self, vfs: Vfs, wanted: ImageMount, serial: int = 0) -> None:
-        """Of a mount point that the caller holds."""
+        """Mounts an image at a mount point that the caller holds."""
         config = wanted.config
         origin = make_origin(config, self._warn)
         try:

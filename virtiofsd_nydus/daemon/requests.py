@@ -88,7 +88,7 @@ def parse_object(body: bytes, expected: str = "a map") -> "dict[str, object]":
 
 
 def require_texts(document: "dict[str, object]", names: "tuple[str, ...]", body: bytes) -> None:
-    """Those keys are there and hold strings. The column told is the body's end: it is for people."""
+    """Checks that these keys are there and hold strings. The column in the message is the body's end."""
     for name in names:
         if name in document and not isinstance(document[name], str):
             raise body_fault(f"invalid type: {describe_kind(document[name])}, expected a string", 1, len(body))

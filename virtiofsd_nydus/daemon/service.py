@@ -60,7 +60,7 @@ class StopWatch:
         yield
 
     def done(self) -> None:
-        """All has ended."""
+        """Whether all has ended."""
         self._done.set()
 
     def end_now(self) -> "NoReturn":
@@ -157,7 +157,7 @@ class Service:
         )
 
     def _run(self, **where: object) -> None:
-        """From here on all sockets are answered."""
+        """Answers all sockets from here on."""
         if self._vhost:
             self._vhost.start()
         self.report.state = "RUNNING"
@@ -171,7 +171,7 @@ class Service:
         self._log_thread.start()
 
     def catch_signals(self) -> None:
-        """From here on SIGTERM and SIGINT end wait(), also one that comes before it. Main thread only."""
+        """Makes SIGTERM and SIGINT end wait(), also one that comes before wait() is called. Main thread only."""
         # The interpreter's own handler writes to the pipe at once. A Python handler runs when the main thread comes
         # round to it, which it does not if the signal came just before it went to sleep on a lock.
         signal.set_wakeup_fd(self._exit_writer, warn_on_full_buffer=False)

@@ -43,7 +43,7 @@ class GuestFault(RuntimeError):
 
 
 class NoAnswer(TimeoutError):
-    """Nothing came back in time."""
+    """No answer came in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class Memory:
         ffi.memmove(self.pointer(gpa, len(data)), data, len(data))
 
     def wire_regions(self) -> list[tuple[int, int, int, int]]:
-        """As messages carry them: gpa, size, user address, offset."""
+        """The regions as messages carry them: gpa, size, user address, offset."""
         return [(r.gpa, r.size_bytes, self.user_address(r.gpa), r.file_offset) for r in self.regions]
 
     def check_gaps(self) -> None:
@@ -361,7 +361,7 @@ class FakeGuest:
 
     # ---- step 2: the driver is ready
     def send_memory(self) -> None:
-        """By regions where the back-end takes them, else the whole table."""
+        """Sends the memory by regions where the back-end takes them, else as a whole table."""
         regions = self.memory.wire_regions()
         if self.protocol & Protocol.CONFIGURE_MEM_SLOTS:
             for region in regions:
@@ -390,7 +390,7 @@ class FakeGuest:
         self.front.command(Request.SET_VRING_ENABLE, vhost.VRING_STATE.pack(queue.index, int(on)), (), self.acks)
 
     def start(self, first: int = 0) -> None:
-        """From driver ready to rings that run; first is the index that rings start at (0 for a fresh guest)."""
+        """Goes from driver ready to rings that run; first is the index that rings start at (0 for a fresh guest)."""
         for queue in self.queues:
             queue.reset(
                 bool(self.features & Feature.EVENT_IDX),
@@ -432,7 +432,7 @@ class FakeGuest:
         return bases
 
     def reboot(self) -> None:
-        """As a guest reboot looks: stop, then start with empty rings on the same socket and unchanged memory."""
+        """Reboots the guest: stop, then start with empty rings on the same socket and unchanged memory."""
         self.stop()
         self.start()
 

@@ -81,7 +81,7 @@ class Settings:
 
 
 def catch_signals(end: "Callable[[], None]") -> None:
-    """From here on SIGTERM calls end, also one that came before: start() holds it back. SIGINT is a terminal's."""
+    """Makes SIGTERM call end, also one that came before: start() holds it back. SIGINT is a terminal's."""
     signal.signal(signal.SIGTERM, lambda *_: end())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)

@@ -43,7 +43,7 @@ class GuardWatch:
         self._pid = 0
 
     def start_guard(self) -> int:
-        """Its pidfd. Raises OSError."""
+        """Starts the guard and returns its pidfd. Raises OSError."""
         own = os.pidfd_open(os.getpid())
         try:
             self._pid = self._settings.start("guard", own)
@@ -52,7 +52,7 @@ class GuardWatch:
         return os.pidfd_open(self._pid)
 
     def watch(self, pidfd: int) -> None:
-        """In the background, until the mount is over."""
+        """Watches in the background until the mount is over."""
         threading.Thread(target=self._run, args=(pidfd,), name="guard", daemon=True).start()
 
     def _run(self, pidfd: int) -> None:
@@ -147,7 +147,7 @@ class Worker:
     # ---- life
 
     def run(self, image: KernelImage) -> None:
-        """Until the mount is over or complete."""
+        """Runs until the mount is over or complete."""
         if image.config.prefetch:
             from virtiofsd_nydus.daemon.prefetch import Prefetch
 
@@ -193,7 +193,7 @@ def say_events(image: KernelImage, log: logs.Log) -> None:
 
 
 def tell(ready_fd: int, **what: object) -> bool:
-    """To the verb that waits. False: it does no more."""
+    """Tells the verb that waits. Returns False when it no longer waits."""
     try:
         os.write(ready_fd, json.dumps(what).encode())
     except OSError:

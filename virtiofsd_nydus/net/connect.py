@@ -61,7 +61,7 @@ class Resolver:
                 lookup.addresses = [address, *(one for one in lookup.addresses if one != address)]
 
     def forget(self, host: str, port: int) -> None:
-        """None of its addresses answered: the server may have moved."""
+        """Forgets the name's addresses: none answered, the server may have moved."""
         with self._lock:
             lookup = self._lookups.get((host, port))
             if lookup is not None and lookup.done.is_set():

@@ -139,7 +139,7 @@ class ForwardProxy:
         return response
 
     def with_url(self, url: str) -> "ForwardProxy":
-        """The same settings for another address; the health check was of this one and stays behind."""
+        """A proxy with the same settings at another address, without the health check, which was of this one."""
         former = self.settings
         settings = ProxySettings(
             url,

@@ -256,7 +256,7 @@ class _Conversion:
                 )
 
     def convert_layers(self, layers: tuple[Descriptor, ...]) -> list[tuple[Layer, LayerResult]]:
-        """In the image's order. A layer that occurs twice is converted once."""
+        """Converts the layers; results are in the image's order. A layer that occurs twice is converted once."""
         unique = {layer.digest: layer for layer in layers}
         for layer in unique.values():
             self._progress.start("convert", layer.digest, layer.size)

@@ -123,7 +123,7 @@ def parse_platform(text: str) -> Platform:
 
 
 def get_host_platform() -> Platform:
-    """Of this machine, in Go's names as OCI has them."""
+    """The platform of this machine, in Go's names as OCI has them."""
     machine = host_platform.machine().lower()
     names = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386", "i386": "386"}
     return Platform("linux", names.get(machine, machine))

@@ -61,8 +61,8 @@ class RegistryStore:
         ca_cert_files: Iterable[str] = (),
         skip_verify: bool = False,
     ) -> Self:
-        """With the login of --creds (USER:PASSWORD), else of docker's configuration, else none. A loopback registry is
-        spoken to in plain HTTP unless it turns out to want TLS."""
+        """Opens a repository with the login of --creds (USER:PASSWORD), else of docker's configuration, else without.
+        A loopback registry is spoken to in plain HTTP unless it turns out to want TLS."""
         credentials = parse_creds(creds) if creds else find_docker_credentials(reference.host)
         scheme = default_scheme(reference.api_host, plain_http)
         if scheme == "http" and not plain_http and _wants_tls(reference.api_host):

@@ -54,7 +54,7 @@ class BootstrapWriterV5:
         digester: layout.Digester, moved: Mapping[int, Mapping[int, ChunkPlace]] | None = None,
         prefetch: Iterable[bytes] = (), directory: str | None = None,
     ) -> None:  # fmt: skip
-        """As BootstrapWriter's."""
+        """Parameters are those of BootstrapWriter."""
         self.tree = tree
         self.blobs = blobs
         self.chunk_size = chunk_size

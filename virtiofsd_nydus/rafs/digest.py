@@ -9,7 +9,7 @@ DigestFunction = Callable[[bytes], bytes]
 
 
 def digest_function(digester: layout.Digester) -> DigestFunction:
-    """From content to its 32 bytes."""
+    """The function from content to its digest of 32 bytes."""
     if digester is layout.Digester.SHA256:
         sha256 = hashlib.sha256
         return lambda data: sha256(data).digest()

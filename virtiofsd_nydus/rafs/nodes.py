@@ -174,7 +174,7 @@ class Nodes:
         words[base + NLINK] += 1
 
     def parent(self, directory: int) -> int:
-        """Of a directory that has a name; 0: of the root."""
+        """The directory that a directory is in; 0 for the root."""
         return self._arena.words[directory * NODE_WORDS + PARENT]
 
     # ---- the writer's numbers

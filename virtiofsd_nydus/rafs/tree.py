@@ -184,7 +184,7 @@ class Tree(Nodes):
         return found
 
     def target(self, node: int) -> bytes:
-        """Of a symbolic link; of a link into lower layers, the path there."""
+        """The target of a symbolic link, or the path that a link into lower layers names."""
         start = self.text_place(node)
         return bytes(self._texts.data[start : start + self.size(node)])
 

@@ -297,7 +297,7 @@ def _name_unknown(where: str, settings: "Settings", known: "frozenset[str] | set
 
 
 def _scheme(settings: "Settings") -> str:
-    """As nydusd: anything but http is https."""
+    """The scheme as nydusd reads it: anything but http is https."""
     return "http" if _text(settings, "scheme") == "http" else "https"
 
 

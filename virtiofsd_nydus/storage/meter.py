@@ -48,28 +48,29 @@ class BackendMeter:
         self._causes: dict[str, int] = {}
 
     def receive(self, count: int) -> None:
-        """So many bytes have arrived."""
+        """Counts bytes that have arrived."""
         with self._lock:
             self._received_bytes += count
 
     def buffer(self, count: int, prefetch: bool) -> None:
-        """So many bytes that have arrived are about to be decoded and written. prefetch: no reader waits for them."""
+        """Counts bytes that have arrived and are about to be decoded and written. prefetch: no reader waits for
+        them."""
         with self._lock:
             self._buffered_bytes += count
             self._prefetched_bytes += count if prefetch else 0
 
     def settle(self, count: int) -> None:
-        """So many bytes that buffer() counted have been written or dropped."""
+        """Takes off bytes that buffer() counted and that have been written or dropped."""
         with self._lock:
             self._buffered_bytes -= count
 
     def waste(self, count: int) -> None:
-        """So many bytes that arrived were of no use."""
+        """Counts bytes that arrived for nothing."""
         with self._lock:
             self._wasted_bytes += count
 
     def verify(self, chunks: int) -> None:
-        """So many chunks were not fetched: they were found in the cache, and are right."""
+        """Counts chunks that were found in the cache and are right, so that they need not be fetched."""
         with self._lock:
             self._verified_chunks += chunks
 

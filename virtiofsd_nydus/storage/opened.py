@@ -81,7 +81,7 @@ class OpenedImage:
             self.pump.remove_backend(blob.key, origin.backend, origin.prefetch_limit)
 
     def change_origin(self, origin: Origin) -> None:
-        """From the next fetch on blobs come from there."""
+        """Takes blobs from this origin, from the next fetch on."""
         old, self.origin = self.origin, origin
         self._add_origin()
         self._remove_origin(old)

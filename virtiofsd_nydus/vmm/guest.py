@@ -114,7 +114,7 @@ class Guest:
     # ---- what tests and commands call
 
     def wait_hello(self, deadline: Deadline) -> None:
-        """Until the guest's init has told that it runs; for the boot after a reset, too."""
+        """Waits until the guest's init has told that it runs; after a reset, too."""
         while "init" not in self.phases:
             self._pump(deadline)
 
