@@ -1,8 +1,7 @@
 """Flags that several verbs take. Light: the daemons import it before they answer RUNNING."""
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    import argparse
+import argparse
+import os
 
 NOFILE_DEFAULT = 1_000_000
 IMAGE_HELP = "docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], or a bootstrap file with --blob-dir"
@@ -49,6 +48,23 @@ def add_registry_arguments(parser: "argparse.ArgumentParser") -> None:
         metavar="FILE",
         help="PEM file with a CA to trust beside the system's; may be given again",
     )
+    parser.add_argument(
+        "--proxy",
+        default=None,
+        metavar="URL",
+        action=_UseProxy,
+        help="HTTP proxy for all servers but those of NO_PROXY, instead of HTTP_PROXY and HTTPS_PROXY; '' for none",
+    )
+
+
+class _UseProxy(argparse.Action):
+    """Sets the environment, by which a daemon that the verb starts takes the same way."""
+
+    def __call__(self, parser: object, namespace: "argparse.Namespace", values: object, option: object = None) -> None:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+            os.environ.pop(name.lower(), None)
+            os.environ[name] = str(values)
+        setattr(namespace, self.dest, values)
 
 
 def add_data_arguments(parser: "argparse.ArgumentParser", purpose: str) -> None:

@@ -126,7 +126,7 @@ def test_preset_token(server: FaultyServer, make) -> None:
     server.token_user = ""
     server.tokens["mine"] = 1
     blob = server.add(DATA)
-    backend = make(registry_token="mine")
+    backend = make(registry_token="mine", timeout=10)
     assert read(backend, blob, 0, 10) == DATA[:10]
     assert token_calls(server) == []
     assert read(backend, blob, 0, 10) == DATA[:10]

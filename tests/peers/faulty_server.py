@@ -87,7 +87,8 @@ class FaultyServer:
     """blobs: hex digest to bytes. upstream: host:port of a plain-HTTP registry to pass on what is not in blobs.
 
     token_user: ask for a bearer token (GET or POST /token of this same server), for USER:PASSWORD or "" for anyone;
-    a token is good for token_uses requests."""
+    a token is good for token_uses requests. basic_user: ask for USER:PASSWORD in each request. expired_status: what a
+    request with a login that is not good (any more) is answered with; one without a login gets 401."""
 
     def __init__(
         self,
@@ -104,6 +105,8 @@ class FaultyServer:
         self.token_user = token_user
         self.token_uses = token_uses
         self.token_life_s = 300
+        self.basic_user = ""
+        self.expired_status = 401
         self.requests: list[Recorded] = []
         self.faults: list[Fault] = []
         self.stopping = threading.Event()
@@ -239,18 +242,12 @@ class _Handler(BaseHTTPRequestHandler):
         fault = faulty.take_fault(f"{self.command} {self.path}")
         if fault is not None and self._apply_before(fault):
             return
-        if path == TOKEN_PATH:
+        if path in (TOKEN_PATH, f"/moved{TOKEN_PATH}"):
             self._answer_token()
             return
-        if faulty.token_user is not None and not path.startswith("/store/") and not self._has_token():
-            self._send(
-                401,
-                b"",
-                {
-                    "WWW-Authenticate": f'Bearer realm="{faulty.url}{TOKEN_PATH}",service="faulty",'
-                    f'scope="repository:x:pull"'
-                },
-            )
+        if not path.startswith("/store/") and not self._is_logged_in():
+            status = faulty.expired_status if self.headers.get("Authorization") else 401
+            self._send(status, b"", {"WWW-Authenticate": self._challenge()} if status == 401 else None)
             return
         if path.startswith("/store/") and not self._has_signature():
             self._send(403, b"expired")
@@ -374,6 +371,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
         raise _Cut
+
+    def _is_logged_in(self) -> bool:
+        import base64
+
+        if self.faulty.basic_user:
+            wanted = base64.b64encode(self.faulty.basic_user.encode()).decode()
+            return self.headers.get("Authorization", "") == f"Basic {wanted}"
+        return self.faulty.token_user is None or self._has_token()
+
+    def _challenge(self) -> str:
+        if self.faulty.basic_user:
+            return 'Basic realm="faulty"'
+        return f'Bearer realm="{self.faulty.url}{TOKEN_PATH}",service="faulty",scope="repository:x:pull"'
 
     def _has_token(self) -> bool:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")

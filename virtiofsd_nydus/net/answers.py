@@ -6,7 +6,9 @@ Light: urllib3 is imported where its exceptions are caught.
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net.address import host_of, path_of
+from virtiofsd_nydus.net.address import host_of, parse_address, path_of
+from virtiofsd_nydus.net.deadline import wait_until
+from virtiofsd_nydus.net.documents import parse_json, parse_size
 from virtiofsd_nydus.net.failures import SPEAKS_HTTPS, RetriableFailure, classify_error
 
 TYPE_CHECKING = False
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 PIECE_BYTES = 256 << 10
 # An error body is read for its first words only.
 ERROR_BODY_BYTES = 4096
+# So long the words of an error, or the rest of an answer that is not wanted, are waited for.
+DRAIN_LIMIT_S = 1.0
+RETRY_AFTER_MAX_S = 30.0
 REDIRECTS_MAX = 5
 REDIRECT_STATUSES = frozenset((301, 302, 303, 307, 308))
 RETRY_STATUSES = frozenset((408, 425, 429))  # and all from 500 on
@@ -33,6 +38,7 @@ def release(response: "BaseHTTPResponse") -> None:
     try:
         left = response.length_remaining  # 0 for HEAD, whatever Content-Length says
         if left is not None and left <= ERROR_BODY_BYTES:
+            wait_until(time.monotonic() + DRAIN_LIMIT_S)
             response.drain_conn()
             response.release_conn()
             return
@@ -49,14 +55,9 @@ def read_some(response: "BaseHTTPResponse", url: str, size_bytes: int, deadline:
     import urllib3
 
     try:
-        if deadline is not None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise RetriableFailure(f"{host_of(url)}: the deadline passed while the answer was arriving")
-            connection = response.connection
-            sock = getattr(connection, "sock", None)
-            if sock is not None and (sock.gettimeout() is None or sock.gettimeout() > left):
-                sock.settimeout(left)
+        if deadline is not None and deadline <= time.monotonic():
+            raise RetriableFailure(f"{host_of(url)}: the deadline passed while the answer was arriving")
+        wait_until(deadline)
         return response.read1(size_bytes)
     except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
         response.close()
@@ -83,6 +84,7 @@ def error_text(response: "BaseHTTPResponse", url: str) -> str:
     """The first words of an error answer, on one line. Ends the response."""
     import urllib3
 
+    wait_until(time.monotonic() + DRAIN_LIMIT_S)
     try:
         data = response.read1(ERROR_BODY_BYTES) or b""
     except (urllib3.exceptions.HTTPError, OSError):
@@ -90,9 +92,7 @@ def error_text(response: "BaseHTTPResponse", url: str) -> str:
     response.close()
     text = data.decode("utf-8", "replace")
     try:
-        import json
-
-        errors = json.loads(text)["errors"]
+        errors = parse_json(text)["errors"]
         text = "; ".join(str(error.get("message") or error.get("code")) for error in errors)
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -115,10 +115,8 @@ def check_status(response: "BaseHTTPResponse", url: str, what: str) -> None:
     if status in (404, 410):
         raise Failure(f"{where}: not there (status {status}){said}", Cause.MISSING)
     if status in RETRY_STATUSES or status >= 500:
-        after = response.headers.get("Retry-After", "")
-        raise RetriableFailure(
-            f"{where}: status {status}{said}", after_s=min(float(after), 30.0) if after.isdecimal() else 0.0
-        )
+        after_s = parse_size(response.headers.get("Retry-After", "")) or 0
+        raise RetriableFailure(f"{where}: status {status}{said}", after_s=min(after_s, RETRY_AFTER_MAX_S))
     raise Failure(f"{where}: unexpected status {status}{said}", Cause.IO)
 
 
@@ -128,10 +126,13 @@ def redirect_target(response: "BaseHTTPResponse", url: str, what: str, join: "Ca
     release(response)
     if not location:
         raise RetriableFailure(f"{host_of(url)}: {what}: a redirect without an address")
-    target = join(url, location)
-    if not target.startswith(("http://", "https://")):
-        raise Failure(f"{host_of(url)}: {what}: redirected to {target[:60]!r}, which is no http address", Cause.NETWORK)
-    return target
+    try:
+        return parse_address(join(url, location)).url
+    except (Failure, ValueError):
+        where = ascii(location.partition("?")[0][:60])
+        raise Failure(
+            f"{host_of(url)}: {what}: redirected to {where}, which is no http address", Cause.NETWORK
+        ) from None
 
 
 def check_range(response: "BaseHTTPResponse", url: str, offset: int, length: int, what: str) -> int | None:
@@ -141,7 +142,7 @@ def check_range(response: "BaseHTTPResponse", url: str, offset: int, length: int
     one that is longer, elsewhere or without a range raises."""
     headers = response.headers
     told = headers.get("Content-Length", "")
-    told_bytes = int(told) if told.isdecimal() else None
+    told_bytes = parse_size(told)
     if response.status == 200:
         # Range is optional for servers; the whole thing from its start is as good when that is what is wanted.
         if offset == 0 and told_bytes == length:
@@ -179,13 +180,12 @@ def parse_content_range(text: str) -> tuple[int, int, int | None] | None:
     unit, _, rest = text.strip().partition(" ")
     span, slash, total = rest.strip().partition("/")
     first, dash, last = span.partition("-")
-    if unit.lower() != "bytes" or not slash or not dash or not (first.isdecimal() and last.isdecimal()):
+    begin, end, size = parse_size(first), parse_size(last), parse_size(total)
+    if unit.lower() != "bytes" or not slash or not dash or begin is None or end is None or end < begin:
         return None
-    if total != "*" and not total.isdecimal():
-        return None
-    if int(last) < int(first) or (total != "*" and int(last) >= int(total)):
-        return None
-    return int(first), int(last), None if total == "*" else int(total)
+    if total == "*":
+        return begin, end, None
+    return (begin, end, size) if size is not None and end < size else None
 
 
 def short_blob(url: str, what: str, size: int, offset: int, length: int) -> Failure:

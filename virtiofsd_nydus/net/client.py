@@ -8,17 +8,19 @@ import threading
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net.address import host_of, origin_of
+from virtiofsd_nydus.net.address import Address, host_of, origin_of, parse_address
 from virtiofsd_nydus.net.answers import REDIRECT_STATUSES, REDIRECTS_MAX, check_status, redirect_target, release
+from virtiofsd_nydus.net.deadline import wait_until
 from virtiofsd_nydus.net.failures import RetriableFailure, classify_error, describe_error, time_left
+from virtiofsd_nydus.net.routes import Routes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterable, Mapping
-    from typing import IO, Protocol
+    from typing import IO, Any, Protocol
 
-    from urllib3 import BaseHTTPResponse, PoolManager, Timeout
+    from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Timeout
 
     from virtiofsd_nydus.net.connect import Resolver
 
@@ -59,9 +61,9 @@ READ_TIMEOUT_S = 5.0
 # Back-off: doubled from the first to the last value, each spread by up to half of itself.
 BACKOFF_FIRST_S = 0.1
 BACKOFF_LAST_S = 3.0
-# Headers that carry a secret of the one who configured them: for the backend's own server, not for the address that it
-# redirects to.
-SECRET_HEADERS = frozenset(("authorization", "proxy-authorization", "cookie"))
+# A header whose name has one of these words in it carries a secret: for the server that it was configured for, not for
+# the address that it redirects to.
+SECRET_WORDS = ("auth", "cookie", "token", "secret", "password", "key", "credential")
 
 
 class Limits:
@@ -95,10 +97,11 @@ class Trust:
 
 
 class Request:
-    """What is sent where. body: a function gives it anew for each attempt. own: url is on the server that the
-    configuration names. read_timeout_s: instead of the client's, for this request."""
+    """What is sent where. body: a function gives it anew for each attempt. home: the origin that the secrets among the
+    headers are for; sent to another one they are left out. read_timeout_s: instead of the client's, for this
+    request."""
 
-    __slots__ = ("body", "headers", "method", "own", "read_timeout_s", "url")
+    __slots__ = ("body", "headers", "home", "method", "read_timeout_s", "url")
 
     def __init__(
         self,
@@ -107,24 +110,24 @@ class Request:
         headers: "Mapping[str, str] | None" = None,
         body: "Body | None" = None,
         *,
-        own: bool = False,
+        home: str = "",
         read_timeout_s: float | None = None,
     ) -> None:
         self.method = method
         self.url = url
         self.headers = headers or {}
         self.body = body
-        self.own = own
+        self.home = home
         self.read_timeout_s = read_timeout_s
 
-    def at(self, url: str, own: bool, headers: "Mapping[str, str] | None" = None) -> "Request":
+    def at(self, url: str, home: str, headers: "Mapping[str, str] | None" = None) -> "Request":
         """The same request to another address, with further headers."""
         return Request(
             self.method,
             url,
             {**self.headers, **(headers or {})},
             self.body,
-            own=own,
+            home=home,
             read_timeout_s=self.read_timeout_s,
         )
 
@@ -182,6 +185,16 @@ class Retry:
             raise Failure(f"{failure} (shutting down)", failure.cause) from failure
 
 
+def is_secret(name: str) -> bool:
+    """Whether a header of this name carries a secret."""
+    name = name.lower()
+    return any(word in name for word in SECRET_WORDS)
+
+
+def drop_secrets(headers: "Mapping[str, str]") -> dict[str, str]:
+    return {name: value for name, value in headers.items() if not is_secret(name)}
+
+
 class HttpClient:
     """One pool manager and its limits. Thread-safe."""
 
@@ -191,19 +204,24 @@ class HttpClient:
         trust: Trust | None = None,
         *,
         headers: "Mapping[str, str] | None" = None,
+        secret_origins: "Iterable[str]" = (),
         proxy: "Proxy | None" = None,
+        routes: Routes | None = None,
         unix_socket: str = "",
     ) -> None:
-        """headers: sent with every request (SECRET_HEADERS only with those to the backend's own server). unix_socket:
-        where all plain-HTTP requests go."""
+        """headers: sent with every request, the secrets among them to secret_origins alone. proxy: the backend's own,
+        for requests that say so. routes: proxies for all others (default: the environment's). unix_socket: where all
+        plain-HTTP requests go."""
         self.limits = limits or Limits()
         self._trust = trust or Trust()
         self._headers = dict(headers or {})
-        self._public_headers = {k: v for k, v in self._headers.items() if k.lower() not in SECRET_HEADERS}
+        self._public_headers = drop_secrets(self._headers)
+        self._secret_origins = frozenset(secret_origins)
         self.proxy = proxy
+        self._routes = routes if routes is not None else Routes.read_environment()
         self._unix_socket = unix_socket
         self._resolver: Resolver | None = None
-        self._pool: PoolManager | None = None
+        self._managers: dict[str, PoolManager] = {}  # by the proxy's address, "": directly
         self._lock = threading.Lock()
         self.closing = threading.Event()
 
@@ -211,9 +229,9 @@ class HttpClient:
         """Ends waits between attempts and drops idle connections; requests on the wire run to their time limit."""
         self.closing.set()
         with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.clear()
+            managers, self._managers = self._managers, {}
+        for manager in managers.values():
+            manager.clear()
         if self.proxy is not None:
             self.proxy.close()
 
@@ -228,7 +246,7 @@ class HttpClient:
 
     def prepare(self) -> None:
         """Imports what requests need and reads the certificates."""
-        self._manager()
+        self._manager("")
 
     def retry(self, retries: int, deadline: float | None) -> Retry:
         return Retry(retries, deadline, self.closing)
@@ -243,55 +261,72 @@ class HttpClient:
         """Sends one request. No redirect is followed; the answer's body is unread: read it to its end or
         release(response). through: by the proxy as it says; None: directly. Raises Failure: SCHEME for TLS that does
         not come about, NETWORK (RetriableFailure) for all else that keeps an answer from arriving."""
+        address = parse_address(request.url)
+        whole = Request(request.method, address.url, self._choose_headers(request, address), request.body)
+        read_s = self.limits.read_timeout_s if request.read_timeout_s is None else request.read_timeout_s
+        proxy = self.proxy
+        if proxy is not None and through is not None and not through.bypass:
+            response = proxy.send(self, whole, self._begin_wait(whole, read_s, deadline), through.prefetch)
+            if response is not None:
+                return response
+        return self._send_directly(whole, address, self._begin_wait(whole, read_s, deadline))
+
+    def _choose_headers(self, request: Request, address: Address) -> dict[str, str]:
+        """All headers of a request. Here alone is decided which secrets go to the address."""
+        configured = self._headers if address.origin in self._secret_origins else self._public_headers
+        own = request.headers if address.origin == request.home else drop_secrets(request.headers)
+        return {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **configured, **own}
+
+    def _begin_wait(self, request: Request, read_s: float, deadline: float | None) -> "Timeout":
+        """The limits of one exchange. Its headers have to come within those of one connection and one read together,
+        however slowly they trickle (an upload takes its own time)."""
+        import urllib3
+
+        connect_s = self.limits.connect_timeout_s
+        timeout = urllib3.Timeout(
+            connect=time_left(deadline, connect_s, request.url) or None,
+            read=time_left(deadline, read_s, request.url) or None,
+        )
+        until = deadline
+        if request.body is None and connect_s and read_s:
+            ends = time.monotonic() + connect_s + read_s
+            until = ends if deadline is None else min(ends, deadline)
+        wait_until(until)
+        return timeout
+
+    def _send_directly(self, request: Request, address: Address, timeout: "Timeout") -> "BaseHTTPResponse":
         import http.client
 
         import urllib3
 
-        url = request.url
-        read_s = self.limits.read_timeout_s if request.read_timeout_s is None else request.read_timeout_s
-        timeout = urllib3.Timeout(
-            connect=time_left(deadline, self.limits.connect_timeout_s, url) or None,
-            read=time_left(deadline, read_s, url) or None,
-        )
-        whole = Request(
-            request.method,
-            url,
-            {
-                "User-Agent": USER_AGENT,
-                "Accept-Encoding": "identity",
-                **(self._headers if request.own else self._public_headers),
-                **request.headers,
-            },
-            request.body,
-        )
-        proxy = self.proxy
-        if proxy is not None and through is not None and not through.bypass:
-            response = proxy.send(self, whole, timeout, through.prefetch)
-            if response is not None:
-                return response
-            time_left(deadline, 0, url)
+        options: dict[str, Any] = {
+            "headers": request.headers,
+            "body": request.make_body(),
+            "timeout": timeout,
+            "redirect": False,
+            "retries": False,
+            "preload_content": False,
+            "decode_content": False,
+        }
         try:
-            return self._manager().request(
-                whole.method,
-                url,
-                headers=whole.headers,
-                body=whole.make_body(),
-                timeout=timeout,
-                redirect=False,
-                retries=False,
-                preload_content=False,
-                decode_content=False,
-            )
+            route = "" if self._unix_socket else self._routes.choose(address)
+            manager = self._manager(route)
+            if route:
+                return manager.urlopen(request.method, address.url, **options)
+            pool = manager.connection_from_host(address.host, address.port, address.scheme)
+            return pool.urlopen(request.method, address.target, assert_same_host=False, **options)
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
-            raise classify_error(error, url) from error
+            raise classify_error(error, request.url) from error
 
-    def _manager(self) -> "PoolManager":
+    def _manager(self, route: str) -> "PoolManager":
         with self._lock:
             if self.closing.is_set():
                 raise Failure("the HTTP client is closed", Cause.NETWORK)
-            if self._pool is None:
-                self._pool = self._make_manager()
-            return self._pool
+            manager = self._managers.get(route)
+            if manager is None:
+                manager = self.make_proxy_manager(route) if route else self._make_manager()
+                self._managers[route] = manager
+            return manager
 
     def resolver(self) -> "Resolver":
         """The one memory of names for direct and proxied connections."""
@@ -313,12 +348,33 @@ class HttpClient:
         )
         return connect.install(manager, self.resolver())
 
+    def make_proxy_manager(self, url: str) -> "ProxyManager":
+        """A manager whose connections go by the proxy at url, http(s)://[USER:PASSWORD@]HOST:PORT."""
+        import urllib3
+
+        from virtiofsd_nydus.net import connect
+
+        login, at, _ = url.partition("://")[2].rpartition("@")
+        manager = urllib3.ProxyManager(
+            parse_address(url).url,
+            proxy_headers=urllib3.make_headers(proxy_basic_auth=login) if at else None,
+            num_pools=16,
+            maxsize=self.limits.pool_size,
+            block=False,
+            ssl_context=self.make_ssl_context(),
+        )
+        connect.install(manager, self.resolver())
+        return manager
+
     def make_ssl_context(self) -> "ssl.SSLContext":
         import ssl
 
         import urllib3
 
+        from virtiofsd_nydus.net.connect import TimedTlsSocket
+
         context = ssl.create_default_context()
+        context.sslsocket_class = TimedTlsSocket
         for file in self._trust.ca_cert_files:
             try:
                 context.load_verify_locations(cafile=file)
@@ -342,7 +398,7 @@ def request_following(
 
     url, first = request.url, origin_of(request.url)
     for _ in range(REDIRECTS_MAX + 1):
-        response = client.send(request.at(url, origin_of(url) == first), deadline=deadline, through=through)
+        response = client.send(request.at(url, first), deadline=deadline, through=through)
         if response.status < 300 or response.status == 416:
             return response, url
         if response.status not in REDIRECT_STATUSES:

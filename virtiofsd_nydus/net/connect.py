@@ -4,6 +4,7 @@ urllib3 resolves by a blocking getaddrinfo that no timeout reaches. Heavy: impor
 """
 
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -14,6 +15,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
+from virtiofsd_nydus.net.deadline import cut_wait
+
 # Registries move rarely; a short memory keeps a cold start from asking for the same name hundreds of times.
 FOUND_FOR_S = 60.0
 UNFOUND_FOR_S = 2.0
@@ -21,6 +24,22 @@ UNFOUND_FOR_S = 2.0
 LOOKUP_LIMIT_S = 30.0
 
 Address = tuple[int, int, int, str, Any]
+
+
+class TimedSocket(socket.socket):
+    """A socket whose waits for bytes end at the thread's deadline (net.deadline)."""
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        cut_wait(self)
+        return super().recv_into(buffer, nbytes, flags)
+
+
+class TimedTlsSocket(ssl.SSLSocket):
+    """The same over TLS. (A handshake is one call, whose timeout is for all of it.)"""
+
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        cut_wait(self)
+        return super().recv_into(buffer, nbytes, flags)
 
 
 class _Lookup:
@@ -102,7 +121,7 @@ def _open(connection: Any, resolver: Resolver) -> socket.socket:
             raise too_late from last
         # An address that does not answer must leave time for the others.
         share = left if left is None or position == len(addresses) - 1 else left / 2
-        sock = socket.socket(family, kind, protocol)
+        sock = TimedSocket(family, kind, protocol)
         try:
             for option in connection.socket_options or ():
                 sock.setsockopt(*option)
@@ -115,7 +134,8 @@ def _open(connection: Any, resolver: Resolver) -> socket.socket:
         if position:
             resolver.prefer(host, connection.port, (family, kind, protocol, name, address))
         sys.audit("http.client.connect", connection, connection.host, connection.port)
-        sock.settimeout(left)
+        # What is left is for the TLS handshake.
+        sock.settimeout(None if until is None else max(until - time.monotonic(), 0.001))
         return sock
     resolver.forget(host, connection.port)
     if isinstance(last, TimeoutError):
@@ -149,7 +169,7 @@ def make_unix_manager(path: str, pool_size: int) -> urllib3.PoolManager:
 
     class Connection(HTTPConnection):
         def _new_conn(self) -> socket.socket:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock = TimedSocket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 sock.settimeout(self.timeout if isinstance(self.timeout, int | float) else None)
                 sock.connect(path)

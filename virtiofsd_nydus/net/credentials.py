@@ -4,6 +4,7 @@ import binascii
 import os
 
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+from virtiofsd_nydus.net.documents import parse_json
 
 HELPER_LIMIT_S = 30.0
 
@@ -53,10 +54,9 @@ def parse_creds(text: str) -> Credentials:
     return Credentials(user, password)
 
 
-def find_docker_credentials(host: str) -> Credentials | None:
+def find_docker_credentials(host: str, limit_s: float = HELPER_LIMIT_S) -> Credentials | None:
     """The login for host by docker's config.json (of $DOCKER_CONFIG, else of ~/.docker): its credential helper
-    (credHelpers, credsStore), else its entry in `auths`."""
-    import json
+    (credHelpers, credsStore), which may take limit_s, else its entry in `auths`."""
     from pathlib import Path
 
     folder = os.environ.get("DOCKER_CONFIG")
@@ -65,7 +65,7 @@ def find_docker_credentials(host: str) -> Credentials | None:
     except RuntimeError:  # no home
         return None
     try:
-        document = json.loads(path.read_bytes())
+        document = parse_json(path.read_bytes())
         auths = document.get("auths") or {}
         helpers, store = document.get("credHelpers") or {}, str(document.get("credsStore") or "")
     except (FileNotFoundError, NotADirectoryError):
@@ -77,7 +77,7 @@ def find_docker_credentials(host: str) -> Credentials | None:
         names += ["https://index.docker.io/v1/", "docker.io", "index.docker.io"]
     helper = next((str(helpers[name]) for name in names if isinstance(helpers, dict) and helpers.get(name)), "")
     for program, name in [(helper, name) for name in names[:1] if helper] + [(store, name) for name in names if store]:
-        found = _ask_helper(program, name)
+        found = _ask_helper(program, name, limit_s)
         if found is not None:
             return found
     for name in names:
@@ -93,9 +93,8 @@ def find_docker_credentials(host: str) -> Credentials | None:
     return None
 
 
-def _ask_helper(program: str, server: str) -> Credentials | None:
+def _ask_helper(program: str, server: str, limit_s: float) -> Credentials | None:
     """What `docker-credential-PROGRAM get` knows of server; None when it knows nothing."""
-    import json
     import subprocess
 
     name = f"docker-credential-{program}"
@@ -104,7 +103,7 @@ def _ask_helper(program: str, server: str) -> Credentials | None:
             f"docker's config.json names {program!r} as credential helper: a name without / is wanted", Cause.AUTH
         )
     try:
-        done = subprocess.run([name, "get"], input=server.encode(), capture_output=True, timeout=HELPER_LIMIT_S)
+        done = subprocess.run([name, "get"], input=server.encode(), capture_output=True, timeout=limit_s)
     except FileNotFoundError:
         raise Failure(f"docker's credential helper {name} is not installed (not in PATH)", Cause.AUTH) from None
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -116,7 +115,7 @@ def _ask_helper(program: str, server: str) -> Credentials | None:
             return None
         raise Failure(f"docker's credential helper {name} fails for {server}: {said}", Cause.AUTH)
     try:
-        found = json.loads(done.stdout)
+        found = parse_json(done.stdout)
         user, secret = str(found["Username"]), str(found["Secret"])
     except (ValueError, KeyError, TypeError):
         raise Failure(f"docker's credential helper {name} gives no login for {server}", Cause.AUTH) from None

@@ -7,22 +7,31 @@ it got.
 Light: the daemon reads configurations before it answers RUNNING.
 """
 
-import re
 import threading
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net.address import host_of
-from virtiofsd_nydus.net.answers import check_status, read_body, release
+from virtiofsd_nydus.net.address import host_of, origin_of
+from virtiofsd_nydus.net.answers import (
+    REDIRECT_STATUSES,
+    REDIRECTS_MAX,
+    check_status,
+    read_body,
+    redirect_target,
+    release,
+)
 from virtiofsd_nydus.net.client import HttpClient, Request
 from virtiofsd_nydus.net.credentials import Credentials
-from virtiofsd_nydus.net.failures import DeadlinePassed, RetriableFailure
+from virtiofsd_nydus.net.documents import parse_json
+from virtiofsd_nydus.net.failures import DeadlinePassed, RetriableFailure, time_left
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
     from typing import Any
+
+    from urllib3 import BaseHTTPResponse
 
 CLIENT_ID = "virtiofsd-nydus"
 # The specification: a token without expires_in lives 60 s at least; nydusd assumes 600.
@@ -40,25 +49,57 @@ RENEW_PAUSE_FIRST_S = 5.0
 RENEW_PAUSE_LAST_S = 600.0
 # A refused login is not tried again for so long: every cold read would, and accounts get locked by that.
 REFUSED_FOR_S = 10.0
-# One step of WWW-Authenticate (RFC 9110 11.6.1): a scheme before its parameters, a parameter, or a scheme alone.
-CHALLENGE = re.compile(
-    r"""([A-Za-z][\w-]*)\s+(?=[\w-]+\s*=)"""
-    r"""|([A-Za-z][\w-]*)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))"""
-    r"""|([A-Za-z][\w-]*)(?=\s*(?:,|$))"""
-)
+# Of looking credentials up, by a program perhaps
+FIND_LIMIT_S = 30.0
+# The characters of schemes and parameter names in WWW-Authenticate (RFC 9110 5.6.2).
+TOKEN_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!#$%&'*+-.^_`|~")
+BLANKS = frozenset(" \t")
+# A token's life is believed up to this; a server that says more is asked anew after a day.
+TOKEN_LIFE_MAX_S = 86400.0
 
 
 def parse_challenges(text: str) -> list[tuple[str, dict[str, str]]]:
-    """WWW-Authenticate to [(scheme in lower case, parameters)], in its order."""
+    """WWW-Authenticate to [(scheme in lower case, parameters)], in its order. What is neither is passed over. One pass:
+    a server may send 64 KiB of anything."""
     out: list[tuple[str, dict[str, str]]] = []
-    for match in CHALLENGE.finditer(text):
-        scheme, key, quoted, plain, bare = match.groups()
-        if scheme or bare:
-            out.append(((scheme or bare).lower(), {}))
-        elif key and out:
-            value = plain if quoted is None else re.sub(r"\\(.)", r"\1", quoted)
-            out[-1][1][key.lower()] = value
+    at = 0
+    while at < len(text):
+        begin, at = at, _skip(text, at, TOKEN_CHARACTERS)
+        if at == begin:  # a comma, a blank, or nothing that belongs here
+            at += 1
+            continue
+        word = text[begin:at].lower()
+        at = _skip(text, at, BLANKS)
+        if text[at : at + 1] != "=":
+            out.append((word, {}))
+            continue
+        value, at = _read_value(text, _skip(text, at + 1, BLANKS))
+        if out and value is not None:
+            out[-1][1][word] = value
     return out
+
+
+def _skip(text: str, at: int, characters: frozenset[str]) -> int:
+    """Where the run of characters that begins at `at` ends."""
+    while at < len(text) and text[at] in characters:
+        at += 1
+    return at
+
+
+def _read_value(text: str, at: int) -> tuple[str | None, int]:
+    """A parameter's value, quoted or not, and where it ends; None: its quotes are not closed."""
+    if text[at : at + 1] != '"':
+        end = at
+        while end < len(text) and text[end] not in ' \t,"':
+            end += 1
+        return text[at:end], end
+    out = []
+    at += 1
+    while at < len(text) and text[at] != '"':
+        at += text[at] == "\\"
+        out.append(text[at : at + 1])
+        at += 1
+    return ("".join(out) if at < len(text) else None), at + 1
 
 
 def pull_scope(repo: str) -> str:
@@ -72,7 +113,7 @@ def push_scope(repo: str) -> str:
 class Login:
     """What a registry is logged in to with. credentials: those that were given. token: a bearer token that another
     program got (nydusd's registry_token), used until it is refused. find: asked at each login where no credentials were
-    given, for those may be short-lived."""
+    given, for those may be short-lived; gets the seconds that it may take."""
 
     __slots__ = ("credentials", "find", "token")
 
@@ -80,7 +121,7 @@ class Login:
         self,
         credentials: Credentials | None = None,
         token: str = "",
-        find: "Callable[[], Credentials | None] | None" = None,
+        find: "Callable[[float], Credentials | None] | None" = None,
     ) -> None:
         self.credentials = credentials
         self.token = token
@@ -114,6 +155,8 @@ class Authenticator:
         self._lives_s: dict[str, float] = {}
         self._challenge: dict[str, str] | None = None
         self._refused: dict[str, tuple[Failure, float]] = {}  # scope -> refusal, monotonic time of its end
+        self._denied_until: dict[str, float] = {}  # scope -> until when a 403 is not taken for an expired login
+        self._wants_basic = False
         self._get_only = False
         self.secure = secure
         self._find_credentials = login.find
@@ -134,6 +177,7 @@ class Authenticator:
             self._credentials, self._find_credentials = credentials, None
             self._headers.clear()
             self._refused.clear()
+            self._denied_until.clear()
             self._preset = ""
             self.state = "unknown"
 
@@ -174,6 +218,30 @@ class Authenticator:
             self._headers[scope] = header, time.monotonic() + life_s
             self._lives_s[scope] = life_s
             self._change_state("ok", f"{self._host}: the login works again")
+            return header
+
+    def renew_expired(self, scope: str, sent: str, deadline: float | None = None) -> str | None:
+        """What to send instead of `sent` after a 403, by which some registries say that a login has expired: another
+        header, "" for none (the registry is to say what it wants). None: there is nothing new, the 403 stands."""
+        with _held(self._lock, deadline, self._host):
+            known, now = self._headers.get(scope), time.monotonic()
+            if known and known[0] != sent and known[1] > now:
+                return known[0]
+            if self._denied_until.get(scope, 0.0) > now:
+                return None
+            # A right that is lacking is answered the same way: it must not cost a login for each read.
+            self._denied_until[scope] = now + REFUSED_FOR_S
+            if sent == self._preset:
+                self._preset = ""
+                return ""
+            try:
+                header, life_s = self._renew(scope, sent, None, deadline)
+            except Failure as failure:
+                if failure.cause is Cause.AUTH:
+                    return None
+                raise
+            self._headers[scope] = header, time.monotonic() + life_s
+            self._lives_s[scope] = life_s
             return header
 
     def note_refusal(self, status: int) -> None:
@@ -229,7 +297,8 @@ class Authenticator:
             self._preset = ""
         if self._find_credentials is not None:
             try:
-                self._credentials, self._not_found = self._find_credentials(), ""
+                limit_s = time_left(deadline, FIND_LIMIT_S, f"https://{self._host}")
+                self._credentials, self._not_found = self._find_credentials(limit_s), ""
             except Failure as failure:
                 self._credentials, self._not_found = None, str(failure)
         challenges = parse_challenges(answer or "")
@@ -240,7 +309,9 @@ class Authenticator:
             self._challenge = bearer
             header, life_s = self._fetch_token(bearer, scope, deadline)
             return header, life_s - min(TOKEN_MARGIN_S, life_s / 10)
-        if self._credentials is not None and any(name == "basic" for name, _ in challenges):
+        if challenges:
+            self._wants_basic = any(name == "basic" for name, _ in challenges)
+        if self._credentials is not None and self._wants_basic:
             header = self._credentials.basic_header()
             if header != sent:
                 return header, float("inf")
@@ -296,13 +367,15 @@ class Authenticator:
                 if who is not None and (who.identity_token or not self._get_only):
                     form = [*fields, ("client_id", CLIENT_ID), ("scope", " ".join(scopes)), *_grant(who)]
                     kind = {"Content-Type": "application/x-www-form-urlencoded"}
-                    answer = self._token_call(Request("POST", realm, kind, urlencode(form).encode()), deadline)
+                    answer = self._token_call(
+                        Request("POST", realm, kind, urlencode(form).encode(), home=origin_of(realm)), deadline
+                    )
                     if answer is not None:
                         return answer
                 query = urlencode([*fields, ("client_id", CLIENT_ID), *(("scope", one) for one in scopes)])
                 headers = {"Authorization": who.basic_header()} if who is not None and who.username else {}
                 url = f"{realm}{'&' if '?' in realm else '?'}{query}"
-                answer = self._token_call(Request("GET", url, headers), deadline)
+                answer = self._token_call(Request("GET", url, headers, home=origin_of(realm)), deadline)
                 if answer is None:
                     raise self.refused(scope, 401)
                 self._get_only = True
@@ -311,13 +384,12 @@ class Authenticator:
                 retry.wait(failure)
 
     def _token_call(self, request: Request, deadline: float | None) -> tuple[str, float] | None:
-        """One call of the token server; None when it refuses (or, for POST, does not know it)."""
-        import json
-
-        url = request.url
-        response = self._client.send(request, deadline=deadline)
+        """One call of the token server, redirects followed; None when it refuses. To a POST many servers answer
+        whatever they like (their login page, a redirect to it): all that is no token means that they do not know it."""
+        is_post = request.method == "POST"
+        response, url = self._send_token_request(request, deadline)
         status = response.status
-        if status in (400, 401, 403) or (request.method == "POST" and status in (404, 405, 501)):
+        if status in (400, 401, 403) or (is_post and (status in REDIRECT_STATUSES or status in (404, 405, 501))):
             release(response)
             return None
         if status != 200:
@@ -325,14 +397,30 @@ class Authenticator:
             release(response)
             raise Failure(f"{host_of(url)}: the token server answered with status {status}", Cause.AUTH)
         try:
-            found: Any = json.loads(read_body(response, url, TOKEN_ANSWER_BYTES, deadline))
+            found: Any = parse_json(read_body(response, url, TOKEN_ANSWER_BYTES, deadline))
             token = found.get("token") or found.get("access_token")
             life_s = float(found.get("expires_in") or TOKEN_TTL_S)
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, OverflowError) as error:
+            if is_post:
+                return None
             raise Failure(f"{host_of(url)}: the token server's answer is not a token", Cause.AUTH) from error
         if not isinstance(token, str) or not token or not token.isascii() or not token.isprintable():
+            if is_post:
+                return None
             raise Failure(f"{host_of(url)}: the token server's answer has no token", Cause.AUTH)
-        return f"Bearer {token}", max(life_s, 1.0)
+        return f"Bearer {token}", min(max(life_s, 1.0), TOKEN_LIFE_MAX_S)
+
+    def _send_token_request(self, request: Request, deadline: float | None) -> "tuple[BaseHTTPResponse, str]":
+        """The answer and its address. A GET follows redirects; its login goes to the realm's own origin alone."""
+        from urllib.parse import urljoin
+
+        url = request.url
+        for _ in range(REDIRECTS_MAX + 1):
+            response = self._client.send(request.at(url, request.home), deadline=deadline)
+            if response.status not in REDIRECT_STATUSES or request.method == "POST":
+                return response, url
+            url = redirect_target(response, url, "the token server", urljoin)
+        raise Failure(f"{host_of(request.url)}: the token server redirects without end", Cause.NETWORK)
 
 
 def _grant(who: Credentials) -> list[tuple[str, str]]:

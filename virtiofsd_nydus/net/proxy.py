@@ -189,25 +189,9 @@ class ForwardProxy:
         raise failure
 
     def _get_manager(self, client: HttpClient) -> "ProxyManager":
-        import urllib3
-
-        from virtiofsd_nydus.net import connect
-
         with self._lock:
             if self._manager is None:
-                scheme, _, rest = self.url.partition("://")
-                login, at, address = rest.rpartition("@")
-                headers = urllib3.make_headers(proxy_basic_auth=login) if at else None
-                manager = urllib3.ProxyManager(
-                    f"{scheme}://{address}",
-                    proxy_headers=headers,
-                    num_pools=16,
-                    maxsize=client.limits.pool_size,
-                    block=False,
-                    ssl_context=client.make_ssl_context(),
-                )
-                connect.install(manager, client.resolver())
-                self._manager = manager
+                self._manager = client.make_proxy_manager(self.url)
             return self._manager
 
     # ---- health

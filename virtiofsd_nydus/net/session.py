@@ -113,13 +113,13 @@ class RegistrySession:
     def _send(
         self, request: Request, url: str, push: bool, deadline: float | None, through: Through | None
     ) -> "BaseHTTPResponse":
-        own = self.is_own(url)
+        home = origin_of(self.url(""))
 
         def send(authorization: str) -> "BaseHTTPResponse":
             added = {"Authorization": authorization} if authorization else {}
-            return self.client.send(request.at(url, own, added), deadline=deadline, through=through)
+            return self.client.send(request.at(url, home, added), deadline=deadline, through=through)
 
-        if not own:
+        if origin_of(url) != home:
             return send("")
         if not self.auth.settled:
             with self.auth.first_request(deadline):
@@ -148,6 +148,15 @@ class RegistrySession:
                 challenge = response.headers.get("WWW-Authenticate", "")
                 release(response)
             response = send(self.auth.refresh(scope, header, challenge, deadline))
+        elif response.status == 403 and header:
+            renewed = self.auth.renew_expired(scope, header, deadline)
+            if renewed is not None:
+                release(response)
+                response = send(renewed)
+            if renewed == "" and response.status == 401:
+                challenge = response.headers.get("WWW-Authenticate", "")
+                release(response)
+                response = send(self.auth.refresh(scope, header, challenge, deadline))
         if response.status in (401, 403):
             self.auth.note_refusal(response.status)
             raise self.auth.refused(scope, response.status, error_text(response, ""))

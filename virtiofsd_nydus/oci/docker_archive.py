@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.net.documents import parse_json
 from virtiofsd_nydus.oci.manifest import (
     DOCUMENT_BYTES,
     MEDIA_CONFIG,
@@ -65,7 +66,7 @@ class DockerArchiveStore:
         try:
             with tarfile.open(self._file, "r:") as archive:
                 members = {_tidy(member.name): member for member in archive}
-                listed = json.loads(self._read_member(members, "manifest.json"))
+                listed = parse_json(self._read_member(members, "manifest.json"))
                 if not isinstance(listed, list) or len(listed) != 1:
                     count = len(listed) if isinstance(listed, list) else 0
                     raise Failure(

@@ -229,6 +229,7 @@ def _describe_backend(store: ImageStore) -> tuple[str, dict[str, Any]]:
         return "localfs", {"dir": str(store.blob_dir.absolute())}
     assert isinstance(store, RegistryStore)
     settings: dict[str, Any] = {"scheme": store.scheme, "host": store.host, "repo": store.repo}
+    # Docker's login is not among them: it may be short-lived, so the backend looks it up itself when it logs in.
     if store.credentials is not None:
         settings["auth"] = store.credentials.basic_header().partition(" ")[2]
     if store.ca_cert_files:

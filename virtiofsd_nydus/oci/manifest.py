@@ -3,7 +3,6 @@
 Media types and annotations of Nydus images are those that nydus-snapshotter and nydusify go by.
 """
 
-import json
 import platform as host_platform
 import re
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from hashlib import sha256
 from typing import Any
 
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+from virtiofsd_nydus.net.documents import parse_json
 
 MEDIA_INDEX = "application/vnd.oci.image.index.v1+json"
 MEDIA_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
@@ -154,8 +154,8 @@ def parse_descriptor(value: Any, what: str) -> Descriptor:
 def load_json(data: bytes, what: str) -> dict[str, Any]:
     """A JSON object of at most DOCUMENT_BYTES."""
     try:
-        value = json.loads(data) if len(data) <= DOCUMENT_BYTES else None
-    except (ValueError, RecursionError):
+        value = parse_json(data) if len(data) <= DOCUMENT_BYTES else None
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise Failure(f"{what}: not a JSON document of an image", Cause.FORMAT)

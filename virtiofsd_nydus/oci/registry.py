@@ -38,6 +38,7 @@ class RegistryStore:
         ca_cert_files: Iterable[str] = (),
         skip_verify: bool = False,
     ) -> None:
+        """credentials: those that were given; without them docker's are looked up at each login."""
         self.name = str(reference)
         self.host = reference.api_host
         self.repo = reference.repo
@@ -46,7 +47,8 @@ class RegistryStore:
         self.ca_cert_files = tuple(ca_cert_files)
         self.skip_verify = skip_verify
         self._client = HttpClient(LIMITS, Trust(self.ca_cert_files, skip_verify=skip_verify))
-        self._backend = RegistryBackend(self._client, Endpoint(scheme, self.host, self.repo), Login(credentials))
+        login = Login(credentials, find=lambda limit_s: find_docker_credentials(reference.host, limit_s))
+        self._backend = RegistryBackend(self._client, Endpoint(scheme, self.host, self.repo), login)
         self._session = self._backend.session
         self._known: set[str] = set()  # digests this repository has
         self._lock = threading.Lock()
@@ -61,9 +63,9 @@ class RegistryStore:
         ca_cert_files: Iterable[str] = (),
         skip_verify: bool = False,
     ) -> Self:
-        """Opens a repository with the login of --creds (USER:PASSWORD), else of docker's configuration, else without.
-        A loopback registry is spoken to in plain HTTP unless it turns out to want TLS."""
-        credentials = parse_creds(creds) if creds else find_docker_credentials(reference.host)
+        """Opens a repository with the login of --creds (USER:PASSWORD), else docker's, looked up at each login. A
+        loopback registry is spoken to in plain HTTP unless it turns out to want TLS."""
+        credentials = parse_creds(creds) if creds else None
         scheme = default_scheme(reference.api_host, plain_http)
         if scheme == "http" and not plain_http and _wants_tls(reference.api_host):
             scheme = "https"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.net.documents import parse_json
 from virtiofsd_nydus.oci.manifest import (
     DOCUMENT_BYTES,
     INDEX_TYPES,
@@ -135,10 +136,8 @@ def find_manifest(store: ImageStore, version: str, platform: Platform, *, nydus:
 
 
 def _peek(data: bytes) -> dict[str, Any]:
-    import json
-
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        value = parse_json(data)
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -10,6 +10,7 @@ from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.address import host_of
 from virtiofsd_nydus.net.answers import PIECE_BYTES, check_range, parse_content_range, read_some, release, short_blob
 from virtiofsd_nydus.net.client import HttpClient, Retry, Through
+from virtiofsd_nydus.net.documents import parse_size
 from virtiofsd_nydus.net.failures import DeadlinePassed, ProxyLimited, RetriableFailure
 from virtiofsd_nydus.net.health import Gate
 from virtiofsd_nydus.storage.meter import BackendMeter
@@ -104,10 +105,10 @@ class HttpBackend:
             while True:
                 try:
                     response, url = self._request("HEAD", blob_id, what, {}, through, deadline)
-                    told = response.headers.get("Content-Length", "")
+                    told_bytes = parse_size(response.headers.get("Content-Length", ""))
                     release(response)
-                    if told.isdecimal():
-                        return self._sizes.setdefault(blob_id, int(told))
+                    if told_bytes is not None:
+                        return self._sizes.setdefault(blob_id, told_bytes)
                     raise RetriableFailure(f"{host_of(url)}: {what}: the answer tells no size")
                 except RetriableFailure as failure:
                     self._prepare_retry(retry, failure, through, deadline)
@@ -187,9 +188,9 @@ class HttpBackend:
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         response, url = self._request("GET", blob_id, what, headers, through, deadline)
         if response.status == 416:
-            total = response.headers.get("Content-Range", "").rpartition("/")[2]
+            total = parse_size(response.headers.get("Content-Range", "").rpartition("/")[2])
             release(response)
-            raise short_blob(url, what, int(total) if total.isdecimal() else -1, offset, length)
+            raise short_blob(url, what, -1 if total is None else total, offset, length)
         try:
             total_bytes = check_range(response, url, offset, length, what)
         except Failure as failure:

@@ -2,12 +2,13 @@
 
 import os
 
-from virtiofsd_nydus.errors import UsageFailure
+from virtiofsd_nydus.errors import Failure, UsageFailure
+from virtiofsd_nydus.net.address import origin_of
 from virtiofsd_nydus.net.client import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, RETRIES, HttpClient, Limits, Trust
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from virtiofsd_nydus.net.proxy import ForwardProxy
@@ -95,16 +96,22 @@ def _make_registry(settings: "Settings", say: "Say") -> "Backend":
     if not host or not repo:
         raise UsageFailure("backend registry: host and repo are needed")
     auth = _text(settings, "auth")
+    mirrors = _make_mirrors(settings, say)
+    endpoint = Endpoint(_scheme(settings), host, repo, plain_fallback=_flag(settings, "skip_verify"))
+    # Secrets of the configuration go where its login goes, and nowhere else.
+    trusted = [f"{endpoint.scheme}://{host}", *(f"{one.scheme}://{one.host}" for one in mirrors if one.with_login)]
+    if endpoint.plain_fallback:
+        trusted.append(f"http://{host}")
     return RegistryBackend(
-        _make_client(settings, say),
-        Endpoint(_scheme(settings), host, repo, plain_fallback=_flag(settings, "skip_verify")),
+        _make_client(settings, say, trusted),
+        endpoint,
         Login(
             decode_basic(auth, "backend registry, auth") if auth else None,
             _text(settings, "registry_token"),
-            lambda: find_docker_credentials(host),
+            lambda limit_s: find_docker_credentials(host, limit_s),
         ),
         redirects=Redirects(_text(settings, "blob_url_scheme"), _text(settings, "blob_redirected_host")),
-        mirrors=_make_mirrors(settings, say),
+        mirrors=mirrors,
         say=say,
     )
 
@@ -154,7 +161,7 @@ def _make_s3(settings: "Settings", say: "Say") -> "Backend":
         path_style=_flag(settings, "path_style", True),
         region=region,
     )
-    return S3Backend(_make_client(settings, say), place, _keys(settings), say)
+    return S3Backend(_make_client(settings, say, [place.base]), place, _keys(settings), say)
 
 
 def _make_oss(settings: "Settings", say: "Say") -> "Backend":
@@ -164,11 +171,11 @@ def _make_oss(settings: "Settings", say: "Say") -> "Backend":
     if not endpoint or not bucket:
         raise UsageFailure("backend oss: endpoint and bucket_name are needed")
     place = Bucket(_scheme(settings), endpoint, bucket, _text(settings, "object_prefix"))
-    return OssBackend(_make_client(settings, say), place, _keys(settings), say)
+    return OssBackend(_make_client(settings, say, [place.base]), place, _keys(settings), say)
 
 
 def _make_http_proxy(settings: "Settings", say: "Say") -> "Backend":
-    from virtiofsd_nydus.storage.httpproxy import HttpProxyBackend
+    from virtiofsd_nydus.storage.httpproxy import UNIX_BASE, HttpProxyBackend
 
     address, path = _text(settings, "addr"), _text(settings, "path")
     unix = address.startswith("/")
@@ -177,7 +184,7 @@ def _make_http_proxy(settings: "Settings", say: "Say") -> "Backend":
             "backend http-proxy: addr must be http://..., https://... or the absolute path of a unix socket"
         )
     return HttpProxyBackend(
-        _make_client(settings, say, unix_socket=address if unix else ""),
+        _make_client(settings, say, [UNIX_BASE if unix else address], unix_socket=address if unix else ""),
         address,
         path,
         unix=unix,
@@ -226,7 +233,12 @@ def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> list[str
 # ---- parts
 
 
-def _make_client(settings: "Settings", say: "Say", *, unix_socket: str = "") -> HttpClient:
+def _make_client(settings: "Settings", say: "Say", trusted: "Sequence[str]", *, unix_socket: str = "") -> HttpClient:
+    """trusted: addresses of the servers that get the secrets among the environment's headers."""
+    try:
+        origins = [origin_of(address) for address in trusted]
+    except Failure as failure:
+        raise UsageFailure(f"backend: {failure}") from None
     connect_timeout_s = _number(settings, "connect_timeout", CONNECT_TIMEOUT_S)
     return HttpClient(
         Limits(
@@ -236,6 +248,7 @@ def _make_client(settings: "Settings", say: "Say", *, unix_socket: str = "") -> 
         ),
         Trust(_texts(settings, "ca_cert_files"), skip_verify=_flag(settings, "skip_verify")),
         headers=read_header_environment(say),
+        secret_origins=origins,
         unix_socket=unix_socket,
         proxy=None if unix_socket else _make_proxy(settings, connect_timeout_s, say),
     )

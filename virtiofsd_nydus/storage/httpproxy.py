@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
 
 
+# The address of what is behind a unix socket: HTTP needs a host.
+UNIX_BASE = "http://localhost"
+
+
 class HttpProxyBackend(HttpBackend):
     """See storage.backend.Backend. Address of a blob: ADDR PATH /ID; on a unix socket without a path just /, as nydusd
     asks there: such a socket serves one blob."""
@@ -34,8 +38,7 @@ class HttpProxyBackend(HttpBackend):
         """address: http(s)://HOST[:PORT]; for a unix socket (which client is bound to) its path, for messages."""
         super().__init__(client, address if unix else host_of(address), say)
         path = "/" + path.strip("/") if path.strip("/") else ""
-        # A host is needed for the request line's sake only.
-        self._base = ("http://localhost" if unix else address.rstrip("/")) + path
+        self._base = (UNIX_BASE if unix else address.rstrip("/")) + path
         self._whole = unix and not path
 
     def _request(

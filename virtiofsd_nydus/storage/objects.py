@@ -10,7 +10,7 @@ import threading
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net.address import host_of
+from virtiofsd_nydus.net.address import host_of, origin_of
 from virtiofsd_nydus.net.answers import REDIRECT_STATUSES, check_status, error_text, release
 from virtiofsd_nydus.net.client import HttpClient, Request, Through
 from virtiofsd_nydus.storage.blobs import HttpBackend
@@ -88,7 +88,7 @@ class ObjectBackend(HttpBackend):
 
         key = self._bucket.prefix + check_blob_id(blob_id)
         url = f"{self._bucket.base}/{quote(key, safe='/~')}"
-        request = Request(method, url, self._sign(method, url, key, headers), own=True)
+        request = Request(method, url, self._sign(method, url, key, headers), home=origin_of(self._bucket.base))
         response = self._client.send(request, deadline=deadline, through=through)
         if response.status < 300 or response.status == 416:
             return response, url
@@ -108,22 +108,26 @@ class ObjectBackend(HttpBackend):
         raise Failure(f"{host_of(url)}: {what}: unexpected status {response.status}", Cause.IO)
 
     def _refused(self, response: "BaseHTTPResponse", url: str, what: str) -> Failure:
-        import re
-
         status = response.status
         text = self._keys.hide_in(error_text(response, url))
-        code = re.search(r"<Code>\s*([A-Za-z.]{1,64})\s*</Code>", text)
-        said = f" ({code.group(1)})" if code else f" ({text[:80]})" if text else ""
+        code = find_code(text)
+        said = f" ({code or text[:80]})" if text else ""
         who = f"key {self._keys.id!r}" if self._keys.id else "nobody (no key is configured)"
-        if code and code.group(1) in SKEW_WORDS:
+        if code in SKEW_WORDS:
             return Failure(f"{host_of(url)}: the clock of this machine is wrong{said}", Cause.AUTH)
-        if status == 400 and not (code and ("Token" in code.group(1) or "Auth" in code.group(1))):
+        if status == 400 and "Token" not in code and "Auth" not in code:
             return Failure(f"{host_of(url)}: {what}: unexpected status 400{said}", Cause.IO)
         return Failure(
             f"{host_of(url)}: {what}: refused to {who}{said}: check access_key_id and "
             f"access_key_secret, and what they may read of bucket {self._bucket.name}",
             Cause.AUTH,
         )
+
+
+def find_code(text: str) -> str:
+    """The code of an error as S3 and OSS answer it in XML; "": none."""
+    code = text.partition("<Code>")[2].partition("</Code>")[0].strip()
+    return code if len(code) <= 64 and code.isascii() and code.replace(".", "").isalpha() else ""
 
 
 class S3Backend(ObjectBackend):

@@ -7,6 +7,7 @@ imported at the first request.
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.net.address import parse_address
 from virtiofsd_nydus.net.answers import check_status, release
 from virtiofsd_nydus.net.client import HttpClient, Request, Through
 from virtiofsd_nydus.net.health import Gate
@@ -64,12 +65,8 @@ class Redirects:
         self.scheme, self.host = scheme, host
 
     def rewrite(self, url: str) -> str:
-        if self.scheme:
-            url = f"{self.scheme}://{url.partition('://')[2]}"
-        if self.host:
-            scheme, _, rest = url.partition("://")
-            url = f"{scheme}://{self.host}/{rest.partition('/')[2]}"
-        return url
+        found = parse_address(url)
+        return f"{self.scheme or found.scheme}://{self.host or found.netloc}{found.target}"
 
 
 class _Mirrored:
