@@ -250,8 +250,7 @@ static int decode_verify(struct job *j)
         if (grow(&j->scratch, &j->scratch_cap, j->scratch_len + k->usize))
             return -ENOMEM;
         if (read_chunk(j, k)) {
-            j->state[j->cursor++] = JOB_BAD;
-            j->bad = true;
+            job_chunk_is_bad(j, j->cursor++);
             continue;
         }
         rc = add_view(j, j->cursor, k);

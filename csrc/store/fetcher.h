@@ -43,6 +43,7 @@ struct job {
     bool unspaced;         /* a chunk could not be written */
     bool lost;             /* chunks were invalidated while they were being committed */
     uint64_t verify_epoch; /* VERIFY: the epoch in which the views were read */
+    uint64_t mark_moves;   /* VERIFY: the cache's moves before its chunk map was read */
     bool bad;
     uint64_t coff, clen, fed; /* compressed range and how much of it came */
     uint64_t wasted;          /* part of fed that was for nothing */

@@ -199,6 +199,20 @@ static void commit_views(struct commit *m, uint32_t from, uint32_t to)
     }
 }
 
+bool job_chunk_is_bad(struct job *j, uint32_t rel)
+{
+    uint64_t moves = atomic_load_explicit(&j->core->cache->moves, memory_order_acquire);
+
+    if (j->kind == VND_JOB_VERIFY && (moves != j->mark_moves || moves & 1)) {
+        j->state[rel] = JOB_WANT; /* left over at the end, so asked for again */
+        j->lost = true;
+        return false;
+    }
+    j->state[rel] = JOB_BAD;
+    j->bad = true;
+    return true;
+}
+
 static bool views_touch(const struct commit *m, uint32_t v)
 {
     const struct job *j = m->j;
@@ -228,10 +242,8 @@ static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digest
         if (!digest_right(&m, v, digests ? digests + (size_t)v * CODEC_DIGEST_BYTES : NULL)) {
             commit_views(&m, from, v);
             from = v + 1;
-            j->state[j->views[v].rel] = JOB_BAD;
-            j->bad = true;
+            m.wrong += job_chunk_is_bad(j, j->views[v].rel);
             j->wasted += j->kind == VND_JOB_VERIFY ? 0 : m.t->chunk[j->first + j->views[v].rel].csize;
-            m.wrong++;
         } else if (v + 1 == count || !views_touch(&m, v)) {
             commit_views(&m, from, v + 1);
             from = v + 1;

@@ -211,6 +211,7 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
     /* Waits for the end of an exchange of the files: the old chunk map says nothing about the new file. */
     pthread_mutex_lock(&b.cache->lock);
     pthread_mutex_unlock(&b.cache->lock);
+    j->mark_moves = atomic_load_explicit(&b.cache->moves, memory_order_acquire);
     b.verify = !force && cachefile_marked(b.cache, index);
     /* Another process sets trusted, then marked: a chunk seen untrusted and then marked may be trusted by now. */
     if (b.verify && cachefile_ready(b.cache, index)) {
