@@ -1,8 +1,13 @@
-/* fs/fs.h -- what a file system offers the FUSE session. A file system is one C file and one table of these (law 6);
- * it knows nothing of queues, requests, nodeid serials or caches.
+/* fs/fs.h -- what a file system offers to the FUSE session: a table of operations. rafs/, passthrough/ and fs/pseudo.c each
+ * have one; the mount table over them is fs/vfs.h.
  *
- * ino is the file system's own inode number, below 2^48. Calls come from several threads at once. Strings are
- * pointer and length; names are checked by the session (1..255 bytes, no NUL, no '/'). Errors are -errno.
+ * Threads: serving threads call the operations, several at once, while the file system is mounted. Locks: the caller
+ * holds none. Ownership: who made a struct fs frees it, after it is unmounted; strings and buffers are borrowed for the
+ * call. A file system knows no queue, request or serial, and may use base/, blob/ and store/.
+ *
+ * ino is the file system's own inode number, below 2^48. The session has checked names: 1 to 255 bytes, no NUL, no '/'.
+ * Errors are -errno. "May block": the call may wait for a disk or a network; all others end within microseconds and
+ * neither allocate nor lock.
  */
 #ifndef VND_FS_H
 #define VND_FS_H
@@ -20,36 +25,102 @@ struct fs_rw_ops;
 struct fs_metrics;
 struct statvfs;
 
-/* Directory listing: called per entry; non-zero = no room, the entry was not taken, stop. next_off is the cookie
- * that continues after it. For "." and ".." attr is NULL; others carry attr when want_attr was set. */
-typedef int (*fs_dir_put)(void *ctx, uint64_t ino, const char *name, size_t name_len, uint32_t type, uint64_t next_off,
-                          const vnd_attr *attr);
+/* One entry of a listing. attr is NULL for "." and "..", and where it was not asked for. */
+struct fs_entry {
+    uint64_t ino, next_off; /* next_off: the cookie of what follows */
+    const char *name;
+    size_t len;
+    uint32_t type; /* DT_* */
+    const vnd_attr *attr;
+};
+/* Takes an entry. Not 0: it has no room and was not taken; the listing ends there. */
+typedef int (*fs_put_entry)(void *ctx, const struct fs_entry *e);
+
+struct fs_listing {
+    uint64_t dir, fh, off; /* fh: of an open directory, 0 in an image; off: a cookie, 0 the start */
+    bool want_attr;
+    fs_put_entry put;
+    void *ctx;
+};
+
+/* Where names or a value of extended attributes go. cap 0 asks for the length alone; need always gets the full length. */
+struct fs_buf {
+    char *at;
+    size_t cap, need;
+};
+
+/* Where extents go. */
+struct fs_extents {
+    struct extent *at;
+    int max;
+    uint32_t bytes; /* out: how many bytes of the file they hold */
+};
 
 struct fs_ops {
-    const char *name; /* "rafs", "pseudo", ... */
+    const char *name; /* "rafs", "pseudo", "passthrough" */
+    /* For GETATTR, and when a mount covers a name. */
     int (*getattr)(struct fs *fs, uint64_t ino, vnd_attr *out);
-    int (*lookup)(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out); /* out->ino too */
-    int (*readdir)(struct fs *fs, uint64_t dir, uint64_t off, bool want_attr, fs_dir_put put, void *ctx);
-    /* Copies the target, no NUL: its length, -ERANGE if cap is less. */
+    /* For LOOKUP; "." and ".." too. out->ino is the entry's. In a read-write file system it owes one count: the entry
+     * stays known until forget takes the count back. -ENOENT; -ESTALE where dir is not known; -EIO where an image is
+     * malformed. In a read-write file system it may block. */
+    int (*lookup)(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out);
+    /* For READDIR and READDIRPLUS: gives entries from l->off on. In a read-write file system each entry with attributes
+     * that was taken owes one count, as lookup does, and the call may block. 0 at the end or when put had no room. */
+    int (*readdir)(struct fs *fs, const struct fs_listing *l);
+    /* Copies the target without a NUL: its length; -ERANGE if cap is less; -EINVAL if ino is no symlink. */
     int64_t (*readlink)(struct fs *fs, uint64_t ino, char *buf, size_t cap);
-    /* Extents of file bytes [off, off+len) cut at end of file: their number (0 = at or past it); *got their
-     * bytes. */
-    int (*extents)(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max, uint32_t *got);
-    /* NUL-ended names; *need always gets the full length. cap 0 asks for it alone; -ERANGE if 0 < cap < *need. */
-    int (*listxattr)(struct fs *fs, uint64_t ino, char *buf, size_t cap, size_t *need);
-    int (*getxattr)(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap, size_t *need);
+    /* For READ in an image: the extents of file bytes [off, off+len), cut at the end of the file. Their number; 0 when off
+     * is at or past the end. */
+    int (*extents)(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct fs_extents *out);
+    /* Names, each with its NUL. 0, or -ERANGE where cap is not 0 and too small. */
+    int (*listxattr)(struct fs *fs, uint64_t ino, struct fs_buf *out);
+    /* 0, -ENODATA, or -ERANGE as listxattr. */
+    int (*getxattr)(struct fs *fs, uint64_t ino, const char *name, size_t len, struct fs_buf *out);
     int (*statfs)(struct fs *fs, uint64_t *blocks, uint64_t *files, uint32_t *bsize);
     uint64_t (*root)(struct fs *fs);
-    bool (*has_xattr)(struct fs *fs); /* 0: no inode of it has any */
-    /* A descriptor, the caller's, that the kernel may read the file's own bytes from at the same offsets, for as long as it
-     * likes; -errno: not now. NULL: never. */
+    bool (*has_xattr)(struct fs *fs); /* false: no inode of it has extended attributes */
+    /* At OPEN where the kernel reads files by itself (fs/backing.h): a descriptor, the caller's, whose bytes are the
+     * file's at the same offsets for as long as it is open. May block. -errno: not now. NULL: never. */
     int (*backing_fd)(struct fs *fs, uint64_t ino);
     const struct fs_rw_ops *rw; /* NULL: read-only and immutable */
 };
 
-/* Who asks, as the guest kernel says it. umask: of what it makes. */
+/* Who asks, as the guest's kernel says it. umask: for what the caller makes. */
 struct fs_caller {
     uint32_t uid, gid, umask;
+};
+
+/* A name to be made. */
+struct fs_make {
+    struct fs_caller who;
+    uint64_t dir;
+    const char *name;    /* NUL-ended; "" for tmpfile */
+    uint32_t mode, rdev; /* mode with its type; rdev as in vnd_attr */
+    uint32_t flags;      /* create, tmpfile: of the guest's open */
+    bool kill;           /* create: O_TRUNC clears set-id bits */
+};
+
+struct fs_rename {
+    struct fs_caller who;
+    uint64_t dir, new_dir;
+    const char *name, *new_name; /* NUL-ended */
+    uint32_t flags;              /* of renameat2 */
+};
+
+/* Bytes of an open file, from off on. */
+struct fs_io {
+    uint64_t ino, fh, off;
+    const struct iovec *iov;
+    int n;
+    bool append; /* write: at the end, wherever that is */
+    bool kill;   /* write: clears set-id bits, as a plain user's write does */
+};
+
+struct fs_xattr {
+    const char *name; /* NUL-ended */
+    const void *value;
+    size_t len;
+    uint32_t flags; /* of setxattr */
 };
 
 /* What setattr changes: bits of fs_setattr.valid. */
@@ -70,54 +141,55 @@ struct fs_setattr {
     struct timespec atime, mtime;
 };
 
-/* A file system that is written to and changes by itself. Every entry it gives out (lookup, make_*, create, tmpfile,
- * a readdir entry that was taken) counts once until forget takes it back. fh: an open file, 0 = none. Names end in a
- * NUL. The data calls move as much as the host does; all take kill to clear set-id bits as a plain user's write does. */
+/* A file system that is written to and that changes by itself. Each entry that it gives out (lookup, make, link, a
+ * readdir entry with attributes) counts once until forget takes that back. fh names an open file; 0 is none. Every
+ * operation but forget, reset, release, run, may_wait and note_slow may block: the session serves those that are known
+ * to take long on run's threads. */
 struct fs_rw_ops {
     uint32_t valid_ms; /* how long a guest may keep entries and attributes */
+    /* For FORGET and BATCH_FORGET, and for an entry that was not taken. More than was counted is all of it. */
     void (*forget)(struct fs *fs, uint64_t ino, uint64_t n);
-    void (*reset)(struct fs *fs); /* the session is gone: all counts and open files with it */
+    /* The guests are gone, and all counts and open files with them. */
+    void (*reset)(struct fs *fs);
+    /* For OPEN and OPENDIR: *fh is owed a release. kill: O_TRUNC clears set-id bits. */
     int (*open)(struct fs *fs, uint64_t ino, uint32_t flags, bool dir, bool kill, uint64_t *fh);
-    void (*release)(struct fs *fs, uint64_t fh);
-    int (*flush)(struct fs *fs, uint64_t fh);
-    int (*readdir)(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, bool want_attr, fs_dir_put put, void *ctx);
-    int (*getattr)(struct fs *fs, uint64_t ino, uint64_t fh, vnd_attr *out);
+    void (*release)(struct fs *fs,
+                    uint64_t fh);             /* for RELEASE and RELEASEDIR; calls that still use the file end first */
+    int (*flush)(struct fs *fs, uint64_t fh); /* at each close of a guest's: gives what close(2) would give */
+    int (*getattr)(struct fs *fs, uint64_t ino, uint64_t fh, vnd_attr *out); /* by an open file */
     int (*setattr)(struct fs *fs, uint64_t ino, uint64_t fh, const struct fs_setattr *set, vnd_attr *out);
-    int (*create)(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t flags,
-                  uint32_t mode, bool kill, vnd_attr *out, uint64_t *fh);
-    int (*tmpfile)(struct fs *fs, const struct fs_caller *who, uint64_t dir, uint32_t flags, uint32_t mode,
-                   vnd_attr *out, uint64_t *fh);
-    int (*mknod)(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t mode,
-                 uint32_t rdev, vnd_attr *out); /* mkdir too, by the type in mode; rdev as in vnd_attr */
-    int (*symlink)(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, const char *target,
-                   vnd_attr *out);
+    /* These give an entry (one count); create and tmpfile also an open file (one release). Where one fails, nothing is
+     * made. create opens what is there already unless O_EXCL is given. */
+    int (*create)(struct fs *fs, const struct fs_make *make, vnd_attr *out, uint64_t *fh);
+    int (*tmpfile)(struct fs *fs, const struct fs_make *make, vnd_attr *out, uint64_t *fh);
+    int (*mknod)(struct fs *fs, const struct fs_make *make, vnd_attr *out); /* for MKDIR too, by the type in mode */
+    int (*symlink)(struct fs *fs, const struct fs_make *make, const char *target, vnd_attr *out);
     int (*link)(struct fs *fs, uint64_t ino, uint64_t dir, const char *name, vnd_attr *out);
     int (*unlink)(struct fs *fs, uint64_t dir, const char *name, bool is_dir);
-    int (*rename)(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint64_t new_dir,
-                  const char *new_name, uint32_t flags);
-    int64_t (*read)(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n,
-                    struct store_wait *w); /* -EINPROGRESS: w will be woken, call again; w NULL: waits */
-    int64_t (*write)(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n,
-                     bool append, bool kill);
-    /* These three may take long. sync: fh 0 means the whole file system. */
+    int (*rename)(struct fs *fs, const struct fs_rename *what);
+    /* These move as much as the host does. read with w: -EINPROGRESS means that w will be woken, and the call is to be
+     * made again; with w NULL it blocks instead. */
+    int64_t (*read)(struct fs *fs, const struct fs_io *io, struct store_wait *w);
+    int64_t (*write)(struct fs *fs, const struct fs_io *io);
+    /* These three may take seconds. sync with fh 0: the whole file system. */
     int (*sync)(struct fs *fs, uint64_t ino, uint64_t fh, bool data_only);
     int (*fallocate)(struct fs *fs, uint64_t ino, uint64_t fh, uint32_t mode, uint64_t off, uint64_t len);
     int64_t (*copy)(struct fs *fs, uint64_t fh_in, uint64_t off_in, uint64_t fh_out, uint64_t off_out, uint64_t len);
     int64_t (*lseek)(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, uint32_t whence);
-    int (*setxattr)(struct fs *fs, const struct fs_caller *who, uint64_t ino, const char *name, const void *value,
-                    size_t len, uint32_t flags);
+    int (*setxattr)(struct fs *fs, const struct fs_caller *who, uint64_t ino, const struct fs_xattr *x);
     int (*removexattr)(struct fs *fs, uint64_t ino, const char *name);
-    /* Runs fn on a thread that may wait, then wakes w: -EINPROGRESS, or -errno and nothing done. */
-    int (*run)(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg);
-    /* Any call on this node may take long: a network or another process answers it, or calls have lately been slow. */
-    bool (*may_wait)(struct fs *fs, uint64_t ino);
-    void (*note_slow)(struct fs *fs); /* a call was */
     int (*statvfs)(struct fs *fs, uint64_t ino, struct statvfs *out);
+    /* Runs fn(arg) on a thread that may block, then wakes w. -EINPROGRESS, or another -errno and fn is not run. */
+    int (*run)(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg);
+    /* True: any call on this node may take long, because a network or another process answers it or calls have lately
+     * been slow. */
+    bool (*may_wait)(struct fs *fs, uint64_t ino);
+    void (*note_slow)(struct fs *fs); /* a call was slow */
 };
 
 struct fs {
     const struct fs_ops *ops;
-    const char *label;          /* what people call it in log lines: the image's path; may be NULL */
+    const char *label;          /* its name in log lines: the image's path; may be NULL */
     struct fs_metrics *metrics; /* NULL: its operations are counted by the engine alone */
 };
 

@@ -63,7 +63,7 @@ struct pseudo_node *pseudo_find(struct pseudo_tree *t, uint64_t ino)
     return NULL;
 }
 
-struct pseudo_node *pseudo_child(struct pseudo_tree *t, uint64_t dir, const char *name, size_t len)
+static struct pseudo_node *pseudo_child(struct pseudo_tree *t, uint64_t dir, const char *name, size_t len)
 {
     for (uint32_t i = 1; i < t->count; i++) {
         struct pseudo_node *n = &t->nodes[i];
@@ -74,7 +74,7 @@ struct pseudo_node *pseudo_child(struct pseudo_tree *t, uint64_t dir, const char
     return NULL;
 }
 
-/* Copies all nodes but skip (an ino, 0 = none). */
+/* Copies all nodes but the one whose ino is skip; 0: all. */
 static int tree_copy(struct pseudo_tree *to, const struct pseudo_tree *from, uint64_t skip)
 {
     uint32_t k = 0;
@@ -176,26 +176,27 @@ static int pseudo_lookup(struct fs *fs, uint64_t dir, const char *name, size_t l
     return 0;
 }
 
-/* Cookies: 1 = after ".", 2 = after "..", then inode number + 2 (stable while directories come and go). */
-static int pseudo_readdir(struct fs *fs, uint64_t dir, uint64_t off, bool want_attr, fs_dir_put put, void *ctx)
+/* A cookie is 1 after ".", 2 after "..", then the inode number + 2, which stays while directories come and go. */
+static int pseudo_readdir(struct fs *fs, const struct fs_listing *l)
 {
     struct pseudo_tree *t = tree_of(fs);
-    struct pseudo_node *d = pseudo_find(t, dir);
+    struct pseudo_node *d = pseudo_find(t, l->dir);
     vnd_attr attr;
 
     if (!d)
         return -ESTALE;
-    if (off < 1 && put(ctx, d->ino, ".", 1, DT_DIR, 1, NULL))
+    if (l->off < 1 && l->put(l->ctx, &(struct fs_entry){ d->ino, 1, ".", 1, DT_DIR, NULL }))
         return 0;
-    if (off < 2 && put(ctx, d->parent, "..", 2, DT_DIR, 2, NULL))
+    if (l->off < 2 && l->put(l->ctx, &(struct fs_entry){ d->parent, 2, "..", 2, DT_DIR, NULL }))
         return 0;
     for (uint32_t i = 1; i < t->count; i++) {
         struct pseudo_node *n = &t->nodes[i];
+        struct fs_entry e = { n->ino, n->ino + 2, n->name, n->name_len, DT_DIR, l->want_attr ? &attr : NULL };
 
-        if (n->parent != dir || n->ino + 2 <= off)
+        if (n->parent != l->dir || n->ino + 2 <= l->off)
             continue;
         fill_attr(n, &attr);
-        if (put(ctx, n->ino, n->name, n->name_len, DT_DIR, n->ino + 2, want_attr ? &attr : NULL))
+        if (l->put(l->ctx, &e))
             break;
     }
     return 0;
@@ -206,20 +207,18 @@ static int64_t pseudo_readlink(struct fs *fs, uint64_t ino, char *buf, size_t ca
     return -EINVAL;
 }
 
-static int pseudo_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max,
-                          uint32_t *got)
+static int pseudo_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct fs_extents *out)
 {
     return -EISDIR;
 }
 
-static int pseudo_listxattr(struct fs *fs, uint64_t ino, char *buf, size_t cap, size_t *need)
+static int pseudo_listxattr(struct fs *fs, uint64_t ino, struct fs_buf *out)
 {
-    *need = 0;
+    out->need = 0;
     return 0;
 }
 
-static int pseudo_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap,
-                           size_t *need)
+static int pseudo_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, struct fs_buf *out)
 {
     return -ENODATA;
 }

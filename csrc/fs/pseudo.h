@@ -1,7 +1,8 @@
-/* fs/pseudo.h -- the directories that exist only because mounts lie below them.
+/* fs/pseudo.h -- the directories that exist only because mounts lie below them: mode 0755, owner root.
  *
- * A tree is immutable: the vfs builds a new one for each change and publishes it, so that readers take no lock.
- * Inode numbers are given once (root is 1) and never reused. Directories only; mode 0755, owner root.
+ * A tree is immutable. The vfs makes a new one for each change and publishes it, so readers take no lock (they are inside
+ * vfs_enter and vfs_leave). The functions that make trees are called under the vfs's lock. An inode number is given to
+ * one directory (the root has 1) and never used again.
  */
 #ifndef VND_PSEUDO_H
 #define VND_PSEUDO_H
@@ -13,7 +14,7 @@
 
 struct pseudo_node {
     uint64_t ino, parent;
-    int64_t mtime_s; /* when an entry came or went: the kernel's listing cache hangs on it */
+    int64_t mtime_s; /* when an entry came or went; a kernel keeps its listing until this changes */
     uint32_t mtime_nsec;
     uint32_t child_count;
     char *name; /* owned by the tree */
@@ -32,7 +33,6 @@ struct pseudo_fs {
 int pseudo_init(struct pseudo_fs *p); /* 0 or -ENOMEM */
 void pseudo_release(struct pseudo_fs *p);
 struct pseudo_node *pseudo_find(struct pseudo_tree *t, uint64_t ino);
-struct pseudo_node *pseudo_child(struct pseudo_tree *t, uint64_t dir, const char *name, size_t len);
 /* A copy of the tree with one directory more (or less), not yet published; NULL without memory. */
 struct pseudo_tree *pseudo_with(struct pseudo_fs *p, const struct pseudo_tree *t, uint64_t dir, const char *name,
                                 size_t len, uint64_t *ino);

@@ -95,9 +95,9 @@ static inline const struct fs_rw_ops *fuse_rw_of(const struct fuse_call *c)
     return c->node.fs->ops->rw;
 }
 
-static inline struct fs_caller fuse_caller_of(const struct fuse_call *c)
+static inline struct fs_caller fuse_caller_of(const struct fuse_call *c, uint32_t umask)
 {
-    return (struct fs_caller){ c->r->in.uid, c->r->in.gid, 0 };
+    return (struct fs_caller){ c->r->in.uid, c->r->in.gid, umask };
 }
 
 /* ---- fuse/detach.c: requests that may take long */

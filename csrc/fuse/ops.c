@@ -160,7 +160,8 @@ enum req_verdict fuse_op_read(struct fuse_call *c)
     struct fuse_worker *w = c->w;
     struct fuse_out_header h = { .unique = r->in.unique };
     struct fuse_read_in in;
-    uint32_t got = 0, want;
+    struct fs_extents x = { w->extents, STORE_EXTENTS_MAX, 0 };
+    uint32_t got, want;
     bool parked_before = r->wait.parked_once;
     int n, iov_n;
     int64_t done;
@@ -169,9 +170,10 @@ enum req_verdict fuse_op_read(struct fuse_call *c)
     /* One byte more than we may give, so that a reply shorter than asked for can only be the end of the file: the
      * kernel takes it for that. */
     want = in.size > FUSE_REPLY_MAX ? FUSE_REPLY_MAX + 1 : in.size;
-    n = c->node.fs->ops->extents(c->node.fs, c->node.ino, in.offset, want, w->extents, STORE_EXTENTS_MAX, &got);
+    n = c->node.fs->ops->extents(c->node.fs, c->node.ino, in.offset, want, &x);
     if (n < 0)
         return fuse_reply_fs_error(c, n);
+    got = x.bytes;
     if (r->out_cap < sizeof(h) || got > r->out_cap - sizeof(h) || got > FUSE_REPLY_MAX)
         return fuse_reply_error(c, EINVAL);
     if (!got)
@@ -216,14 +218,14 @@ struct listing {
 
 /* What stands at an entry: the node itself or what is mounted on it; above a mount's root, the directory
  * outside. */
-static struct vfs_node entry_node(struct fuse_call *c, uint64_t ino, const char *name, uint32_t name_len)
+static struct vfs_node entry_node(struct fuse_call *c, const struct fs_entry *e)
 {
-    struct vfs_node node = { c->node.fs, ino, c->node.serial };
+    struct vfs_node node = { c->node.fs, e->ino, c->node.serial };
     vnd_attr attr;
 
-    if (name_len == 1 && name[0] == '.')
+    if (e->len == 1 && e->name[0] == '.')
         return node;
-    if (name_len == 2 && name[0] == '.' && name[1] == '.' && vfs_is_mount_root(c->s->vfs, &c->node)) {
+    if (e->len == 2 && e->name[0] == '.' && e->name[1] == '.' && vfs_is_mount_root(c->s->vfs, &c->node)) {
         vfs_lookup(c->s->vfs, &c->node, "..", 2, &node, &attr);
         return node;
     }
@@ -231,14 +233,14 @@ static struct vfs_node entry_node(struct fuse_call *c, uint64_t ino, const char 
     return node;
 }
 
-static int put_entry(void *ctx, uint64_t ino, const char *name, size_t name_len, uint32_t type, uint64_t next_off,
-                     const vnd_attr *attr)
+static int put_entry(void *ctx, const struct fs_entry *e)
 {
     struct listing *l = ctx;
-    struct vfs_node node = entry_node(l->c, ino, name, (uint32_t)name_len);
+    struct vfs_node node = entry_node(l->c, e);
     uint32_t entry = l->plus ? (uint32_t)sizeof(struct fuse_entry_out) : 0;
-    uint32_t len = entry + (uint32_t)((sizeof(struct fuse_dirent) + name_len + 7) & ~7ull);
-    struct fuse_dirent d = { .off = next_off, .namelen = (uint32_t)name_len, .type = type };
+    uint32_t len = entry + (uint32_t)((sizeof(struct fuse_dirent) + e->len + 7) & ~7ull);
+    struct fuse_dirent d = { .off = e->next_off, .namelen = (uint32_t)e->len, .type = e->type };
+    const vnd_attr *attr = e->attr;
     uint8_t *at = l->buf + l->used;
 
     if (len > l->cap - l->used) {
@@ -247,24 +249,24 @@ static int put_entry(void *ctx, uint64_t ino, const char *name, size_t name_len,
     }
     d.ino = vfs_nodeid(l->c->s->vfs, node.serial, node.ino);
     if (l->plus) {
-        struct fuse_entry_out e;
+        struct fuse_entry_out out;
         vnd_attr covering;
 
-        memset(&e, 0, sizeof(e));
+        memset(&out, 0, sizeof(out));
         if (attr) {
-            if (node.fs != l->c->node.fs || node.ino != ino) {
+            if (node.fs != l->c->node.fs || node.ino != e->ino) {
                 l->err = node_attr(&node, &covering);
                 if (l->err)
                     return 1;
                 attr = &covering;
             }
-            fuse_fill_entry(l->c, &e, &l->c->node, &node, attr);
+            fuse_fill_entry(l->c, &out, &l->c->node, &node, attr);
         }
-        memcpy(at, &e, sizeof(e));
+        memcpy(at, &out, sizeof(out));
     }
     memset(at + len - 8, 0, 8);
     memcpy(at + entry, &d, sizeof(d));
-    memcpy(at + entry + sizeof(d), name, name_len);
+    memcpy(at + entry + sizeof(d), e->name, e->len);
     l->used += len;
     return 0;
 }
@@ -277,10 +279,8 @@ static enum req_verdict list_dir(struct fuse_call *c, bool plus)
 
     memcpy(&in, c->r->args, sizeof(in));
     l.cap = fuse_reply_room(c, in.size);
-    if (c->node.fs->ops->rw)
-        rc = c->node.fs->ops->rw->readdir(c->node.fs, c->node.ino, in.fh, in.offset, plus, put_entry, &l);
-    else
-        rc = c->node.fs->ops->readdir(c->node.fs, c->node.ino, in.offset, plus, put_entry, &l);
+    rc = c->node.fs->ops->readdir(c->node.fs,
+                                  &(struct fs_listing){ c->node.ino, in.fh, in.offset, plus, put_entry, &l });
     if (!rc)
         rc = l.err;
     /* An error after some entries is told by the next request, which starts at it. An entry that does not even
@@ -327,7 +327,7 @@ enum req_verdict fuse_op_getxattr(struct fuse_call *c)
     struct fuse_getxattr_in in;
     const char *name;
     uint32_t name_len;
-    size_t need = 0;
+    struct fs_buf out = { .at = (char *)fuse_scratch(c) };
     int rc;
 
     if (no_xattrs_at_all(c))
@@ -339,23 +339,23 @@ enum req_verdict fuse_op_getxattr(struct fuse_call *c)
         return fuse_reply_error(c, EINVAL);
     if (name_len > 255)
         return fuse_reply_error(c, ERANGE);
-    rc = c->node.fs->ops->getxattr(c->node.fs, c->node.ino, name, name_len, (char *)fuse_scratch(c),
-                                   fuse_reply_room(c, in.size), &need);
-    return reply_xattr(c, in.size, rc, need);
+    out.cap = fuse_reply_room(c, in.size);
+    rc = c->node.fs->ops->getxattr(c->node.fs, c->node.ino, name, name_len, &out);
+    return reply_xattr(c, in.size, rc, out.need);
 }
 
 enum req_verdict fuse_op_listxattr(struct fuse_call *c)
 {
     struct fuse_getxattr_in in;
-    size_t need = 0;
+    struct fs_buf out = { .at = (char *)fuse_scratch(c) };
     int rc;
 
     if (no_xattrs_at_all(c))
         return fuse_reply_error(c, ENOSYS);
     memcpy(&in, c->r->args, sizeof(in));
-    rc = c->node.fs->ops->listxattr(c->node.fs, c->node.ino, (char *)fuse_scratch(c), fuse_reply_room(c, in.size),
-                                    &need);
-    return reply_xattr(c, in.size, rc, need);
+    out.cap = fuse_reply_room(c, in.size);
+    rc = c->node.fs->ops->listxattr(c->node.fs, c->node.ino, &out);
+    return reply_xattr(c, in.size, rc, out.need);
 }
 
 /* ---- the rest */

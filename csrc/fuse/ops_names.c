@@ -41,7 +41,7 @@ static int get_name(struct fuse_call *c, size_t off, size_t out, const char **na
 
 enum req_verdict fuse_rw_mkdir(struct fuse_call *c)
 {
-    struct fs_caller who = fuse_caller_of(c);
+    struct fs_make make;
     struct fuse_mkdir_in in;
     const char *name;
     vnd_attr attr;
@@ -51,14 +51,15 @@ enum req_verdict fuse_rw_mkdir(struct fuse_call *c)
     if (rc)
         return fuse_reply_error(c, -rc);
     memcpy(&in, c->r->args, sizeof(in));
-    who.umask = in.umask;
-    rc = fuse_rw_of(c)->mknod(c->node.fs, &who, c->node.ino, name, S_IFDIR | (in.mode & 07777), 0, &attr);
+    make = (struct fs_make){ .dir = c->node.ino, .name = name, .mode = S_IFDIR | (in.mode & 07777) };
+    make.who = fuse_caller_of(c, in.umask);
+    rc = fuse_rw_of(c)->mknod(c->node.fs, &make, &attr);
     return reply_entry(c, rc, &attr);
 }
 
 enum req_verdict fuse_rw_mknod(struct fuse_call *c)
 {
-    struct fs_caller who = fuse_caller_of(c);
+    struct fs_make make;
     struct fuse_mknod_in in;
     const char *name;
     vnd_attr attr;
@@ -69,14 +70,15 @@ enum req_verdict fuse_rw_mknod(struct fuse_call *c)
     memcpy(&in, c->r->args, sizeof(in));
     if (S_ISDIR(in.mode) || S_ISLNK(in.mode))
         return fuse_reply_error(c, EINVAL);
-    who.umask = in.umask;
-    rc = fuse_rw_of(c)->mknod(c->node.fs, &who, c->node.ino, name, in.mode, in.rdev, &attr);
+    make = (struct fs_make){ .dir = c->node.ino, .name = name, .mode = in.mode, .rdev = in.rdev };
+    make.who = fuse_caller_of(c, in.umask);
+    rc = fuse_rw_of(c)->mknod(c->node.fs, &make, &attr);
     return reply_entry(c, rc, &attr);
 }
 
 enum req_verdict fuse_rw_symlink(struct fuse_call *c)
 {
-    struct fs_caller who = fuse_caller_of(c);
+    struct fs_make make;
     char *target = (char *)fuse_scratch(c);
     uint32_t off, len;
     const char *name;
@@ -91,7 +93,8 @@ enum req_verdict fuse_rw_symlink(struct fuse_call *c)
         return fuse_reply_error(c, ENAMETOOLONG);
     if (!len || c->r->ops->in_copy(c->r, off, target, len) || !memchr(target, 0, len))
         return fuse_reply_error(c, EINVAL);
-    rc = fuse_rw_of(c)->symlink(c->node.fs, &who, c->node.ino, name, target, &attr);
+    make = (struct fs_make){ .who = fuse_caller_of(c, 0), .dir = c->node.ino, .name = name, .mode = S_IFLNK };
+    rc = fuse_rw_of(c)->symlink(c->node.fs, &make, target, &attr);
     return reply_entry(c, rc, &attr);
 }
 
@@ -136,7 +139,6 @@ enum req_verdict fuse_rw_rmdir(struct fuse_call *c)
 
 static enum req_verdict rename_name(struct fuse_call *c, size_t args, uint64_t new_dir, uint32_t flags)
 {
-    struct fs_caller who = fuse_caller_of(c);
     const char *name, *new_name;
     struct vfs_node to;
     uint32_t len;
@@ -149,8 +151,11 @@ static enum req_verdict rename_name(struct fuse_call *c, size_t args, uint64_t n
     rc = vfs_resolve(c->s->vfs, new_dir, &to);
     if (!rc && to.fs != c->node.fs)
         rc = -EXDEV;
-    if (!rc)
-        rc = fuse_rw_of(c)->rename(c->node.fs, &who, c->node.ino, name, to.ino, new_name, flags);
+    if (!rc) {
+        struct fs_rename what = { fuse_caller_of(c, 0), c->node.ino, to.ino, name, new_name, flags };
+
+        rc = fuse_rw_of(c)->rename(c->node.fs, &what);
+    }
     return fuse_reply_rc(c, rc);
 }
 
@@ -172,7 +177,7 @@ enum req_verdict fuse_rw_rename2(struct fuse_call *c)
 
 static enum req_verdict make_file(struct fuse_call *c, bool tmpfile)
 {
-    struct fs_caller who = fuse_caller_of(c);
+    struct fs_make make;
     struct {
         struct fuse_entry_out entry;
         struct fuse_open_out open;
@@ -189,13 +194,16 @@ static enum req_verdict make_file(struct fuse_call *c, bool tmpfile)
     if (rc)
         return fuse_reply_error(c, -rc);
     memcpy(&in, c->r->args, sizeof(in));
-    who.umask = in.umask;
-    if (tmpfile) {
-        rc = fuse_rw_of(c)->tmpfile(c->node.fs, &who, c->node.ino, in.flags, in.mode, &attr, &out.open.fh);
-    } else {
-        rc = fuse_rw_of(c)->create(c->node.fs, &who, c->node.ino, name, in.flags, in.mode,
-                                   in.open_flags & FUSE_OPEN_KILL_SUIDGID, &attr, &out.open.fh);
-    }
+    make = (struct fs_make){ .who = fuse_caller_of(c, in.umask),
+                             .dir = c->node.ino,
+                             .name = name,
+                             .mode = in.mode,
+                             .flags = in.flags,
+                             .kill = !tmpfile && in.open_flags & FUSE_OPEN_KILL_SUIDGID };
+    if (tmpfile)
+        rc = fuse_rw_of(c)->tmpfile(c->node.fs, &make, &attr, &out.open.fh);
+    else
+        rc = fuse_rw_of(c)->create(c->node.fs, &make, &attr, &out.open.fh);
     if (rc)
         return fuse_reply_error(c, -rc);
     out.entry = entry_of(c, &attr);

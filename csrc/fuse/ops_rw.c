@@ -133,6 +133,7 @@ enum req_verdict fuse_rw_read(struct fuse_call *c)
     struct fuse_worker *w = c->w;
     struct fuse_out_header h = { .unique = r->in.unique };
     struct fuse_read_in in;
+    struct fs_io io;
     int64_t got;
     int n;
 
@@ -142,7 +143,8 @@ enum req_verdict fuse_rw_read(struct fuse_call *c)
     n = in.size ? r->ops->out_iov(r, sizeof(h), in.size, w->iov, REQ_IOV_MAX) : 0;
     if (n < 0)
         return fuse_reply_error(c, -n);
-    got = fuse_rw_of(c)->read(c->node.fs, c->node.ino, in.fh, in.offset, w->iov, n, w->may_wait ? NULL : &r->wait);
+    io = (struct fs_io){ .ino = c->node.ino, .fh = in.fh, .off = in.offset, .iov = w->iov, .n = n };
+    got = fuse_rw_of(c)->read(c->node.fs, &io, w->may_wait ? NULL : &r->wait);
     if (got == -EINPROGRESS)
         return REQ_PARKED;
     store_wait_done(&r->wait);
@@ -181,9 +183,14 @@ enum req_verdict fuse_rw_write(struct fuse_call *c)
         c->w->iov[0] = (struct iovec){ fuse_scratch(c), in.size };
         n = 1;
     }
-    done = fuse_rw_of(c)->write(c->node.fs, c->node.ino, in.fh, in.offset, c->w->iov, n,
-                                (in.flags & O_APPEND) && !(in.write_flags & FUSE_WRITE_CACHE),
-                                in.write_flags & FUSE_WRITE_KILL_SUIDGID);
+    done = fuse_rw_of(c)->write(
+        c->node.fs, &(struct fs_io){ .ino = c->node.ino,
+                                     .fh = in.fh,
+                                     .off = in.offset,
+                                     .iov = c->w->iov,
+                                     .n = n,
+                                     .append = (in.flags & O_APPEND) && !(in.write_flags & FUSE_WRITE_CACHE),
+                                     .kill = in.write_flags & FUSE_WRITE_KILL_SUIDGID });
     if (done < 0)
         return fuse_reply_error(c, (int)-done);
     out.size = (uint32_t)done;
@@ -248,8 +255,9 @@ static bool is_refused(const struct fuse_call *c, const char *name, bool removes
 
 enum req_verdict fuse_rw_setxattr(struct fuse_call *c)
 {
-    struct fs_caller who = fuse_caller_of(c);
+    struct fs_caller who = fuse_caller_of(c, 0);
     struct fuse_setxattr_in in;
+    struct fs_xattr x;
     const char *name;
     uint32_t off, len;
 
@@ -269,8 +277,8 @@ enum req_verdict fuse_rw_setxattr(struct fuse_call *c)
     off = (uint32_t)sizeof(in) + len + 1;
     if (in.size > c->r->body_len - off || c->r->ops->in_copy(c->r, off, fuse_scratch(c), in.size))
         return fuse_reply_error(c, EINVAL);
-    return fuse_reply_rc(
-        c, fuse_rw_of(c)->setxattr(c->node.fs, &who, c->node.ino, name, fuse_scratch(c), in.size, in.flags));
+    x = (struct fs_xattr){ name, fuse_scratch(c), in.size, in.flags };
+    return fuse_reply_rc(c, fuse_rw_of(c)->setxattr(c->node.fs, &who, c->node.ino, &x));
 }
 
 enum req_verdict fuse_rw_removexattr(struct fuse_call *c)

@@ -276,56 +276,54 @@ static uint64_t iov_bytes(const struct iovec *iov, int n)
 
 /* Reads from the page cache: all bytes up to the end of the file, or -EAGAIN. A short read that ends at a page's edge met
  * a page that is missing, or the end of the file: reading one byte more tells which. */
-static int64_t read_cached(int fd, uint64_t off, const struct iovec *iov, int n, uint64_t want)
+static int64_t read_cached(int fd, const struct fs_io *io, uint64_t want)
 {
-    int64_t got = preadv2(fd, iov, n, (off_t)off, RWF_NOWAIT);
+    int64_t got = preadv2(fd, io->iov, io->n, (off_t)io->off, RWF_NOWAIT);
     struct iovec probe = { .iov_base = (char[1]){ 0 }, .iov_len = 1 };
 
     if (got < 0)
         return -errno;
-    if (got && (uint64_t)got < want && (off + (uint64_t)got) % 4096 == 0 &&
-        preadv2(fd, &probe, 1, (off_t)off + got, RWF_NOWAIT) != 0) {
+    if (got && (uint64_t)got < want && (io->off + (uint64_t)got) % 4096 == 0 &&
+        preadv2(fd, &probe, 1, (off_t)io->off + got, RWF_NOWAIT) != 0) {
         return -EAGAIN;
     }
     return got;
 }
 
-int64_t pt_read(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n,
-                struct store_wait *w)
+int64_t pt_read(struct fs *fs, const struct fs_io *io, struct store_wait *w)
 {
     struct vnd_passthrough *p = pt_of(fs);
-    struct pt_file *f = pt_file_get(p, ino, fh);
-    uint64_t want = iov_bytes(iov, n);
+    struct pt_file *f = pt_file_get(p, io->ino, io->fh);
+    uint64_t want = iov_bytes(io->iov, io->n);
     int64_t got;
 
     if (!f)
         return -EBADF;
-    got = w ? read_cached(f->fd, off, iov, n, want) : -EAGAIN;
+    got = w ? read_cached(f->fd, io, want) : -EAGAIN;
     /* After RETRY_MAX rounds the pages leave the cache faster than this thread comes for them, so it waits itself. */
     if (got == -EAGAIN && w && w->again < RETRY_MAX) {
         w->again++;
-        got = start_read_ahead(p, w, f->fd, off, want < READ_AHEAD_BYTES ? want : READ_AHEAD_BYTES);
+        got = start_read_ahead(p, w, f->fd, io->off, want < READ_AHEAD_BYTES ? want : READ_AHEAD_BYTES);
     }
     if (got == -EAGAIN || got == -EOPNOTSUPP || got == -ENOMEM || got == -ENFILE) {
-        got = preadv(f->fd, iov, n, (off_t)off);
+        got = preadv(f->fd, io->iov, io->n, (off_t)io->off);
         got = got < 0 ? -errno : got;
     }
     pt_file_put(p, f);
     return got;
 }
 
-int64_t pt_write(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n, bool append,
-                 bool kill)
+int64_t pt_write(struct fs *fs, const struct fs_io *io)
 {
     struct vnd_passthrough *p = pt_of(fs);
-    struct pt_file *f = pt_file_get(p, ino, fh);
+    struct pt_file *f = pt_file_get(p, io->ino, io->fh);
     int64_t done;
     bool dropped;
 
     if (!f)
         return -EBADF;
-    dropped = kill && pt_fsetid_drop();
-    done = pwritev2(f->fd, iov, n, (off_t)off, append ? RWF_APPEND : 0);
+    dropped = io->kill && pt_fsetid_drop();
+    done = pwritev2(f->fd, io->iov, io->n, (off_t)io->off, io->append ? RWF_APPEND : 0);
     if (done < 0)
         done = -errno;
     pt_fsetid_back(dropped);

@@ -179,19 +179,14 @@ int pt_open_node(struct vnd_passthrough *p, struct pt_node *n, int flags);
 
 /* ---- passthrough/names.c */
 int pt_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out);
-int pt_readdir(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, bool want_attr, fs_dir_put put, void *ctx);
-int pt_create(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t flags, uint32_t mode,
-              bool kill, vnd_attr *out, uint64_t *fh);
-int pt_tmpfile(struct fs *fs, const struct fs_caller *who, uint64_t dir, uint32_t flags, uint32_t mode, vnd_attr *out,
-               uint64_t *fh);
-int pt_mknod(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t mode, uint32_t rdev,
-             vnd_attr *out);
-int pt_symlink(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, const char *target,
-               vnd_attr *out);
+int pt_readdir(struct fs *fs, const struct fs_listing *l);
+int pt_create(struct fs *fs, const struct fs_make *make, vnd_attr *out, uint64_t *fh);
+int pt_tmpfile(struct fs *fs, const struct fs_make *make, vnd_attr *out, uint64_t *fh);
+int pt_mknod(struct fs *fs, const struct fs_make *make, vnd_attr *out);
+int pt_symlink(struct fs *fs, const struct fs_make *make, const char *target, vnd_attr *out);
 int pt_link(struct fs *fs, uint64_t ino, uint64_t dir, const char *name, vnd_attr *out);
 int pt_unlink(struct fs *fs, uint64_t dir, const char *name, bool is_dir);
-int pt_rename(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint64_t new_dir,
-              const char *new_name, uint32_t flags);
+int pt_rename(struct fs *fs, const struct fs_rename *what);
 
 /* ---- passthrough/files.c */
 /* 0 with *fh, and fd is taken; -ENFILE, -ENOMEM. */
@@ -204,10 +199,8 @@ int pt_open_flags(uint32_t guest); /* what of a guest's open flags reaches the h
 int pt_open(struct fs *fs, uint64_t ino, uint32_t flags, bool dir, bool kill, uint64_t *fh);
 void pt_release(struct fs *fs, uint64_t fh);
 int pt_flush(struct fs *fs, uint64_t fh);
-int64_t pt_read(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n,
-                struct store_wait *w);
-int64_t pt_write(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, const struct iovec *iov, int n, bool append,
-                 bool kill);
+int64_t pt_read(struct fs *fs, const struct fs_io *io, struct store_wait *w);
+int64_t pt_write(struct fs *fs, const struct fs_io *io);
 int pt_sync(struct fs *fs, uint64_t ino, uint64_t fh, bool data_only);
 int pt_fallocate(struct fs *fs, uint64_t ino, uint64_t fh, uint32_t mode, uint64_t off, uint64_t len);
 int64_t pt_copy(struct fs *fs, uint64_t fh_in, uint64_t off_in, uint64_t fh_out, uint64_t off_out, uint64_t len);

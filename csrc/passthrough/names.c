@@ -21,6 +21,12 @@ struct linux_dirent64 {
     char d_name[];
 };
 
+/* DT_* of a mode. */
+static uint32_t mode_type(uint32_t mode)
+{
+    return mode >> 12 & 15;
+}
+
 static int fail_errno(void)
 {
     return errno == EMFILE ? -ENFILE : -errno;
@@ -77,65 +83,68 @@ int pt_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_att
     return rc;
 }
 
-/* Gives one entry of a listing with attributes. 1: it was not taken. */
-static int put_plus(struct vnd_passthrough *p, struct pt_node *dir, int dir_fd, const struct linux_dirent64 *d,
-                    uint32_t type, fs_dir_put put, void *ctx)
+/* Gives one entry of a listing with attributes. Not 0: it was not taken. */
+static int put_plus(struct vnd_passthrough *p, struct pt_file *f, const struct linux_dirent64 *d,
+                    const struct fs_listing *l)
 {
-    size_t len = strlen(d->d_name);
+    struct fs_entry e = { .next_off = (uint64_t)d->d_off, .name = d->d_name, .len = strlen(d->d_name) };
     vnd_attr attr;
-    int fd = open_name(p, dir_fd, d->d_name);
+    int fd = open_name(p, f->fd, d->d_name);
 
-    if (fd < 0 || pt_learn(p, dir, d->d_name, fd, true, &attr)) /* gone, or no room: a look-up may find it later */
-        return put(ctx, pt_ino_of(dir->mount, d->d_ino), d->d_name, len, type, (uint64_t)d->d_off, NULL);
-    if (put(ctx, attr.ino, d->d_name, len, attr.mode >> 12 & 15, (uint64_t)d->d_off, &attr)) {
+    if (fd < 0 ||
+        pt_learn(p, f->node, d->d_name, fd, true, &attr)) { /* gone, or no room: a look-up may find it later */
+        e.ino = pt_ino_of(f->node->mount, d->d_ino);
+        e.type = d->d_type;
+        return l->put(l->ctx, &e);
+    }
+    e.ino = attr.ino;
+    e.type = mode_type(attr.mode);
+    e.attr = &attr;
+    if (l->put(l->ctx, &e)) {
         pt_forget(p, attr.ino, 1);
         return 1;
     }
     return 0;
 }
 
-static int put_plain(struct pt_node *dir, int dir_fd, const struct linux_dirent64 *d, fs_dir_put put, void *ctx)
+static int put_plain(struct pt_file *f, const struct linux_dirent64 *d, const struct fs_listing *l)
 {
-    uint32_t type = d->d_type;
+    struct fs_entry e = {
+        pt_ino_of(f->node->mount, d->d_ino), (uint64_t)d->d_off, d->d_name, strlen(d->d_name), d->d_type, NULL
+    };
     struct stat st;
 
-    if (type == DT_UNKNOWN && fstatat(dir_fd, d->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0)
-        type = st.st_mode >> 12 & 15;
-    return put(ctx, pt_ino_of(dir->mount, d->d_ino), d->d_name, strlen(d->d_name), type, (uint64_t)d->d_off, NULL);
+    if (e.type == DT_UNKNOWN && fstatat(f->fd, d->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0)
+        e.type = mode_type(st.st_mode);
+    return l->put(l->ctx, &e);
 }
 
 /* A guest takes about 4 KiB of entries at a time, with attributes or without. */
-static int list_locked(struct vnd_passthrough *p, struct pt_file *f, uint64_t off, bool want_attr, fs_dir_put put,
-                       void *ctx)
+static int list_locked(struct vnd_passthrough *p, struct pt_file *f, const struct fs_listing *l)
 {
     _Alignas(8) char buf[4096];
 
-    if (lseek(f->fd, (off_t)off, SEEK_SET) < 0)
+    if (lseek(f->fd, (off_t)l->off, SEEK_SET) < 0)
         return -errno;
     for (;;) {
-        long n = syscall(SYS_getdents64, f->fd, buf, want_attr ? sizeof(buf) / 2 : sizeof(buf));
+        long n = syscall(SYS_getdents64, f->fd, buf, l->want_attr ? sizeof(buf) / 2 : sizeof(buf));
 
         if (n <= 0)
             return n < 0 ? -errno : 0;
         for (long at = 0; at < n;) {
             const struct linux_dirent64 *d = (const struct linux_dirent64 *)(const void *)(buf + at);
-            int full;
 
             at += d->d_reclen;
-            if (want_attr && !is_dots(d->d_name))
-                full = put_plus(p, f->node, f->fd, d, d->d_type, put, ctx);
-            else
-                full = put_plain(f->node, f->fd, d, put, ctx);
-            if (full)
+            if (l->want_attr && !is_dots(d->d_name) ? put_plus(p, f, d, l) : put_plain(f, d, l))
                 return 0;
         }
     }
 }
 
-int pt_readdir(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, bool want_attr, fs_dir_put put, void *ctx)
+int pt_readdir(struct fs *fs, const struct fs_listing *l)
 {
     struct vnd_passthrough *p = pt_of(fs);
-    struct pt_file *f = pt_file_get(p, dir, fh);
+    struct pt_file *f = pt_file_get(p, l->dir, l->fh);
     int rc;
 
     if (!f)
@@ -145,7 +154,7 @@ int pt_readdir(struct fs *fs, uint64_t dir, uint64_t fh, uint64_t off, bool want
         return -ENOTDIR;
     }
     pthread_mutex_lock(&f->dir_lock);
-    rc = list_locked(p, f, off, want_attr, put, ctx);
+    rc = list_locked(p, f, l);
     pthread_mutex_unlock(&f->dir_lock);
     pt_file_put(p, f);
     return rc;
@@ -161,13 +170,12 @@ static int learn_name(struct vnd_passthrough *p, const struct pt_ref *dir, const
 }
 
 /* A reference to a directory, and the caller's credentials, to make something there. 0: both are to be given back. */
-static int enter(struct vnd_passthrough *p, const struct fs_caller *who, uint64_t dir, struct pt_ref *ref,
-                 struct pt_cred *cred)
+static int enter(struct vnd_passthrough *p, const struct fs_make *make, struct pt_ref *ref, struct pt_cred *cred)
 {
-    int rc = get_dir(p, dir, ref);
+    int rc = get_dir(p, make->dir, ref);
 
     if (!rc) {
-        rc = pt_cred_take(who, cred);
+        rc = pt_cred_take(&make->who, cred);
         if (rc)
             pt_put(p, ref);
     }
@@ -175,10 +183,10 @@ static int enter(struct vnd_passthrough *p, const struct fs_caller *who, uint64_
 }
 
 /* The same for what cannot be undone: -ENFILE where the new object would have no room to become known. */
-static int enter_to_name(struct vnd_passthrough *p, const struct fs_caller *who, uint64_t dir, struct pt_ref *ref,
+static int enter_to_name(struct vnd_passthrough *p, const struct fs_make *make, struct pt_ref *ref,
                          struct pt_cred *cred)
 {
-    int rc = enter(p, who, dir, ref, cred);
+    int rc = enter(p, make, ref, cred);
 
     if (!rc && !pt_has_room(p, ref->node)) {
         pt_cred_back(cred);
@@ -199,38 +207,37 @@ static int leave_named(struct vnd_passthrough *p, struct pt_ref *ref, struct pt_
     return rc;
 }
 
-int pt_mknod(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t mode, uint32_t rdev,
-             vnd_attr *out)
+int pt_mknod(struct fs *fs, const struct fs_make *make, vnd_attr *out)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
-    int rc = enter_to_name(p, who, dir, &ref, &cred);
+    int rc = enter_to_name(p, make, &ref, &cred);
 
     if (rc)
         return rc;
-    if (S_ISDIR(mode)) {
-        rc = mkdirat(ref.fd, name, mode & 07777) ? fail_errno() : 0;
+    if (S_ISDIR(make->mode)) {
+        rc = mkdirat(ref.fd, make->name, make->mode & 07777) ? fail_errno() : 0;
     } else {
+        uint32_t rdev = make->rdev;
         dev_t dev = makedev(rdev >> 8 & 0xfff, (rdev & 0xff) | (rdev >> 12 & 0xfff00));
 
-        rc = mknodat(ref.fd, name, mode, dev) ? fail_errno() : 0;
+        rc = mknodat(ref.fd, make->name, make->mode, dev) ? fail_errno() : 0;
     }
-    return leave_named(p, &ref, &cred, rc, name, out);
+    return leave_named(p, &ref, &cred, rc, make->name, out);
 }
 
-int pt_symlink(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, const char *target,
-               vnd_attr *out)
+int pt_symlink(struct fs *fs, const struct fs_make *make, const char *target, vnd_attr *out)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
-    int rc = enter_to_name(p, who, dir, &ref, &cred);
+    int rc = enter_to_name(p, make, &ref, &cred);
 
     if (rc)
         return rc;
-    rc = symlinkat(target, ref.fd, name) ? fail_errno() : 0;
-    return leave_named(p, &ref, &cred, rc, name, out);
+    rc = symlinkat(target, ref.fd, make->name) ? fail_errno() : 0;
+    return leave_named(p, &ref, &cred, rc, make->name, out);
 }
 
 /* Removes a file that was just made and cannot be given to the guest, unless the host has replaced it. */
@@ -268,56 +275,56 @@ static int open_made(struct vnd_passthrough *p, const struct pt_ref *dir, const 
     return rc;
 }
 
-static int open_existing(struct vnd_passthrough *p, const struct pt_ref *dir, const char *name, uint32_t flags,
-                         bool kill, vnd_attr *out, uint64_t *fh)
+static int open_existing(struct vnd_passthrough *p, const struct pt_ref *dir, const struct fs_make *make, vnd_attr *out,
+                         uint64_t *fh)
 {
-    int rc = learn_name(p, dir, name, out);
+    uint32_t flags = make->flags & ~(uint32_t)(O_CREAT | O_EXCL);
+    int rc = learn_name(p, dir, make->name, out);
 
     if (rc)
         return rc;
     rc = S_ISLNK(out->mode) ? -ELOOP : S_ISDIR(out->mode) ? -EISDIR : 0;
     if (!rc)
-        rc = pt_open(&p->fs, out->ino, flags & ~(uint32_t)(O_CREAT | O_EXCL), false, kill, fh);
+        rc = pt_open(&p->fs, out->ino, flags, false, make->kill, fh);
     if (rc)
         pt_forget(p, out->ino, 1);
     return rc;
 }
 
-int pt_create(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint32_t flags, uint32_t mode,
-              bool kill, vnd_attr *out, uint64_t *fh)
+int pt_create(struct fs *fs, const struct fs_make *make, vnd_attr *out, uint64_t *fh)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
-    int fd, rc = enter(p, who, dir, &ref, &cred);
+    int fd, rc = enter(p, make, &ref, &cred);
 
     if (rc)
         return rc;
     /* O_EXCL: what is there already might be a device, which must not be opened. */
-    fd = openat(ref.fd, name, (pt_open_flags(flags) & ~O_TRUNC) | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
-                mode & 07777);
+    fd = openat(ref.fd, make->name, (pt_open_flags(make->flags) & ~O_TRUNC) | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
+                make->mode & 07777);
     rc = fd < 0 ? fail_errno() : 0;
     pt_cred_back(&cred);
     if (!rc)
-        rc = open_made(p, &ref, name, fd, out, fh);
-    else if (rc == -EEXIST && !(flags & O_EXCL))
-        rc = open_existing(p, &ref, name, flags, kill, out, fh);
+        rc = open_made(p, &ref, make->name, fd, out, fh);
+    else if (rc == -EEXIST && !(make->flags & O_EXCL))
+        rc = open_existing(p, &ref, make, out, fh);
     pt_put(p, &ref);
     return rc;
 }
 
-int pt_tmpfile(struct fs *fs, const struct fs_caller *who, uint64_t dir, uint32_t flags, uint32_t mode, vnd_attr *out,
-               uint64_t *fh)
+int pt_tmpfile(struct fs *fs, const struct fs_make *make, vnd_attr *out, uint64_t *fh)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
-    int fd, rc = enter(p, who, dir, &ref, &cred);
+    int fd, rc = enter(p, make, &ref, &cred);
 
     if (rc)
         return rc;
-    fd = openat(ref.fd, ".", (pt_open_flags(flags) & ~O_TRUNC) | O_TMPFILE | (int)(flags & O_EXCL) | O_CLOEXEC,
-                mode & 07777);
+    fd = openat(ref.fd, ".",
+                (pt_open_flags(make->flags) & ~O_TRUNC) | O_TMPFILE | (int)(make->flags & O_EXCL) | O_CLOEXEC,
+                make->mode & 07777);
     rc = fd < 0 ? fail_errno() : 0;
     pt_cred_back(&cred);
     if (!rc)
@@ -367,25 +374,24 @@ int pt_unlink(struct fs *fs, uint64_t dir, const char *name, bool is_dir)
     return rc;
 }
 
-int pt_rename(struct fs *fs, const struct fs_caller *who, uint64_t dir, const char *name, uint64_t new_dir,
-              const char *new_name, uint32_t flags)
+int pt_rename(struct fs *fs, const struct fs_rename *what)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred = { 0 };
     struct pt_ref from, to;
     int rc;
 
-    if (flags & ~(uint32_t)(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT))
+    if (what->flags & ~(uint32_t)(RENAME_NOREPLACE | RENAME_EXCHANGE | RENAME_WHITEOUT))
         return -EINVAL;
-    rc = get_dir(p, dir, &from);
+    rc = get_dir(p, what->dir, &from);
     if (rc)
         return rc;
-    rc = get_dir(p, new_dir, &to);
+    rc = get_dir(p, what->new_dir, &to);
     if (!rc) {
-        if (flags & RENAME_WHITEOUT) /* the whiteout is a new object of the caller's */
-            rc = pt_cred_take(who, &cred);
+        if (what->flags & RENAME_WHITEOUT) /* the whiteout is a new object of the caller's */
+            rc = pt_cred_take(&what->who, &cred);
         if (!rc) {
-            rc = renameat2(from.fd, name, to.fd, new_name, flags) ? fail_errno() : 0;
+            rc = renameat2(from.fd, what->name, to.fd, what->new_name, what->flags) ? fail_errno() : 0;
             pt_cred_back(&cred);
         }
         pt_put(p, &to);

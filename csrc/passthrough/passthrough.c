@@ -181,15 +181,22 @@ static bool is_acl(const char *name)
     return strcmp(name, ACL_ACCESS) == 0 || strcmp(name, ACL_DEFAULT) == 0;
 }
 
-static int xattr_result(ssize_t n, size_t cap, size_t *need)
+static int xattr_result(ssize_t n)
 {
     if (n < 0)
         return errno == ENOSYS ? -EOPNOTSUPP : -errno; /* after ENOSYS the guest would never ask again */
-    *need = (size_t)n;
-    return cap && (size_t)n > cap ? -ERANGE : 0;
+    return 0;
 }
 
-static int pt_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap, size_t *need)
+static int buf_result(ssize_t n, struct fs_buf *out)
+{
+    if (n < 0)
+        return xattr_result(n);
+    out->need = (size_t)n;
+    return out->cap && out->need > out->cap ? -ERANGE : 0;
+}
+
+static int pt_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, struct fs_buf *out)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_ref ref;
@@ -197,7 +204,7 @@ static int pt_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len
     int rc = pt_get(p, ino, &ref);
 
     if (!rc) {
-        rc = xattr_result(getxattr(proc_path(path, ref.fd), name, buf, cap), cap, need);
+        rc = buf_result(getxattr(proc_path(path, ref.fd), name, out->at, out->cap), out);
         if (rc == -EOPNOTSUPP && is_acl(name))
             rc = -ENODATA; /* a guest that obeys ACLs takes any other error for a failure of the access itself */
         pt_put(p, &ref);
@@ -205,7 +212,7 @@ static int pt_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len
     return rc;
 }
 
-static int pt_listxattr(struct fs *fs, uint64_t ino, char *buf, size_t cap, size_t *need)
+static int pt_listxattr(struct fs *fs, uint64_t ino, struct fs_buf *out)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_ref ref;
@@ -213,7 +220,7 @@ static int pt_listxattr(struct fs *fs, uint64_t ino, char *buf, size_t cap, size
     int rc = pt_get(p, ino, &ref);
 
     if (!rc) {
-        rc = xattr_result(listxattr(proc_path(path, ref.fd), buf, cap), cap, need);
+        rc = buf_result(listxattr(proc_path(path, ref.fd), out->at, out->cap), out);
         pt_put(p, &ref);
     }
     return rc;
@@ -227,19 +234,17 @@ static bool acl_takes_bits(const struct fs_caller *who, int fd, const char *name
     return who->uid && strcmp(name, ACL_ACCESS) == 0 && fstat(fd, &st) == 0 && st.st_gid != who->gid;
 }
 
-static int pt_setxattr(struct fs *fs, const struct fs_caller *who, uint64_t ino, const char *name, const void *value,
-                       size_t len, uint32_t flags)
+static int pt_setxattr(struct fs *fs, const struct fs_caller *who, uint64_t ino, const struct fs_xattr *x)
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_ref ref;
     char path[32];
-    size_t none;
     int rc = pt_get(p, ino, &ref);
 
     if (!rc) {
-        bool dropped = acl_takes_bits(who, ref.fd, name) && pt_fsetid_drop();
+        bool dropped = acl_takes_bits(who, ref.fd, x->name) && pt_fsetid_drop();
 
-        rc = xattr_result(setxattr(proc_path(path, ref.fd), name, value, len, (int)flags), 0, &none);
+        rc = xattr_result(setxattr(proc_path(path, ref.fd), x->name, x->value, x->len, (int)x->flags));
         pt_fsetid_back(dropped);
         pt_put(p, &ref);
     }
@@ -251,11 +256,10 @@ static int pt_removexattr(struct fs *fs, uint64_t ino, const char *name)
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_ref ref;
     char path[32];
-    size_t none;
     int rc = pt_get(p, ino, &ref);
 
     if (!rc) {
-        rc = xattr_result(removexattr(proc_path(path, ref.fd), name), 0, &none);
+        rc = xattr_result(removexattr(proc_path(path, ref.fd), name));
         pt_put(p, &ref);
     }
     return rc;
@@ -263,13 +267,7 @@ static int pt_removexattr(struct fs *fs, uint64_t ino, const char *name)
 
 /* ---- the rest of the table */
 
-static int pt_readdir_closed(struct fs *fs, uint64_t dir, uint64_t off, bool want_attr, fs_dir_put put, void *ctx)
-{
-    return -EBADF; /* listings go by an open directory */
-}
-
-static int pt_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max,
-                      uint32_t *got)
+static int pt_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct fs_extents *out)
 {
     return -EBADF;
 }
@@ -304,7 +302,6 @@ static const struct fs_rw_ops pt_rw_ops = {
     .open = pt_open,
     .release = pt_release,
     .flush = pt_flush,
-    .readdir = pt_readdir,
     .getattr = pt_getattr_fh,
     .setattr = pt_setattr,
     .create = pt_create,
@@ -332,7 +329,7 @@ static const struct fs_ops pt_ops = {
     .name = "passthrough",
     .getattr = pt_getattr,
     .lookup = pt_lookup,
-    .readdir = pt_readdir_closed,
+    .readdir = pt_readdir,
     .readlink = pt_readlink,
     .extents = pt_extents,
     .listxattr = pt_listxattr,

@@ -128,15 +128,14 @@ enum file_state { FILE_PARTIAL, FILE_READY, FILE_MOUNTED };
 static enum file_state state_of(struct vnd_rafs *r, uint64_t nid, uint64_t size)
 {
     struct extent ext[STORE_EXTENTS_MAX];
+    struct fs_extents x = { ext, STORE_EXTENTS_MAX, 0 };
     enum file_state state = FILE_MOUNTED;
-    uint32_t got;
 
-    for (uint64_t off = 0; off < size; off += got) {
+    for (uint64_t off = 0; off < size; off += x.bytes) {
         uint64_t left = size - off;
-        int n = r->fs.ops->extents(&r->fs, nid, off, left < 1u << 30 ? (uint32_t)left : 1u << 30, ext,
-                                   STORE_EXTENTS_MAX, &got);
+        int n = r->fs.ops->extents(&r->fs, nid, off, left < 1u << 30 ? (uint32_t)left : 1u << 30, &x);
 
-        if (n <= 0 || !got || !store_ready(ext, n))
+        if (n <= 0 || !x.bytes || !store_ready(ext, n))
             return FILE_PARTIAL;
         if (!is_mounted(r, ext, n))
             state = FILE_READY;

@@ -191,10 +191,9 @@ int rafs_blob_chunks(void *ctx, uint32_t blob_index, int (*put)(void *put_ctx, c
                      void *put_ctx);
 
 /* ---- rafs/xattr.c: EROFS inline xattrs. body: the bytes between the inode's fixed part and its data. */
-int rafs_xattr_list(const uint8_t *body, uint32_t body_len, char *buf, size_t cap, size_t *need);
+int rafs_xattr_list(const uint8_t *body, uint32_t body_len, struct fs_buf *out);
 /* Gives a value as fs_ops.getxattr does: 0, or -ERANGE where cap is not 0 and too small. */
-int rafs_xattr_give(const uint8_t *value, uint32_t len, char *buf, size_t cap, size_t *need);
-int rafs_xattr_get(const uint8_t *body, uint32_t body_len, const char *name, size_t len, char *buf, size_t cap,
-                   size_t *need);
+int rafs_xattr_give(const uint8_t *value, uint32_t len, struct fs_buf *out);
+int rafs_xattr_get(const uint8_t *body, uint32_t body_len, const char *name, size_t len, struct fs_buf *out);
 
 #endif

@@ -35,8 +35,7 @@ struct dirents {
     int used, max;
 };
 
-static int put_dirent(void *ctx, uint64_t ino, const char *name, size_t name_len, uint32_t type, uint64_t next_off,
-                      const vnd_attr *attr)
+static int put_dirent(void *ctx, const struct fs_entry *from)
 {
     struct dirents *d = ctx;
     vnd_dirent *e;
@@ -44,18 +43,18 @@ static int put_dirent(void *ctx, uint64_t ino, const char *name, size_t name_len
     if (d->used >= d->max)
         return 1;
     e = &d->out[d->used++];
-    e->ino = ino;
-    e->next_off = next_off;
-    e->type = type;
-    memcpy(e->name, name, name_len);
-    e->name[name_len] = 0;
+    e->ino = from->ino;
+    e->next_off = from->next_off;
+    e->type = from->type;
+    memcpy(e->name, from->name, from->len);
+    e->name[from->len] = 0;
     return 0;
 }
 
 int vnd_rafs_readdir(vnd_rafs *r, uint64_t dir_ino, uint64_t off, vnd_dirent *out, int max)
 {
     struct dirents d = { out, 0, max };
-    int rc = r->fs.ops->readdir(&r->fs, dir_ino, off, false, put_dirent, &d);
+    int rc = r->fs.ops->readdir(&r->fs, &(struct fs_listing){ dir_ino, 0, off, false, put_dirent, &d });
 
     return rc && !d.used ? rc : d.used;
 }
@@ -70,18 +69,18 @@ int64_t vnd_rafs_readlink(vnd_rafs *r, uint64_t ino, char *buf, size_t buf_len)
 
 int64_t vnd_rafs_listxattr(vnd_rafs *r, uint64_t ino, char *buf, size_t buf_len)
 {
-    size_t need = 0;
-    int rc = r->fs.ops->listxattr(&r->fs, ino, buf, buf_len, &need);
+    struct fs_buf names = { buf, buf_len, 0 };
+    int rc = r->fs.ops->listxattr(&r->fs, ino, &names);
 
-    return rc ? rc : (int64_t)need;
+    return rc ? rc : (int64_t)names.need;
 }
 
 int64_t vnd_rafs_getxattr(vnd_rafs *r, uint64_t ino, const char *name, char *buf, size_t buf_len)
 {
-    size_t need = 0;
-    int rc = r->fs.ops->getxattr(&r->fs, ino, name, strlen(name), buf, buf_len, &need);
+    struct fs_buf value = { buf, buf_len, 0 };
+    int rc = r->fs.ops->getxattr(&r->fs, ino, name, strlen(name), &value);
 
-    return rc ? rc : (int64_t)need;
+    return rc ? rc : (int64_t)value.need;
 }
 
 int vnd_rafs_digest(vnd_rafs *r, uint64_t ino, uint8_t *out)
@@ -265,13 +264,13 @@ static int64_t read_piece(struct vnd_rafs *r, struct extent *ext, uint64_t ino, 
                           uint32_t len)
 {
     struct tool_wait t;
-    uint32_t got;
-    int n = r->fs.ops->extents(&r->fs, ino, off, len, ext, STORE_EXTENTS_MAX, &got);
+    struct fs_extents x = { ext, STORE_EXTENTS_MAX, 0 };
+    int n = r->fs.ops->extents(&r->fs, ino, off, len, &x);
     int64_t done;
 
     if (n <= 0)
         return n;
-    struct iovec iov = { buf, got };
+    struct iovec iov = { buf, x.bytes };
 
     tool_wait_init(&t, r->engine->cfg.read_deadline_ms);
     do {

@@ -89,35 +89,41 @@ static bool name_usable(const struct v5_inode *n)
     return !rafs_name_broken(n->name, n->name_len) && !rafs_name_is_dots(n->name, n->name_len);
 }
 
-/* Cookies: 0 ".", 1 "..", 2 + k the k-th child. */
-static int v5_readdir(struct fs *fs, uint64_t dir, uint64_t off, bool want_attr, fs_dir_put put, void *ctx)
+/* A cookie is 0 for ".", 1 for "..", 2 + k for the k-th child. */
+static int v5_readdir(struct fs *fs, const struct fs_listing *l)
 {
     struct vnd_rafs *r = (struct vnd_rafs *)fs;
     struct v5_inode n, child;
+    uint64_t off = l->off;
     vnd_attr attr;
-    int rc = v5_dir(r, dir, &n);
+    int rc = v5_dir(r, l->dir, &n);
 
     if (rc)
         return rc;
     if (off == 0) {
-        if (put(ctx, dir, ".", 1, DT_DIR, 1, NULL))
+        if (l->put(l->ctx, &(struct fs_entry){ l->dir, 1, ".", 1, DT_DIR, NULL }))
             return 0;
         off = 1;
     }
     if (off == 1) {
-        if (put(ctx, dir == 1 ? 1 : n.parent, "..", 2, DT_DIR, 2, NULL))
+        if (l->put(l->ctx, &(struct fs_entry){ l->dir == 1 ? 1 : n.parent, 2, "..", 2, DT_DIR, NULL }))
             return 0;
         off = 2;
     }
     for (; off - 2 < n.child_count; off++) {
+        struct fs_entry e;
+
         rc = v5_child(r, &n, (uint32_t)(off - 2), &child);
         if (!rc && !name_usable(&child))
             rc = -EIO;
-        if (!rc && want_attr)
+        if (!rc && l->want_attr)
             rc = attr_of_child(r, &child, &attr);
         if (rc)
             return rc;
-        if (put(ctx, child.ino, child.name, child.name_len, dirent_type(child.mode), off + 1, want_attr ? &attr : NULL))
+        e = (struct fs_entry){
+            child.ino, off + 1, child.name, child.name_len, dirent_type(child.mode), l->want_attr ? &attr : NULL
+        };
+        if (l->put(l->ctx, &e))
             return 0;
     }
     return 0;
@@ -142,25 +148,25 @@ static int64_t v5_readlink(struct fs *fs, uint64_t ino, char *buf, size_t cap)
     return n.link_len;
 }
 
-static int v5_listxattr(struct fs *fs, uint64_t ino, char *buf, size_t cap, size_t *need)
+static int v5_listxattr(struct fs *fs, uint64_t ino, struct fs_buf *out)
 {
     struct v5_xattr x;
     struct v5_inode n;
     uint64_t at = 0;
     int rc = v5_inode((struct vnd_rafs *)fs, ino, &n);
 
-    *need = 0;
+    out->need = 0;
     if (rc)
         return rc;
     while ((rc = v5_xattr_next(&n, &at, &x)) > 0) {
-        if (*need + x.name_len + 1 <= cap)
-            memcpy(buf + *need, x.name, x.name_len + 1u);
-        *need += x.name_len + 1;
+        if (out->need + x.name_len + 1 <= out->cap)
+            memcpy(out->at + out->need, x.name, x.name_len + 1u);
+        out->need += x.name_len + 1;
     }
-    return rc ? rc : cap && *need > cap ? -ERANGE : 0;
+    return rc ? rc : out->cap && out->need > out->cap ? -ERANGE : 0;
 }
 
-static int v5_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap, size_t *need)
+static int v5_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, struct fs_buf *out)
 {
     struct v5_xattr x;
     struct v5_inode n;
@@ -172,7 +178,7 @@ static int v5_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len
     while ((rc = v5_xattr_next(&n, &at, &x)) > 0) {
         if (len != x.name_len || memcmp(name, x.name, len) != 0)
             continue;
-        return rafs_xattr_give(x.value, x.value_len, buf, cap, need);
+        return rafs_xattr_give(x.value, x.value_len, out);
     }
     return rc ? rc : -ENODATA;
 }
@@ -240,25 +246,24 @@ static int extent_at(const struct vnd_rafs *r, const struct v5_inode *n, uint64_
     return 0;
 }
 
-static int v5_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max,
-                      uint32_t *got)
+static int v5_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct fs_extents *out)
 {
     struct vnd_rafs *r = (struct vnd_rafs *)fs;
     struct v5_inode n;
     uint64_t room;
     int count = 0, rc = file_inode(r, ino, &n);
 
-    *got = 0;
+    out->bytes = 0;
     if (rc || off >= n.size)
         return rc;
     if (len > n.size - off)
         len = (uint32_t)(n.size - off);
-    while (*got < len && count < max) {
-        rc = extent_at(r, &n, off + *got, &ext[count], &room);
+    while (out->bytes < len && count < out->max) {
+        rc = extent_at(r, &n, off + out->bytes, &out->at[count], &room);
         if (rc)
             return rc;
-        ext[count].len = room < len - *got ? (uint32_t)room : len - *got;
-        *got += ext[count].len;
+        out->at[count].len = room < len - out->bytes ? (uint32_t)room : len - out->bytes;
+        out->bytes += out->at[count].len;
         count++;
     }
     return count;

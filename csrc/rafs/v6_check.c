@@ -100,12 +100,12 @@ static void check_inode(struct walk *w, const struct v6_inode *n)
 {
     char buf[RAFS_SYMLINK_MAX];
     struct fs *fs = &w->r->fs;
-    size_t need = 0;
+    struct fs_buf need = { 0 };
     uint32_t kind = n->mode & S_IFMT;
 
     if (n->xattr_len) {
         w->xattr_seen = true;
-        if (fs->ops->listxattr(fs, n->nid, NULL, 0, &need))
+        if (fs->ops->listxattr(fs, n->nid, &need))
             fault_inode(w, n->nid, "malformed xattrs");
     }
     check_inline(w, n);

@@ -105,39 +105,39 @@ static int v6_lookup(struct fs *fs, uint64_t dir, const char *name, size_t len, 
 static const uint8_t dirent_types[8] = { DT_UNKNOWN, DT_REG, DT_DIR, DT_CHR, DT_BLK, DT_FIFO, DT_SOCK, DT_LNK };
 
 /* A cookie is block << 10 | entry of the entry to go on with; a block has at most 341 entries. 0 is the first. */
-static int v6_readdir(struct fs *fs, uint64_t dir, uint64_t off, bool want_attr, fs_dir_put put, void *ctx)
+static int v6_readdir(struct fs *fs, const struct fs_listing *l)
 {
     struct vnd_rafs *r = (struct vnd_rafs *)fs;
     struct v6_inode n, child;
     struct v6_block b;
     struct v6_entry entry;
     uint64_t blocks;
-    uint32_t k = off & 1023;
+    uint32_t k = l->off & 1023;
     vnd_attr attr;
-    int rc = v6_dir_open(r, dir, &n, &blocks);
+    int rc = v6_dir_open(r, l->dir, &n, &blocks);
 
-    for (uint64_t at = off >> 10; !rc && at < blocks; at++, k = 0) {
+    for (uint64_t at = l->off >> 10; !rc && at < blocks; at++, k = 0) {
         rc = v6_dir_block(r, &n, at, &b);
         for (; !rc && k < b.count; k++) {
             uint64_t next = k + 1 < b.count ? at << 10 | (k + 1) : (at + 1) << 10;
-            bool dots;
+            struct fs_entry e;
 
             rc = v6_dir_entry(&b, k, &entry);
             if (rc)
                 break;
             if (rafs_name_broken(entry.name, entry.len))
                 return -EIO;
-            dots = rafs_name_is_dots(entry.name, entry.len);
-            if (want_attr && !dots) {
+            e = (struct fs_entry){ .ino = entry.nid, .next_off = next, .name = entry.name, .len = entry.len };
+            e.type = entry.file_type < 8 ? dirent_types[entry.file_type] : DT_UNKNOWN;
+            if (l->want_attr && !rafs_name_is_dots(entry.name, entry.len)) {
                 rc = v6_inode(r, entry.nid, &child);
                 if (rc)
                     break;
                 fill_attr(&child, &attr);
+                e.attr = &attr;
             }
-            if (put(ctx, entry.nid, entry.name, entry.len, entry.file_type < 8 ? dirent_types[entry.file_type] : 0,
-                    next, want_attr && !dots ? &attr : NULL)) {
+            if (l->put(l->ctx, &e))
                 return 0;
-            }
         }
     }
     return rc;
@@ -170,22 +170,22 @@ static int64_t v6_readlink(struct fs *fs, uint64_t ino, char *buf, size_t cap)
     return (int64_t)n.size;
 }
 
-static int v6_listxattr(struct fs *fs, uint64_t ino, char *buf, size_t cap, size_t *need)
+static int v6_listxattr(struct fs *fs, uint64_t ino, struct fs_buf *out)
 {
     struct vnd_rafs *r = (struct vnd_rafs *)fs;
     struct v6_inode n;
     int rc = v6_inode(r, ino, &n);
 
-    return rc ? rc : rafs_xattr_list(r->base + n.off + n.head, n.xattr_len, buf, cap, need);
+    return rc ? rc : rafs_xattr_list(r->base + n.off + n.head, n.xattr_len, out);
 }
 
-static int v6_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, char *buf, size_t cap, size_t *need)
+static int v6_getxattr(struct fs *fs, uint64_t ino, const char *name, size_t len, struct fs_buf *out)
 {
     struct vnd_rafs *r = (struct vnd_rafs *)fs;
     struct v6_inode n;
     int rc = v6_inode(r, ino, &n);
 
-    return rc ? rc : rafs_xattr_get(r->base + n.off + n.head, n.xattr_len, name, len, buf, cap, need);
+    return rc ? rc : rafs_xattr_get(r->base + n.off + n.head, n.xattr_len, name, len, out);
 }
 
 /* ---- file data */
@@ -201,22 +201,21 @@ static int file_inode(const struct vnd_rafs *r, uint64_t ino, struct v6_inode *n
     return n->layout == V6_CHUNKED || n->size == 0 ? 0 : -EIO;
 }
 
-static int v6_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max,
-                      uint32_t *got)
+static int v6_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct fs_extents *out)
 {
     struct vnd_rafs *r = (struct vnd_rafs *)fs;
     struct rafs_chunk c;
     struct v6_inode n;
     int count = 0, rc = file_inode(r, ino, &n);
 
-    *got = 0;
+    out->bytes = 0;
     if (rc || off >= n.size)
         return rc;
     if (len > n.size - off)
         len = (uint32_t)(n.size - off);
-    while (*got < len && count < max) {
-        uint64_t at = off + *got;
-        struct extent *x = &ext[count];
+    while (out->bytes < len && count < out->max) {
+        uint64_t at = off + out->bytes;
+        struct extent *x = &out->at[count];
 
         rc = v6_chunk_at(r, &n, at >> r->chunk_bits, &c);
         if (rc)
@@ -228,9 +227,9 @@ static int v6_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, s
         x->chunk_off = (uint32_t)(at & (r->info.chunk_size_bytes - 1));
         x->uoff = c.uoff + x->chunk_off;
         x->len = c.size - x->chunk_off;
-        if (x->len > len - *got)
-            x->len = len - *got;
-        *got += x->len;
+        if (x->len > len - out->bytes)
+            x->len = len - out->bytes;
+        out->bytes += x->len;
         count++;
     }
     return count;

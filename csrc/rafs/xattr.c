@@ -58,7 +58,7 @@ static int xattr_next(const uint8_t *body, uint32_t body_len, uint32_t *off, str
     return 1;
 }
 
-int rafs_xattr_list(const uint8_t *body, uint32_t body_len, char *buf, size_t cap, size_t *need)
+int rafs_xattr_list(const uint8_t *body, uint32_t body_len, struct fs_buf *out)
 {
     struct xattr x;
     uint32_t off = 0;
@@ -68,29 +68,28 @@ int rafs_xattr_list(const uint8_t *body, uint32_t body_len, char *buf, size_t ca
     while ((rc = xattr_next(body, body_len, &off, &x)) > 0) {
         size_t len = x.prefix_len + x.name_len + 1u;
 
-        if (used + len <= cap) {
-            memcpy(buf + used, x.prefix, x.prefix_len);
-            memcpy(buf + used + x.prefix_len, x.name, x.name_len);
-            buf[used + len - 1] = 0;
+        if (used + len <= out->cap) {
+            memcpy(out->at + used, x.prefix, x.prefix_len);
+            memcpy(out->at + used + x.prefix_len, x.name, x.name_len);
+            out->at[used + len - 1] = 0;
         }
         used += len;
     }
-    *need = used;
-    return rc ? rc : cap && used > cap ? -ERANGE : 0;
+    out->need = used;
+    return rc ? rc : out->cap && used > out->cap ? -ERANGE : 0;
 }
 
-int rafs_xattr_give(const uint8_t *value, uint32_t len, char *buf, size_t cap, size_t *need)
+int rafs_xattr_give(const uint8_t *value, uint32_t len, struct fs_buf *out)
 {
-    *need = len;
-    if (cap && len > cap)
+    out->need = len;
+    if (out->cap && len > out->cap)
         return -ERANGE;
-    if (cap)
-        memcpy(buf, value, len);
+    if (out->cap)
+        memcpy(out->at, value, len);
     return 0;
 }
 
-int rafs_xattr_get(const uint8_t *body, uint32_t body_len, const char *name, size_t len, char *buf, size_t cap,
-                   size_t *need)
+int rafs_xattr_get(const uint8_t *body, uint32_t body_len, const char *name, size_t len, struct fs_buf *out)
 {
     struct xattr x;
     uint32_t off = 0;
@@ -101,7 +100,7 @@ int rafs_xattr_get(const uint8_t *body, uint32_t body_len, const char *name, siz
             memcmp(name + x.prefix_len, x.name, x.name_len) != 0) {
             continue;
         }
-        return rafs_xattr_give(x.value, x.value_len, buf, cap, need);
+        return rafs_xattr_give(x.value, x.value_len, out);
     }
     return rc ? rc : -ENODATA;
 }

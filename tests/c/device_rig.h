@@ -40,13 +40,12 @@ static inline int one_getattr(struct fs *fs, uint64_t ino, vnd_attr *out)
     return 0;
 }
 
-static inline int one_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *ext, int max,
-                              uint32_t *got)
+static inline int one_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct fs_extents *out)
 {
     struct one_file *o = (struct one_file *)(void *)fs;
 
-    *got = len;
-    return fix_extents(o->fix->h, o->blob, off, len, ext, max);
+    out->bytes = len;
+    return fix_extents(o->fix->h, o->blob, off, len, out->at, out->max);
 }
 
 static inline uint64_t one_root(struct fs *fs)

@@ -216,14 +216,13 @@ static inline int read_dir(struct rig *g, uint64_t nodeid, bool plus, uint64_t o
 
 #define ZERO_SIZE (2u << 20)
 
-static inline int zero_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct extent *x, int max,
-                               uint32_t *got)
+static inline int zero_extents(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct fs_extents *out)
 {
-    *got = 0;
+    out->bytes = 0;
     if (off >= ZERO_SIZE)
         return 0;
-    *got = len < ZERO_SIZE - off ? len : (uint32_t)(ZERO_SIZE - off);
-    *x = (struct extent){ .len = *got };
+    out->bytes = len < ZERO_SIZE - off ? len : (uint32_t)(ZERO_SIZE - off);
+    out->at[0] = (struct extent){ .len = out->bytes };
     return 1;
 }
 static inline int zero_getattr(struct fs *fs, uint64_t ino, vnd_attr *out)

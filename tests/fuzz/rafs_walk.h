@@ -14,8 +14,7 @@ static int put_nothing(void *ctx, const struct blob_chunk *c)
     return ++*(uint32_t *)ctx > 1000;
 }
 
-static int take_none(void *ctx, uint64_t ino, const char *name, size_t name_len, uint32_t type, uint64_t next_off,
-                     const vnd_attr *attr)
+static int take_none(void *ctx, const struct fs_entry *e)
 {
     return ++*(int *)ctx > 3;
 }
@@ -29,7 +28,7 @@ static void visit(vnd_rafs *r, uint64_t ino, uint32_t *budget)
     vnd_attr a;
     char buf[5000];
     uint64_t off = 0, found;
-    uint32_t got;
+    struct fs_extents x = { ext, 8, 0 };
     int n;
 
     if (*budget == 0 || vnd_rafs_getattr(r, ino, &a))
@@ -44,10 +43,10 @@ static void visit(vnd_rafs *r, uint64_t ino, uint32_t *budget)
     vnd_rafs_getxattr(r, ino, "system.posix_acl_access", buf, 4);
     vnd_rafs_chunks(r, ino, 0, chunks, 8);
     vnd_rafs_chunks(r, ino, a.size_bytes / 4096 / 2, chunks, 8);
-    fs->ops->extents(fs, ino, 0, 1 << 20, ext, 8, &got);
-    fs->ops->extents(fs, ino, a.size_bytes / 2, UINT32_MAX, ext, 8, &got);
+    fs->ops->extents(fs, ino, 0, 1 << 20, &x);
+    fs->ops->extents(fs, ino, a.size_bytes / 2, UINT32_MAX, &x);
     vnd_rafs_lookup(r, ino, "file", &found);
-    fs->ops->readdir(fs, ino, 0, true, take_none, &(int){ 0 });
+    fs->ops->readdir(fs, &(struct fs_listing){ ino, 0, 0, true, take_none, &(int){ 0 } });
     vnd_rafs_lookup(r, ino, "..", &found);
     while ((n = vnd_rafs_readdir(r, ino, off, d, 16)) > 0 && *budget) {
         for (int i = 0; i < n; i++) {

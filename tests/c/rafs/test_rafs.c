@@ -241,17 +241,17 @@ TEST(extents)
     struct vnd_blob *blob = (struct vnd_blob *)&engine;
     struct img m;
     struct img_nids n;
-    uint32_t got;
+    struct fs_extents some = { x, 4, 0 }, all = { x, STORE_EXTENTS_MAX, 0 }, two = { x, 2, 0 };
 
     img_init(&m, FLAGS);
     n = img_tree(&m);
     vnd_rafs *r = open_image(&m);
     struct fs *fs = rafs_fs(r);
 
-    CHECK_EQ(fs->ops->extents(fs, n.file, 0, 10, x, 4, &got), -ENODEV);
+    CHECK_EQ(fs->ops->extents(fs, n.file, 0, 10, &some), -ENODEV);
     r->blobs[0].blob = blob;
-    CHECK_EQ(fs->ops->extents(fs, n.file, 100, 5000, x, 4, &got), 2);
-    CHECK_EQ(got, 5000);
+    CHECK_EQ(fs->ops->extents(fs, n.file, 100, 5000, &some), 2);
+    CHECK_EQ(some.bytes, 5000);
     CHECK_EQ(x[0].chunk, 3);
     CHECK_EQ(x[0].chunk_off, 100);
     CHECK_EQ(x[0].uoff, 3 * 4096 + 100);
@@ -259,15 +259,15 @@ TEST(extents)
     CHECK_EQ(x[1].chunk, 4);
     CHECK_EQ(x[1].uoff, 4 * 4096);
     CHECK_EQ(x[1].len, 1004);
-    CHECK_EQ(fs->ops->extents(fs, n.file, 0, UINT32_MAX, x, STORE_EXTENTS_MAX, &got), 11);
-    CHECK_EQ(got, IMG_FILE_SIZE);
+    CHECK_EQ(fs->ops->extents(fs, n.file, 0, UINT32_MAX, &all), 11);
+    CHECK_EQ(all.bytes, IMG_FILE_SIZE);
     CHECK_EQ(x[10].len, 100);
-    CHECK_EQ(fs->ops->extents(fs, n.file, 0, UINT32_MAX, x, 2, &got), 2);
-    CHECK_EQ(got, 8192);
-    CHECK_EQ(fs->ops->extents(fs, n.file, IMG_FILE_SIZE, 1, x, 4, &got), 0);
-    CHECK_EQ(fs->ops->extents(fs, n.file, UINT64_MAX, 1, x, 4, &got), 0);
-    CHECK_EQ(fs->ops->extents(fs, n.sub, 0, 1, x, 4, &got), -EISDIR);
-    CHECK_EQ(fs->ops->extents(fs, n.link, 0, 1, x, 4, &got), -EINVAL);
+    CHECK_EQ(fs->ops->extents(fs, n.file, 0, UINT32_MAX, &two), 2);
+    CHECK_EQ(two.bytes, 8192);
+    CHECK_EQ(fs->ops->extents(fs, n.file, IMG_FILE_SIZE, 1, &some), 0);
+    CHECK_EQ(fs->ops->extents(fs, n.file, UINT64_MAX, 1, &some), 0);
+    CHECK_EQ(fs->ops->extents(fs, n.sub, 0, 1, &some), -EISDIR);
+    CHECK_EQ(fs->ops->extents(fs, n.link, 0, 1, &some), -EINVAL);
     r->blobs[0].blob = NULL;
     vnd_rafs_free(r);
 }
