@@ -355,6 +355,8 @@ typedef struct {
 
 /* queue_count: 1 hiprio + request queues, each a thread. */
 vnd_device *vnd_device_new(vnd_engine *e, vnd_vfs *v, uint32_t queue_count, char *err, size_t err_len);
+/* How log lines name the device's front-end. Before the first apply; 0 until then. */
+void vnd_device_set_number(vnd_device *d, uint32_t number);
 uint64_t vnd_device_features(void); /* virtio feature bits the engine implements */
 /* Brings the device into that state (maps, starts, swaps, enables, stops) and returns when it is. A ring that stops
  * drains for at most drain_ms; its base is written into st. 0, or -errno with a line (bad address, overlap, no

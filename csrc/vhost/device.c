@@ -72,6 +72,11 @@ vnd_device *vnd_device_new(vnd_engine *e, vnd_vfs *v, uint32_t queue_count, char
     return NULL;
 }
 
+void vnd_device_set_number(vnd_device *d, uint32_t number)
+{
+    d->common.number = number;
+}
+
 /* A private, non-blocking handle: a front-end must not be able to stop a queue by a full eventfd. */
 static int take_fd(int fd, int *out)
 {

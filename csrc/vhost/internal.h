@@ -70,6 +70,7 @@ struct queue_common {
     struct vnd_engine *engine;
     struct vnd_vfs *vfs;
     struct fuse_session *session;
+    uint32_t number;             /* of the front-end, for log lines; set before the first apply */
     _Atomic bool mem_lost;       /* a memory file was truncated */
     _Atomic uint32_t segs_bytes; /* the device's use of QUEUE_SEGS_BUDGET */
 };

@@ -96,7 +96,8 @@ static void swap_memory(struct queue *q, struct queue_conf *c)
     q->ring.used_addr = c->ring.used_addr;
     if (queue_resolve(q) != 0 && was)
         engine_say(q->engine, VND_LEVEL_WARNING, VND_CAUSE_GUEST,
-                   "queue %u pauses: its ring is not in the guest's new memory", q->index);
+                   "front-end %u: queue %u pauses: its ring is not in the guest's new memory", q->common->number,
+                   q->index);
 }
 
 static bool is_configured(const struct queue_conf *c)

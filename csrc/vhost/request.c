@@ -302,8 +302,8 @@ void queue_expire(struct queue *q, int64_t now)
         }
         atomic_fetch_add_explicit(&q->worker.counters.expired, 1, memory_order_relaxed);
         engine_say(q->engine, VND_LEVEL_ERROR, VND_CAUSE_DEADLINE,
-                   "guest read answered with EIO: its data did not come within %lld ms (queue %u)",
-                   (long long)(q->deadline_us / 1000), q->index);
+                   "guest read answered with EIO: its data did not come within %lld ms (front-end %u, queue %u)",
+                   (long long)(q->deadline_us / 1000), q->common->number, q->index);
         fail(q, s, EIO);
     }
 }

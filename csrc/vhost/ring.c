@@ -66,8 +66,8 @@ void queue_break(struct queue *q, int cause, const char *why)
     } else {
         publish(q); /* what came before the fault is answered */
     }
-    engine_say(q->engine, VND_LEVEL_ERROR, cause, "queue %u stopped: %s; the guest must reset its device", q->index,
-               why);
+    engine_say(q->engine, VND_LEVEL_ERROR, cause, "front-end %u: queue %u stopped: %s; the guest must reset its device",
+               q->common->number, q->index, why);
     queue_signal_error(q);
     queue_drop_all(q);
 }
@@ -115,7 +115,8 @@ void queue_sleep(struct queue *q, int timeout_ms)
 
     /* Both fds are watched for edges: neither needs to be read, and a front-end cannot make us block in a read. */
     if (epoll_wait(q->epoll_fd, ev, 2, timeout_ms) < 0 && errno != EINTR)
-        engine_say(q->engine, VND_LEVEL_ERROR, VND_CAUSE_IO, "queue %u: epoll: %s", q->index, strerror(errno));
+        engine_say(q->engine, VND_LEVEL_ERROR, VND_CAUSE_IO, "front-end %u: queue %u: epoll: %s", q->common->number,
+                   q->index, strerror(errno));
 }
 
 int queue_resolve(struct queue *q)

@@ -49,6 +49,10 @@ class EngineDevice:
         require(self._handle != ffi.NULL, err)
         self._raw = ffi.new("vnd_device_state *")
 
+    def set_number(self, number: int) -> None:
+        """How log lines name its front-end. Before the first apply()."""
+        lib.vnd_device_set_number(self._handle, number)
+
     def features(self) -> int:
         bits: int = lib.vnd_device_features()
         return bits

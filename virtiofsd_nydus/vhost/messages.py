@@ -98,13 +98,25 @@ class Message:
         return self.fds.pop(0)
 
     def close(self) -> None:
-        close_all(self.fds)
-        self.fds = []
+        fds, self.fds = self.fds, []
+        close_all(fds)
+
+
+def close_fd(fd: int) -> OSError | None:
+    """Closes a descriptor that a front-end gave, -1 is none; the error of that. Linux has closed it also where
+    close(2) fails, as it does for files of some file systems: it must never be closed again."""
+    if fd >= 0:
+        try:
+            os.close(fd)
+        except OSError as error:
+            return error
+    return None
 
 
 def close_all(fds: list[int]) -> None:
+    """Closes each once, whatever closing another says."""
     for fd in fds:
-        os.close(fd)
+        close_fd(fd)
 
 
 def malformed(text: str) -> Failure:

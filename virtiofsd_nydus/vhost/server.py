@@ -4,10 +4,12 @@ import os
 import socket
 import threading
 import time
+from functools import partial
 
 from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.listening import UnixListener, accept_all
+from virtiofsd_nydus.vhost.lines import LineLimit
 from virtiofsd_nydus.vhost.session import Session
 
 TYPE_CHECKING = False
@@ -52,6 +54,9 @@ class VhostServer:
         ended: "Callable[[], None] | None" = None,
     ) -> None:
         self._new_device, self._say, self._ended = new_device, say, ended
+        # A front-end that floods must not hide who else comes and goes
+        self._tell, self._complain = LineLimit(say), LineLimit(say)
+        self._count = 0  # front-ends so far
         self._listener: UnixListener | None = None
         if fd is not None:
             self._sock, self._listens = adopt_fd(fd)
@@ -120,15 +125,21 @@ class VhostServer:
 
     def _serve(self, sock: socket.socket) -> None:
         session = None
+        with self._lock:
+            self._count += 1
+            number = self._count
         try:
-            self._say(logs.INFO, "front-end connected")
-            session = Session(sock, self._new_device(), self._say)
+            self._tell(logs.INFO, "front-end connected", front_end=number)
+            device = self._new_device()
+            device.set_number(number)
+            session = Session(sock, device, partial(self._complain, front_end=number))
             session.run()
-            self._say(logs.INFO, "front-end disconnected")
+            self._tell(logs.INFO, "front-end disconnected", front_end=number)
         except Failure as failure:
-            self._say(logs.ERROR, str(failure), cause=failure.cause.name.lower())
+            self._complain(logs.ERROR, str(failure), front_end=number, cause=failure.cause.name.lower())
         except Exception as error:  # a fault of ours must cost this front-end only
-            self._say(logs.ERROR, f"vhost-user session ended by a fault of this program: {error!r}")
+            text = f"vhost-user session ended by a fault of this program: {error!r}"
+            self._complain(logs.ERROR, text, front_end=number)
         finally:
             self._end(session, sock)
         if not self._listens and self._ended is not None and not self._closing:
@@ -140,7 +151,7 @@ class VhostServer:
             if session is not None:
                 session.close()
         except Exception as error:
-            self._say(logs.ERROR, f"vhost-user session not ended in order: {error!r}")
+            self._complain(logs.ERROR, f"vhost-user session not ended in order: {error!r}")
         finally:
             with self._lock:
                 self._connections.pop(threading.current_thread(), None)

@@ -5,7 +5,6 @@ when the front-end asked for an acknowledgement, else it ends the connection too
 done. A ring that cannot be used costs that ring: said and refused, and the connection goes on.
 """
 
-import os
 import socket
 
 from virtiofsd_nydus import log as logs
@@ -59,10 +58,12 @@ class Session:
     def close(self) -> None:
         """Frees the device, then closes what the front-end gave."""
         self._device.close()
-        self.state.close()
-        if self._backend_fd >= 0:
-            os.close(self._backend_fd)
-            self._backend_fd = -1
+        backend_fd, self._backend_fd = self._backend_fd, -1
+        errors = [*self.state.close(), m.close_fd(backend_fd)]
+        for error in errors:
+            if error is not None:
+                self._say(logs.WARNING, f"closing a descriptor of the front-end: {error.strerror}", cause="io")
+                break  # one line is enough
 
     # ---- replies
 
@@ -141,8 +142,7 @@ class Session:
         pass
 
     def _set_backend_req_fd(self, message: Message) -> None:
-        if self._backend_fd >= 0:
-            os.close(self._backend_fd)
+        m.close_fd(self._backend_fd)
         self._backend_fd = message.take_fd()  # kept, so that the front-end does not see it closed
 
     # ---- memory

@@ -4,9 +4,8 @@ The session fills it in, the engine makes it true; nothing else passes between t
 A generation number is raised whenever a descriptor is replaced, because its number may be the same again.
 """
 
-import os
-
 from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.vhost.messages import close_fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -16,6 +15,9 @@ if TYPE_CHECKING:
         """What a session drives. One thread at a time."""
 
         queue_count: int  # high priority queue and request queues
+
+        def set_number(self, number: int) -> None:
+            """How log lines name its front-end. Before the first apply()."""
 
         def features(self) -> int:
             """virtio feature bits that may be offered."""
@@ -47,8 +49,10 @@ class Region:
         self.gpa, self.size_bytes, self.user_addr = gpa, size_bytes, user_addr
         self.mmap_offset, self.fd = mmap_offset, fd
 
-    def close(self) -> None:
-        os.close(self.fd)
+    def close(self) -> "OSError | None":
+        """Closes its file. Idempotent."""
+        fd, self.fd = self.fd, -1
+        return close_fd(fd)
 
 
 class Ring:
@@ -80,24 +84,25 @@ class Ring:
         self.kick_gen = self.call_gen = self.err_gen = 0
 
     def set_kick(self, fd: int) -> None:
-        _close_fd(self.kick_fd)
+        close_fd(self.kick_fd)
         self.kick_fd = fd
         self.kick_gen += 1
 
     def set_call(self, fd: int) -> None:
-        _close_fd(self.call_fd)
+        close_fd(self.call_fd)
         self.call_fd = fd
         self.call_gen += 1
 
     def set_err(self, fd: int) -> None:
-        _close_fd(self.err_fd)
+        close_fd(self.err_fd)
         self.err_fd = fd
         self.err_gen += 1
 
-    def close(self) -> None:
-        for fd in (self.kick_fd, self.call_fd, self.err_fd):
-            _close_fd(fd)
+    def close(self) -> "list[OSError | None]":
+        """Closes its descriptors. Idempotent."""
+        fds = (self.kick_fd, self.call_fd, self.err_fd)
         self.kick_fd = self.call_fd = self.err_fd = -1
+        return [close_fd(fd) for fd in fds]
 
 
 class DeviceState:
@@ -134,28 +139,23 @@ class DeviceState:
         return any(ring.started for ring in self.rings)
 
     def set_inflight(self, fd: int, size_bytes: int, offset: int, queues: int, queue_size: int) -> None:
-        _close_fd(self.inflight_fd)
+        close_fd(self.inflight_fd)
         self.inflight_fd, self.inflight_size_bytes, self.inflight_offset = fd, size_bytes, offset
         self.inflight_queues, self.inflight_queue_size = queues, queue_size
         self.inflight_gen += 1
 
     def set_log(self, fd: int, size_bytes: int, offset: int) -> None:
-        _close_fd(self.log_fd)
+        close_fd(self.log_fd)
         self.log_fd, self.log_size_bytes, self.log_offset = fd, size_bytes, offset
         self.log_gen += 1
 
-    def close(self) -> None:
-        """Closes every descriptor."""
-        for region in self.regions:
-            region.close()
-        for ring in self.rings:
-            ring.close()
-        self.regions = []
-        _close_fd(self.inflight_fd)
-        _close_fd(self.log_fd)
+    def close(self) -> "list[OSError]":
+        """Closes every descriptor, each once; the errors of that. Idempotent."""
+        regions, self.regions = self.regions, []
+        fds = (self.inflight_fd, self.log_fd)
         self.inflight_fd = self.log_fd = -1
-
-
-def _close_fd(fd: int) -> None:
-    if fd >= 0:
-        os.close(fd)
+        found = [region.close() for region in regions]
+        for ring in self.rings:
+            found += ring.close()
+        found += [close_fd(fd) for fd in fds]
+        return [error for error in found if error is not None]
