@@ -19,6 +19,9 @@ struct vnd_engine {
     struct engine_counters shared;    /* for threads without a block of their own */
     uint64_t metrics_shards;          /* one bit for each that is in use: fs/metrics.h, under lock */
     _Atomic int shutdown;
+    /* What all front-ends together have mapped: vhost/guestmem.h bounds it. */
+    _Atomic uint64_t guest_bytes;
+    _Atomic uint32_t guest_maps;
 };
 
 #endif

@@ -15,6 +15,7 @@ struct sigbus_range {
     _Atomic uintptr_t start;
     _Atomic size_t len, page_bytes;
     _Atomic(_Atomic bool *) flag;
+    _Atomic uint32_t pages_left; /* that may be replaced one by one */
     _Atomic bool hit;
 };
 
@@ -22,6 +23,25 @@ static _Atomic(struct sigbus_range *) ranges;
 static struct sigaction older;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static bool installed;
+
+static bool put_zeroes(uintptr_t at, size_t len)
+{
+    void *want = (void *)at;
+
+    return mmap(want, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) ==
+           want;
+}
+
+/* Several threads may be in the handler at once. */
+static bool may_split(struct sigbus_range *r)
+{
+    uint32_t left = atomic_load(&r->pages_left);
+
+    while (left > 0)
+        if (atomic_compare_exchange_weak(&r->pages_left, &left, left - 1))
+            return true;
+    return false;
+}
 
 static bool repair(uintptr_t addr)
 {
@@ -36,13 +56,11 @@ static bool repair(uintptr_t addr)
         atomic_thread_fence(memory_order_acquire);
         if (atomic_load_explicit(&r->start, memory_order_relaxed) != start)
             continue;
-        void *at = (void *)(start + (addr - start) / page * page);
-        if (mmap(at, page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) != at)
-            return false;
+        /* Before other threads can see the zeroes. */
         atomic_store(&r->hit, true);
         if (flag != NULL)
             atomic_store(flag, true);
-        return true;
+        return (may_split(r) && put_zeroes(start + (addr - start) / page * page, page)) || put_zeroes(start, len);
     }
     return false;
 }
@@ -68,7 +86,7 @@ static void handle(int sig, siginfo_t *info, void *context)
         raise(SIGBUS);
 }
 
-struct sigbus_range *sigbus_add(void *start, size_t len, size_t page_bytes, _Atomic bool *hit)
+struct sigbus_range *sigbus_add(void *start, size_t len, size_t page_bytes, bool whole, _Atomic bool *hit)
 {
     struct sigbus_range *r;
 
@@ -94,6 +112,7 @@ struct sigbus_range *sigbus_add(void *start, size_t len, size_t page_bytes, _Ato
         atomic_store(&r->len, len);
         atomic_store(&r->page_bytes, page_bytes);
         atomic_store(&r->flag, hit);
+        atomic_store(&r->pages_left, whole ? 0 : SIGBUS_PAGES_MAX);
         atomic_store_explicit(&r->start, (uintptr_t)start, memory_order_release);
     }
     pthread_mutex_unlock(&lock);

@@ -145,7 +145,7 @@ int claim_wake_open(struct claim_wake *w, int dir_fd)
         w->page = mmap(NULL, sizeof *w->page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (w->page == MAP_FAILED)
         return -ENOMEM;
-    w->guard = sigbus_add(w->page, 4096, 4096, NULL);
+    w->guard = sigbus_add(w->page, 4096, 4096, false, NULL);
     return 0;
 }
 

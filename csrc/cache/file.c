@@ -190,7 +190,7 @@ static int map_reserve(struct cachefile *c)
     c->marked_map = m;
     c->marked_map_bytes = len;
     c->marked = (_Atomic uint8_t *)(c->marked_map + MAP_HEADER);
-    c->guard_marked = sigbus_add(c->marked_map, up(len, 4096), 4096, NULL);
+    c->guard_marked = sigbus_add(c->marked_map, up(len, 4096), 4096, false, NULL);
     return c->guard_marked ? 0 : -ENOMEM;
 }
 
@@ -298,7 +298,7 @@ static int side_map(struct cachefile *c)
     c->trusted = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER);
     c->durable = (_Atomic uint64_t *)((uint8_t *)m + SIDE_HEADER + tb);
     /* Cut under us, the pages read as zeroes: nothing is ready, nothing is wrong. */
-    c->guard_side = sigbus_add(m, up(c->side_map_bytes, 4096), 4096, NULL);
+    c->guard_side = sigbus_add(m, up(c->side_map_bytes, 4096), 4096, false, NULL);
     return c->guard_side ? 0 : -ENOMEM;
 }
 

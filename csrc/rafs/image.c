@@ -141,7 +141,7 @@ static int map_range(struct vnd_rafs *r, int fd, uint64_t off, uint64_t len, con
         return rafs_fail(e, VND_CAUSE_IO, "out of descriptors: %s", strerror(errno));
     /* The file's owner may cut the file short under us. The lost part then reads as zeroes, which no check
      * accepts. */
-    r->guard = sigbus_add(r->map, r->map_len, page, NULL);
+    r->guard = sigbus_add(r->map, r->map_len, page, false, NULL);
     if (!r->guard)
         return rafs_no_memory(e);
     r->base = (const uint8_t *)r->map + lead;

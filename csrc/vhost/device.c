@@ -105,27 +105,61 @@ static struct inflight queue_inflight(const struct vnd_device *d, uint32_t i)
     return (struct inflight){ .region = (void *)(in->host + i * inflight_stride(in->entries)), .num = in->entries };
 }
 
-/* The front-end's in-flight region, checked and mapped. */
-static int map_inflight(const vnd_device_state *st, _Atomic bool *lost, struct device_inflight *out, struct failure *f)
+/* The front-end's in-flight region, checked and mapped: as much of it as is due. */
+static int map_inflight(const vnd_device_state *st, const struct map_request *like, struct device_inflight *out,
+                        struct failure *f)
 {
-    struct map_request r = { .fd = st->inflight_fd,
-                             .offset = st->inflight_offset,
-                             .size_bytes = st->inflight_size_bytes,
-                             .what = "in-flight region",
-                             .lost = lost };
-    uint64_t need;
+    struct map_request r = *like;
 
     if (st->inflight_queues == 0 || st->inflight_queues > VND_QUEUE_MAX || st->inflight_queue_size == 0 ||
         st->inflight_queue_size > VND_RING_MAX)
         return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "in-flight region: %u queues of %u entries are not possible",
                            st->inflight_queues, st->inflight_queue_size);
-    need = st->inflight_queues * inflight_stride(st->inflight_queue_size);
-    if (r.size_bytes < need || r.offset % 8 != 0)
+    r.fd = st->inflight_fd;
+    r.offset = st->inflight_offset;
+    r.size_bytes = st->inflight_queues * inflight_stride(st->inflight_queue_size);
+    r.what = "in-flight region";
+    if (st->inflight_size_bytes < r.size_bytes || r.offset % 8 != 0)
         return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "in-flight region: %llu bytes at offset %llu, %llu are due",
-                           (unsigned long long)r.size_bytes, (unsigned long long)r.offset, (unsigned long long)need);
+                           (unsigned long long)st->inflight_size_bytes, (unsigned long long)r.offset,
+                           (unsigned long long)r.size_bytes);
     out->queues = st->inflight_queues;
     out->entries = st->inflight_queue_size;
     return guestmem_map_new(&r, &out->map, &out->host, f);
+}
+
+/* New descriptors of a ring, ours. new_ is set where the front-end gave another, or took it away (-1). */
+struct ring_fds {
+    bool new_kick, new_call, new_err;
+    int kick, call, err;
+};
+static const struct ring_fds no_fds = { .kick = -1, .call = -1, .err = -1 };
+
+static void close_ring_fds(struct ring_fds *fds)
+{
+    const int all[] = { fds->kick, fds->call, fds->err };
+
+    for (int i = 0; i < 3; i++)
+        if (all[i] >= 0)
+            close(all[i]);
+    *fds = no_fds;
+}
+
+static int take_ring_fds(const struct device_ring *r, const vnd_device_state *st, uint32_t i, struct ring_fds *fds)
+{
+    const vnd_ring_state *want = &st->rings[i];
+    int rc = 0;
+
+    fds->new_kick = r->kick_gen != st->kick_gen[i];
+    fds->new_call = r->call_gen != st->call_gen[i];
+    fds->new_err = r->err_gen != st->err_gen[i];
+    if (fds->new_kick)
+        rc = take_fd(want->kick_fd, &fds->kick);
+    if (rc == 0 && fds->new_call)
+        rc = take_fd(want->call_fd, &fds->call);
+    if (rc == 0 && fds->new_err)
+        rc = take_fd(want->err_fd, &fds->err);
+    return rc;
 }
 
 /* What one call of apply changes: what is new until exchange, from then on what it replaced. */
@@ -136,10 +170,14 @@ struct apply {
     struct guestmem *mem;
     struct guestlog *log;
     struct device_inflight inflight;
+    struct ring_fds fds[VND_QUEUE_MAX]; /* taken, until post_ring gives them to the queues */
 };
 
-static void unmap(struct apply *a)
+/* Frees what a holds. */
+static void drop_apply(struct vnd_device *d, struct apply *a)
 {
+    for (uint32_t i = 0; i < d->n_queues; i++)
+        close_ring_fds(&a->fds[i]);
     guestmem_free(a->mem);
     guestlog_free(a->log);
     guestmem_map_put(a->inflight.map);
@@ -170,40 +208,26 @@ static bool same_ring(const vnd_ring_state *a, const vnd_ring_state *b)
 /* What post_ring did. */
 enum posted { POSTED_NOTHING, POSTED_COMMON, POSTED_RING };
 
-/* Posts what changed of ring i, or only what all rings have in common: enum posted, or -errno. */
-static int post_ring(struct vnd_device *d, const vnd_device_state *st, uint32_t i, const struct apply *a,
-                     struct failure *f)
+/* Posts what changed of ring i, or only what all rings have in common. */
+static enum posted post_ring(struct vnd_device *d, const vnd_device_state *st, uint32_t i, struct apply *a)
 {
     struct device_ring *r = &d->rings[i];
     struct queue_conf *c = &d->confs[i];
-    const vnd_ring_state *want = &st->rings[i], before = r->state;
-    bool same = same_ring(&r->state, want) && r->kick_gen == st->kick_gen[i] && r->call_gen == st->call_gen[i] &&
-                r->err_gen == st->err_gen[i];
-    int rc = 0;
+    struct ring_fds *fds = &a->fds[i];
+    bool same = same_ring(&r->state, &st->rings[i]) && !fds->new_kick && !fds->new_call && !fds->new_err;
 
     if (same && !a->all)
         return POSTED_NOTHING;
-    r->state = *want;
+    r->state = st->rings[i];
     fill_conf(d, i, c);
     c->drain_ms = a->drain_ms;
-    if (r->kick_gen != st->kick_gen[i]) {
-        c->new_kick = true;
-        rc = take_fd(want->kick_fd, &c->kick_fd);
-    }
-    if (rc == 0 && r->call_gen != st->call_gen[i]) {
-        c->new_call = true;
-        rc = take_fd(want->call_fd, &c->call_fd);
-    }
-    if (rc == 0 && r->err_gen != st->err_gen[i]) {
-        c->new_err = true;
-        rc = take_fd(want->err_fd, &c->err_fd);
-    }
-    if (rc != 0) {
-        close(c->kick_fd);
-        close(c->call_fd);
-        r->state = before;
-        return failure_set(f, rc, VND_CAUSE_IO, "ring %u: taking its fds: %s", i, strerror(-rc));
-    }
+    c->new_kick = fds->new_kick;
+    c->new_call = fds->new_call;
+    c->new_err = fds->new_err;
+    c->kick_fd = fds->kick;
+    c->call_fd = fds->call;
+    c->err_fd = fds->err;
+    *fds = no_fds; /* the queue's now */
     r->kick_gen = st->kick_gen[i];
     r->call_gen = st->call_gen[i];
     r->err_gen = st->err_gen[i];
@@ -218,12 +242,18 @@ static int check_state(const struct vnd_device *d, const vnd_device_state *st, s
                            (unsigned long long)(st->features & ~DEVICE_FEATURES));
     if (st->ring_count > d->n_queues)
         return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "%u rings, the device has %u", st->ring_count, d->n_queues);
+    /* A running ring has its heads in the region; another one may have room for fewer. */
+    for (uint32_t i = 0; i < d->n_queues && st->inflight_gen != d->inflight_gen; i++)
+        if (d->rings[i].state.started)
+            return failure_set(f, -EBUSY, VND_CAUSE_GUEST, "in-flight region: it cannot be replaced while ring %u runs",
+                               i);
     return 0;
 }
 
-/* Maps what is new: all that can fail. */
+/* Maps and takes what is new: all that can fail, before anything is changed. */
 static int prepare(struct vnd_device *d, const vnd_device_state *st, struct apply *a, struct failure *f)
 {
+    struct map_request like = { .engine = d->common.engine, .lost = &d->common.mem_lost, .old = d->mem };
     int rc = check_state(d, st, f);
 
     a->new_mem = st->region_gen != d->region_gen;
@@ -231,18 +261,23 @@ static int prepare(struct vnd_device *d, const vnd_device_state *st, struct appl
     a->new_inflight = st->inflight_gen != d->inflight_gen;
     a->all = a->new_mem || a->new_log || a->new_inflight || st->features != d->features;
     if (rc == 0 && a->new_mem)
-        rc = guestmem_new(st->regions, st->region_count, d->mem, &d->common.mem_lost, &a->mem, f);
+        rc = guestmem_new(st->regions, st->region_count, &like, &a->mem, f);
+    like.old = NULL;
     if (rc == 0 && a->new_log && st->log_fd >= 0) {
-        struct map_request r = {
-            .fd = st->log_fd, .offset = st->log_offset, .size_bytes = st->log_size_bytes, .lost = &d->common.mem_lost
-        };
-
-        rc = guestlog_new(&r, &a->log, f);
+        like.fd = st->log_fd;
+        like.offset = st->log_offset;
+        like.size_bytes = st->log_size_bytes;
+        rc = guestlog_new(&like, &a->log, f);
     }
     if (rc == 0 && a->new_inflight && st->inflight_fd >= 0)
-        rc = map_inflight(st, &d->common.mem_lost, &a->inflight, f);
+        rc = map_inflight(st, &like, &a->inflight, f);
+    for (uint32_t i = 0; i < d->n_queues && rc == 0; i++) {
+        rc = take_ring_fds(&d->rings[i], st, i, &a->fds[i]);
+        if (rc != 0)
+            failure_set(f, rc, VND_CAUSE_IO, "ring %u: taking its fds: %s", i, strerror(-rc));
+    }
     if (rc != 0)
-        unmap(a);
+        drop_apply(d, a);
     return rc;
 }
 
@@ -276,19 +311,17 @@ static void exchange(struct vnd_device *d, const vnd_device_state *st, struct ap
 }
 
 /* Has every queue be as st wants it, and waits until it is. 0, or what failed first. */
-static int apply_rings(struct vnd_device *d, vnd_device_state *st, const struct apply *a, struct failure *f)
+static int apply_rings(struct vnd_device *d, vnd_device_state *st, struct apply *a, struct failure *f)
 {
-    int posted[VND_QUEUE_MAX], rc = 0;
+    enum posted posted[VND_QUEUE_MAX];
+    int rc = 0;
 
-    for (uint32_t i = 0; i < d->n_queues; i++) {
-        posted[i] = post_ring(d, st, i, a, rc == 0 ? f : NULL);
-        if (posted[i] < 0 && rc == 0)
-            rc = posted[i];
-    }
+    for (uint32_t i = 0; i < d->n_queues; i++)
+        posted[i] = post_ring(d, st, i, a);
     for (uint32_t i = 0; i < d->n_queues; i++) {
         struct queue_conf *c = &d->confs[i];
 
-        if (posted[i] <= POSTED_NOTHING)
+        if (posted[i] == POSTED_NOTHING)
             continue;
         queue_wait(&d->queues[i]);
         st->rings[i].base = d->rings[i].state.base = c->ring.base;
@@ -307,13 +340,16 @@ int vnd_device_apply(vnd_device *d, vnd_device_state *st, int drain_ms, char *er
 {
     struct apply a = { .drain_ms = drain_ms };
     struct failure f = { 0 };
-    int rc = prepare(d, st, &a, &f);
+    int rc;
 
+    for (uint32_t i = 0; i < VND_QUEUE_MAX; i++)
+        a.fds[i] = no_fds;
+    rc = prepare(d, st, &a, &f);
     if (rc != 0)
         return failure_tell(&f, rc, NULL, err, err_len);
     exchange(d, st, &a);
     rc = apply_rings(d, st, &a, &f);
-    unmap(&a);
+    drop_apply(d, &a);
     if (a.new_mem && !guestmem_hit(d->mem))
         atomic_store(&d->common.mem_lost, false);
     return rc == 0 ? 0 : failure_tell(&f, rc, NULL, err, err_len);

@@ -11,12 +11,14 @@
 #include <unistd.h>
 
 #include "base/base.h"
+#include "base/engine.h"
 #include "base/sigbus.h"
 
 #define GUESTLOG_PAGE_SHIFT 12 /* vhost's dirty log page, whatever the guest's own pages are */
 
 struct guestmem_map {
     int refs;
+    struct vnd_engine *engine; /* NULL: not counted */
     uint8_t *addr;
     uint64_t len, offset; /* of the mapping, block aligned */
     dev_t dev;
@@ -24,12 +26,34 @@ struct guestmem_map {
     struct sigbus_range *guard;
 };
 
+static void uncount(struct vnd_engine *e, uint64_t bytes)
+{
+    if (e == NULL)
+        return;
+    atomic_fetch_sub(&e->guest_bytes, bytes);
+    atomic_fetch_sub(&e->guest_maps, 1);
+}
+
+/* False: all front-ends together would have mapped too much. */
+static bool count(struct vnd_engine *e, uint64_t bytes)
+{
+    if (e == NULL)
+        return true;
+    bool fits = atomic_fetch_add(&e->guest_bytes, bytes) + bytes <= GUESTMEM_ALL_BYTES_MAX;
+
+    fits &= atomic_fetch_add(&e->guest_maps, 1) < GUESTMEM_ALL_MAPS_MAX;
+    if (!fits)
+        uncount(e, bytes);
+    return fits;
+}
+
 void guestmem_map_put(struct guestmem_map *map)
 {
     if (map == NULL || --map->refs > 0)
         return;
     sigbus_remove(map->guard);
     munmap(map->addr, map->len);
+    uncount(map->engine, map->len);
     free(map);
 }
 
@@ -77,15 +101,27 @@ static struct guestmem_map *find_mapping(const struct guestmem *m, const struct 
 /* map's offset, len, dev and ino are filled in; block is the page size. */
 static int map_file(const struct map_request *r, struct guestmem_map *map, uint64_t block, struct failure *f)
 {
+    int rc;
+
+    if (!count(r->engine, map->len))
+        return failure_set(f, -ENOSPC, VND_CAUSE_GUEST,
+                           "%s: 0x%llx bytes more than all front-ends of this daemon may share with it", r->what,
+                           (unsigned long long)map->len);
+    map->engine = r->engine;
     map->addr = mmap(NULL, map->len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, r->fd, (off_t)map->offset);
-    if (map->addr == MAP_FAILED)
-        return failure_set(f, -errno, VND_CAUSE_IO, "%s: mapping 0x%llx bytes at 0x%llx: %s", r->what,
-                           (unsigned long long)map->len, (unsigned long long)map->offset, strerror(errno));
+    if (map->addr == MAP_FAILED) {
+        rc = failure_set(f, -errno, VND_CAUSE_IO, "%s: mapping 0x%llx bytes at 0x%llx: %s", r->what,
+                         (unsigned long long)map->len, (unsigned long long)map->offset, strerror(errno));
+        uncount(map->engine, map->len);
+        return rc;
+    }
     madvise(map->addr, map->len, MADV_DONTDUMP);
-    map->guard = sigbus_add(map->addr, map->len, block, r->lost);
+    /* A front-end that truncates its file loses its device: nothing of the mapping is used any more. */
+    map->guard = sigbus_add(map->addr, map->len, block, true, r->lost);
     if (map->guard != NULL)
         return 0;
     munmap(map->addr, map->len);
+    uncount(map->engine, map->len);
     return failure_set(f, -ENOMEM, VND_CAUSE_IO, "%s: out of memory", r->what);
 }
 
@@ -140,6 +176,7 @@ static int compare_uaddr(const void *a, const void *b)
 static int check_regions(const vnd_region *regions, uint32_t n, struct failure *f)
 {
     struct guestmem_region *r = calloc(n ? n : 1, sizeof(*r));
+    uint64_t all = 0;
     int rc = 0;
 
     if (r == NULL)
@@ -156,6 +193,11 @@ static int check_regions(const vnd_region *regions, uint32_t n, struct failure *
                              "guest memory: region %u (0x%llx bytes at 0x%llx) is empty or wraps", i,
                              (unsigned long long)r[i].size, (unsigned long long)r[i].gpa);
     }
+    for (uint32_t i = 0; i < n && rc == 0; i++)
+        if (r[i].size > GUESTMEM_BYTES_MAX || (all += r[i].size) > GUESTMEM_BYTES_MAX)
+            rc = failure_set(f, -E2BIG, VND_CAUSE_GUEST,
+                             "guest memory: more than %llu TiB; a front-end may not share that much",
+                             GUESTMEM_BYTES_MAX >> 40);
     qsort(r, n, sizeof(*r), compare_uaddr);
     for (uint32_t i = 1; i < n && rc == 0; i++)
         if (r[i - 1].uaddr + r[i - 1].size > r[i].uaddr)
@@ -170,8 +212,8 @@ static int check_regions(const vnd_region *regions, uint32_t n, struct failure *
     return rc;
 }
 
-int guestmem_new(const vnd_region *regions, uint32_t n, const struct guestmem *old, _Atomic bool *lost,
-                 struct guestmem **out, struct failure *f)
+int guestmem_new(const vnd_region *regions, uint32_t n, const struct map_request *like, struct guestmem **out,
+                 struct failure *f)
 {
     struct guestmem *m;
     int rc;
@@ -188,12 +230,12 @@ int guestmem_new(const vnd_region *regions, uint32_t n, const struct guestmem *o
         const vnd_region *in = &regions[m->n];
         struct guestmem_region *r = &m->region[m->n];
 
-        struct map_request map = { .fd = in->fd,
-                                   .offset = in->mmap_offset,
-                                   .size_bytes = in->size_bytes,
-                                   .what = "guest memory",
-                                   .lost = lost,
-                                   .old = old };
+        struct map_request map = *like;
+
+        map.fd = in->fd;
+        map.offset = in->mmap_offset;
+        map.size_bytes = in->size_bytes;
+        map.what = "guest memory";
 
         rc = guestmem_map_new(&map, &r->map, &r->host, f);
         if (rc != 0) {
@@ -301,9 +343,12 @@ struct guestlog {
 int guestlog_new(const struct map_request *r, struct guestlog **out, struct failure *f)
 {
     struct map_request map = *r;
-    struct guestlog *l = calloc(1, sizeof(*l));
+    struct guestlog *l;
     int rc;
 
+    if (r->size_bytes > GUESTLOG_BYTES_MAX)
+        return failure_set(f, -E2BIG, VND_CAUSE_GUEST, "dirty log: more than %llu MiB", GUESTLOG_BYTES_MAX >> 20);
+    l = calloc(1, sizeof(*l));
     if (l == NULL)
         return failure_set(f, -ENOMEM, VND_CAUSE_IO, "dirty log: out of memory");
     map.what = "dirty log";

@@ -13,6 +13,16 @@
 
 #include "base/error.h"
 
+/* What a front-end may map: its guest's memory, and the dirty log of that (a bit for each 4 KiB page; QEMU makes it as long as
+ * the highest address asks for). No virtual machine of today has more; a memfd may be 128 TiB long, which is all of a
+ * process's address space. */
+#define GUESTMEM_BYTES_MAX (16ull << 40)
+#define GUESTLOG_BYTES_MAX (1ull << 30)
+/* All front-ends of a daemon together: half its address space, and half the mappings that the kernel gives a process by
+ * default (vm.max_map_count is 65,530). */
+#define GUESTMEM_ALL_BYTES_MAX (64ull << 40)
+#define GUESTMEM_ALL_MAPS_MAX 32768u
+
 /* One guarded shared mmap of a front-end's file. Control thread only. */
 struct guestmem_map;
 struct guestmem;
@@ -21,11 +31,12 @@ struct guestmem;
 struct map_request {
     int fd;
     uint64_t offset, size_bytes;
+    struct vnd_engine *engine;  /* counts what all front-ends have mapped; NULL: not counted */
     const char *what;           /* names it in a failure's line */
     _Atomic bool *lost;         /* set when a page of it is found to be truncated away; may be NULL */
     const struct guestmem *old; /* a mapping of this table that holds the same bytes is shared; may be NULL */
 };
-/* *host gets the address of the first byte. 0 or -errno. */
+/* *host gets the address of the first byte. 0 or -errno; -ENOSPC: all front-ends together have too much. */
 int guestmem_map_new(const struct map_request *r, struct guestmem_map **out, uint8_t **host, struct failure *f);
 void guestmem_map_put(struct guestmem_map *map); /* NULL is fine */
 
@@ -40,10 +51,11 @@ struct guestmem {
     struct guestmem_region region[]; /* by gpa, ascending, disjoint */
 };
 
-/* Maps the regions (mappings of old that fit are shared; old stays valid). No region may wrap, overlap another (in either
- * address space) or reach beyond its file. lost as above. 0 or -errno. */
-int guestmem_new(const vnd_region *regions, uint32_t n, const struct guestmem *old, _Atomic bool *lost,
-                 struct guestmem **out, struct failure *f);
+/* Maps the regions (mappings of like->old that fit are shared; old stays valid). No region may wrap, overlap another (in
+ * either address space) or reach beyond its file. Of like, engine, lost and old are used. 0 or -errno; -E2BIG: more than
+ * GUESTMEM_BYTES_MAX. */
+int guestmem_new(const vnd_region *regions, uint32_t n, const struct map_request *like, struct guestmem **out,
+                 struct failure *f);
 void guestmem_free(struct guestmem *m); /* NULL is fine */
 /* True if a page of it was lost to truncation. */
 bool guestmem_hit(const struct guestmem *m);

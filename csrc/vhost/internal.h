@@ -92,6 +92,7 @@ struct queue {
     uint32_t mem_hint;
     bool running;                 /* started and not stopped */
     bool enabled, broken, polled; /* polled: it was started without a kick fd */
+    int poll_ms;                  /* how long a ring without a kick fd is left alone */
     bool start_failed;            /* and said so: each new memory table tries again */
     bool log_all, frozen;         /* frozen: the deadlines of parked requests stand still */
     bool draining;

@@ -11,7 +11,10 @@
 #include "base/sigbus.h"
 
 #define FETCH_BUDGET 64 /* heads between two looks at the woken */
-#define POLL_MS 1       /* a ring without a kick fd is looked at this often */
+/* A ring without a kick fd is looked at this often while it is used; while it is not, each time after twice as long, up to
+ * the maximum, because a front-end has many rings and a daemon many front-ends. */
+#define POLL_MS 1
+#define POLL_MAX_MS 64
 #define VHOST_F_LOG_ALL (1ull << 26)
 
 static void close_fd(int *fd)
@@ -207,8 +210,8 @@ static int sleep_ms(const struct queue *q)
         ms = 0;
     else if (q->draining)
         ms = (int)((q->drain_until_us - now + 999) / 1000);
-    if (q->polled && is_active(q) && (ms < 0 || ms > POLL_MS))
-        ms = POLL_MS;
+    if (q->polled && is_active(q) && (ms < 0 || ms > q->poll_ms))
+        ms = q->poll_ms;
     return deadline >= 0 && (ms < 0 || deadline < ms) ? deadline : ms;
 }
 
@@ -251,13 +254,16 @@ static void run(struct queue *q)
             work = fetch(q);
         if (q->draining && (q->parked.n == 0 || !may_answer(q) || now_us() >= q->drain_until_us) && finish_stop(q))
             continue;
-        if (work)
+        if (work) {
+            q->poll_ms = POLL_MS;
             continue;
+        }
         if (may_answer(q))
             queue_flush(q);
         if (!must_stay_awake(q, wakelist_sleep(&q->wakes)))
             queue_sleep(q, sleep_ms(q));
         wakelist_awake(&q->wakes);
+        q->poll_ms = q->poll_ms * 2 < POLL_MAX_MS ? q->poll_ms * 2 : POLL_MAX_MS;
     }
 }
 
@@ -302,6 +308,7 @@ int queue_init(struct queue *q, struct queue_common *common, uint32_t index)
     q->index = index;
     q->deadline_us = (int64_t)q->engine->cfg.read_deadline_ms * 1000;
     q->kick_fd = q->call_fd = q->err_fd = -1;
+    q->poll_ms = POLL_MS;
     rc = fuse_worker_init(&q->worker, q->engine, common->vfs);
     if (rc != 0)
         return rc;

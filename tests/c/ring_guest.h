@@ -51,7 +51,7 @@ static inline int map_layout(struct guest *g, const vnd_region *regions, uint32_
     memcpy(with_fd, regions, n * sizeof(*regions));
     for (uint32_t i = 0; i < n; i++)
         with_fd[i].fd = g->fd;
-    rc = guestmem_new(with_fd, n, NULL, &g->lost, out, &failure);
+    rc = guestmem_new(with_fd, n, &(struct map_request){ .lost = &g->lost }, out, &failure);
     if (rc != 0)
         CHECK(failure.line[0] && failure.cause);
     return rc;

@@ -32,7 +32,7 @@ static void set_up(void)
     if (fd < 0 || ftruncate(fd, 2 * REGION) != 0)
         abort();
     r[0].fd = r[1].fd = fd;
-    if (guestmem_new(r, 2, NULL, &lost, &mem, &failure) != 0 ||
+    if (guestmem_new(r, 2, &(struct map_request){ .lost = &lost }, &mem, &failure) != 0 ||
         vring_resolve(&ring, mem, RING_NUM, USER, USER + 0x200, USER + 0x400) != 0)
         abort();
     first = guestmem_host(mem, &hint, 0, REGION, &got);

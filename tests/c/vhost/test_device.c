@@ -1,4 +1,7 @@
 /* What a front-end may set and change on a device that serves, and what a guest may break. */
+#include <dirent.h>
+#include <sys/resource.h>
+
 #include "device_rig.h"
 
 TEST(reads)
@@ -263,5 +266,162 @@ TEST(refused)
     set_rings(&r, false);
     CHECK_EQ(apply(&r), 0);
     check_read(&r, 0, 1, 4096);
+    rig_down(&r);
+}
+
+static void set_descriptor_limit(rlim_t n)
+{
+    struct rlimit now;
+
+    CHECK(getrlimit(RLIMIT_NOFILE, &now) == 0);
+    now.rlim_cur = n;
+    CHECK(setrlimit(RLIMIT_NOFILE, &now) == 0);
+}
+
+/* A change that needs a descriptor where none is left changes nothing: the queues use their memory on. */
+TEST(no_descriptors_left)
+{
+    struct rig r;
+
+    rig_up(&r, 0);
+    init_session(&r);
+    serve_now(&r, 0);
+    check_read(&r, 0, 0, 4096);
+    vnd_device_state good = r.st;
+    for (int i = 0; i < 3; i++) { /* kick, call, err fd of the second ring */
+        r.st.region_count = 0;
+        r.st.region_gen = good.region_gen + 1;
+        uint32_t *gens[] = { r.st.kick_gen, r.st.call_gen, r.st.err_gen };
+        gens[i][RQ]++;
+        set_descriptor_limit(3);
+        CHECK_EQ(apply(&r), -EMFILE);
+        set_descriptor_limit(1024);
+        r.st = good;
+        check_read(&r, 1, 1, 4096);
+        check_read(&r, 0, 0, 4096);
+    }
+    rig_down(&r);
+}
+
+/* A memfd may be as long as all of the daemon's address space. */
+TEST(too_much_memory)
+{
+    struct rig r;
+    int fd = memfd_create("large", MFD_CLOEXEC);
+
+    rig_up(&r, 0);
+    init_session(&r);
+    serve_now(&r, 0);
+    uint64_t mapped = atomic_load(&r.fix.e->guest_bytes);
+    uint32_t maps = atomic_load(&r.fix.e->guest_maps);
+    CHECK_EQ(mapped, RAM_BYTES);
+    CHECK_EQ(maps, 2);
+    vnd_device_state good = r.st;
+    CHECK(ftruncate(fd, GUESTMEM_BYTES_MAX + 4096) == 0);
+    r.st.region_count = 3;
+    r.st.region_gen++;
+    r.st.regions[2] = (vnd_region){
+        .gpa = 1ull << 44, .user_addr = 1ull << 60, .size_bytes = GUESTMEM_BYTES_MAX - RAM_BYTES + 4096, .fd = fd
+    };
+    CHECK_EQ(apply(&r), -E2BIG);
+    r.st.regions[2].size_bytes = GUESTMEM_BYTES_MAX - RAM_BYTES;
+    CHECK_EQ(apply(&r), 0);
+    /* The dirty log is a file of the front-end's too. */
+    r.st.log_fd = fd;
+    r.st.log_size_bytes = GUESTLOG_BYTES_MAX + 1;
+    r.st.log_gen++;
+    CHECK_EQ(apply(&r), -E2BIG);
+    r.st.log_gen--;
+    r.st.log_fd = -1;
+    good.region_gen = r.st.region_gen + 1;
+    r.st = good;
+    CHECK_EQ(apply(&r), 0);
+    CHECK_EQ(atomic_load(&r.fix.e->guest_bytes), mapped);
+    /* Other front-ends have nearly all. */
+    atomic_fetch_add(&r.fix.e->guest_bytes, GUESTMEM_ALL_BYTES_MAX - mapped - 4096);
+    r.st.region_count = 3;
+    r.st.region_gen++;
+    r.st.regions[2] = (vnd_region){ .gpa = 1ull << 44, .user_addr = 1ull << 60, .size_bytes = 8192, .fd = fd };
+    CHECK_EQ(apply(&r), -ENOSPC);
+    r.st.regions[2].size_bytes = 4096;
+    CHECK_EQ(apply(&r), 0);
+    atomic_fetch_sub(&r.fix.e->guest_bytes, GUESTMEM_ALL_BYTES_MAX - mapped - 4096);
+    check_read(&r, 0, 0, 4096);
+    unplug(&r);
+    CHECK_EQ(atomic_load(&r.fix.e->guest_bytes), 0);
+    CHECK_EQ(atomic_load(&r.fix.e->guest_maps), 0);
+    close(fd);
+    rig_down(&r);
+}
+
+/* A smaller in-flight region would have no room for the heads of a ring that runs. */
+TEST(inflight_under_running_rings)
+{
+    struct rig r;
+    uint64_t size;
+    int fd = vnd_inflight_create(QUEUES, RING / 4, &size);
+
+    rig_up(&r, 0);
+    init_session(&r);
+    serve_now(&r, 0);
+    vnd_device_state good = r.st;
+    r.st.inflight_fd = fd;
+    r.st.inflight_size_bytes = size;
+    r.st.inflight_queues = QUEUES;
+    r.st.inflight_queue_size = RING / 4;
+    r.st.inflight_gen++;
+    CHECK_EQ(apply(&r), -EBUSY);
+    r.st = good;
+    for (uint32_t i = 0; i < SLOTS; i++)
+        check_read(&r, i, i, 4096);
+    close(fd);
+    rig_down(&r);
+}
+
+static uint64_t count_waits(const char *thread_name)
+{
+    char path[300], line[256];
+    DIR *tasks = opendir("/proc/self/task");
+    unsigned long long n = 0;
+
+    for (struct dirent *e; (e = readdir(tasks)) != NULL;) {
+        snprintf(path, sizeof(path), "/proc/self/task/%s/status", e->d_name);
+        FILE *f = fopen(path, "r");
+        bool mine = false;
+
+        while (f && fgets(line, sizeof(line), f)) {
+            if (strncmp(line, "Name:", 5) == 0)
+                mine = strstr(line, thread_name) != NULL;
+            if (mine)
+                sscanf(line, "voluntary_ctxt_switches: %llu", &n);
+        }
+        if (f)
+            fclose(f);
+    }
+    closedir(tasks);
+    return n;
+}
+
+/* A ring without a kick fd that is not used is looked at ever less often: twelve looks take 200 ms at least, where each
+ * after a millisecond would take 12. */
+TEST(idle_ring_without_kick_fd)
+{
+    struct rig r;
+
+    rig_up(&r, 0);
+    stop_rings(&r);
+    set_rings(&r, false);
+    for (int i = 0; i < QUEUES; i++)
+        r.st.rings[i].kick_fd = -1;
+    CHECK_EQ(apply(&r), 0);
+    init_session(&r);
+    int64_t began = now_us();
+    uint64_t first = count_waits("vnd-queue1");
+    CHECK(first > 0);
+    while (count_waits("vnd-queue1") < first + 12)
+        usleep(5000);
+    CHECK(now_us() - began >= 200000);
+    serve_now(&r, 0);
+    check_read(&r, 0, 0, 4096); /* and is looked at all the same */
     rig_down(&r);
 }

@@ -84,9 +84,9 @@ TEST(memory_refused)
         }
     CHECK(pipe(pipe_fds) == 0);
     r.fd = pipe_fds[0];
-    CHECK(guestmem_new(&r, 1, NULL, &g.lost, &m, &failure) < 0);
+    CHECK(guestmem_new(&r, 1, &(struct map_request){ .lost = &g.lost }, &m, &failure) < 0);
     r.fd = 9999;
-    CHECK(guestmem_new(&r, 1, NULL, &g.lost, &m, &failure) == -EBADF);
+    CHECK(guestmem_new(&r, 1, &(struct map_request){ .lost = &g.lost }, &m, &failure) == -EBADF);
     close(pipe_fds[0]);
     close(pipe_fds[1]);
     CHECK(map_layout(&g, layout, 0, &m) == 0); /* none at all is a table */
@@ -107,7 +107,7 @@ TEST(memory_again)
     guest_open(&g, true);
     memcpy(g.low + 0x200, "here", 4);
     r.fd = g.fd;
-    CHECK(guestmem_new(&r, 1, g.mem, &g.lost, &m, &failure) == 0);
+    CHECK(guestmem_new(&r, 1, &(struct map_request){ .lost = &g.lost, .old = g.mem }, &m, &failure) == 0);
     uint8_t *host = guestmem_host(m, &hint, 0x100, 4, &got);
     CHECK(host != NULL && memcmp(host, "here", 4) == 0);
     guestmem_free(m);
@@ -115,7 +115,7 @@ TEST(memory_again)
     memcpy(same, layout, sizeof(same));
     for (int i = 0; i < 3; i++)
         same[i].fd = g.fd;
-    CHECK(guestmem_new(same, 3, g.mem, &g.lost, &m, &failure) == 0);
+    CHECK(guestmem_new(same, 3, &(struct map_request){ .lost = &g.lost, .old = g.mem }, &m, &failure) == 0);
     CHECK(guestmem_ring(m, USER, 1) == guestmem_ring(g.mem, USER, 1));
     guestmem_free(g.mem);
     g.mem = m;
