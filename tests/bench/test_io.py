@@ -2,14 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.system.daemon import wait_until
 from virtiofsd_nydus.vmm.servers import C_VIRTIOFSD, RUST_VIRTIOFSD
 
 SHORT = ["--rounds", "2", "--seconds", "0.05", "--files", "200", "--data-mib", "4"]
+SMALL = ["--files", "10", "--data-mib", "2"]
 
 
 def bench(*words: str) -> str:
@@ -64,3 +68,38 @@ def test_bad_sizes_are_one_line() -> None:
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "--files" in done.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_nothing(tmp_path: Path, how: signal.Signals) -> None:
+    """No daemon and no directory is left of a measurement that a signal ends."""
+    with subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "virtiofsd_nydus.cli.main",
+            "bench",
+            "io",
+            "--no-peer",
+            "--files",
+            "10",
+            "--data-mib",
+            "2",
+            "--rounds",
+            "100000",
+        ],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        preexec_fn=lambda: [signal.signal(one, signal.SIG_DFL) for one in (signal.SIGINT, signal.SIGHUP)],
+    ) as process:
+        wait_until(lambda: any(tmp_path.glob("vnd-fs-*/api.sock")), "its daemon")
+        (daemon,) = children(process.pid)
+        process.send_signal(how)
+        assert process.wait(30) == 128 + how
+    assert list(tmp_path.iterdir()) == []
+    assert not Path(f"/proc/{daemon}").exists()
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(one) for one in found]

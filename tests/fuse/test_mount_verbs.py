@@ -12,6 +12,7 @@ from tests import tree_listing
 from tests.fuse.host import VERB
 from tests.peers.registry import LocalRegistry
 from tests.system.conftest import run_verb
+from tests.system.daemon import wait_until
 from tests.system.guest_tree import Record, differences
 from virtiofsd_nydus.fuse.background import BackgroundMount
 from virtiofsd_nydus.fuse.mounts import find_mount
@@ -144,3 +145,51 @@ def test_containers(rootfs: Path, tmp_path: Path, runtime: str) -> None:
 def test_usage() -> None:
     done = subprocess.run([*VERB, "mount"], capture_output=True, text=True)
     assert done.returncode == 2 and "IMAGE" in done.stderr
+
+
+@pytest.fixture
+def mounted(target: Path, tmp_path: Path) -> Iterator[BackgroundMount]:
+    """A small image on target."""
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/file").write_text("of the image\n")
+    run_verb(
+        "build", "--bootstrap", str(tmp_path / "m.boot"), "--blob-dir", str(tmp_path / "b"), str(tmp_path / "tree")
+    )
+    mount_again(target, tmp_path)
+    place = BackgroundMount(str(target))
+    yield place
+    if find_mount(str(target)):
+        run_verb("umount", "--lazy", str(target))
+    wait_until(lambda: not place.is_running(), "the daemon's end")
+
+
+def mount_again(target: Path, tmp_path: Path) -> None:
+    words = ["--blob-dir", str(tmp_path / "b"), "--cache-dir", str(tmp_path / "cache")]
+    run_verb("mount", str(tmp_path / "m.boot"), str(target), *words)
+
+
+def test_a_busy_mount_is_left_alone(mounted: BackgroundMount, target: Path) -> None:
+    with (target / "file").open() as file:
+        done = run_verb("umount", str(target), status=1)
+        assert "is in use: end the processes that use it" in done.stderr and len(done.stderr.splitlines()) == 1
+        assert find_mount(str(target)) is not None and mounted.is_running()
+        assert file.read() == "of the image\n"
+    run_verb("umount", str(target))
+    assert not mounted.directory.exists()
+
+
+def test_a_busy_mount_goes_lazily(mounted: BackgroundMount, target: Path, tmp_path: Path) -> None:
+    """The place is free at once, for another mount too; the old one's end takes nothing of it away."""
+    with (target / "file").open() as file:
+        done = run_verb("umount", "--lazy", str(target))
+        assert "still in use" in done.stdout and find_mount(str(target)) is None
+        mount_again(target, tmp_path)
+        assert file.read() == "of the image\n"
+    assert mounted.is_running() and (target / "file").read_text() == "of the image\n"
+    run_verb("umount", str(target))
+    assert not mounted.directory.exists()
+
+
+def test_the_systems_umount_leaves_nothing(mounted: BackgroundMount, target: Path) -> None:
+    subprocess.run(["umount", str(target)], check=True)
+    wait_until(lambda: not mounted.directory.exists(), "the run directory's end")

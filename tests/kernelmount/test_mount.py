@@ -120,7 +120,7 @@ def test_in_use_elsewhere(kernel_mount: KernelMount, unpacked: Path, tmp_path: P
     for path in ("large/random", "large/second"):
         assert (merged / path).read_bytes() == (unpacked / path).read_bytes()
     assert kernel_mount.pids("worker")
-    umount(str(merged))
+    umount(str(merged), lazy=True)
     wait_until(lambda: not kernel_mount.pids("worker") + kernel_mount.pids("guard"), "the processes' end")
 
 
@@ -131,12 +131,12 @@ def test_a_mount_of_others_is_refused(kernel_mount: KernelMount, mounts_dir: Pat
     foreign.mkdir()
     for place in (foreign, kernel_mount.target):
         if place == kernel_mount.target:
-            umount(str(place))
+            umount(str(place), lazy=True)
         mount(str(kernel_mount.image.bootstrap), str(place), "erofs", MS_RDONLY, devices)
         done = run_verb("umount", str(place), status=1)
         assert "no image of ours is mounted" in done.stderr and len(done.stderr.strip().splitlines()) == 1
         assert find_mount(str(place)) is not None
-        umount(str(place))
+        umount(str(place), lazy=True)
 
 
 def test_a_verb_that_is_killed_leaves_nothing(
@@ -195,7 +195,7 @@ def memory_dir(mounts_dir: Path) -> Iterator[Path]:
     directory.mkdir()
     mount("tmpfs", str(directory), "tmpfs", 0, "")
     yield directory
-    umount(str(directory))
+    umount(str(directory), lazy=True)
 
 
 def test_a_cache_without_events_is_refused_in_a_line(image: ServedImage, mounts_dir: Path, memory_dir: Path) -> None:

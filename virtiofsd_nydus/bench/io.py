@@ -350,10 +350,12 @@ def run(args: argparse.Namespace) -> int:
             tree = base / "tree"
             make_tree(tree, args.files, args.data_mib << 20)
             bootstrap = build_image(tree, base / "image")
-            own = NydusDaemon(["--bootstrap", str(bootstrap), "--localfs-dir", str(base / "image")])
+            own = NydusDaemon(
+                ["--bootstrap", str(bootstrap), "--localfs-dir", str(base / "image")], die_with_parent=True
+            )
             subjects = [Subject(stack.enter_context(own), f"{own.name} {__version__}", args)]
             if not args.no_peer:
-                peer = PeerVirtiofsd(tree)
+                peer = PeerVirtiofsd(tree, die_with_parent=True)
                 subjects.append(Subject(stack.enter_context(peer), describe_peer(peer), args))
             for subject in subjects:
                 stack.callback(subject.guest.close)

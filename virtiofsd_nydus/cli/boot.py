@@ -5,13 +5,11 @@ Exit status: the command's; 124 when --timeout is over; 125 when the boot itself
 
 import argparse
 import json
-import signal
 import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO
 
 from virtiofsd_nydus.arguments import (
     add_machine_arguments,
@@ -48,8 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from virtiofsd_nydus.vmm.boot import TimedOut
 
-    signal.signal(signal.SIGTERM, _leave)
-    signal.signal(signal.SIGHUP, _leave)
     try:
         return _boot(args)
     except UsageFailure:
@@ -60,11 +56,6 @@ def run(args: argparse.Namespace) -> int:
     except Failure as failure:
         print(f"virtiofsd-nydus boot: {failure}", file=sys.stderr)
         return OWN_FAILURE
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    """An orderly end: guest and daemon are taken down on the way out."""
-    raise SystemExit(128 + number)
 
 
 def _boot(args: argparse.Namespace) -> int:

@@ -29,6 +29,7 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
         choices=["auto", "off"],
         help="have the kernel read files by itself that are wholly in the cache (auto: where it can)",
     )
+    mount.add_argument("--run-dir", metavar="DIR", help="remove this directory at the end (`mount` gives it)")
     mount.add_argument("--upgrade", action="store_true", help="wait in INIT until PUT fuse/takeover")
     add_daemon_arguments(parser)
     tolerated = parser.add_argument_group("accepted for compatibility, without effect")
@@ -75,4 +76,8 @@ def run(args: "argparse.Namespace") -> int:
         raise
     service.wait()
     service.stop(STOP_DEADLINE_S)
+    if args.run_dir:
+        from virtiofsd_nydus.fuse.background import remove_run_dir
+
+        remove_run_dir(args.run_dir)
     return 0

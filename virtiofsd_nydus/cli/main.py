@@ -3,7 +3,16 @@
 Exit status: 0 done, 1 failed, 2 usage (verbs may document others).
 """
 
+import signal
 import sys
+import threading
+from contextlib import contextmanager, nullcontext
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
+    from typing import NoReturn
 
 # verb -> help line; the module is virtiofsd_nydus.cli.<verb>
 VERBS = {
@@ -20,6 +29,8 @@ VERBS = {
     "umount": "take such a mount away",
     "bench": "measure the engine or whole guests",
 }
+ENDS = (signal.SIGTERM, signal.SIGHUP)
+DAEMONS = ("virtiofs", "fuse")  # they have an end of their own for signals
 # First arguments that mean `virtiofs` when no verb is given (virtiofsd's own calling convention)
 VIRTIOFS_FLAGS = ("--fd", "--socket-path", "--print-capabilities")
 
@@ -29,6 +40,30 @@ def print_help() -> None:
     for verb, line in VERBS.items():
         print(f"  {verb:10} {line}")
     print("\n`virtiofsd-nydus VERB --help` tells a verb's options.")
+
+
+def leave(number: int, frame: "FrameType | None") -> "NoReturn":
+    """Ends a verb in order: what it has started and made is ended and removed on the way out, and no further signal
+    breaks that off."""
+    for one in ENDS:
+        signal.signal(one, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+@contextmanager
+def ending_in_order() -> "Iterator[None]":
+    """Inside, SIGTERM, and SIGHUP unless nohup has it ignored, end the verb in order, as SIGINT does. Of the main
+    thread; others cannot set handlers."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [one for one in ENDS if signal.getsignal(one) != signal.SIG_IGN]
+    before = [signal.signal(one, leave) for one in numbers]
+    try:
+        yield
+    finally:
+        for one, handler in zip(numbers, before, strict=True):
+            signal.signal(one, handler)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     if command is not None:
         args.command = command
     try:
-        status: int = module.run(args)
+        with ending_in_order() if verb not in DAEMONS else nullcontext():
+            status: int = module.run(args)
         return status
     except Failure as failure:
         print(f"virtiofsd-nydus {verb}: {failure}", file=sys.stderr)

@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
     ) as image:
         if args.kernel:
             return _mount_kernel(args.image, image.daemon_options, target, fetch_all=args.fetch_all)
+        place.remove()  # of a mount that was detached and whose daemon goes on
         place.make()
         with place.log.open("wb") as log:
             process = subprocess.Popen(
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
                     target,
                     "--apisock",
                     str(place.api),
+                    "--run-dir",
+                    str(place.directory),
                     *image.daemon_options,
                 ],
                 stdin=subprocess.DEVNULL,

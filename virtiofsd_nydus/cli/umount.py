@@ -1,12 +1,16 @@
 """`umount DIR`: takes a mount of `mount` away; its daemon ends with it."""
 
 import argparse
+import errno
 
 from virtiofsd_nydus.errors import Cause, Failure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", metavar="DIR")
+    parser.add_argument(
+        "--lazy", action="store_true", help="also while a process uses it: the mount and its daemon go when that ends"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,16 +32,22 @@ def run(args: argparse.Namespace) -> int:
             + (f", but {there.source} ({there.fstype})" if there else ""),
             Cause.MISSING,
         )
-    if kernel:
-        line = umount_kernel(target, args.directory)
-        if line:
-            print(line)
-        return 0
-    try:
-        mounts.umount(target)
-    except OSError as error:
-        raise Failure(f"cannot unmount {args.directory}: {error.strerror}", Cause.IO) from None
     place = BackgroundMount(target)
-    place.wait_ended()
-    place.remove()
+    try:
+        if kernel:
+            ended = umount_kernel(target, lazy=args.lazy)
+        else:
+            mounts.umount(target, lazy=args.lazy)
+            ended = place.wait_ended()
+            place.remove()
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise Failure(
+                f"{args.directory} is in use: end the processes that use it (fuser -vm {args.directory}), or give "
+                "--lazy",
+                Cause.IO,
+            ) from None
+        raise Failure(f"cannot unmount {args.directory}: {error.strerror}", Cause.IO) from None
+    if not ended:
+        print(f"{args.directory} is unmounted and still in use elsewhere: its daemon ends with the last user")
     return 0

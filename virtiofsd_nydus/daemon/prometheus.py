@@ -74,7 +74,12 @@ def prometheus_text(
         "Chunks of a blob that are here and verified",
         [("", label, mount.image.ready_chunks(blob.index)[0]) for label, mount, blob in blobs],
     )
-    text.add("blob_chunks", "gauge", "Chunks of a blob", [("", label, blob.chunk_count) for label, _, blob in blobs])
+    text.add(
+        "blob_chunks",
+        "gauge",
+        "Chunks of a blob, also those that only other images use",
+        [("", label, mount.image.ready_chunks(blob.index)[1] or blob.chunk_count) for label, mount, blob in blobs],
+    )
     return "\n".join(text.lines) + "\n"
 
 

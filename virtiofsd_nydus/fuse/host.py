@@ -132,7 +132,7 @@ class HostFuse:
         self._closing = True
         if self._mounted and not keep_mount:
             try:
-                mounts.umount(self.mountpoint)
+                mounts.umount(self.mountpoint, lazy=True)
             except OSError:
                 pass  # it is unmounted already
         self._mounted = False

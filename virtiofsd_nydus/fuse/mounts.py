@@ -109,10 +109,10 @@ def can_pass_through() -> bool:
     return os.geteuid() == 0 and os.access("/dev/loop-control", os.R_OK | os.W_OK) and knows_filesystem("erofs")
 
 
-def umount(target: str) -> None:
-    """Unmounts target: at once or, while a process uses the mount, when that has ended. No error when nothing is
-    mounted. Raises OSError."""
-    for flags in (0, MNT_DETACH):
+def umount(target: str, *, lazy: bool) -> None:
+    """Unmounts target. While a process uses the mount: lazy, it goes when that has ended; else OSError (EBUSY). No
+    error when nothing is mounted. Raises OSError."""
+    for flags in (0, MNT_DETACH) if lazy else (0,):
         rc: int = lib.vnd_umount(os.fsencode(target), flags)
         if rc in (0, -errno.EINVAL):
             return
@@ -121,9 +121,12 @@ def umount(target: str) -> None:
     if rc == -errno.EPERM:
         import subprocess
 
-        done = subprocess.run([FUSERMOUNT, "-u", "-z", "--", target], capture_output=True, text=True)
+        words = [FUSERMOUNT, "-u", *(("-z",) if lazy else ()), "--", target]
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"})
         if done.returncode == 0 or not find_mount(target):
             return
+        if "busy" in done.stderr:
+            rc = -errno.EBUSY
     raise OSError(-rc, os.strerror(-rc), target)
 
 

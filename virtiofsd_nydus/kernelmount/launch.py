@@ -84,14 +84,11 @@ def _start(place: BackgroundMount, bootstrap: Path, config: ImageConfig, target:
     return int(answer["pid"]) if answer["lazy"] else 0
 
 
-def umount_kernel(target: str, named: str) -> str:
-    """Unmounts a recorded mount: a line for the user, "" when nothing is left. named: as the user named it."""
+def umount_kernel(target: str, *, lazy: bool) -> bool:
+    """Unmounts a recorded mount. False: its processes go on, for a process still uses it. Raises OSError."""
     directory = BackgroundMount(target).directory
     number = record.recorded_id(directory)
-    try:
-        mounts.umount(target)
-    except OSError as error:
-        raise Failure(f"cannot unmount {named}: {error.strerror}", Cause.IO) from None
-    left = record.wait_ended(directory, END_S)
+    mounts.umount(target, lazy=lazy)
+    ended = record.wait_ended(directory, END_S)
     record.forget(directory, number)
-    return "" if left else f"{named} is unmounted and still in use elsewhere: its daemon ends with the last user"
+    return ended
