@@ -47,6 +47,8 @@ typedef struct {
     uint64_t slot_gpa;       /* slots lie here, fg_slot_bytes apart */
     uint32_t slot_count, slot_data_bytes;
     int scatter; /* 1: a slot's data pages in a shuffled order */
+    /* 1: where used.len is 0 a reply is as long as its own header says. nydusd says 0, and Linux does not look. */
+    int header_len;
 } fg_queue_config;
 typedef struct {
     uint64_t gpa;

@@ -88,9 +88,11 @@ int64_t fg_reply_length(fg_queue *q, struct fg_slot *s, uint32_t used_len, int32
     if (used_len > writable)
         return fg_fail(q, -FG_BAD_LENGTH, "used.len %u of %u writable bytes", used_len, writable);
     *error = 0;
+    memcpy(&h, s->host + FG_SLOT_OUT + FG_OUT_AT, sizeof h);
+    if (used_len == 0 && q->cfg.header_len && h.unique == s->unique && h.len <= writable)
+        used_len = h.len;
     if (used_len == 0)
         return 0;
-    memcpy(&h, s->host + FG_SLOT_OUT + FG_OUT_AT, sizeof h);
     if (used_len < OUT_HEADER || h.len != used_len)
         return fg_fail(q, -FG_BAD_LENGTH, "used.len %u but out.len %u", used_len, h.len);
     if (h.unique != s->unique)

@@ -35,9 +35,10 @@ def check_side(side: dict[str, float]) -> None:
 
 def test_ours_alone() -> None:
     result = json.loads(bench("--no-peer", "--json"))
-    assert result["peer"] is None
+    assert result["peers"] == []
     assert {(row["workload"], row["depth"]) for row in result["rows"]} == {
-        (name, depth) for name in ("4 KiB random read", "1 MiB sequential read", "look-up") for depth in (1, 16)
+        *(("4 KiB random read", depth) for depth in (1, 4, 16, 64)),
+        *((name, depth) for name in ("1 MiB sequential read", "look-up") for depth in (1, 4, 16)),
     }
     for row in result["rows"]:
         check_side(row["ours"])
@@ -50,12 +51,33 @@ def test_ours_alone() -> None:
 )
 def test_beside_the_other_server() -> None:
     result = json.loads(bench("--json"))
-    assert "virtiofsd" in result["peer"] and result["peer"][-1].isdecimal()
+    (peer,) = result["peers"]
+    assert "virtiofsd" in peer and peer[-1].isdecimal()
     for row in result["rows"]:
         check_side(row["ours"])
-        check_side(row["peer"])
-        assert row["ops_ratio"] > 0 and row["cpu_ratio"] > 0
-    assert result["peer"] in bench()
+        check_side(row["peers"][peer])
+        assert row["peers"][peer]["ops_ratio"] > 0 and row["peers"][peer]["cpu_ratio"] > 0
+    assert peer in bench()
+
+
+def test_a_peer_by_its_command() -> None:
+    ours = f"{sys.executable} -m virtiofsd_nydus.cli.main virtiofs --sock {{sock}} --bootstrap {{bootstrap}}"
+    result = json.loads(bench("--no-peer", "--json", "--peer", f"twin={ours} --localfs-dir {{blob_dir}}"))
+    assert result["peers"] == ["twin"]
+    for row in result["rows"]:
+        check_side(row["peers"]["twin"])
+
+
+def test_a_peer_that_ends_is_one_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "virtiofsd_nydus.cli.main", "bench", "io", *SHORT, "--peer", "bad=false {sock}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "bad ended with status 1" in done.stderr
 
 
 def test_bad_sizes_are_one_line() -> None:

@@ -1,7 +1,7 @@
-"""`bench io`: warm reads and look-ups through the fake guest, ours and the machine's other virtio-fs server.
+"""`bench io`: warm reads and look-ups through the fake guest, ours and other virtio-fs servers.
 
-Both servers run all the time on the same tree, ours on the image of it; rounds alternate, so that other load of
-the machine hits both. Every reply is checked. CPU time is that of all threads of the server, from the scheduler.
+All servers run all the time on the same tree, ours on the image of it; rounds alternate, so that other load of
+the machine hits all of them. Every reply is checked. CPU time is that of all threads of the server, from the scheduler.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import struct
 import subprocess
@@ -23,7 +24,7 @@ from pathlib import Path
 from virtiofsd_nydus import __version__
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, GuestFault, NoAnswer, Queue, ffi, lib
-from virtiofsd_nydus.vmm.servers import C_VIRTIOFSD, RUST_VIRTIOFSD, NydusDaemon, PeerVirtiofsd, Server
+from virtiofsd_nydus.vmm.servers import C_VIRTIOFSD, RUST_VIRTIOFSD, CommandServer, NydusDaemon, PeerVirtiofsd, Server
 
 DATA_SEED = 42
 DIRECTORIES = 100
@@ -42,6 +43,7 @@ class Workload:
     floor: float
 
 
+DEPTHS = (1, 4, 16, 64)
 WORKLOADS = [
     Workload(name, kind, block, depth, 1.0 if depth > 1 and block <= 4096 else 0.95)
     for name, kind, block in (
@@ -49,7 +51,8 @@ WORKLOADS = [
         ("1 MiB sequential read", lib.FG_LOAD_READ_SEQUENTIAL, 1 << 20),
         ("look-up", lib.FG_LOAD_LOOKUP, 0),
     )
-    for depth in (1, 16)
+    for depth in DEPTHS
+    if depth <= 16 or block == 4096
 ]
 
 
@@ -70,7 +73,7 @@ class Subject:
         self.guest = FakeGuest(
             server.socket_path,
             queue_size=1024,
-            slot_count=16,
+            slot_count=max(DEPTHS),
             slot_data_bytes=1 << 20,
             poll=args.wait == "poll",
             scatter=args.scatter,
@@ -85,6 +88,8 @@ class Subject:
         """Connects, finds the nodes, and touches everything once, so that all of it is warm."""
         guest = self.guest
         guest.connect()
+        for queue in guest.queues:
+            queue.header_len = isinstance(self.server, CommandServer)
         guest.start()
         guest.fuse.init()
         data = guest.fuse.walk("data")
@@ -230,7 +235,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"measure only ours; the other is QEMU's C virtiofsd ({C_VIRTIOFSD}) or the Rust one ({RUST_VIRTIOFSD})",
     )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        type=parse_peer,
+        metavar="NAME=COMMAND",
+        help="another server, may be given again; {sock} is the socket it listens on, {tree} the directory, "
+        "{bootstrap} and {blob_dir} the image of it, {directory} a scratch directory",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def parse_peer(text: str) -> tuple[str, list[str]]:
+    """NAME=COMMAND, the command in words as a shell splits them."""
+    name, _, command = text.partition("=")
+    words = shlex.split(command)
+    if not name or not words or not any("{sock}" in word for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COMMAND with {{sock}} in the command")
+    return name, words
 
 
 def describe_machine() -> str:
@@ -263,28 +286,31 @@ def report(subjects: Sequence[Subject], args: argparse.Namespace) -> dict[str, o
     """The whole result as plain values: per workload both sides, and the medians of the rounds' ratios."""
     rows: list[dict[str, object]] = []
     for workload in WORKLOADS:
-        row: dict[str, object] = {
-            "workload": workload.name,
-            "depth": workload.depth,
-            "ours": summarise(subjects[0].series[workload]),
-        }
-        if len(subjects) > 1:
-            own, other = subjects[0].series[workload], subjects[1].series[workload]
+        own = subjects[0].series[workload]
+        peers: dict[str, object] = {}
+        for subject in subjects[1:]:
+            other = subject.series[workload]
             ops = statistics.median(a / b for a, b in zip(own.ops_per_s, other.ops_per_s, strict=True))
             cpu = statistics.median(a / b for a, b in zip(own.cpu_us_per_op, other.cpu_us_per_op, strict=True))
-            row |= {
-                "peer": summarise(other),
+            peers[subject.label] = summarise(other) | {
                 "ops_ratio": ops,
                 "cpu_ratio": cpu,
-                "ops_ratio_wanted": workload.floor,
                 "met": ops >= workload.floor and cpu < 1.0,
             }
-        rows.append(row)
+        rows.append(
+            {
+                "workload": workload.name,
+                "depth": workload.depth,
+                "ours": summarise(own),
+                "ops_ratio_wanted": workload.floor,
+                "peers": peers,
+            }
+        )
     return {
         "machine": describe_machine(),
         "command": " ".join(["virtiofsd-nydus", *sys.argv[1:]]),
         "ours": subjects[0].label,
-        "peer": subjects[1].label if len(subjects) > 1 else None,
+        "peers": [subject.label for subject in subjects[1:]],
         "rounds": args.rounds,
         "seconds": args.seconds,
         "files": args.files,
@@ -303,31 +329,27 @@ def print_table(result: dict[str, object]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 170)
     console.print(
         f"machine: {result['machine']}\ncommand: {result['command']}\nours: {result['ours']}\n"
-        f"peer: {result['peer'] or 'none'}\n{result['rounds']} rounds of {result['seconds']} s each, "
+        f"{result['rounds']} rounds of {result['seconds']} s each, "
         f"median (quartiles), guest waits: {result['wait']}, CPUs: {result['placement']}",
         highlight=False,
     )
-    table = Table(
-        "workload", "depth", "ours kop/s", "peer kop/s", "ratio", "ours CPU us/op", "peer CPU us/op", "ratio", "wanted"
-    )
+    table = Table("workload", "depth", "server", "kop/s", "ours/its", "CPU us/op", "ours/its", "wanted")
     rows: list[dict[str, object]] = result["rows"]  # type: ignore[assignment]
     for row in rows:
         own: dict[str, float] = row["ours"]  # type: ignore[assignment]
-        cells = [str(row["workload"]), str(row["depth"]), format_ops(own)]
-        if "peer" in row:
-            other: dict[str, float] = row["peer"]  # type: ignore[assignment]
-            verdict = "met" if row["met"] else "MISSED"
-            cells += [
+        peers: dict[str, dict[str, float]] = row["peers"]  # type: ignore[assignment]
+        table.add_row(str(row["workload"]), str(row["depth"]), "ours", format_ops(own), "", format_cpu(own), "", "")
+        for label, other in peers.items():
+            table.add_row(
+                "",
+                "",
+                label,
                 format_ops(other),
-                f"{row['ops_ratio']:.2f}",
-                format_cpu(own),
+                f"{other['ops_ratio']:.2f}",
                 format_cpu(other),
-                f"{row['cpu_ratio']:.2f}",
-                f"{verdict}: >= {row['ops_ratio_wanted']}, < 1",
-            ]
-        else:
-            cells += ["-", "-", format_cpu(own), "-", "-", "-"]
-        table.add_row(*cells)
+                f"{other['cpu_ratio']:.2f}",
+                f"{'met' if other['met'] else 'MISSED'}: >= {row['ops_ratio_wanted']}, < 1",
+            )
     console.print(table)
 
 
@@ -357,6 +379,10 @@ def run(args: argparse.Namespace) -> int:
             if not args.no_peer:
                 peer = PeerVirtiofsd(tree, die_with_parent=True)
                 subjects.append(Subject(stack.enter_context(peer), describe_peer(peer), args))
+            values = {"tree": tree, "bootstrap": bootstrap, "blob_dir": base / "image", "directory": base}
+            for label, words in args.peer:
+                command = CommandServer(label, words, {name: str(value) for name, value in values.items()})
+                subjects.append(Subject(stack.enter_context(command), label, args))
             for subject in subjects:
                 stack.callback(subject.guest.close)
                 subject.prepare(args.files)

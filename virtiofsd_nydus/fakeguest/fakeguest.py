@@ -122,6 +122,7 @@ class Queue:
         self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.err_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.timeout_ms = 20_000
+        self.header_len = False  # fg_queue_config.header_len
         self.handle = ffi.NULL
         self.reply = ffi.new("uint8_t[]", REPLY_MAX)
 
@@ -143,6 +144,7 @@ class Queue:
                 "slot_count": self.slot_count,
                 "slot_data_bytes": self.slot_data_bytes,
                 "scatter": int(scatter),
+                "header_len": int(self.header_len),
             },
         )
         self.handle = lib.fg_queue_new(self.memory.handle, config, first)

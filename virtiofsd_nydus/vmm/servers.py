@@ -7,10 +7,13 @@ process and no directory behind.
 import http.client
 import json
 import os
+import re
+import select
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from virtiofsd_nydus.vmm.lifetime import Lifetime
 from virtiofsd_nydus.vmm.qemu import check_socket_path, find_program
 
 STOP_S = 5.0
+READY_S = 20.0
 # Debian 12: qemu-system-common; Debian 13: the package virtiofsd (the Rust one)
 C_VIRTIOFSD = Path("/usr/lib/qemu/virtiofsd")
 RUST_VIRTIOFSD = Path("/usr/libexec/virtiofsd")
@@ -110,6 +114,28 @@ class PeerVirtiofsd(Server):
         if self.program == C_VIRTIOFSD:
             return [*words, "-o", f"source={self.shared}", "-o", "cache=always,sandbox=chroot"]
         return [*words, f"--shared-dir={self.shared}", "--cache=always", "--sandbox=chroot"]
+
+
+class CommandServer(Server):
+    """Any server, by its command line: `{sock}` stands for the socket that it makes, other `{name}`s for values."""
+
+    def __init__(self, name: str, words: Sequence[str], values: dict[str, str]) -> None:
+        super().__init__()
+        self.name, self.words, self.values = name, list(words), values
+
+    def command(self, listener: int) -> list[str]:
+        self.socket_path = self.directory / "own.sock"
+        known = {**self.values, "sock": str(self.socket_path)}
+        return [re.sub(r"\{(\w+)\}", lambda match: known.get(match[1], match[0]), word) for word in self.words]
+
+    def _start(self) -> None:
+        super()._start()
+        until_s = time.monotonic() + READY_S
+        while not self.socket_path.exists():
+            self.check_alive()
+            if time.monotonic() > until_s:
+                raise Failure(f"{self.name} made no socket in {READY_S} s: {self.log_text()[-200:]}", Cause.IO)
+            select.select([self.pidfd], [], [], 0.02)
 
 
 class UnixConnection(http.client.HTTPConnection):
