@@ -106,6 +106,7 @@ struct queue {
     struct parklist parked;
     uint16_t *resubmit; /* heads of a dead process, oldest first */
     uint32_t n_resubmit, next_resubmit;
+    uint32_t publish_batch;      /* so many answers are published together: set by what a fetch finds */
     struct queue_conf *applying; /* taken, not acknowledged */
     struct fuse_worker worker;
     struct vring_chain chain;
@@ -134,7 +135,8 @@ int queue_start(struct queue *q, struct queue_conf *c); /* 0 or -errno, with c->
 int queue_resolve(struct queue *q);                     /* ring addresses in the present memory table; 0 or -errno */
 /* The guest loses this queue. Once memory is lost that is the reason, whatever is given. */
 void queue_break(struct queue *q, int cause, const char *why);
-void queue_flush(struct queue *q); /* publishes what is staged, signals once */
+void queue_publish(struct queue *q); /* what is staged becomes visible, without a signal */
+void queue_flush(struct queue *q);   /* publishes what is staged, signals once if the guest wants that */
 void queue_signal(struct queue *q);
 void queue_signal_error(struct queue *q);
 /* Forgets every request; the guest is not written to. Returns when all wakes that were under way have arrived. */

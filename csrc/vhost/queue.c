@@ -10,7 +10,8 @@
 
 #include "base/sigbus.h"
 
-#define FETCH_BUDGET 64 /* heads between two looks at the woken */
+#define FETCH_BUDGET 64      /* heads between two looks at the woken */
+#define PENDING_AN_ANSWER 16 /* heads that a fetch finds for each answer that may wait for another one (measured) */
 /* A ring without a kick fd is looked at this often while it is used; while it is not, each time after twice as long, up to
  * the maximum, because a front-end has many rings and a daemon many front-ends. */
 #define POLL_MS 1
@@ -171,6 +172,15 @@ static bool finish_stop(struct queue *q)
 
 /* ---- the loop */
 
+/* A front-end with few requests in flight waits for each answer: it sees each at once. One with many has others to go on
+ * with, and moving used.idx for each would pass its cache line between the two processors each time. */
+static uint32_t batch_for(uint32_t pending)
+{
+    uint32_t n = pending / PENDING_AN_ANSWER;
+
+    return n < 1 ? 1 : n < VRING_BATCH ? n : VRING_BATCH;
+}
+
 static bool fetch(struct queue *q)
 {
     int64_t now;
@@ -191,6 +201,7 @@ static bool fetch(struct queue *q)
         return false;
     }
     vring_disarm(&q->vring);
+    q->publish_batch = batch_for((uint32_t)n);
     now = q->worker.now_us = now_us();
     for (n = n < FETCH_BUDGET ? n : FETCH_BUDGET; n > 0 && !q->broken; n--)
         if (vring_next(&q->vring, &head) != 0)
@@ -306,6 +317,7 @@ int queue_init(struct queue *q, struct queue_common *common, uint32_t index)
     q->engine = common->engine;
     q->session = common->session;
     q->index = index;
+    q->publish_batch = 1;
     q->deadline_us = (int64_t)q->engine->cfg.read_deadline_ms * 1000;
     q->kick_fd = q->call_fd = q->err_fd = -1;
     q->poll_ms = POLL_MS;

@@ -156,6 +156,8 @@ static const struct req_ops queue_req_ops = {
     .in_iov = op_in_iov,
 };
 
+#define SIGNAL_BATCH 16 /* a guest that sleeps is not kept waiting for more answers than these */
+
 /* ---- served */
 
 static void answer(struct queue *q, struct queue_slot *s, enum req_verdict verdict)
@@ -167,7 +169,9 @@ static void answer(struct queue *q, struct queue_slot *s, enum req_verdict verdi
     queue_free_segs(s);
     s->state = SLOT_STAGED;
     vring_stage(&q->vring, s->head, len);
-    if (q->vring.n_staged == VRING_BATCH)
+    if (q->vring.n_staged >= q->publish_batch)
+        queue_publish(q);
+    if ((uint16_t)(q->vring.used_idx - q->vring.signalled_used) >= SIGNAL_BATCH)
         queue_flush(q);
 }
 

@@ -31,28 +31,43 @@ void queue_signal_error(struct queue *q)
 static void publish(struct queue *q)
 {
     struct vring *v = &q->vring;
+    struct vring_used_elem batch[VRING_BATCH];
     uint32_t n = v->n_staged;
-    bool signal;
 
     if (n == 0)
         return;
-    inflight_stage(&q->inflight, v->staged, n);
-    signal = vring_publish(v);
-    inflight_finish(&q->inflight, v->staged, n, v->used_idx);
+    memcpy(batch, v->staged, n * sizeof(batch[0]));
+    inflight_stage(&q->inflight, batch, n);
+    vring_publish(v);
+    inflight_finish(&q->inflight, batch, n, v->used_idx);
     for (uint32_t i = 0; i < n; i++)
-        q->slots[v->staged[i].id].state = SLOT_FREE;
-    if (signal)
-        queue_signal(q);
+        q->slots[batch[i].id].state = SLOT_FREE;
+}
+
+/* Once memory is lost nothing is published any more: the queue ends. */
+static bool lost_memory(struct queue *q)
+{
+    if (!atomic_load_explicit(&q->common->mem_lost, memory_order_relaxed))
+        return false;
+    queue_break(q, VND_CAUSE_IO, NULL);
+    return true;
+}
+
+void queue_publish(struct queue *q)
+{
+    if (q->vring.n_staged != 0 && !lost_memory(q))
+        publish(q);
 }
 
 void queue_flush(struct queue *q)
 {
-    if (q->vring.n_staged == 0)
+    if (q->vring.n_staged == 0 && q->vring.used_idx == q->vring.signalled_used)
         return;
-    if (atomic_load_explicit(&q->common->mem_lost, memory_order_relaxed))
-        queue_break(q, VND_CAUSE_IO, NULL);
-    else
-        publish(q);
+    if (lost_memory(q))
+        return;
+    publish(q);
+    if (vring_must_signal(&q->vring))
+        queue_signal(q);
 }
 
 void queue_break(struct queue *q, int cause, const char *why)
@@ -65,6 +80,8 @@ void queue_break(struct queue *q, int cause, const char *why)
         why = "a memory file of the guest was truncated";
     } else {
         publish(q); /* what came before the fault is answered */
+        if (vring_must_signal(&q->vring))
+            queue_signal(q);
     }
     engine_say(q->engine, VND_LEVEL_ERROR, cause, "front-end %u: queue %u stopped: %s; the guest must reset its device",
                q->common->number, q->index, why);

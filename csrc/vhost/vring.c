@@ -194,28 +194,36 @@ void vring_stage(struct vring *v, uint16_t head, uint32_t len)
     v->staged[v->n_staged++] = (struct vring_used_elem){ .id = head, .len = len };
 }
 
-bool vring_publish(struct vring *v)
+void vring_publish(struct vring *v)
 {
-    uint16_t old = v->used_idx, new, event;
+    uint16_t old = v->used_idx;
 
     if (v->n_staged == 0)
-        return false;
+        return;
     for (uint32_t i = 0; i < v->n_staged; i++)
         put_used(v, USED_RING + 8u * ((uint16_t)(old + i) & (v->num - 1)), &v->staged[i], sizeof(v->staged[i]));
-    new = (uint16_t)(old + v->n_staged);
+    v->used_idx = (uint16_t)(old + v->n_staged);
     v->n_staged = 0;
-    v->used_idx = new;
-    put_used(v, USED_IDX, &new, sizeof(new));
+    put_used(v, USED_IDX, &v->used_idx, sizeof(v->used_idx));
+}
+
+bool vring_must_signal(struct vring *v)
+{
+    uint16_t new = v->used_idx, old = v->signalled_used, event;
+
+    if (new == old)
+        return false;
+    /* Moved whatever the answer is: entries that were asked about are never asked about again, and so the distance
+     * cannot wrap around with a guest that polls for 65,536 entries and then sleeps. */
+    v->signalled_used = new;
     /* The guest's wish must be read after our index is out, or both sides could go to sleep. */
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     if (!v->event_idx)
         return !(load16(v->avail) & AVAIL_NO_INTERRUPT);
     event = load16(v->avail + AVAIL_RING + 2u * v->num);
-    old = v->signalled_used;
-    if (!v->force_signal && !((uint16_t)(new - event - 1) < (uint16_t)(new - old)))
+    if (!v->force_signal && (uint16_t)(new - event - 1) >= (uint16_t)(new - old))
         return false;
     v->force_signal = false;
-    v->signalled_used = new;
     return true;
 }
 

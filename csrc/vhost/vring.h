@@ -11,7 +11,7 @@
 
 #include "vhost/guestmem.h"
 
-#define VRING_BATCH 16       /* used entries published at once */
+#define VRING_BATCH 16       /* used entries published at once, at most */
 #define VRING_CHAIN_MAX 1032 /* descriptors of a request: the largest ring and a little */
 
 struct vring_desc {
@@ -64,8 +64,10 @@ int vring_walk(const struct vring *v, const struct guestmem *m, uint32_t *hint, 
                const char **why);
 /* Puts a used entry behind those staged; the caller publishes before VRING_BATCH are there. */
 void vring_stage(struct vring *v, uint16_t head, uint32_t len);
-/* Publishes the staged entries. True: the guest wants to be signalled. */
-bool vring_publish(struct vring *v);
+/* Publishes the staged entries: a front-end that polls sees them now. */
+void vring_publish(struct vring *v);
+/* Whether the guest wants a signal for what was published since the last one. Asked once, the answer is acted on. */
+bool vring_must_signal(struct vring *v);
 /* Asks for a kick at the next entry; true if there already is one. */
 bool vring_arm(struct vring *v);
 /* We are awake: kicks are wasted. */

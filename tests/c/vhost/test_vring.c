@@ -19,6 +19,13 @@ static int walk(struct guest *g, uint16_t head, struct vring_chain *c)
 
 static struct vring_chain chain;
 
+/* Whether a guest that sleeps is signalled for what was staged. */
+static bool publish(struct vring *v)
+{
+    vring_publish(v);
+    return vring_must_signal(v);
+}
+
 TEST(memory)
 {
     struct guest g;
@@ -338,7 +345,7 @@ TEST(wrap)
         vring_stage(&g.ring, head, 100 + i);
         /* used_event names the entry after which to signal. */
         put16(g.low + AVAIL + 4 + 2 * RING_NUM, (uint16_t)(start + i + (wanted ? 0 : 5)));
-        CHECK(vring_publish(&g.ring) == wanted);
+        CHECK(publish(&g.ring) == wanted);
         CHECK(get16(g.low + USED + 2) == (uint16_t)(start + i + 1));
         struct vring_used_elem e;
         memcpy(&e, g.low + USED + 4 + 8 * ((start + i) % RING_NUM), 8);
@@ -360,15 +367,34 @@ TEST(batch_event)
     put16(g.low + AVAIL + 4 + 2 * RING_NUM, 2);
     for (uint16_t i = 0; i < 4; i++)
         vring_stage(&g.ring, i, 0);
-    CHECK(vring_publish(&g.ring)); /* entries 0..3 pass 2 */
+    CHECK(publish(&g.ring)); /* entries 0..3 pass 2 */
     vring_stage(&g.ring, 4, 0);
-    CHECK(!vring_publish(&g.ring));
+    CHECK(!publish(&g.ring));
     g.ring.force_signal = true;
     vring_stage(&g.ring, 5, 0);
-    CHECK(vring_publish(&g.ring));
+    CHECK(publish(&g.ring));
     vring_stage(&g.ring, 6, 0);
-    CHECK(!vring_publish(&g.ring));
-    CHECK(!vring_publish(&g.ring)); /* nothing staged */
+    CHECK(!publish(&g.ring));
+    CHECK(!publish(&g.ring)); /* nothing staged */
+    guest_close(&g);
+}
+
+/* A guest polls for so long that used.idx comes round, asking for no signal; then it sleeps. */
+TEST(a_guest_that_sleeps_after_polling_is_signalled)
+{
+    struct guest g;
+
+    guest_open(&g, true);
+    g.ring.signalled_used = g.ring.used_idx;
+    g.ring.force_signal = false;
+    put16(g.low + AVAIL + 4 + 2 * RING_NUM, (uint16_t)(g.ring.used_idx - 1));
+    for (uint32_t i = 0; i < 65535; i++) {
+        vring_stage(&g.ring, 0, 0);
+        CHECK(!publish(&g.ring));
+    }
+    put16(g.low + AVAIL + 4 + 2 * RING_NUM, g.ring.used_idx);
+    vring_stage(&g.ring, 0, 0);
+    CHECK(publish(&g.ring));
     guest_close(&g);
 }
 
@@ -378,10 +404,10 @@ TEST(flags)
 
     guest_open(&g, false);
     vring_stage(&g.ring, 0, 0);
-    CHECK(vring_publish(&g.ring));
+    CHECK(publish(&g.ring));
     put16(g.low + AVAIL, 1); /* no interrupts, please */
     vring_stage(&g.ring, 1, 0);
-    CHECK(!vring_publish(&g.ring));
+    CHECK(!publish(&g.ring));
     vring_disarm(&g.ring);
     CHECK(get16(g.low + USED) == 1);
     CHECK(!vring_arm(&g.ring) && get16(g.low + USED) == 0);
