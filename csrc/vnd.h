@@ -44,6 +44,7 @@ typedef struct {
     uint32_t read_deadline_ms; /* a guest read that misses fails with EIO after this; 0 = 30000 */
     uint32_t pool_threads;     /* threads for page-cache misses and compressed hits; 0 = 2 */
     uint32_t sync_interval_ms; /* how often written data is made durable; 0 = 30000 */
+    uint32_t poll_us;          /* a queue's thread looks for requests that long before it sleeps, at most; 0 = never */
     uint8_t allow_unverified;  /* serve images that carry no chunk digests */
 } vnd_engine_cfg;
 

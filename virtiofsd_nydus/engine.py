@@ -123,6 +123,7 @@ class Engine:
     """One engine: everything in C hangs off it.
 
     read_deadline_ms: a guest read that misses ends in EIO after it.
+    poll_us: how long a queue's thread looks for requests before it sleeps, at most; 0: it sleeps at once.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Engine:
         read_deadline_ms: int = 0,
         pool_threads: int = 0,
         sync_interval_ms: int = 0,
+        poll_us: int = 0,
         allow_unverified: bool = False,
     ) -> None:
         cfg = ffi.new(
@@ -139,6 +141,7 @@ class Engine:
                 "read_deadline_ms": read_deadline_ms,
                 "pool_threads": pool_threads,
                 "sync_interval_ms": sync_interval_ms,
+                "poll_us": poll_us,
                 "allow_unverified": allow_unverified,
             },
         )

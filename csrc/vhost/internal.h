@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 #include "base/base.h"
+#include "base/haltpoll.h"
 #include "base/parklist.h"
 #include "base/wakelist.h"
 #include "fuse/fuse.h"
@@ -106,6 +107,7 @@ struct queue {
     struct parklist parked;
     uint16_t *resubmit; /* heads of a dead process, oldest first */
     uint32_t n_resubmit, next_resubmit;
+    struct haltpoll poll;
     uint32_t publish_batch;      /* so many answers are published together: set by what a fetch finds */
     struct queue_conf *applying; /* taken, not acknowledged */
     struct fuse_worker worker;

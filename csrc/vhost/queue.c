@@ -236,6 +236,41 @@ static bool must_stay_awake(struct queue *q, bool none_woken)
     return is_active(q) && vring_arm(&q->vring);
 }
 
+/* What a look before sleeping is for. */
+static bool has_work(struct queue *q)
+{
+    return atomic_load_explicit(&q->posted, memory_order_relaxed) != NULL ||
+           (may_answer(q) && !wakelist_empty(&q->wakes)) || (is_active(q) && vring_pending(&q->vring) != 0);
+}
+
+#define LOOKS_A_CLOCK 16 /* looks between two readings of the clock */
+
+/* Nothing is left to do: looks for work, then sleeps. */
+static void idle(struct queue *q)
+{
+    int64_t began = now_us(), now = began;
+    int64_t until = began + haltpoll_window_us(&q->poll, began);
+
+    while (now < until) {
+        for (int i = 0; i < LOOKS_A_CLOCK; i++) {
+            if (has_work(q)) {
+                haltpoll_looked(&q->poll, now_us() - began, true);
+                return;
+            }
+            haltpoll_relax();
+        }
+        now = now_us();
+    }
+    if (now != began)
+        haltpoll_looked(&q->poll, now - began, false);
+    if (!must_stay_awake(q, wakelist_sleep(&q->wakes))) {
+        queue_sleep(q, sleep_ms(q));
+        if (q->poll.max_us != 0)
+            haltpoll_slept(&q->poll, now_us() - began);
+    }
+    wakelist_awake(&q->wakes);
+}
+
 static void run(struct queue *q)
 {
     struct queue_conf *c;
@@ -271,9 +306,7 @@ static void run(struct queue *q)
         }
         if (may_answer(q))
             queue_flush(q);
-        if (!must_stay_awake(q, wakelist_sleep(&q->wakes)))
-            queue_sleep(q, sleep_ms(q));
-        wakelist_awake(&q->wakes);
+        idle(q);
         q->poll_ms = q->poll_ms * 2 < POLL_MAX_MS ? q->poll_ms * 2 : POLL_MAX_MS;
     }
 }
@@ -283,6 +316,7 @@ static void *queue_main(void *arg)
     struct queue *q = arg;
 
     sigbus_unblock();
+    haltpoll_init(&q->poll, q->engine->cfg.poll_us, now_us());
     run(q);
     wakelist_wait(&q->wakes); /* the last push may have delivered and not returned */
     acknowledge(q);

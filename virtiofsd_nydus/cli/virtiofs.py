@@ -9,6 +9,10 @@ from virtiofsd_nydus import __version__
 from virtiofsd_nydus.arguments import add_daemon_arguments
 from virtiofsd_nydus.errors import Failure, UsageFailure
 
+# Longer than a wake-up takes, shorter than a guest that thinks between two requests (docs/performance.md).
+POLL_DEFAULT_US = 50
+POLL_MAX_US = 1000
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
@@ -22,6 +26,14 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
     where.add_argument("--socket-path", metavar="PATH", help="the same, as virtiofsd calls it")
     where.add_argument("--fd", type=int, metavar="N", help="use an inherited socket, listening or connected")
     add_daemon_arguments(parser)
+    parser.add_argument(
+        "--poll-us",
+        type=int,
+        default=POLL_DEFAULT_US,
+        metavar="N",
+        help="a queue's thread looks for requests up to N microseconds before it sleeps, while that pays; 0: never "
+        f"(default {POLL_DEFAULT_US}, at most {POLL_MAX_US})",
+    )
     tolerated = parser.add_argument_group("accepted for compatibility, without effect")
     tolerated.add_argument("--hybrid-mode", action="store_true")
     tolerated.add_argument("--log-rotation-size", type=int, default=0)
@@ -38,6 +50,8 @@ def run(args: "argparse.Namespace") -> int:
     sock = args.sock or args.socket_path
     if (sock is None) == (args.fd is None):
         raise UsageFailure("give either --sock PATH or --fd N")
+    if not 0 <= args.poll_us <= POLL_MAX_US:
+        raise UsageFailure(f"--poll-us {args.poll_us}: give 0 to {POLL_MAX_US}")
     if args.shared_dir and (args.bootstrap or args.config or args.localfs_dir):
         raise UsageFailure("--shared-dir shares a host directory: it takes no --bootstrap, --config or --localfs-dir")
     if args.bootstrap and bool(args.config) == bool(args.localfs_dir):
@@ -70,6 +84,7 @@ def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "UnixList
         instance_id=args.id,
         supervisor=args.supervisor,
         read_deadline_ms=args.read_deadline_ms,
+        poll_us=args.poll_us,
         allow_unverified=args.allow_unverified,
     )
     service.catch_signals()  # one that comes as soon as RUNNING is answered is an orderly end, too

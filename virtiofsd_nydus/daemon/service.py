@@ -108,12 +108,13 @@ class Service:
         instance_id: str | None = None,
         supervisor: str | None = None,
         read_deadline_ms: int = 0,
+        poll_us: int = 0,
         allow_unverified: bool = False,
     ) -> None:
         self.log = log
         self._supervisor = supervisor
         self._exit_reader, self._exit_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # a byte: end wait()
-        self.engine = Engine(read_deadline_ms=read_deadline_ms, allow_unverified=allow_unverified)
+        self.engine = Engine(read_deadline_ms=read_deadline_ms, poll_us=poll_us, allow_unverified=allow_unverified)
         self.pump = FetchPump(self.engine)
         self.table = MountTable(self.pump, log, self._mounts_changed)
         self.report = Report(self.engine, self.table, log, instance_id, supervisor)
