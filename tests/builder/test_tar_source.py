@@ -297,16 +297,30 @@ def test_pax_sizes_and_times_go_before_the_header() -> None:
     assert (node.mtime_ns, node.uid) == (-1_250_000_000, 3_000_000_000)
 
 
-def test_global_pax_headers_hold_until_changed() -> None:
+def test_global_pax_headers_apply_to_nothing() -> None:
+    """As containerd and umoci have it: git archive writes one, and a crafted one would give all members one name."""
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"mtime": "7.5"}) as tar:
+    crafted = {"mtime": "7.5", "path": "all", "uid": "5", "linkpath": "x", "size": "0", "SCHILY.xattr.user.a": "1"}
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT, pax_headers=crafted) as tar:
         tar.addfile(member("a", data=b"1")[0], io.BytesIO(b"1"))
         info = member("b")[0]
         info.pax_headers["mtime"] = "8.5"
         tar.addfile(info)
-    bootstrap, _ = decode_image([build_tar(out.getvalue(), OPTIONS)], OPTIONS)
+    bootstrap, blobs = decode_image([build_tar(out.getvalue(), OPTIONS)], OPTIONS)
     found = bootstrap.walk()
-    assert (found[b"/a"].mtime_ns, found[b"/b"].mtime_ns) == (7_500_000_000, 8_500_000_000)
+    assert [name for name in sorted(found) if name.strip(b"/")] == [b"/a", b"/b"]
+    assert found[b"/a"].mtime_ns != 7_500_000_000 and found[b"/b"].mtime_ns == 8_500_000_000
+    assert found[b"/a"].uid != 5 and found[b"/a"].xattrs == {}
+    assert read_file(found[b"/a"], bootstrap, blobs) == b"1"
+
+
+def test_attributes_that_overlayfs_keeps_for_itself_are_left_out() -> None:
+    info = member("a")[0]
+    names = ["trusted.overlay.redirect", "trusted.overlay.opaque", "user.overlay.origin", "user.overlayer", "user.keep"]
+    info.pax_headers = {f"SCHILY.xattr.{name}": "1" for name in names}
+    layer = build_tar(make_tar((info, b"")), OPTIONS)
+    assert layer[0].stats.dropped_xattrs == 3
+    assert decode_image([layer], OPTIONS)[0].walk()[b"/a"].xattrs == {b"user.keep": b"1", b"user.overlayer": b"1"}
 
 
 def test_xattrs_the_format_cannot_hold_are_counted_and_left_out() -> None:
@@ -318,11 +332,12 @@ def test_xattrs_the_format_cannot_hold_are_counted_and_left_out() -> None:
     assert decode_image([layer], OPTIONS)[0].walk()[b"/a"].xattrs == {b"user.keep": b"1"}
 
 
-def test_an_empty_pax_record_takes_the_record_away() -> None:
+def test_an_empty_xattr_is_one_and_an_empty_field_is_none() -> None:
     info = member("a")[0]
-    info.pax_headers = {"SCHILY.xattr.user.gone": "", "SCHILY.xattr.user.kept": "v"}
+    info.pax_headers = {"SCHILY.xattr.user.empty": "", "SCHILY.xattr.user.full": "v", "mtime": ""}
     layer = build_tar(make_tar((info, b"")), OPTIONS)
-    assert decode_image([layer], OPTIONS)[0].walk()[b"/a"].xattrs == {b"user.kept": b"v"}
+    node = decode_image([layer], OPTIONS)[0].walk()[b"/a"]
+    assert node.xattrs == {b"user.empty": b"", b"user.full": b"v"}
 
 
 # ---- GNU tar's own sparse files

@@ -49,6 +49,7 @@ class Fault:
     seconds: float = 0.0
     status: int = 0
     text: str = ""
+    charset: str = "utf-8"  # of text
     match: str = "GET "
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
@@ -79,6 +80,8 @@ FAULTS = {
     "at_bytes requests (0: for ever)",
     "redirect_loop": "redirects to itself",
     "redirect_bad": "redirects to `text`",
+    "restatus": "answers as it would, but with `status` and, in addition, `headers`",
+    "encode": "sends the right bytes and says that they are encoded as `text`",
     "garbage": "sends `text` instead of HTTP",
 }
 
@@ -271,7 +274,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "reset" and fault.at_bytes == 0:
             self._reset()
         elif kind == "status":
-            self._send(fault.status, fault.text.encode(), fault.headers)
+            self._send(fault.status, fault.text.encode(fault.charset), fault.headers)
             return True
         elif kind == "garbage":
             self.wfile.write(fault.text.encode("latin-1"))
@@ -325,6 +328,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_body(self, status: int, body: bytes, headers: dict[str, str], fault: Fault | None) -> None:
         kind = fault.kind if fault is not None else ""
         at = fault.at_bytes if fault is not None else 0
+        if fault is not None and kind == "restatus":
+            status, headers = fault.status, {**headers, **fault.headers}
+        elif fault is not None and kind == "encode":
+            headers = {**headers, "Content-Encoding": fault.text}
         if kind == "corrupt" and at < len(body):
             body = body[:at] + bytes([body[at] ^ 0x40]) + body[at + 1 :]
         self._record(status)

@@ -1,5 +1,6 @@
 """From sources to a Nydus image: build_layer makes one blob of one layer, merge_layers one bootstrap of all of them."""
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from virtiofsd_nydus.builder.chunker import Chunker
 from virtiofsd_nydus.builder.dictionary import ChunkDictionary
 from virtiofsd_nydus.builder.merge import ChunkChoice, list_lower_links, merge_trees
 from virtiofsd_nydus.builder.options import BuildOptions
-from virtiofsd_nydus.builder.tar_stream import Readable
+from virtiofsd_nydus.builder.tar_stream import Hash, Readable
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, PlainBlobWriter, Writable
 from virtiofsd_nydus.rafs.blob_reference import ReferenceBlobWriter
@@ -54,6 +55,7 @@ class Layer:
     blob_info: BlobInfo | None
     stats: LayerStats
     label: str = ""  # names it in errors
+    diff_id: str = ""  # "sha256:..." of the decoded tar, where the options ask for it
 
 
 @dataclass(slots=True)
@@ -135,8 +137,9 @@ def _build(
         dictionary=dictionary.index if dictionary is not None else None,
     )  # fmt: skip
     stats = LayerStats()
+    hashed = hashlib.sha256() if options.diff_id and kind == "tar" else None
     try:
-        reader = _make_reader(source, chunker, writer, options, kind, on_progress, label, index)
+        reader = _make_reader(source, chunker, writer, options, kind, on_progress, label, index, hashed)
         tree = reader.read()
         chunker.close()
     except BaseException:
@@ -165,7 +168,8 @@ def _build(
         info.prefetch_size = writer.table.coff(prefetch_chunks - 1) + writer.table.csize(prefetch_chunks - 1)
     stats.names = 1 + sum(tree.child_count(directory) for directory in tree.walk_directories())
     stats.chunks = len(writer.table)
-    return Layer(tree, blob_id, writer.size, info, stats, label)
+    diff_id = f"sha256:{hashed.hexdigest()}" if hashed is not None else ""
+    return Layer(tree, blob_id, writer.size, info, stats, label, diff_id)
 
 
 def _make_index(
@@ -233,7 +237,7 @@ def _write_bootstrap(
 
 def _make_reader(
     source: Readable | Path | str, chunker: Chunker, writer: BlobWriter, options: BuildOptions, kind: str,
-    on_progress: Callable[[int], None] | None, label: str, index: "ZranIndex | None",
+    on_progress: Callable[[int], None] | None, label: str, index: "ZranIndex | None", hashed: Hash | None,
 ) -> "TarSource | DirectorySource":  # fmt: skip
     if kind == "tar":
         from virtiofsd_nydus.builder.source_tar import TarSource
@@ -242,7 +246,7 @@ def _make_reader(
             raise TypeError("a path is opened by build_layer")
         return TarSource(
             _count(source, on_progress), chunker, writer.table, chunk_size=options.chunk_size, label=label or "tar",
-            index=index, directory=options.spill_dir,
+            index=index, directory=options.spill_dir, hashed=hashed,
         )  # fmt: skip
     from virtiofsd_nydus.builder.source_dir import DirectorySource
 

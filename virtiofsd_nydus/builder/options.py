@@ -13,8 +13,8 @@ FS_VERSIONS = (5, 6)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """Options of one image; a layer's blob depends on these and on the layer alone (threads and spill_dir change
-    nothing; encryption does, its keys are random).
+    """Options of one image; a layer's blob depends on these and on the layer alone (threads, diff_id and spill_dir
+    change nothing; encryption does, its keys are random).
 
     prefetch_patterns: absolute paths; the default with a policy is the whole tree. batch_size: files under half of it
     are compressed together, 0: not. aligned_chunk: v5 with block-aligned chunks, which v6 always has. oci_ref: no data
@@ -31,6 +31,7 @@ class BuildOptions:
     oci_ref: bool = False
     prefetch_policy: str = "none"
     prefetch_patterns: tuple[str, ...] = ("/",)
+    diff_id: bool = False  # tell the digest of a layer's decoded tar
     spill_dir: str | None = None  # where tables go that are too large for memory; TMPDIR
     threads: int = 0  # 0: as many as there are processors
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from virtiofsd_nydus.builder.chunker import Chunker
+from virtiofsd_nydus.builder.xattrs import is_kept_xattr
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.bootstrap import is_storable_xattr
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.nodes import ROOT
 from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, relieve
@@ -117,7 +117,7 @@ class DirectorySource:
         for name in names:
             key = os.fsencode(name)
             value = os.getxattr(path, name, follow_symlinks=False)
-            if is_storable_xattr(key, value):
+            if is_kept_xattr(key, value):
                 found.append((key, value))
             else:
                 self.dropped_xattrs += 1

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from virtiofsd_nydus.builder.chunker import Chunker
-from virtiofsd_nydus.builder.tar_stream import Readable, TarEntry, TarFailure, TarStream, ZranTarStream, show
+from virtiofsd_nydus.builder.tar_stream import Hash, Readable, TarEntry, TarFailure, TarStream, ZranTarStream, show
+from virtiofsd_nydus.builder.xattrs import is_kept_xattr
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.bootstrap import encode_xattrs, is_storable_xattr
+from virtiofsd_nydus.rafs.bootstrap import encode_xattrs
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.nodes import ROOT
 from virtiofsd_nydus.rafs.tree import RegularFile, Tree, Xattrs
@@ -89,15 +90,15 @@ class TarSource:
 
     def __init__(
         self, source: Readable, chunker: Chunker, table: ChunkTable, *, chunk_size: int, label: str,
-        index: "ZranIndex | None" = None, directory: str | None = None,
+        index: "ZranIndex | None" = None, directory: str | None = None, hashed: Hash | None = None,
     ) -> None:  # fmt: skip
         """index: decodes the source, which is gzip, and tells where each chunk is in it. directory: for the tree's
-        files."""
+        files. hashed: gets the bytes of the decoded tar."""
         self.tree = Tree(directory)
         self.dropped_xattrs = 0
         self.files = 0
         self.file_bytes = 0
-        self._stream = TarStream(source) if index is None else ZranTarStream(index)
+        self._stream = TarStream(source, hashed) if index is None else ZranTarStream(index, hashed)
         self._index = index
         self._chunker = chunker
         self._table = table
@@ -169,7 +170,7 @@ class TarSource:
     def _xattrs(self, entry: TarEntry) -> Xattrs:
         if not entry.xattrs:
             return ()
-        kept = sorted(item for item in entry.xattrs if is_storable_xattr(*item))
+        kept = sorted(item for item in entry.xattrs if is_kept_xattr(*item))
         self.dropped_xattrs += len(entry.xattrs) - len(kept)
         key = tuple(kept)
         try:

@@ -23,6 +23,12 @@ SPARSE_REGIONS_MAX = 1 << 20
 ZERO_RECORD = bytes(RECORD)
 
 
+class Hash(Protocol):
+    """What takes the bytes of a tar to digest them."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+
 class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
@@ -249,13 +255,15 @@ def _apply_pax_sparse(entry: TarEntry, pax: dict[bytes, bytes]) -> None:
 class TarStream:
     """for entry in stream.entries(): ... stream.read_data(n) ... ; data not read is skipped."""
 
-    def __init__(self, source: Readable) -> None:
+    def __init__(self, source: Readable, hashed: "Hash | None" = None) -> None:
+        """hashed: gets all bytes of the decoded tar, once drain() has been called."""
         self._pieces = open_pieces(source)
+        if hashed is not None:
+            self._pieces = hash_pieces(self._pieces, hashed)
         self._buffer = b""
         self._position = 0
         self._left = 0  # data bytes of the entry at hand not yet read
         self._padding = 0
-        self._globals: dict[bytes, bytes] = {}
         self.offset = 0  # bytes of the decoded tar consumed
 
     def _read(self, size: int) -> bytes:
@@ -337,8 +345,8 @@ class TarStream:
             if kind == b"x":
                 pax.update(parse_pax(self._read_extension(size)))
                 continue
-            if kind == b"g":
-                self._globals.update(parse_pax(self._read_extension(size)))
+            if kind == b"g":  # what runs images gives a global header no meaning in a layer
+                self._skip(size + -size % RECORD)
                 continue
             if kind == b"L":
                 long_name = self._read_extension(size).partition(b"\0")[0]
@@ -350,9 +358,7 @@ class TarStream:
                 self._skip(size + -size % RECORD)
                 continue
             entry = self._make_entry(header, kind, size, long_name, long_link)
-            if self._globals:
-                self._apply_pax(entry, {**self._globals, **pax})
-            elif pax:
+            if pax:
                 self._apply_pax(entry, pax)
             long_name = long_link = b""
             pax = {}
@@ -405,14 +411,13 @@ class TarStream:
 
     @staticmethod
     def _apply_pax(entry: TarEntry, pax: dict[bytes, bytes]) -> None:
-        """Sets what pax records say of an entry. A record without a value takes the record away, says pax(1)."""
+        """Sets what pax records say of an entry. A field's record without a value leaves the header's, says pax(1); an
+        xattr may be empty."""
         try:
             for key, value in pax.items():
-                if not value:
-                    continue
                 if key.startswith(PAX_XATTR):
                     entry.xattrs.append((key.removeprefix(PAX_XATTR), value))
-                elif (apply := PAX_FIELDS.get(key)) is not None:
+                elif value and (apply := PAX_FIELDS.get(key)) is not None:
                     apply(entry, value)
             _apply_pax_sparse(entry, pax)
         except (ValueError, KeyError):
@@ -470,6 +475,12 @@ class TarStream:
         entry.regions = [region for region in entry.regions or () if region[1]]
 
 
+def hash_pieces(pieces: Iterator[bytes], hashed: "Hash") -> Iterator[bytes]:
+    for piece in pieces:
+        hashed.update(piece)
+        yield piece
+
+
 class ExactReader(Protocol):
     """A source decoded no further than it is asked for."""
 
@@ -483,18 +494,22 @@ class ExactReader(Protocol):
 class ZranTarStream(TarStream):
     """Reads the tar at the pace of its consumer, so that the decoder stands where the reader does."""
 
-    def __init__(self, reader: ExactReader) -> None:
+    def __init__(self, reader: ExactReader, hashed: "Hash | None" = None) -> None:
         self._reader = reader
+        self._hashed = hashed
         self._left = self._padding = 0
-        self._globals = {}
         self.offset = 0
 
     def _read(self, size: int) -> bytes:
         data = self._reader.read(size)
+        if self._hashed is not None:
+            self._hashed.update(data)
         self.offset += len(data)
         return data
 
     def drain(self) -> None:
+        while self._hashed is not None and self._read(READ_BYTES):
+            pass
         self._reader.drain()
 
 

@@ -26,6 +26,8 @@ DRAIN_LIMIT_S = 1.0
 RETRY_AFTER_MAX_S = 30.0
 REDIRECTS_MAX = 5
 REDIRECT_STATUSES = frozenset((301, 302, 303, 307, 308))
+# What servers answer to a HEAD that they do not know.
+HEAD_REFUSED = (400, 405, 501)
 RETRY_STATUSES = frozenset((408, 425, 429))  # and all from 500 on
 # How servers written in Go and nginx answer plain HTTP on a TLS port.
 PLAIN_TO_TLS_WORDS = ("HTTP request to an HTTPS server", "plain HTTP request was sent to HTTPS")
@@ -45,6 +47,24 @@ def release(response: "BaseHTTPResponse") -> None:
     except (urllib3.exceptions.HTTPError, OSError):
         pass
     response.close()
+
+
+def decode_body(data: bytes, encoding: str, url: str, limit_bytes: int) -> bytes:
+    """What a body of Content-Encoding `encoding` stands for. Raises Failure (FORMAT)."""
+    import zlib
+
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise Failure(f"{host_of(url)}: the answer to {path_of(url)} is encoded as {encoding[:40]!r}", Cause.FORMAT)
+    inflater = zlib.decompressobj(15 if encoding == "deflate" else 31)
+    try:
+        out = inflater.decompress(data, limit_bytes + 1)
+    except zlib.error:
+        raise RetriableFailure(f"{host_of(url)}: the answer to {path_of(url)} does not decode") from None
+    if len(out) > limit_bytes or not inflater.eof:
+        raise Failure(
+            f"{host_of(url)}: the answer to {path_of(url)} is larger than {limit_bytes} bytes, or cut", Cause.FORMAT
+        )
+    return out
 
 
 def read_some(response: "BaseHTTPResponse", url: str, size_bytes: int, deadline: float | None = None) -> bytes:
@@ -68,7 +88,22 @@ def read_some(response: "BaseHTTPResponse", url: str, size_bytes: int, deadline:
 
 
 def read_body(response: "BaseHTTPResponse", url: str, limit_bytes: int, deadline: float | None = None) -> bytes:
-    """The whole body, which must not pass limit_bytes."""
+    """Reads the whole body, decoded where the server encoded it unasked. It must not pass limit_bytes."""
+    data = read_stored(response, url, limit_bytes, deadline)
+    return data if is_plain(response) else decode_body(data, encoding_of(response), url, limit_bytes)
+
+
+def encoding_of(response: "BaseHTTPResponse") -> str:
+    return response.headers.get("Content-Encoding", "").strip().lower()
+
+
+def is_plain(response: "BaseHTTPResponse") -> bool:
+    """Whether the body's bytes are those of the thing itself."""
+    return encoding_of(response) in ("", "identity")
+
+
+def read_stored(response: "BaseHTTPResponse", url: str, limit_bytes: int, deadline: float | None) -> bytes:
+    """Reads the whole body as it came."""
     out = bytearray()
     while piece := read_some(response, url, min(PIECE_BYTES, limit_bytes + 1 - len(out)), deadline):
         out += piece
@@ -114,7 +149,7 @@ def check_status(response: "BaseHTTPResponse", url: str, what: str) -> None:
         raise Failure(f"{where}: refused with status {status}{said}", Cause.AUTH)
     if status in (404, 410):
         raise Failure(f"{where}: not there (status {status}){said}", Cause.MISSING)
-    if status in RETRY_STATUSES or status >= 500:
+    if status in RETRY_STATUSES or (status >= 500 and status not in HEAD_REFUSED):
         after_s = parse_size(response.headers.get("Retry-After", "")) or 0
         raise RetriableFailure(f"{where}: status {status}{said}", after_s=min(after_s, RETRY_AFTER_MAX_S))
     raise Failure(f"{where}: unexpected status {status}{said}", Cause.IO)
@@ -143,6 +178,11 @@ def check_range(response: "BaseHTTPResponse", url: str, offset: int, length: int
     headers = response.headers
     told = headers.get("Content-Length", "")
     told_bytes = parse_size(told)
+    if not is_plain(response):
+        response.close()
+        raise RetriableFailure(
+            f"{host_of(url)}: {what}: the answer is encoded ({encoding_of(response)[:40]!r}), though none was asked for"
+        )
     if response.status == 200:
         # Range is optional for servers; the whole thing from its start is as good when that is what is wanted.
         if offset == 0 and told_bytes == length:
@@ -163,7 +203,7 @@ def check_range(response: "BaseHTTPResponse", url: str, offset: int, length: int
         )
     first, last, total = parsed
     wrong = first != offset or last >= offset + length or told_bytes not in (None, last - first + 1)
-    if wrong or headers.get("Content-Encoding", "identity") != "identity":
+    if wrong:
         response.close()
         raise RetriableFailure(
             f"{host_of(url)}: {what}: asked for {length} bytes at {offset}, the answer is "

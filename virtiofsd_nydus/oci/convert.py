@@ -22,7 +22,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from virtiofsd_nydus.builder.image import BuildOptions, Layer, MergedImage, build_layer, merge_layers
-from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 from virtiofsd_nydus.oci.manifest import (
     ANNOTATION_BLOB,
     ANNOTATION_BOOTSTRAP,
@@ -43,7 +43,7 @@ from virtiofsd_nydus.oci.manifest import (
     get_host_platform,
     load_json,
 )
-from virtiofsd_nydus.oci.reference import DOCKER_ARCHIVE, Reference
+from virtiofsd_nydus.oci.reference import DOCKER, DOCKER_ARCHIVE, Reference
 from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest, read_document
 from virtiofsd_nydus.oci.workfolder import make_work_folder
 from virtiofsd_nydus.rafs.blob import META_BYTES_MAX, BlobInfo, StoredMeta
@@ -154,18 +154,19 @@ def convert_image(
     layer makes the same blob (unless encrypted), and what the target has is not pushed again. What a killed run left in
     its work folder goes with the next run there. Raises Failure."""
     began = time.monotonic()
-    if work_dir is not None:
-        options = replace(options, spill_dir=str(work_dir))
+    options = replace(options, diff_id=True, spill_dir=str(work_dir) if work_dir is not None else options.spill_dir)
     if target_ref.transport == DOCKER_ARCHIVE:
         raise Failure(f"{target_ref}: a docker archive can be a source only", Cause.FORMAT)
     if target_ref.digest:
         raise Failure(f"{target_ref}: a destination has a tag, its digest is not known before", Cause.FORMAT)
     manifest, config, of_platform = read_source(source, source_ref, platform)
+    if is_same_place(source_ref, target_ref):
+        refuse_overwriting(source, source_ref, target_ref, manifest, keeps_source=merge_platform or options.oci_ref)
     try:
         with make_work_folder(work_dir) as folder:
             run = _Conversion(source, target, options, folder, progress or _Silent(), dictionary)
             run.require_dictionary()
-            built = run.convert_layers(manifest.layers)
+            built = run.convert_layers(manifest.layers, list_diff_ids(config, manifest, str(source_ref)))
             merged = merge_layers(
                 [layer for layer, _ in built], options=options, dictionary=dictionary, keep_trees=False
             )
@@ -201,6 +202,48 @@ def convert_image(
         sorted({layer.blob_id for layer, _ in built} - used),
         [result for _, result in built],
     )
+
+
+def is_same_place(source: Reference, target: Reference) -> bool:
+    """Whether both are in one repository or one layout."""
+    if source.transport != target.transport:
+        return False
+    if source.transport == DOCKER:
+        return (source.api_host, source.repo) == (target.api_host, target.repo)
+    return source.path.resolve() == target.path.resolve()
+
+
+def refuse_overwriting(
+    source: ImageStore, source_ref: Reference, target_ref: Reference, manifest: Manifest, *, keeps_source: bool
+) -> None:
+    """Raises UsageFailure where the target's tag is the one that the source is found by: the OCI image would be lost.
+    An index of both keeps it, unless the source is an index, whose other platforms that would drop."""
+    found = digest_of(source.get_manifest(source_ref.version)[0])
+    try:
+        there = digest_of(source.get_manifest(target_ref.tag)[0])
+    except Failure as failure:
+        if failure.cause is Cause.MISSING:
+            return
+        raise
+    if there == found and not (keeps_source and found == manifest.descriptor.digest):
+        raise UsageFailure(
+            f"{target_ref} is the image to convert, which nothing would name any more: give the Nydus image another tag"
+            + ("" if keeps_source else ", or both one by --merge-platform")
+        )
+
+
+def list_diff_ids(config: dict[str, Any], manifest: Manifest, what: str) -> list[str]:
+    """The digests of the layers' decoded tars, as the image's configuration has them; empty where it has none."""
+    rootfs = config.get("rootfs")
+    found = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
+    if not found:
+        return []
+    if not isinstance(found, list) or len(found) != len(manifest.layers):
+        raise Failure(
+            f"{what}: the configuration tells of other layers than the manifest: the image was put together wrong",
+            Cause.FORMAT,
+        )
+    return [str(one) for one in found]
 
 
 def read_source(
@@ -255,7 +298,9 @@ class _Conversion:
                     Cause.MISSING,
                 )
 
-    def convert_layers(self, layers: tuple[Descriptor, ...]) -> list[tuple[Layer, LayerResult]]:
+    def convert_layers(
+        self, layers: tuple[Descriptor, ...], diff_ids: Sequence[str] = ()
+    ) -> list[tuple[Layer, LayerResult]]:
         """Converts the layers; results are in the image's order. A layer that occurs twice is converted once."""
         unique = {layer.digest: layer for layer in layers}
         for layer in unique.values():
@@ -264,6 +309,13 @@ class _Conversion:
         order = sorted(unique.values(), key=lambda layer: -layer.size)
         results = run_at_a_time(self._convert_layer, order, LAYERS_AT_A_TIME, self._stop)
         done = {layer.digest: result for layer, result in zip(order, results, strict=True)}
+        for layer, diff_id in zip(layers, diff_ids, strict=bool(diff_ids)):
+            if diff_id.startswith("sha256:") and done[layer.digest][0].diff_id != diff_id:
+                raise Failure(
+                    f"{self._source.name}: layer {layer.digest[7:19]} does not have the content that the image's "
+                    f"configuration says (diff_id {diff_id[:19]}): the image was put together wrong",
+                    Cause.DIGEST,
+                )
         return [done[layer.digest] for layer in layers]
 
     def push_bootstrap(self, merged: MergedImage) -> tuple[Descriptor, str]:

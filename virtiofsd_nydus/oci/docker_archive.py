@@ -2,13 +2,17 @@
 
 Presented as an OCI manifest over the archive's members, so that the rest need not know."""
 
+import errno
 import json
+import shutil
 import tarfile
+import tempfile
 import threading
+import zlib
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.documents import parse_json
@@ -27,30 +31,36 @@ PIECE_BYTES = 1 << 20
 
 
 class DockerArchiveStore:
-    """store.ImageStore, for reading only. The archive must be a plain tar: members are read where they lie."""
+    """store.ImageStore, for reading only. Members are read where they lie; a compressed archive is decoded into a file
+    of TMPDIR first."""
 
     def __init__(self, file: Path) -> None:
         self.name = f"docker-archive:{file}"
         self._file = file
-        self._backend = LocalfsBackend(blob_file=str(file))
+        self._decoded: Any = None  # a temporary file, gone with close()
+        self._backend: LocalfsBackend | None = None
         self._lock = threading.Lock()
-        self._manifest: bytes | None = None
+        self._manifests: dict[str, bytes] = {}  # by what was asked for
         self._places: dict[str, tuple[int, int]] = {}  # digest -> offset and size in the archive
 
     def close(self) -> None:
-        self._backend.close()
+        if self._backend is not None:
+            self._backend.close()
+        if self._decoded is not None:
+            self._decoded.close()
 
     def get_manifest(self, version: str) -> tuple[bytes, str]:
+        """version: NAME[:TAG] of an image of the archive, "": the only one."""
         with self._lock:
-            if self._manifest is None:
-                self._manifest = self._scan()
-            return self._manifest, MEDIA_MANIFEST
+            if version not in self._manifests:
+                self._manifests[version] = self._scan(version)
+            return self._manifests[version], MEDIA_MANIFEST
 
     def read_blob(self, descriptor: Descriptor) -> Iterator[memoryview]:
         if descriptor.digest not in self._places:
             raise Failure(f"{self.name}: no blob {descriptor.digest}", Cause.MISSING)
         offset, size = self._places[descriptor.digest]
-        return self._backend.read_range("", offset, size)
+        return self._opened().read_range("", offset, size)
 
     def has_blob(self, descriptor: Descriptor) -> bool:
         return descriptor.digest in self._places
@@ -61,30 +71,72 @@ class DockerArchiveStore:
     def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> None:
         raise Failure(f"{self.name}: a docker archive can be a source only", Cause.IO)
 
-    def _scan(self) -> bytes:
+    def _opened(self) -> LocalfsBackend:
+        """Reads the archive as a plain tar. Raises OSError, ValueError for one that does not decode."""
+        if self._backend is None:
+            with self._file.open("rb") as raw:
+                reader = open_decoded(raw)
+                if reader is not None:
+                    self._decoded = tempfile.NamedTemporaryFile(prefix="virtiofsd-nydus-")  # noqa: SIM115
+                    shutil.copyfileobj(reader, self._decoded, PIECE_BYTES)
+                    self._decoded.flush()
+            self._backend = LocalfsBackend(blob_file=str(self._tar_path))
+        return self._backend
+
+    @property
+    def _tar_path(self) -> Path:
+        return self._file if self._decoded is None else Path(self._decoded.name)
+
+    def _choose(self, listed: Any, version: str) -> Any:
+        """The entry of manifest.json for NAME[:TAG]."""
+        if not isinstance(listed, list) or not listed:
+            raise Failure(f"{self.name}: holds no images", Cause.FORMAT)
+        names = [[str(name) for name in entry.get("RepoTags") or []] for entry in listed]
+        if not version and len(listed) == 1:
+            return listed[0]
+        found = [
+            entry
+            for entry, of_entry in zip(listed, names, strict=True)
+            if normalize_name(version) in [normalize_name(name) for name in of_entry]
+        ]
+        if version and found:
+            return found[0]
+        have = ", ".join(name for of_entry in names for name in of_entry) or "none with a name"
+        raise Failure(
+            f"{self.name}: no image {version!r}; there are: {have}"
+            if version
+            else f"{self.name}: holds {len(listed)} images, say which ({self.name}:NAME:TAG); there are: {have}",
+            Cause.MISSING,
+        )
+
+    def _scan(self, version: str) -> bytes:
         """Finds the members and makes the manifest."""
         try:
-            with tarfile.open(self._file, "r:") as archive:
+            self._opened()
+            with tarfile.open(self._tar_path, "r:") as archive:
                 members = {_tidy(member.name): member for member in archive}
-                listed = parse_json(self._read_member(members, "manifest.json"))
-                if not isinstance(listed, list) or len(listed) != 1:
-                    count = len(listed) if isinstance(listed, list) else 0
-                    raise Failure(
-                        f"{self.name}: holds {count} images, one is expected: save them one by one", Cause.FORMAT
-                    )
-                config = self._read_member(members, str(listed[0]["Config"]))
-                layers = [self._add(self._resolve(members, str(name)), MEDIA_LAYER) for name in listed[0]["Layers"]]
-                config_member = self._resolve(members, str(listed[0]["Config"]))
+                chosen = self._choose(parse_json(self._read_member(members, "manifest.json")), version)
+                config = self._read_member(members, str(chosen["Config"]))
+                layers = [self._add(self._resolve(members, str(name)), MEDIA_LAYER) for name in chosen["Layers"]]
+                config_member = self._resolve(members, str(chosen["Config"]))
                 self._places[digest_of(config)] = config_member.offset_data, config_member.size
         except FileNotFoundError as error:
             raise Failure(f"{self._file}: no such file", Cause.MISSING) from error
-        except (tarfile.TarError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error) as error:
             raise Failure(
-                f"{self.name}: not a docker archive (a plain tar with manifest.json; unpack a .gz first): {error}",
+                f"{self.name}: not a docker archive (a tar with manifest.json, plain or compressed): {error}",
                 Cause.FORMAT,
             ) from error
         except OSError as error:
-            raise Failure(f"cannot read {self._file}: {error.strerror}", Cause.IO) from error
+            if error.errno is None:  # of gzip and bz2: what they read is damaged
+                raise Failure(f"{self.name}: does not decode: {error}", Cause.FORMAT) from error
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise Failure(
+                f"cannot decode {self._file} in {tempfile.gettempdir()}: {error.strerror} (TMPDIR)"
+                if full
+                else f"cannot read {self._file}: {error.strerror}",
+                Cause.SPACE if full else Cause.IO,
+            ) from error
         value: dict[str, Any] = {
             "schemaVersion": 2,
             "mediaType": MEDIA_MANIFEST,
@@ -96,7 +148,7 @@ class DockerArchiveStore:
     def _add(self, member: tarfile.TarInfo, media_type: str) -> Descriptor:
         """The archive does not tell its layers' digests reliably (old ones name them by ids): they are computed."""
         hashed = sha256()
-        for piece in self._backend.read_range("", member.offset_data, member.size):
+        for piece in self._opened().read_range("", member.offset_data, member.size):
             hashed.update(piece)
         digest = f"sha256:{hashed.hexdigest()}"
         self._places[digest] = member.offset_data, member.size
@@ -122,7 +174,66 @@ class DockerArchiveStore:
         member = self._resolve(members, name)
         if member.size > DOCUMENT_BYTES:
             raise Failure(f"{self.name}: member {name!r} is too large for a document", Cause.FORMAT)
-        return b"".join(bytes(piece) for piece in self._backend.read_range("", member.offset_data, member.size))
+        return b"".join(bytes(piece) for piece in self._opened().read_range("", member.offset_data, member.size))
+
+
+def open_decoded(raw: BinaryIO) -> "BinaryIO | None":
+    """What decodes a compressed file from its start; None: it is not compressed in a way that is known."""
+    head = raw.read(6)
+    raw.seek(0)
+    if head[:2] == b"\x1f\x8b":
+        import gzip
+
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if head[:4] == b"\x28\xb5\x2f\xfd":
+        import zstandard
+
+        return _ZstdReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))  # type: ignore[return-value]
+    if head[:3] == b"BZh":
+        import bz2
+
+        return bz2.BZ2File(raw)  # type: ignore[return-value]
+    if head == b"\xfd7zXZ\0":
+        import lzma
+
+        return _XzReader(lzma.LZMAFile(raw))  # type: ignore[return-value]
+    return None
+
+
+class _ZstdReader:
+    """Tells damage as the others do."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+
+    def read(self, size: int) -> bytes:
+        import zstandard
+
+        try:
+            return bytes(self._reader.read(size))
+        except zstandard.ZstdError as error:
+            raise ValueError(str(error)) from None
+
+
+class _XzReader:
+    """Tells damage as the others do."""
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+
+    def read(self, size: int) -> bytes:
+        import lzma
+
+        try:
+            return bytes(self._reader.read(size))
+        except lzma.LZMAError as error:
+            raise ValueError(str(error)) from None
+
+
+def normalize_name(name: str) -> str:
+    """NAME:TAG with what docker leaves out: the tag `latest`, and not its own registry's name."""
+    name = name.removeprefix("docker.io/").removeprefix("library/")
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
 def _tidy(name: str) -> str:

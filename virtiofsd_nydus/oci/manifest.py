@@ -22,11 +22,28 @@ MEDIA_DOCKER_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 MEDIA_DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 MEDIA_DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 MEDIA_DOCKER_LAYER_PLAIN = "application/vnd.docker.image.rootfs.diff.tar"
+MEDIA_DOCKER_LAYER_ZSTD = "application/vnd.docker.image.rootfs.diff.tar.zstd"
+# Layers that a registry may leave to other servers. Where their bytes are at hand they are layers as any.
+MEDIA_DOCKER_FOREIGN = "application/vnd.docker.image.rootfs.foreign.diff.tar"
+MEDIA_NONDISTRIBUTABLE = "application/vnd.oci.image.layer.nondistributable.v1.tar"
 MEDIA_NYDUS_BLOB = "application/vnd.oci.image.layer.nydus.blob.v1"
 
 INDEX_TYPES = (MEDIA_INDEX, MEDIA_DOCKER_LIST)
 MANIFEST_TYPES = (MEDIA_MANIFEST, MEDIA_DOCKER_MANIFEST)
-LAYER_TYPES = (MEDIA_LAYER, MEDIA_LAYER_GZIP, MEDIA_LAYER_ZSTD, MEDIA_DOCKER_LAYER, MEDIA_DOCKER_LAYER_PLAIN)
+LAYER_TYPES = (
+    MEDIA_LAYER,
+    MEDIA_LAYER_GZIP,
+    MEDIA_LAYER_ZSTD,
+    MEDIA_DOCKER_LAYER,
+    MEDIA_DOCKER_LAYER_PLAIN,
+    MEDIA_DOCKER_LAYER_ZSTD,
+    MEDIA_DOCKER_FOREIGN,
+    f"{MEDIA_DOCKER_FOREIGN}.gzip",
+    f"{MEDIA_DOCKER_FOREIGN}.zstd",
+    MEDIA_NONDISTRIBUTABLE,
+    f"{MEDIA_NONDISTRIBUTABLE}+gzip",
+    f"{MEDIA_NONDISTRIBUTABLE}+zstd",
+)
 ACCEPT = ", ".join((*MANIFEST_TYPES, *INDEX_TYPES))
 
 ANNOTATION_BLOB = "containerd.io/snapshot/nydus-blob"
@@ -125,8 +142,56 @@ def parse_platform(text: str) -> Platform:
 def get_host_platform() -> Platform:
     """The platform of this machine, in Go's names as OCI has them."""
     machine = host_platform.machine().lower()
-    names = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "armv6l": "arm", "i686": "386", "i386": "386"}
-    return Platform("linux", names.get(machine, machine))
+    variant = {"armv6l": "v6", "armv5tel": "v5"}.get(machine, "")
+    return normalize_platform(Platform("linux", "arm" if machine.startswith("armv") else machine, variant))
+
+
+ARCHITECTURES = {
+    "x86_64": ("amd64", ""),
+    "x86-64": ("amd64", ""),
+    "aarch64": ("arm64", ""),
+    "armhf": ("arm", "v7"),
+    "armel": ("arm", "v6"),
+    "i686": ("386", ""),
+    "i386": ("386", ""),
+}
+# What an architecture without a variant means
+IMPLIED_VARIANTS = {"amd64": "v1", "arm64": "v8", "arm": "v7"}
+
+
+def normalize_platform(platform: Platform) -> Platform:
+    """Other names of an architecture replaced; a variant that the architecture means anyway is left out."""
+    architecture, variant = platform.architecture.lower(), platform.variant.lower()
+    if architecture in ARCHITECTURES:
+        architecture, implied = ARCHITECTURES[architecture]
+        variant = variant or implied
+    if variant.isascii() and variant.isdecimal():
+        variant = f"v{variant}"
+    if variant == IMPLIED_VARIANTS.get(architecture):
+        variant = ""
+    return Platform(platform.os.lower(), architecture, variant)
+
+
+def rank_platform(found: Platform, wanted: Platform) -> int | None:
+    """How well an image of one platform runs on another: 0 best. None: it does not. As containerd has it: a processor
+    runs images of its own variant and of lower ones, the highest of them best."""
+    found, wanted = normalize_platform(found), normalize_platform(wanted)
+    if (found.os, found.architecture) != (wanted.os, wanted.architecture):
+        return None
+    if found.variant == wanted.variant:
+        return 0
+    have, want = variant_level(found), variant_level(wanted)
+    return want - have if have is not None and want is not None and have < want else None
+
+
+def variant_level(platform: Platform) -> int | None:
+    """The number of a normalized platform's variant; None: variants of this architecture have no order."""
+    implied = IMPLIED_VARIANTS.get(platform.architecture)
+    variant = platform.variant or implied or ""
+    number = variant.removeprefix("v")
+    if implied is None or not variant.startswith("v") or not number.isascii() or not number.isdecimal():
+        return None
+    return int(number[:4])
 
 
 def parse_descriptor(value: Any, what: str) -> Descriptor:
@@ -197,24 +262,20 @@ def parse_index(data: bytes, what: str) -> list[IndexEntry]:
 
 
 def choose_entry(entries: list[IndexEntry], wanted: Platform, what: str, *, nydus: bool) -> IndexEntry:
-    """The index's entry for a platform. nydus: prefer a Nydus manifest (else: never take one)."""
+    """The index's entry for a platform, the one that runs best there. nydus: prefer a Nydus manifest (else: never take
+    one)."""
 
-    def fits(entry: IndexEntry) -> bool:
+    def rank(entry: IndexEntry) -> int | None:
         if entry.platform is None:
-            return len(entries) == 1
-        return (
-            entry.platform.os == wanted.os
-            and entry.platform.architecture == wanted.architecture
-            and (not wanted.variant or entry.platform.variant == wanted.variant)
-        )
+            return 0 if len(entries) == 1 else None
+        return rank_platform(entry.platform, wanted)
 
-    fitting = [entry for entry in entries if fits(entry) and (nydus or not entry.is_nydus)]
-    if nydus:
-        fitting.sort(key=lambda entry: not entry.is_nydus)
+    ranked = [(rank(entry), entry) for entry in entries if nydus or not entry.is_nydus]
+    fitting = [(nydus and not entry.is_nydus, found, entry) for found, entry in ranked if found is not None]
     if not fitting:
         # Attestations have the platform unknown/unknown; no person wants to choose them.
         have = sorted({str(entry.platform) for entry in entries if entry.platform and entry.platform.os != "unknown"})
         raise Failure(
             f"{what}: no image for {wanted}; there are: {', '.join(have) or 'none'} (--platform)", Cause.MISSING
         )
-    return fitting[0]
+    return min(fitting, key=lambda one: one[:2])[2]  # of equal ones the first

@@ -1,4 +1,4 @@
-"""Image references: `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`, `oci:DIR[:TAG]`, `docker-archive:FILE`."""
+"""Image references: `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`, `oci:DIR[:TAG]`, `docker-archive:FILE[:NAME[:TAG]]`."""
 
 import ipaddress
 import re
@@ -11,7 +11,7 @@ DOCKER = "docker"
 OCI = "oci"
 DOCKER_ARCHIVE = "docker-archive"
 
-GRAMMAR = "docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG] or docker-archive:FILE"
+GRAMMAR = "docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG] or docker-archive:FILE[:NAME[:TAG]]"
 
 # The distribution specification's names; at most 255 bytes with the host.
 COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -23,7 +23,8 @@ HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]
 
 @dataclass(frozen=True)
 class Reference:
-    """transport: DOCKER (host, repo, tag or digest), OCI (path, tag), DOCKER_ARCHIVE (path)."""
+    """transport: DOCKER (host, repo, tag or digest), OCI (path, tag), DOCKER_ARCHIVE (path, tag: NAME[:TAG] of one of
+    its images)."""
 
     transport: str
     host: str = ""
@@ -54,7 +55,10 @@ def parse_reference(text: str) -> Reference:
         return _parse_docker(text)
     transport, colon, rest = text.partition(":")
     if colon and rest and transport == DOCKER_ARCHIVE:
-        return Reference(DOCKER_ARCHIVE, path=Path(rest))
+        # A file may have colons in its name: the longest part that is there is the file.
+        ends = [at for at in range(len(rest), 0, -1) if rest[at : at + 1] in ("", ":")]
+        end = next((at for at in ends if Path(rest[:at]).exists()), len(rest))
+        return Reference(DOCKER_ARCHIVE, path=Path(rest[:end]), tag=rest[end + 1 :])
     if colon and rest and transport == OCI:
         folder, last_colon, tag = rest.rpartition(":")
         # A directory may have a colon in its name; one that is there wins.

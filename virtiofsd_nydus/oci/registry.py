@@ -9,7 +9,7 @@ from typing import IO, Self
 from urllib.parse import urljoin
 
 from virtiofsd_nydus.errors import Cause, Failure
-from virtiofsd_nydus.net.answers import check_status, read_body, release
+from virtiofsd_nydus.net.answers import HEAD_REFUSED, check_status, read_body, release
 from virtiofsd_nydus.net.client import HttpClient, Limits, Request, Trust
 from virtiofsd_nydus.net.credentials import Credentials, find_docker_credentials, parse_creds
 from virtiofsd_nydus.net.failures import RetriableFailure
@@ -24,6 +24,8 @@ from virtiofsd_nydus.storage.registry import RegistryBackend
 # has hashed and stored the whole blob.
 LIMITS = Limits(read_timeout_s=30.0, connect_timeout_s=10.0)
 PUT_TIMEOUT_S = 300.0
+# By any of these registries say that an upload is opened or done.
+UPLOAD_STATUSES = (200, 201, 202, 204)
 
 
 class RegistryStore:
@@ -107,10 +109,16 @@ class RegistryStore:
             try:
                 request = Request("HEAD", f"blobs/{descriptor.digest}")
                 response, _ = self._session.request(
-                    request, f"blob {descriptor.digest}", push=True, pass_statuses=(404,)
+                    request, f"blob {descriptor.digest}", push=True, pass_statuses=(404, *HEAD_REFUSED)
                 )
-                there = response.status == 200
                 release(response)
+                if response.status in HEAD_REFUSED:
+                    request = Request("GET", f"blobs/{descriptor.digest}", {"Range": "bytes=0-0"})
+                    response, _ = self._session.request(
+                        request, f"blob {descriptor.digest}", push=True, pass_statuses=(404, 416)
+                    )
+                    response.close()
+                there = response.status != 404
                 break
             except RetriableFailure as failure:
                 retry.wait(failure)
@@ -162,7 +170,7 @@ class RegistryStore:
         response, url = self._session.request(request, what, push=True)
         location = response.headers.get("Location", "")
         release(response)
-        if response.status != 202 or not location:
+        if response.status not in UPLOAD_STATUSES or not location:
             raise Failure(f"{self.host}: {what}: the registry opened no upload (status {response.status})", Cause.IO)
         location = urljoin(url, location)
         location += ("&" if "?" in location else "?") + f"digest={descriptor.digest}"
@@ -180,7 +188,7 @@ class RegistryStore:
             for one in opened:
                 one.close()
         release(response)
-        if response.status not in (201, 204):
+        if response.status not in UPLOAD_STATUSES:
             raise Failure(f"{self.host}: {what}: unexpected status {response.status}", Cause.IO)
 
     def _remember(self, descriptor: Descriptor) -> None:

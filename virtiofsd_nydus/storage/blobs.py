@@ -104,14 +104,28 @@ class HttpBackend:
             through = self._start(blob_id, False)
             while True:
                 try:
-                    response, url = self._request("HEAD", blob_id, what, {}, through, deadline)
-                    told_bytes = parse_size(response.headers.get("Content-Length", ""))
-                    release(response)
-                    if told_bytes is not None:
-                        return self._sizes.setdefault(blob_id, told_bytes)
-                    raise RetriableFailure(f"{host_of(url)}: {what}: the answer tells no size")
+                    return self._sizes.setdefault(blob_id, self._ask_size(blob_id, what, through, deadline))
                 except RetriableFailure as failure:
                     self._prepare_retry(retry, failure, through, deadline)
+
+    def _ask_size(self, blob_id: str, what: str, through: Through, deadline: float | None) -> int:
+        """The size that a HEAD tells or, of a server that serves none, the answer to a range."""
+        try:
+            response, url = self._request("HEAD", blob_id, what, {}, through, deadline)
+        except Failure as failure:
+            if failure.cause is not Cause.IO:
+                raise
+            answer = self._open_range(blob_id, 0, 1, what, through, deadline)
+            answer.end()
+            size = self._sizes.get(blob_id)
+            if size is None:
+                raise RetriableFailure(f"{host_of(answer.url)}: {what}: no answer tells its size") from failure
+            return size
+        told_bytes = parse_size(response.headers.get("Content-Length", ""))
+        release(response)
+        if told_bytes is None:
+            raise RetriableFailure(f"{host_of(url)}: {what}: the answer tells no size")
+        return told_bytes
 
     def read_range(
         self, blob_id: str, offset: int, length: int, *, prefetch: bool = False, deadline: float | None = None
@@ -187,11 +201,11 @@ class HttpBackend:
         """The checked answer to one range request; it may be shorter than length."""
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         response, url = self._request("GET", blob_id, what, headers, through, deadline)
-        if response.status == 416:
-            total = parse_size(response.headers.get("Content-Range", "").rpartition("/")[2])
-            release(response)
-            raise short_blob(url, what, -1 if total is None else total, offset, length)
         try:
+            if response.status == 416:
+                total = parse_size(response.headers.get("Content-Range", "").rpartition("/")[2])
+                release(response)
+                raise short_blob(url, what, -1 if total is None else total, offset, length)
             total_bytes = check_range(response, url, offset, length, what)
         except Failure as failure:
             elsewhere = self._broke(blob_id, url, failure)
