@@ -57,6 +57,14 @@ def test_fetch_slots_are_those_of_the_engine() -> None:
     assert POOL_SIZE == FETCH_SLOTS  # a connection for each
 
 
+def test_the_largest_chunk_table_is_the_engines() -> None:
+    from virtiofsd_nydus.rafs.layout import TABLE_BYTES_MAX
+
+    source = (ROOT / "csrc" / "blob" / "meta.c").read_text()
+    found = re.search(r"#define TABLE_MAX \((\d+)ull << (\d+)\)", source)
+    assert found is not None and int(found.group(1)) << int(found.group(2)) == TABLE_BYTES_MAX
+
+
 def test_one_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["version"] == virtiofsd_nydus.__version__

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <sys/stat.h>
 
+#include "blob/meta.h"
 #include "rafs/check.h"
 #include "rafs/v6.h"
 
@@ -269,6 +270,19 @@ static void check_mapped(struct walk *w)
     }
 }
 
+/* Checks that a reader takes the chunk tables that lie with the blobs: of batched and zran blobs there is no other. */
+static void check_chunk_tables(struct walk *w)
+{
+    for (uint32_t k = 0; k < w->r->info.blob_count && !w->stop; k++) {
+        const vnd_blob_info *b = &w->r->blobs[k].info;
+
+        if (b->chunk_count && b->features & (BLOBMETA_ZRAN | BLOBMETA_BATCH) && !blobmeta_possible(b) &&
+            !rafs_fault(w->f, "blob %u: no reader takes its chunk table (%u chunks, %llu bytes decoded)", k,
+                        b->chunk_count, (unsigned long long)b->ci_usize_bytes))
+            w->stop = true;
+    }
+}
+
 void v6_check(struct vnd_rafs *r, struct rafs_faults *f)
 {
     struct walk w = {
@@ -293,6 +307,7 @@ void v6_check(struct vnd_rafs *r, struct rafs_faults *f)
         check_links(&w);
         check_tables(&w);
         check_mapped(&w);
+        check_chunk_tables(&w);
     }
     free(w.links);
     free(w.jobs);

@@ -184,3 +184,52 @@ def test_samples_can_be_referred_to(name: str) -> None:
     packed = (SAMPLES / f"zran/{name}.tar.gz").read_bytes()
     layer, _ = refer(packed)
     assert layer.stats.names > 1
+
+
+# ---- tables that readers take
+
+
+def write_image(folder: Path, packed: bytes, options: BuildOptions = OPTIONS) -> tuple[Path, Layer]:
+    """A bootstrap and, in folder/blobs, the layer and the blob of its chunk table."""
+    import hashlib
+
+    layer, meta = refer(packed, options)
+    (folder / "blobs").mkdir()
+    for data in (packed, meta):
+        (folder / "blobs" / hashlib.sha256(data).hexdigest()).write_bytes(data)
+    merge_layers([layer], options=options, out_bootstrap=folder / "boot")
+    return folder / "boot", layer
+
+
+@pytest.mark.parametrize("repeated", [bytes(CHUNK), make_text(5, CHUNK)], ids=["zeroes", "text"])
+def test_chunks_that_repeat_cost_no_contexts(tmp_path: Path, repeated: bytes) -> None:
+    """A preallocated file is the same chunk again and again: readers take no table with more contexts than chunks."""
+    tree: Tree = {b"/": Entry(stat.S_IFDIR | 0o755)}
+    tree[b"/a"] = Entry(stat.S_IFREG | 0o644, content=b"first")
+    tree[b"/large"] = Entry(stat.S_IFREG | 0o644, content=repeated * 400)
+    tree[b"/z"] = Entry(stat.S_IFREG | 0o644, content=b"last")
+    bootstrap, layer = write_image(tmp_path, gzip.compress(write_tar(tree), 6, mtime=0))
+    assert layer.blob_info is not None
+    window_and_context = 40 + 32768
+    assert layer.blob_info.ci_usize <= len(layer.blob_info.table) * (24 + window_and_context)
+    assert main(["check", str(bootstrap)]) == 0
+    assert main(["check", str(bootstrap), "--blob-dir", str(tmp_path / "blobs")]) == 0  # as a daemon reads it
+
+
+def test_a_table_that_no_reader_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the image is made; and `check` tells it of an image that another program made."""
+    from virtiofsd_nydus.rafs import layout
+
+    packed = gzip.compress(write_tar(make_large_tree()), 6, mtime=0)
+    bootstrap, layer = write_image(tmp_path, packed)
+    assert layer.blob_info is not None
+    size = layer.blob_info.ci_usize
+    data = bootstrap.read_bytes()
+    assert data.count(struct.pack("<Q", size)) == 1
+    for told in (layout.TABLE_BYTES_MAX + 1, 24 * len(layer.blob_info.table) - 1):
+        bootstrap.write_bytes(data.replace(struct.pack("<Q", size), struct.pack("<Q", told)))
+        assert main(["check", str(bootstrap)]) == 1
+    monkeypatch.setattr(layout, "TABLE_BYTES_MAX", size - 1)
+    with pytest.raises(Failure, match="without --oci-ref") as caught:
+        refer(packed)
+    assert caught.value.cause is Cause.FORMAT

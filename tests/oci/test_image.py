@@ -1,9 +1,12 @@
 """resolve_image: what serves an image, from a registry and from a layout."""
 
+import base64
+import json
 from pathlib import Path
 
 import pytest
 
+from tests.oci.conftest import LAYERS
 from tests.peers.faulty_server import FaultyServer
 from tests.peers.registry import LocalRegistry
 from virtiofsd_nydus.errors import Cause, Failure
@@ -80,6 +83,32 @@ def test_the_login_goes_along_unseen(convert, image: Path, tmp_path: Path) -> No
         auth = found.backend_config()["config"]["auth"]
         assert auth not in repr(found) and registry.password not in repr(found)
         backend = create_backend("registry", found.backend_config()["config"])
+        blob_id, size = next(iter(found.blobs.items()))
+        assert sum(len(piece) for piece in backend.read_range(blob_id, 0, size)) == size
+        backend.close()
+
+
+@pytest.mark.parametrize("kind", ["auth", "identity token"])
+def test_dockers_login_stays_where_it_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """No login of docker's goes into a mount's configuration: the backend looks it up itself, token or password."""
+    from tests.oci.conftest import write_image
+    from virtiofsd_nydus.cli.main import main
+
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    write_image(tmp_path / "layout", LAYERS[:1])
+    with LocalRegistry(tmp_path / "r") as registry, FaultyServer(upstream=registry.host) as front:
+        assert main(["convert", f"oci:{tmp_path / 'layout'}:t", f"docker://{registry.host}/kept/a:n"]) == 0
+        if kind == "auth":
+            front.basic_user = "someone:word"
+            entry = {"auth": base64.b64encode(b"someone:word").decode()}
+        else:
+            front.token_user = "refresh:the-token"
+            entry = {"auth": base64.b64encode(b"someone:").decode(), "identitytoken": "the-token"}
+        (tmp_path / "config.json").write_text(json.dumps({"auths": {front.host: entry}}))
+        found = resolve_image(f"docker://{front.host}/kept/a:n", cache_dir=tmp_path / "cache")
+        settings = found.backend_config()["config"]
+        assert "auth" not in settings and "word" not in json.dumps(settings) and "the-token" not in json.dumps(settings)
+        backend = create_backend("registry", settings)
         blob_id, size = next(iter(found.blobs.items()))
         assert sum(len(piece) for piece in backend.read_range(blob_id, 0, size)) == size
         backend.close()

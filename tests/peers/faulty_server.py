@@ -415,6 +415,8 @@ class _Handler(BaseHTTPRequestHandler):
         form = urllib.parse.parse_qs(self.body.decode())
         login = f"{form.get('username', [''])[0]}:{form.get('password', [''])[0]}"
         header = self.headers.get("Authorization", "")
+        if form.get("grant_type") == ["refresh_token"]:  # an identity token
+            login = f"refresh:{form.get('refresh_token', [''])[0]}"
         if header.startswith("Basic "):
             login = base64.b64decode(header[6:]).decode()
         if self.faulty.token_user and login != self.faulty.token_user:

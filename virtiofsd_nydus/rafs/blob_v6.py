@@ -20,6 +20,7 @@ from virtiofsd_nydus.rafs.meta import (
     encode_tar_header,
     encode_toc_entry,
     pack_section,
+    require_table_size,
 )
 from virtiofsd_nydus.rafs.spill import copy_pieces
 
@@ -133,6 +134,7 @@ class InlinedBlobWriter(BlobWriter):
             infos = encode_chunk_infos_v1(self.table)
         contexts = len(infos), len(self._contexts), self._context_count
         infos += self._contexts
+        require_table_size(len(infos), "use a larger chunk size")
         packed, codec = compress_section(infos, self.codec)
         plain = packed
         if self.cipher is not None:

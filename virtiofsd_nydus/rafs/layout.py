@@ -173,6 +173,7 @@ TAR_HEADER_BYTES = 512
 CHUNK_BYTES_MIN = 4 << 10
 CHUNK_BYTES_MAX = 16 << 20
 BLOBS_MAX = 254  # the kernel takes a power-of-two mask of the device id, whose upper byte holds chunk index bits
+TABLE_BYTES_MAX = 128 << 20  # of a chunk table, decoded: csrc/blob/meta.c's limit (held together by a test)
 CHUNKS_PER_BLOB_MAX = (1 << 24) - 1
 BLOB_BYTES_MAX = 1 << 40
 BLOB_UNCOMPRESSED_MAX = 1 << 44

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
+from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import StoredMeta
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
@@ -18,6 +19,16 @@ from virtiofsd_nydus.rafs.spill import PIECE_BYTES, RELIEVE_EVERY, copy_pieces, 
 # What is compressed at one go; in pieces the bytes come out a little different. So the limit is part of the format of
 # our images: their digests change with it.
 ONE_PIECE_BYTES_MAX = 32 << 20
+
+
+def require_table_size(size: int, cure: str) -> int:
+    """size bytes of a chunk table, decoded. Raises Failure where no reader would take it: cure says what to do."""
+    if size > layout.TABLE_BYTES_MAX:
+        raise Failure(
+            f"a layer's chunk table would take {size >> 20} MiB, readers take {layout.TABLE_BYTES_MAX >> 20}: {cure}",
+            Cause.FORMAT,
+        )
+    return size
 
 
 def encode_tar_header(name: str, size: int) -> bytes:
