@@ -50,8 +50,11 @@ class DockerArchiveStore:
             self._decoded.close()
 
     def get_manifest(self, version: str) -> tuple[bytes, str]:
-        """version: NAME[:TAG] of an image of the archive, "": the only one."""
+        """version: NAME[:TAG] of an image of the archive, "": the only one; or the digest of one that was made here."""
         with self._lock:
+            made = next((data for data in self._manifests.values() if digest_of(data) == version), None)
+            if made is not None:
+                return made, MEDIA_MANIFEST
             if version not in self._manifests:
                 self._manifests[version] = self._scan(version)
             return self._manifests[version], MEDIA_MANIFEST
@@ -106,7 +109,7 @@ class DockerArchiveStore:
             f"{self.name}: no image {version!r}; there are: {have}"
             if version
             else f"{self.name}: holds {len(listed)} images, say which ({self.name}:NAME:TAG); there are: {have}",
-            Cause.MISSING,
+            Cause.MISSING if version else Cause.FORMAT,
         )
 
     def _scan(self, version: str) -> bytes:
