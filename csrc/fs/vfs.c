@@ -1,7 +1,8 @@
 /* fs/vfs.c -- mount table and pseudo directories; see vfs.h.
  *
- * Readers see one immutable table. A change builds the next table, publishes it, waits until every worker has left
- * the request in which it may hold the old one, and frees that. Changes are rare (a container's start) and serial.
+ * Readers see one immutable table. A change builds the next table, publishes it, and retires the old one together with a
+ * note of the readers that were inside then: it is freed by a later change, once each of these has left the request that it
+ * was in. Changes are rare (a container's start) and serial.
  */
 #include "fs/vfs.h"
 
@@ -31,6 +32,20 @@ struct vfs_table {
     uint32_t count;
     struct vfs_mount *mounts[]; /* by serial: ascending, since serials only grow */
 };
+/* A reader that was inside when a table was retired. */
+struct inside {
+    uint64_t id, epoch;
+};
+/* What a change replaced. */
+struct retired {
+    struct retired *next;
+    struct vfs_table *table;
+    struct pseudo_tree *tree;
+    struct vfs_mount *mount; /* NULL: none was unmounted */
+    bool waited_for;         /* vnd_vfs_umount still looks at it */
+    uint32_t n;
+    struct inside inside[];
+};
 struct vnd_vfs {
     vnd_engine *engine;
     int kind;
@@ -40,15 +55,20 @@ struct vnd_vfs {
     _Atomic int sessions;
     pthread_mutex_t lock; /* mount and umount */
     pthread_mutex_t workers_lock;
+    /* Under it. */
     struct vfs_reader *workers;
+    uint32_t n_workers;
+    uint64_t next_id;
+    struct retired *retired;
 };
 
 void vfs_enter(struct vfs_reader *w)
 {
     uint64_t e = atomic_load_explicit(&w->epoch, memory_order_relaxed);
 
-    atomic_store_explicit(&w->epoch, e + 1, memory_order_relaxed);
-    /* The mark must be seen before the table is read: pairs with the fence in wait_grace. */
+    atomic_store_explicit(&w->only, 0, memory_order_relaxed);
+    atomic_store_explicit(&w->epoch, e + 1, memory_order_release);
+    /* The mark must be seen before the table is read: pairs with the fence in publish. */
     atomic_thread_fence(memory_order_seq_cst);
 }
 
@@ -62,8 +82,10 @@ void vfs_leave(struct vfs_reader *w)
 void vfs_reader_add(struct vnd_vfs *v, struct vfs_reader *w)
 {
     pthread_mutex_lock(&v->workers_lock);
+    w->id = v->next_id++;
     w->next = v->workers;
     v->workers = w;
+    v->n_workers++;
     pthread_mutex_unlock(&v->workers_lock);
 }
 
@@ -73,24 +95,50 @@ void vfs_reader_remove(struct vnd_vfs *v, struct vfs_reader *w)
     for (struct vfs_reader **p = &v->workers; *p; p = &(*p)->next) {
         if (*p == w) {
             *p = w->next;
+            v->n_workers--;
             break;
         }
     }
     pthread_mutex_unlock(&v->workers_lock);
 }
 
-/* Returns once every worker that was inside a request has left it. */
-static void wait_grace(struct vnd_vfs *v)
+/* A reader that was inside when r was retired is so still, and may be in the mount with this serial (0: whatever mount).
+ * With workers_lock held. */
+static bool is_in_use(const struct vnd_vfs *v, const struct retired *r, uint32_t serial)
 {
-    const struct timespec pause = { .tv_nsec = 50000 };
+    for (struct vfs_reader *w = v->workers; w; w = w->next)
+        for (uint32_t i = 0; i < r->n; i++)
+            if (r->inside[i].id == w->id &&
+                r->inside[i].epoch == atomic_load_explicit(&w->epoch, memory_order_acquire)) {
+                uint32_t only = atomic_load_explicit(&w->only, memory_order_acquire);
 
-    atomic_thread_fence(memory_order_seq_cst);
+                if (!serial || !only || only == serial)
+                    return true;
+            }
+    return false;
+}
+
+static void retired_free(struct retired *r)
+{
+    free(r->table);
+    pseudo_tree_free(r->tree);
+    free(r->mount);
+    free(r);
+}
+
+/* Frees what is retired and no longer in use. */
+static void reclaim(struct vnd_vfs *v)
+{
     pthread_mutex_lock(&v->workers_lock);
-    for (struct vfs_reader *w = v->workers; w; w = w->next) {
-        uint64_t e = atomic_load_explicit(&w->epoch, memory_order_acquire);
+    for (struct retired **p = &v->retired; *p;) {
+        struct retired *r = *p;
 
-        while ((e & 1) && atomic_load_explicit(&w->epoch, memory_order_acquire) == e)
-            nanosleep(&pause, NULL);
+        if (r->waited_for || is_in_use(v, r, 0)) {
+            p = &r->next;
+            continue;
+        }
+        *p = r->next;
+        retired_free(r);
     }
     pthread_mutex_unlock(&v->workers_lock);
 }
@@ -133,8 +181,16 @@ static bool table_cover(const struct vfs_table *t, struct vfs_node *node)
     return any;
 }
 
-bool vfs_cover(struct vnd_vfs *v, struct vfs_node *node)
+bool vfs_cover(struct vnd_vfs *v, struct vfs_reader *w, struct vfs_node *node)
 {
+    struct vfs_node covered = *node;
+
+    if (!table_cover(table_of(v), node))
+        return false;
+    if (!w || atomic_load_explicit(&w->only, memory_order_relaxed) == 0)
+        return true;
+    vfs_widen(w);
+    *node = covered; /* what was found before may be unmounted by now */
     return table_cover(table_of(v), node);
 }
 
@@ -175,11 +231,13 @@ uint64_t vfs_nodeid(struct vnd_vfs *v, uint16_t serial, uint64_t ino)
     return (uint64_t)serial << VFS_INO_BITS | (ino & VFS_INO_MASK);
 }
 
-static int table_lookup(const struct vfs_table *t, const struct vfs_node *dir, const char *name, size_t len,
-                        struct vfs_node *out, vnd_attr *attr)
+int vfs_lookup(struct vnd_vfs *v, const struct vfs_step *step, struct vfs_node *out, vnd_attr *attr)
 {
-    struct vfs_node d = *dir;
+    const struct vfs_table *t = table_of(v);
+    const char *name = step->name;
+    struct vfs_node d = *step->dir;
     const struct vfs_mount *m;
+    size_t len = step->len;
     int rc;
 
     if (len == 1 && name[0] == '.') {
@@ -187,20 +245,18 @@ static int table_lookup(const struct vfs_table *t, const struct vfs_node *dir, c
         return d.fs->ops->rw ? d.fs->ops->lookup(d.fs, d.ino, name, len, attr) /* counted, as each look-up */
                              : d.fs->ops->getattr(d.fs, d.ino, attr);
     }
-    if (len == 2 && memcmp(name, "..", 2) == 0)
+    if (len == 2 && memcmp(name, "..", 2) == 0 && vfs_is_mount_root(v, &d)) {
+        if (step->reader)
+            vfs_widen(step->reader);
+        t = table_of(v);
         while (d.serial && (m = mount_find(t, d.serial)) && m->root_ino == d.ino)
             d = m->on;
+    }
     rc = d.fs->ops->lookup(d.fs, d.ino, name, len, attr);
     if (rc)
         return rc;
     *out = (struct vfs_node){ d.fs, attr->ino, d.serial };
-    return table_cover(t, out) ? out->fs->ops->getattr(out->fs, out->ino, attr) : 0;
-}
-
-int vfs_lookup(struct vnd_vfs *v, const struct vfs_node *dir, const char *name, size_t len, struct vfs_node *out,
-               vnd_attr *attr)
-{
-    return table_lookup(table_of(v), dir, name, len, out, attr);
+    return vfs_cover(v, step->reader, out) ? out->fs->ops->getattr(out->fs, out->ino, attr) : 0;
 }
 
 int vfs_session_kind(struct vnd_vfs *v)
@@ -248,9 +304,18 @@ void vfs_reset_inside(struct vnd_vfs *v)
 
 void vfs_reset(struct vnd_vfs *v)
 {
-    pthread_mutex_lock(&v->lock);
-    vfs_reset_inside(v);
-    pthread_mutex_unlock(&v->lock);
+    struct vfs_reader w = { 0 };
+    struct vfs_node node;
+
+    vfs_reader_add(v, &w);
+    vfs_enter(&w);
+    for (uint32_t i = 0; vfs_rw_mount(v, i, &node); i++) {
+        vfs_confine(&w, node.serial);
+        node.fs->ops->rw->reset(node.fs);
+        vfs_widen(&w);
+    }
+    vfs_leave(&w);
+    vfs_reader_remove(v, &w);
 }
 
 /* ---- changes */
@@ -299,15 +364,50 @@ static struct vfs_table *table_copy(const struct vfs_table *t, const struct vfs_
     return n;
 }
 
-/* Publishes what is not NULL, waits, frees what it replaced. */
-static void publish(struct vnd_vfs *v, struct vfs_table *table, struct pseudo_tree *tree)
+/* Publishes the table, and the tree if it is not NULL. Retires what they replace, and mount. waited_for as in the struct.
+ * NULL: no memory, and nothing was done. */
+static struct retired *publish(struct vnd_vfs *v, struct vfs_table *table, struct pseudo_tree *tree,
+                               struct vfs_mount *mount)
 {
-    struct pseudo_tree *old_tree = tree ? atomic_exchange(&v->pseudo.tree, tree) : NULL;
-    struct vfs_table *old_table = atomic_exchange(&v->table, table);
+    struct retired *r;
 
-    wait_grace(v);
-    free(old_table);
-    pseudo_tree_free(old_tree);
+    pthread_mutex_lock(&v->workers_lock);
+    r = malloc(sizeof(*r) + v->n_workers * sizeof(r->inside[0]));
+    if (r) {
+        *r = (struct retired){ .next = v->retired, .mount = mount, .waited_for = mount != NULL };
+        r->tree = tree ? atomic_exchange(&v->pseudo.tree, tree) : NULL;
+        r->table = atomic_exchange(&v->table, table);
+        v->retired = r;
+        atomic_thread_fence(memory_order_seq_cst);
+        for (struct vfs_reader *w = v->workers; w; w = w->next) {
+            uint64_t e = atomic_load_explicit(&w->epoch, memory_order_acquire);
+
+            if (e & 1)
+                r->inside[r->n++] = (struct inside){ w->id, e };
+        }
+    }
+    pthread_mutex_unlock(&v->workers_lock);
+    reclaim(v);
+    return r;
+}
+
+/* Returns once no request is in the mount that was retired. No lock is held: a request may take as long as it does. */
+static void wait_until_unused(struct vnd_vfs *v, struct retired *r)
+{
+    const struct timespec pause = { .tv_nsec = 50000 };
+    uint32_t serial = r->mount->serial;
+    bool in_use;
+
+    for (;;) {
+        pthread_mutex_lock(&v->workers_lock);
+        in_use = is_in_use(v, r, serial);
+        r->waited_for = in_use;
+        pthread_mutex_unlock(&v->workers_lock);
+        if (!in_use)
+            break;
+        nanosleep(&pause, NULL);
+    }
+    reclaim(v);
 }
 
 /* Finds the node that path names, adding pseudo directories to *tree (made on demand) for what is missing. */
@@ -325,7 +425,7 @@ static int mount_point(struct vnd_vfs *v, const char *path, struct vfs_node *nod
 
         path = name + len;
         if (!*tree) {
-            rc = table_lookup(t, node, name, len, node, &attr);
+            rc = vfs_lookup(v, &(struct vfs_step){ .dir = node, .name = name, .len = len }, node, &attr);
             if (rc != -ENOENT || node->serial)
                 continue;
         }
@@ -375,13 +475,15 @@ static int mount_locked(struct vnd_vfs *v, const char *path, struct fs *fs)
         table = table_copy(table_of(v), NULL, m, &v->pseudo);
         rc = table ? 0 : -ENOMEM;
     }
+    if (!rc && !publish(v, table, tree, NULL))
+        rc = -ENOMEM;
     if (rc) {
+        free(table);
         pseudo_tree_free(tree);
         free(m);
         return rc;
     }
     v->next_serial++;
-    publish(v, table, tree);
     return 0;
 }
 
@@ -423,9 +525,10 @@ static struct pseudo_tree *prune(struct vnd_vfs *v, const struct vfs_table *t, u
     return made;
 }
 
-static int umount_locked(struct vnd_vfs *v, const char *path)
+static int umount_locked(struct vnd_vfs *v, const char *path, struct retired **retired)
 {
     struct vfs_table *t = table_of(v), *table;
+    struct pseudo_tree *tree;
     struct vfs_mount *m = NULL;
 
     for (uint32_t i = 0; i < t->count; i++)
@@ -439,20 +542,27 @@ static int umount_locked(struct vnd_vfs *v, const char *path)
     table = table_copy(t, m, NULL, &v->pseudo);
     if (!table)
         return -ENOMEM;
-    publish(v, table, m->on.serial ? NULL : prune(v, table, m->on.ino));
-    free(m);
-    return 0;
+    tree = m->on.serial ? NULL : prune(v, table, m->on.ino);
+    *retired = publish(v, table, tree, m);
+    if (*retired)
+        return 0;
+    free(table);
+    pseudo_tree_free(tree);
+    return -ENOMEM;
 }
 
 int vnd_vfs_umount(vnd_vfs *v, const char *path)
 {
+    struct retired *retired = NULL;
     char clean[VFS_PATH_MAX];
 
     if (path_normalise(path, clean, sizeof(clean)))
         return -ENOENT;
     pthread_mutex_lock(&v->lock);
-    int rc = umount_locked(v, clean);
+    int rc = umount_locked(v, clean, &retired);
     pthread_mutex_unlock(&v->lock);
+    if (retired)
+        wait_until_unused(v, retired);
     return rc;
 }
 
@@ -485,6 +595,10 @@ void vnd_vfs_free(vnd_vfs *v)
     for (uint32_t i = 0; i < t->count; i++)
         free(t->mounts[i]);
     free(t);
+    for (struct retired *r = v->retired, *next; r; r = next) {
+        next = r->next;
+        retired_free(r);
+    }
     pseudo_release(&v->pseudo);
     pthread_mutex_destroy(&v->lock);
     pthread_mutex_destroy(&v->workers_lock);

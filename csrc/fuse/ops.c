@@ -15,6 +15,7 @@ enum req_verdict fuse_op_lookup(struct fuse_call *c)
 {
     struct fuse_entry_out out;
     struct vfs_node node;
+    struct vfs_step step;
     vnd_attr attr;
     const char *name;
     uint32_t len;
@@ -22,7 +23,8 @@ enum req_verdict fuse_op_lookup(struct fuse_call *c)
 
     if (rc)
         return fuse_reply_error(c, -rc);
-    rc = vfs_lookup(c->s->vfs, &c->node, name, len, &node, &attr);
+    step = (struct vfs_step){ .reader = &c->w->reader, .dir = &c->node, .name = name, .len = len };
+    rc = vfs_lookup(c->s->vfs, &step, &node, &attr);
     if (rc == -ENOENT && c->node.serial && !c->node.fs->ops->rw) {
         memset(&out, 0, sizeof(out)); /* nodeid 0: the absence itself is cached */
         out.entry_valid = FUSE_VALID_FOREVER_S;
@@ -226,10 +228,12 @@ static struct vfs_node entry_node(struct fuse_call *c, const struct fs_entry *e)
     if (e->len == 1 && e->name[0] == '.')
         return node;
     if (e->len == 2 && e->name[0] == '.' && e->name[1] == '.' && vfs_is_mount_root(c->s->vfs, &c->node)) {
-        vfs_lookup(c->s->vfs, &c->node, "..", 2, &node, &attr);
+        struct vfs_step step = { .reader = &c->w->reader, .dir = &c->node, .name = "..", .len = 2 };
+
+        vfs_lookup(c->s->vfs, &step, &node, &attr);
         return node;
     }
-    vfs_cover(c->s->vfs, &node);
+    vfs_cover(c->s->vfs, &c->w->reader, &node);
     return node;
 }
 

@@ -114,8 +114,11 @@ static enum req_verdict sync_mounts(struct fuse_call *c)
     struct vfs_node node;
     int rc = 0;
 
-    for (uint32_t i = 0; !rc && vfs_rw_mount(c->s->vfs, i, &node); i++)
+    for (uint32_t i = 0; !rc && vfs_rw_mount(c->s->vfs, i, &node); i++) {
+        vfs_confine(&c->w->reader, node.serial);
         rc = node.fs->ops->rw->sync(node.fs, node.ino, 0, false);
+        vfs_widen(&c->w->reader);
+    }
     return fuse_reply_rc(c, rc);
 }
 

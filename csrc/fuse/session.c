@@ -249,8 +249,10 @@ static enum req_verdict serve_call(struct fuse_call *c)
 
         if (rc && op->flags & NEED_NODE)
             return fuse_reply_error(c, -rc);
-        if (!rc && c->node.fs->ops->rw)
+        if (!rc && c->node.fs->ops->rw) {
+            vfs_confine(&c->w->reader, c->node.serial); /* a call to the host may hang */
             return fuse_rw_serve(c, op->rw ? op->rw : op->fn);
+        }
     }
     return op->fn(c);
 }

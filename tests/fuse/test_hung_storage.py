@@ -5,6 +5,7 @@ network file system whose server is away.
 """
 
 import contextlib
+import json
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -44,11 +45,11 @@ def storage(tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
 
 
 @contextlib.contextmanager
-def hanging_read(daemon: NydusDaemon, storage: "subprocess.Popen[bytes]") -> Iterator[FakeGuest]:
+def hanging_read(daemon: NydusDaemon, storage: "subprocess.Popen[bytes]", path: str = "data") -> Iterator[FakeGuest]:
     """A guest of the share whose read waits for the storage."""
     with FakeGuest(daemon.socket_path) as guest:
         guest.fuse.init()
-        node = guest.fuse.walk("data")
+        node = guest.fuse.walk(path)
         handle = guest.fuse.open(node.nodeid)
         storage.send_signal(signal.SIGSTOP)
         body = fc.READ_IN.pack(handle, 0, 4096, 0, 0, 0, 0)
@@ -85,3 +86,30 @@ def test_the_daemon_ends(storage: "subprocess.Popen[bytes]", tmp_path: Path, how
         assert not daemon.api_path.exists()
         storage.send_signal(signal.SIGCONT)  # the kernel closes the share's files, which asks their server
         assert daemon.process.wait(30) == 0
+
+
+def mount_api(daemon: NydusDaemon, path: str, source: Path, fs_type: str, config: str) -> None:
+    body = {"source": str(source), "fs_type": fs_type, "config": config}
+    status, answer = call_api(daemon.api_path, "POST", f"/api/v1/mount?mountpoint={path}", body, seconds=10)
+    assert status == 204, answer
+
+
+def test_mounts_and_guests_come_and_go(storage: "subprocess.Popen[bytes]", tmp_path: Path) -> None:
+    """Only the mount that hangs waits: others are mounted and unmounted, and new guests are served."""
+    image = tmp_path / "image"
+    backend = {"type": "localfs", "config": {"dir": str(image)}}
+    cache = {"type": "blobcache", "config": {"work_dir": str(tmp_path / "cache")}}
+    config = json.dumps({"device": {"backend": backend, "cache": cache}, "mode": "direct"})
+    (tmp_path / "cache").mkdir()
+    [bootstrap] = image.glob("*.boot*")
+    with NydusDaemon([]) as daemon:
+        wait_until(daemon.api_path.exists, "the API")
+        mount_api(daemon, "/share", tmp_path / "share", "passthrough_fs", "")
+        with hanging_read(daemon, storage, "share/data"):
+            for path in ("/one", "/two"):
+                mount_api(daemon, path, bootstrap, "rafs", config)
+            assert call_api(daemon.api_path, "DELETE", "/api/v1/mount?mountpoint=/one", seconds=10)[0] == 204
+            with FakeGuest(daemon.socket_path) as other:
+                other.fuse.init()
+                assert other.fuse.read(other.fuse.walk("two/data").nodeid, 0, 4096)
+            storage.send_signal(signal.SIGCONT)

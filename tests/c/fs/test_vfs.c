@@ -256,3 +256,98 @@ TEST(mounts_under_load)
         pthread_join(threads[i], NULL);
     rig_free(&g);
 }
+
+/* ---- a request that hangs: it is inside, and does not come out */
+
+struct unmounter {
+    struct vnd_vfs *vfs;
+    const char *path;
+    _Atomic bool done;
+};
+
+static void *unmount(void *arg)
+{
+    struct unmounter *u = arg;
+
+    CHECK_EQ(vnd_vfs_umount(u->vfs, u->path), 0);
+    atomic_store(&u->done, true);
+    return NULL;
+}
+
+/* Only the end of the mount that it is in waits for it, and that holds up nothing else. Where it is is not known of every
+ * request: such a one holds up each umount, and nothing else either. */
+static void check_hanging(bool confined)
+{
+    struct fs zero[4] = { { &zero_ops }, { &zero_ops }, { &zero_ops }, { &zero_ops } };
+    struct vnd_vfs *v = vnd_vfs_new(engine, VND_SESSION_MIXED);
+    struct unmounter u = { .vfs = v, .path = "/hangs" };
+    struct vfs_reader hangs = { 0 }, other = { 0 };
+    pthread_t t;
+
+    alarm(20); /* where something waits for it that must not */
+    CHECK_EQ(vfs_mount(v, "/hangs", &zero[0]), 0);
+    CHECK_EQ(vfs_mount(v, "/beside", &zero[1]), 0);
+    vfs_reader_add(v, &hangs);
+    vfs_enter(&hangs);
+    if (confined)
+        vfs_confine(&hangs, 1);
+    CHECK(pthread_create(&t, NULL, unmount, &u) == 0);
+    struct vfs_node node;
+    while (vfs_resolve(v, 1ull << 48 | 5, &node) == 0) /* until the umount has published its table */
+        usleep(500);
+    vfs_reader_add(v, &other); /* a new front-end */
+    vfs_enter(&other);
+    vfs_leave(&other);
+    vfs_reset(v); /* one that hung up */
+    CHECK_EQ(vfs_mount(v, "/new", &zero[2]), 0);
+    if (confined)
+        CHECK_EQ(vnd_vfs_umount(v, "/beside"), 0);
+    CHECK_EQ(vfs_mount(v, "/new2", &zero[3]), 0);
+    CHECK(!atomic_load(&u.done));
+    vfs_leave(&hangs);
+    pthread_join(t, NULL);
+    CHECK_EQ(vnd_vfs_umount(v, "/new"), 0);
+    vfs_reader_remove(v, &hangs);
+    vfs_reader_remove(v, &other);
+    vnd_vfs_free(v);
+}
+
+TEST(a_request_that_hangs_in_a_mount)
+{
+    check_hanging(true);
+}
+
+TEST(a_request_that_hangs_somewhere)
+{
+    check_hanging(false);
+}
+
+/* A reader that leaves its mount (a look-up of "..", a name that a mount covers) counts as anywhere again. */
+TEST(a_widened_reader_is_waited_for)
+{
+    struct fs zero = { &zero_ops };
+    struct vnd_vfs *v = vnd_vfs_new(engine, VND_SESSION_MIXED);
+    struct unmounter u = { .vfs = v, .path = "/m" };
+    struct vfs_reader r = { 0 };
+    struct vfs_node node;
+    pthread_t t;
+
+    CHECK_EQ(vfs_mount(v, "/m", &zero), 0);
+    vfs_reader_add(v, &r);
+    vfs_enter(&r);
+    vfs_confine(&r, 7);
+    node = (struct vfs_node){ .ino = 1 };
+    CHECK_EQ(vfs_resolve(v, 1, &node), 0);
+    vnd_attr attr;
+    CHECK_EQ(vfs_lookup(v, &(struct vfs_step){ .reader = &r, .dir = &node, .name = "m", .len = 1 }, &node, &attr), 0);
+    CHECK(node.fs == &zero);
+    CHECK(pthread_create(&t, NULL, unmount, &u) == 0);
+    while (vfs_resolve(v, 1ull << 48 | 5, &node) == 0)
+        usleep(500);
+    usleep(2000); /* it looks every 50 us; were it not to wait, it would be over */
+    CHECK(!atomic_load(&u.done));
+    vfs_leave(&r);
+    pthread_join(t, NULL);
+    vfs_reader_remove(v, &r);
+    vnd_vfs_free(v);
+}
