@@ -143,6 +143,12 @@ def _open(connection: Any, resolver: Resolver) -> socket.socket:
     raise NewConnectionError(connection, f"Failed to establish a new connection: {last}") from last
 
 
+def _begin_sending(connection: Any) -> None:
+    """What the connection left of its time was the handshake's; each wait to send has all of it again."""
+    if connection.sock is not None:
+        connection.sock.settimeout(connection.timeout if isinstance(connection.timeout, int | float) else None)
+
+
 def install(manager: urllib3.PoolManager, resolver: Resolver) -> urllib3.PoolManager:
     """Makes the manager's connections look names up in resolver."""
 
@@ -150,9 +156,17 @@ def install(manager: urllib3.PoolManager, resolver: Resolver) -> urllib3.PoolMan
         def _new_conn(self) -> socket.socket:
             return _open(self, resolver)
 
+        def connect(self) -> None:
+            super().connect()
+            _begin_sending(self)
+
     class SecureConnection(HTTPSConnection):
         def _new_conn(self) -> socket.socket:
             return _open(self, resolver)
+
+        def connect(self) -> None:
+            super().connect()
+            _begin_sending(self)
 
     class Pool(HTTPConnectionPool):
         ConnectionCls = Connection
