@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import stat
+import struct
 import subprocess
 import tarfile
 from pathlib import Path
@@ -58,7 +59,13 @@ def refuse(data: bytes, match: str) -> None:
     assert str(caught.value).startswith("layer: ") and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("pack", ["plain", "gzip", "gzip members", "zstd", "zstd frames", "zero padded gzip"])
+def skippable(data: bytes) -> bytes:
+    return struct.pack("<II", 0x184D2A5E, len(data)) + data
+
+
+@pytest.mark.parametrize(
+    "pack", ["plain", "gzip", "gzip members", "zstd", "zstd frames", "zstd skippable", "zero padded gzip"]
+)
 def test_compression_is_told_by_the_first_bytes(pack: str) -> None:
     tree = make_tree(9, 4096)
     data = write_tar(tree)
@@ -70,6 +77,12 @@ def test_compression_is_told_by_the_first_bytes(pack: str) -> None:
         "gzip members": gzip.compress(data[:half], 1) + gzip.compress(data[half:], 1) + gzip.compress(b""),
         "zstd": zstd.compress(data),
         "zstd frames": zstd.compress(data[:half]) + zstd.compress(data[half:]),
+        # a frame of no data before, between and behind: pzstd, zstd --seekable, zstd:chunked
+        "zstd skippable": skippable(b"")
+        + zstd.compress(data[:half])
+        + skippable(b"x" * 5000)
+        + zstd.compress(data[half:])
+        + skippable(b"table"),
         "zero padded gzip": gzip.compress(data, 1) + bytes(700),
     }[pack]
     layer = build_tar(packed, OPTIONS)

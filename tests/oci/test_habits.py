@@ -139,7 +139,10 @@ def save(file: Path, images: dict[str, bytes], compress=lambda data: data) -> No
 def zstd(data: bytes) -> bytes:
     import zstandard
 
-    return zstandard.ZstdCompressor().compress(data[:5000]) + zstandard.ZstdCompressor().compress(data[5000:])
+    skippable = b"\x50\x2a\x4d\x18\x02\0\0\0ab"
+    return (
+        skippable + zstandard.ZstdCompressor().compress(data[:5000]) + zstandard.ZstdCompressor().compress(data[5000:])
+    )
 
 
 TWO = {"example.test/two:1": make_tar([("one", b"1", {})]), "busybox:latest": make_tar([("two", b"2", {})])}

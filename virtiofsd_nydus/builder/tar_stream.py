@@ -133,6 +133,11 @@ def _plain(source: Readable, head: bytes) -> Iterator[bytes]:
         data = source.read(READ_BYTES)
 
 
+def is_zstd(head: bytes) -> bool:
+    """Whether a stream begins with a zstd frame: one of data, or a skippable one (RFC 8878 3.1.2)."""
+    return head[:4] == b"\x28\xb5\x2f\xfd" or (head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5)
+
+
 def open_pieces(source: Readable) -> Iterator[bytes]:
     """The decoded bytes of a tar that may be gzip, zstd or plain, told apart by its first bytes."""
     head = source.read(READ_BYTES)
@@ -143,7 +148,7 @@ def open_pieces(source: Readable) -> Iterator[bytes]:
         head += more
     if head[:2] == b"\x1f\x8b":
         return _gunzip(source, head)
-    if head[:4] == b"\x28\xb5\x2f\xfd":
+    if is_zstd(head):
         return _unzstd(source, head)
     return _plain(source, head)
 

@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from virtiofsd_nydus.builder.tar_stream import is_zstd
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.documents import parse_json
 from virtiofsd_nydus.oci.manifest import (
@@ -188,7 +189,7 @@ def open_decoded(raw: BinaryIO) -> "BinaryIO | None":
         import gzip
 
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
-    if head[:4] == b"\x28\xb5\x2f\xfd":
+    if is_zstd(head):
         import zstandard
 
         return _ZstdReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))  # type: ignore[return-value]
