@@ -54,6 +54,17 @@ def test_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_refusals_between_two_attempts_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log folds lines that are the same: an outage must not be ten different ones a second."""
+    clock = Clock(monkeypatch)
+    gate = Gate("mirror m", 1, 10, 10)
+    gate.failed("why")
+    said = gate.refusal()
+    for _ in range(9):
+        clock.ahead_s += 1
+        assert not gate.enter() and gate.refusal() == said
+
+
 def test_a_lost_probe_does_not_shut_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     gate = Gate("x", 1, 1, 1)
@@ -95,7 +106,7 @@ def test_breaker(server: FaultyServer, make, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(Failure, match="503"):
             read(backend, blob, 0, 10, prefetch=True)
     server.requests.clear()
-    with pytest.raises(Failure, match="not asked after 5 failures in a row") as caught:
+    with pytest.raises(Failure, match="not asked for now after 5 failures in a row") as caught:
         read(backend, blob, 0, 10)
     assert caught.value.cause is Cause.NETWORK and "503" in str(caught.value)
     assert server.requests == [] and backend.status()["breaker"] == "shut"

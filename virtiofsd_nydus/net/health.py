@@ -103,12 +103,11 @@ class Gate:
                 self._shut_until = 0.0
 
     def refusal(self) -> str:
-        """Why nothing goes through, for the line a person reads."""
+        """Why nothing goes through, for the line a person reads. It stays the same between two attempts, so that an
+        outage's many refusals are one line of the log, with a count."""
         with self._lock:
-            left_s = max(0.0, self._shut_until - time.monotonic())
-            when = "" if left_s == float("inf") else f", asked again in {left_s:.1f} s"
             count = max(self._failures, 1)
-            return f"{self.name}: not asked after {count} failures in a row{when}; the last: {self._last}"
+            return f"{self.name}: not asked for now after {count} failures in a row; the last: {self._last}"
 
     def _shut(self, now: float) -> None:
         self._pause_s = min(self._pause_s * 2, self._last_pause_s) if self._pause_s else self._first_pause_s
