@@ -15,7 +15,7 @@ from tests.oci.conftest import BIG, SMALL
 from tests.peers.faulty_server import FaultyServer
 from tests.peers.registry import LocalRegistry
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
-from virtiofsd_nydus.vmm.image import prepare_image
+from virtiofsd_nydus.vmm.image import WantedImage, prepare_image
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
 pytestmark = pytest.mark.peer
@@ -33,7 +33,7 @@ FILES = {
 @contextmanager
 def serving(reference: str, cache_dir: Path, **options: object) -> Iterator[tuple[NydusDaemon, FakeGuest]]:
     with (
-        prepare_image(reference, cache_dir=cache_dir, **options) as prepared,
+        prepare_image(WantedImage(reference, cache_dir=cache_dir, **options)) as prepared,
         NydusDaemon(prepared.daemon_options) as daemon,
         FakeGuest(daemon.socket_path, queue_size=64) as guest,
     ):
@@ -135,7 +135,7 @@ def test_a_login_that_is_refused_later(convert, image: Path, tmp_path: Path) -> 
     with LocalRegistry(tmp_path / "registry", auth="token") as registry:
         reference, creds = f"docker://{registry.host}/served/c:n", f"{registry.username}:{registry.password}"
         convert(f"oci:{image}:t", reference, "--creds", creds)
-        with prepare_image(reference, cache_dir=tmp_path / "cache", creds=creds) as prepared:
+        with prepare_image(WantedImage(reference, cache_dir=tmp_path / "cache", creds=creds)) as prepared:
             assert registry.token_server is not None
             registry.token_server.users.clear()
             with NydusDaemon(prepared.daemon_options) as daemon, FakeGuest(daemon.socket_path) as guest:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.vmm.conftest import run_tool
 from virtiofsd_nydus.vmm.guest import Deadline
-from virtiofsd_nydus.vmm.image import prepare_image
+from virtiofsd_nydus.vmm.image import WantedImage, prepare_image
 from virtiofsd_nydus.vmm.qemu import GuestFiles, Machine, MachineConfig, Share
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
@@ -34,7 +34,10 @@ def unpacked(demo_image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def daemon(nydus_image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NydusDaemon]:
     cache = tmp_path_factory.mktemp("cache")
-    with prepare_image(nydus_image, cache_dir=cache) as prepared, NydusDaemon(prepared.daemon_options) as running:
+    with (
+        prepare_image(WantedImage(nydus_image, cache_dir=cache)) as prepared,
+        NydusDaemon(prepared.daemon_options) as running,
+    ):
         yield running
 
 

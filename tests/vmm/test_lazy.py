@@ -18,7 +18,7 @@ from tests.peers.registry import LocalRegistry
 from tests.vmm.conftest import CLI, ROOT
 from virtiofsd_nydus.vmm.boot import BootOptions, BootReport, boot_guest
 from virtiofsd_nydus.vmm.guest import Deadline
-from virtiofsd_nydus.vmm.image import prepare_image
+from virtiofsd_nydus.vmm.image import WantedImage, prepare_image
 from virtiofsd_nydus.vmm.qemu import GuestFiles, Machine, MachineConfig, Share
 from virtiofsd_nydus.vmm.servers import NydusDaemon
 
@@ -79,7 +79,10 @@ def test_two_guests_on_two_daemons_fetch_each_chunk_once(
     nydus_image: str, registry: LocalRegistry, guest_files: GuestFiles, tmp_path: Path
 ) -> None:
     def boot() -> tuple[BootReport, dict[str, int]]:
-        with prepare_image(nydus_image, cache_dir=tmp_path) as image, NydusDaemon(image.daemon_options) as daemon:
+        with (
+            prepare_image(WantedImage(nydus_image, cache_dir=tmp_path)) as image,
+            NydusDaemon(image.daemon_options) as daemon,
+        ):
             report = boot_guest(daemon, BootOptions(guest_files, IMPORTS), started_at=time.monotonic())
             ready = {blob: state["ready_chunks"] for blob, state in daemon.stats()["blobs"].items()}
             return report, ready
@@ -99,7 +102,7 @@ def test_a_registry_that_dies_gives_eio_and_the_guest_goes_on(
     nydus_image: str, registry: LocalRegistry, guest_files: GuestFiles, tmp_path: Path, deadline: Deadline
 ) -> None:
     with (
-        prepare_image(nydus_image, cache_dir=tmp_path) as image,
+        prepare_image(WantedImage(nydus_image, cache_dir=tmp_path)) as image,
         NydusDaemon([*image.daemon_options, "--read-deadline-ms", "2000"]) as daemon,
         Machine(MachineConfig(guest_files, [Share(daemon.socket_path)])) as machine,
     ):
@@ -126,7 +129,7 @@ def test_a_guest_that_reboots_mounts_again_on_the_same_socket(
     nydus_image: str, guest_files: GuestFiles, tmp_path: Path, deadline: Deadline
 ) -> None:
     with (
-        prepare_image(nydus_image, cache_dir=tmp_path) as image,
+        prepare_image(WantedImage(nydus_image, cache_dir=tmp_path)) as image,
         NydusDaemon(image.daemon_options) as daemon,
         Machine(MachineConfig(guest_files, [Share(daemon.socket_path)])) as machine,
     ):

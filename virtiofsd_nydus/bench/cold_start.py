@@ -99,15 +99,16 @@ def run(args: argparse.Namespace) -> int:
 
 def boot_lazily(args: argparse.Namespace, options: "BootOptions", cache: Path, *, empty: bool) -> Round:
     from virtiofsd_nydus.vmm.boot import boot_guest
-    from virtiofsd_nydus.vmm.image import prepare_image
+    from virtiofsd_nydus.vmm.image import WantedImage, prepare_image
     from virtiofsd_nydus.vmm.servers import NydusDaemon
 
     if empty:
         shutil.rmtree(cache, ignore_errors=True)
     started_at = time.monotonic()
-    with prepare_image(
+    wanted = WantedImage(
         args.image, cache_dir=cache, plain_http=args.plain_http, creds=args.creds, ca_cert_files=tuple(args.ca_cert)
-    ) as image:
+    )
+    with prepare_image(wanted) as image:
         ready_s = time.monotonic() - started_at
         with NydusDaemon(image.daemon_options, die_with_parent=True) as daemon:
             report = boot_guest(daemon, options, started_at=started_at, stderr=pass_on)

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 def _boot(args: argparse.Namespace) -> int:
     from virtiofsd_nydus.vmm.accel import choose_accel
     from virtiofsd_nydus.vmm.boot import BootOptions, boot_guest
-    from virtiofsd_nydus.vmm.image import prepare_image
+    from virtiofsd_nydus.vmm.image import WantedImage, prepare_image
     from virtiofsd_nydus.vmm.qemu import QEMU, GuestFiles, check_memory, find_program
     from virtiofsd_nydus.vmm.servers import NydusDaemon
 
@@ -74,17 +74,7 @@ def _boot(args: argparse.Namespace) -> int:
     accel = choose_accel(args.accel, files)
     out = sys.stderr.buffer if args.json else sys.stdout.buffer
     with ExitStack() as stack:
-        image = stack.enter_context(
-            prepare_image(
-                args.image,
-                blob_dir=args.blob_dir,
-                config=args.config,
-                cache_dir=args.cache_dir,
-                plain_http=args.plain_http,
-                creds=args.creds,
-                ca_cert_files=tuple(args.ca_cert),
-            )
-        )
+        image = stack.enter_context(prepare_image(WantedImage.from_arguments(args)))
         daemon = stack.enter_context(NydusDaemon(image.daemon_options, die_with_parent=True))
         options = BootOptions(
             files,

@@ -36,21 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from virtiofsd_nydus.fuse.background import BackgroundMount
     from virtiofsd_nydus.fuse.mounts import check_mountpoint
-    from virtiofsd_nydus.vmm.image import prepare_image
+    from virtiofsd_nydus.vmm.image import WantedImage, prepare_image
 
     if args.fetch_all and not args.kernel:
         raise UsageFailure("--fetch-all goes with --kernel")
     target = check_mountpoint(args.directory)
     place = BackgroundMount(target)
-    with prepare_image(
-        args.image,
-        blob_dir=args.blob_dir,
-        config=args.config,
-        cache_dir=args.cache_dir,
-        plain_http=args.plain_http,
-        creds=args.creds,
-        ca_cert_files=tuple(args.ca_cert),
-    ) as image:
+    with prepare_image(WantedImage.from_arguments(args)) as image:
         if args.kernel:
             return _mount_kernel(args.image, image.daemon_options, target, fetch_all=args.fetch_all)
         place.remove()  # of a mount that was detached and whose daemon goes on

@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict, Unpack
 
 from virtiofsd_nydus.errors import Cause, Failure
 
@@ -37,6 +38,17 @@ DEFAULT_ENV = {
 }
 
 Sink = Callable[[bytes], object]
+
+
+class CommandOptions(TypedDict, total=False):
+    """How a command runs. cwd: "/" unless said. env: replaces DEFAULT_ENV's values name by name. chroot: in the mounted
+    root (so unless said), else in the initramfs. stdout, stderr: take the streams, which are collected else."""
+
+    cwd: str
+    env: Mapping[str, str] | None
+    chroot: bool
+    stdout: Sink | None
+    stderr: Sink | None
 
 
 @dataclass
@@ -131,18 +143,9 @@ class Guest:
         self._send(REQ_UNMOUNT, 0, b"")
         self._wait_phase("unmounted", deadline)
 
-    def start(
-        self,
-        argv: Sequence[str],
-        *,
-        cwd: str = "/",
-        env: Mapping[str, str] | None = None,
-        chroot: bool = True,
-        stdout: Sink | None = None,
-        stderr: Sink | None = None,
-    ) -> Job:
-        """Starts a command and returns at once. chroot: in the mounted root, else in the initramfs. env replaces
-        DEFAULT_ENV's values name by name."""
+    def start(self, argv: Sequence[str], **how: Unpack[CommandOptions]) -> Job:
+        """Starts a command and returns at once."""
+        cwd, env, chroot = how.get("cwd", "/"), how.get("env"), how.get("chroot", True)
         words = {**DEFAULT_ENV, **(env or {})}
         strings = [cwd, *argv, *(f"{name}={value}" for name, value in words.items())]
         if not argv or any("\0" in word for word in strings):
@@ -152,7 +155,7 @@ class Guest:
         )
         if len(payload) > MAX_FRAME_BYTES:
             raise Failure(f"the command's words take {len(payload)} bytes; the guest takes {MAX_FRAME_BYTES}")
-        job = Job(self._next_job, list(argv), stdout, stderr)
+        job = Job(self._next_job, list(argv), how.get("stdout"), how.get("stderr"))
         self._next_job = self._next_job % 0xFFFF + 1
         self._jobs[job.id] = job
         self._send(REQ_EXEC, job.id, payload)
@@ -163,19 +166,9 @@ class Guest:
             self._pump(deadline)
         return job
 
-    def run(
-        self,
-        argv: Sequence[str],
-        deadline: Deadline,
-        *,
-        cwd: str = "/",
-        env: Mapping[str, str] | None = None,
-        chroot: bool = True,
-        stdout: Sink | None = None,
-        stderr: Sink | None = None,
-    ) -> Job:
+    def run(self, argv: Sequence[str], deadline: Deadline, **how: Unpack[CommandOptions]) -> Job:
         """Runs a command to its end."""
-        return self.wait(self.start(argv, cwd=cwd, env=env, chroot=chroot, stdout=stdout, stderr=stderr), deadline)
+        return self.wait(self.start(argv, **how), deadline)
 
     def kill(self, job: Job, signal: int) -> None:
         """Sends a signal to the command's process group."""

@@ -1,5 +1,6 @@
 """An image named on a command line, made ready for our daemon: its bootstrap, and a configuration file."""
 
+import argparse
 import json
 import os
 import tempfile
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 
@@ -35,20 +36,39 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virtiofsd-nydus"
 
 
+@dataclass(frozen=True)
+class WantedImage:
+    """An image as a command line names it. name: a reference, or a bootstrap file with blob_dir or config. The last
+    three are for talking to a registry."""
+
+    name: str
+    blob_dir: Path | None = None
+    config: Path | None = None
+    cache_dir: Path | None = None
+    plain_http: bool = False
+    creds: str = ""
+    ca_cert_files: tuple[str, ...] = ()
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> Self:
+        """What the flags of arguments.py say: IMAGE, its place and the registry's."""
+        return cls(
+            args.image,
+            args.blob_dir,
+            args.config,
+            args.cache_dir,
+            args.plain_http,
+            args.creds,
+            tuple(args.ca_cert),
+        )
+
+
 @contextmanager
-def prepare_image(
-    image: str,
-    *,
-    blob_dir: Path | None = None,
-    config: Path | None = None,
-    cache_dir: Path | None = None,
-    plain_http: bool = False,
-    creds: str = "",
-    ca_cert_files: tuple[str, ...] = (),
-) -> Iterator[PreparedImage]:
+def prepare_image(wanted: WantedImage) -> Iterator[PreparedImage]:
     """Finds the image and writes the daemon's configuration into a file that lasts as long as the context. The cache
     directory is made, and stays. Raises Failure, or UsageFailure where options do not fit."""
-    work_dir = cache_dir or default_cache_dir()
+    image, blob_dir, config = wanted.name, wanted.blob_dir, wanted.config
+    work_dir = wanted.cache_dir or default_cache_dir()
     by_reference = image.startswith(REFERENCE_PREFIXES)
     if by_reference and (blob_dir or config):
         raise UsageFailure("--blob-dir and --config go with a bootstrap file, not with a reference")
@@ -72,7 +92,11 @@ def prepare_image(
         bootstraps = work_dir / "bootstraps"
         before = set(bootstraps.glob("*.boot"))
         found = resolve_image(
-            image, cache_dir=bootstraps, plain_http=plain_http, creds=creds, ca_cert_files=ca_cert_files
+            image,
+            cache_dir=bootstraps,
+            plain_http=wanted.plain_http,
+            creds=wanted.creds,
+            ca_cert_files=wanted.ca_cert_files,
         )
         backend = found.backend_config()
         kind, settings, bootstrap = backend["type"], backend["config"], str(found.bootstrap)
