@@ -1,15 +1,20 @@
-/* cache/cache.h -- one blob's files on this node. Three bits per chunk: trusted (its bytes matched its digest, in this
- * file, since this boot), durable (trusted, and survives a power cut), marked (Nydus's bit, a hint).
+/* cache/cache.h -- one blob's files on this node, and which chunks in them are trusted.
  *
- * Files in the work directory: ID.blob.data, or ID.blob.raw when it holds chunks as the blob stores them, at the blob's
- * own offsets; ID.blob.data.chunk_map (marked) for either, as Nydus has it (docs/rafs-format.md 6);
- * .virtiofsd-nydus/ID.vnd, or ID.raw.vnd, the side file:
- *   0     header 4096, struct side_header
- *   4096  trusted, one bit per chunk, LSB first, u64 words; then durable alike
- *   up(4096) then one 48-byte struct side_bound per chunk
- * Order in: bytes -> trusted (release) -> marked. Order out: epoch -> trusted -> bytes -> epoch (docs/datapath.md 2).
- * Where locks or shared maps do not work across hosts (network file systems), or nothing can be written, the trusted
- * bits are private memory: everything still works, and is verified again next time.
+ * Files in the cache directory: ID.blob.data, or ID.blob.raw when it holds chunks as the blob stores them, at the blob's own
+ * offsets; ID.blob.data.chunk_map for either, as Nydus has it (docs/rafs-format.md): a chunk's bit there says "marked", a
+ * hint that the bytes may be there. .virtiofsd-nydus/ID.vnd, or ID.raw.vnd, is ours, the side file:
+ *   0     header, 4096 bytes: struct side_header
+ *   4096  trusted bits, one a chunk, LSB first, words of 64; then durable bits alike
+ *   up(4096) then one struct side_bound (48 bytes) a chunk: what its trusted bit vouches for
+ * Trusted: these bytes matched their digest, in this file, since this boot. Durable: trusted, and a power cut does not
+ * change that. Where locks and shared mappings do not work across hosts (network file systems), or nothing can be written,
+ * the bits are private memory: all works, and is checked again by the next process.
+ *
+ * Order in: bytes, trusted bit (release), mark. Order out: epoch odd, trusted bit, bytes, epoch even.
+ * Threads: any. cachefile_ready and cachefile_epoch take no lock. One thread at a time moves (move.c).
+ * Locks: c->lock (bits are set and cleared under it), then the side file's claims (claim.h). c->write_lock alone.
+ * Ownership: the store's core owns its cachefile; directories are borrowed from the store.
+ * May use: base, blob.
  */
 #ifndef VND_CACHEFILE_H
 #define VND_CACHEFILE_H

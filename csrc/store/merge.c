@@ -6,6 +6,7 @@
 
 #include "store/fetcher.h"
 
+#define BRIDGE_SHARE 12 /* percent of a job's bytes that may be fetched for no chunk, to join two ranges */
 #define VERIFY_BYTES (1u << 20)
 #define WANTED_BYTES (1u << 20) /* wanted chunks are merged up to this, even beyond the window */
 
@@ -48,7 +49,7 @@ static bool may_join(const struct merge *b, uint32_t i, bool *speculative)
         return false;
     bytes = chunk_end(k) - head->coff;
     gap = k->coff - b->end;
-    if (gap > FETCH_BRIDGE_BYTES || (b->bridged + gap) * 100 > bytes * 12)
+    if (gap > FETCH_BRIDGE_BYTES || (b->bridged + gap) * 100 > bytes * BRIDGE_SHARE)
         return false;
     *speculative = bytes <= b->window_bytes;
     return *speculative || (b->wanted && bytes <= WANTED_BYTES);

@@ -4,6 +4,8 @@
 
 #include "store/fetcher.h"
 
+#define READ_TRIES 64
+
 /* Asks for all missing chunks of the extents, in order, and links w on the first. 1: none is missing after all. */
 static int park_missing(struct store_wait *w, const struct extent *ext, int n)
 {
@@ -114,7 +116,7 @@ int64_t store_read(struct store_wait *w, const struct extent *ext, int n, const 
         rc = park_missing(w, ext, n);
         if (rc <= 0)
             return rc ? rc : -EINPROGRESS;
-        if (tries > 64) /* chunks come and go faster than they are read */
+        if (tries > READ_TRIES) /* chunks come and go faster than they are read */
             return -EIO;
     }
 }
@@ -156,7 +158,7 @@ int store_want(struct store_wait *w, const struct extent *ext, int n)
             return rc ? rc : -EINPROGRESS;
         if (any_uncached(ext, n))
             return -ENOSPC;
-        if (tries > 64) /* chunks come and go faster than they can be looked at */
+        if (tries > READ_TRIES) /* chunks come and go faster than they can be looked at */
             return -EIO;
     }
 }

@@ -1,8 +1,15 @@
-/* store/store.h -- what file systems and transports may ask of the blob store.
+/* store/store.h -- blobs by (cache directory, id), for all images and all sessions: is a chunk ready? Read it. If not, the
+ * reader is parked, the chunk is fetched, checked, written, and the reader is woken.
  *
- * A store is one cache directory. A blob is one data file in it with three bits a chunk: trusted, durable, marked
- * (cache/cache.h, docs/datapath.md 2). Everything here may be called from any C thread. Calls on the way of a read
- * allocate nothing and take no lock when all is ready.
+ * Threads: any C thread may call what is here. A call whose chunks are all ready allocates nothing, takes no lock and makes
+ * one system call for each run of bytes; no call waits for a network or for another process.
+ * Locks, in the order in which they may be held together: a job's; core->load_lock; engine->lock; a shard's or
+ * fetcher->lock; store->lock; core->lock or cachefile->lock. A waiter is woken with none of them held.
+ * Ownership: an image holds its struct vnd_blob from blob_open to blob_close. All images that name a blob share its core,
+ * and that holds the cache files and the store. A struct store_wait is its request's own (wait.h).
+ * May use: base, blob, cache. Inside (internal.h, fetcher.h) files use only what stands before them: wait, uncached, store,
+ * want, stream, miss, serve, upkeep, page, foreign, blob, merge, load, job, read, decode, fetcher, fetch, engine.
+ * Python's fetch threads come in by vnd.h's vnd_job_*.
  */
 #ifndef VND_STORE_H
 #define VND_STORE_H
