@@ -4,6 +4,8 @@
 #include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
+#include <openssl/evp.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "blob/meta.h"
@@ -256,6 +258,37 @@ _Static_assert(sizeof(struct blobtable_chunk) == 48, "chunks are compared as byt
 static bool same_chunk(const struct blobtable *a, const struct blobtable *b, uint32_t i)
 {
     return !memcmp(&a->chunk[i], &b->chunk[i], sizeof a->chunk[i]) && !memcmp(a->digest[i], b->digest[i], 32);
+}
+
+int blobtable_name(const vnd_blob_info *info, const struct blobtable *t, char out[BLOBTABLE_NAME_LEN + 1])
+{
+    const struct {
+        uint64_t size_bytes;
+        uint32_t n, compressor, digester, cipher;
+    } head = { info->uncompressed_size_bytes, t->n, info->compressor, info->digester, info->cipher };
+    EVP_MD_CTX *md = EVP_MD_CTX_new();
+    uint8_t digest[EVP_MAX_MD_SIZE];
+    bool good;
+
+    if (!md)
+        return -ENOMEM;
+    good = EVP_DigestInit_ex(md, EVP_sha256(), NULL) == 1 && EVP_DigestUpdate(md, &head, sizeof head) == 1 &&
+           EVP_DigestUpdate(md, info->cipher_key, sizeof info->cipher_key) == 1 &&
+           EVP_DigestUpdate(md, info->cipher_iv, sizeof info->cipher_iv) == 1;
+    for (uint32_t i = 0; i < t->n && good; i++) /* chunks that are not named are not touched */
+        good = !t->chunk[i].usize || (EVP_DigestUpdate(md, &i, sizeof i) == 1 &&
+                                      EVP_DigestUpdate(md, &t->chunk[i], sizeof t->chunk[i]) == 1 &&
+                                      EVP_DigestUpdate(md, t->digest[i], sizeof t->digest[i]) == 1);
+    if (good && t->zran) {
+        size_t dicts_len, contexts = (size_t)zran_count(t->zran) * sizeof(struct zran_context);
+        const uint8_t *dicts = zran_dicts(t->zran, &dicts_len);
+        good = EVP_DigestUpdate(md, zran_at(t->zran, 0), contexts) == 1 && EVP_DigestUpdate(md, dicts, dicts_len) == 1;
+    }
+    good = good && EVP_DigestFinal_ex(md, digest, NULL) == 1;
+    EVP_MD_CTX_free(md);
+    for (int i = 0; i < BLOBTABLE_NAME_LEN / 2 && good; i++)
+        snprintf(out + 2 * i, 3, "%02x", digest[i]);
+    return good ? 0 : -EIO;
 }
 
 bool blobtable_equal(const struct blobtable *a, const struct blobtable *b)

@@ -56,6 +56,9 @@ bool blobtable_overlap(const struct blobtable *t, uint32_t *a, uint32_t *b);
 uint64_t blobtable_stored_bytes(const vnd_blob_info *info);
 /* Why a cache file cannot hold the chunks as they are stored, NULL = it can. */
 const char *blobtable_unstorable(const vnd_blob_info *info, const struct blobtable *t);
+/* A short name of what a table says, by SHA-256 of all of it and of how info says it is stored. 0 or -EIO, -ENOMEM. */
+#define BLOBTABLE_NAME_LEN 16
+int blobtable_name(const vnd_blob_info *info, const struct blobtable *t, char out[BLOBTABLE_NAME_LEN + 1]);
 struct blobtable *blobtable_new(uint32_t n);
 void blobtable_free(struct blobtable *t);
 

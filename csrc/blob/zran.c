@@ -105,6 +105,12 @@ uint32_t zran_count(const struct zran *z)
     return z->n;
 }
 
+const uint8_t *zran_dicts(const struct zran *z, size_t *len)
+{
+    *len = z->dicts_len;
+    return z->dicts;
+}
+
 const struct zran_context *zran_at(const struct zran *z, uint32_t i)
 {
     return &z->context[i];

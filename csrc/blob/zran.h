@@ -29,6 +29,8 @@ struct zran *zran_ref(struct zran *z);
 void zran_unref(struct zran *z);
 bool zran_equal(const struct zran *a, const struct zran *b); /* either may be NULL */
 uint32_t zran_count(const struct zran *z);
+/* All contexts, one behind the other, and all dictionaries, of *len bytes. */
+const uint8_t *zran_dicts(const struct zran *z, size_t *len);
 const struct zran_context *zran_at(const struct zran *z, uint32_t i);
 /* Inflates context i: src holds its in_len bytes, dst takes its out_len. 0, -EBADMSG, -ENOMEM. */
 int zran_decode(const struct zran *z, uint32_t i, const uint8_t *src, uint8_t *dst);

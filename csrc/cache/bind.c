@@ -17,7 +17,6 @@ _Static_assert(sizeof(struct side_bound) == 48, "bindings are compared as bytes,
 struct bind {
     struct cachefile *c;
     const struct blobtable *t;
-    bool rebind;             /* what is bound otherwise loses its bits and is bound anew */
     bool sorted;             /* chunks so far lie in index order */
     uint64_t end;            /* of the last one */
     uint32_t bad;            /* first chunk that is bound otherwise, or n */
@@ -54,11 +53,8 @@ static bool bind_chunk(struct bind *b, uint32_t i, struct side_bound *k)
     bool changed = false;
 
     if (want.state && memcmp(k, &want, sizeof want)) {
-        if (k->state && !b->rebind && b->bad == b->c->n)
+        if (k->state && b->bad == b->c->n)
             b->bad = i;
-        *k = want;
-        changed = true;
-    } else if (k->state && !want.state && b->rebind) {
         *k = want;
         changed = true;
     }
@@ -131,21 +127,12 @@ static int bind_locked(struct bind *b, char *err, size_t err_len)
 
     if (!rc)
         rc = bind_overlap(b, &overlap, &x, &y);
-    if (!rc && (bad < c->n || overlap)) {
-        /* The process that bound them may be gone: then the side file is ours to bind. */
-        if (claim_byte(c->side_fd, CLAIM_ATTACH, true, 0)) {
-            if (bad < c->n)
-                return fail_line(-EEXIST, err, err_len, "chunk %u is not what another image in use says of it", bad);
-            return fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image in use", x,
-                             y);
-        }
-        b->rebind = true;
-        cachefile_invalidate(c, false);
-    }
+    if (!rc && bad < c->n)
+        return fail_line(-EEXIST, err, err_len, "chunk %u is not what another image says of it", bad);
+    if (!rc && overlap)
+        return fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image", x, y);
     if (!rc)
         rc = bind_walk(b, true);
-    if (b->rebind)
-        claim_byte(c->side_fd, CLAIM_ATTACH, false, 0);
     return rc ? fail_line(rc, err, err_len, "cannot use its side file: %s", strerror(-rc)) : 0;
 }
 

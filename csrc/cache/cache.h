@@ -43,21 +43,25 @@ struct side_header {
     uint64_t dev, ino, btime_ns, size_bytes; /* of the data file */
     _Atomic uint64_t epoch;                  /* odd: chunks are being invalidated */
     _Atomic uint64_t ctime_ns;               /* change time of the data file after our last write */
-    uint32_t retired;
-    _Atomic uint32_t writing;  /* our writes under way, and those whose process died */
-    _Atomic uint64_t write_ns; /* wall clock when the latest of them began */
+    uint32_t retired;                        /* the data file holds what a stranger put there for another table */
+    _Atomic uint32_t writing;                /* our writes under way, and those whose process died */
+    _Atomic uint64_t write_ns;               /* wall clock when the latest of them began */
+    uint32_t adopted; /* the data file held bytes before it was bound: perhaps those of another table */
 };
 
 struct cachefile_at { /* which file a name led to when it was opened; all 0: none */
     uint64_t dev, ino;
 };
 
+/* What the files are called: the blob's id, or ID.NAME where another table has the files of that name (NAME: blobtable_name). */
+#define CACHE_NAME_MAX (VND_ID_MAX + 1 + BLOBTABLE_NAME_LEN)
+
 struct cachefile {
     struct vnd_engine *engine;
-    char id[VND_ID_MAX + 1];
-    bool stored;     /* it holds chunks as the blob stores them: every read decodes */
-    int dir_fd;      /* borrowed */
-    int side_dir_fd; /* borrowed, -1: the trusted bits are private */
+    char id[CACHE_NAME_MAX + 1]; /* as it was opened */
+    bool stored;                 /* it holds chunks as the blob stores them: every read decodes */
+    int dir_fd;                  /* borrowed */
+    int side_dir_fd;             /* borrowed, -1: the trusted bits are private */
     /* A descriptor's number and a map's address stay when the files behind them are exchanged (cache/move.c). */
     _Atomic int data_fd; /* -1: nothing on disk, bytes live in memory only */
     _Atomic int side_fd; /* -1: the trusted bits are private */
@@ -66,6 +70,7 @@ struct cachefile {
     struct cachefile_at data_at, side_at, map_at; /* for cachefile_open and the one thread that moves */
     bool replaced_said;                           /* likewise */
     _Atomic uint64_t moves;                       /* odd: files are being exchanged */
+    bool has_bytes;                               /* the data file had some when it was opened; for cachefile_open */
     uint32_t n;
     uint64_t size_bytes;
     struct side_header *head;
@@ -95,17 +100,23 @@ struct cachefile_cfg {
 };
 
 struct cachefile_names {
-    char data[VND_ID_MAX + 16], map[VND_ID_MAX + 32], side[VND_ID_MAX + 16];
+    char data[CACHE_NAME_MAX + 16], map[CACHE_NAME_MAX + 32], side[CACHE_NAME_MAX + 16];
 };
 void cachefile_names(struct cachefile_names *out, const char *id, bool stored);
 
-/* 0, or -errno with cause and line. Creates what is missing. */
+/* 0, or -errno with cause and line. Creates what is missing. -EEXIST: the files are those of another table of the blob, and
+ * are left as they are. */
 int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int *cause, char *err, size_t err_len);
 void cachefile_close(struct cachefile *c);
+/* Its chunks may be another table's: a marked one that is wrong is not to be written over. */
+bool cachefile_is_adopted(const struct cachefile *c);
+/* The data file's bytes are another table's: those that open it from now on get -EEXIST. */
+void cachefile_retire(struct cachefile *c);
 /* Where the bindings begin in the side file of a blob of n chunks. */
 size_t cachefile_bound_offset(uint32_t n);
-/* With c->lock held: binds the trusted bits to what a table says of its chunks. -EEXIST with a line: another process
- * uses the side file for an image that says otherwise. 0 without a shared side file. */
+/* With c->lock held: binds the trusted bits to what a table says of its chunks. -EEXIST with a line: they are bound to what
+ * another table says, or its chunks share bytes with bound ones. Nothing is ever bound anew: the kernel or another process
+ * may read the file. Without a shared side file: 0. */
 int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len);
 
 /* Where a chunk's bytes are in the data file. */

@@ -111,9 +111,11 @@ static int data_open(struct cachefile *c, int *cause, char *err, size_t err_len)
         return io_fail(c, "cannot stat its data file", -errno, cause, err, err_len);
     if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size > c->size_bytes) {
         *cause = VND_CAUSE_IO;
-        return fail_line(-EIO, err, err_len, "cache of blob %s: %s is no file of at most %llu bytes; remove it", c->id,
-                         name, (unsigned long long)c->size_bytes);
+        return fail_line(S_ISREG(st.st_mode) ? -EEXIST : -EIO, err, err_len,
+                         "cache of blob %s: %s is no file of at most %llu bytes; remove it", c->id, name,
+                         (unsigned long long)c->size_bytes);
     }
+    c->has_bytes = st.st_size && (lseek(c->data_fd, 0, SEEK_DATA) >= 0 || errno != ENXIO);
     c->data_at = (struct cachefile_at){ st.st_dev, st.st_ino };
     return 0;
 }
@@ -196,6 +198,25 @@ static int map_reserve(struct cachefile *c)
 
 /* ---------------------------------------------------------------- side file */
 
+/* The data file holds bytes that no side file speaks of. A chunk map that is not for as many chunks says that they are
+ * another table's. */
+static bool map_differs(const struct cachefile *c)
+{
+    struct cachefile_names names;
+    struct stat st;
+
+    cachefile_names(&names, c->id, c->stored);
+    return c->has_bytes && !fstatat(c->dir_fd, names.map, &st, AT_SYMLINK_NOFOLLOW) && S_ISREG(st.st_mode) &&
+           st.st_size && (uint64_t)st.st_size != MAP_HEADER + (c->n + 7) / 8;
+}
+
+/* The side file speaks of this very data file, and of another table of the blob; or it says that the bytes are another's. */
+static bool side_differs(const struct cachefile *c, const struct side_header *h, const struct identity *id)
+{
+    return !memcmp(h->magic, SIDE_MAGIC, 8) && h->version == SIDE_VERSION && h->dev == id->dev && h->ino == id->ino &&
+           h->btime_ns == id->btime_ns && (h->retired || h->n != c->n || h->size_bytes != c->size_bytes);
+}
+
 static bool side_matches(const struct cachefile *c, const struct side_header *h, const struct identity *id)
 {
     return !memcmp(h->magic, SIDE_MAGIC, 8) && h->version == SIDE_VERSION && h->n == c->n && !h->retired &&
@@ -206,13 +227,14 @@ static bool side_matches(const struct cachefile *c, const struct side_header *h,
  * processes keep that one open. Without replace the first process to name its file wins. */
 static int side_create(struct cachefile *c, const char *name, const struct identity *id, bool replace)
 {
-    char tmp[VND_ID_MAX + 48];
+    char tmp[CACHE_NAME_MAX + 48];
     struct side_header h = { .version = SIDE_VERSION,
                              .n = c->n,
                              .dev = id->dev,
                              .ino = id->ino,
                              .btime_ns = id->btime_ns,
-                             .size_bytes = c->size_bytes };
+                             .size_bytes = c->size_bytes,
+                             .adopted = c->has_bytes };
     size_t len = cachefile_bound_offset(c->n) + (size_t)c->n * sizeof(struct side_bound);
     int fd, rc = 0;
 
@@ -251,7 +273,7 @@ static int side_open_locked(struct cachefile *c, const char *name, const struct 
     for (int i = 0; i < 16; i++) {
         int fd = openat(c->side_dir_fd, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
         if (fd < 0 && errno == ENOENT) {
-            rc = side_create(c, name, id, false);
+            rc = map_differs(c) ? -EEXIST : side_create(c, name, id, false);
             if (rc)
                 return rc;
             continue;
@@ -267,13 +289,16 @@ static int side_open_locked(struct cachefile *c, const char *name, const struct 
             struct side_header h;
             struct stat st;
             size_t len = cachefile_bound_offset(c->n) + (size_t)c->n * sizeof(struct side_bound);
-            if (!fstat(fd, &st) && (uint64_t)st.st_size == len && pread(fd, &h, sizeof h, 0) == sizeof h &&
-                side_matches(c, &h, id)) {
+            bool whole = !fstat(fd, &st) && pread(fd, &h, sizeof h, 0) == sizeof h;
+            if (whole && (uint64_t)st.st_size == len && side_matches(c, &h, id)) {
                 c->side_fd = fd;
                 c->side_at = (struct cachefile_at){ st.st_dev, st.st_ino };
                 return 0;
             }
-            rc = side_create(c, name, id, true); /* a process that waits for this lock will see the new file */
+            if (map_differs(c) || (whole && side_differs(c, &h, id)))
+                rc = -EEXIST;
+            else
+                rc = side_create(c, name, id, true); /* a process that waits for this lock will see the new file */
             close(fd);
             if (rc)
                 return rc;
@@ -325,6 +350,8 @@ static int side_open(struct cachefile *c, bool quiet)
         if (!rc)
             rc = side_open_locked(c, names.side, &id);
     }
+    if (rc == -EEXIST || (c->side_fd < 0 && map_differs(c)))
+        return -EEXIST;
     bool grown = data_size(c);
     if (c->side_fd < 0) {
         if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable && !quiet)
@@ -332,7 +359,10 @@ static int side_open(struct cachefile *c, bool quiet)
                        "cache of blob %s: cannot make .virtiofsd-nydus/%s (%s): what is "
                        "fetched now is not shared, and verified again by the next process; %s",
                        c->id, names.side, strerror(-rc), cachefile_cure(-rc));
-        return side_map(c);
+        rc = side_map(c);
+        if (!rc)
+            c->head->adopted = c->has_bytes;
+        return rc;
     }
     rc = side_map(c);
     if (!rc)
@@ -363,6 +393,17 @@ static int side_open(struct cachefile *c, bool quiet)
     return rc;
 }
 
+bool cachefile_is_adopted(const struct cachefile *c)
+{
+    return c->head->adopted != 0;
+}
+
+void cachefile_retire(struct cachefile *c)
+{
+    if (c->side_fd >= 0)
+        c->head->retired = 1;
+}
+
 int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int *cause, char *err, size_t err_len)
 {
     struct cachefile *c = calloc(1, sizeof *c);
@@ -384,8 +425,13 @@ int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int 
     pthread_mutex_init(&c->lock, NULL);
     pthread_mutex_init(&c->write_lock, NULL);
     rc = data_open(c, cause, err, err_len);
-    if (!rc && (rc = side_open(c, cfg->quiet)))
-        io_fail(c, "cannot map its side file", rc, cause, err, err_len);
+    if (!rc) {
+        rc = side_open(c, cfg->quiet);
+        if (rc == -EEXIST)
+            fail_line(rc, err, err_len, "cache of blob %s: its files are those of another table of chunks", c->id);
+        else if (rc)
+            io_fail(c, "cannot map its side file", rc, cause, err, err_len);
+    }
     if (!rc && (rc = map_reserve(c)))
         io_fail(c, "no memory for its chunk map", rc, cause, err, err_len);
     if (!rc && c->data_fd >= 0)

@@ -30,7 +30,7 @@ enum cachefile_replaced cachefile_find_replaced(const struct cachefile *c, const
 {
     struct cachefile_names names;
 
-    cachefile_names(&names, c->id, c->stored);
+    cachefile_names(&names, cfg->id, c->stored);
     if (replaced(cfg->dir_fd, names.data, &c->data_at))
         return CACHEFILE_DATA_REPLACED;
     if (cfg->side_dir_fd >= 0 && replaced(cfg->side_dir_fd, names.side, &c->side_at))

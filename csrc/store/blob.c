@@ -1,5 +1,6 @@
 /* store/blob.c -- an image's view of a blob: opened, closed, and what it can tell of itself. */
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -15,17 +16,49 @@ static const char *feature_refused(uint32_t features)
     return NULL;
 }
 
-/* Hangs the handle on its blob's core. In one go with the lookup: a core without handles is closed. */
-static int core_join(struct vnd_store *s, struct vnd_blob *b)
+/* Takes b out of its core, of which no image is left then, or another; that core, or NULL. store->lock is held. */
+static struct blob_core *core_leave(struct vnd_blob *b)
 {
-    struct blob_core *c, *fresh = calloc(1, sizeof *fresh);
+    struct blob_core *c = b->core;
 
+    if (!c)
+        return NULL;
+    pthread_mutex_lock(&c->lock);
+    for (struct vnd_blob **p = &c->blobs; *p; p = &(*p)->next)
+        if (*p == b) {
+            *p = b->next;
+            break;
+        }
+    if (!c->blobs) /* an image that names the blob from now on gets a core of its own */
+        atomic_store(&c->closed, true);
+    pthread_mutex_unlock(&c->lock);
+    return c;
+}
+
+/* If no image is left: drops what is queued, fails what waits. */
+static void core_give_up(struct blob_core *c)
+{
+    if (!atomic_load(&c->closed))
+        return;
+    want_purge(c);
+    miss_fail_core(c, EIO);
+}
+
+/* Puts the blob into the core of that table name, "" is the blob's own files; makes the core if there is none. In one step
+ * with the look-up, for a core without blobs is closed. Returns the core that b had, with the reference b held on it, or
+ * NULL. -ENOMEM in *rc. */
+static struct blob_core *core_join(struct vnd_store *s, struct vnd_blob *b, const char *table_name, int *rc)
+{
+    struct blob_core *c, *fresh = calloc(1, sizeof *fresh), *had;
+
+    *rc = fresh ? 0 : -ENOMEM;
     if (!fresh)
-        return -ENOMEM;
+        return NULL;
     pthread_mutex_lock(&s->engine->lock);
     pthread_mutex_lock(&s->lock);
-    for (c = s->cores; c; c = c->next)
-        if (!strcmp(c->info.id, b->info.id) && !atomic_load(&c->closed))
+    for (c = s->cores; c; c = c->next) /* table_name of a core that is set apart later may not be read yet */
+        if (!strcmp(c->info.id, b->info.id) && !atomic_load(&c->closed) &&
+            !strcmp(atomic_load(&c->apart) ? c->table_name : "", table_name))
             break;
     if (!c) {
         c = fresh;
@@ -33,6 +66,8 @@ static int core_join(struct vnd_store *s, struct vnd_blob *b)
         c->store = s;
         c->engine = s->engine;
         c->info = b->info;
+        snprintf(c->table_name, sizeof c->table_name, "%s", table_name);
+        atomic_init(&c->apart, *table_name != 0);
         pthread_mutex_init(&c->load_lock, NULL);
         pthread_mutex_init(&c->lock, NULL);
         stream_init(c);
@@ -41,7 +76,8 @@ static int core_join(struct vnd_store *s, struct vnd_blob *b)
         s->refs++;
     }
     c->refs++;
-    b->core = c;
+    had = core_leave(b);
+    atomic_store(&b->core, c);
     pthread_mutex_lock(&c->lock);
     b->next = c->blobs;
     c->blobs = b;
@@ -49,7 +85,42 @@ static int core_join(struct vnd_store *s, struct vnd_blob *b)
     pthread_mutex_unlock(&s->lock);
     pthread_mutex_unlock(&s->engine->lock);
     free(fresh);
+    return had;
+}
+
+int blob_set_apart(struct vnd_blob *b, const struct blobtable *own)
+{
+    char name[BLOBTABLE_NAME_LEN + 1];
+    struct blob_core *had;
+    int rc = blobtable_name(&b->info, own, name);
+
+    if (!rc)
+        had = core_join(b->core->store, b, name, &rc);
+    if (rc)
+        return rc;
+    want_move_ranges(had, b->core, asker_of(b));
+    core_give_up(had);
+    core_unref(had);
     return 0;
+}
+
+int core_set_apart(struct blob_core *c, int *cause, char *err, size_t err_len)
+{
+    char name[CORE_NAME_MAX];
+    struct cachefile_cfg cfg;
+    int rc = blobtable_name(&c->info, atomic_load(&c->table), c->table_name);
+
+    if (rc)
+        return fail_line(rc, err, err_len, "its table gets no name: %s", strerror(-rc));
+    atomic_store(&c->apart, true);
+    core_cache_cfg(c, name, &cfg);
+    rc = cachefile_move(c->cache, &cfg, atomic_load(&c->table), false, cause, err, err_len);
+    if (!rc)
+        engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_DIGEST,
+                   "cache of blob %s: its files hold another image's chunks and are left alone; this image's go to "
+                   "%s.blob.%s",
+                   c->info.id, name, c->stored ? "raw" : "data");
+    return rc;
 }
 
 struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx, int *cause,
@@ -57,6 +128,7 @@ struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_
 {
     const char *feature = feature_refused(info->features);
     struct vnd_blob *b;
+    int rc = 0;
 
     *cause = VND_CAUSE_FORMAT;
     if (!blob_id_valid(info->id)) {
@@ -92,7 +164,9 @@ struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_
         b->meta_claim = -1;
         pthread_cond_init(&b->load_end, NULL);
     }
-    if (!b || core_join(s, b)) {
+    if (b)
+        core_join(s, b, "", &rc);
+    if (!b || rc) {
         free(b);
         fail_line(0, err, err_len, "blob %s: no memory", info->id);
         return NULL;
@@ -109,10 +183,9 @@ void blob_meta_beside(struct vnd_blob *b, const char *dir)
 
 void blob_close(struct vnd_blob *b, void *ctx)
 {
-    struct blob_core *c = b->core;
-    struct miss_shard *s = miss_shard_of(c->engine->fetcher, b, 0);
+    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
     struct store_wait *list;
-    bool last;
+    struct blob_core *c;
 
     pthread_mutex_lock(&s->lock);
     b->detached = true;
@@ -121,22 +194,11 @@ void blob_close(struct vnd_blob *b, void *ctx)
     list = miss_detach(&b->meta, EIO);
     pthread_mutex_unlock(&s->lock);
     miss_wake(list);
+    c = b->core;
     pthread_mutex_lock(&c->store->lock);
-    pthread_mutex_lock(&c->lock);
-    for (struct vnd_blob **p = &c->blobs; *p; p = &(*p)->next)
-        if (*p == b) {
-            *p = b->next;
-            break;
-        }
-    last = !c->blobs;
-    if (last) /* an image that names the blob from now on gets a core of its own */
-        atomic_store(&c->closed, true);
-    pthread_mutex_unlock(&c->lock);
+    core_leave(b);
     pthread_mutex_unlock(&c->store->lock);
-    if (last) {
-        want_purge(c);
-        miss_fail_core(c, EIO);
-    }
+    core_give_up(c);
     blob_unref(b);
 }
 

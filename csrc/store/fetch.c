@@ -206,9 +206,19 @@ int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms)
 
 int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag)
 {
-    int rc = want_later(b->core, FOR_PREFETCH, first, n && n < UINT32_MAX - first ? first + n : UINT32_MAX, tag,
-                        asker_of(b), false);
+    uint32_t end = n && n < UINT32_MAX - first ? first + n : UINT32_MAX;
+    struct blob_core *c = b->core, *now;
+    int rc;
 
+    core_ref(c);
+    rc = want_later(c, FOR_PREFETCH, first, end, tag, asker_of(b), false);
+    while (!rc && (now = b->core) != c) { /* its table was loaded meanwhile, and contradicts another image's */
+        want_move_ranges(c, now, asker_of(b));
+        core_ref(now);
+        core_unref(c);
+        c = now;
+    }
+    core_unref(c);
     if (!rc && !atomic_load_explicit(&b->table, memory_order_acquire))
         blob_want_load(b);
     return rc;

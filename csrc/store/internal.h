@@ -65,7 +65,10 @@ struct blob_core {
     struct blob_core *next; /* store's list */
     struct vnd_store *store;
     struct vnd_engine *engine;
-    vnd_blob_info info;        /* as the first image has it */
+    vnd_blob_info info; /* as the first image has it */
+    char table_name[BLOBTABLE_NAME_LEN +
+                    1];        /* of the table whose files it has; "": the files with the blob's own name */
+    _Atomic bool apart;        /* table_name is set: does not change but once, with load_lock held */
     uint32_t refs;             /* under store->lock */
     _Atomic bool closed;       /* no image names it any more */
     pthread_mutex_t load_lock; /* one table is loaded at a time */
@@ -74,7 +77,7 @@ struct blob_core {
     struct cachefile *cache;           /* set once, before table */
     bool stored;                       /* likewise: the cache holds chunks as they are stored */
     _Atomic(struct blobtable *) table; /* union of all images' tables */
-    struct blobtable *tables;          /* all that were ever published; freed with the core */
+    struct blobtable *tables;          /* all that were ever published there; freed with the core */
     struct stream streams[STREAMS];
     uint64_t stream_clock;  /* under fetcher->lock */
     _Atomic uint32_t marks; /* streams that have one: a read that meets none looks no further */
@@ -84,9 +87,10 @@ struct blob_core {
 
 struct vnd_blob {
     _Atomic(struct blobtable *) table; /* this image's; NULL until loaded and found free of contradiction */
+    struct blobtable *own;             /* table, where it is not one of the core's: freed with the blob */
     struct cachefile *cache;           /* set before table */
-    struct blob_core *core;
-    struct vnd_blob *next; /* core's list */
+    _Atomic(struct blob_core *) core;  /* changes before table is set, never after: blob_set_apart */
+    struct vnd_blob *next;             /* core's list */
     _Atomic uint32_t refs;
     vnd_blob_info info;
     _Atomic uint32_t amplify_bytes; /* stream_miss */
@@ -113,13 +117,24 @@ void core_ref(struct blob_core *c);
 void core_unref(struct blob_core *c);
 void blob_ref(struct vnd_blob *b);
 void blob_unref(struct vnd_blob *b);
+/* What the core's files are called. */
+#define CORE_NAME_MAX (CACHE_NAME_MAX + 1)
+void core_name(const struct blob_core *c, char out[CORE_NAME_MAX]);
+/* ---- store/blob.c */
+/* The image's table contradicts what the blob's files are bound to: gives b a core whose files are named after own as well.
+ * The load's thread. 0 or -errno. */
+int blob_set_apart(struct vnd_blob *b, const struct blobtable *own);
+/* The core's files were found to be another table's: makes files named after its own table, and reads and writes those from
+ * now on. With core->load_lock held, on a core that is not apart. 0, or -errno with cause and line. */
+int core_set_apart(struct blob_core *c, int *cause, char *err, size_t err_len);
 /* ---- store/load.c */
 /* Has the blob's chunk table loaded by a pool thread, unless it is loaded. */
 void blob_want_load(struct vnd_blob *b);
 /* Takes over the stored chunk table that a META job brought, or the job's errno. raw NULL and error 0: another
  * process has fetched it, look again. */
 void blob_take_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);
-void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg);
+/* name is cfg's: it lives as long. */
+void core_cache_cfg(const struct blob_core *c, char name[CORE_NAME_MAX], struct cachefile_cfg *cfg);
 /* ---- store/serve.c */
 /* A place in the reader's memory. */
 struct cursor {
@@ -183,6 +198,8 @@ int want_push_meta(struct vnd_blob *b);
 /* Asks for a chunk; head: before what is asked for already. 0 or -ENOMEM. */
 int want_push(struct blob_core *c, uint32_t index, int64_t deadline_us, struct asker asker, bool head);
 void want_purge(struct blob_core *c);
+/* The ranges that asker's image has queued for a core are another core's. The caller holds references on both. */
+void want_move_ranges(struct blob_core *from, struct blob_core *to, struct asker asker);
 void want_promote(struct fetcher *f, int slot, uint32_t index);
 
 /* ---- store/page.c */

@@ -299,11 +299,30 @@ static void say_bad(struct vnd_engine *e, const struct job *j, uint32_t i, bool 
                    j->core->info.id, i, k->coff, k->csize);
 }
 
+/* A chunk that the chunk map marks has other bytes than the image says. In a file that this program did not fill from the
+ * start it may be another image's, whose readers go on with it: it is not written over. */
+static void leave_adopted_file(struct vnd_engine *e, struct job *j)
+{
+    struct blob_core *c = j->core;
+    char err[VND_ERR_MAX] = "";
+    int cause = VND_CAUSE_IO;
+
+    pthread_mutex_lock(&c->load_lock);
+    if (!atomic_load(&c->apart) && cachefile_is_adopted(c->cache)) {
+        cachefile_retire(c->cache);
+        if (core_set_apart(c, &cause, err, sizeof err))
+            engine_say(e, VND_LEVEL_ERROR, cause, "%s; its wrong chunks are written over", err);
+    }
+    pthread_mutex_unlock(&c->load_lock);
+}
+
 /* Asks again for the chunks that the job leaves, or fails their readers. */
 static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
 {
     bool verify = j->kind == VND_JOB_VERIFY, dropped = job_unwanted(e->fetcher, j);
 
+    if (verify && j->bad)
+        leave_adopted_file(e, j);
     for (uint32_t rel = j->n; rel-- > 0;) { /* backwards: each goes to the head of the queue */
         uint32_t i = j->first + rel;
         if (j->state[rel] == JOB_BAD) {

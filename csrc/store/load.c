@@ -16,6 +16,7 @@
 
 static int open_cache(struct blob_core *c, const struct blobtable *t, int *cause, char *err, size_t err_len)
 {
+    char name[CORE_NAME_MAX];
     struct cachefile_cfg cfg;
     const char *why = c->store->compressed || c->stored ? blobtable_unstorable(&c->info, t) : NULL;
 
@@ -27,80 +28,82 @@ static int open_cache(struct blob_core *c, const struct blobtable *t, int *cause
         engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_NONE, "cache of blob %s is kept uncompressed: %s",
                    c->info.id, why);
     c->stored = c->store->compressed && !why;
-    core_cache_cfg(c, &cfg);
+    core_cache_cfg(c, name, &cfg);
     return cachefile_open(&c->cache, &cfg, cause, err, err_len);
 }
 
-/* The union of own and the tables of all images that use the blob now; own itself if there is no other. */
-static int live_union(struct blob_core *c, struct blobtable *own, struct blobtable **all, char *err, size_t err_len)
+static bool same_storage(const vnd_blob_info *a, const vnd_blob_info *b)
 {
-    int rc = 0;
+    return a->chunk_count == b->chunk_count && a->compressor == b->compressor && a->digester == b->digester &&
+           a->cipher == b->cipher && !memcmp(a->cipher_key, b->cipher_key, sizeof a->cipher_key) &&
+           !memcmp(a->cipher_iv, b->cipher_iv, sizeof a->cipher_iv) &&
+           a->uncompressed_size_bytes == b->uncompressed_size_bytes;
+}
 
-    *all = own;
-    pthread_mutex_lock(&c->lock);
-    for (struct vnd_blob *b = c->blobs; b && !rc; b = b->next) {
-        struct blobtable *t = atomic_load_explicit(&b->table, memory_order_acquire), *more;
-        if (!t)
-            continue;
-        rc = blobtable_merge(&more, *all, t, err, err_len);
-        if (rc)
-            continue;
-        if (*all != own)
-            blobtable_free(*all);
-        *all = more;
+/* Opens the core's files if need be, binds them to all, and makes all the core's table. */
+static int publish_table(struct blob_core *c, struct blobtable *all, int *cause, char *err, size_t err_len)
+{
+    int rc = open_cache(c, all, cause, err, err_len);
+
+    if (rc)
+        return rc;
+    *cause = VND_CAUSE_DIGEST;
+    /* For a commit, binding and table change in one step (cachefile_invalidate's rule). */
+    pthread_mutex_lock(&c->cache->lock);
+    rc = cachefile_bind(c->cache, all, err, err_len);
+    if (!rc) {
+        all->next = c->tables;
+        c->tables = all;
+        atomic_store_explicit(&c->table, all, memory_order_release);
     }
-    pthread_mutex_unlock(&c->lock);
-    if (rc && *all != own)
-        blobtable_free(*all);
+    pthread_mutex_unlock(&c->cache->lock);
     return rc;
 }
 
-/* Joins own with the core's table. On success *own is the table that the blob shall use (owned by the core). */
-static int join_tables(struct blob_core *c, const vnd_blob_info *info, struct blobtable **own, int *cause, char *err,
-                       size_t err_len)
+/* Joins b's table with its core's: *own, which is taken over, unless this fails. The core's table only grows, for its
+ * trusted bits vouch for what it says. -EEXIST: they contradict each other. */
+static int join_tables(struct vnd_blob *b, struct blobtable **own, int *cause, char *err, size_t err_len)
 {
-    struct blobtable *now = atomic_load(&c->table), *all = *own;
+    struct blob_core *c = b->core;
+    struct blobtable *now = atomic_load(&c->table), *all = *own, *mine = *own;
     int rc = 0;
 
     *cause = VND_CAUSE_DIGEST;
-    if (info->chunk_count != c->info.chunk_count || info->compressor != c->info.compressor ||
-        info->digester != c->info.digester || info->cipher != c->info.cipher ||
-        memcmp(info->cipher_key, c->info.cipher_key, sizeof info->cipher_key) ||
-        memcmp(info->cipher_iv, c->info.cipher_iv, sizeof info->cipher_iv) ||
-        info->uncompressed_size_bytes != c->info.uncompressed_size_bytes)
-        return fail_line(-EEXIST, err, err_len, "sizes or codecs differ from what another image in use says");
+    if (!same_storage(&b->info, &c->info))
+        return fail_line(-EEXIST, err, err_len, "sizes or codecs differ from what another image says");
     if (now && blobtable_equal(now, *own)) {
+        mine = now;
         blobtable_free(*own);
-        *own = now;
-        return 0;
-    }
-    if (now)
-        rc = blobtable_merge(&all, now, *own, err, err_len);
-    if (rc == -EEXIST) { /* it may contradict an image that is closed */
-        rc = live_union(c, *own, &all, err, err_len);
-        uncached_drop(c); /* the chunks in memory may be that image's */
+    } else {
+        if (now)
+            rc = blobtable_merge(&all, now, *own, err, err_len);
+        if (!rc && now && blobtable_equal(now, all)) { /* it says less than what is known already */
+            blobtable_free(all);
+            b->own = mine;
+        } else if (!rc) {
+            rc = publish_table(c, all, cause, err, err_len);
+            if (rc && all != mine)
+                blobtable_free(all);
+            if (!rc && all != mine)
+                b->own = mine;
+        }
     }
     if (rc)
         return rc;
-    rc = open_cache(c, all, cause, err, err_len);
-    if (!rc) {
-        *cause = VND_CAUSE_DIGEST;
-        /* For a commit, binding and table change in one step (cachefile_invalidate's rule). */
-        pthread_mutex_lock(&c->cache->lock);
-        rc = cachefile_bind(c->cache, all, err, err_len);
-        if (!rc) {
-            if (all != *own) {
-                (*own)->next = c->tables;
-                c->tables = *own;
-            }
-            all->next = c->tables;
-            c->tables = all;
-            atomic_store_explicit(&c->table, all, memory_order_release);
-        }
-        pthread_mutex_unlock(&c->cache->lock);
-    }
-    if (rc && all != *own)
-        blobtable_free(all);
+    *own = NULL;
+    b->cache = c->cache;
+    atomic_store_explicit(&b->table, mine, memory_order_release);
+    return 0;
+}
+
+static int join_locked(struct vnd_blob *b, struct blobtable **own, int *cause, char *err, size_t err_len)
+{
+    struct blob_core *c = b->core;
+    int rc;
+
+    pthread_mutex_lock(&c->load_lock);
+    rc = join_tables(b, own, cause, err, err_len);
+    pthread_mutex_unlock(&c->load_lock);
     return rc;
 }
 
@@ -229,17 +232,16 @@ static int load(struct vnd_blob *b, int *cause, char *err, size_t err_len)
                          "its image carries no chunk digests; --allow-unverified serves it all "
                          "the same");
     }
-    pthread_mutex_lock(&c->load_lock);
-    struct blobtable *mine = own;
-    rc = join_tables(c, &b->info, &mine, cause, err, err_len);
-    pthread_mutex_unlock(&c->load_lock);
-    if (rc) {
-        blobtable_free(own);
-        return rc;
+    rc = join_locked(b, &own, cause, err, err_len);
+    if (rc == -EEXIST) {
+        engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_NONE,
+                   "blob %s: %s; each of the two images gets cache files of its own", b->info.id, err);
+        rc = blob_set_apart(b, own);
+        if (!rc)
+            rc = join_locked(b, &own, cause, err, err_len);
     }
-    b->cache = c->cache;
-    atomic_store_explicit(&b->table, mine, memory_order_release);
-    return 0;
+    blobtable_free(own);
+    return rc;
 }
 
 /* ---------------------------------------------------------------- who waits for it */

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -234,6 +235,7 @@ void blob_unref(struct vnd_blob *b)
     if (atomic_fetch_sub(&b->refs, 1) != 1)
         return;
     core_unref(b->core);
+    blobtable_free(b->own);
     pthread_cond_destroy(&b->load_end);
     if (b->meta_claim >= 0)
         close(b->meta_claim);
@@ -242,14 +244,22 @@ void blob_unref(struct vnd_blob *b)
     free(b);
 }
 
-void core_cache_cfg(const struct blob_core *c, struct cachefile_cfg *cfg)
+void core_name(const struct blob_core *c, char out[CORE_NAME_MAX])
 {
+    bool apart = atomic_load(&c->apart);
+
+    snprintf(out, CORE_NAME_MAX, "%s%s%s", c->info.id, apart ? "." : "", apart ? c->table_name : "");
+}
+
+void core_cache_cfg(const struct blob_core *c, char name[CORE_NAME_MAX], struct cachefile_cfg *cfg)
+{
+    core_name(c, name);
     *cfg = (struct cachefile_cfg){
         .engine = c->engine,
         .dir_fd = c->store->dir_fd,
         .side_dir_fd = c->store->side_dir_fd,
         .writable = c->store->writable,
-        .id = c->info.id,
+        .id = name,
         .stored = c->stored,
         .n = c->info.chunk_count,
         .size_bytes = c->stored ? blobtable_stored_bytes(&c->info) : c->info.uncompressed_size_bytes,

@@ -15,23 +15,24 @@ static const char *const REPLACED[] = {
     [CACHEFILE_MAP_REPLACED] = "its chunk map was removed or replaced; it is written anew",
 };
 
-/* Readers use the open files until the move, so it is not urgent, and nothing is lost if it fails. */
+/* Readers go on in the open files until the move, so it is no hurry and no loss if it fails. With load_lock held: the table
+ * and the files' names stay as they are. */
 static void follow_core(struct blob_core *c, bool retry)
 {
     struct cachefile *f = c->cache;
+    char name[CORE_NAME_MAX], err[VND_ERR_MAX] = "";
     struct cachefile_cfg cfg;
     enum cachefile_replaced which;
-    char err[VND_ERR_MAX] = "";
     int cause = VND_CAUSE_NONE, rc;
 
-    core_cache_cfg(c, &cfg);
+    core_cache_cfg(c, name, &cfg);
     which = cachefile_find_replaced(f, &cfg);
     if (which == CACHEFILE_IN_PLACE && !(retry && cachefile_lacks(f, &cfg)))
         return;
     cfg.quiet = which == CACHEFILE_IN_PLACE;
-    pthread_mutex_lock(&c->load_lock); /* the table stays as it is */
     rc = cachefile_move(f, &cfg, atomic_load(&c->table), which == CACHEFILE_IN_PLACE, &cause, err, sizeof err);
-    pthread_mutex_unlock(&c->load_lock);
+    if (rc == -EEXIST && !atomic_load(&c->apart)) /* what lies there now is of another table */
+        rc = core_set_apart(c, &cause, err, sizeof err);
     if (!rc && which != CACHEFILE_IN_PLACE)
         engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO, "cache of blob %s: %s", f->id, REPLACED[which]);
     else if (!rc)
@@ -69,8 +70,10 @@ static void look_after(struct vnd_engine *e, bool sync_all, bool retry)
             if (c->cache->sync_due)
                 cachefile_sync(c->cache);
             c->cache->sync_due = !c->cache->sync_due && cachefile_write_out(c->cache, sync_all);
-            if (store_follow(c->store, retry))
+            if (store_follow(c->store, retry) && !pthread_mutex_trylock(&c->load_lock)) {
                 follow_core(c, retry);
+                pthread_mutex_unlock(&c->load_lock);
+            }
             if (retry && c->cache->writable && atomic_load(&c->uncached)) {
                 pthread_mutex_lock(&c->load_lock);
                 uncached_flush(c);

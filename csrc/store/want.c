@@ -112,6 +112,23 @@ void want_drop_ranges(struct blob_core *c)
     drop_ranges(c->engine->fetcher, c, 0);
 }
 
+void want_move_ranges(struct blob_core *from, struct blob_core *to, struct asker asker)
+{
+    struct fetcher *f = from->engine->fetcher;
+    uint32_t moved = 0;
+
+    pthread_mutex_lock(&f->lock);
+    for (struct want_range *r = f->prefetch; r; r = r->next)
+        if (r->core == from && r->asker.id == asker.id && !r->busy) {
+            r->core = to;
+            core_ref(to);
+            moved++;
+        }
+    pthread_mutex_unlock(&f->lock);
+    while (moved--)
+        core_unref(from);
+}
+
 /* Drops what is queued for a closed core. Its jobs see for themselves that it is closed. */
 void want_purge(struct blob_core *c)
 {

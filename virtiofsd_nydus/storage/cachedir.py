@@ -49,10 +49,17 @@ _FLOCK = struct.Struct("hhqqi4x")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Kept:
-    """One data file of a cache directory. compressed: it holds the blob's chunks as they are stored."""
+    """One data file of a cache directory. compressed: it holds the blob's chunks as they are stored.
+
+    id: the blob's id; ID.NAME where another image's table of the same blob had the files of that name (csrc/cache/cache.h).
+    """
 
     id: str
     compressed: bool = False
+
+    @property
+    def blob_id(self) -> str:
+        return self.id.partition(".")[0]
 
     @property
     def data_name(self) -> str:
@@ -172,9 +179,9 @@ class CacheDir:
         )
 
     def find(self, wanted: str) -> list[Kept]:
-        """The files of the blob whose id begins with wanted."""
+        """The files of the blob whose id begins with wanted, those named after a table of chunks too (ID.NAME)."""
         found = [one for one in self.kept() if one.id.startswith(wanted)]
-        ids = {one.id for one in found}
+        ids = {one.blob_id for one in found}
         if not found:
             raise Failure(f"{self.path}: no blob {wanted!r} in this cache", Cause.MISSING)
         if len(ids) > 1:
