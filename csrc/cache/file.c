@@ -109,12 +109,12 @@ static int data_open(struct cachefile *c, int *cause, char *err, size_t err_len)
         return io_fail(c, "cannot open its data file", -errno, cause, err, err_len);
     if (fstat(c->data_fd, &st))
         return io_fail(c, "cannot stat its data file", -errno, cause, err, err_len);
-    if (!S_ISREG(st.st_mode) || (uint64_t)st.st_size > c->size_bytes) {
-        *cause = VND_CAUSE_IO;
-        return fail_line(S_ISREG(st.st_mode) ? -EEXIST : -EIO, err, err_len,
-                         "cache of blob %s: %s is no file of at most %llu bytes; remove it", c->id, name,
-                         (unsigned long long)c->size_bytes);
-    }
+    *cause = VND_CAUSE_IO;
+    if (!S_ISREG(st.st_mode))
+        return fail_line(-EIO, err, err_len, "cache of blob %s: %s is no file; remove it", c->id, name);
+    if ((uint64_t)st.st_size > c->size_bytes)
+        return fail_line(-EEXIST, err, err_len, "cache of blob %s: %s is larger than this image says: it is another's",
+                         c->id, name);
     c->has_bytes = st.st_size && (lseek(c->data_fd, 0, SEEK_DATA) >= 0 || errno != ENXIO);
     c->data_at = (struct cachefile_at){ st.st_dev, st.st_ino };
     return 0;
