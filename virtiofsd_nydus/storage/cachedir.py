@@ -51,7 +51,7 @@ _FLOCK = struct.Struct("hhqqi4x")
 class Kept:
     """One data file of a cache directory. compressed: it holds the blob's chunks as they are stored.
 
-    id: the blob's id; ID.NAME where another image's table of the same blob had the files of that name (csrc/cache/cache.h).
+    id: the blob's id; ID.NAME where another table of the same blob had the files of that name (csrc/cache/cache.h).
     """
 
     id: str
