@@ -288,6 +288,21 @@ TEST(indirect)
     guest_close(&g);
 }
 
+/* The walk keeps its copy of a table: what an earlier, longer one has left behind it is not the guest's. */
+TEST(next_beyond_an_indirect_table)
+{
+    struct guest g;
+
+    guest_open(&g, true);
+    put_table(&g, 0, 0x5000, 40, 1, 2);
+    put_table(&g, 2, 0x7000, 8, 2, 0);
+    put_desc(&g, 0, TABLE, 48, 4, 0);
+    CHECK(walk(&g, 0, &chain) == 0 && chain.in_bytes == 40 && chain.out_bytes == 8);
+    put_desc(&g, 0, TABLE, 32, 4, 0);
+    CHECK(walk(&g, 0, &chain) == -EBADMSG);
+    guest_close(&g);
+}
+
 TEST(hostile_chain)
 {
     struct guest g;
