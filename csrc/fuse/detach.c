@@ -236,7 +236,7 @@ enum req_verdict fuse_rw_finish(struct fuse_call *c)
     enum req_verdict verdict = d->verdict;
 
     r->out_len = 0;
-    if (r->session_gen != fuse_session_gen(c->s)) {
+    if (r->session_gen != atomic_load_explicit(&c->s->gen, memory_order_acquire)) {
         verdict = REQ_NOREPLY; /* of a guest that was reset meanwhile */
     } else if (verdict == REQ_PARKED) {
         verdict = fuse_reply_error(c, ENOMEM);
