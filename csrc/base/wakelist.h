@@ -77,6 +77,8 @@ static inline struct wake_item *wakelist_take(struct wakelist *l)
             item = list;
             list = next;
         }
+        if (!item) /* only one thread takes, so this is never true: for tools that cannot know */
+            return NULL;
     }
     l->todo = item->next;
     return item;

@@ -27,7 +27,7 @@ int cipher_decrypt(const uint8_t key[CIPHER_KEY_BYTES], const uint8_t iv[CIPHER_
     ok = EVP_DecryptInit_ex(ctx, EVP_aes_128_xts(), NULL, key, iv) == 1 &&
          EVP_DecryptUpdate(ctx, dst, &out, src, (int)len) == 1 && EVP_DecryptFinal_ex(ctx, dst + out, &tail) == 1;
     EVP_CIPHER_CTX_free(ctx);
-    if (!ok || (size_t)(out + tail) != len)
+    if (!ok || (size_t)out + (size_t)tail != len)
         return -EBADMSG;
     *out_len = len;
     if (len == CIPHER_PADDED && dst[16] == 0x78 && dst[17] == 0x90 && dst[15] < UNIT_MIN)

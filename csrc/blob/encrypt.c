@@ -18,5 +18,5 @@ int vnd_xts_encrypt(const uint8_t key[32], const uint8_t iv[16], const uint8_t *
     ok = EVP_EncryptInit_ex(ctx, EVP_aes_128_xts(), NULL, key, iv) == 1 &&
          EVP_EncryptUpdate(ctx, dst, &out, src, (int)len) == 1 && EVP_EncryptFinal_ex(ctx, dst + out, &tail) == 1;
     EVP_CIPHER_CTX_free(ctx);
-    return ok && (size_t)(out + tail) == len ? 0 : -EIO;
+    return ok && (size_t)out + (size_t)tail == len ? 0 : -EIO;
 }

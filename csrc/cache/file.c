@@ -341,7 +341,7 @@ static int side_open(struct cachefile *c, bool quiet)
 {
     struct cachefile_names names;
     char boot[40];
-    struct identity id;
+    struct identity id = { 0 };
     int rc = -ENOENT;
 
     if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable) {

@@ -455,7 +455,8 @@ static int mount_point_free(struct vnd_vfs *v, const struct vfs_node *node)
 
 static int mount_locked(struct vnd_vfs *v, const char *path, struct fs *fs)
 {
-    struct vfs_mount *m = malloc(sizeof(*m) + strlen(path) + 1);
+    size_t path_bytes = strlen(path) + 1;
+    struct vfs_mount *m = malloc(sizeof(*m) + path_bytes);
     struct pseudo_tree *tree = NULL;
     struct vfs_table *table = NULL;
     int rc = m ? 0 : -ENOMEM;
@@ -463,7 +464,7 @@ static int mount_locked(struct vnd_vfs *v, const char *path, struct fs *fs)
     if (!rc && v->next_serial > UINT16_MAX)
         rc = -ENOSPC;
     if (!rc) {
-        strcpy(m->path, path);
+        memcpy(m->path, path, path_bytes);
         m->fs = fs;
         m->root_ino = fs->ops->root(fs);
         m->serial = (uint16_t)v->next_serial;

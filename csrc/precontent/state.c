@@ -143,15 +143,10 @@ void precontent_answer(int group_fd, int fd, uint32_t response)
 
 bool precontent_count(struct precontent_state *s, uint64_t mask)
 {
-    int opens = 0;
-
     if (mask & PRECONTENT_OPEN)
-        opens = atomic_fetch_add(&s->opens, 1) + 1;
-    if (mask & PRECONTENT_CLOSE) {
-        opens = atomic_fetch_sub(&s->opens, 1) - 1;
-        if (opens <= 0)
-            atomic_store(&s->ended, 1);
-    }
+        atomic_fetch_add(&s->opens, 1);
+    if (mask & PRECONTENT_CLOSE && atomic_fetch_sub(&s->opens, 1) <= 1)
+        atomic_store(&s->ended, 1);
     return atomic_load(&s->ended) != 0;
 }
 

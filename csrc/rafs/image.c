@@ -109,7 +109,7 @@ static int find_section(int fd, uint64_t size, struct section *s, const struct r
                          (unsigned long long)len);
     }
     for (const uint8_t *t = header - len; t < header; t += TOC_ENTRY) {
-        if (strncmp((const char *)t + 8, "image.boot", 16) != 0)
+        if (strncmp((const char *)t + 8, "image.boot", 16) != 0) /* NOLINT(bugprone-not-null-terminated-result) */
             continue;
         *s = (struct section){ .codec = rafs_le32(t) & 0xf,
                                .off = rafs_le64(t + 56),
@@ -227,7 +227,7 @@ static bool is_bootstrap(int fd)
 int rafs_image_map(struct vnd_rafs *r, const struct rafs_error *e)
 {
     int fd = open(r->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK), rc;
-    struct section s;
+    struct section s = { 0 };
     struct stat st;
 
     if (fd < 0)

@@ -54,7 +54,7 @@ static int resolve_ids(struct vnd_rafs *r, const char *blob_id, const struct raf
         /* The chunk table of a layer that is used as it is lies in the blob that this bootstrap was read from. */
         if (i->features & RAFS_BLOB_SEPARATE && i->features & RAFS_BLOB_INLINED_FS_META && !i->cipher && blob_id &&
             !i->meta_id[0]) {
-            strcpy(i->meta_id, blob_id);
+            snprintf(i->meta_id, sizeof(i->meta_id), "%s", blob_id);
         }
         if (!id_placeholder(i->id) && !(inlined && blob_id && r->info.blob_count == 1))
             continue;
@@ -64,7 +64,7 @@ static int resolve_ids(struct vnd_rafs *r, const char *blob_id, const struct raf
             continue;
         if (done)
             return rafs_fail(e, VND_CAUSE_FORMAT, "more than one blob has no id of its own");
-        strcpy(i->id, blob_id);
+        snprintf(i->id, sizeof(i->id), "%s", blob_id);
         done = true;
     }
     return 0;

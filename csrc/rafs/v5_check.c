@@ -111,7 +111,7 @@ static void check_alias(struct walk *w, const struct v5_inode *n)
     if (n->mode != first.mode || n->size != first.size || n->nlink != first.nlink || n->uid != first.uid ||
         n->gid != first.gid || n->mtime != first.mtime || n->mtime_nsec != first.mtime_nsec ||
         n->child_count != first.child_count || memcmp(n->digest, first.digest, 32) != 0 ||
-        memcmp(n->chunks, first.chunks, (uint64_t)n->child_count * RAFS_CHUNK_RECORD) != 0) {
+        (n->chunks && memcmp(n->chunks, first.chunks, (uint64_t)n->child_count * RAFS_CHUNK_RECORD) != 0)) {
         fault_slot(w, n->slot, "another name of a file that differs from its first");
     }
 }

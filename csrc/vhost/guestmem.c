@@ -129,7 +129,7 @@ int guestmem_map_new(const struct map_request *r, struct guestmem_map **out, uin
 {
     struct guestmem_map like = { .refs = 1 }, *map;
     uint64_t block;
-    struct stat st;
+    struct stat st = { 0 };
     int rc = check_range(r, &st, f);
 
     if (rc != 0)
@@ -154,7 +154,7 @@ int guestmem_map_new(const struct map_request *r, struct guestmem_map **out, uin
         }
     }
     *out = map;
-    *host = map->addr + (r->offset - map->offset);
+    *host = map->addr + (r->offset - map->offset); /* NOLINT(clang-analyzer-core.NullPointerArithm): it is mapped */
     return 0;
 }
 
