@@ -21,10 +21,10 @@ CTESTS := $(patsubst tests/c/%.c,%,$(sort $(wildcard tests/c/*/test_*.c)))
 FUZZERS := $(patsubst tests/fuzz/%.c,%,$(sort $(wildcard tests/fuzz/fuzz_*.c)))
 SAN := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 
-.PHONY: help deps venv build guest demo test check format ctest asan tsan fuzz fuzz-coverage bench bench-cold-start clean
+.PHONY: help deps venv build guest demo test check format hooks tidy coverage python-coverage other-tests ctest asan tsan fuzz fuzz-coverage bench bench-cold-start clean
 
 help:
-	@sed -n 's/^# make/make/p' Makefile; echo "make build check format ctest asan tsan fuzz fuzz-coverage bench bench-cold-start clean"
+	@sed -n 's/^# make/make/p' Makefile; echo "make build check format hooks tidy coverage ctest asan tsan fuzz fuzz-coverage bench bench-cold-start clean"
 
 deps:
 	@scripts/install-packages
@@ -58,6 +58,7 @@ endef
 $(eval $(call kind,c,$(CC),$(CWARN) -O1 -g,$(CWARN) -O1 -g,tests/c))
 $(eval $(call kind,asan,$(CC),$(CWARN) -O1 -g $(SAN),$(CWARN) -O1 -g $(SAN),tests/c))
 $(eval $(call kind,tsan,$(CC),$(CWARN) -Wno-tsan -O1 -g -fsanitize=thread,$(CWARN) -Wno-tsan -O1 -g -fsanitize=thread,tests/c))
+$(eval $(call kind,cov,$(CC),$(CWARN) -O0 -g --coverage -fprofile-update=atomic,$(CWARN) -O0 -g --coverage,tests/c))
 $(eval $(call kind,fuzz,$(CLANG),-O1 -g $(SAN) -fsanitize=fuzzer-no-link,-O1 -g $(SAN) -fsanitize=fuzzer,tests/fuzz))
 # Objects are kept between runs
 .SECONDARY:
@@ -109,8 +110,36 @@ check: build
 	@$(VENV)/bin/ruff check $(PYSRC)
 	@$(VENV)/bin/ruff format --check -q $(PYSRC)
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CFORMAT)
+	@$(VENV)/bin/codespell
+	@! git grep -nIE '[[:space:]]+$$' -- . ':!*/corpus/*' ':!*.svg' ':!*.patch'
 	@$(VENV)/bin/mypy
 	@$(MAKE) --no-print-directory ctest
+
+# The same checks on the files of each commit, before it is made
+hooks: build
+	@$(PY) -m pip install -q "pre-commit~=4.7"
+	@$(VENV)/bin/pre-commit install
+
+# clang-tidy's bug-finding checks; .clang-tidy says which are left out and why. Two minutes of processor time.
+tidy: build
+	@printf '%s\n' $(CSRC) | xargs -P $(JOBS) -n 4 sh -c '$(VENV)/bin/clang-tidy -quiet "$$@" -- $(CSTD)' tidy
+
+# ---- coverage, held at tests/coverage_floors.toml: of csrc by the C tests, of the package by those Python tests that run
+# it in their own process
+COVERED_BY := tests/net tests/storage tests/oci tests/rafs tests/reader tests/cli tests/daemon tests/vhost tests/store
+coverage: build
+	@$(MAKE) -s --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/cov/,$(CTESTS))
+	@find $(BUILD)/cov/obj -name '*.gcda' -delete
+	@printf '%s\n' $(addprefix $(BUILD)/cov/,$(CTESTS)) | xargs -P $(JOBS) -n 1 env >/dev/null
+	@$(PY) scripts/coverage-floors csrc
+
+python-coverage: build
+	@$(PY) -m coverage run -m pytest -q $(COVERED_BY)
+	@$(PY) scripts/coverage-floors python
+
+# The other Python tests: with python-coverage, all of them
+other-tests: build
+	@$(PY) -m pytest -q $(addprefix --ignore=,$(COVERED_BY))
 
 test: check guest
 	@$(PY) -m pytest

@@ -135,6 +135,55 @@ def test_circles_are_seen(tmp_path: Path) -> None:
     }
 
 
+# ---- the engine's folders, its symbols and its tests
+
+# (file, header): an internal.h that a file of another folder includes, to be opened. This list may only shrink.
+FOREIGN_INTERNALS: tuple[tuple[str, str], ...] = ()
+
+
+def read_layers() -> list[str]:
+    found = re.search(r"^LAYERS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found is not None
+    return found[1].split()
+
+
+def test_layers_are_the_same_for_make_and_setuptools() -> None:
+    built = (ROOT / "virtiofsd_nydus" / "engine_build.py").read_text()
+    found = re.search(r"^LAYERS = \(([^)]*)\)$", built, re.MULTILINE)
+    assert found is not None
+    assert re.findall(r'"(\w+)"', found[1]) == read_layers()
+    folders = {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()}
+    assert folders == {*read_layers(), "fakeguest"}
+
+
+def test_internal_headers_stay_in_their_folder() -> None:
+    found = [
+        (path.relative_to(ROOT / "csrc").as_posix(), header)
+        for path in sorted((ROOT / "csrc").glob("*/*.[ch]"))
+        for header in re.findall(r'#include "(\w+/internal\.h)"', path.read_text())
+        if header != f"{path.parent.name}/internal.h"
+    ]
+    assert [one for one in found if one not in FOREIGN_INTERNALS] == []
+
+
+def test_engine_exports_its_module_alone() -> None:
+    """Everything else is reached through it; a name of ours must not meet one of another library in the process."""
+    from virtiofsd_nydus import _engine
+
+    listed = subprocess.run(
+        ["nm", "--dynamic", "--defined-only", _engine.__file__], capture_output=True, text=True, check=True
+    )
+    assert [line.split()[-1] for line in listed.stdout.splitlines()] == ["PyInit__engine"]
+
+
+def test_c_tests_are_named_for_the_source_that_they_test() -> None:
+    tests = sorted((ROOT / "tests" / "c").glob("*/test_*.c"))
+    assert len(tests) > 20
+    for test in tests:
+        source = ROOT / "csrc" / test.parent.name / test.name.removeprefix("test_")
+        assert source.exists(), f"{test.relative_to(ROOT)} tests no {source.relative_to(ROOT)}"
+
+
 # ---- documents: what comments and documents name is there
 
 SOURCE_FOLDERS = ("csrc", "virtiofsd_nydus", "tests", "scripts", "vm-images", "docs", ".ci")
