@@ -15,7 +15,7 @@ struct pool {
     struct vnd_engine *engine;
     pthread_mutex_t lock;
     pthread_cond_t some;
-    struct pool_task *head, **tail;
+    struct turns tasks;
     bool down;
     uint32_t threads;
     pthread_t thread[POOL_MAX];
@@ -27,16 +27,14 @@ static void *pool_run(void *arg)
 
     pthread_mutex_lock(&p->lock);
     for (;;) {
-        struct pool_task *t = p->head;
+        struct pool_task *t = (struct pool_task *)turns_pop(&p->tasks, NULL, NULL); /* turn is its first member */
+
         if (!t && p->down)
             break;
         if (!t) {
             pthread_cond_wait(&p->some, &p->lock);
             continue;
         }
-        p->head = t->next;
-        if (!p->head)
-            p->tail = &p->head;
         pthread_mutex_unlock(&p->lock);
         t->run(t);
         pthread_mutex_lock(&p->lock);
@@ -53,7 +51,6 @@ int pool_new(struct vnd_engine *e, uint32_t threads)
     if (!p)
         return -ENOMEM;
     p->engine = e;
-    p->tail = &p->head;
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->some, NULL);
     e->pool = p;
@@ -82,14 +79,12 @@ void pool_free(struct vnd_engine *e)
     e->pool = NULL;
 }
 
-void pool_submit(struct vnd_engine *e, struct pool_task *t)
+void pool_submit(struct vnd_engine *e, struct pool_task *t, uintptr_t who)
 {
     struct pool *p = e->pool;
 
-    t->next = NULL;
     pthread_mutex_lock(&p->lock);
-    *p->tail = t;
-    p->tail = &t->next;
+    turns_push(&p->tasks, &t->turn, who);
     pthread_cond_signal(&p->some);
     pthread_mutex_unlock(&p->lock);
 }

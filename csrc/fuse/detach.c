@@ -196,6 +196,7 @@ enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn)
     d->r.ops = &detached_ops;
     d->r.out_cap = out;
     store_wait_init(&d->r.wait, NULL, NULL);
+    d->r.wait.who = r->wait.who;
     /* What was checked is what is used: the rest alone is read from the guest. */
     memcpy(d->body, r->args, r->args_len);
     if (r->body_len > r->args_len &&

@@ -233,6 +233,7 @@ static bool take_request(struct fusedev_worker *w, struct fusedev_slot *s, uint3
         return true;
     }
     store_wait_init(&r->wait, wake_slot, s);
+    r->wait.who = (uintptr_t)d->session;
     s->fd = w->fd;
     s->state = FUSEDEV_SERVING;
     s->woken = false;

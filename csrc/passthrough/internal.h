@@ -9,11 +9,14 @@
 #include <sys/stat.h>
 
 #include "base/base.h"
+#include "base/turns.h"
 #include "passthrough/passthrough.h"
 
 #define PT_CACHE_MAX 4096 /* cached descriptors; fewer where an eighth of RLIMIT_NOFILE is less */
 #define PT_IDLE_MS 1000
 #define PT_THREADS 8
+#define PT_THREADS_EACH \
+    6 /* that one guest may have busy: a host call can take long, and another guest's must not wait */
 #define PT_SLOW_MS 2000
 #define PT_BUCKETS_LOG2 12
 #define PT_BUCKETS (1u << PT_BUCKETS_LOG2)
@@ -76,19 +79,22 @@ struct pt_file {
 };
 
 struct pt_task {
-    struct pt_task *next;
+    struct turn_item turn; /* first */
     void (*run)(void *arg);
     void *arg;
     struct store_wait *wait;
 };
 
+#define PT_NO_GUEST UINTPTR_MAX
+
 struct pt_pool {
     pthread_mutex_t lock;
     pthread_cond_t some;
-    struct pt_task *head, **tail;
+    struct turns tasks;
     bool down;
     uint32_t threads, idle, queued; /* a thread is started when more tasks are queued than threads are idle */
     pthread_t thread[PT_THREADS];
+    uintptr_t serves[PT_THREADS]; /* the guest whose task each thread runs; PT_NO_GUEST: it runs none */
 };
 
 struct vnd_passthrough {

@@ -27,32 +27,44 @@ static bool sweep_due(struct vnd_passthrough *p)
     return due;
 }
 
+/* Whether another task of this guest may begin. */
+static bool may_serve(void *ctx, uintptr_t who)
+{
+    struct pt_pool *pool = ctx;
+    uint32_t busy = 0;
+
+    for (uint32_t i = 0; i < pool->threads; i++)
+        busy += pool->serves[i] == who;
+    return busy < PT_THREADS_EACH;
+}
+
 static void *pool_main(void *arg)
 {
     struct vnd_passthrough *p = arg;
     struct pt_pool *pool = &p->pool;
-    bool sweeper, timed_out;
+    bool timed_out;
+    uint32_t me;
 
     pthread_mutex_lock(&pool->lock);
-    sweeper = pthread_equal(pthread_self(), pool->thread[0]);
+    for (me = 0; !pthread_equal(pthread_self(), pool->thread[me]); me++)
+        ;
     for (;;) {
-        struct pt_task *t = pool->head;
+        struct pt_task *t = (struct pt_task *)turns_pop(&pool->tasks, pool->down ? NULL : may_serve, pool);
         struct timespec until;
 
         if (t) {
-            pool->head = t->next;
             pool->queued--;
-            if (!pool->head)
-                pool->tail = &pool->head;
+            pool->serves[me] = t->turn.who;
             pthread_mutex_unlock(&pool->lock);
             run_task(t);
             pthread_mutex_lock(&pool->lock);
+            pool->serves[me] = PT_NO_GUEST;
             continue;
         }
         if (pool->down)
             break;
         pool->idle++;
-        if (!sweeper) {
+        if (me > 0) {
             pthread_cond_wait(&pool->some, &pool->lock);
             pool->idle--;
             continue;
@@ -61,7 +73,7 @@ static void *pool_main(void *arg)
         until.tv_sec += PT_IDLE_MS / 1000;
         timed_out = pthread_cond_timedwait(&pool->some, &pool->lock, &until) == ETIMEDOUT;
         pool->idle--;
-        if (timed_out && !pool->head) {
+        if (timed_out) { /* the first thread sweeps */
             pthread_mutex_unlock(&pool->lock);
             if (sweep_due(p))
                 pt_drop_idle(p, false);
@@ -76,10 +88,13 @@ static void *pool_main(void *arg)
 static int start_thread(struct vnd_passthrough *p)
 {
     struct pt_pool *pool = &p->pool;
-    int rc = thread_start(&pool->thread[pool->threads], "vnd-host-fs", pool_main, p);
+    int rc;
+
+    pool->serves[pool->threads] = PT_NO_GUEST;
+    rc = thread_start(&pool->thread[pool->threads], "vnd-host-fs", pool_main, p);
 
     pool->threads += !rc;
-    return rc > 0 ? -rc : rc;
+    return rc;
 }
 
 int pt_pool_start(struct vnd_passthrough *p)
@@ -93,7 +108,6 @@ int pt_pool_start(struct vnd_passthrough *p)
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->some, &attr);
     pthread_condattr_destroy(&attr);
-    pool->tail = &pool->head;
     pthread_mutex_lock(&pool->lock);
     rc = start_thread(p);
     pthread_mutex_unlock(&pool->lock);
@@ -126,8 +140,7 @@ int pt_run(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg
     w->parked_once = 1;
     w->err = 0;
     pthread_mutex_lock(&pool->lock);
-    *pool->tail = t;
-    pool->tail = &t->next;
+    turns_push(&pool->tasks, &t->turn, w->who);
     if (++pool->queued > pool->idle && pool->threads < PT_THREADS)
         start_thread(p); /* if that fails, the threads there are serve it later */
     pthread_cond_broadcast(&pool->some);

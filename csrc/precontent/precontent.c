@@ -46,6 +46,7 @@ static struct precontent_request *take_request(struct vnd_precontent *p)
 
     p->free = r->next_free;
     store_wait_init(&r->wait, wake_request, r);
+    r->wait.who = (uintptr_t)p;
     r->at = r->slot->offset;
     r->parked = (struct parked){ .since_us = now_us() };
     r->parked.deadline_us = r->wait.deadline_us = r->parked.since_us + p->ttl_us;

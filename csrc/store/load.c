@@ -329,7 +329,7 @@ static int load_start(struct vnd_blob *b)
     t->b = b;
     blob_ref(b);
     b->loading = true;
-    pool_submit(b->core->engine, &t->task);
+    pool_submit(b->core->engine, &t->task, 0);
     return 0;
 }
 

@@ -79,6 +79,6 @@ int page_park(struct vnd_engine *e, struct store_wait *w, const struct extent *e
     miss_link(s, &t->unit, w);
     pthread_mutex_unlock(&s->lock);
     atomic_fetch_add_explicit(&e->shared.pool_reads, 1, memory_order_relaxed);
-    pool_submit(e, &t->task);
+    pool_submit(e, &t->task, w->who);
     return 0;
 }

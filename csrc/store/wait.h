@@ -38,6 +38,7 @@ struct store_wait {
     void (*wake)(struct store_wait *w); /* called once per park, any thread, no store lock held; must not block */
     struct wake_item done;              /* free for the owner's wake list */
     void *owner;
+    uintptr_t who; /* the guest or mount that waits, where they share a queue (base/turns.h); 0: none */
 };
 
 /* The waiter that an item of a wakelist is embedded in. */

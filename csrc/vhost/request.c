@@ -228,6 +228,7 @@ static int load_request(struct queue *q, struct queue_slot *s, const struct vrin
     r->began_us = 0;
     r->ops = &queue_req_ops;
     store_wait_init(&r->wait, queue_wake, s);
+    r->wait.who = (uintptr_t)q->session;
     rc = copy_in(s, 0, &r->in, head);
     if (rc == 0)
         rc = copy_in(s, head, r->args, r->args_len);
