@@ -170,6 +170,21 @@ def test_a_token_is_not_used_beyond_its_end(server: FaultyServer, make, monkeypa
             assert first not in [one.authorization for one in server.requests]
 
 
+@pytest.mark.parametrize("through", [True, False])
+def test_a_mirror_with_auth_through_gets_the_login_that_docker_keeps(
+    server: FaultyServer, helper: Helper, through: bool
+) -> None:
+    helper.answer("someone", "first")
+    blob = server.add(DATA)
+    with FaultyServer({blob: DATA}) as mirror:
+        mirror.basic_user = server.basic_user = "someone:first"
+        settings = {"scheme": "http", "host": server.host, "repo": "a/b", "timeout": 10}
+        backend = create_backend("registry", {**settings, "mirrors": [{"host": mirror.url, "auth_through": through}]})
+        assert read(backend, blob, 0, 10) == DATA[:10]
+        backend.close()
+        assert [one.status for one in mirror.requests] == ([401, 206] if through else [401])
+
+
 # ---- token servers
 
 

@@ -111,7 +111,7 @@ class RegistryBackend(HttpBackend):
                 RegistrySession(
                     client,
                     Endpoint(mirror.scheme, mirror.host, endpoint.repo),
-                    Login(login.credentials) if mirror.with_login else None,
+                    Login(login.credentials, find=login.find) if mirror.with_login else None,
                 ),
                 say,
             )
