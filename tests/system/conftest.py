@@ -28,8 +28,10 @@ def oci_image(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def unpacked(oci_image: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What umoci unpacks of it: what is right."""
-    return unpack_image(oci_image, tmp_path_factory.mktemp("unpacked") / "bundle")
+    """What umoci unpacks of it: what is right. But an xattr without a value, which containerd and GNU tar keep."""
+    root = unpack_image(oci_image, tmp_path_factory.mktemp("unpacked") / "bundle")
+    os.setxattr(root / "usr/lib/attributes", "user.no-value", b"")
+    return root
 
 
 @pytest.fixture(scope="session")
