@@ -5,7 +5,7 @@
     +-- DeadlinePassed          (net.failures) no time was left to ask: says nothing about the server
     +-- RetriableFailure        (net.failures) another attempt may mend it
     |   +-- ProxyLimited        (net.failures) the proxy's own 429: the next attempt goes round it
-    +-- TarFailure              (builder.tar_stream) a tar is wrong; TarSource puts the layer's name before it
+    +-- TarFailure              (builder.decoding) a tar is wrong; TarSource puts the layer's name before it
     +-- ApplyFailure            (vhost.state) a front-end's message cannot be done
     +-- TimedOut                (vmm.boot) the guest did not get far enough
 

@@ -11,6 +11,7 @@ from tests.peers.faulty_server import FaultyServer
 from tests.peers.registry import LocalRegistry
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.oci.image import resolve_image
+from virtiofsd_nydus.oci.store import Access
 from virtiofsd_nydus.storage.factory import create_backend
 
 pytestmark = pytest.mark.peer
@@ -79,7 +80,7 @@ def test_the_login_goes_along_unseen(convert, image: Path, tmp_path: Path) -> No
         reference = f"docker://{registry.host}/private/a:n"
         creds = f"{registry.username}:{registry.password}"
         convert(f"oci:{image}:t", reference, "--creds", creds)
-        found = resolve_image(reference, cache_dir=tmp_path / "cache", creds=creds)
+        found = resolve_image(reference, cache_dir=tmp_path / "cache", access=Access(creds=creds))
         auth = found.backend_config()["config"]["auth"]
         assert auth not in repr(found) and registry.password not in repr(found)
         backend = create_backend("registry", found.backend_config()["config"])
@@ -123,7 +124,7 @@ def test_a_tls_registry(convert, image: Path, tmp_path: Path) -> None:
             resolve_image(reference, cache_dir=tmp_path / "cache")
         assert caught.value.cause is Cause.SCHEME
         for options in ({"ca_cert_files": (ca,)}, {"skip_verify": True}):
-            found = resolve_image(reference, cache_dir=tmp_path / "cache", **options)
+            found = resolve_image(reference, cache_dir=tmp_path / "cache", access=Access(**options))
             settings = found.backend_config()["config"]
             assert settings["scheme"] == "https"
             backend = create_backend("registry", settings)

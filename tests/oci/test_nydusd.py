@@ -17,6 +17,7 @@ import pytest
 from tests.oci.conftest import BIG, SMALL
 from tests.peers.registry import LocalRegistry
 from virtiofsd_nydus.oci.image import NydusImage, resolve_image
+from virtiofsd_nydus.oci.store import Access
 
 NYDUSD = os.environ.get("NYDUSD", "")
 pytestmark = [
@@ -101,7 +102,7 @@ def test_nydusd_serves_what_convert_pushed(convert, image: Path, tmp_path: Path,
         creds = f"{registry.username}:{registry.password}"
         result = convert(f"oci:{image}:t", reference, "--creds", creds, *way.split())
         assert isinstance(result, dict), result
-        found = resolve_image(reference, cache_dir=tmp_path / "cache", creds=creds)
+        found = resolve_image(reference, cache_dir=tmp_path / "cache", access=Access(creds=creds))
         with mounted(found, tmp_path) as root:
             assert sorted(path.name for path in (root / "etc").iterdir()) == ["hosts", "two"]
             assert (root / "big").read_bytes() == (root / "copy").read_bytes() == BIG

@@ -15,7 +15,8 @@ from tests.rafs.decoder import Blob, Bootstrap
 from tests.rafs.trees import Entry, Tree, build_tar, check_tree, decode_image, make_tree, write_tar
 from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
 from virtiofsd_nydus.errors import Failure
-from virtiofsd_nydus.rafs.bootstrap import BlobInfo, BootstrapWriter
+from virtiofsd_nydus.rafs.blob import BlobInfo, Form
+from virtiofsd_nydus.rafs.bootstrap import BootstrapWriter
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.layout import Codec, Digester
 from virtiofsd_nydus.rafs.nodes import ROOT
@@ -122,7 +123,7 @@ def test_chunk_indexes_beyond_16_bits() -> None:
         table.set(index, bytes([number]) * 32, index << 12, index << 12, 4096, 4096, 4096, 0x10)
         tree.add_chunk(file, index)
     tree.link(ROOT, b"f", file)
-    writer = BootstrapWriter(tree, [info], chunk_size=4096, codec=Codec.NONE, digester=Digester.BLAKE3)
+    writer = BootstrapWriter(tree, [info], Form(4096, Codec.NONE, Digester.BLAKE3))
     node = Bootstrap(writer.write().view()).walk()[b"/f"]
     assert node.chunks == [(0, index, index << 12) for index in wanted]
 

@@ -25,6 +25,7 @@ from virtiofsd_nydus.fakeguest.fuse_client import OUT_HEADER, FuseClient
 from virtiofsd_nydus.oci.image import open_store
 from virtiofsd_nydus.oci.manifest import Descriptor
 from virtiofsd_nydus.oci.reference import parse_reference
+from virtiofsd_nydus.oci.store import Access
 
 NYDUS_IMAGE, NYDUSD = os.environ.get("NYDUS_IMAGE", ""), os.environ.get("NYDUSD", "")
 pytestmark = [
@@ -160,7 +161,7 @@ def test_we_serve_a_tar_as_it_is(converter: Converter, tmp_path: Path) -> None:
         blobs,
         tar,
     )
-    store = open_store(parse_reference(f"docker://{converter.registry.host}/tarfs/a:1"), plain_http=True)
+    store = open_store(parse_reference(f"docker://{converter.registry.host}/tarfs/a:1"), Access(plain_http=True))
     store.put_blob(Descriptor("application/octet-stream", f"sha256:{blob_id}", tar.stat().st_size), tar)
     store.close()
     image = ServedImage(

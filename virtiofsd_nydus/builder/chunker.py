@@ -64,6 +64,11 @@ class Chunker:
         self.deduplicated_bytes = 0
         self.dictionary_bytes = 0  # of them, those the dictionary had
 
+    @property
+    def table(self) -> ChunkTable:
+        """Of the blob's chunks."""
+        return self._writer.table
+
     def add(self, data: bytes, file: RegularFile, place: Place = None) -> None:
         """data, at most one chunk's worth and not empty, is the next chunk of file. place: where the data is already,
         of a blob that refers to a layer."""

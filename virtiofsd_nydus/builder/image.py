@@ -5,13 +5,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from virtiofsd_nydus.builder.chunker import Chunker
+from virtiofsd_nydus.builder.decoding import Hash, Readable
 from virtiofsd_nydus.builder.dictionary import ChunkDictionary
 from virtiofsd_nydus.builder.merge import ChunkChoice, list_lower_links, merge_trees
 from virtiofsd_nydus.builder.options import BuildOptions
-from virtiofsd_nydus.builder.tar_stream import Hash, Readable
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, PlainBlobWriter, Writable
 from virtiofsd_nydus.rafs.blob_reference import ReferenceBlobWriter
@@ -119,27 +119,36 @@ def build_layer(
             raise Failure(f"{error.filename or source}: {error.strerror}", Cause.IO) from error
 
     try:
-        return _build(source, options, out_blob, kind, on_progress, label, dictionary)
+        return _build(_Run(source, options, kind, on_progress, label), out_blob, dictionary)
     except Failure as failure:
         if label and label not in str(failure):
             raise Failure(f"{label}: {failure}", failure.cause) from failure
         raise
 
 
-def _build(
-    source: Readable | Path | str, options: BuildOptions, out_blob: Writable, kind: str,
-    on_progress: Callable[[int], None] | None, label: str, dictionary: ChunkDictionary | None,
-) -> Layer:  # fmt: skip
-    index = _make_index(source, options, on_progress) if options.oci_ref else None
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What build_layer was asked for."""
+
+    source: Readable | Path | str
+    options: BuildOptions
+    kind: str
+    on_progress: Callable[[int], None] | None
+    label: str
+
+
+def _build(run: _Run, out_blob: Writable, dictionary: ChunkDictionary | None) -> Layer:
+    options = run.options
+    index = _make_index(run) if options.oci_ref else None
     writer = _make_writer(out_blob, options, index)
     chunker = Chunker(
         writer, level=options.compression_level, threads=options.threads, batch_size=options.batch_size,
         dictionary=dictionary.index if dictionary is not None else None,
     )  # fmt: skip
     stats = LayerStats()
-    hashed = hashlib.sha256() if options.diff_id and kind == "tar" else None
+    hashed = hashlib.sha256() if options.diff_id and run.kind == "tar" else None
     try:
-        reader = _make_reader(source, chunker, writer, options, kind, on_progress, label, index, hashed)
+        reader = _make_reader(run, chunker, index, hashed)
         tree = reader.read()
         chunker.close()
     except BaseException:
@@ -169,17 +178,15 @@ def _build(
     stats.names = 1 + sum(tree.child_count(directory) for directory in tree.walk_directories())
     stats.chunks = len(writer.table)
     diff_id = f"sha256:{hashed.hexdigest()}" if hashed is not None else ""
-    return Layer(tree, blob_id, writer.size, info, stats, label, diff_id)
+    return Layer(tree, blob_id, writer.size, info, stats, run.label, diff_id)
 
 
-def _make_index(
-    source: Readable | Path | str, options: BuildOptions, on_progress: Callable[[int], None] | None
-) -> "ZranIndex":
+def _make_index(run: _Run) -> "ZranIndex":
     from virtiofsd_nydus.builder.zran import ZranIndex
 
-    if isinstance(source, (str, Path)):
+    if isinstance(run.source, (str, Path)):
         raise Failure("only a layer can be referred to, a directory has none", Cause.FORMAT)
-    return ZranIndex(_count(source, on_progress), options.chunk_size, options.spill_dir)
+    return ZranIndex(_count(run.source, run.on_progress), run.options.chunk_size, run.options.spill_dir)
 
 
 def _count(source: Readable, on_progress: Callable[[int], None] | None) -> Readable:
@@ -190,19 +197,16 @@ def _make_writer(out_blob: Writable, options: BuildOptions, index: "ZranIndex | 
     from virtiofsd_nydus.rafs.cipher import Cipher
 
     if index is not None:
-        return ReferenceBlobWriter(
-            out_blob, index, chunk_size=options.chunk_size, digester=options.digest_kind, directory=options.spill_dir
-        )
-    common: Any = {
-        "chunk_size": options.chunk_size, "codec": options.codec, "digester": options.digest_kind,
-        "directory": options.spill_dir,
-    }  # fmt: skip
+        return ReferenceBlobWriter(out_blob, index, options.form)
     if options.fs_version == 5:
-        return PlainBlobWriter(out_blob, aligned=options.aligned_chunk, **common)
+        return PlainBlobWriter(out_blob, options.form, aligned=options.aligned_chunk)
     return InlinedBlobWriter(
-        out_blob, batch_size=options.batch_size, level=options.compression_level,
-        cipher=Cipher.make() if options.encrypt else None, **common,
-    )  # fmt: skip
+        out_blob,
+        options.form,
+        batch_size=options.batch_size,
+        level=options.compression_level,
+        cipher=Cipher.make() if options.encrypt else None,
+    )
 
 
 @dataclass(slots=True)
@@ -228,35 +232,27 @@ def _write_bootstrap(
     }
     named = [every[number] for number in kept]
     kind = BootstrapWriterV5 if options.fs_version == 5 else BootstrapWriter
-    writer = kind(
-        tree, named, chunk_size=options.chunk_size, codec=options.codec, digester=options.digest_kind, moved=moved,
-        prefetch=_prefetch_paths(options), directory=options.spill_dir,
-    )  # fmt: skip
+    writer = kind(tree, named, options.form, moved=moved, prefetch=_prefetch_paths(options))
     return _Written(writer.write(), writer.stats), named
 
 
 def _make_reader(
-    source: Readable | Path | str, chunker: Chunker, writer: BlobWriter, options: BuildOptions, kind: str,
-    on_progress: Callable[[int], None] | None, label: str, index: "ZranIndex | None", hashed: Hash | None,
-) -> "TarSource | DirectorySource":  # fmt: skip
-    if kind == "tar":
+    run: _Run, chunker: Chunker, index: "ZranIndex | None", hashed: Hash | None
+) -> "TarSource | DirectorySource":
+    source, options = run.source, run.options
+    if run.kind == "tar":
         from virtiofsd_nydus.builder.source_tar import TarSource
 
         if isinstance(source, (str, Path)):
             raise TypeError("a path is opened by build_layer")
-        return TarSource(
-            _count(source, on_progress), chunker, writer.table, chunk_size=options.chunk_size, label=label or "tar",
-            index=index, directory=options.spill_dir, hashed=hashed,
-        )  # fmt: skip
+        counted = _count(source, run.on_progress)
+        return TarSource(counted, chunker, options.form, label=run.label or "tar", index=index, hashed=hashed)
     from virtiofsd_nydus.builder.source_dir import DirectorySource
 
     if not isinstance(source, (str, Path)):
         raise TypeError("a directory is given by its path")
     prefetch = options.prefetch_patterns if options.prefetch_policy != "none" else ()
-    return DirectorySource(
-        Path(source), chunker, writer.table, chunk_size=options.chunk_size, prefetch=prefetch, on_progress=on_progress,
-        directory=options.spill_dir,
-    )  # fmt: skip
+    return DirectorySource(Path(source), chunker, options.form, prefetch=prefetch, on_progress=run.on_progress)
 
 
 def _prefetch_paths(options: BuildOptions) -> list[bytes]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from virtiofsd_nydus.errors import UsageFailure
 from virtiofsd_nydus.rafs import layout
+from virtiofsd_nydus.rafs.blob import Form
 
 CODECS = {"none": layout.Codec.NONE, "lz4_block": layout.Codec.LZ4_BLOCK, "zstd": layout.Codec.ZSTD}
 DIGESTERS = {"blake3": layout.Digester.BLAKE3, "sha256": layout.Digester.SHA256}
@@ -65,6 +66,10 @@ class BuildOptions:
             raise UsageFailure("an image that refers to the OCI layers has no data of its own to batch or encrypt")
         if self.oci_ref and self.digester != "sha256":
             object.__setattr__(self, "digester", "sha256")  # such images have no other
+
+    @property
+    def form(self) -> Form:
+        return Form(self.chunk_size, self.codec, self.digest_kind, self.spill_dir)
 
     @property
     def codec(self) -> layout.Codec:

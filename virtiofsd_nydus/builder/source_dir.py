@@ -9,7 +9,7 @@ from virtiofsd_nydus.builder.chunker import Chunker
 from virtiofsd_nydus.builder.xattrs import is_kept_xattr
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.chunktable import ChunkTable
+from virtiofsd_nydus.rafs.blob import Form
 from virtiofsd_nydus.rafs.nodes import ROOT
 from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, relieve
 from virtiofsd_nydus.rafs.tree import RegularFile, Tree, Xattrs
@@ -20,19 +20,23 @@ class DirectorySource:
     the order of the tree, those that match a prefetch pattern first."""
 
     def __init__(
-        self, path: Path, chunker: Chunker, table: ChunkTable, *, chunk_size: int, prefetch: Sequence[str] = (),
-        on_progress: Callable[[int], None] | None = None, directory: str | None = None,
-    ) -> None:  # fmt: skip
-        """directory: for the tree's files."""
-        self.tree = Tree(directory)
+        self,
+        path: Path,
+        chunker: Chunker,
+        form: Form,
+        *,
+        prefetch: Sequence[str] = (),
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self.tree = Tree(form.directory)
         self.dropped_xattrs = 0
         self.files = 0
         self.file_bytes = 0
         self.prefetch_chunks = 0  # at the start of the blob, of the files to prefetch
         self._path = os.fsencode(path)
         self._chunker = chunker
-        self._table = table
-        self._chunk_size = chunk_size
+        self._table = chunker.table
+        self._chunk_size = form.chunk_size
         self._prefetch = [os.fsencode(pattern).rstrip(b"/") for pattern in prefetch]
         self._on_progress = on_progress
         self._links: dict[tuple[int, int], int] = {}  # st_dev, st_ino -> the node of the first name

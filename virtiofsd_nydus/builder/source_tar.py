@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from virtiofsd_nydus.builder.chunker import Chunker
-from virtiofsd_nydus.builder.tar_stream import Hash, Readable, TarEntry, TarFailure, TarStream, ZranTarStream, show
+from virtiofsd_nydus.builder.decoding import Hash, Readable, TarFailure
+from virtiofsd_nydus.builder.tar_stream import TarEntry, TarStream, ZranTarStream, show
 from virtiofsd_nydus.builder.xattrs import is_kept_xattr
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs import layout
+from virtiofsd_nydus.rafs.blob import Form
 from virtiofsd_nydus.rafs.bootstrap import encode_xattrs
-from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.nodes import ROOT
 from virtiofsd_nydus.rafs.tree import RegularFile, Tree, Xattrs
 
@@ -89,20 +90,26 @@ class TarSource:
     """Builds one layer's tree. Whiteouts stay in it as the files they are: merging gives them their meaning."""
 
     def __init__(
-        self, source: Readable, chunker: Chunker, table: ChunkTable, *, chunk_size: int, label: str,
-        index: "ZranIndex | None" = None, directory: str | None = None, hashed: Hash | None = None,
-    ) -> None:  # fmt: skip
-        """index: decodes the source, which is gzip, and tells where each chunk is in it. directory: for the tree's
-        files. hashed: gets the bytes of the decoded tar."""
-        self.tree = Tree(directory)
+        self,
+        source: Readable,
+        chunker: Chunker,
+        form: Form,
+        *,
+        label: str,
+        index: "ZranIndex | None" = None,
+        hashed: Hash | None = None,
+    ) -> None:
+        """index: decodes the source, which is gzip, and tells where each chunk is in it. hashed: gets the bytes of the
+        decoded tar."""
+        self.tree = Tree(form.directory)
         self.dropped_xattrs = 0
         self.files = 0
         self.file_bytes = 0
         self._stream = TarStream(source, hashed) if index is None else ZranTarStream(index, hashed)
         self._index = index
         self._chunker = chunker
-        self._table = table
-        self._chunk_size = chunk_size
+        self._table = chunker.table
+        self._chunk_size = form.chunk_size
         self._label = label
         self._parent_name: bytes | None = None  # the last parent, as most members share it with the one before
         self._parent = ROOT

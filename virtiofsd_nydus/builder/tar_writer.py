@@ -2,6 +2,7 @@
 bytes. The same tree gives the same tar."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import BinaryIO
 
 RECORD = 512
@@ -28,6 +29,50 @@ def encode_time(mtime_ns: int) -> bytes:
     return b"-" + text if mtime_ns < 0 else text
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TarMember:
+    """What a header and its pax records tell. kind: the header's type, b"0" and so on. link: target of a hard or
+    symbolic link. device: major and minor."""
+
+    name: bytes
+    kind: bytes
+    mode: int
+    uid: int
+    gid: int
+    mtime_ns: int
+    size: int = 0
+    link: bytes = b""
+    device: tuple[int, int] = (0, 0)
+    xattrs: Iterable[tuple[bytes, bytes]] = ()
+
+
+PAX_HEADER = TarMember(name=b"././@PaxHeader", kind=b"x", mode=0o644, uid=0, gid=0, mtime_ns=0)
+
+
+def encode_header(member: TarMember, size: int) -> bytes:
+    """One header. A value that its field cannot hold is 0 there; a pax record has it."""
+    header = bytearray(RECORD)
+
+    def put_number(at: int, width: int, number: int) -> None:
+        fits = 0 <= number < 1 << 3 * (width - 1)
+        header[at : at + width] = b"%0*o\0" % (width - 1, number if fits else 0)
+
+    header[: min(len(member.name), PATH_FIELD)] = member.name[:PATH_FIELD]
+    put_number(100, 8, member.mode)
+    put_number(108, 8, member.uid)
+    put_number(116, 8, member.gid)
+    put_number(124, 12, size)
+    put_number(136, 12, member.mtime_ns // 1_000_000_000)
+    header[156:157] = member.kind
+    header[157 : 157 + min(len(member.link), LINK_FIELD)] = member.link[:LINK_FIELD]
+    header[257:265] = b"ustar\00000"
+    put_number(329, 8, member.device[0])
+    put_number(337, 8, member.device[1])
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
 class TarWriter:
     """add() a member, then write() its data; close() at the end."""
 
@@ -36,58 +81,27 @@ class TarWriter:
         self._padding = 0
         self._left = 0
 
-    def add(
-        self, name: bytes, kind: bytes, *, mode: int, uid: int, gid: int, mtime_ns: int, size: int = 0,
-        link: bytes = b"", device: tuple[int, int] = (0, 0), xattrs: Iterable[tuple[bytes, bytes]] = (),
-    ) -> None:  # fmt: skip
-        """kind: the header's type, b"0" and so on. link: target of a hard or symbolic link."""
+    def add(self, member: TarMember) -> None:
         self._end_data()
         pax = b""
-        if len(name) > PATH_FIELD:
-            pax += encode_pax_record(b"path", name)
-        if len(link) > LINK_FIELD:
-            pax += encode_pax_record(b"linkpath", link)
-        for key, number in ((b"uid", uid), (b"gid", gid)):
+        if len(member.name) > PATH_FIELD:
+            pax += encode_pax_record(b"path", member.name)
+        if len(member.link) > LINK_FIELD:
+            pax += encode_pax_record(b"linkpath", member.link)
+        for key, number in ((b"uid", member.uid), (b"gid", member.gid)):
             if number > NUMBER_MAX:
                 pax += encode_pax_record(key, b"%d" % number)
-        if size > SIZE_MAX:
-            pax += encode_pax_record(b"size", b"%d" % size)
-        if mtime_ns % 1_000_000_000 or not 0 <= mtime_ns // 1_000_000_000 <= SIZE_MAX:
-            pax += encode_pax_record(b"mtime", encode_time(mtime_ns))
-        for key, value in sorted(xattrs):
+        if member.size > SIZE_MAX:
+            pax += encode_pax_record(b"size", b"%d" % member.size)
+        if member.mtime_ns % 1_000_000_000 or not 0 <= member.mtime_ns // 1_000_000_000 <= SIZE_MAX:
+            pax += encode_pax_record(b"mtime", encode_time(member.mtime_ns))
+        for key, value in sorted(member.xattrs):
             pax += encode_pax_record(XATTR_KEY + key, value)
         if pax:
-            self._out.write(self._header(b"././@PaxHeader", b"x", 0o644, 0, 0, 0, len(pax), b"", (0, 0)))
+            self._out.write(encode_header(PAX_HEADER, len(pax)))
             self._out.write(pax + bytes(-len(pax) % RECORD))
-        self._out.write(self._header(name, kind, mode, uid, gid, mtime_ns // 1_000_000_000, size, link, device))
-        self._left, self._padding = size, -size % RECORD
-
-    @staticmethod
-    def _header(
-        name: bytes, kind: bytes, mode: int, uid: int, gid: int, seconds: int, size: int, link: bytes,
-        device: tuple[int, int],
-    ) -> bytes:  # fmt: skip
-        """One header. A value that its field cannot hold is 0 there; a pax record has it."""
-        header = bytearray(RECORD)
-
-        def put_number(at: int, width: int, number: int) -> None:
-            fits = 0 <= number < 1 << 3 * (width - 1)
-            header[at : at + width] = b"%0*o\0" % (width - 1, number if fits else 0)
-
-        header[: min(len(name), PATH_FIELD)] = name[:PATH_FIELD]
-        put_number(100, 8, mode)
-        put_number(108, 8, uid)
-        put_number(116, 8, gid)
-        put_number(124, 12, size)
-        put_number(136, 12, seconds)
-        header[156:157] = kind
-        header[157 : 157 + min(len(link), LINK_FIELD)] = link[:LINK_FIELD]
-        header[257:265] = b"ustar\00000"
-        put_number(329, 8, device[0])
-        put_number(337, 8, device[1])
-        header[148:156] = b" " * 8
-        header[148:156] = b"%06o\0 " % sum(header)
-        return bytes(header)
+        self._out.write(encode_header(member, member.size))
+        self._left, self._padding = member.size, -member.size % RECORD
 
     def write(self, data: bytes) -> None:
         """The next bytes of the member's data."""

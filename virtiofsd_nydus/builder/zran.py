@@ -4,7 +4,7 @@ import errno
 import hashlib
 from typing import Any
 
-from virtiofsd_nydus.builder.tar_stream import READ_BYTES, Readable, TarFailure
+from virtiofsd_nydus.builder.decoding import READ_BYTES, Readable, TarFailure
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs.blob import ReferencePlace
 from virtiofsd_nydus.rafs.spill import Arena, relieve

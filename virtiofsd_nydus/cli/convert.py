@@ -51,9 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virtiofsd_nydus.oci.convert import convert_image
+    from virtiofsd_nydus.oci.convert import ConvertOptions, Place, convert_image
     from virtiofsd_nydus.oci.image import open_store
     from virtiofsd_nydus.oci.manifest import parse_platform
+    from virtiofsd_nydus.oci.store import Access
 
     source_ref, target_ref = parse_reference(args.source), parse_reference(args.target)
     options = make_options(args, oci_ref=args.oci_ref)
@@ -61,24 +62,20 @@ def run(args: argparse.Namespace) -> int:
     platform = parse_platform(args.platform) if args.platform else None
     source_creds, target_creds = choose_creds(args, source_ref, target_ref)
     ca_cert_files = tuple(args.ca_cert)
-    source = open_store(source_ref, plain_http=args.plain_http, creds=source_creds, ca_cert_files=ca_cert_files)
-    target = open_store(target_ref, plain_http=args.plain_http, creds=target_creds, ca_cert_files=ca_cert_files)
+    source = open_store(source_ref, Access(args.plain_http, source_creds, ca_cert_files))
+    target = open_store(target_ref, Access(args.plain_http, target_creds, ca_cert_files))
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the work directory is emptied too
         with ProgressBars() if sys.stderr.isatty() and not args.json else ProgressLines(sys.stderr) as bars:
-            result = convert_image(
-                source,
-                source_ref,
-                target,
-                target_ref,
-                options=options,
+            wanted = ConvertOptions(
+                build=options,
                 platform=platform,
                 merge_platform=args.merge_platform,
                 work_dir=args.work_dir,
-                progress=bars,
                 dictionary=dictionary,
             )
+            result = convert_image(Place(source, source_ref), Place(target, target_ref), wanted, bars)
     finally:
         source.close()
         target.close()

@@ -118,6 +118,8 @@ def walk_depth_first(image: "Bootstrap") -> Iterator["Entry"]:
 
 
 def _add_entry(image: "Bootstrap", tar: "TarWriter", entry: "Entry", kind: bytes, first: dict[int, bytes]) -> None:
+    from virtiofsd_nydus.builder.tar_writer import TarMember
+
     attr = entry.attr
     name = b"." + os.fsencode(entry.path)
     if kind == b"5" and name != b"./":
@@ -133,9 +135,19 @@ def _add_entry(image: "Bootstrap", tar: "TarWriter", entry: "Entry", kind: bytes
     size = attr.size_bytes if kind == b"0" else 0
     xattrs = [] if kind == b"1" else [(os.fsencode(key), value) for key, value in image.xattrs(attr.ino).items()]
     tar.add(
-        name, kind, mode=stat.S_IMODE(attr.mode), uid=attr.uid, gid=attr.gid, mtime_ns=read_time(attr), size=size,
-        link=link, device=device, xattrs=xattrs,
-    )  # fmt: skip
+        TarMember(
+            name=name,
+            kind=kind,
+            mode=stat.S_IMODE(attr.mode),
+            uid=attr.uid,
+            gid=attr.gid,
+            mtime_ns=read_time(attr),
+            size=size,
+            link=link,
+            device=device,
+            xattrs=xattrs,
+        )
+    )
     position = 0
     while position < size:
         data = image.read(attr.ino, position, min(READ_BYTES, size - position))

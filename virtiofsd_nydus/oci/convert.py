@@ -6,17 +6,12 @@ the other's waits; the result does not depend on it.
 """
 
 import errno
-import gzip
-import io
-import json
 import shutil
-import tarfile
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -24,18 +19,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from virtiofsd_nydus.builder.image import BuildOptions, Layer, MergedImage, build_layer, merge_layers
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 from virtiofsd_nydus.oci.manifest import (
-    ANNOTATION_BLOB,
     ANNOTATION_BOOTSTRAP,
-    ANNOTATION_ENCRYPTED,
     ANNOTATION_FS_VERSION,
-    ANNOTATION_REF,
     LAYER_TYPES,
     MEDIA_CONFIG,
     MEDIA_INDEX,
     MEDIA_LAYER_GZIP,
     MEDIA_MANIFEST,
     MEDIA_NYDUS_BLOB,
-    NYDUS_ARTIFACT_TYPE,
     Descriptor,
     Manifest,
     Platform,
@@ -43,13 +34,18 @@ from virtiofsd_nydus.oci.manifest import (
     get_host_platform,
     load_json,
 )
+from virtiofsd_nydus.oci.nydus_image import (
+    describe_blob,
+    describe_file,
+    make_config,
+    make_index,
+    make_manifest,
+    write_bootstrap_layer,
+)
 from virtiofsd_nydus.oci.reference import DOCKER, DOCKER_ARCHIVE, Reference
 from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest, read_document
 from virtiofsd_nydus.oci.workfolder import make_work_folder
-from virtiofsd_nydus.rafs.blob import META_BYTES_MAX, BlobInfo, StoredMeta
-from virtiofsd_nydus.rafs.layout import BlobFeature
-from virtiofsd_nydus.rafs.meta import decode_cache_file
-from virtiofsd_nydus.rafs.spill import relieve
+from virtiofsd_nydus.rafs.blob import META_BYTES_MAX
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.builder.dictionary import ChunkDictionary
@@ -57,14 +53,6 @@ if TYPE_CHECKING:
 LAYERS_AT_A_TIME = 2
 # How long layers under way are waited for when the run fails or is interrupted.
 LEAVE_S = 3.0
-# Half of a large bootstrap is digests: more effort finds nothing in them.
-BOOTSTRAP_LEVEL = 6
-# Of a bootstrap, which may lie in a file (rafs/spill.py); tarfile reads 16 KiB at a time.
-READS_TO_RELIEVE = 512
-# The maker in the image's history, in the words of Nydus's own converter, which tools look for.
-CREATED_BY = "Nydus Converter"
-BOOTSTRAP_COMMENT = "Nydus Bootstrap Layer"
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -130,45 +118,57 @@ class _Silent:
         pass
 
 
-def convert_image(
-    source: ImageStore,
-    source_ref: Reference,
-    target: ImageStore,
-    target_ref: Reference,
-    *,
-    options: BuildOptions,
-    platform: Platform | None = None,
-    merge_platform: bool = False,
-    work_dir: Path | None = None,
-    progress: Progress | None = None,
-    dictionary: "ChunkDictionary | None" = None,
-) -> ConvertResult:
-    """Converts source_ref's image of the platform (default: this host's) and makes it visible as target_ref's tag.
+@dataclass(frozen=True)
+class Place:
+    """An image's source or destination: a store, and which image of it."""
 
-    merge_platform: the tag is an index of the Nydus image and the OCI image, which is copied, so that each client finds
-    what it knows; an image that refers to the OCI layers (options.oci_ref) always is, for it needs them. work_dir:
-    where blobs are spooled and tables go (default: TMPDIR), about the size of the two largest layers. dictionary:
-    chunks of an image whose blobs are at the target.
+    store: ImageStore
+    reference: Reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """build: of the image. platform: of an index's images the one to convert (default: this host's). merge_platform:
+    the tag is an index of the Nydus image and the OCI image, which is copied, so that each client finds what it knows;
+    an image that refers to the OCI layers (build.oci_ref) always is, for it needs them. work_dir: where blobs are
+    spooled and tables go (default: TMPDIR), about the size of the two largest layers. dictionary: chunks of an image
+    whose blobs are at the target."""
+
+    build: BuildOptions
+    platform: Platform | None = None
+    merge_platform: bool = False
+    work_dir: Path | None = None
+    dictionary: "ChunkDictionary | None" = None
+
+
+def convert_image(
+    source_place: Place, target_place: Place, wanted: ConvertOptions, progress: Progress | None = None
+) -> ConvertResult:
+    """Converts an image and makes it visible as the destination's tag.
 
     Nothing is visible at the target until all of it is there. A run that was interrupted is simply run again: the same
     layer makes the same blob (unless encrypted), and what the target has is not pushed again. What a killed run left in
     its work folder goes with the next run there. Raises Failure."""
+    source, source_ref = source_place.store, source_place.reference
+    target, target_ref = target_place.store, target_place.reference
+    options, work_dir = wanted.build, wanted.work_dir
+    merge_platform = wanted.merge_platform or options.oci_ref
     began = time.monotonic()
     options = replace(options, diff_id=True, spill_dir=str(work_dir) if work_dir is not None else options.spill_dir)
     if target_ref.transport == DOCKER_ARCHIVE:
         raise Failure(f"{target_ref}: a docker archive can be a source only", Cause.FORMAT)
     if target_ref.digest:
         raise Failure(f"{target_ref}: a destination has a tag, its digest is not known before", Cause.FORMAT)
-    manifest, config, of_platform = read_source(source, source_ref, platform)
+    manifest, config, of_platform = read_source(source, source_ref, wanted.platform)
     if is_same_place(source_ref, target_ref):
-        refuse_overwriting(source, source_ref, target_ref, manifest, keeps_source=merge_platform or options.oci_ref)
+        refuse_overwriting(source, source_ref, target_ref, manifest, keeps_source=merge_platform)
     try:
         with make_work_folder(work_dir) as folder:
-            run = _Conversion(source, target, options, folder, progress or _Silent(), dictionary)
+            run = _Conversion(source, target, options, folder, progress or _Silent(), wanted.dictionary)
             run.require_dictionary()
             built = run.convert_layers(manifest.layers, list_diff_ids(config, manifest, str(source_ref)))
             merged = merge_layers(
-                [layer for layer, _ in built], options=options, dictionary=dictionary, keep_trees=False
+                [layer for layer, _ in built], options=options, dictionary=wanted.dictionary, keep_trees=False
             )
             bootstrap, diff_id = run.push_bootstrap(merged)
             blobs = [describe_blob(info) for info in merged.blobs]
@@ -176,7 +176,7 @@ def convert_image(
             new_config = make_config(config, ids, blobs, diff_id)
             config_descriptor = run.push_bytes(new_config, MEDIA_CONFIG, "config")
             data = make_manifest(config_descriptor, [*blobs, bootstrap], manifest.annotations)
-            if merge_platform or options.oci_ref:
+            if merge_platform:
                 run.copy_image(manifest)
                 target.put_manifest(data, MEDIA_MANIFEST, None)
                 data, media_type = make_index(manifest, data, of_platform), MEDIA_INDEX
@@ -327,7 +327,7 @@ class _Conversion:
             if info.meta is not None and len(info.meta.packed) <= META_BYTES_MAX
         ]
         diff_id = write_bootstrap_layer(path, merged.bootstrap, metas)
-        descriptor = _describe_file(
+        descriptor = describe_file(
             path, MEDIA_LAYER_GZIP, {ANNOTATION_BOOTSTRAP: "true", ANNOTATION_FS_VERSION: str(self._options.fs_version)}
         )
         self._push(descriptor, path)
@@ -453,143 +453,3 @@ def run_at_a_time(
             thread.join(max(0.0, limit - time.monotonic()))
         raise
     return [results[index] for index in range(len(items))]
-
-
-def write_bootstrap_layer(
-    path: Path, bootstrap: "bytes | memoryview", metas: "Sequence[tuple[str, StoredMeta]]" = ()
-) -> str:
-    """Writes the tar+gzip with image/image.boot (Nydus's bootstrap layer) and beside it blob.meta of the blobs (by id),
-    so that a mount need not ask for those; the same bytes for the same image. Returns the digest of the tar."""
-    hashed = _HashedWriter()
-    with (
-        path.open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0, compresslevel=BOOTSTRAP_LEVEL) as compressed,
-    ):
-        hashed.out = compressed
-        with tarfile.open(fileobj=hashed, mode="w|", format=tarfile.USTAR_FORMAT) as archive:
-            folder = tarfile.TarInfo("image")
-            folder.type, folder.mode = tarfile.DIRTYPE, 0o755
-            archive.addfile(folder)
-            member = tarfile.TarInfo("image/image.boot")
-            member.size, member.mode = len(bootstrap), 0o444
-            archive.addfile(member, _ViewReader(bootstrap))
-            for blob_id, meta in metas:
-                data = decode_cache_file(meta)
-                member = tarfile.TarInfo(f"image/{blob_id}.blob.meta")
-                member.size, member.mode = len(data), 0o444
-                archive.addfile(member, _ViewReader(data))
-    return f"sha256:{hashed.hash.hexdigest()}"
-
-
-class _ViewReader(io.RawIOBase):
-    """Reads what is in memory without copying all of it."""
-
-    def __init__(self, data: "bytes | memoryview") -> None:
-        self._view = memoryview(data)
-        self._reads = 0
-
-    def read(self, size: int = -1) -> bytes:
-        self._reads += 1
-        if not self._reads % READS_TO_RELIEVE:
-            relieve()
-        end = size if size >= 0 else len(self._view)
-        piece, self._view = bytes(self._view[:end]), self._view[end:]
-        return piece
-
-
-class _HashedWriter(io.RawIOBase):
-    """Passes bytes on and hashes them."""
-
-    def __init__(self) -> None:
-        self.hash = sha256()
-        self.out: Any = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.hash.update(data)
-        self.out.write(data)
-        return len(data)
-
-
-def make_config(
-    config: dict[str, Any],
-    layer_blob_ids: list[str],
-    blobs: list[Descriptor],
-    bootstrap_diff_id: str,
-) -> bytes:
-    """The image configuration with the new layers: diff ids are the blobs' digests (they are not compressed again) and
-    the bootstrap tar's; the history keeps one entry that is not empty for each of them."""
-    remaining = [blob.hex for blob in blobs]
-    history: list[dict[str, Any]] = []
-    ids = iter(layer_blob_ids)
-    for entry in config.get("history") or []:
-        if not isinstance(entry, dict):
-            continue
-        entry = dict(entry)
-        if not entry.get("empty_layer"):
-            blob_id = next(ids, "")
-            if blob_id in remaining:
-                remaining.remove(blob_id)
-            else:
-                entry["empty_layer"] = True  # its layer has become no blob of its own
-        history.append(entry)
-    history += [{"created_by": CREATED_BY} for _ in remaining]
-    history.append({"created_by": CREATED_BY, "comment": BOOTSTRAP_COMMENT})
-    new = {
-        **config,
-        "history": history,
-        "rootfs": {"type": "layers", "diff_ids": [*(blob.digest for blob in blobs), bootstrap_diff_id]},
-    }
-    return json.dumps(new, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def make_manifest(config: Descriptor, layers: list[Descriptor], annotations: dict[str, str]) -> bytes:
-    value: dict[str, Any] = {
-        "schemaVersion": 2,
-        "mediaType": MEDIA_MANIFEST,
-        "config": config.to_json(),
-        "layers": [layer.to_json() for layer in layers],
-    }
-    if annotations:
-        value["annotations"] = dict(sorted(annotations.items()))
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def make_index(oci: Manifest, nydus: bytes, platform: Platform) -> bytes:
-    """An index of both images. The OCI one comes first: clients that know nothing of Nydus take the first that fits."""
-    media_type = oci.descriptor.media_type or MEDIA_MANIFEST
-    entries = [
-        {
-            **Descriptor(media_type, oci.descriptor.digest, oci.descriptor.size).to_json(),
-            "platform": platform.to_json(),
-        },
-        {
-            **Descriptor(MEDIA_MANIFEST, digest_of(nydus), len(nydus)).to_json(),
-            "artifactType": NYDUS_ARTIFACT_TYPE,
-            "platform": platform.to_json(),
-        },
-    ]
-    return json.dumps(
-        {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": entries}, separators=(",", ":")
-    ).encode()
-
-
-def _describe_file(path: Path, media_type: str, annotations: dict[str, str]) -> Descriptor:
-    hashed = sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            hashed.update(piece)
-    return Descriptor(media_type, f"sha256:{hashed.hexdigest()}", path.stat().st_size, annotations)
-
-
-def describe_blob(info: BlobInfo) -> Descriptor:
-    """The blob as a layer of the manifest; of a layer that is referred to, the blob of its blob.meta."""
-    annotations = {ANNOTATION_BLOB: "true"}
-    if info.cipher is not None:
-        annotations[ANNOTATION_ENCRYPTED] = "true"
-    if info.features & BlobFeature.SEPARATE:
-        annotations[ANNOTATION_REF] = f"sha256:{info.blob_id}"
-        return Descriptor(MEDIA_NYDUS_BLOB, f"sha256:{info.meta_digest.hex()}", info.meta_size, annotations)
-    return Descriptor(MEDIA_NYDUS_BLOB, f"sha256:{info.blob_id}", info.compressed_size, annotations)

@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from virtiofsd_nydus.builder.tar_stream import is_zstd
+from virtiofsd_nydus.builder.decoding import is_zstd
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.documents import parse_json
 from virtiofsd_nydus.oci.manifest import (

@@ -21,7 +21,7 @@ from virtiofsd_nydus.oci.manifest import (
     parse_platform,
 )
 from virtiofsd_nydus.oci.reference import DOCKER, DOCKER_ARCHIVE, OCI, Reference, parse_reference
-from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest, read_document
+from virtiofsd_nydus.oci.store import DEFAULT_ACCESS, Access, ImageStore, VerifiedReader, find_manifest, read_document
 
 # Where a bootstrap layer has it: since v2, and before.
 BOOTSTRAP_MEMBERS = ("image/image.boot", "image.boot")
@@ -57,21 +57,12 @@ class NydusImage:
         return {"type": self.backend_type, "config": dict(self._backend_settings)}
 
 
-def open_store(
-    reference: Reference,
-    *,
-    plain_http: bool = False,
-    creds: str = "",
-    ca_cert_files: tuple[str, ...] = (),
-    skip_verify: bool = False,
-) -> ImageStore:
-    """The store a reference speaks of. creds: USER:PASSWORD, else docker's configuration is asked."""
+def open_store(reference: Reference, access: Access = DEFAULT_ACCESS) -> ImageStore:
+    """Opens the store that a reference speaks of."""
     if reference.transport == DOCKER:
         from virtiofsd_nydus.oci.registry import RegistryStore
 
-        return RegistryStore.open(
-            reference, plain_http=plain_http, creds=creds, ca_cert_files=ca_cert_files, skip_verify=skip_verify
-        )
+        return RegistryStore.open(reference, access)
     if reference.transport == OCI:
         from virtiofsd_nydus.oci.layout import LayoutStore
 
@@ -82,14 +73,7 @@ def open_store(
 
 
 def resolve_image(
-    reference: str | Reference,
-    *,
-    cache_dir: Path,
-    plain_http: bool = False,
-    creds: str = "",
-    ca_cert_files: tuple[str, ...] = (),
-    skip_verify: bool = False,
-    platform: str = "",
+    reference: str | Reference, *, cache_dir: Path, access: Access = DEFAULT_ACCESS, platform: str = ""
 ) -> NydusImage:
     """Finds a Nydus image and puts its bootstrap into cache_dir (one that is there already is used, once verified).
 
@@ -98,9 +82,7 @@ def resolve_image(
     if isinstance(reference, str):
         reference = parse_reference(reference)
     wanted = parse_platform(platform) if platform else get_host_platform()
-    store = open_store(
-        reference, plain_http=plain_http, creds=creds, ca_cert_files=ca_cert_files, skip_verify=skip_verify
-    )
+    store = open_store(reference, access)
     try:
         manifest = find_nydus_manifest(store, reference, wanted)
         layer = manifest.bootstrap_layer
@@ -232,9 +214,9 @@ def _describe_backend(store: ImageStore) -> tuple[str, dict[str, Any]]:
     # Docker's login is not among them: it may be short-lived, so the backend looks it up itself when it logs in.
     if store.credentials is not None:
         settings["auth"] = store.credentials.basic_header().partition(" ")[2]
-    if store.ca_cert_files:
-        settings["ca_cert_files"] = list(store.ca_cert_files)
-    if store.skip_verify:
+    if store.access.ca_cert_files:
+        settings["ca_cert_files"] = list(store.access.ca_cert_files)
+    if store.access.skip_verify:
         settings["skip_verify"] = True
     return "registry", settings
 

@@ -3,7 +3,7 @@
 Reading blobs is the storage backend's work, so that pulls have its checks, retries and resuming too."""
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Self
 from urllib.parse import urljoin
@@ -11,13 +11,13 @@ from urllib.parse import urljoin
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.answers import HEAD_REFUSED, check_status, read_body, release
 from virtiofsd_nydus.net.client import HttpClient, Limits, Request, Trust
-from virtiofsd_nydus.net.credentials import Credentials, find_docker_credentials, parse_creds
+from virtiofsd_nydus.net.credentials import find_docker_credentials, parse_creds
 from virtiofsd_nydus.net.failures import RetriableFailure
 from virtiofsd_nydus.net.login import Login
 from virtiofsd_nydus.net.session import Endpoint
 from virtiofsd_nydus.oci.manifest import ACCEPT, DOCUMENT_BYTES, Descriptor, digest_of
 from virtiofsd_nydus.oci.reference import Reference, default_scheme
-from virtiofsd_nydus.oci.store import OnBytes
+from virtiofsd_nydus.oci.store import Access, OnBytes
 from virtiofsd_nydus.storage.registry import RegistryBackend
 
 # No guest waits for a conversion, so its limits are those of a slow registry. A PUT is answered after the registry
@@ -31,49 +31,28 @@ UPLOAD_STATUSES = (200, 201, 202, 204)
 class RegistryStore:
     """store.ImageStore of one repository. Thread-safe."""
 
-    def __init__(
-        self,
-        reference: Reference,
-        *,
-        scheme: str = "https",
-        credentials: Credentials | None = None,
-        ca_cert_files: Iterable[str] = (),
-        skip_verify: bool = False,
-    ) -> None:
-        """credentials: those that were given; without them docker's are looked up at each login."""
+    def __init__(self, reference: Reference, access: Access, scheme: str = "https") -> None:
         self.name = str(reference)
         self.host = reference.api_host
         self.repo = reference.repo
         self.scheme = scheme
-        self.credentials = credentials
-        self.ca_cert_files = tuple(ca_cert_files)
-        self.skip_verify = skip_verify
-        self._client = HttpClient(LIMITS, Trust(self.ca_cert_files, skip_verify=skip_verify))
-        login = Login(credentials, find=lambda limit_s: find_docker_credentials(reference.host, limit_s))
+        self.access = access
+        self.credentials = parse_creds(access.creds) if access.creds else None
+        self._client = HttpClient(LIMITS, Trust(access.ca_cert_files, skip_verify=access.skip_verify))
+        login = Login(self.credentials, find=lambda limit_s: find_docker_credentials(reference.host, limit_s))
         self._backend = RegistryBackend(self._client, Endpoint(scheme, self.host, self.repo), login)
         self._session = self._backend.session
         self._known: set[str] = set()  # digests this repository has
         self._lock = threading.Lock()
 
     @classmethod
-    def open(
-        cls,
-        reference: Reference,
-        *,
-        plain_http: bool = False,
-        creds: str = "",
-        ca_cert_files: Iterable[str] = (),
-        skip_verify: bool = False,
-    ) -> Self:
-        """Opens a repository with the login of --creds (USER:PASSWORD), else docker's, looked up at each login. A
-        loopback registry is spoken to in plain HTTP unless it turns out to want TLS."""
-        credentials = parse_creds(creds) if creds else None
-        scheme = default_scheme(reference.api_host, plain_http)
-        if scheme == "http" and not plain_http and _wants_tls(reference.api_host):
+    def open(cls, reference: Reference, access: Access) -> Self:
+        """Opens a repository with the login that was given, else docker's, looked up at each login. A loopback registry
+        is spoken to in plain HTTP unless it turns out to want TLS."""
+        scheme = default_scheme(reference.api_host, access.plain_http)
+        if scheme == "http" and not access.plain_http and _wants_tls(reference.api_host):
             scheme = "https"
-        return cls(
-            reference, scheme=scheme, credentials=credentials, ca_cert_files=ca_cert_files, skip_verify=skip_verify
-        )
+        return cls(reference, access, scheme)
 
     def close(self) -> None:
         self._client.close()

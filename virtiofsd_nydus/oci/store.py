@@ -5,6 +5,7 @@ Three of them: oci.registry (docker://), oci.layout (oci:), oci.docker_archive (
 
 import io
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,20 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Access:
+    """How registries are talked to. plain_http: without TLS (loopback ones are anyway, unless they want it). creds:
+    USER:PASSWORD; without them docker's login is looked up. ca_cert_files: PEM files trusted beside the system's."""
+
+    plain_http: bool = False
+    creds: str = field(default="", repr=False)
+    ca_cert_files: tuple[str, ...] = ()
+    skip_verify: bool = False
+
+
+DEFAULT_ACCESS = Access()
 
 
 class ImageStore(Protocol):

@@ -25,6 +25,17 @@ class Writable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """What all blobs and the bootstrap of an image share. directory: where tables go that are too large for memory
+    (default: TMPDIR)."""
+
+    chunk_size: int
+    codec: layout.Codec
+    digester: layout.Digester
+    directory: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class StoredMeta:
     """A blob's blob.meta, kept packed (never encrypted): what goes beside the bootstrap."""
 
@@ -78,17 +89,13 @@ class BlobWriter:
 
     alignment = layout.BLOCK_BYTES  # of uncompressed offsets
 
-    def __init__(
-        self, out: Writable, *, chunk_size: int, codec: layout.Codec, digester: layout.Digester,
-        cipher: Cipher | None = None, directory: str | None = None,
-    ) -> None:  # fmt: skip
-        """directory: for the chunk table's files."""
-        self.table = ChunkTable(directory)
+    def __init__(self, out: Writable, form: Form, *, cipher: Cipher | None = None) -> None:
+        self.table = ChunkTable(form.directory)
         self.size = 0
         self.data_size = 0  # of it, chunks; once finish_data is called
-        self.codec = codec
-        self.digester = digester
-        self.chunk_size = chunk_size
+        self.codec = form.codec
+        self.digester = form.digester
+        self.chunk_size = form.chunk_size
         self.cipher = cipher
         self.uncompressed_size = 0
         self.chunk_bytes = 0  # of all chunks, not compressed
@@ -159,11 +166,8 @@ class BlobWriter:
 class PlainBlobWriter(BlobWriter):
     """A blob of RAFS v5: chunk data alone. Uncompressed offsets run on without gaps, unless aligned."""
 
-    def __init__(
-        self, out: Writable, *, chunk_size: int, codec: layout.Codec, digester: layout.Digester, aligned: bool = False,
-        directory: str | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(out, chunk_size=chunk_size, codec=codec, digester=digester, directory=directory)
+    def __init__(self, out: Writable, form: Form, *, aligned: bool = False) -> None:
+        super().__init__(out, form)
         if not aligned:
             self.alignment = 1
 

@@ -1,10 +1,11 @@
 """A blob whose data is an OCI layer. Only its blob.meta is written, as a small blob of its own."""
 
 from array import array
+from dataclasses import replace
 from typing import Protocol
 
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.blob import META_BYTES_MAX, BlobInfo, BlobWriter, ReferencePlace, StoredMeta, Writable
+from virtiofsd_nydus.rafs.blob import META_BYTES_MAX, BlobInfo, BlobWriter, Form, ReferencePlace, StoredMeta, Writable
 from virtiofsd_nydus.rafs.layout import BlobFeature, ChunkFlag, InfoFlag
 from virtiofsd_nydus.rafs.meta import encode_chunk_infos_v2, encode_header, pack_section, require_table_size
 from virtiofsd_nydus.rafs.spill import Arena, copy_pieces
@@ -27,15 +28,10 @@ class LayerIndex(Protocol):
 class ReferenceBlobWriter(BlobWriter):
     """Takes places instead of data. finish() returns the id of the layer; blob_info tells that of blob.meta."""
 
-    def __init__(
-        self, out: Writable, index: LayerIndex, *, chunk_size: int, digester: layout.Digester,
-        directory: str | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            out, chunk_size=chunk_size, codec=layout.Codec.GZIP, digester=digester, directory=directory
-        )  # fmt: skip
+    def __init__(self, out: Writable, index: LayerIndex, form: Form) -> None:
+        super().__init__(out, replace(form, codec=layout.Codec.GZIP))
         self._index = index
-        self._directory = directory
+        self._directory = form.directory
 
     def write_reference(self, digest: bytes, crc: int, usize: int, place: ReferencePlace) -> int:
         number = self._add_entry(digest, crc, usize, place.coff, place.csize, ChunkFlag.COMPRESSED)

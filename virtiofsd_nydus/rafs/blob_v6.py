@@ -7,7 +7,7 @@ Each section is followed (not preceded) by a tar header, because its size is kno
 import hashlib
 
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, StoredMeta, Writable
+from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, Form, StoredMeta, Writable
 from virtiofsd_nydus.rafs.cipher import Cipher
 from virtiofsd_nydus.rafs.layout import BlobFeature, ChunkFlag, InfoFlag
 from virtiofsd_nydus.rafs.meta import (
@@ -31,14 +31,11 @@ class InlinedBlobWriter(BlobWriter):
     """A blob with all its sections. batch_size: small chunks are compressed together, up to this many bytes."""
 
     def __init__(
-        self, out: Writable, *, chunk_size: int, codec: layout.Codec, digester: layout.Digester, batch_size: int = 0,
-        level: int = 3, cipher: Cipher | None = None, directory: str | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            out, chunk_size=chunk_size, codec=codec, digester=digester, cipher=cipher, directory=directory
-        )  # fmt: skip
+        self, out: Writable, form: Form, *, batch_size: int = 0, level: int = 3, cipher: Cipher | None = None
+    ) -> None:
+        super().__init__(out, form, cipher=cipher)
         self.batch_size = batch_size
-        self._directory = directory
+        self._directory = form.directory
         self._level = level
         self._toc = bytearray()
         self._batch = bytearray()

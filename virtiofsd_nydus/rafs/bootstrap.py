@@ -14,7 +14,7 @@ from itertools import repeat
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.blob import BlobInfo
+from virtiofsd_nydus.rafs.blob import BlobInfo, Form
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.layout import BLOCK_BYTES, CHUNK_INDEX_BYTES, INODE_BYTES, NID_BYTES, align_up
 from virtiofsd_nydus.rafs.nodes import DIRECTORY, REGULAR, ROOT, SYMLINK
@@ -157,35 +157,38 @@ class BootstrapWriter:
     """One use: BootstrapWriter(...).write(). The tree's directories are sorted and its numbers are set."""
 
     def __init__(
-        self, tree: Tree, blobs: Sequence[BlobInfo], *, chunk_size: int, codec: layout.Codec,
-        digester: layout.Digester, moved: Mapping[int, Mapping[int, ChunkPlace]] | None = None,
-        prefetch: Iterable[bytes] = (), directory: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        tree: Tree,
+        blobs: Sequence[BlobInfo],
+        form: Form,
+        *,
+        moved: Mapping[int, Mapping[int, ChunkPlace]] | None = None,
+        prefetch: Iterable[bytes] = (),
+    ) -> None:
         """blobs: in the order of the blob table; every chunk table a file names is in one of them, or all its used
         chunks are in `moved`. moved: id(chunk table) -> chunk index -> the place that is used instead. prefetch:
-        absolute paths; those that do not exist are left out. directory: for the
-        bootstrap's file."""
+        absolute paths; those that do not exist are left out."""
         if len(blobs) > layout.BLOBS_MAX:
             raise Failure(
                 f"the image needs {len(blobs)} blobs, RAFS v6 holds {layout.BLOBS_MAX}; squash layers", Cause.FORMAT
             )
         self.tree = tree
         self.blobs = blobs
-        self.chunk_size = chunk_size
-        self.codec = codec
-        self.digester = digester
+        self.chunk_size = form.chunk_size
+        self.codec = form.codec
+        self.digester = form.digester
         self.stats = BootstrapStats()
         self._moved = moved or {}
         self._blob_index = {id(blob.table): index for index, blob in enumerate(blobs)}
         self._prefetch = list(prefetch) if blobs else []
-        self._chunk_bits = chunk_size.bit_length() - 1 - layout.BLOCK_BITS
+        self._chunk_bits = form.chunk_size.bit_length() - 1 - layout.BLOCK_BITS
         self._area = MetaArea()
         self._blocks: dict[int, int] = {}  # nid -> offset of its whole blocks in the area
         self._xattr_bodies: dict[int, bytes] = {0: b""}  # by their place in the tree; the latest of them
         self._has_xattrs = False
         # Of each blob's chunks: 0 not used, else 1 + the number of the chunk in the file that used it first
-        self._used = [Arena(directory, 4 * len(blob.table)) for blob in blobs]
-        self._out = Arena(directory)
+        self._used = [Arena(form.directory, 4 * len(blob.table)) for blob in blobs]
+        self._out = Arena(form.directory)
 
     def write(self) -> Arena:
         """Writes the whole bootstrap and returns a view of it in the arena."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.blob import BlobInfo
+from virtiofsd_nydus.rafs.blob import BlobInfo, Form
 from virtiofsd_nydus.rafs.bootstrap import XATTR_BODIES_MAX, BootstrapStats, ChunkPlace, encode_chunk_record
 from virtiofsd_nydus.rafs.digest import digest_function
 from virtiofsd_nydus.rafs.layout import align_up
@@ -50,24 +50,28 @@ class BootstrapWriterV5:
     inode's number, its first slot; a directory's nid is the slot of its first child."""
 
     def __init__(
-        self, tree: Tree, blobs: Sequence[BlobInfo], *, chunk_size: int, codec: layout.Codec,
-        digester: layout.Digester, moved: Mapping[int, Mapping[int, ChunkPlace]] | None = None,
-        prefetch: Iterable[bytes] = (), directory: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        tree: Tree,
+        blobs: Sequence[BlobInfo],
+        form: Form,
+        *,
+        moved: Mapping[int, Mapping[int, ChunkPlace]] | None = None,
+        prefetch: Iterable[bytes] = (),
+    ) -> None:
         """Parameters are those of BootstrapWriter."""
         self.tree = tree
         self.blobs = blobs
-        self.chunk_size = chunk_size
-        self.codec = codec
-        self.digester = digester
+        self.chunk_size = form.chunk_size
+        self.codec = form.codec
+        self.digester = form.digester
         self.stats = BootstrapStats()
         self._moved = moved or {}
         self._blob_index = {id(blob.table): index for index, blob in enumerate(blobs)}
         self._prefetch = list(prefetch)
-        self._digest = digest_function(digester)
-        self._digests = Arena(directory)  # by ino
+        self._digest = digest_function(form.digester)
+        self._digests = Arena(form.directory)  # by ino
         self._used = [bytearray(len(blob.table)) for blob in blobs]
-        self._out = Arena(directory)
+        self._out = Arena(form.directory)
 
     def write(self) -> Arena:
         """Writes the whole bootstrap and returns a view of it in the arena."""

@@ -88,16 +88,12 @@ def prepare_image(wanted: WantedImage) -> Iterator[PreparedImage]:
         ) from None
     if by_reference:
         from virtiofsd_nydus.oci.image import resolve_image
+        from virtiofsd_nydus.oci.store import Access
 
         bootstraps = work_dir / "bootstraps"
         before = set(bootstraps.glob("*.boot"))
-        found = resolve_image(
-            image,
-            cache_dir=bootstraps,
-            plain_http=wanted.plain_http,
-            creds=wanted.creds,
-            ca_cert_files=wanted.ca_cert_files,
-        )
+        access = Access(wanted.plain_http, wanted.creds, wanted.ca_cert_files)
+        found = resolve_image(image, cache_dir=bootstraps, access=access)
         backend = found.backend_config()
         kind, settings, bootstrap = backend["type"], backend["config"], str(found.bootstrap)
         own = found.config.get("config") or {}
