@@ -231,6 +231,15 @@ uint64_t vfs_nodeid(struct vnd_vfs *v, uint16_t serial, uint64_t ino)
     return (uint64_t)serial << VFS_INO_BITS | (ino & VFS_INO_MASK);
 }
 
+uint64_t vfs_shown_ino(struct vnd_vfs *v, uint16_t serial, uint64_t ino)
+{
+    const struct vfs_table *t = table_of(v);
+
+    if (v->kind == VND_SESSION_RAFS && t->count == 1 && serial && t->root.serial == serial)
+        return ino;
+    return vfs_nodeid(v, serial, ino);
+}
+
 int vfs_lookup(struct vnd_vfs *v, const struct vfs_step *step, struct vfs_node *out, vnd_attr *attr)
 {
     const struct vfs_table *t = table_of(v);

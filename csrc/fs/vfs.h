@@ -62,6 +62,9 @@ void vfs_reader_remove(struct vnd_vfs *v, struct vfs_reader *w);
 /* 0 or -ESTALE (no such mount). The file system decides whether the inode exists. */
 int vfs_resolve(struct vnd_vfs *v, uint64_t nodeid, struct vfs_node *out);
 uint64_t vfs_nodeid(struct vnd_vfs *v, uint16_t serial, uint64_t ino);
+/* The inode number that a guest shows of a node: the file system's own where an image is all that is mounted (its numbers
+ * may be below 2^32, which 32-bit programs need), else the nodeid. */
+uint64_t vfs_shown_ino(struct vnd_vfs *v, uint16_t serial, uint64_t ino);
 /* Looks one path component up ("." and ".." too), over mount points in both directions. attr->ino is the file system's
  * own number. Owes what fs_ops.lookup owes. Widens a reader that is confined where the look-up leaves its mount. 0 or
  * -errno. */

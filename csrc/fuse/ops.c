@@ -251,7 +251,7 @@ static int put_entry(void *ctx, const struct fs_entry *e)
         l->refused = true;
         return 1;
     }
-    d.ino = vfs_nodeid(l->c->s->vfs, node.serial, node.ino);
+    d.ino = vfs_shown_ino(l->c->s->vfs, node.serial, node.ino);
     if (l->plus) {
         struct fuse_entry_out out;
         vnd_attr covering;

@@ -109,10 +109,10 @@ enum req_verdict fuse_reply_fs_error(struct fuse_call *c, int rc)
 
 /* ---- attributes */
 
-static void fill_attr(struct fuse_attr *a, const vnd_attr *in, uint64_t nodeid)
+static void fill_attr(struct fuse_attr *a, const vnd_attr *in, uint64_t ino)
 {
     *a = (struct fuse_attr){
-        .ino = nodeid,
+        .ino = ino,
         .size = in->size_bytes,
         .blocks = in->blocks,
         .atime = in->mtime_s,
@@ -156,7 +156,7 @@ void fuse_fill_entry(struct fuse_call *c, struct fuse_entry_out *e, const struct
     if (dir->serial && node->serial == dir->serial)
         fill_valid(dir, &e->entry_valid, &e->entry_valid_nsec);
     fill_valid(node, &e->attr_valid, &e->attr_valid_nsec);
-    fill_attr(&e->attr, attr, e->nodeid);
+    fill_attr(&e->attr, attr, vfs_shown_ino(c->s->vfs, node->serial, node->ino));
 }
 
 enum req_verdict fuse_reply_attr(struct fuse_call *c, const vnd_attr *attr)
@@ -164,8 +164,8 @@ enum req_verdict fuse_reply_attr(struct fuse_call *c, const vnd_attr *attr)
     struct fuse_attr_out out = { 0 };
 
     fill_valid(&c->node, &out.attr_valid, &out.attr_valid_nsec);
-    fill_attr(&out.attr, attr, vfs_nodeid(c->s->vfs, c->node.serial, c->node.ino));
-    if (out.attr.ino == PSEUDO_ROOT_INO && !c->node.serial && c->s->keeps_root)
+    fill_attr(&out.attr, attr, vfs_shown_ino(c->s->vfs, c->node.serial, c->node.ino));
+    if (!c->node.serial && c->node.ino == PSEUDO_ROOT_INO && c->s->keeps_root)
         out.attr_valid = FUSE_VALID_FOREVER_S;
     return fuse_reply(c, &out, sizeof(out));
 }

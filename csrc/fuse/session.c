@@ -22,16 +22,16 @@ static uint64_t wanted_flags(int kind)
 {
     uint64_t flags = FUSE_INIT_ASYNC_READ | FUSE_INIT_EXPORT_SUPPORT | FUSE_INIT_DO_READDIRPLUS |
                      FUSE_INIT_READDIRPLUS_AUTO | FUSE_INIT_ASYNC_DIO | FUSE_INIT_PARALLEL_DIROPS |
-                     FUSE_INIT_MAX_PAGES | FUSE_INIT_CACHE_SYMLINKS | FUSE_INIT_INIT_EXT;
+                     FUSE_INIT_MAX_PAGES | FUSE_INIT_CACHE_SYMLINKS | FUSE_INIT_INIT_EXT | FUSE_INIT_POSIX_ACL;
 
-    /* Immutable data is never dropped because an attribute was refreshed; a host directory's data must be. It is not
-     * for the guest alone, so the guest's kernel must not write back when it likes (WRITEBACK_CACHE). Its ACLs are
-     * obeyed by the guest's kernel; where a directory has a default one, the umask does not count, which only the host
-     * knows in time. */
+    /* ACLs of images and host directories are obeyed by the guest's kernel. Immutable data is never dropped because an
+     * attribute was refreshed; a host directory's data must be. A host directory is not for the guest alone, so the
+     * guest's kernel must not write back when it likes (WRITEBACK_CACHE). Where one of its directories has a default ACL,
+     * the umask does not count, which only the host knows in time. */
     return flags |
            (kind == VND_SESSION_RAFS ? FUSE_INIT_EXPLICIT_INVAL_DATA
                                      : FUSE_INIT_AUTO_INVAL_DATA | FUSE_INIT_ATOMIC_O_TRUNC | FUSE_INIT_BIG_WRITES |
-                                           FUSE_INIT_HANDLE_KILLPRIV_V2 | FUSE_INIT_POSIX_ACL | FUSE_INIT_DONT_MASK);
+                                           FUSE_INIT_HANDLE_KILLPRIV_V2 | FUSE_INIT_DONT_MASK);
 }
 
 /* True: no other guest is on the mount table, so what read-write file systems know is of one that is gone. */
