@@ -112,6 +112,7 @@ static bool put_locked(struct vnd_passthrough *p, struct pt_file *f)
 static void file_free(struct pt_file *f)
 {
     close(f->fd);
+    free(f->entries);
     pthread_mutex_destroy(&f->dir_lock);
     free(f);
 }

@@ -20,8 +20,8 @@
 #define PT_SLOW_MS 2000
 #define PT_BUCKETS_LOG2 12
 #define PT_BUCKETS (1u << PT_BUCKETS_LOG2)
-#define PT_MOUNT_SLOTS 128 /* numbers of mounts that fit into an inode number */
-#define PT_HANDLE_MAX 128  /* bytes: the kernel's MAX_HANDLE_SZ */
+#define PT_DEVICES 128    /* numbers of devices that fit into an inode number */
+#define PT_HANDLE_MAX 128 /* bytes: the kernel's MAX_HANDLE_SZ */
 #define PT_INO_TOP (1ull << 47)
 #define PT_ROOT_INO PT_INO_TOP
 #define PT_HOST_INO_BITS 40
@@ -34,9 +34,16 @@ struct pt_fid {
     uint8_t room[PT_HANDLE_MAX];
 };
 
+/* One device that files of one mount are on. A mount may show several: overlayfs gives each layer's files a device of their
+ * own, btrfs each subvolume. Its place in the table is its part of inode numbers. */
+struct pt_device {
+    uint64_t mount_id;
+    dev_t dev;
+    uint32_t nodes; /* that use the entry; 0: it is free */
+};
+
 struct pt_mount {
     uint64_t id;   /* the kernel's mount id; a unique one where the kernel gives that */
-    uint32_t slot; /* its part of inode numbers; PT_MOUNT_SLOTS: none */
     uint32_t refs; /* nodes */
     int fd;        /* for open_by_handle_at; -1 */
     uint32_t fd_users;
@@ -52,6 +59,8 @@ struct pt_node {
     struct pt_node *next_ino, *next_key;
     struct pt_mount *mount;
     uint64_t ino, host_ino, generation;
+    dev_t dev;        /* with mount and host_ino: which file of the host it is */
+    uint32_t device;  /* entry of the table of devices; PT_DEVICES: none was free */
     uint64_t nlookup; /* look-ups that guests have not forgotten */
     uint32_t refs;    /* users, open files, the table, mounts whose mount point it holds; freed at 0 */
     uint32_t type;    /* S_IFMT bits */
@@ -75,7 +84,10 @@ struct pt_file {
     uint32_t gen;  /* upper half of its fh */
     uint32_t slot;
     bool dir;
-    pthread_mutex_t dir_lock; /* the position of an open directory */
+    pthread_mutex_t dir_lock; /* of an open directory: its position, and what follows */
+    uint8_t *entries;         /* read from the host and not all taken yet, from entries_at to entries_end */
+    uint32_t entries_at, entries_end;
+    uint64_t entries_off; /* the cookie of entries_at */
 };
 
 struct pt_task {
@@ -112,7 +124,7 @@ struct vnd_passthrough {
     pthread_mutex_t lock; /* of all that follows */
     struct pt_node *by_ino[PT_BUCKETS], *by_key[PT_BUCKETS];
     struct pt_mount *mounts;
-    bool slot_taken[PT_MOUNT_SLOTS];
+    struct pt_device devices[PT_DEVICES];
     uint64_t next_ino, n_nodes, n_kept, kept_max;
     struct pt_node *cache[PT_CACHE_MAX]; /* nodes with a cached fd */
     uint32_t hand, n_cached, cache_max;
@@ -169,8 +181,8 @@ void pt_forget_all(struct vnd_passthrough *p);
 void pt_drop_idle(struct vnd_passthrough *p, bool even_used);
 /* After a call failed. True: descriptors were used up and some were closed, so the call is to be tried again. */
 bool pt_make_room(struct vnd_passthrough *p, bool *tried);
-/* The inode number that a listing gives for a number of the host's. */
-uint64_t pt_ino_of(const struct pt_mount *m, uint64_t host_ino);
+/* The inode number that a listing of dir gives for a number of the host's. */
+uint64_t pt_ino_in(const struct pt_node *dir, uint64_t host_ino);
 /* True: a network or another process answers for the node, or for a mount in it. */
 bool pt_is_on_remote(struct vnd_passthrough *p, uint64_t ino);
 int pt_fill_attr(const struct pt_node *n, int fd, vnd_attr *out);

@@ -37,8 +37,6 @@ struct pt_node *pt_mount_put(struct vnd_passthrough *p, struct pt_mount *m)
             break;
         }
     }
-    if (m->slot < PT_MOUNT_SLOTS)
-        p->slot_taken[m->slot] = false;
     if (m->fd >= 0 && m->fd != p->root_fd)
         close(m->fd);
     free(m);
@@ -60,18 +58,12 @@ struct pt_mount *pt_mount_add(struct vnd_passthrough *p, uint64_t id, struct pt_
                               bool remote)
 {
     struct pt_mount *m = calloc(1, sizeof(*m));
-    uint32_t slot = 0;
 
     if (!m)
         return NULL;
-    while (slot < PT_MOUNT_SLOTS && p->slot_taken[slot])
-        slot++;
-    if (slot < PT_MOUNT_SLOTS)
-        p->slot_taken[slot] = true;
     m->id = id;
     m->remote = remote;
     p->n_remote += remote;
-    m->slot = slot;
     m->refs = 1;
     m->fd = -1;
     m->above = above;

@@ -6,12 +6,16 @@
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include "passthrough/internal.h"
+
+/* Bytes of entries that are read from the host at once. */
+#define ENTRIES_BYTES 4096u
 
 struct linux_dirent64 {
     uint64_t d_ino;
@@ -56,8 +60,8 @@ static int get_dir(struct vnd_passthrough *p, uint64_t ino, struct pt_ref *ref)
 
     if (rc || !(p->flags & VND_PASSTHROUGH_KEEP_TOP) || ref->node->mount != p->root->mount)
         return rc;
-    if (ref->node == p->root ||
-        (fstatat(p->root_fd, "passthrough", &st, AT_SYMLINK_NOFOLLOW) == 0 && st.st_ino == ref->node->host_ino)) {
+    if (ref->node == p->root || (fstatat(p->root_fd, "passthrough", &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+                                 st.st_ino == ref->node->host_ino && st.st_dev == ref->node->dev)) {
         pt_put(p, ref);
         return -EROFS;
     }
@@ -93,7 +97,7 @@ static int put_plus(struct vnd_passthrough *p, struct pt_file *f, const struct l
 
     if (fd < 0 ||
         pt_learn(p, f->node, d->d_name, fd, true, &attr)) { /* gone, or no room: a look-up may find it later */
-        e.ino = pt_ino_of(f->node->mount, d->d_ino);
+        e.ino = pt_ino_in(f->node, d->d_ino);
         e.type = d->d_type;
         return l->put(l->ctx, &e);
     }
@@ -110,7 +114,7 @@ static int put_plus(struct vnd_passthrough *p, struct pt_file *f, const struct l
 static int put_plain(struct pt_file *f, const struct linux_dirent64 *d, const struct fs_listing *l)
 {
     struct fs_entry e = {
-        pt_ino_of(f->node->mount, d->d_ino), (uint64_t)d->d_off, d->d_name, strlen(d->d_name), d->d_type, NULL
+        pt_ino_in(f->node, d->d_ino), (uint64_t)d->d_off, d->d_name, strlen(d->d_name), d->d_type, NULL
     };
     struct stat st;
 
@@ -119,26 +123,66 @@ static int put_plain(struct pt_file *f, const struct linux_dirent64 *d, const st
     return l->put(l->ctx, &e);
 }
 
-/* A guest takes about 4 KiB of entries at a time, with attributes or without. */
+/* Puts an open directory at a cookie, which is the host's and opaque: where lseek takes it for negative (cookies of NFS
+ * use all 64 bits), the listing goes on in what was read already, or else is read from the start up to there. */
+static int seek_dir(struct pt_file *f, uint64_t off)
+{
+    if ((int64_t)off >= 0 || f->entries_off != off) {
+        f->entries_at = f->entries_end = 0;
+        f->entries_off = off;
+        if (lseek(f->fd, (off_t)off, SEEK_SET) >= 0)
+            return 0;
+        if (errno != EINVAL || lseek(f->fd, 0, SEEK_SET) < 0)
+            return -errno;
+        f->entries_off = 0;
+    }
+    return 0;
+}
+
+/* The next entry of the host, or NULL: the end (*rc 0) or an error. Its d_reclen bytes are to be added to entries_at when
+ * it is taken. */
+static const struct linux_dirent64 *next_entry(struct pt_file *f, uint32_t bytes, int *rc)
+{
+    if (f->entries_at == f->entries_end) {
+        long n = syscall(SYS_getdents64, f->fd, f->entries, bytes);
+
+        *rc = n < 0 ? -errno : 0;
+        if (n <= 0)
+            return NULL;
+        f->entries_at = 0;
+        f->entries_end = (uint32_t)n;
+    }
+    return (const struct linux_dirent64 *)(const void *)(f->entries + f->entries_at);
+}
+
+static void take_entry(struct pt_file *f, const struct linux_dirent64 *d)
+{
+    f->entries_off = (uint64_t)d->d_off;
+    f->entries_at += d->d_reclen;
+}
+
 static int list_locked(struct vnd_passthrough *p, struct pt_file *f, const struct fs_listing *l)
 {
-    _Alignas(8) char buf[4096];
+    /* A guest takes about 4 KiB of entries at a time, with attributes or without. */
+    uint32_t bytes = l->want_attr ? ENTRIES_BYTES / 2 : ENTRIES_BYTES;
+    const struct linux_dirent64 *d;
+    int rc;
 
-    if (lseek(f->fd, (off_t)l->off, SEEK_SET) < 0)
-        return -errno;
-    for (;;) {
-        long n = syscall(SYS_getdents64, f->fd, buf, l->want_attr ? sizeof(buf) / 2 : sizeof(buf));
-
-        if (n <= 0)
-            return n < 0 ? -errno : 0;
-        for (long at = 0; at < n;) {
-            const struct linux_dirent64 *d = (const struct linux_dirent64 *)(const void *)(buf + at);
-
-            at += d->d_reclen;
-            if (l->want_attr && !is_dots(d->d_name) ? put_plus(p, f, d, l) : put_plain(f, d, l))
-                return 0;
-        }
+    if (!f->entries)
+        f->entries = malloc(ENTRIES_BYTES);
+    if (!f->entries)
+        return -ENOMEM;
+    rc = seek_dir(f, l->off);
+    while (!rc && f->entries_off != l->off && (d = next_entry(f, bytes, &rc)))
+        take_entry(f, d);
+    if (!rc && f->entries_off != l->off)
+        rc = -EINVAL; /* no entry has that cookie, or has it any more */
+    while (!rc && (d = next_entry(f, bytes, &rc))) {
+        if (l->want_attr && !is_dots(d->d_name) ? put_plus(p, f, d, l) : put_plain(f, d, l))
+            break;
+        take_entry(f, d);
     }
+    return rc;
 }
 
 int pt_readdir(struct fs *fs, const struct fs_listing *l)

@@ -20,16 +20,53 @@ static uint32_t bucket_of(uint64_t v)
     return (uint32_t)(v * 0x9e3779b97f4a7c15ull >> (64 - PT_BUCKETS_LOG2));
 }
 
-static uint64_t key_of(const struct pt_mount *m, uint64_t host_ino)
+static uint64_t key_of(const struct pt_mount *m, dev_t dev, uint64_t host_ino)
 {
-    return host_ino ^ m->id << 44;
+    return host_ino ^ m->id << 44 ^ (uint64_t)dev << 24;
 }
 
-uint64_t pt_ino_of(const struct pt_mount *m, uint64_t host_ino)
+static dev_t dev_of(const struct statx *sx)
 {
-    if (m->slot < PT_MOUNT_SLOTS && host_ino >> PT_HOST_INO_BITS == 0)
-        return (uint64_t)m->slot << PT_HOST_INO_BITS | host_ino;
-    return PT_INO_TOP | (host_ino ^ (uint64_t)m->slot << 32); /* for listings, where it need not be unique */
+    return makedev(sx->stx_dev_major, sx->stx_dev_minor);
+}
+
+/* Fits: the number says mount, device and the host's number, so it is unique and stays the same. */
+static bool ino_fits(uint32_t device, uint64_t host_ino)
+{
+    return device < PT_DEVICES && host_ino >> PT_HOST_INO_BITS == 0;
+}
+
+static uint64_t ino_of(uint32_t device, uint64_t host_ino)
+{
+    return (uint64_t)device << PT_HOST_INO_BITS | host_ino;
+}
+
+/* An entry does not say its device, so the directory's is taken; nor need the number be unique where it does not fit. */
+uint64_t pt_ino_in(const struct pt_node *dir, uint64_t host_ino)
+{
+    if (ino_fits(dir->device, host_ino))
+        return ino_of(dir->device, host_ino);
+    return PT_INO_TOP | ((host_ino ^ (uint64_t)dir->device << 32) & (PT_INO_TOP - 1));
+}
+
+/* Under the lock. The entry of a device, for one node more; PT_DEVICES: all are in use. */
+static uint32_t device_take(struct vnd_passthrough *p, const struct pt_mount *m, dev_t dev)
+{
+    uint32_t at = PT_DEVICES;
+
+    for (uint32_t i = 0; i < PT_DEVICES; i++) {
+        struct pt_device *d = &p->devices[i];
+
+        if (d->nodes && d->mount_id == m->id && d->dev == dev) {
+            d->nodes++;
+            return i;
+        }
+        if (!d->nodes && at == PT_DEVICES)
+            at = i;
+    }
+    if (at < PT_DEVICES)
+        p->devices[at] = (struct pt_device){ m->id, dev, 1 };
+    return at;
 }
 
 static void fill(const struct pt_node *n, const struct statx *sx, vnd_attr *out)
@@ -75,19 +112,24 @@ struct pt_node *pt_node_at(struct vnd_passthrough *p, uint64_t ino)
     return n;
 }
 
-static struct pt_node *find_key(struct vnd_passthrough *p, const struct pt_mount *m, uint64_t host_ino)
+/* The node of a file of the host. A descriptor that is kept keeps its inode alive, so that no other file can have its
+ * number: a file of another type is another one then, whatever the host says. */
+static struct pt_node *find_key(struct vnd_passthrough *p, const struct pt_mount *m, const struct statx *sx)
 {
-    struct pt_node *n = p->by_key[bucket_of(key_of(m, host_ino))];
+    dev_t dev = dev_of(sx);
+    struct pt_node *n = p->by_key[bucket_of(key_of(m, dev, sx->stx_ino))];
 
-    while (n && (n->mount != m || n->host_ino != host_ino))
+    while (n && (n->mount != m || n->host_ino != sx->stx_ino || n->dev != dev ||
+                 (n->fd_kept && n->type != (sx->stx_mode & S_IFMT)))) {
         n = n->next_key;
+    }
     return n;
 }
 
 static void link_node(struct vnd_passthrough *p, struct pt_node *n)
 {
     struct pt_node **a = &p->by_ino[bucket_of(n->ino)];
-    struct pt_node **b = &p->by_key[bucket_of(key_of(n->mount, n->host_ino))];
+    struct pt_node **b = &p->by_key[bucket_of(key_of(n->mount, n->dev, n->host_ino))];
 
     n->next_ino = *a;
     *a = n;
@@ -120,7 +162,7 @@ static void unlink_node(struct vnd_passthrough *p, struct pt_node *n)
     for (at = &p->by_ino[bucket_of(n->ino)]; *at != n;)
         at = &(*at)->next_ino;
     *at = n->next_ino;
-    for (at = &p->by_key[bucket_of(key_of(n->mount, n->host_ino))]; *at != n;)
+    for (at = &p->by_key[bucket_of(key_of(n->mount, n->dev, n->host_ino))]; *at != n;)
         at = &(*at)->next_key;
     *at = n->next_key;
     n->linked = false;
@@ -140,6 +182,8 @@ void pt_node_put_locked(struct vnd_passthrough *p, struct pt_node *n)
         } else {
             pt_node_close(p, gone);
         }
+        if (gone->device < PT_DEVICES)
+            p->devices[gone->device].nodes--;
         n = pt_mount_put(p, gone->mount);
         free(gone);
     }
@@ -180,12 +224,11 @@ bool pt_is_on_remote(struct vnd_passthrough *p, uint64_t ino)
 
 /* ---- what is found */
 
-static uint64_t choose_ino(struct vnd_passthrough *p, const struct pt_mount *m, uint64_t host_ino)
+static uint64_t choose_ino(struct vnd_passthrough *p, const struct pt_node *n)
 {
-    uint64_t ino = pt_ino_of(m, host_ino);
+    uint64_t ino = ino_of(n->device, n->host_ino);
 
-    /* A node of a mount that had the slot before may still have the number. */
-    if (ino < PT_INO_TOP && !pt_node_at(p, ino))
+    if (ino_fits(n->device, n->host_ino) && !pt_node_at(p, ino))
         return ino;
     return PT_INO_TOP | ++p->next_ino;
 }
@@ -202,6 +245,8 @@ static struct pt_node *node_add(struct vnd_passthrough *p, struct pt_mount *m, c
         return NULL;
     n->mount = m;
     n->host_ino = sx->stx_ino;
+    n->dev = dev_of(sx);
+    n->device = device_take(p, m, n->dev);
     n->type = sx->stx_mode & S_IFMT;
     n->fd = -1;
     n->handle_bytes = bytes;
@@ -215,7 +260,7 @@ static struct pt_node *node_add(struct vnd_passthrough *p, struct pt_mount *m, c
         n->nlookup = before->nlookup; /* the guest forgets both under one number */
         unlink_node(p, before);
     } else {
-        n->ino = choose_ino(p, m, sx->stx_ino);
+        n->ino = choose_ino(p, n);
     }
     n->refs = 1;
     link_node(p, n);
@@ -266,7 +311,7 @@ static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const 
     struct pt_node *n;
     int rc = 0;
 
-    if (!above && (!m || !find_key(p, m, sx->stx_ino))) {
+    if (!above && (!m || !find_key(p, m, sx))) {
         if (m)
             pt_node_put_locked(p, pt_mount_put(p, m));
         return -ESTALE;
@@ -279,7 +324,7 @@ static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const 
             return -ENOMEM;
         m->no_fd = above && !S_ISDIR(sx->stx_mode) && !S_ISREG(sx->stx_mode);
     }
-    n = find_key(p, m, sx->stx_ino);
+    n = find_key(p, m, sx);
     if (n && n->type == (sx->stx_mode & S_IFMT) && (n->fd_kept || same_fid(n, fid))) {
         n->refs++;
         pt_node_put_locked(p, pt_mount_put(p, m));
@@ -412,6 +457,8 @@ int pt_root_open(struct vnd_passthrough *p)
     *p->root = (struct pt_node){ .mount = m,
                                  .ino = PT_ROOT_INO,
                                  .host_ino = sx.stx_ino,
+                                 .dev = dev_of(&sx),
+                                 .device = device_take(p, m, dev_of(&sx)),
                                  .nlookup = 1,
                                  .type = S_IFDIR,
                                  .fd = p->root_fd,

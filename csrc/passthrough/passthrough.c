@@ -3,6 +3,8 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
+#include <linux/xattr.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -84,12 +86,38 @@ static struct timespec time_of(uint32_t valid, uint32_t given, uint32_t now, str
     return t;
 }
 
+/* The file capabilities of a node that change of owner or size would take from it. The host takes them as for a plain
+ * chown or truncate. The guest's kernel removes them by itself where they are to go, before it asks; where it does not
+ * (overlayfs copies an inode up: attributes first, then size and owner) they are to stay, so they are put back. */
+struct caps {
+    uint8_t value[XATTR_CAPS_SZ];
+    ssize_t len;
+};
+
+static void save_caps(const struct pt_ref *ref, const struct fs_setattr *s, struct caps *c)
+{
+    char path[32];
+
+    c->len = -1;
+    if (ref->node->type == S_IFREG && s->valid & (FS_SET_UID | FS_SET_GID | FS_SET_SIZE) && !(s->valid & FS_SET_KILL))
+        c->len = getxattr(proc_path(path, ref->fd), XATTR_NAME_CAPS, c->value, sizeof(c->value));
+}
+
+static int put_caps_back(const struct pt_ref *ref, const struct caps *c)
+{
+    char path[32];
+
+    return c->len > 0 && setxattr(proc_path(path, ref->fd), XATTR_NAME_CAPS, c->value, (size_t)c->len, 0) ? -errno : 0;
+}
+
 static int set_all(struct vnd_passthrough *p, const struct pt_ref *ref, struct pt_file *f, const struct fs_setattr *s)
 {
+    struct caps caps;
     char path[32];
     int rc = 0;
 
     /* Owner before mode: the host clears set-id bits for a new owner. */
+    save_caps(ref, s, &caps);
     if (s->valid & (FS_SET_UID | FS_SET_GID)) {
         uid_t uid = s->valid & FS_SET_UID ? s->uid : (uid_t)-1;
         gid_t gid = s->valid & FS_SET_GID ? s->gid : (gid_t)-1;
@@ -103,6 +131,8 @@ static int set_all(struct vnd_passthrough *p, const struct pt_ref *ref, struct p
     }
     if (!rc && (s->valid & FS_SET_SIZE))
         rc = set_size(p, ref->node, f, s);
+    if (!rc)
+        rc = put_caps_back(ref, &caps);
     if (!rc && (s->valid & (FS_SET_ATIME | FS_SET_MTIME | FS_SET_ATIME_NOW | FS_SET_MTIME_NOW))) {
         struct timespec t[2] = { time_of(s->valid, FS_SET_ATIME, FS_SET_ATIME_NOW, s->atime),
                                  time_of(s->valid, FS_SET_MTIME, FS_SET_MTIME_NOW, s->mtime) };
@@ -176,6 +206,20 @@ static int pt_statfs(struct fs *fs, uint64_t *blocks, uint64_t *files, uint32_t 
 
 /* ---- xattrs, by their own names */
 
+/* overlayfs of the host would follow these into its lower layers, if the shared directory is or becomes a layer: to data
+ * that the guest was not given. An overlayfs in the guest goes on without them, as on a file system that lacks them. */
+static bool is_overlay_redirect(const char *name)
+{
+    static const char prefix[] = "trusted.overlay.", again[] = "overlay.";
+
+    if (strncmp(name, prefix, sizeof(prefix) - 1))
+        return false;
+    name += sizeof(prefix) - 1;
+    while (strncmp(name, again, sizeof(again) - 1) == 0) /* how an overlayfs on overlayfs names its own */
+        name += sizeof(again) - 1;
+    return strcmp(name, "redirect") == 0 || strcmp(name, "metacopy") == 0;
+}
+
 static bool is_acl(const char *name)
 {
     return strcmp(name, ACL_ACCESS) == 0 || strcmp(name, ACL_DEFAULT) == 0;
@@ -239,7 +283,7 @@ static int pt_setxattr(struct fs *fs, const struct fs_caller *who, uint64_t ino,
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_ref ref;
     char path[32];
-    int rc = pt_get(p, ino, &ref);
+    int rc = is_overlay_redirect(x->name) ? -EPERM : pt_get(p, ino, &ref);
 
     if (!rc) {
         bool dropped = acl_takes_bits(who, ref.fd, x->name) && pt_fsetid_drop();

@@ -22,9 +22,11 @@
  * are closed after PT_IDLE_MS without use and at drop_idle (the API's DELETE). They are found again by the mount point's
  * parent and name, where the mount id must agree. Open files keep their mount busy, as on any host.
  *
- * Inode numbers. Top bit 0, then 7 bits of the mount's number, then 40 bits of the host's inode number. Where either does
- * not fit, a counter under the top bit. So a number stays the same while the guest knows the node, differs between
- * mounts, and is mostly the same later. If the host replaces a node under the same number, the new node takes the inode
+ * Identity. A file of the host is its mount, its device and its inode number: one mount may show several devices with the
+ * same numbers (overlayfs over two file systems, btrfs subvolumes). The guest sees one device, so its inode number says
+ * all three: top bit 0, then 7 bits of the number that mount and device have here, then 40 bits of the host's number.
+ * Where either does not fit, a counter under the top bit. So a number stays the same while the guest knows the node,
+ * differs between files, and is mostly the same later. If the host replaces a node under the same number, the new node takes the inode
  * number over with a higher generation.
  *
  * Credentials. The guest's kernel has checked permissions; what remains is who owns a new object. It is made under the

@@ -1,6 +1,7 @@
 """A host file system that answers when it is let: one file "slow" on /dev/fuse, served from this process.
 
 While the gate is closed every WRITE and READ is kept unanswered, as a network file system's are whose server is away.
+Its root lists entries whose offsets are any 64 bits, as an NFS server's cookies are; none of them can be looked up.
 """
 
 import os
@@ -17,11 +18,26 @@ from virtiofsd_nydus.fakeguest import fuse_client as fc
 REQUEST_BYTES = 1 << 18
 NODE = 2
 OUT_HEADER = struct.Struct("=IiQ")
+ENTRIES = 100
+COOKIES = [0] + [(1 << 63) + 0x1000001 * k for k in range(1, ENTRIES + 1)]  # COOKIES[k]: what follows k entries
 
 
 def attr_bytes(node: int, size: int) -> bytes:
     mode = stat.S_IFREG | 0o644 if node == NODE else stat.S_IFDIR | 0o755
     return fc.ATTR.pack(node, size, 0, 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
+
+
+def listing(offset: int, size: int) -> bytes:
+    """Entries from a cookie on; it must be one of COOKIES."""
+    reply = b""
+    for k in range(COOKIES.index(offset), ENTRIES):
+        name = b"entry_%03d" % k
+        entry = struct.pack("=QQII", 1000 + k, COOKIES[k + 1], len(name), stat.S_IFREG >> 12) + name
+        entry += bytes(-len(entry) % 8)
+        if len(reply) + len(entry) > size:
+            break
+        reply += entry
+    return reply
 
 
 class GateFs:
@@ -107,6 +123,9 @@ class GateFs:
         elif opcode == fc.READ:
             _, offset, size, *_ = fc.READ_IN.unpack_from(body)
             reply = bytes(self.data[offset : offset + size])
+        elif opcode == fc.READDIR:
+            _, offset, size, *_ = fc.READ_IN.unpack_from(body)
+            reply = listing(offset, size)
         elif opcode == fc.WRITE:
             _, offset, size, *_ = fc.WRITE_IN.unpack_from(body)
             self.data.extend(bytes(max(0, offset - len(self.data))))
