@@ -33,6 +33,7 @@ TEST(init)
     CHECK_EQ(out.flags2, 0);
     CHECK_EQ(out.flags & ~(uint32_t)guest61 & ~(uint32_t)FUSE_INIT_INIT_EXT, 0);
     CHECK(out.flags & FUSE_INIT_EXPLICIT_INVAL_DATA);
+    CHECK(out.flags & FUSE_INIT_POSIX_ACL); /* what an image's ACL says is obeyed */
     CHECK(!(out.flags & FUSE_INIT_AUTO_INVAL_DATA));
     CHECK(out.flags & FUSE_INIT_CACHE_SYMLINKS && out.flags & FUSE_INIT_DO_READDIRPLUS);
     CHECK_EQ(error_of(&g, FUSE_OP_GETATTR, 1, NULL, 0), 0);
