@@ -85,6 +85,7 @@ struct cachefile {
     bool sync_due; /* write-out has begun; for the upkeep thread */
     _Atomic bool space_said;
     pthread_mutex_t lock;       /* trusted is set and cleared, and durable set, under it */
+    uint64_t commit_epoch;      /* under lock: that of the commit under way */
     pthread_mutex_t write_lock; /* one thread writes at a time: others would spin in the kernel */
 };
 
@@ -156,8 +157,11 @@ uint64_t cachefile_count_ready(const struct cachefile *c);
 const char *cachefile_cure(int err);
 /* Writes bytes of chunks at off. 0 or -errno (-ENOSPC, -EROFS...: said once). */
 int cachefile_write(struct cachefile *c, uint64_t off, const void *buf, size_t len);
-/* With c->lock held: the chunk's bytes are in the file and were checked, all within the present epoch. */
+/* Between the two calls chunks are made ready whose bytes are in the file and were checked, all within epoch: true. No
+ * process invalidates meanwhile. false: the epoch has changed, nothing is held. c->lock is held in between. */
+bool cachefile_commit_begin(struct cachefile *c, uint64_t epoch);
 void cachefile_set_ready(struct cachefile *c, uint32_t i);
+void cachefile_commit_end(struct cachefile *c);
 /* Call once after a batch of writes of so many bytes and their set_ready. */
 void cachefile_note_written(struct cachefile *c, uint64_t bytes);
 /* 0: all len bytes were read; -EIO otherwise. Blocks. */

@@ -376,7 +376,8 @@ static int side_open(struct cachefile *c, bool quiet)
     if (grown)
         cachefile_invalidate(c, false);
     if (alone) {
-        bool rebooted = memcmp(boot, c->head->boot_id, sizeof boot) != 0;
+        bool rebooted =
+            !boot[0] || memcmp(boot, c->head->boot_id, sizeof boot) != 0; /* not readable: not known to be the same */
         if (rebooted) {
             cachefile_invalidate(c, true);
             memcpy(c->head->boot_id, boot, sizeof boot);

@@ -24,7 +24,10 @@ uint64_t cachefile_count_ready(const struct cachefile *c)
 
 void cachefile_invalidate(struct cachefile *c, bool keep_durable)
 {
-    /* Waits for another process that does the same. One that died in it has left the byte free. */
+    bool was_durable = false;
+
+    /* Waits for another process that invalidates or commits; one that died over it has left the byte free. One that was
+     * stopped within a commit finds the epoch changed when it goes on. */
     if (c->side_fd >= 0)
         claim_byte(c->side_fd, CLAIM_EVICT, true, 1000);
     atomic_fetch_or(&c->head->epoch, 1);
@@ -32,13 +35,46 @@ void cachefile_invalidate(struct cachefile *c, bool keep_durable)
         if (keep_durable) {
             atomic_fetch_and(&c->trusted[i], atomic_load(&c->durable[i]));
         } else {
+            was_durable |= atomic_load(&c->durable[i]) != 0;
             atomic_store(&c->trusted[i], 0);
             atomic_store(&c->durable[i], 0);
         }
     }
+    /* On disk too before the bytes change: a power cut must not leave the old bits over half of the new bytes. */
+    if (was_durable && c->side_fd >= 0 && fdatasync(c->side_fd))
+        engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO, "cache of blob %s: cannot sync its side file: %s", c->id,
+                   strerror(errno));
     atomic_fetch_add(&c->head->epoch, 1);
     if (c->side_fd >= 0)
         claim_byte_release(c->side_fd, CLAIM_EVICT);
+}
+
+bool cachefile_commit_begin(struct cachefile *c, uint64_t epoch)
+{
+    bool holds;
+
+    pthread_mutex_lock(&c->lock);
+    /* Against other processes: between the look at the epoch and the last bit none invalidates. */
+    holds = c->side_fd < 0 || claim_byte(c->side_fd, CLAIM_EVICT, false, 1000) == 0;
+    if (holds && cachefile_epoch_holds(c, epoch)) {
+        c->commit_epoch = epoch;
+        return true;
+    }
+    if (holds && c->side_fd >= 0)
+        claim_byte_release(c->side_fd, CLAIM_EVICT);
+    pthread_mutex_unlock(&c->lock);
+    return false;
+}
+
+void cachefile_commit_end(struct cachefile *c)
+{
+    bool late = !cachefile_epoch_holds(c, c->commit_epoch); /* this process was stopped, and the other did not wait */
+
+    if (c->side_fd >= 0)
+        claim_byte_release(c->side_fd, CLAIM_EVICT);
+    if (late)
+        cachefile_invalidate(c, false);
+    pthread_mutex_unlock(&c->lock);
 }
 
 void cachefile_distrust(struct cachefile *c, const char *why)

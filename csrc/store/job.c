@@ -175,13 +175,14 @@ static void commit_views(struct commit *m, uint32_t from, uint32_t to)
     bool lost = false;
 
     if (!rc) {
-        pthread_mutex_lock(&cache->lock);
-        lost = !cachefile_epoch_holds(cache, m->epoch); /* chunks were invalidated meanwhile, perhaps these */
-        if (!lost)                                      /* counted first, so that chunks seen ready are counted */
+        lost = !cachefile_commit_begin(cache, m->epoch); /* invalidated meanwhile, perhaps these bytes */
+        if (!lost) {
+            /* counted first: who sees them ready finds them counted */
             atomic_fetch_add_explicit(counter, to - from, memory_order_relaxed);
-        for (uint32_t v = from; v < to && !lost; v++)
-            cachefile_set_ready(cache, j->first + j->views[v].rel);
-        pthread_mutex_unlock(&cache->lock);
+            for (uint32_t v = from; v < to; v++)
+                cachefile_set_ready(cache, j->first + j->views[v].rel);
+            cachefile_commit_end(cache);
+        }
     }
     for (uint32_t v = from; v < to; v++) {
         uint32_t rel = j->views[v].rel;

@@ -124,10 +124,12 @@ int64_t store_read(struct store_wait *w, const struct extent *ext, int n, const 
 bool store_ready(const struct extent *ext, int n)
 {
     for (int i = 0; i < n; i++) {
+        const struct blobtable *t;
+
         if (!ext[i].blob)
             continue;
-        if (!atomic_load_explicit(&ext[i].blob->table, memory_order_acquire) ||
-            !cachefile_ready(ext[i].blob->cache, ext[i].chunk))
+        t = atomic_load_explicit(&ext[i].blob->table, memory_order_acquire);
+        if (!t || !blobtable_covers(t, &ext[i]) || !cachefile_ready(ext[i].blob->cache, ext[i].chunk))
             return false;
     }
     return true;
@@ -149,8 +151,11 @@ int store_want(struct store_wait *w, const struct extent *ext, int n)
 
         store_wait_done(w);
         w->err = 0;
-        for (int i = 0; i < n && !lacks; i++)
+        for (int i = 0; i < n && !lacks; i++) {
+            if (!blobtable_covers(atomic_load_explicit(&ext[i].blob->table, memory_order_acquire), &ext[i]))
+                return (int)refuse_extent(&ext[i]);
             lacks = !cachefile_ready(ext[i].blob->cache, ext[i].chunk);
+        }
         if (rc || !lacks)
             return rc;
         rc = park_missing(w, ext, n);

@@ -106,10 +106,10 @@ static bool write_after_all(struct blob_core *c, uint32_t index, const struct st
         return true;
     if (k->usize != b->len || cachefile_write(c->cache, k->uoff, b->data, b->len))
         return false;
-    pthread_mutex_lock(&c->cache->lock);
-    if (cachefile_epoch_holds(c->cache, epoch))
+    if (cachefile_commit_begin(c->cache, epoch)) {
         cachefile_set_ready(c->cache, index);
-    pthread_mutex_unlock(&c->cache->lock);
+        cachefile_commit_end(c->cache);
+    }
     cachefile_note_written(c->cache, k->usize);
     return true;
 }

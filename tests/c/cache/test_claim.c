@@ -292,3 +292,40 @@ TEST(waiter_reads_what_the_holder_fetched)
 {
     check_holder(2);
 }
+
+/* Another process that waits is woken, long before it would look again by itself. */
+static void wait_for_wake(const char *dir, struct fix_blob *b, int me)
+{
+    struct claim_wake w = { 0 };
+    int fd = open(dir, O_RDONLY | O_DIRECTORY);
+    int64_t began = now_us();
+
+    CHECK(fd >= 0 && claim_wake_open(&w, fd) == 0 && w.shared);
+    uint32_t gen = claim_wake_enter(&w);
+    atomic_store(&board->step, 1);
+    claim_wake_wait(&w, gen, 60000);
+    claim_wake_leave(&w);
+    CHECK(now_us() - began < 50 * 1000000);
+    claim_wake_close(&w);
+    close(fd);
+}
+
+TEST(wake_reaches_another_process)
+{
+    char dir[200];
+    struct claim_wake w = { 0 };
+    int fd;
+    pid_t waiter;
+
+    memset(board, 0, sizeof *board);
+    fix_dir_make(dir);
+    fd = open(dir, O_RDONLY | O_DIRECTORY);
+    CHECK(fd >= 0 && claim_wake_open(&w, fd) == 0 && w.shared);
+    waiter = child(wait_for_wake, dir, NULL, 0);
+    wait_for(&board->step, 1);
+    claim_wake_all(&w);
+    reap(waiter);
+    claim_wake_close(&w);
+    close(fd);
+    fix_dir_remove(dir);
+}
