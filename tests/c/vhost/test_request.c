@@ -314,3 +314,57 @@ TEST(races)
     }
     rig_down(&r);
 }
+
+/* Another in-flight region while the guest stands still: what is held is marked in the old one, so it is given up. Kept, it
+ * would be answered without a mark, and a crash would lose it. */
+TEST(another_inflight_region_drops_what_is_held)
+{
+    struct rig r;
+    uint64_t size;
+    uint32_t slot;
+
+    rig_up(&r, 0);
+    init_session(&r);
+    send_read(&r, 2, 5, 4096);
+    await_parked(&r, 1);
+    stop_rings(&r);
+    CHECK_EQ(used_idx(&r), 1);
+    int fd = vnd_inflight_create(QUEUES, RING, &size);
+    r.st.inflight_fd = fd;
+    r.st.inflight_size_bytes = size;
+    r.st.inflight_queues = QUEUES;
+    r.st.inflight_queue_size = RING;
+    r.st.inflight_gen++;
+    restart_rings(&r); /* the rings stand where they stood */
+    send_read(&r, 4, 5, 4096);
+    await_parked(&r, 2);
+    serve_now(&r, 0);
+    CHECK_EQ(reap(&r, &slot, NULL), 4096);
+    CHECK_EQ(slot, 4);
+    for (uint32_t i = 0; i < 4; i++)
+        check_read(&r, 5, i, 4096);
+    CHECK_EQ(fg_queue_in_flight(r.q[RQ]), 1);
+    close(fd);
+    rig_down(&r);
+}
+
+/* The memory that a reply went to is lost while it is made: the reply is not published, for it is zeroes. */
+TEST(nothing_is_published_once_memory_is_lost)
+{
+    struct rig r;
+
+    rig_up(&r, 0);
+    init_session(&r);
+    send_read(&r, 1, 3, 4096);
+    await_parked(&r, 1);
+    uint16_t stood = used_idx(&r);
+    /* The second region, where the queue's requests lie; its rings are in the first. */
+    CHECK(ftruncate(fg_ram_fd(r.ram), (off_t)regions[1].file_offset) == 0);
+    serve_now(&r, 0);
+    CHECK(err_signalled(r.errfd[RQ]));
+    CHECK_EQ(used_idx(&r), stood);
+    CHECK(fix_said(r.fix.e, VND_CAUSE_IO, "truncated"));
+    unplug(&r);
+    CHECK(ftruncate(fg_ram_fd(r.ram), 0x100000 + RAM_BYTES * 3 / 2) == 0);
+    rig_down(&r);
+}
