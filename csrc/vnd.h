@@ -261,6 +261,16 @@ int vnd_job_commit(vnd_engine *e, uint64_t job_id, const uint8_t *digests, int n
  * chunks that are not ready fail (error != 0), or the chunks are asked for again (error == 0). Returns the bytes
  * that were fed for nothing: of chunks that were ready already or had a wrong digest. */
 uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const char *text);
+/* Ends a job that failed in a way that another attempt may mend. What was committed stays. What readers want of the rest
+ * is asked for again, not before not_before_us (CLOCK_MONOTONIC), until their deadlines; so is prefetch.
+ * source_not_before_us: nothing at all is asked of the job's source before, and then one job at a time until one brings
+ * bytes; 0: the failure is this job's alone. Nothing is logged: a reader whose deadline passes is told of the last cause
+ * and text. Returns as vnd_job_end. */
+uint64_t vnd_job_retry(vnd_engine *e, uint64_t job_id, int64_t not_before_us, int64_t source_not_before_us, int cause,
+                       const char *text);
+/* Names the server that the blob's backend fetches from; 0 unless called. Blobs of one source share its fetch slots, and
+ * a server that hangs holds no others. Before the first read. */
+void vnd_blob_set_source(vnd_blob *b, uint32_t source);
 
 /* How many compressed bytes a fetch for a miss of this image takes along behind the wanted chunk; 0: none; a value
  * below 128 KiB acts as 128 KiB; 1 MiB unless called. A reader in order gets more where the link is worth it. */

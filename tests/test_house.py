@@ -49,12 +49,15 @@ def test_causes_are_those_of_the_seam() -> None:
 
 def test_fetch_slots_are_those_of_the_engine() -> None:
     from virtiofsd_nydus.net.client import POOL_SIZE
-    from virtiofsd_nydus.storage.pump import FETCH_SLOTS, PREFETCH_SLOTS
+    from virtiofsd_nydus.storage.pump import FETCH_SLOTS, FIRST_SLOTS, PREFETCH_SLOTS, SOURCE_SLOTS
 
     header = (ROOT / "csrc" / "store" / "fetcher.h").read_text()
     declared = {name: int(value) for name, value in re.findall(r"#define FETCH_(\w*SLOTS) (\d+)", header)}
-    assert (declared["SLOTS"], declared["PREFETCH_SLOTS"]) == (FETCH_SLOTS, PREFETCH_SLOTS)
-    assert POOL_SIZE == FETCH_SLOTS  # a connection for each
+    assert declared["SLOTS"] == FETCH_SLOTS
+    assert declared["SOURCE_SLOTS"] == SOURCE_SLOTS
+    assert declared["FIRST_SLOTS"] == FIRST_SLOTS
+    assert declared["PREFETCH_SLOTS"] == PREFETCH_SLOTS
+    assert POOL_SIZE == SOURCE_SLOTS + FIRST_SLOTS  # a connection for each
 
 
 def test_the_largest_chunk_table_is_the_engines() -> None:

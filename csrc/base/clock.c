@@ -17,6 +17,11 @@ int64_t coarse_ms(void)
     return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
 }
 
+struct timespec time_at_us(int64_t us)
+{
+    return (struct timespec){ (time_t)(us / 1000000), (long)(us % 1000000) * 1000 };
+}
+
 struct timespec time_after_ms(int ms)
 {
     struct timespec ts;

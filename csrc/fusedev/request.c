@@ -240,6 +240,7 @@ static bool take_request(struct fusedev_worker *w, struct fusedev_slot *s, uint3
     w->fuse.now_us = now_us();
     r->began_us = 0;
     r->wait.deadline_us = w->fuse.now_us + d->deadline_us;
+    r->wait.session = (uintptr_t)d->session;
     s->parked = (struct parked){ .since_us = w->fuse.now_us,
                                  .deadline_us = r->wait.deadline_us,
                                  .nodeid = r->in.nodeid,
@@ -321,7 +322,8 @@ static struct fusedev_slot *take_expired(struct vnd_fusedev *d, int64_t now, boo
             continue;
         if (!abandon && p->deadline_us > now)
             break;
-        if (store_wait_cancel(&s->req.wait)) {
+        if (abandon ? store_wait_cancel(&s->req.wait)
+                    : store_wait_expire(&s->req.wait, d->engine, "host read", d->deadline_us / 1000)) {
             expired = s;
         } else { /* being woken: a moment */
             s->state = FUSEDEV_EXPIRED;
@@ -343,9 +345,6 @@ static void expire_parked(struct fusedev_worker *w)
     while ((s = take_expired(d, now_us(), abandon)) != NULL) {
         if (!abandon) {
             atomic_fetch_add_explicit(&w->fuse.counters.expired, 1, memory_order_relaxed);
-            engine_say(d->engine, VND_LEVEL_ERROR, VND_CAUSE_DEADLINE,
-                       "host read answered with EIO: its data did not come within %lld ms",
-                       (long long)(d->deadline_us / 1000));
             fail_slot(w, s, EIO);
         }
         give_slot(s);

@@ -40,7 +40,8 @@ static int load_table(struct vnd_precontent *p, struct vnd_blob *b)
     if (rc == 0) {
         while (poll(&wait, 1, (int)(p->ttl_us / 1000)) < 0 && errno == EINTR)
             ;
-        if (!(wait.revents & POLLIN) && store_wait_cancel(&l.wait)) {
+        if (!(wait.revents & POLLIN) &&
+            store_wait_expire(&l.wait, p->engine, "the first read of a blob", p->ttl_us / 1000)) {
             rc = -ETIMEDOUT;
         } else { /* its wake has been or is being called */
             uint64_t count;

@@ -50,6 +50,7 @@ static struct precontent_request *take_request(struct vnd_precontent *p)
     r->at = r->slot->offset;
     r->parked = (struct parked){ .since_us = now_us() };
     r->parked.deadline_us = r->wait.deadline_us = r->parked.since_us + p->ttl_us;
+    r->wait.session = (uintptr_t)p;
     return r;
 }
 
@@ -134,12 +135,9 @@ static void expire_requests(struct vnd_precontent *p)
         struct precontent_request *r = request_of(at);
 
         next = at->next;
-        if (!store_wait_cancel(&r->wait))
+        if (!store_wait_expire(&r->wait, p->engine, "a kernel read", p->ttl_us / 1000))
             continue; /* being woken: a moment */
         atomic_fetch_add_explicit(&p->counters.expired, 1, memory_order_relaxed);
-        engine_say(p->engine, VND_LEVEL_ERROR, VND_CAUSE_DEADLINE,
-                   "a kernel read answered with EIO: its data did not come within %lld ms",
-                   (long long)(p->ttl_us / 1000));
         finish_request(r, PRECONTENT_DENY(EIO));
     }
 }

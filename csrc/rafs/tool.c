@@ -237,7 +237,7 @@ static void tool_wait_destroy(struct tool_wait *t)
 }
 
 /* Returns once woken, or (false) when the deadline passed and the waiter is unlinked. */
-static bool tool_wait_woken(struct tool_wait *t)
+static bool tool_wait_woken(struct tool_wait *t, struct vnd_engine *e)
 {
     struct timespec until = { t->wait.deadline_us / 1000000, t->wait.deadline_us % 1000000 * 1000 };
     bool late = false, woken;
@@ -249,7 +249,7 @@ static bool tool_wait_woken(struct tool_wait *t)
         } else if (pthread_cond_timedwait(&t->cond, &t->lock, &until) == ETIMEDOUT && !t->woken) {
             pthread_mutex_unlock(&t->lock); /* cancel takes the store's lock: never inside ours */
             late = true;
-            if (store_wait_cancel(&t->wait))
+            if (store_wait_expire(&t->wait, e, "a tool's read", e->cfg.read_deadline_ms))
                 return false;
             pthread_mutex_lock(&t->lock); /* its wake has been or is being called */
         }
@@ -275,7 +275,7 @@ static int64_t read_piece(struct vnd_rafs *r, struct extent *ext, uint64_t ino, 
     tool_wait_init(&t, r->engine->cfg.read_deadline_ms);
     do {
         done = store_read(&t.wait, ext, n, &iov, 1);
-    } while (done == -EINPROGRESS && tool_wait_woken(&t));
+    } while (done == -EINPROGRESS && tool_wait_woken(&t, r->engine));
     store_wait_done(&t.wait);
     tool_wait_destroy(&t);
     return done == -EINPROGRESS ? -ETIMEDOUT : done;

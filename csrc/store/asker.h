@@ -1,5 +1,5 @@
-/* store/asker.h -- the image whose read asked first for a chunk: its backend is asked, and how far it wants a miss extended
- * is obeyed.
+/* store/asker.h -- who asked first for a chunk: the image, whose backend is asked and whose amplify_io counts, the server that
+ * backend stands for, and the session, whose turn it is among those who wait for that server.
  */
 #ifndef VND_ASKER_H
 #define VND_ASKER_H
@@ -8,15 +8,11 @@
 
 struct vnd_blob;
 
-/* A blob that may have been closed meanwhile: compared, never followed. id 0: none. */
 struct asker {
-    uintptr_t id;
+    uintptr_t id;      /* of a blob, which may have been closed meanwhile: compared, never followed. 0: none */
+    uintptr_t session; /* of a reader, likewise */
+    uint32_t source;   /* vnd_blob_set_source */
 };
-
-static inline struct asker asker_of(const struct vnd_blob *b)
-{
-    return (struct asker){ (uintptr_t)b };
-}
 
 static inline bool asker_is(struct asker a, const struct vnd_blob *b)
 {

@@ -98,7 +98,7 @@ int blob_set_apart(struct vnd_blob *b, const struct blobtable *own)
         had = core_join(b->core->store, b, name, &rc);
     if (rc)
         return rc;
-    want_move_ranges(had, b->core, asker_of(b));
+    want_move_ranges(had, b->core, asker_of(b, 0));
     core_give_up(had);
     core_unref(had);
     return 0;
@@ -259,6 +259,11 @@ uint64_t vnd_blob_ready_range(vnd_blob *b, uint32_t first, uint32_t n, uint64_t 
             ready += cachefile_ready(b->cache, i);
         }
     return ready;
+}
+
+void vnd_blob_set_source(vnd_blob *b, uint32_t source)
+{
+    atomic_store_explicit(&b->source, source, memory_order_relaxed);
 }
 
 void vnd_blob_set_amplify(vnd_blob *b, uint32_t bytes)

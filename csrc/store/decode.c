@@ -269,6 +269,8 @@ static int job_feed(struct vnd_engine *e, struct job *j, const uint8_t *buf, siz
         return -ECANCELED;
     if (j->kind == VND_JOB_VERIFY || len > j->clen - j->fed)
         return -EINVAL;
+    if (!j->fed)
+        source_answers(e->fetcher, j);
     if (j->kind == VND_JOB_META) {
         j->fed += len;
         atomic_fetch_add_explicit(&e->shared.fetched_bytes, len, memory_order_relaxed);

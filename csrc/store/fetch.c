@@ -1,5 +1,5 @@
-/* store/fetch.c -- what is to be fetched next: demand before prefetch (docs/datapath.md 5). What one job takes along is
- * store/merge.c's, jobs once dispatched are store/job.c's.
+/* store/fetch.c -- what is to be fetched next: sources and sessions in turn, demand before prefetch (store/want.c,
+ * docs/datapath.md 5). What one job takes along is store/merge.c's, jobs once dispatched are store/job.c's.
  */
 #include <errno.h>
 #include <stdlib.h>
@@ -49,22 +49,26 @@ static void fill_out(struct job *j, vnd_job *out)
     pthread_mutex_unlock(&c->lock);
 }
 
-/* Tries to make a job of the next wanted chunk; f->lock is held on entry and exit, not between. 1: out is
- * filled. */
-static int next_demand(struct fetcher *f, vnd_job *out)
+/* Numbers a job that was built and tells of it. fetcher->lock is held. */
+static void start_job(struct fetcher *f, struct job *j, struct asker asker, vnd_job *out)
 {
-    int slot = slot_reserve(f, FOR_READER);
-    struct want *w = f->demand;
+    slot_move(f, j, j->kind == VND_JOB_VERIFY ? SOURCE_CACHE : asker.source);
+    job_begin(j, ++f->next_id * FETCH_SLOTS + (uint64_t)(j - f->slots));
+    j->asker = asker;
+    fill_out(j, out);
+}
+
+/* Tries to make a job of the next want of a lane; f->lock is held on entry and exit, not between. 1: out is
+ * filled. */
+static int next_demand(struct fetcher *f, struct source *s, struct lane *l, vnd_job *out)
+{
+    struct want *w = source_pop(s, l);
+    struct job *j = slot_reserve(f, s, FOR_READER, l);
+    int slot = (int)(j - f->slots);
     uint64_t stream = 0;
-    struct job *j;
     bool made = false;
 
-    if (slot < 0)
-        return 0;
-    j = &f->slots[slot];
-    f->demand = w->next;
-    if (!f->demand)
-        f->demand_tail = &f->demand;
+    source_rotate(f, s);
     if (w->meta) {
         j->core = w->core;
         j->meta = w->meta;
@@ -87,14 +91,15 @@ static int next_demand(struct fetcher *f, vnd_job *out)
         } else if (state == MISS_EXPIRED) {
             /* The reader who wanted it has given up: it goes behind the chunks that readers wait for. */
             pthread_mutex_unlock(&f->lock);
-            want_later(w->core, FOR_PREFETCH, w->index, w->index + 1, 0, w->asker, false);
+            want_later(w->core, FOR_PREFETCH,
+                       (struct want_range){ .asker = w->asker, .at = w->index, .end = w->index + 1 }, false);
             pthread_mutex_lock(&f->lock);
         }
     }
     if (!made) {
         slot_release(f, j);
         pthread_mutex_unlock(&f->lock);
-        want_free(w);
+        want_free(f, w);
         pthread_mutex_lock(&f->lock);
         return 0;
     }
@@ -102,28 +107,37 @@ static int next_demand(struct fetcher *f, vnd_job *out)
         stream_fetched(w->core, stream, j->first + j->n, j->clen, w->asker);
     j->deadline_us = w->deadline_us;
     j->tag = 0;
-    job_begin(j, ++f->next_id * FETCH_SLOTS + (uint64_t)slot);
-    j->asker = w->asker;
-    fill_out(j, out);
-    free(w); /* its reference to the core is the job's now */
+    start_job(f, j, w->asker, out);
+    source_unref(f, w->source);
+    free(w); /* its other references are the job's now */
     return 1;
 }
 
-/* The same of a list of ranges. -1: nothing to try, 0: tried and nothing came of it. */
-static int next_range(struct fetcher *f, struct want_range **list, enum job_for whom, vnd_job *out)
+/* The first range that can be worked on now. One thread at a time works on a range; a range whose table is still being
+ * loaded waits. *next_us: gets no later than when one can be that failed. */
+static struct want_range *find_range(struct want_range *p, int64_t now, int64_t *next_us)
+{
+    for (; p; p = p->next) {
+        if (p->busy || !atomic_load_explicit(&p->core->table, memory_order_acquire))
+            continue;
+        if (p->not_before_us <= now)
+            return p;
+        if (p->not_before_us < *next_us)
+            *next_us = p->not_before_us;
+    }
+    return NULL;
+}
+
+/* Tries to make a job of a range; locks and result as next_demand. */
+static int next_range(struct fetcher *f, struct source *s, enum job_for whom, struct want_range *p, vnd_job *out)
 {
     uint32_t window_bytes = whom == FOR_PREFETCH ? FETCH_PREFETCH_BYTES : STREAM_WINDOW_MAX;
-    struct want_range *p = *list, **at;
-    struct job *j;
+    struct job *j = slot_reserve(f, s, whom, NULL);
+    int slot = (int)(j - f->slots);
+    struct want_range **at;
     bool made = false;
-    int slot;
 
-    /* One thread at a time works on a range; a range whose table is still being loaded waits. */
-    while (p && (p->busy || !atomic_load_explicit(&p->core->table, memory_order_acquire)))
-        p = p->next;
-    if (!p || (slot = slot_reserve(f, whom)) < 0)
-        return -1;
-    j = &f->slots[slot];
+    source_rotate(f, s);
     p->busy = true;
     pthread_mutex_unlock(&f->lock);
     if (p->end > p->core->info.chunk_count)
@@ -140,54 +154,64 @@ static int next_range(struct fetcher *f, struct want_range **list, enum job_for 
     if (made) {
         j->deadline_us = 0;
         j->tag = p->tag;
-        job_begin(j, ++f->next_id * FETCH_SLOTS + (uint64_t)slot);
+        start_job(f, j, p->asker, out);
         atomic_store(&j->cancelled, p->cancelled);
-        j->asker = p->asker;
-        fill_out(j, out);
     } else {
         slot_release(f, j);
     }
     if (p->at >= p->end || p->cancelled) {
-        for (at = list; *at != p; at = &(*at)->next)
+        for (at = &s->ranges[whom]; *at != p; at = &(*at)->next)
             ;
         *at = p->next;
         p->next = NULL;
         pthread_mutex_unlock(&f->lock);
-        ranges_free(p);
+        ranges_free(f, p);
         pthread_mutex_lock(&f->lock);
     }
     return made;
 }
 
-/* Makes the next job: 1, or as next_range. Demand goes first, then what is ahead of readers, then prefetch. */
-static int next_job(struct fetcher *f, vnd_job *out, bool take_prefetch)
+/* Makes the next job: 1, or as next_range; *next_us gets no later than when there may be one if nothing else changes. Demand
+ * goes first, then what is ahead of readers, then prefetch. */
+static int next_job(struct fetcher *f, vnd_job *out, bool take_prefetch, int64_t *next_us)
 {
-    int got = -1;
+    static const enum job_for ranges[] = { FOR_STREAM, FOR_PREFETCH };
+    int64_t now = now_us();
+    struct want_range *p;
+    struct lane *l;
 
-    if (f->demand && slot_free(f, FOR_READER))
-        return next_demand(f, out);
-    if (f->ahead && slot_free(f, FOR_STREAM))
-        got = next_range(f, &f->ahead, FOR_STREAM, out);
-    if (got < 0 && take_prefetch && f->prefetch && slot_free(f, FOR_PREFETCH))
-        got = next_range(f, &f->prefetch, FOR_PREFETCH, out);
-    return got;
+    for (struct source *s = f->sources; s; s = s->next) {
+        source_resume(s, now);
+        if (s->not_before_us > now && s->not_before_us < *next_us)
+            *next_us = s->not_before_us;
+        else if (s->later && s->later->not_before_us < *next_us)
+            *next_us = s->later->not_before_us;
+        if (s->queued && source_may(f, s, FOR_READER, now) && (l = source_next_lane(f, s)))
+            return next_demand(f, s, l, out);
+    }
+    for (int i = 0; i < (take_prefetch ? 2 : 1); i++)
+        for (struct source *s = f->sources; s; s = s->next)
+            if (s->ranges[ranges[i]] && source_may(f, s, ranges[i], now) &&
+                (p = find_range(s->ranges[ranges[i]], now, next_us)))
+                return next_range(f, s, ranges[i], p, out);
+    return -1;
 }
 
 int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms)
 {
     struct fetcher *f = e->fetcher;
-    struct timespec until;
+    int64_t until_us = now_us() + (int64_t)timeout_ms * 1000;
     int rc = -ETIMEDOUT;
     bool late = false;
 
-    until = time_after_ms(timeout_ms);
     pthread_mutex_lock(&f->lock);
     for (;;) {
+        int64_t next_us = until_us;
         if (atomic_load(&f->down)) {
             rc = -ESHUTDOWN;
             break;
         }
-        int got = next_job(f, out, take_prefetch);
+        int got = next_job(f, out, take_prefetch, &next_us);
         if (got > 0) {
             rc = 0;
             break;
@@ -196,7 +220,8 @@ int vnd_job_next(vnd_engine *e, vnd_job *out, int take_prefetch, int timeout_ms)
             continue;
         if (late)
             break;
-        late = pthread_cond_timedwait(&f->some, &f->lock, &until) == ETIMEDOUT;
+        struct timespec until = time_at_us(next_us);
+        late = pthread_cond_timedwait(&f->some, &f->lock, &until) == ETIMEDOUT && next_us == until_us;
     }
     pthread_mutex_unlock(&f->lock);
     if (!rc)
@@ -211,9 +236,10 @@ int vnd_prefetch(vnd_blob *b, uint32_t first, uint32_t n, uint64_t tag)
     int rc;
 
     core_ref(c);
-    rc = want_later(c, FOR_PREFETCH, first, end, tag, asker_of(b), false);
+    rc = want_later(c, FOR_PREFETCH,
+                    (struct want_range){ .asker = asker_of(b, 0), .at = first, .end = end, .tag = tag }, false);
     while (!rc && (now = b->core) != c) { /* its table was loaded meanwhile, and contradicts another image's */
-        want_move_ranges(c, now, asker_of(b));
+        want_move_ranges(c, now, asker_of(b, 0));
         core_ref(now);
         core_unref(c);
         c = now;

@@ -14,7 +14,6 @@ int fetcher_new(struct vnd_engine *e)
         return -ENOMEM;
     memset(f, 0, sizeof *f);
     f->engine = e;
-    f->demand_tail = &f->demand;
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_mutex_init(&f->lock, NULL);
@@ -44,18 +43,11 @@ void fetcher_shutdown(struct vnd_engine *e)
     foreign_stop(f);
     upkeep_stop(f);
     miss_fail_all(f, ESHUTDOWN);
-    pthread_mutex_lock(&f->lock);
-    struct want *left = f->demand;
-    f->demand = NULL;
-    f->demand_tail = &f->demand;
-    pthread_mutex_unlock(&f->lock);
-    while (left) {
-        struct want *w = left;
-        left = w->next;
+    struct want *left = want_take(f, NULL);
+    for (struct want *w = left; w; w = w->next)
         if (w->meta)
             blob_take_raw(w->meta, NULL, 0, ESHUTDOWN);
-        want_free(w);
-    }
+    wants_free(f, left);
 }
 
 void fetcher_free(struct vnd_engine *e)
@@ -64,13 +56,13 @@ void fetcher_free(struct vnd_engine *e)
 
     for (int i = 0; i < FETCH_SLOTS; i++)
         job_wipe(&f->slots[i]);
-    while (f->demand) {
-        struct want *w = f->demand;
-        f->demand = w->next;
-        want_free(w);
+    wants_free(f, want_take(f, NULL));
+    for (struct source *s = f->sources; s; s = s->next) {
+        s->refs++; /* until sources_free: it is looked at once more */
+        ranges_free(f, s->ranges[FOR_STREAM]);
+        ranges_free(f, s->ranges[FOR_PREFETCH]);
     }
-    ranges_free(f->ahead);
-    ranges_free(f->prefetch);
+    sources_free(f);
     miss_fail_all(f, ESHUTDOWN);
     uncached_free(f);
     for (int i = 0; i < FETCH_SHARDS; i++)

@@ -8,23 +8,32 @@
 #include "blob/codec.h"
 
 #define FETCH_SHARDS 64
-#define FETCH_SLOTS 8          /* jobs under way */
-#define FETCH_PREFETCH_SLOTS 6 /* of them prefetch */
+#define FETCH_SLOTS 64         /* jobs under way, of all sources */
+#define FETCH_SOURCE_SLOTS 8   /* of one source */
+#define FETCH_FIRST_SLOTS 1    /* more, for a reader whose session has no job under way there */
+#define FETCH_PREFETCH_SLOTS 6 /* of a source's: prefetch */
+#define FETCH_STREAM_SLOTS 3   /* of a source's: ahead of readers who read in order */
 #define FETCH_JOB_CHUNKS 4096  /* chunks of a job */
-#define FETCH_STREAM_SLOTS 3   /* of them ahead of readers who read in order */
 #define FETCH_BACK_BYTES (256u << 10)
 #define FETCH_PREFETCH_BYTES (2u << 20)
 #define FETCH_BRIDGE_BYTES (64u << 10)
 #define FETCH_BATCH_BYTES (1u << 20) /* decoded and waiting for commit */
 #define FETCH_TRIES 2
+#define SOURCE_CACHE UINT32_MAX   /* number of the source of jobs that check what is in the cache: no server is asked */
+#define SOURCE_NO_MEMORY_US 10000 /* a want that no lane could be made for is tried again after this */
 
 enum job_for { FOR_READER, FOR_PREFETCH, FOR_STREAM };
 enum job_chunk { JOB_SKIP, JOB_WANT, JOB_DECODED, JOB_DONE, JOB_BAD };
 
+struct source;
+struct lane;
+
 struct job {
     pthread_mutex_t lock; /* held by feed, chunks, commit and end: usually one thread calls them */
-    uint64_t id;          /* 0: free or being built; under fetcher->lock */
-    bool reserved;        /* under fetcher->lock */
+    uint64_t id;          /* 0: free or being built; under fetcher->lock, as the next three are */
+    bool reserved;
+    struct source *source; /* referenced while reserved: whose slot it is */
+    struct lane *lane;     /* a reader's job: the session that it counts for */
     struct blob_core *core;
     struct asker asker;
     struct vnd_blob *meta; /* META job: whose table it brings; referenced */
@@ -71,10 +80,35 @@ struct job {
 struct want_range {
     struct want_range *next;
     struct blob_core *core;
+    struct source *source; /* referenced */
     struct asker asker;
     uint32_t at, end;
     uint64_t tag;
-    bool busy, cancelled; /* a thread works on it and holds no lock: it stays in the list */
+    int64_t not_before_us; /* it failed: not tried again before */
+    bool busy, cancelled;  /* a thread works on it and holds no lock: it stays in the list */
+};
+
+/* What one session waits for at a source and has under way there. Freed with the last of both. */
+struct lane {
+    struct lane *next;
+    uintptr_t session; /* compared only; 0: no session */
+    uint32_t running;  /* jobs */
+    struct want *first, **last;
+};
+
+/* One server that fetches are made from. It is there while something is queued or under way. */
+struct source {
+    struct source *next;
+    uint32_t number, refs;            /* a reference of each want, range and job */
+    uint32_t running, running_for[3]; /* jobs; by enum job_for */
+    uint32_t queued;                  /* wants in lanes */
+    struct lane *lanes, **lanes_tail; /* whose turn it is, first */
+    struct want *later, **later_tail; /* wants that failed, in order of their times */
+    int64_t later_last_us;
+    struct want_range *ranges[3]; /* by enum job_for; none of FOR_READER */
+    int64_t not_before_us;        /* nothing is asked of it before */
+    bool doubtful;                /* after that, one job at a time until one brings bytes: */
+    struct job *trial;            /* this one */
 };
 
 struct foreign {
@@ -92,9 +126,8 @@ struct fetcher {
     pthread_mutex_t lock; /* queues, slots, windows */
     pthread_cond_t some;
     _Atomic bool down;
-    struct want *demand, **demand_tail;
-    struct want_range *ahead, *prefetch;
-    uint32_t running, running_for[3]; /* by enum job_for */
+    struct source *sources; /* whose turn it is, first */
+    uint32_t running;       /* jobs */
     uint64_t next_id;
     struct job slots[FETCH_SLOTS];
     struct miss_shard shards[FETCH_SHARDS];
@@ -138,18 +171,39 @@ void job_wipe(struct job *j);               /* frees its buffers */
  * to do for the chunk. The caller has reserved the slot. */
 bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool waited,
                uint32_t window_bytes);
-/* store/want.c */
-void want_free(struct want *w);            /* drops its references */
-void ranges_free(struct want_range *list); /* likewise */
-/* Slots; fetcher->lock is held. */
-bool slot_free(const struct fetcher *f, enum job_for whom); /* whether a slot is free */
-int slot_reserve(struct fetcher *f, enum job_for whom);     /* its number, or -1 */
+/* store/source.c; fetcher->lock is held in all but source_answers. Wants and ranges hold a reference that their functions
+ * neither take nor give back. */
+struct source *source_ref(struct fetcher *f, uint32_t number); /* made if need be; NULL: no memory */
+void source_unref(struct fetcher *f, struct source *s);
+void sources_free(struct fetcher *f);                    /* at the engine's end, when wants and ranges are gone */
+void source_rotate(struct fetcher *f, struct source *s); /* the others' turn */
+/* Nothing is asked of it before not_before_us, then one job at a time until one brings bytes. */
+void source_pause(struct source *s, int64_t not_before_us);
+void source_answers(struct fetcher *f, struct job *j); /* bytes have come; takes the lock */
+/* Queues a want in its session's lane. false: no memory. */
+bool source_push(struct source *s, struct want *w, bool head);
+struct want *source_pop(struct source *s, struct lane *l); /* its first; the lane's turn is over */
+void source_defer(struct source *s, struct want *w);       /* until w->not_before_us */
+void source_resume(struct source *s, int64_t now);         /* deferred wants whose time has come go before all others */
+/* Takes out the wants of a core, or with NULL all. */
+struct want *source_take(struct source *s, const struct blob_core *c);
+/* Whether a job may begin there. For a reader: one of source_next_lane, which may be none. */
+bool source_may(const struct fetcher *f, const struct source *s, enum job_for whom, int64_t now);
+struct lane *source_next_lane(const struct fetcher *f, const struct source *s);
+/* Slots. slot_reserve after source_may; lane: of a reader's job. */
+struct job *slot_reserve(struct fetcher *f, struct source *s, enum job_for whom, struct lane *l);
+void slot_move(struct fetcher *f, struct job *j, uint32_t number); /* it turned out to be another source's */
 void slot_release(struct fetcher *f, struct job *j);
+/* store/want.c */
+struct want *want_take(struct fetcher *f, const struct blob_core *c); /* out of the queues: a core's, with NULL all */
+void wants_free(struct fetcher *f, struct want *list);
+void want_free(struct fetcher *f, struct want *w);            /* gives its references back */
+void ranges_free(struct fetcher *f, struct want_range *list); /* likewise */
 void want_release_slot(struct fetcher *f, struct job *j);
 void want_drop_ranges(struct blob_core *c);
-/* Queues a range of chunks that no reader waits for. 0 or -ENOMEM. */
-int want_later(struct blob_core *c, enum job_for whom, uint32_t first, uint32_t end, uint64_t tag, struct asker asker,
-               bool head);
+/* Queues a range of chunks that no reader waits for. range: at, end, tag, asker, not_before_us. head: before what is queued.
+ * 0 or -ENOMEM. */
+int want_later(struct blob_core *c, enum job_for whom, struct want_range range, bool head);
 /* The same for a stream, with fetcher->lock held. */
 int want_stream(struct blob_core *c, uint32_t first, uint32_t end, struct asker asker);
 void want_wake(struct fetcher *f); /* wakes threads in vnd_job_next after a change */

@@ -50,9 +50,11 @@ struct store_unit {
     uint8_t tries;    /* how often its bytes were wrong or did not come */
     bool wanted;      /* a reader asked for it, not only a merge or prefetch */
     bool force_fetch; /* the data file's bytes of it were found wrong */
+    bool failed;      /* an attempt failed that another may mend: core->last_failure says how */
     int16_t slot;     /* the job that has it, -1 none */
     int64_t deadline_us;
     struct asker asker; /* the image that asked first */
+    uintptr_t session;  /* the one that asked last: the chunk stands in its lane too */
     struct store_wait *waiters;
 };
 
@@ -72,8 +74,9 @@ struct blob_core {
     uint32_t refs;             /* under store->lock */
     _Atomic bool closed;       /* no image names it any more */
     pthread_mutex_t load_lock; /* one table is loaded at a time */
-    pthread_mutex_t lock;      /* handles */
+    pthread_mutex_t lock;      /* of the next two */
     struct vnd_blob *blobs;
+    struct failure last_failure;       /* of a fetch that is tried again */
     struct cachefile *cache;           /* set once, before table */
     bool stored;                       /* likewise: the cache holds chunks as they are stored */
     _Atomic(struct blobtable *) table; /* union of all images' tables */
@@ -94,6 +97,7 @@ struct vnd_blob {
     _Atomic uint32_t refs;
     vnd_blob_info info;
     _Atomic uint32_t amplify_bytes; /* stream_miss */
+    _Atomic uint32_t source;        /* vnd_blob_set_source */
     blob_chunks_fn chunks;
     void *ctx;
     struct store_unit meta;  /* pseudo-unit META(blob), under its shard's lock */
@@ -108,6 +112,11 @@ struct vnd_blob {
     int64_t meta_retry_us;
     pthread_cond_t load_end; /* with that lock */
 };
+
+static inline struct asker asker_of(const struct vnd_blob *b, uintptr_t session)
+{
+    return (struct asker){ (uintptr_t)b, session, atomic_load_explicit(&b->source, memory_order_relaxed) };
+}
 
 /* ---- store/store.c */
 /* Returns whether the work directory exists. If the directory, or our side directory in it, was removed and made
@@ -133,6 +142,8 @@ void blob_want_load(struct vnd_blob *b);
 /* Takes over the stored chunk table that a META job brought, or the job's errno. raw NULL and error 0: another
  * process has fetched it, look again. */
 void blob_take_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);
+/* A META job failed in a way that may pass: its table is asked for again, not before not_before_us. 0 or -errno. */
+int blob_defer_raw(struct vnd_blob *b, int64_t not_before_us);
 /* name is cfg's: it lives as long. */
 void core_cache_cfg(const struct blob_core *c, char name[CORE_NAME_MAX], struct cachefile_cfg *cfg);
 /* ---- store/serve.c */
@@ -172,9 +183,9 @@ enum miss_flags {
     MISS_FORCE = 2   /* the data file's bytes are wrong: fetch, do not verify */
 };
 bool miss_retry(struct blob_core *c, uint32_t index, uint32_t max_tries, uint32_t flags, int err);
-/* A fetch with the deadline deadline_us failed: fails the readers whose own deadline is no later, and asks again for
- * the others, who came when its time was nearly over. */
-void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err);
+/* An attempt failed that another may mend: the chunk is asked for again, not before not_before_us, if a reader still has
+ * time for it. */
+void miss_defer(struct blob_core *c, uint32_t index, int64_t not_before_us);
 /* Looks up a chunk that was queued. Forgets it if its deadline has passed and no reader waits for it any more. */
 enum miss_state { MISS_QUEUED, MISS_EXPIRED, MISS_GONE };
 enum miss_state miss_look(struct blob_core *c, uint32_t index, int64_t now);
@@ -189,14 +200,19 @@ struct want {
     struct want *next;
     struct blob_core *core;
     uint32_t index;
-    int64_t deadline_us;
+    int64_t deadline_us, not_before_us;
+    struct source *source; /* referenced */
     struct asker asker;
     struct vnd_blob *meta; /* referenced: its stored chunk table is wanted, not a chunk */
 };
-/* Asks for a blob's stored chunk table, before everything else: readers of all its chunks wait for it. 0 or -ENOMEM. */
-int want_push_meta(struct vnd_blob *b);
-/* Asks for a chunk; head: before what is asked for already. 0 or -ENOMEM. */
+/* Asks for a blob's stored chunk table, before everything else: readers of all its chunks wait for it. not_before_us: not
+ * before then (0: now). 0 or -ENOMEM. */
+int want_push_meta(struct vnd_blob *b, int64_t not_before_us);
+/* Asks for a chunk; head: before what its session has asked for already. 0 or -ENOMEM. */
 int want_push(struct blob_core *c, uint32_t index, int64_t deadline_us, struct asker asker, bool head);
+/* The same, not before not_before_us. */
+int want_defer(struct blob_core *c, uint32_t index, int64_t deadline_us, struct asker asker, int64_t not_before_us);
+/* Drops what is queued for a closed core. Its jobs see for themselves that it is closed. */
 void want_purge(struct blob_core *c);
 /* The ranges that asker's image has queued for a core are another core's. The caller holds references on both. */
 void want_move_ranges(struct blob_core *from, struct blob_core *to, struct asker asker);

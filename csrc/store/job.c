@@ -11,7 +11,7 @@
 
 #include "store/job.h"
 
-#define KEEP_BYTES (4u << 20) /* buffers up to this stay with the slot */
+#define KEEP_BYTES (4u << 20) /* buffers up to this stay with the first slots, as many as one busy source uses */
 
 void job_init(struct job *j)
 {
@@ -35,9 +35,9 @@ void job_begin(struct job *j, uint64_t id)
     j->batch_id = 0;
 }
 
-static void shrink(uint8_t **p, size_t *cap)
+static void shrink(uint8_t **p, size_t *cap, size_t keep_bytes)
 {
-    if (*cap > KEEP_BYTES) {
+    if (*cap > keep_bytes) {
         free(*p);
         *p = NULL;
         *cap = 0;
@@ -94,7 +94,7 @@ bool job_unwanted(struct fetcher *f, struct job *j)
     if (j->whom == FOR_READER || !after || j->first + j->cursor < after)
         return false;
     pthread_mutex_lock(&f->lock);
-    demand = f->demand != NULL;
+    demand = j->source && j->source->queued;
     pthread_mutex_unlock(&f->lock);
     return demand;
 }
@@ -336,9 +336,30 @@ static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
             else if (!error || j->whom != FOR_READER || verify)
                 miss_retry(j->core, i, FETCH_TRIES, MISS_COUNTS, EIO);
             else
-                miss_fail(j->core, i, j->deadline_us, EIO);
+                miss_finish(j->core, i, EIO);
         }
     }
+}
+
+/* Leaves what is left to a later attempt. */
+static void job_defer(struct job *j, int64_t not_before_us)
+{
+    uint32_t first = j->n;
+
+    for (uint32_t rel = 0; rel < j->n; rel++) {
+        if (j->state[rel] != JOB_WANT && j->state[rel] != JOB_DECODED)
+            continue;
+        first = first < rel ? first : rel;
+        miss_defer(j->core, j->first + rel, not_before_us);
+    }
+    if (j->whom == FOR_PREFETCH && first < j->n && !atomic_load(&j->cancelled) && !atomic_load(&j->core->closed))
+        want_later(j->core, FOR_PREFETCH,
+                   (struct want_range){ .asker = j->asker,
+                                        .at = j->first + first,
+                                        .end = j->first + j->n,
+                                        .tag = j->tag,
+                                        .not_before_us = not_before_us },
+                   false);
 }
 
 /* Gives the table that a META job brought to the load that waits for it. */
@@ -357,23 +378,64 @@ static void meta_end(struct job *j, int error)
     blob_unref(b);
 }
 
+static void meta_defer(struct job *j, int64_t not_before_us)
+{
+    struct vnd_blob *b = j->meta;
+
+    if (blob_defer_raw(b, not_before_us))
+        blob_take_raw(b, NULL, 0, EIO);
+    j->meta = NULL;
+    blob_unref(b);
+}
+
+/* Other processes may claim what the job had. Before its chunks are asked for again: another thread may claim them at
+ * once. */
+static void release_claims(struct job *j)
+{
+    if (j->claimed)
+        claim_release(j->core->cache->side_fd, j->claim_first, j->claim_n);
+    j->claimed = false;
+}
+
+/* The job is over: its slot is free, and its lock. Bytes that were of no use. */
+static uint64_t job_close(struct fetcher *f, struct job *j)
+{
+    struct blob_core *c = j->core;
+    uint64_t wasted = j->wasted < j->fed ? j->wasted : j->fed;
+    bool kept = j - f->slots < FETCH_SOURCE_SLOTS;
+    size_t keep_bytes = kept ? KEEP_BYTES : 0;
+
+    claim_wake_all(&c->store->wake);
+    shrink(&j->pend, &j->pend_cap, keep_bytes);
+    shrink(&j->scratch, &j->scratch_cap, keep_bytes);
+    shrink(&j->kept, &j->kept_cap, keep_bytes);
+    shrink(&j->batch, &j->batch_cap, keep_bytes);
+    shrink(&j->clear, &j->clear_cap, keep_bytes);
+    if (!kept) {
+        codec_free(j->codec);
+        j->codec = NULL;
+        free(j->views);
+        j->views = NULL;
+        j->views_cap = 0;
+    }
+    want_release_slot(f, j);
+    pthread_mutex_unlock(&j->lock);
+    core_unref(c);
+    return wasted;
+}
+
 uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const char *text)
 {
     struct job *j = job_get(e, job_id);
     struct blob_core *c;
-    uint64_t wasted;
     bool preempted;
 
     if (!j)
         return 0;
     c = j->core;
-    wasted = j->wasted < j->fed ? j->wasted : j->fed;
     preempted = j->whom != FOR_READER && job_unwanted(e->fetcher, j) && !atomic_load(&j->cancelled) &&
                 !atomic_load(&c->closed) && !atomic_load(&e->fetcher->down);
-    /* Before the chunks are asked for again: another thread may claim them at once. */
-    if (j->claimed)
-        claim_release(c->cache->side_fd, j->claim_first, j->claim_n);
-    j->claimed = false;
+    release_claims(j);
     if (error && !j->bad && !atomic_load(&c->closed))
         engine_say(e, j->whom == FOR_READER ? VND_LEVEL_ERROR : VND_LEVEL_WARNING, cause, "%s",
                    text && *text ? text : "fetching failed");
@@ -381,20 +443,45 @@ uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const
         meta_end(j, error);
     else
         job_leftovers(e, j, error);
-    claim_wake_all(&c->store->wake);
     /* The rest of a preempted job is queued again. */
     if (preempted && !error && j->cursor < j->n)
-        want_later(c, j->whom, j->first + j->cursor, j->first + j->n, j->tag, j->asker, true);
+        want_later(
+            c, j->whom,
+            (struct want_range){ .asker = j->asker, .at = j->first + j->cursor, .end = j->first + j->n, .tag = j->tag },
+            true);
     if (!error && j->first_us && j->fed == j->clen)
         stream_pace(&c->pace, (uint32_t)(j->first_us - j->began_us), j->fed - j->first_bytes,
                     (uint64_t)(now_us() - j->first_us));
-    shrink(&j->pend, &j->pend_cap);
-    shrink(&j->scratch, &j->scratch_cap);
-    shrink(&j->kept, &j->kept_cap);
-    shrink(&j->batch, &j->batch_cap);
-    shrink(&j->clear, &j->clear_cap);
-    want_release_slot(e->fetcher, j);
-    pthread_mutex_unlock(&j->lock);
-    core_unref(c);
-    return wasted;
+    return job_close(e->fetcher, j);
+}
+
+uint64_t vnd_job_retry(vnd_engine *e, uint64_t job_id, int64_t not_before_us, int64_t source_not_before_us, int cause,
+                       const char *text)
+{
+    struct job *j = job_get(e, job_id);
+    struct blob_core *c;
+
+    if (!j)
+        return 0;
+    if (j->bad || j->kind == VND_JOB_VERIFY) { /* wrong bytes are told as such */
+        pthread_mutex_unlock(&j->lock);
+        return vnd_job_end(e, job_id, EIO, cause, text);
+    }
+    c = j->core;
+    release_claims(j);
+    pthread_mutex_lock(&c->lock);
+    failure_set(&c->last_failure, 0, cause, "%s", text && *text ? text : "fetching failed");
+    pthread_mutex_unlock(&c->lock);
+    if (source_not_before_us) {
+        pthread_mutex_lock(&e->fetcher->lock);
+        source_pause(j->source, source_not_before_us);
+        pthread_mutex_unlock(&e->fetcher->lock);
+    }
+    if (not_before_us <= 0) /* a time, so that it waits at the source behind what is due */
+        not_before_us = 1;
+    if (j->kind == VND_JOB_META)
+        meta_defer(j, not_before_us);
+    else
+        job_defer(j, not_before_us);
+    return job_close(e->fetcher, j);
 }

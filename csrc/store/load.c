@@ -265,6 +265,7 @@ static void load_end(struct vnd_blob *b, int rc)
         b->meta_claim = -1;
     if (!b->fetching) {
         b->raw_tries = 0;
+        b->meta.failed = false;
         b->meta_errno = rc ? EIO : 0;
         b->meta_retry_us = now_us() + META_RETRY_US;
         list = miss_detach(&b->meta, b->meta_errno);
@@ -293,7 +294,7 @@ static void load_run(struct pool_task *task)
             engine_say(e, VND_LEVEL_WARNING, VND_CAUSE_DIGEST, "%s; it is asked for once more", err);
         b->raw_tries++;
         load_end(b, rc); /* before the job can end */
-        if (want_push_meta(b))
+        if (want_push_meta(b, 0))
             blob_take_raw(b, NULL, 0, ENOMEM);
     } else if (rc == -EBUSY) {
         load_end(b, rc);
@@ -343,11 +344,25 @@ void blob_take_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error)
     b->raw = raw;
     b->raw_len = len;
     b->fetching = false;
+    b->meta.failed = false;
     if (!rc)
         rc = load_start(b);
     pthread_mutex_unlock(&s->lock);
     if (rc)
         load_end(b, rc);
+}
+
+int blob_defer_raw(struct vnd_blob *b, int64_t not_before_us)
+{
+    struct miss_shard *s = miss_shard_of(b->core->engine->fetcher, b, 0);
+    bool detached;
+
+    pthread_mutex_lock(&s->lock);
+    b->meta.failed = true;
+    b->meta.core = b->core; /* it does not change before the table has come */
+    detached = b->detached;
+    pthread_mutex_unlock(&s->lock);
+    return detached ? -EIO : want_push_meta(b, not_before_us);
 }
 
 void blob_want_load(struct vnd_blob *b)

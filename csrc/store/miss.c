@@ -102,11 +102,13 @@ int miss_want(struct blob_core *c, uint32_t index, struct store_wait *w, int64_t
     } else if (!u && !(u = unit_add(at, c, index, UNIT_QUEUED))) {
         rc = -ENOMEM;
     } else {
-        push = u->state == UNIT_QUEUED && !u->wanted;
+        /* Not behind what another session has queued before it: it stands in this one's lane too. */
+        push = u->state == UNIT_QUEUED && (!u->wanted || u->session != asker.session);
         if (!u->deadline_us || (deadline_us && deadline_us < u->deadline_us))
             u->deadline_us = deadline_us;
         if (!u->wanted)
             u->asker = asker;
+        u->session = asker.session;
         u->wanted = true;
         if (u->state == UNIT_CLAIMED && u->slot >= 0)
             want_promote(f, u->slot, index);
@@ -162,43 +164,40 @@ void miss_finish(struct blob_core *c, uint32_t index, int err)
     miss_wake(list);
 }
 
-void miss_fail(struct blob_core *c, uint32_t index, int64_t deadline_us, int err)
+/* The next deadline of the readers that still have time; 0: none has. */
+static int64_t deadline_left(const struct store_unit *u, int64_t now)
+{
+    int64_t next_us = u->deadline_us > now ? u->deadline_us : 0; /* a reader of several chunks waits for the first */
+
+    for (const struct store_wait *w = u->waiters; w; w = w->next)
+        if (w->deadline_us > now && (!next_us || w->deadline_us < next_us))
+            next_us = w->deadline_us;
+    if (!next_us && u->waiters) /* its transport lets it wait on */
+        next_us = now + (int64_t)u->core->engine->cfg.read_deadline_ms * 1000;
+    return next_us;
+}
+
+void miss_defer(struct blob_core *c, uint32_t index, int64_t not_before_us)
 {
     struct miss_shard *s = miss_shard_of(c->engine->fetcher, c, index);
-    struct store_unit **at, *u;
-    struct store_wait *list = NULL, *w, *next;
     struct asker asker = { 0 };
-    int64_t later_us = 0;
+    int64_t deadline_us = 0;
+    struct store_unit *u;
 
     pthread_mutex_lock(&s->lock);
-    at = unit_find(s, c, index);
-    u = *at;
-    for (w = u ? u->waiters : NULL; w; w = next) {
-        next = w->next;
-        if (w->deadline_us > deadline_us) {
-            if (!later_us || w->deadline_us < later_us)
-                later_us = w->deadline_us;
-            continue;
-        }
-        store_wait_unlink(w);
-        w->err = err;
-        w->next = list;
-        list = w;
-    }
-    if (later_us) {
+    u = *unit_find(s, c, index);
+    if (u && u->wanted)
+        deadline_us = deadline_left(u, now_us());
+    if (deadline_us) {
         u->state = UNIT_QUEUED;
         u->slot = -1;
-        u->deadline_us = later_us;
+        u->failed = true;
+        u->deadline_us = deadline_us;
         asker = u->asker;
-        u = NULL; /* the unit stays */
-    } else if (u) {
-        *at = u->next;
     }
     pthread_mutex_unlock(&s->lock);
-    free(u);
-    miss_wake(list);
-    if (later_us && want_push(c, index, later_us, asker, true))
-        miss_finish(c, index, ENOMEM);
+    if (!deadline_us || want_defer(c, index, deadline_us, asker, not_before_us))
+        miss_finish(c, index, deadline_us ? ENOMEM : EIO);
 }
 
 bool miss_retry(struct blob_core *c, uint32_t index, uint32_t max_tries, uint32_t flags, int err)

@@ -24,7 +24,7 @@ static int park_missing(struct store_wait *w, const struct extent *ext, int n)
             store_buf_unref(b);
             continue;
         }
-        rc = miss_want(x->blob->core, x->chunk, linked ? NULL : w, w->deadline_us, asker_of(x->blob));
+        rc = miss_want(x->blob->core, x->chunk, linked ? NULL : w, w->deadline_us, asker_of(x->blob, w->session));
         if (rc < 0 && !linked)
             return rc == -ESHUTDOWN ? -EIO : rc;
         /* From the first success on w may be woken at any moment. That does no harm: this thread alone runs it
@@ -53,13 +53,13 @@ static bool any_uncached(const struct extent *ext, int n)
 }
 
 /* Asks for the next window when a reader in order comes to the window that was fetched ahead. */
-static void pass_marks(const struct extent *x)
+static void pass_marks(const struct extent *x, uintptr_t session)
 {
     struct blob_core *c = x->blob->core;
 
     for (int i = 0; i < STREAMS; i++)
         if (atomic_load_explicit(&c->streams[i].mark, memory_order_relaxed) == x->chunk) {
-            stream_reached(c, x->chunk, asker_of(x->blob));
+            stream_reached(c, x->chunk, asker_of(x->blob, session));
             return;
         }
 }
@@ -97,7 +97,7 @@ int64_t store_read(struct store_wait *w, const struct extent *ext, int n, const 
             if (!blobtable_covers(t, x))
                 return refuse_extent(x);
             if (atomic_load_explicit(&x->blob->core->marks, memory_order_relaxed))
-                pass_marks(x);
+                pass_marks(x, w->session);
             if (!cachefile_ready(x->blob->cache, x->chunk))
                 rc = -ENODATA;
         }

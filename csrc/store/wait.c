@@ -47,7 +47,8 @@ static void drop_buf(struct store_wait *w)
     w->buf = NULL;
 }
 
-bool store_wait_cancel(struct store_wait *w)
+/* last: gets why the last attempt failed, if there was one. */
+static bool cancel(struct store_wait *w, struct failure *last)
 {
     struct miss_shard *s = w->shard;
     bool linked = false;
@@ -55,6 +56,12 @@ bool store_wait_cancel(struct store_wait *w)
     if (s) {
         pthread_mutex_lock(&s->lock);
         linked = w->unit != NULL;
+        if (linked && last && w->unit->failed) {
+            struct blob_core *c = w->unit->core;
+            pthread_mutex_lock(&c->lock);
+            *last = c->last_failure;
+            pthread_mutex_unlock(&c->lock);
+        }
         if (linked)
             store_wait_unlink(w);
         pthread_mutex_unlock(&s->lock);
@@ -62,6 +69,22 @@ bool store_wait_cancel(struct store_wait *w)
     if (linked || !s)
         drop_buf(w); /* the answer stays: the thread that makes it may be at work */
     return linked;
+}
+
+bool store_wait_cancel(struct store_wait *w)
+{
+    return cancel(w, NULL);
+}
+
+bool store_wait_expire(struct store_wait *w, struct vnd_engine *e, const char *who, int64_t deadline_ms)
+{
+    struct failure last = { .cause = VND_CAUSE_DEADLINE };
+
+    if (!cancel(w, &last))
+        return false;
+    engine_say(e, VND_LEVEL_ERROR, last.cause, "%s answered with EIO: its data did not come within %lld ms%s%s", who,
+               (long long)deadline_ms, *last.line ? "; the last attempt: " : "", last.line);
+    return true;
 }
 
 void store_wait_done(struct store_wait *w)

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "base/wakelist.h"
+#include "vnd.h"
 
 /* Counted bytes for what could not come from the cache file. */
 struct store_buf {
@@ -35,6 +36,7 @@ struct store_wait {
     uint8_t parked_once;             /* for the statistics */
     /* ---- the owner's */
     int64_t deadline_us;                /* CLOCK_MONOTONIC; orders demand */
+    uintptr_t session;                  /* one of those who share what a server can give; compared only, 0: none */
     void (*wake)(struct store_wait *w); /* called once per park, any thread, no store lock held; must not block */
     struct wake_item done;              /* free for the owner's wake list */
     void *owner;
@@ -53,6 +55,9 @@ void store_wait_init(struct store_wait *w, void (*wake)(struct store_wait *), vo
 /* Unlinks a waiter (deadline, hang-up). true: it was linked and will not be woken; false: wake has been or is being
  * called. Also drops w->buf. */
 bool store_wait_cancel(struct store_wait *w);
+/* The same for a waiter whose deadline has passed: says why the last attempt to fetch for it failed, if one did (else cause
+ * is VND_CAUSE_DEADLINE). who: the kind of read, for the line. */
+bool store_wait_expire(struct store_wait *w, struct vnd_engine *e, const char *who, int64_t deadline_ms);
 /* After the last store_read, whatever its result: drops w->buf and w->answer. */
 void store_wait_done(struct store_wait *w);
 /* Takes w off its unit. Its shard's lock is held. */

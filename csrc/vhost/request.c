@@ -1,6 +1,7 @@
 /* vhost/request.c -- the requests of a queue: from a head to a copied request, served, parked, woken, expired,
  * answered. */
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -267,6 +268,7 @@ void queue_fetch_head(struct queue *q, uint16_t head, bool again, int64_t now)
     }
     s->parked.deadline_us = now + q->deadline_us;
     s->req.wait.deadline_us = s->parked.deadline_us;
+    s->req.wait.session = (uintptr_t)q->session;
     if (q->chain.in_bytes < sizeof(s->req.in) || q->chain.in_bytes > REQUEST_BYTES_MAX ||
         q->chain.out_bytes > REQUEST_BYTES_MAX)
         fail(q, s, EINVAL);
@@ -293,22 +295,21 @@ void queue_run_woken(struct queue *q)
 void queue_expire(struct queue *q, int64_t now)
 {
     struct parked *next;
+    char who[64];
 
+    snprintf(who, sizeof(who), "guest read (front-end %u, queue %u)", q->common->number, q->index);
     for (struct parked *p = q->parked.first; p != NULL && p->deadline_us <= now && !q->broken; p = next) {
         struct queue_slot *s = slot_of_parked(p);
 
         next = p->next;
         if (s->state != SLOT_PARKED)
             continue;
-        if (!store_wait_cancel(&s->req.wait)) {
+        if (!store_wait_expire(&s->req.wait, q->engine, who, q->deadline_us / 1000)) {
             s->state = SLOT_EXPIRED;
             p->wakes = true;
             continue;
         }
         atomic_fetch_add_explicit(&q->worker.counters.expired, 1, memory_order_relaxed);
-        engine_say(q->engine, VND_LEVEL_ERROR, VND_CAUSE_DEADLINE,
-                   "guest read answered with EIO: its data did not come within %lld ms (front-end %u, queue %u)",
-                   (long long)(q->deadline_us / 1000), q->common->number, q->index);
         fail(q, s, EIO);
     }
 }

@@ -9,8 +9,9 @@ import pytest
 from tests.peers.faulty_server import FaultyServer
 from tests.storage.conftest import DATA, read
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.net.failures import RetriableFailure
 from virtiofsd_nydus.net.health import Gate, RateLimit
-from virtiofsd_nydus.storage.blobs import BREAKER_FAILURES
+from virtiofsd_nydus.storage.backoff import FIRST_PAUSE_S, LAST_PAUSE_S, QUIET_S, Backoff
 from virtiofsd_nydus.storage.factory import create_backend
 
 
@@ -98,34 +99,68 @@ def test_rate_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limit.take(50) == 0 and limit.take(1) > 0  # no more than the burst is saved up
 
 
-def test_breaker(server: FaultyServer, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    blob = server.add(DATA)
-    backend = make(retry_limit=1)
-    server.inject("status", status=503, times=-1)
-    for _ in range(BREAKER_FAILURES):
-        with pytest.raises(Failure, match="503"):
-            read(backend, blob, 0, 10, prefetch=True)
-    server.requests.clear()
-    with pytest.raises(Failure, match="not asked for now after 5 failures in a row") as caught:
-        read(backend, blob, 0, 10)
-    assert caught.value.cause is Cause.NETWORK and "503" in str(caught.value)
-    assert server.requests == [] and backend.status()["breaker"] == "shut"
-    server.heal()
-    Clock(monkeypatch).ahead_s = 1.1
-    assert read(backend, blob, 0, 10) == DATA[:10]
-    assert backend.status()["breaker"] == "open"
+def test_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    lines: list[str] = []
+    backoff = Backoff("registry r", lines.append)
+    refused = RetriableFailure("r: refused", whole=True)
+    pauses = []
+    for _ in range(8):
+        until_s = backoff.failed("a", refused)
+        # Another one that was under way counts once; all blobs wait for the server.
+        assert backoff.failed("b", refused) == until_s == backoff.until_s("c")
+        pauses.append(until_s - time.monotonic())
+        clock.ahead_s += until_s - time.monotonic()
+    for number, pause_s in enumerate(pauses):
+        longest_s = min(FIRST_PAUSE_S * 2**number, LAST_PAUSE_S)
+        assert longest_s / 2 - 0.01 <= pause_s <= longest_s
+    assert backoff.state == "shut" and backoff.failures("c") == 8
+    assert lines == ["registry r: fetching fails, readers wait and it is asked again: r: refused"]
+    backoff.succeeded("c")
+    assert backoff.state == "open" and backoff.until_s("a") == 0.0
+    assert lines[1:] == ["registry r: answers again"]
+
+
+def test_backoff_of_one_blob_leaves_others_alone() -> None:
+    lines: list[str] = []
+    backoff = Backoff("registry r", lines.append)
+    backoff.failed("a", RetriableFailure("r: status 500"))
+    assert backoff.until_s("a") > time.monotonic() and backoff.until_s("b") == 0.0
+    backoff.succeeded("b")
+    assert backoff.until_s("a") > 0.0
+    backoff.succeeded("a")
+    assert backoff.until_s("a") == 0.0
+    assert lines == []  # one failure is no state
+
+
+def test_backoff_heeds_what_the_server_asks_for() -> None:
+    backoff = Backoff("registry r")
+    assert backoff.failed("a", RetriableFailure("r: status 429", after_s=7, whole=True)) - time.monotonic() > 6
+
+
+def test_server_that_comes_and_goes_is_told_of_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    lines: list[str] = []
+    backoff = Backoff("registry r", lines.append)
+    for _ in range(100):
+        for _ in range(2):
+            backoff.failed("a", RetriableFailure("r: refused", whole=True))
+            clock.ahead_s += 0.2
+        backoff.succeeded("a")
+    assert 100 * 2 * 0.2 / QUIET_S <= len(lines) / 2 <= 100 * 2 * 0.2 / QUIET_S + 1
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_server_that_answers_is_not_dead(server: FaultyServer, make, status: int) -> None:
+def test_refusals_do_not_make_it_wait(server: FaultyServer, make, status: int) -> None:
     blob = server.add(DATA)
     backend = make()
     server.inject("status", status=status, times=-1)
-    for _ in range(2 * BREAKER_FAILURES):
+    for _ in range(10):
         with pytest.raises(Failure):
             read(backend, blob, 0, 10)
     server.heal()
     assert read(backend, blob, 0, 10) == DATA[:10]
+    assert backend.status()["breaker"] == "open"
 
 
 def test_meter(server: FaultyServer, make) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.peers.faulty_server import FaultyServer
+from virtiofsd_nydus.storage.blobs import HttpBackend, read_patiently
 from virtiofsd_nydus.storage.factory import create_backend
 
 # Not a multiple of any piece, and no two parts alike.
@@ -36,4 +37,7 @@ def make(server: FaultyServer):
 
 
 def read(backend, *args, **options) -> bytes:
+    """As a tool reads, which may wait between attempts."""
+    if isinstance(backend, HttpBackend):
+        return b"".join(bytes(piece) for piece in read_patiently(backend, *args, **options))
     return b"".join(bytes(piece) for piece in backend.read_range(*args, **options))

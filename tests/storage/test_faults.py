@@ -8,6 +8,7 @@ import pytest
 from tests.peers.faulty_server import FAULTS, FaultyServer
 from tests.storage.conftest import DATA, read
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.net.failures import RetriableFailure
 
 OFFSET, LENGTH = 1000, 700_003
 WANTED = DATA[OFFSET : OFFSET + LENGTH]
@@ -69,8 +70,8 @@ LASTING = {
 
 
 def test_every_fault_is_tried() -> None:
-    # corrupt is the digest check's to find, not the backend's: tried below
-    assert set(PASSING) | set(LASTING) | {"corrupt"} == set(FAULTS)
+    # corrupt is the digest check's to find, not the backend's: tried below; the last two in test_answers.py
+    assert set(PASSING) | set(LASTING) | {"corrupt", "encode", "restatus"} == set(FAULTS)
 
 
 @pytest.mark.parametrize(("kind", "fields"), [(kind, fields) for kind in PASSING for fields in PASSING[kind]])
@@ -129,13 +130,28 @@ def test_many_cuts_are_survived_while_bytes_arrive(server: FaultyServer, make) -
     assert read(make(), blob, 0, len(data)) == data
 
 
-def test_prefetch_has_fewer_attempts(server: FaultyServer, make) -> None:
+def test_one_read_is_one_attempt(server: FaultyServer, make) -> None:
+    """What is to be waited for is the caller's: the fetch threads have other work meanwhile."""
+    blob = server.add(DATA)
+    server.inject("status", status=503, headers={"Retry-After": "9"}, times=-1)
+    with pytest.raises(RetriableFailure, match="503") as caught:
+        list(make().read_range(blob, 0, 10))
+    assert caught.value.after_s == 9
+    assert len(server.requests) == 1
+
+
+def test_stale_connection_is_replaced_at_once(server: FaultyServer, make) -> None:
+    blob = server.add(DATA)
+    server.inject("reset", times=1)
+    assert b"".join(map(bytes, make().read_range(blob, 0, 10))) == DATA[:10]
+    server.inject("reset", times=2)
+    with pytest.raises(RetriableFailure):
+        list(make().read_range(blob, 0, 10))
+
+
+def test_attempts_of_a_patient_reader(server: FaultyServer, make) -> None:
     blob = server.add(DATA)
     server.inject("status", status=503, times=-1)
-    with pytest.raises(Failure):
-        read(make(), blob, 0, 10, prefetch=True)
-    assert len(server.requests) == 2
-    server.requests.clear()
     with pytest.raises(Failure, match="gave up after 4 attempts"):
         read(make(), blob, 0, 10)
     assert len(server.requests) == 4

@@ -101,7 +101,7 @@ def test_s3_causes(s3: S3Server, changes: dict, cause: Cause, word: str) -> None
         read(backend, BLOB, 0, 10)
     assert caught.value.cause is cause
     assert "not-the-word" not in str(caught.value) and s3.host in str(caught.value)
-    assert backend.breaker.state == "open"
+    assert backend.backoff.state == "open"
     backend.close()
 
 

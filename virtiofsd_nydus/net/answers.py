@@ -151,7 +151,9 @@ def check_status(response: "BaseHTTPResponse", url: str, what: str) -> None:
         raise Failure(f"{where}: not there (status {status}){said}", Cause.MISSING)
     if status in RETRY_STATUSES or (status >= 500 and status not in HEAD_REFUSED):
         after_s = parse_size(response.headers.get("Retry-After", "")) or 0
-        raise RetriableFailure(f"{where}: status {status}{said}", after_s=min(after_s, RETRY_AFTER_MAX_S))
+        raise RetriableFailure(
+            f"{where}: status {status}{said}", after_s=min(after_s, RETRY_AFTER_MAX_S), whole=status in (429, 503)
+        )
     raise Failure(f"{where}: unexpected status {status}{said}", Cause.IO)
 
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
             ...
 
         def pass_by(self) -> float:
-            """Counts a request that goes round it; seconds that this one has to wait first."""
+            """0: a request may go round it, and is counted; else seconds until one may."""
             ...
 
         def status(self) -> dict[str, object]:
@@ -52,8 +52,8 @@ if TYPE_CHECKING:
         def close(self) -> None: ...
 
 
-# As many connections to a host as there are fetch slots (storage/pump.py); more are closed after one use.
-POOL_SIZE = 8
+# As many connections to a host as a source has fetch slots (storage/pump.py); more are closed after one use.
+POOL_SIZE = 9
 RETRIES = 3  # nydusd's budget
 USER_AGENT = "virtiofsd-nydus"
 CONNECT_TIMEOUT_S = 5.0

@@ -12,11 +12,21 @@ SPEAKS_HTTPS = "speaks HTTPS, not plain HTTP: use https (scheme, or no --plain-h
 
 
 class RetriableFailure(Failure):
-    """A failure that another attempt may mend. after_s: what the server asked for with Retry-After."""
+    """A failure that another attempt may mend. after_s: what the server asked for with Retry-After. whole: the server
+    fails, not one address of it alone. broke: a connection ended that may have been stale, so a new one may do at
+    once."""
 
-    def __init__(self, message: str, cause: Cause = Cause.NETWORK, after_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        message: str,
+        cause: Cause = Cause.NETWORK,
+        after_s: float = 0.0,
+        *,
+        whole: bool = False,
+        broke: bool = False,
+    ) -> None:
         super().__init__(message, cause)
-        self.after_s = after_s
+        self.after_s, self.whole, self.broke = after_s, whole, broke
 
 
 class ProxyLimited(RetriableFailure):
@@ -91,17 +101,17 @@ def classify_error(error: BaseException, url: str) -> Failure:
     if any(isinstance(part, exceptions.LocationParseError) for part in chain):
         return Failure(f"not a URL: {host}", Cause.FORMAT)
     if any(isinstance(part, exceptions.NameResolutionError) for part in chain):
-        return RetriableFailure(f"{host}: the name cannot be resolved: {describe_error(error)}")
+        return RetriableFailure(f"{host}: the name cannot be resolved: {describe_error(error)}", whole=True)
     if any(isinstance(part, ConnectionRefusedError) for part in chain):
-        return RetriableFailure(f"{host}: connection refused: is the server up and the port right?")
+        return RetriableFailure(f"{host}: connection refused: is the server up and the port right?", whole=True)
     if any(isinstance(part, ConnectionResetError | BrokenPipeError) for part in chain):
-        return RetriableFailure(f"{host}: the connection was reset")
+        return RetriableFailure(f"{host}: the connection was reset", broke=True)
     if any(isinstance(part, exceptions.NewConnectionError) for part in chain):
-        return RetriableFailure(f"{host}: no connection: {describe_error(error)}")
+        return RetriableFailure(f"{host}: no connection: {describe_error(error)}", whole=True)
     if any(isinstance(part, exceptions.ConnectTimeoutError) for part in chain):
-        return RetriableFailure(f"{host}: no connection within the time limit")
+        return RetriableFailure(f"{host}: no connection within the time limit", whole=True)
     if any(isinstance(part, TimeoutError | exceptions.TimeoutError) for part in chain):
         return RetriableFailure(f"{host}: no answer within the time limit")
     if any(isinstance(part, exceptions.IncompleteRead | exceptions.ProtocolError) for part in chain):
-        return RetriableFailure(f"{host}: the connection broke: {describe_error(error)}")
+        return RetriableFailure(f"{host}: the connection broke: {describe_error(error)}", broke=True)
     return RetriableFailure(f"{host}: {describe_error(error)}")

@@ -152,9 +152,12 @@ class ForwardProxy:
         return ForwardProxy(settings, self._say)
 
     def pass_by(self) -> float:
-        """Counts a request that goes round it; seconds that this one has to wait first."""
-        self.passed_by += 1
-        return self._bypasses.take(1)
+        """0: a request may go round it, and is counted; else seconds until one may."""
+        pause_s = self._bypasses.debt_s()
+        if not pause_s:
+            self._bypasses.take(1)
+            self.passed_by += 1
+        return pause_s
 
     def status(self) -> dict[str, object]:
         """Health and counts, for the API: no secrets."""

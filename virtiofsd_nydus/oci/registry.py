@@ -18,6 +18,7 @@ from virtiofsd_nydus.net.session import Endpoint
 from virtiofsd_nydus.oci.manifest import ACCEPT, DOCUMENT_BYTES, Descriptor, digest_of
 from virtiofsd_nydus.oci.reference import Reference, default_scheme
 from virtiofsd_nydus.oci.store import Access, OnBytes
+from virtiofsd_nydus.storage.blobs import read_patiently
 from virtiofsd_nydus.storage.registry import RegistryBackend
 
 # No guest waits for a conversion, so its limits are those of a slow registry. A PUT is answered after the registry
@@ -77,7 +78,7 @@ class RegistryStore:
         return data, media_type
 
     def read_blob(self, descriptor: Descriptor) -> Iterator[memoryview]:
-        return self._backend.read_range(descriptor.hex, 0, descriptor.size)
+        return read_patiently(self._backend, descriptor.hex, 0, descriptor.size)
 
     def has_blob(self, descriptor: Descriptor) -> bool:
         with self._lock:

@@ -9,21 +9,25 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
 
+    from virtiofsd_nydus.storage.backoff import Backoff
     from virtiofsd_nydus.storage.meter import BackendMeter
 
     class Backend(Protocol):
         """All calls may come from several threads at once. They raise errors.Failure with its cause (AUTH, SCHEME,
-        NETWORK, MISSING, DIGEST never, IO) once retries are used up or the deadline has passed."""
+        NETWORK, MISSING, DIGEST never, IO)."""
 
         kind: str  # "registry", "localfs", ...
+        source: str  # the server that is asked, with its kind: backends of one source share its fetch slots
         meter: BackendMeter
+        backoff: Backoff  # who reads tells it how it went, and keeps to its times
 
         def read_range(
             self, blob_id: str, offset: int, length: int, *, prefetch: bool = False, deadline: float | None = None
         ) -> Iterator[memoryview]:
             """Yields exactly `length` bytes from `offset` in pieces of at most 1 MiB; a piece is valid until the next
-            is asked for. A short, long or mislabelled answer is retried from where it stopped, then NETWORK. deadline:
-            time.monotonic() value."""
+            is asked for. Waits for the server only, until deadline (a time.monotonic() value), never for another
+            attempt: it makes one at once where that may do, else raises (RetriableFailure where a later one may
+            do)."""
             ...
 
         def prepare(self) -> None:

@@ -1,5 +1,5 @@
-"""What all HTTP backends share: a range is read in pieces from checked answers, taken up again where it broke off,
-counted, and not asked for while the server is known to be dead.
+"""What all HTTP backends share: a range is read in pieces from checked answers, taken up again where it broke off, and
+counted. Nothing here waits before another attempt: storage/pump.py and read_patiently() do, each in its own way.
 
 Light: urllib3 is imported at the first request.
 """
@@ -11,8 +11,8 @@ from virtiofsd_nydus.net.address import host_of
 from virtiofsd_nydus.net.answers import PIECE_BYTES, check_range, parse_content_range, read_some, release, short_blob
 from virtiofsd_nydus.net.client import HttpClient, Retry, Through
 from virtiofsd_nydus.net.documents import parse_size
-from virtiofsd_nydus.net.failures import DeadlinePassed, ProxyLimited, RetriableFailure
-from virtiofsd_nydus.net.health import Gate
+from virtiofsd_nydus.net.failures import ProxyLimited, RetriableFailure
+from virtiofsd_nydus.storage.backoff import Backoff
 from virtiofsd_nydus.storage.meter import BackendMeter
 
 TYPE_CHECKING = False
@@ -23,12 +23,8 @@ if TYPE_CHECKING:
 
     from virtiofsd_nydus.net.client import Proxy
 
-# Attempts of prefetch after the first one
-PREFETCH_RETRIES = 1
-# The circuit breaker: so many reads in a row that failed for the network, retries and all, shut it for so long.
-BREAKER_FAILURES = 5
-BREAKER_FIRST_PAUSE_S = 1.0
-BREAKER_LAST_PAUSE_S = 5.0  # a reader is refused that long at most after the server is back
+# Attempts of one read that go another way at once: on a mirror, to the registry where a redirect led to nothing.
+ELSEWHERE_MAX = 3
 # An answer that brings less than this in a read timeout is given up: a byte now and then is no progress.
 PROGRESS_BYTES = 4096
 # So much in one piece is handed on as it came; less is gathered first, lest calls count.
@@ -46,7 +42,8 @@ class HttpBackend:
         self._retries = client.limits.retries
         self.say = say
         self.meter = BackendMeter(self.kind)
-        self.breaker = Gate(f"{self.kind} {where}", BREAKER_FAILURES, BREAKER_FIRST_PAUSE_S, BREAKER_LAST_PAUSE_S, say)
+        self.source = f"{self.kind} {where}"
+        self.backoff = Backoff(self.source, say)
         self._sizes: dict[str, int] = {}
         self._distrusted: set[str] = set()
         self._buffers: list[bytearray] = []  # list.append and pop are atomic; a reader takes one or makes one
@@ -76,7 +73,7 @@ class HttpBackend:
 
     def status(self) -> "dict[str, object]":
         """Health, for the API: no secrets."""
-        found: dict[str, object] = {"breaker": self.breaker.state}
+        found: dict[str, object] = {"breaker": self.backoff.state}
         proxy = self._client.proxy
         if proxy is not None:
             found["proxy"] = proxy.status()
@@ -99,14 +96,21 @@ class HttpBackend:
         if size is not None:
             return size
         what = name_blob(blob_id)
-        with _Watch(self.breaker):
-            retry = self._client.retry(self._retries, deadline)
-            through = self._start(blob_id, False)
-            while True:
-                try:
-                    return self._sizes.setdefault(blob_id, self._ask_size(blob_id, what, through, deadline))
-                except RetriableFailure as failure:
-                    self._prepare_retry(retry, failure, through, deadline)
+        retry = self.retry(deadline)
+        through = self._start(blob_id, False)
+        while True:
+            try:
+                size = self._ask_size(blob_id, what, through, deadline)
+                self.backoff.succeeded(blob_id)
+                return self._sizes.setdefault(blob_id, size)
+            except RetriableFailure as failure:
+                self.backoff.failed(blob_id, failure)
+                if not self._goes_round(blob_id, failure, through):
+                    retry.wait(failure)
+
+    def retry(self, deadline: float | None) -> Retry:
+        """Attempts for a caller who waits between them; retry_limit bounds them."""
+        return self._client.retry(self._retries, deadline)
 
     def _ask_size(self, blob_id: str, what: str, through: Through, deadline: float | None) -> int:
         """The size that a HEAD tells or, of a server that serves none, the answer to a range."""
@@ -138,41 +142,47 @@ class HttpBackend:
         self, blob_id: str, offset: int, length: int, prefetch: bool, deadline: float | None
     ) -> "Iterator[memoryview]":
         what = name_blob(blob_id)
-        retry = self._client.retry(PREFETCH_RETRIES if prefetch else self._retries, deadline)
         through = self._start(blob_id, prefetch)
         buffer = self._buffers.pop() if self._buffers else bytearray(PIECE_BYTES)
         view = memoryview(buffer)
         end = offset + length
+        hurried = 0  # attempts made at once though hardly any bytes had come
         try:
-            with _Watch(self.breaker):
-                while offset < end:
-                    start, began_s = offset, time.monotonic()
-                    try:
-                        answer = self._open_range(blob_id, offset, end - offset, what, through, deadline)
-                    except Failure as failure:
-                        self.meter.record(began_s, end - offset, failure.cause.name.lower())
-                        self._prepare_retry(retry, failure, through, deadline)
-                        continue
-                    failed: RetriableFailure | None = None
-                    try:
-                        for piece in answer.read(view, self._client.limits.read_timeout_s, deadline):
-                            offset += len(piece)
-                            self.meter.receive(len(piece))
-                            yield piece
-                    except RetriableFailure as failure:
-                        failed = failure
-                    finally:
-                        answer.end()
-                        self.meter.record(began_s, end - start, "network" if failed else "")
-                    if offset - start >= PIECE_BYTES:
-                        retry.progress()
-                    if offset < end:
-                        failed = failed or RetriableFailure(
-                            f"{host_of(answer.url)}: {what}: the answer covers {answer.stop - start} bytes, asked for "
-                            f"{end - start}"
-                        )
-                        self._broke(blob_id, answer.url, failed)
-                        self._prepare_retry(retry, failed, through, deadline)
+            while offset < end:
+                start, began_s = offset, time.monotonic()
+                try:
+                    answer = self._open_range(blob_id, offset, end - offset, what, through, deadline)
+                except Failure as failure:
+                    self.meter.record(began_s, end - offset, failure.cause.name.lower())
+                    if not isinstance(failure, RetriableFailure):
+                        raise
+                    if not self._goes_round(blob_id, failure, through):
+                        if hurried or not failure.broke:
+                            raise
+                        hurried += 1
+                    continue
+                failed: RetriableFailure | None = None
+                try:
+                    for piece in answer.read(view, self._client.limits.read_timeout_s, deadline):
+                        offset += len(piece)
+                        self.meter.receive(len(piece))
+                        yield piece
+                except RetriableFailure as failure:
+                    failed = failure
+                finally:
+                    answer.end()
+                    self.meter.record(began_s, end - start, "network" if failed else "")
+                if offset < end:
+                    failed = failed or RetriableFailure(
+                        f"{host_of(answer.url)}: {what}: the answer covers {answer.stop - start} bytes, asked for "
+                        f"{end - start}",
+                        broke=True,
+                    )
+                    elsewhere = self._broke(blob_id, answer.url, failed) or self._goes_round(blob_id, failed, through)
+                    if offset - start < PIECE_BYTES:
+                        if hurried >= (ELSEWHERE_MAX if elsewhere else failed.broke):
+                            raise failed
+                        hurried += 1
         finally:
             view.release()
             self._buffers.append(buffer)
@@ -182,18 +192,19 @@ class HttpBackend:
         through.bypass = blob_id in self._distrusted
         return through
 
-    def _prepare_retry(self, retry: Retry, failure: Failure, through: Through, deadline: float | None) -> None:
-        """Waits and settles how the next attempt goes, or raises what the last one failed with."""
-        retry.wait(failure)
+    def _goes_round(self, blob_id: str, failure: RetriableFailure, through: Through) -> bool:
+        """Whether the next attempt goes round the proxy, at once: when the proxy has no room for it, or when so many
+        attempts in a row failed by it. Raises when too many requests have gone round it: one may after a while."""
         proxy = self._client.proxy
         if proxy is None or through.prefetch or through.bypass:
-            return
-        if isinstance(failure, ProxyLimited) or retry.last:
-            pause_s = proxy.pass_by()
-            if deadline is not None and time.monotonic() + pause_s >= deadline:
-                raise Failure(f"{failure} (no time left to go round the proxy)", failure.cause) from failure
-            self._client.closing.wait(pause_s)
-            through.bypass = True
+            return False
+        if not isinstance(failure, ProxyLimited) and self.backoff.failures(blob_id) + 1 < self._retries:
+            return False
+        pause_s = proxy.pass_by()
+        if pause_s:
+            raise RetriableFailure(str(failure), failure.cause, max(pause_s, failure.after_s)) from failure
+        through.bypass = True
+        return True
 
     def _open_range(
         self, blob_id: str, offset: int, length: int, what: str, through: Through, deadline: float | None
@@ -214,7 +225,7 @@ class HttpBackend:
             if not elsewhere and (self._client.proxy is None or through.bypass):
                 raise
             through.bypass = through.bypass or not elsewhere  # what stands between may be at fault
-            raise RetriableFailure(str(failure), failure.cause) from failure
+            raise RetriableFailure(str(failure), failure.cause, broke=True) from failure
         if total_bytes is not None and self._sizes.setdefault(blob_id, total_bytes) != total_bytes:
             response.close()
             known = self._sizes.pop(blob_id, 0)
@@ -259,7 +270,8 @@ class _RangeAnswer:
                 if not piece:
                     raise RetriableFailure(
                         f"{host_of(self.url)}: {self._what}: the answer ended {self.stop - self._at - filled} bytes "
-                        "early"
+                        "early",
+                        broke=True,
                     )
                 pace.check(len(piece), self.url, self._what)
                 if not filled and len(piece) >= WHOLE_PIECE_BYTES:
@@ -300,23 +312,30 @@ class _Pace:
         self._since_s, self._bytes = time.monotonic(), 0
 
 
-class _Watch:
-    """One operation as the circuit breaker sees it: only the network's failures count against the server."""
-
-    __slots__ = ("_gate",)
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-
-    def __enter__(self) -> None:
-        if not self._gate.enter():
-            raise Failure(self._gate.refusal(), Cause.NETWORK)
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Failure) and error.cause is Cause.NETWORK and not isinstance(error, DeadlinePassed):
-            self._gate.failed(str(error))
-        else:
-            self._gate.succeeded()
+def read_patiently(
+    backend: HttpBackend,
+    blob_id: str,
+    offset: int,
+    length: int,
+    *,
+    prefetch: bool = False,
+    deadline: float | None = None,
+) -> "Iterator[memoryview]":
+    """The range, for a caller who may wait between attempts; retry_limit of them fail before it does."""
+    retry = backend.retry(deadline)
+    end = offset + length
+    while offset < end:
+        start = offset
+        try:
+            for piece in backend.read_range(blob_id, offset, end - offset, prefetch=prefetch, deadline=deadline):
+                offset += len(piece)
+                backend.backoff.succeeded(blob_id)
+                yield piece
+        except RetriableFailure as failure:
+            failure.after_s = max(failure.after_s, backend.backoff.failed(blob_id, failure) - time.monotonic())
+            if offset - start >= PIECE_BYTES:
+                retry.progress()
+            retry.wait(failure)
 
 
 def name_blob(blob_id: str) -> str:

@@ -9,6 +9,7 @@ import struct
 import threading
 
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.storage.backoff import Backoff
 from virtiofsd_nydus.storage.localfs import read_pieces
 from virtiofsd_nydus.storage.meter import BackendMeter
 
@@ -37,6 +38,8 @@ class LocaldiskBackend:
         self._fd = -1
         self._blobs: dict[str, tuple[int, int]] = {}  # id -> offset and size in bytes
         self.meter = BackendMeter(self.kind)
+        self.source = f"{self.kind} {device_path}"
+        self.backoff = Backoff(self.source)
 
     def close(self) -> None:
         with self._lock:

@@ -7,6 +7,7 @@ import time
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.answers import PIECE_BYTES
+from virtiofsd_nydus.storage.backoff import Backoff
 from virtiofsd_nydus.storage.meter import BackendMeter
 
 TYPE_CHECKING = False
@@ -29,6 +30,8 @@ class LocalfsBackend:
         self._left: list[int] = []  # descriptors of files that were replaced
         self._lock = threading.Lock()
         self.meter = BackendMeter(self.kind)
+        self.source = f"{self.kind} {directory or blob_file}"
+        self.backoff = Backoff(self.source)
 
     def close(self) -> None:
         with self._lock:

@@ -409,7 +409,7 @@ TEST(table_unreachable)
             CHECK_EQ(store_read(&r.w, &x, 1, &iov, 1), -EINPROGRESS);
             for (int64_t until = now_us() + 5000000;;) {
                 pthread_mutex_lock(&f.e->fetcher->lock);
-                bool asked = f.e->fetcher->demand != NULL;
+                bool asked = f.e->fetcher->sources != NULL;
                 pthread_mutex_unlock(&f.e->fetcher->lock);
                 if (asked)
                     break;

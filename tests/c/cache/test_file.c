@@ -355,7 +355,7 @@ TEST(no_space_ends_prefetch)
     for (int64_t until = now_us() + 10000000; left; usleep(1000)) {
         CHECK(now_us() < until);
         pthread_mutex_lock(&f.e->fetcher->lock);
-        left = f.e->fetcher->prefetch || f.e->fetcher->running;
+        left = f.e->fetcher->sources || f.e->fetcher->running;
         pthread_mutex_unlock(&f.e->fetcher->lock);
     }
     CHECK(atomic_load(&f.server.fed_bytes) < 8u << 20); /* of 32 MiB */
