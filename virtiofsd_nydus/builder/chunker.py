@@ -39,9 +39,14 @@ class Chunker:
     by digest; they are not written again."""
 
     def __init__(
-        self, writer: BlobWriter, *, level: int, threads: int = 0, batch_size: int = 0,
+        self,
+        writer: BlobWriter,
+        *,
+        level: int,
+        threads: int = 0,
+        batch_size: int = 0,
         dictionary: DictionaryIndex | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._writer = writer
         self._level = level
         self._small_bytes = batch_size // 2

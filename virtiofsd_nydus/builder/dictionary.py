@@ -46,7 +46,7 @@ def load_dictionary(path: Path, options: BuildOptions) -> ChunkDictionary:
         for name, theirs, ours in (
             ("RAFS version", info.fs_version, options.fs_version),
             ("chunk size", info.chunk_size_bytes, options.chunk_size),
-        ):  # fmt: skip
+        ):
             if theirs != ours:
                 raise Failure(f"chunk dictionary {path}: its {name} is {theirs}, the image's {ours}", Cause.FORMAT)
         blobs = []
@@ -55,16 +55,28 @@ def load_dictionary(path: Path, options: BuildOptions) -> ChunkDictionary:
                 if blob.features & feature:
                     raise Failure(f"chunk dictionary {path}: blob {blob.id[:12]} is {word}", Cause.FORMAT)
             if blob.digester != options.digest_kind:
-                raise Failure(f"chunk dictionary {path}: blob {blob.id[:12]} has other digests than {options.digester}",
-                              Cause.FORMAT)  # fmt: skip
+                raise Failure(
+                    f"chunk dictionary {path}: blob {blob.id[:12]} has other digests than {options.digester}",
+                    Cause.FORMAT,
+                )
             table = ChunkTable()
             table.resize(blob.chunk_count)
-            blobs.append(BlobInfo(
-                blob_id=blob.id, table=table, codec=layout.Codec(blob.compressor), digester=options.digest_kind,
-                chunk_size=blob.chunk_size_bytes, features=blob.features, compressed_size=blob.compressed_size_bytes,
-                uncompressed_size=blob.uncompressed_size_bytes, ci_codec=layout.Codec(blob.ci_compressor),
-                ci_offset=blob.ci_offset, ci_csize=blob.ci_csize_bytes, ci_usize=blob.ci_usize_bytes,
-            ))  # fmt: skip
+            blobs.append(
+                BlobInfo(
+                    blob_id=blob.id,
+                    table=table,
+                    codec=layout.Codec(blob.compressor),
+                    digester=options.digest_kind,
+                    chunk_size=blob.chunk_size_bytes,
+                    features=blob.features,
+                    compressed_size=blob.compressed_size_bytes,
+                    uncompressed_size=blob.uncompressed_size_bytes,
+                    ci_codec=layout.Codec(blob.ci_compressor),
+                    ci_offset=blob.ci_offset,
+                    ci_csize=blob.ci_csize_bytes,
+                    ci_usize=blob.ci_usize_bytes,
+                )
+            )
         index: dict[bytes, tuple[ChunkTable, int]] = {}
         seen: set[int] = set()
         try:

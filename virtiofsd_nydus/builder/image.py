@@ -88,10 +88,15 @@ class _CountedSource:
 
 
 def build_layer(
-    source: Readable | Path | str, *, options: BuildOptions, out_blob: Writable | Path | str,
-    kind: Literal["dir", "tar"], on_progress: Callable[[int], None] | None = None, label: str = "",
+    source: Readable | Path | str,
+    *,
+    options: BuildOptions,
+    out_blob: Writable | Path | str,
+    kind: Literal["dir", "tar"],
+    on_progress: Callable[[int], None] | None = None,
+    label: str = "",
     dictionary: ChunkDictionary | None = None,
-) -> Layer:  # fmt: skip
+) -> Layer:
     """Reads a source once, front to end, and writes the layer's blob; its bytes depend on source and options alone.
 
     kind "dir": source is a path. kind "tar": a path or anything with read(); gzip, zstd and plain are told apart; it is
@@ -102,9 +107,14 @@ def build_layer(
         try:
             with open(out_blob, "wb", buffering=0) as out:
                 return build_layer(
-                    source, options=options, out_blob=out, kind=kind, on_progress=on_progress, label=label,
+                    source,
+                    options=options,
+                    out_blob=out,
+                    kind=kind,
+                    on_progress=on_progress,
+                    label=label,
                     dictionary=dictionary,
-                )  # fmt: skip
+                )
         except BaseException:
             Path(out_blob).unlink(missing_ok=True)
             raise
@@ -112,9 +122,14 @@ def build_layer(
         try:
             with open(source, "rb", buffering=0) as stream:
                 return build_layer(
-                    stream, options=options, out_blob=out_blob, kind=kind, on_progress=on_progress,
-                    label=label or str(source), dictionary=dictionary,
-                )  # fmt: skip
+                    stream,
+                    options=options,
+                    out_blob=out_blob,
+                    kind=kind,
+                    on_progress=on_progress,
+                    label=label or str(source),
+                    dictionary=dictionary,
+                )
         except OSError as error:
             raise Failure(f"{error.filename or source}: {error.strerror}", Cause.IO) from error
 
@@ -142,9 +157,12 @@ def _build(run: _Run, out_blob: Writable, dictionary: ChunkDictionary | None) ->
     index = _make_index(run) if options.oci_ref else None
     writer = _make_writer(out_blob, options, index)
     chunker = Chunker(
-        writer, level=options.compression_level, threads=options.threads, batch_size=options.batch_size,
+        writer,
+        level=options.compression_level,
+        threads=options.threads,
+        batch_size=options.batch_size,
         dictionary=dictionary.index if dictionary is not None else None,
-    )  # fmt: skip
+    )
     stats = LayerStats()
     hashed = hashlib.sha256() if options.diff_id and run.kind == "tar" else None
     try:
@@ -261,9 +279,13 @@ def _prefetch_paths(options: BuildOptions) -> list[bytes]:
 
 
 def merge_layers(
-    layers: Sequence[Layer], *, options: BuildOptions, out_bootstrap: Path | str | BinaryIO | None = None,
-    dictionary: ChunkDictionary | None = None, keep_trees: bool = True,
-) -> MergedImage:  # fmt: skip
+    layers: Sequence[Layer],
+    *,
+    options: BuildOptions,
+    out_bootstrap: Path | str | BinaryIO | None = None,
+    dictionary: ChunkDictionary | None = None,
+    keep_trees: bool = True,
+) -> MergedImage:
     """One bootstrap of all layers, lowest first; written to out_bootstrap too when given. All layers must have been
     built with these options. Blobs that no file refers to are not in it. keep_trees: False may make the lowest layer's
     tree the image's, which takes less space."""
@@ -272,8 +294,12 @@ def merge_layers(
         info = layer.blob_info
         if info is not None and (info.chunk_size, info.codec, info.digester) != made:
             raise Failure(f"layer {layer.blob_id[:12]} was built with other options than this image", Cause.FORMAT)
-    tree = merge_trees([layer.tree for layer in layers], [layer.label for layer in layers], keep=keep_trees,
-                       directory=options.spill_dir)  # fmt: skip
+    tree = merge_trees(
+        [layer.tree for layer in layers],
+        [layer.label for layer in layers],
+        keep=keep_trees,
+        directory=options.spill_dir,
+    )
     # Of two equal layers the upper replaces every file of the lower, so no blob comes into the table twice.
     present = [layer.blob_info for layer in layers if layer.blob_info is not None]
     written, named = _write_bootstrap(tree, present, options, dictionary)

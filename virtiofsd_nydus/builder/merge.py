@@ -37,8 +37,12 @@ def list_lower_links(tree: Tree) -> list[tuple[int, bytes, int]]:
     """Every name of a layer that is a hard link into the layers below: its directory, itself, its node."""
     if not tree.lower_links:
         return []
-    return [(directory, name, node) for directory in tree.walk_directories()
-            for name, node in tree.names(directory) if not tree.mode(node)]  # fmt: skip
+    return [
+        (directory, name, node)
+        for directory in tree.walk_directories()
+        for name, node in tree.names(directory)
+        if not tree.mode(node)
+    ]
 
 
 def _drop_whiteouts(tree: Tree) -> None:

@@ -329,10 +329,12 @@ class TarStream:
         while True:
             for start in range(0, len(table), 24):
                 if table[start]:
-                    entry.regions.append((
-                        parse_number(table[start : start + 12], "an offset"),
-                        parse_number(table[start + 12 : start + 24], "a length"),
-                    ))  # fmt: skip
+                    entry.regions.append(
+                        (
+                            parse_number(table[start : start + 12], "an offset"),
+                            parse_number(table[start + 12 : start + 24], "a length"),
+                        )
+                    )
             if not more:
                 return
             record = self._read(RECORD)

@@ -175,10 +175,15 @@ class PlainBlobWriter(BlobWriter):
         self.data_size = self.size
         if len(self.table):
             self._info = BlobInfo(
-                blob_id=layout.PLACEHOLDER_ID, table=self.table, codec=self.codec, digester=self.digester,
-                chunk_size=self.chunk_size, features=layout.BlobFeature.CAP_TAR_TOC, compressed_size=self.size,
+                blob_id=layout.PLACEHOLDER_ID,
+                table=self.table,
+                codec=self.codec,
+                digester=self.digester,
+                chunk_size=self.chunk_size,
+                features=layout.BlobFeature.CAP_TAR_TOC,
+                compressed_size=self.size,
                 uncompressed_size=self.uncompressed_size,
-            )  # fmt: skip
+            )
         return self._info
 
     def finish(self) -> tuple[str, BlobInfo | None]:

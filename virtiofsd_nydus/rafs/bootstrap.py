@@ -64,8 +64,10 @@ def is_storable_xattr(name: bytes, value: bytes) -> bool:
     """Whether the format can hold an extended attribute of this name and size."""
     if len(name) > layout.XATTR_NAME_MAX or len(value) > layout.XATTR_VALUE_MAX:
         return False
-    return any(name == prefix if index in (2, 3) else name.startswith(prefix) and len(name) > len(prefix)
-               for prefix, index in layout.XATTR_PREFIXES)  # fmt: skip
+    return any(
+        name == prefix if index in (2, 3) else name.startswith(prefix) and len(name) > len(prefix)
+        for prefix, index in layout.XATTR_PREFIXES
+    )
 
 
 def encode_chunk_record(table: ChunkTable, index: int, blob_index: int, file_offset: int) -> bytes:

@@ -73,9 +73,15 @@ class Tree(Nodes):
         return place
 
     def make_directory(
-        self, mode: int = stat.S_IFDIR | 0o755, uid: int = 0, gid: int = 0, mtime_ns: int = 0, xattrs: Xattrs = (),
-        *, implied: bool = False,
-    ) -> int:  # fmt: skip
+        self,
+        mode: int = stat.S_IFDIR | 0o755,
+        uid: int = 0,
+        gid: int = 0,
+        mtime_ns: int = 0,
+        xattrs: Xattrs = (),
+        *,
+        implied: bool = False,
+    ) -> int:
         """implied: no entry of the source describes the directory, but a path needs it; in a merge the other layer's
         attributes win."""
         node = self._make(mode, uid, gid, mtime_ns, xattrs)
