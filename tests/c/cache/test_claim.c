@@ -3,12 +3,17 @@
  */
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 #include "store_fixture.h"
 
+#include "base/clock.h"
+#include "cache/claim.h"
+
 #define N 200
 #define CHUNK 16384
+#define PATIENCE_US (30 * 1000 * 1000)
 
 /* What processes tell each other. */
 struct board {
@@ -326,6 +331,63 @@ TEST(wake_reaches_another_process)
     claim_wake_all(&w);
     reap(waiter);
     claim_wake_close(&w);
+    close(fd);
+    fix_dir_remove(dir);
+}
+
+/* ---- the futex that all processes of a work directory share */
+
+struct sleeper {
+    struct claim_wake wake;
+    _Atomic int tid;
+    int64_t slept_us;
+};
+
+static void *sleep_for_a_wake(void *arg)
+{
+    struct sleeper *s = arg;
+    uint32_t gen = claim_wake_enter(&s->wake);
+    int64_t began = now_us();
+
+    atomic_store(&s->tid, (int)syscall(SYS_gettid));
+    claim_wake_wait(&s->wake, gen, 2 * PATIENCE_US / 1000);
+    claim_wake_leave(&s->wake);
+    s->slept_us = now_us() - began;
+    return NULL;
+}
+
+static bool is_in_futex(int tid)
+{
+    char path[64], line[64] = "";
+    FILE *file;
+
+    snprintf(path, sizeof path, "/proc/self/task/%d/syscall", tid);
+    file = fopen(path, "r");
+    CHECK(file);
+    CHECK(fgets(line, sizeof line, file));
+    fclose(file);
+    return atoi(line) == SYS_futex;
+}
+
+TEST(waiters_of_other_processes_are_woken)
+{
+    char dir[200];
+    struct sleeper s = { 0 };
+    struct claim_wake here = { 0 };
+    pthread_t thread;
+    int fd;
+
+    fix_dir_make(dir);
+    fd = open(dir, O_RDONLY | O_DIRECTORY);
+    CHECK(claim_wake_open(&s.wake, fd) == 0 && claim_wake_open(&here, fd) == 0 && here.shared && s.wake.shared);
+    CHECK(pthread_create(&thread, NULL, sleep_for_a_wake, &s) == 0);
+    while (!atomic_load(&s.tid) || !is_in_futex(atomic_load(&s.tid)))
+        usleep(100);
+    claim_wake_all(&here);
+    CHECK(pthread_join(thread, NULL) == 0);
+    CHECK(s.slept_us < PATIENCE_US);
+    claim_wake_close(&s.wake);
+    claim_wake_close(&here);
     close(fd);
     fix_dir_remove(dir);
 }

@@ -274,3 +274,38 @@ TEST(an_ended_job_holds_no_claims)
         fix_dir_remove(dir);
     }
 }
+
+/* Each field by which a side file says what it belongs to: where one is another's, nothing is taken from it. */
+TEST(a_side_file_of_another_data_file)
+{
+    static const off_t field[] = { offsetof(struct side_header, magic),     offsetof(struct side_header, version),
+                                   offsetof(struct side_header, n),         offsetof(struct side_header, dev),
+                                   offsetof(struct side_header, ino),       offsetof(struct side_header, btime_ns),
+                                   offsetof(struct side_header, size_bytes) };
+
+    for (size_t i = 0; i < sizeof field / sizeof *field; i++) {
+        char dir[200], path[300];
+        struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+        struct fix f = { 0 };
+        uint8_t byte;
+        int fd;
+
+        fix_dir_make(dir);
+        fix_up(&f, dir, b, 1);
+        fix_check(f.h, b, 0, (N - 1) * CHUNK);
+        fix_down(&f);
+        snprintf(path, sizeof path, "%s/.virtiofsd-nydus/blob.vnd", dir);
+        fd = open(path, O_RDWR);
+        CHECK(fd >= 0 && pread(fd, &byte, 1, field[i]) == 1);
+        byte ^= 1;
+        CHECK(pwrite(fd, &byte, 1, field[i]) == 1);
+        close(fd);
+        f = (struct fix){ 0 };
+        fix_up(&f, dir, b, 1);
+        fix_check(f.h, b, 0, (N - 1) * CHUNK);
+        CHECK(atomic_load(&f.server.jobs) > 0);
+        fix_down(&f);
+        fix_blob_free(b);
+        fix_dir_remove(dir);
+    }
+}
