@@ -183,7 +183,7 @@ def _add_backends(text: _Text, of: "list[tuple[Labels, Mount]]") -> None:
     text.add(
         "backend_healthy",
         "gauge",
-        "1 while the backend is asked, 0 while its circuit breaker refuses",
+        "1 while the backend answers, 0 while fetching from it keeps failing",
         [("", label, int(status.get("breaker", "open") == "open")) for label, status in health],
     )
     text.add(
