@@ -38,6 +38,15 @@ def test_every_descriptor_is_closed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert sorted(closing.calls) == sorted(fds)
 
 
+def test_a_region_is_closed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session that fails closes what was new; so does its end."""
+    region = Region(0, 1, 0, 0, os.open("/dev/null", os.O_RDONLY))
+    closing = FailingClose(monkeypatch)
+    region.close()
+    region.close()
+    assert len(closing.calls) == 1
+
+
 def test_a_new_descriptor_takes_the_place_of_one_that_does_not_close(monkeypatch: pytest.MonkeyPatch) -> None:
     fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(2)]
     state = DeviceState(1)

@@ -34,7 +34,7 @@ QUEUES = 5  # hiprio and up to four request queues; the front-end uses as many a
 STOP_TIMEOUT_S = 2.0  # how long a fetch thread stuck in its backend may hold up the end
 STOP_DEADLINE_S = 4.0  # of a daemon's whole stop; launchers wait five seconds before they kill
 API_CLOSE_S = 1.0  # how long a request of the API may hold up the end
-LAST_LINE_S = 0.5
+LAST_LINE_S = 0.8  # more, for the line that says so; the rest of the five
 LATE_TIMEOUT_S = 10.0  # how long what is loaded after RUNNING may, on a busy machine
 SWITCH_INTERVAL_S = 0.0005  # a busy Python thread must not starve the fetch threads
 
