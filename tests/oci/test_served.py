@@ -5,7 +5,7 @@ import errno
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,10 +31,12 @@ FILES = {
 
 
 @contextmanager
-def serving(reference: str, cache_dir: Path, **options: object) -> Iterator[tuple[NydusDaemon, FakeGuest]]:
+def serving(
+    reference: str, cache_dir: Path, flags: Sequence[str] = (), **options: object
+) -> Iterator[tuple[NydusDaemon, FakeGuest]]:
     with (
         prepare_image(WantedImage(reference, cache_dir=cache_dir, **options)) as prepared,
-        NydusDaemon(prepared.daemon_options) as daemon,
+        NydusDaemon([*prepared.daemon_options, *flags]) as daemon,
         FakeGuest(daemon.socket_path, queue_size=64) as guest,
     ):
         guest.fuse.init()
@@ -115,7 +117,7 @@ def test_a_registry_that_dies_and_comes_back(convert, image: Path, tmp_path: Pat
     with LocalRegistry(tmp_path / "registry") as registry:
         reference = f"docker://{registry.host}/served/b:n"
         convert(f"oci:{image}:t", reference)
-        with serving(reference, tmp_path / "cache") as (daemon, guest):
+        with serving(reference, tmp_path / "cache", ["--read-deadline-ms", "3000"]) as (daemon, guest):
             assert guest.fuse.read_file("etc/two") == FILES["etc/two"]
             big = guest.fuse.walk("big").nodeid
             registry.stop(signal.SIGKILL)

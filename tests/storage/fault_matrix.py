@@ -57,6 +57,8 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "long_body": ({"at_bytes": 5}, {"network"}),
     "wrong_total": ({"at_bytes": 5}, {"network"}),
     "multipart": ({}, {"network"}),
+    "encode": ({"text": "gzip"}, {"network"}),
+    "restatus": ({"status": 206, "headers": {"X-Odd": "1"}}, set()),  # the right status: no fault
     "chunked": ({}, set()),
     "close": ({}, set()),
     "redirect": ({}, {"network"}),  # an object store's redirect is not followed: the signature is for one host
@@ -64,7 +66,7 @@ CASES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "redirect_bad": ({"text": "ftp://127.0.0.1/x"}, {"network"}),
     "garbage": ({"text": "not http at all\r\n\r\n"}, {"network"}),
 }
-HARMLESS = frozenset(("chunked", "close"))
+HARMLESS = frozenset(("chunked", "close", "restatus"))
 HTTP_ROUTES = ("registry", "by mirror", "by proxy", "s3", "oss", "http-proxy", "unix socket")
 # Behind a mirror or proxy that goes wrong there is the registry: a read never fails for it.
 COVERED_ROUTES = frozenset(("by mirror", "by proxy"))
