@@ -82,6 +82,7 @@ FAULTS = {
     "redirect_bad": "redirects to `text`",
     "restatus": "answers as it would, but with `status` and, in addition, `headers`",
     "encode": "sends the right bytes and says that they are encoded as `text`",
+    "slow_headers": "begins its answer and sends a byte of a header each `seconds`, without end",
     "garbage": "sends `text` instead of HTTP",
 }
 
@@ -124,7 +125,7 @@ class FaultyServer:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(tls[0], tls[1])
             self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self.away = False
 
     @property
     def host(self) -> str:
@@ -156,13 +157,31 @@ class FaultyServer:
             return [(one.first, one.last) for one in self.requests if one.first >= 0 and digest in one.path]
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._start()
         return self
+
+    def _start(self) -> None:
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        self._thread.start()
 
     def __exit__(self, *exc: object) -> None:
         self.stopping.set()
         self._server.shutdown()
         self._server.server_close()
+
+    def go_away(self) -> None:
+        """The server is stopped: its port refuses connections, those there were end with their next request."""
+        self.away = True
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def come_back(self) -> None:
+        """It is started again, on the same port."""
+        self._server = _Server(self._server.server_address, _Handler)  # type: ignore[arg-type]
+        self._server.faulty = self
+        self.away = False
+        self._start()
 
     def take_fault(self, line: str) -> Fault | None:
         with self.lock:
@@ -241,6 +260,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         faulty = self.faulty
+        if faulty.away:
+            raise _Cut
         path = self.path.partition("?")[0]
         fault = faulty.take_fault(f"{self.command} {self.path}")
         if fault is not None and self._apply_before(fault):
@@ -278,6 +299,11 @@ class _Handler(BaseHTTPRequestHandler):
             return True
         elif kind == "garbage":
             self.wfile.write(fault.text.encode("latin-1"))
+            raise _Cut
+        elif kind == "slow_headers":
+            self.wfile.write(b"HTTP/1.1 206 Partial Content\r\nX-Slow: ")
+            while not self.faulty.stopping.wait(fault.seconds):
+                self.wfile.write(b"a")
             raise _Cut
         elif kind == "redirect":
             digest = BLOB.search(self.path.partition("?")[0])

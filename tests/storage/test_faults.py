@@ -70,8 +70,9 @@ LASTING = {
 
 
 def test_every_fault_is_tried() -> None:
-    # corrupt is the digest check's to find, not the backend's: tried below; the last two in test_answers.py
-    assert set(PASSING) | set(LASTING) | {"corrupt", "encode", "restatus"} == set(FAULTS)
+    # corrupt is the digest check's to find, not the backend's: tried below; the others in test_answers.py and
+    # test_outage.py
+    assert set(PASSING) | set(LASTING) | {"corrupt", "encode", "restatus", "slow_headers"} == set(FAULTS)
 
 
 @pytest.mark.parametrize(("kind", "fields"), [(kind, fields) for kind in PASSING for fields in PASSING[kind]])

@@ -102,7 +102,7 @@ class Backoff:
         return until_s
 
     def succeeded(self, blob_id: str) -> None:
-        """Bytes of the blob have come."""
+        """A range of the blob has come, or a good part of one: a few bytes before a failure are no success."""
         if not self._failing:
             return
         line = ""

@@ -329,8 +329,10 @@ def read_patiently(
         try:
             for piece in backend.read_range(blob_id, offset, end - offset, prefetch=prefetch, deadline=deadline):
                 offset += len(piece)
-                backend.backoff.succeeded(blob_id)
+                if offset - start >= PIECE_BYTES:
+                    backend.backoff.succeeded(blob_id)
                 yield piece
+            backend.backoff.succeeded(blob_id)
         except RetriableFailure as failure:
             failure.after_s = max(failure.after_s, backend.backoff.failed(blob_id, failure) - time.monotonic())
             if offset - start >= PIECE_BYTES:

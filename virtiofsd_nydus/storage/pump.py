@@ -11,6 +11,7 @@ import time
 
 from virtiofsd_nydus.engine import Engine, ffi, lib
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.net.answers import PIECE_BYTES
 from virtiofsd_nydus.net.failures import DeadlinePassed, RetriableFailure
 
 TYPE_CHECKING = False
@@ -249,13 +250,13 @@ class FetchPump:
                 again = again or _Again(until_s, 0.0, backoff.last)
                 continue
             try:
-                came = False
+                came = 0
                 deadline = job.deadline_us / 1e6 if job.deadline_us else None
                 for piece in backend.read_range(
                     blob_id, job.coff + fed, job.clen - fed, prefetch=bool(job.prefetch), deadline=deadline
                 ):
-                    if not came:
-                        came = True
+                    came += len(piece)
+                    if came >= PIECE_BYTES:
                         backoff.succeeded(blob_id)
                     for start in range(0, len(piece), FEED_BYTES):
                         part = piece[start : start + FEED_BYTES]
@@ -265,6 +266,7 @@ class FetchPump:
                         fed += len(part)
                 if fed != job.clen:
                     raise Failure(f"blob {blob_id}: {fed} of {job.clen} bytes came", Cause.NETWORK)
+                backoff.succeeded(blob_id)
                 return None
             except EngineRefusal:
                 raise
