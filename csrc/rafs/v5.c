@@ -245,31 +245,35 @@ static bool place_sane(const struct blob_chunk *c)
            c->uoff <= RAFS_BLOB_USIZE_MAX - RAFS_CHUNK_SIZE_MAX && c->coff <= RAFS_BLOB_CSIZE_MAX - RAFS_CHUNK_SIZE_MAX;
 }
 
+struct numbering {
+    struct vnd_rafs *r;
+    struct v5_numbers *n; /* by blob */
+    uint32_t *room;       /* by blob: how many records were counted */
+};
+
 static int count_record(void *ctx, uint64_t number, uint32_t blob, const struct blob_chunk *c)
 {
-    struct v5_numbers *n = ctx;
+    struct numbering *x = ctx;
 
-    n[blob].count += place_sane(c);
+    if (unnumbered(x->r, blob) && place_sane(c))
+        x->room[blob]++;
     return 0;
 }
 
-struct collect {
-    struct vnd_rafs *r;
-    struct v5_numbers *n;
-};
-
 static int collect_record(void *ctx, uint64_t number, uint32_t blob, const struct blob_chunk *c)
 {
-    struct collect *x = ctx;
-    vnd_blob_info *i = &x->r->blobs[blob].info;
+    struct numbering *x = ctx;
+    vnd_blob_info *i;
 
-    if (place_sane(c)) {
-        x->n[blob].uoff[x->n[blob].count++] = c->uoff;
-        if (c->coff + c->csize > i->compressed_size_bytes)
-            i->compressed_size_bytes = c->coff + c->csize;
-        if (c->uoff + c->usize > i->uncompressed_size_bytes)
-            i->uncompressed_size_bytes = c->uoff + c->usize;
-    }
+    /* The file may have changed since the records were counted. */
+    if (!unnumbered(x->r, blob) || !place_sane(c) || x->n[blob].count >= x->room[blob])
+        return 0;
+    i = &x->r->blobs[blob].info;
+    x->n[blob].uoff[x->n[blob].count++] = c->uoff;
+    if (c->coff + c->csize > i->compressed_size_bytes)
+        i->compressed_size_bytes = c->coff + c->csize;
+    if (c->uoff + c->usize > i->uncompressed_size_bytes)
+        i->uncompressed_size_bytes = c->uoff + c->usize;
     return 0;
 }
 
@@ -282,44 +286,60 @@ static int compare_u64(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static int number_blob(struct vnd_rafs *r, uint32_t k, struct v5_numbers *n)
+static void sort_blob(struct v5_numbers *n)
 {
-    struct collect x = { r, n };
     uint32_t used = 0;
 
-    v5_records(r, k, count_record, n);
-    if (!n[k].count)
-        return 0;
-    n[k].uoff = malloc(n[k].count * sizeof(*n[k].uoff));
-    if (!n[k].uoff)
-        return -ENOMEM;
-    n[k].count = 0;
-    v5_records(r, k, collect_record, &x);
-    qsort(n[k].uoff, n[k].count, sizeof(*n[k].uoff), compare_u64);
-    for (uint32_t i = 0; i < n[k].count; i++)
-        if (!used || n[k].uoff[used - 1] != n[k].uoff[i])
-            n[k].uoff[used++] = n[k].uoff[i];
-    n[k].count = used;
+    qsort(n->uoff, n->count, sizeof(*n->uoff), compare_u64);
+    for (uint32_t i = 0; i < n->count; i++)
+        if (!used || n->uoff[used - 1] != n->uoff[i])
+            n->uoff[used++] = n->uoff[i];
+    n->count = used;
+}
+
+/* Two walks over all records, whatever the number of blobs. */
+static int collect_places(struct numbering *x)
+{
+    uint32_t blobs = x->r->info.blob_count;
+
+    v5_records(x->r, UINT32_MAX, count_record, x);
+    for (uint32_t k = 0; k < blobs; k++) {
+        if (!x->room[k])
+            continue;
+        x->n[k].uoff = malloc(x->room[k] * sizeof(*x->n[k].uoff));
+        if (!x->n[k].uoff)
+            return -ENOMEM;
+    }
+    v5_records(x->r, UINT32_MAX, collect_record, x);
+    for (uint32_t k = 0; k < blobs; k++)
+        if (x->n[k].count)
+            sort_blob(&x->n[k]);
     return 0;
 }
 
 static int number_chunks(struct vnd_rafs *r, const struct rafs_error *e)
 {
-    struct v5_numbers *n = NULL;
+    uint32_t blobs = r->info.blob_count, first = 0;
+    struct numbering x = { .r = r };
+    int rc;
 
-    for (uint32_t k = 0; k < r->info.blob_count; k++) {
+    while (first < blobs && !unnumbered(r, first))
+        first++;
+    if (first == blobs)
+        return 0;
+    x.n = calloc(blobs, sizeof(*x.n));
+    x.room = calloc(blobs, sizeof(*x.room));
+    rc = x.n && x.room ? collect_places(&x) : -ENOMEM;
+    free(x.room);
+    r->numbers = x.n; /* freed by v5_close */
+    if (rc)
+        return rafs_no_memory(e);
+    for (uint32_t k = first; k < blobs; k++) {
         if (!unnumbered(r, k))
             continue;
-        if (!n && !(n = calloc(r->info.blob_count, sizeof(*n))))
-            return rafs_no_memory(e);
-        int rc = number_blob(r, k, n);
-
-        r->numbers = n; /* vnd_rafs_free's */
-        if (rc)
-            return rafs_no_memory(e);
-        r->blobs[k].info.chunk_count = n[k].count;
-        if (n[k].count > RAFS_CHUNKS_PER_BLOB_MAX)
-            return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has %u chunks, more than can be served", k, n[k].count);
+        r->blobs[k].info.chunk_count = x.n[k].count;
+        if (x.n[k].count > RAFS_CHUNKS_PER_BLOB_MAX)
+            return rafs_fail(e, VND_CAUSE_FORMAT, "blob %u has %u chunks, more than can be served", k, x.n[k].count);
     }
     return 0;
 }
