@@ -17,6 +17,7 @@ struct vnd_engine {
     pthread_mutex_t lock;
     struct engine_counters *counters; /* list of blocks, under lock */
     struct engine_counters shared;    /* for threads without a block of their own */
+    _Atomic uint64_t detached_bytes;  /* of requests that wait for a host call: fuse/detach.c */
     uint64_t metrics_shards;          /* one bit for each that is in use: fs/metrics.h, under lock */
     _Atomic int shutdown;
     /* What all front-ends together have mapped: vhost/guestmem.h bounds it. */

@@ -11,8 +11,10 @@
 
 #include "fuse/internal.h"
 
-/* Copies of one session; above that, requests are served where they came in. */
+/* Bytes of detached requests, of one session and of all sessions of the engine. Above either a request is served where it
+ * came in. */
 #define DETACHED_BYTES_MAX (128u << 20)
+#define DETACHED_ALL_MAX (512ull << 20)
 #define BODY_MAX (FUSE_REPLY_MAX + 4096u)
 /* To free more than that takes a file system long. */
 #define TRUNCATE_BYTES (4u << 20)
@@ -91,6 +93,7 @@ static void drop(struct store_answer *a)
     struct detached *d = (struct detached *)a;
 
     atomic_fetch_sub_explicit(&d->s->detached_bytes, d->bytes, memory_order_relaxed);
+    atomic_fetch_sub_explicit(&d->s->engine->detached_bytes, d->bytes, memory_order_relaxed);
     free(d);
 }
 
@@ -178,6 +181,12 @@ static bool takes_long(struct fuse_call *c)
     }
 }
 
+static bool has_budget(struct fuse_session *s, size_t bytes)
+{
+    return atomic_load_explicit(&s->detached_bytes, memory_order_relaxed) + bytes <= DETACHED_BYTES_MAX &&
+           atomic_load_explicit(&s->engine->detached_bytes, memory_order_relaxed) + bytes <= DETACHED_ALL_MAX;
+}
+
 enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn)
 {
     struct req *r = c->r;
@@ -185,10 +194,8 @@ enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn)
     size_t bytes = sizeof(struct detached) + r->body_len + out;
     struct detached *d = NULL;
 
-    if (r->body_len <= BODY_MAX &&
-        atomic_load_explicit(&c->s->detached_bytes, memory_order_relaxed) + bytes <= DETACHED_BYTES_MAX) {
+    if (r->body_len <= BODY_MAX && has_budget(c->s, bytes))
         d = malloc(bytes);
-    }
     if (!d)
         return fn(c);
     *d = (struct detached){ .answer = { drop }, .s = c->s, .origin = &r->wait, .r = *r, .bytes = bytes };
@@ -205,6 +212,7 @@ enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn)
         return fuse_reply_error(c, EFAULT);
     }
     atomic_fetch_add_explicit(&c->s->detached_bytes, bytes, memory_order_relaxed);
+    atomic_fetch_add_explicit(&c->s->engine->detached_bytes, bytes, memory_order_relaxed);
     if (c->node.fs->ops->rw->run(c->node.fs, &r->wait, serve_detached, d) != -EINPROGRESS) {
         drop(&d->answer);
         return fn(c);

@@ -18,8 +18,9 @@
 #define PT_THREADS_EACH \
     6 /* that one guest may have busy: a host call can take long, and another guest's must not wait */
 #define PT_SLOW_MS 2000
-#define PT_BUCKETS_LOG2 12
-#define PT_BUCKETS (1u << PT_BUCKETS_LOG2)
+#define PT_BUCKETS_LOG2 10 /* of an empty share; the tables grow with the nodes */
+/* Nodes of one share, about 400 bytes each: what guests may make the daemon keep. More are -ENFILE. */
+#define PT_NODES_MAX (4u << 20)
 #define PT_DEVICES 128    /* numbers of devices that fit into an inode number */
 #define PT_HANDLE_MAX 128 /* bytes: the kernel's MAX_HANDLE_SZ */
 #define PT_INO_TOP (1ull << 47)
@@ -121,8 +122,10 @@ struct vnd_passthrough {
     _Atomic uint32_t n_remote;     /* mounts that a network or another process answers for */
     _Atomic int64_t slow_until_ms; /* coarse_ms; 0: no call was slow */
 
-    pthread_mutex_t lock; /* of all that follows */
-    struct pt_node *by_ino[PT_BUCKETS], *by_key[PT_BUCKETS];
+    pthread_mutex_t lock;              /* of all that follows */
+    struct pt_node **by_ino, **by_key; /* 1 << buckets_log2 lists each; at most one node a list on average */
+    uint32_t buckets_log2;
+    uint64_t nodes_max;
     struct pt_mount *mounts;
     struct pt_device devices[PT_DEVICES];
     uint64_t next_ino, n_nodes, n_kept, kept_max;
@@ -162,6 +165,7 @@ int pt_mount_fd_open(struct vnd_passthrough *p, struct pt_mount *m, int above_fd
 void pt_mount_fd_put(struct vnd_passthrough *p, struct pt_mount *m);
 
 /* ---- passthrough/nodes.c */
+int pt_tables_new(struct vnd_passthrough *p); /* 0 or -ENOMEM; pt_nodes_free frees them */
 int pt_root_open(struct vnd_passthrough *p);
 void pt_nodes_free(struct vnd_passthrough *p);                         /* when no call is in the file system */
 struct pt_node *pt_node_at(struct vnd_passthrough *p, uint64_t ino);   /* under the lock; borrowed, or NULL */

@@ -15,9 +15,9 @@
 #include "passthrough/internal.h"
 
 /* The upper bits of the product are the best mixed. */
-static uint32_t bucket_of(uint64_t v)
+static uint64_t bucket_of(const struct vnd_passthrough *p, uint64_t v)
 {
-    return (uint32_t)(v * 0x9e3779b97f4a7c15ull >> (64 - PT_BUCKETS_LOG2));
+    return v * 0x9e3779b97f4a7c15ull >> (64 - p->buckets_log2);
 }
 
 static uint64_t key_of(const struct pt_mount *m, dev_t dev, uint64_t host_ino)
@@ -105,7 +105,7 @@ int pt_fill_attr(const struct pt_node *n, int fd, vnd_attr *out)
 
 struct pt_node *pt_node_at(struct vnd_passthrough *p, uint64_t ino)
 {
-    struct pt_node *n = p->by_ino[bucket_of(ino)];
+    struct pt_node *n = p->by_ino[bucket_of(p, ino)];
 
     while (n && n->ino != ino)
         n = n->next_ino;
@@ -117,7 +117,7 @@ struct pt_node *pt_node_at(struct vnd_passthrough *p, uint64_t ino)
 static struct pt_node *find_key(struct vnd_passthrough *p, const struct pt_mount *m, const struct statx *sx)
 {
     dev_t dev = dev_of(sx);
-    struct pt_node *n = p->by_key[bucket_of(key_of(m, dev, sx->stx_ino))];
+    struct pt_node *n = p->by_key[bucket_of(p, key_of(m, dev, sx->stx_ino))];
 
     while (n && (n->mount != m || n->host_ino != sx->stx_ino || n->dev != dev ||
                  (n->fd_kept && n->type != (sx->stx_mode & S_IFMT)))) {
@@ -126,18 +126,60 @@ static struct pt_node *find_key(struct vnd_passthrough *p, const struct pt_mount
     return n;
 }
 
-static void link_node(struct vnd_passthrough *p, struct pt_node *n)
+static void link_lists(struct vnd_passthrough *p, struct pt_node *n)
 {
-    struct pt_node **a = &p->by_ino[bucket_of(n->ino)];
-    struct pt_node **b = &p->by_key[bucket_of(key_of(n->mount, n->dev, n->host_ino))];
+    struct pt_node **a = &p->by_ino[bucket_of(p, n->ino)];
+    struct pt_node **b = &p->by_key[bucket_of(p, key_of(n->mount, n->dev, n->host_ino))];
 
     n->next_ino = *a;
     *a = n;
     n->next_key = *b;
     *b = n;
+}
+
+/* Twice as many lists. Without memory they stay as they are, and get longer. */
+static void grow_tables(struct vnd_passthrough *p)
+{
+    struct pt_node **old = p->by_ino, **old_key = p->by_key;
+    uint64_t lists = 1ull << p->buckets_log2;
+    struct pt_node **by_ino = calloc(2 * lists, sizeof(struct pt_node *));
+    struct pt_node **by_key = calloc(2 * lists, sizeof(struct pt_node *));
+
+    if (!by_ino || !by_key) {
+        free(by_ino);
+        free(by_key);
+        return;
+    }
+    p->by_ino = by_ino;
+    p->by_key = by_key;
+    p->buckets_log2++;
+    for (uint64_t i = 0; i < lists; i++) {
+        for (struct pt_node *n = old[i], *next; n; n = next) {
+            next = n->next_ino;
+            link_lists(p, n);
+        }
+    }
+    free(old);
+    free(old_key);
+}
+
+static void link_node(struct vnd_passthrough *p, struct pt_node *n)
+{
+    if (p->n_nodes >> p->buckets_log2)
+        grow_tables(p);
+    link_lists(p, n);
     n->linked = true;
     n->refs++;
     p->n_nodes++;
+}
+
+int pt_tables_new(struct vnd_passthrough *p)
+{
+    p->buckets_log2 = PT_BUCKETS_LOG2;
+    p->nodes_max = PT_NODES_MAX;
+    p->by_ino = calloc(1u << PT_BUCKETS_LOG2, sizeof(struct pt_node *));
+    p->by_key = calloc(1u << PT_BUCKETS_LOG2, sizeof(struct pt_node *));
+    return p->by_ino && p->by_key ? 0 : -ENOMEM;
 }
 
 void pt_node_close(struct vnd_passthrough *p, struct pt_node *n)
@@ -159,10 +201,10 @@ static void unlink_node(struct vnd_passthrough *p, struct pt_node *n)
 {
     struct pt_node **at;
 
-    for (at = &p->by_ino[bucket_of(n->ino)]; *at != n;)
+    for (at = &p->by_ino[bucket_of(p, n->ino)]; *at != n;)
         at = &(*at)->next_ino;
     *at = n->next_ino;
-    for (at = &p->by_key[bucket_of(key_of(n->mount, n->dev, n->host_ino))]; *at != n;)
+    for (at = &p->by_key[bucket_of(p, key_of(n->mount, n->dev, n->host_ino))]; *at != n;)
         at = &(*at)->next_key;
     *at = n->next_key;
     n->linked = false;
@@ -294,7 +336,7 @@ bool pt_has_room(struct vnd_passthrough *p, const struct pt_node *dir)
     bool room;
 
     pthread_mutex_lock(&p->lock);
-    room = (p->handles && dir->handle_bytes) || p->n_kept < p->kept_max;
+    room = p->n_nodes < p->nodes_max && ((p->handles && dir->handle_bytes) || p->n_kept < p->kept_max);
     pthread_mutex_unlock(&p->lock);
     return room;
 }
@@ -329,6 +371,10 @@ static int learn_locked(struct vnd_passthrough *p, struct pt_node *above, const 
         n->refs++;
         pt_node_put_locked(p, pt_mount_put(p, m));
     } else {
+        if (!n && p->n_nodes >= p->nodes_max) {
+            pt_node_put_locked(p, pt_mount_put(p, m));
+            return -ENFILE;
+        }
         n = node_add(p, m, sx, fid, n);
         if (!n) {
             pt_node_put_locked(p, pt_mount_put(p, m));
@@ -391,7 +437,7 @@ void pt_forget(struct vnd_passthrough *p, uint64_t ino, uint64_t n)
 void pt_forget_all(struct vnd_passthrough *p)
 {
     pthread_mutex_lock(&p->lock);
-    for (uint32_t i = 0; i < PT_BUCKETS; i++) {
+    for (uint64_t i = 0; p->by_ino && i < 1ull << p->buckets_log2; i++) {
         struct pt_node *next;
 
         for (struct pt_node *n = p->by_ino[i]; n; n = next) {
@@ -486,4 +532,6 @@ void pt_nodes_free(struct vnd_passthrough *p)
         p->root_fd = -1;
         pthread_mutex_unlock(&p->lock);
     }
+    free(p->by_ino);
+    free(p->by_key);
 }

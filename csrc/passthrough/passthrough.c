@@ -422,7 +422,7 @@ vnd_passthrough *vnd_passthrough_new(vnd_engine *e, const char *source, uint32_t
     p->cache_max = limit.rlim_cur / 8 < PT_CACHE_MAX ? (uint32_t)(limit.rlim_cur / 8) + 1 : PT_CACHE_MAX;
     p->files_max = limit.rlim_cur / 2 < FILES_MAX ? (uint32_t)(limit.rlim_cur / 2) : FILES_MAX;
     p->root_fd = open(source, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    rc = p->root_fd < 0 ? -errno : !p->source ? -ENOMEM : pt_root_open(p);
+    rc = p->root_fd < 0 ? -errno : !p->source || pt_tables_new(p) ? -ENOMEM : pt_root_open(p);
     if (pt_pool_start(p) && !rc)
         rc = -EAGAIN;
     if (rc) {

@@ -5,6 +5,8 @@
 #include <sys/resource.h>
 
 #include "fuse_rig.h"
+#include "fuse/internal.h"
+#include "passthrough/internal.h"
 
 #define THREADS 3
 #define ROUNDS 200
@@ -271,4 +273,153 @@ TEST(reset)
     vnd_passthrough_free(p);
     rig_free(&g);
     remove_source();
+}
+
+/* A share on an empty directory, one guest, one client. */
+struct share {
+    struct rig rig;
+    struct client client;
+    vnd_passthrough *p;
+};
+
+static void share_new(struct share *s)
+{
+    char err[VND_ERR_MAX];
+
+    memset(s, 0, sizeof(*s));
+    new_source();
+    s->p = vnd_passthrough_new(engine, source, 0, err, sizeof(err));
+    CHECK(s->p);
+    rig_new(&s->rig, VND_SESSION_MIXED);
+    CHECK_EQ(vnd_vfs_mount_passthrough(s->rig.vfs, "/", s->p), 0);
+    init(&s->rig, 7, 38, ~0ull);
+    s->client.rig.s = s->rig.s;
+    CHECK_EQ(fuse_worker_init(&s->client.rig.w, engine, s->rig.vfs), 0);
+}
+
+static void share_free(struct share *s)
+{
+    fake_done(&s->client.f);
+    fuse_worker_free(&s->client.rig.w, s->rig.vfs);
+    CHECK_EQ(vnd_vfs_umount(s->rig.vfs, "/"), 0);
+    fuse_session_reset(s->rig.s);
+    vnd_passthrough_free(s->p);
+    rig_free(&s->rig);
+    remove_source();
+}
+
+/* Makes and opens a file. *fh: the open file. Its nodeid, or 0 with *error. */
+static uint64_t create(struct share *s, const char *name, uint64_t *fh, int *error)
+{
+    struct fuse_create_in in = { .flags = O_RDWR, .mode = S_IFREG | 0644 };
+    struct fuse_entry_out e;
+    struct fuse_open_out open;
+    uint8_t body[64];
+
+    *error = ask(&s->client, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), name));
+    if (*error)
+        return 0;
+    memcpy(&e, answer(&s->client), sizeof(e));
+    memcpy(&open, answer(&s->client) + sizeof(e), sizeof(open));
+    *fh = open.fh;
+    return e.nodeid;
+}
+
+TEST(an_open_file_in_use_outlives_its_release)
+{
+    struct fuse_release_in release = { 0 };
+    struct share s;
+    struct pt_file *f;
+    uint64_t nodeid;
+    int error, fd;
+
+    share_new(&s);
+    nodeid = create(&s, "f", &release.fh, &error);
+    CHECK_EQ(error, 0);
+    f = pt_file_get(s.p, 0, release.fh);
+    CHECK(f);
+    CHECK_EQ(f->refs, 2);
+    fd = f->fd;
+    CHECK_EQ(ask(&s.client, FUSE_OP_RELEASE, nodeid, &release, sizeof(release)), 0);
+    CHECK(!pt_file_get(s.p, 0, release.fh)); /* no new use */
+    CHECK(fcntl(fd, F_GETFD) >= 0);
+    pt_file_put(s.p, f);
+    CHECK_EQ(fcntl(fd, F_GETFD), -1);
+    share_free(&s);
+}
+
+/* Which way a request that may take long is served: 0 here, 1 by another thread. */
+static int is_detached(struct share *s, uint64_t nodeid, uint64_t fh)
+{
+    struct fuse_fsync_in in = { .fh = fh };
+    struct client *c = &s->client;
+    enum req_verdict v;
+
+    fake_done(&c->f);
+    fake_fill(&c->f, FUSE_OP_FSYNC, nodeid, &in, sizeof(in), 4096);
+    c->f.r.session_gen = fuse_session_gen(c->rig.s);
+    c->f.r.wait.wake = client_wake;
+    atomic_store(&c->woken, 0);
+    v = fuse_session_serve(c->rig.s, &c->rig.w, &c->f.r);
+    if (v != REQ_PARKED)
+        return 0;
+    while (!atomic_load(&c->woken))
+        sched_yield();
+    CHECK_EQ(fuse_session_serve(c->rig.s, &c->rig.w, &c->f.r), REQ_REPLY);
+    return 1;
+}
+
+TEST(detached_requests_have_a_budget)
+{
+    uint64_t mine = (128ull << 20) - 1000, all = (512ull << 20) - 1000, nodeid, fh;
+    struct share s;
+    int error;
+
+    share_new(&s);
+    nodeid = create(&s, "f", &fh, &error);
+    CHECK_EQ(error, 0);
+    CHECK_EQ(is_detached(&s, nodeid, fh), 1);
+    CHECK_EQ(atomic_load(&s.rig.s->detached_bytes), 0);
+    CHECK_EQ(atomic_load(&engine->detached_bytes), 0);
+    atomic_store(&s.rig.s->detached_bytes, mine);
+    CHECK_EQ(is_detached(&s, nodeid, fh), 0);
+    atomic_store(&s.rig.s->detached_bytes, 0);
+    atomic_store(&engine->detached_bytes, all); /* of other sessions */
+    CHECK_EQ(is_detached(&s, nodeid, fh), 0);
+    atomic_store(&engine->detached_bytes, 0);
+    CHECK_EQ(is_detached(&s, nodeid, fh), 1);
+    share_free(&s);
+}
+
+/* The tables grow with the nodes; a share keeps no more than its bound, and makes nothing that it could not keep. */
+TEST(nodes_have_a_bound)
+{
+    struct fuse_mkdir_in in = { .mode = 0755 };
+    vnd_passthrough_stats stats;
+    struct fuse_entry_out e;
+    uint64_t some = 3u << PT_BUCKETS_LOG2, first = 0;
+    char name[24];
+    uint8_t body[64];
+    struct share s;
+
+    share_new(&s);
+    s.p->nodes_max = some + 1; /* and the root */
+    for (uint64_t i = 0; i < some; i++) {
+        snprintf(name, sizeof(name), "%llu", (unsigned long long)i);
+        CHECK_EQ(ask(&s.client, FUSE_OP_MKDIR, 1, body, with_name(body, &in, sizeof(in), name)), 0);
+        memcpy(&e, answer(&s.client), sizeof(e));
+        first = first ? first : e.nodeid;
+    }
+    CHECK(s.p->buckets_log2 > PT_BUCKETS_LOG2);
+    vnd_passthrough_stats_get(s.p, &stats);
+    CHECK_EQ(stats.inodes, some + 1);
+    CHECK_EQ(ask(&s.client, FUSE_OP_MKDIR, 1, body, with_name(body, &in, sizeof(in), "more")), ENFILE);
+    CHECK_EQ(ask(&s.client, FUSE_OP_LOOKUP, 1, "more", 5), ENOENT);
+    CHECK_EQ(mkdirat(s.p->root_fd, "host", 0755), 0);
+    CHECK_EQ(ask(&s.client, FUSE_OP_LOOKUP, 1, "host", 5), ENFILE);
+    CHECK_EQ(ask(&s.client, FUSE_OP_GETATTR, first, NULL, 0), 0);
+    CHECK_EQ(ask(&s.client, FUSE_OP_LOOKUP, 1, "7", 2), 0); /* known already */
+    forget(&s.client, first, 1);
+    CHECK_EQ(ask(&s.client, FUSE_OP_LOOKUP, 1, "host", 5), 0);
+    share_free(&s);
 }
