@@ -15,6 +15,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -156,7 +157,7 @@ def compile_init(output: Path) -> bytes:
     with tempfile.TemporaryDirectory(prefix="init-", dir=output) as scratch:
         binary = Path(scratch) / "init"
         run_tool(
-            os.environ.get("CC", "cc"),
+            *shlex.split(os.environ.get("CC", "cc")),
             "-std=c11",
             "-D_GNU_SOURCE",
             "-Os",

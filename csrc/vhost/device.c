@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 uint64_t vnd_device_features(void)
@@ -105,11 +106,14 @@ static struct inflight queue_inflight(const struct vnd_device *d, uint32_t i)
     return (struct inflight){ .region = (void *)(in->host + i * inflight_stride(in->entries)), .num = in->entries };
 }
 
-/* The front-end's in-flight region, checked and mapped: as much of it as is due. */
+/* The front-end's in-flight region, checked and mapped: as much of it as is due. The rest that it tells must be there too:
+ * a front-end that tells sizes that are not so may be wrong in the others. */
 static int map_inflight(const vnd_device_state *st, const struct map_request *like, struct device_inflight *out,
                         struct failure *f)
 {
     struct map_request r = *like;
+    struct stat file;
+    uint64_t end;
 
     if (st->inflight_queues == 0 || st->inflight_queues > VND_QUEUE_MAX || st->inflight_queue_size == 0 ||
         st->inflight_queue_size > VND_RING_MAX)
@@ -123,6 +127,13 @@ static int map_inflight(const vnd_device_state *st, const struct map_request *li
         return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "in-flight region: %llu bytes at offset %llu, %llu are due",
                            (unsigned long long)st->inflight_size_bytes, (unsigned long long)r.offset,
                            (unsigned long long)r.size_bytes);
+    if (fstat(r.fd, &file) != 0)
+        return failure_set(f, -errno, VND_CAUSE_IO, "in-flight region: fd %d: %s", r.fd, strerror(errno));
+    if (__builtin_add_overflow(r.offset, st->inflight_size_bytes, &end) || end > (uint64_t)file.st_size)
+        return failure_set(f, -EINVAL, VND_CAUSE_FORMAT,
+                           "in-flight region: %llu bytes at offset %llu, the file has %llu",
+                           (unsigned long long)st->inflight_size_bytes, (unsigned long long)r.offset,
+                           (unsigned long long)file.st_size);
     out->queues = st->inflight_queues;
     out->entries = st->inflight_queue_size;
     return guestmem_map_new(&r, &out->map, &out->host, f);

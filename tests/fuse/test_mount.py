@@ -169,7 +169,7 @@ def test_impossible_mountpoints(image: ServedImage, start_host: StartHost, mount
     hidden = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none /dev && : >/dev/null && exec "$@"', "-")
     assert "modprobe fuse" in run_fuse("-M", str(host.mountpoint), *options, prefix=hidden)
     long_api = (*options[:4], "--apisock", str(tmp_path / ("x" * 120)))
-    assert "longer than" in run_fuse("-M", str(host.mountpoint), *long_api)
+    assert "at most 107 are possible: use a shorter one" in run_fuse("-M", str(host.mountpoint), *long_api)
     assert not host.is_mounted() and not (tmp_path / "a").exists()
 
 

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -50,7 +51,7 @@ def counted(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     library, table = tmp_path / "count_malloc.so", tmp_path / "counts"
     subprocess.run(
         [
-            os.environ.get("CC", "cc"),
+            *shlex.split(os.environ.get("CC", "cc")),
             "-std=gnu11",
             "-D_GNU_SOURCE",
             "-O2",

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -16,7 +17,7 @@ def build(output: Path) -> Path:
     program = output / "exercise"
     subprocess.run(
         [
-            os.environ.get("CC", "cc"),
+            *shlex.split(os.environ.get("CC", "cc")),
             "-std=c11",
             "-D_GNU_SOURCE",
             "-O1",

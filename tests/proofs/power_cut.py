@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import signal
 import stat
@@ -120,7 +121,7 @@ def build_preload(work: Path) -> Path:
     library = work / "drop_data_sync.so"
     subprocess.run(
         [
-            os.environ.get("CC", "cc"),
+            *shlex.split(os.environ.get("CC", "cc")),
             "-std=gnu11",
             "-D_GNU_SOURCE",
             "-O1",
