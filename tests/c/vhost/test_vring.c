@@ -291,6 +291,17 @@ TEST(indirect)
     guest_close(&g);
 }
 
+TEST(table_in_a_table_of_one_entry)
+{
+    struct guest g;
+
+    guest_open(&g, true);
+    put_table(&g, 0, 0x5000, 16, 4, 0); /* as a plain buffer it would do */
+    put_desc(&g, 0, TABLE, 16, 4, 0);
+    CHECK(walk(&g, 0, &chain) == -EBADMSG);
+    guest_close(&g);
+}
+
 /* The walk keeps its copy of a table: what an earlier, longer one has left behind it is not the guest's. */
 TEST(next_beyond_an_indirect_table)
 {
