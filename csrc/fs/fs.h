@@ -143,14 +143,12 @@ struct fs_setattr {
 
 /* A file system that is written to and that changes by itself. Each entry that it gives out (lookup, make, link, a
  * readdir entry with attributes) counts once until forget takes that back. fh names an open file; 0 is none. Every
- * operation but forget, reset, release, run, may_wait and note_slow may block: the session serves those that are known
+ * operation but forget, release, run, may_wait and note_slow may block: the session serves those that are known
  * to take long on run's threads. */
 struct fs_rw_ops {
     uint32_t valid_ms; /* how long a guest may keep entries and attributes */
     /* For FORGET and BATCH_FORGET, and for an entry that was not taken. More than was counted is all of it. */
     void (*forget)(struct fs *fs, uint64_t ino, uint64_t n);
-    /* The guests are gone, and all counts and open files with them. */
-    void (*reset)(struct fs *fs);
     /* For OPEN and OPENDIR: *fh is owed a release. kill: O_TRUNC clears set-id bits. */
     int (*open)(struct fs *fs, uint64_t ino, uint32_t flags, bool dir, bool kill, uint64_t *fh);
     void (*release)(struct fs *fs,

@@ -52,7 +52,6 @@ struct vnd_vfs {
     struct pseudo_fs pseudo;
     _Atomic(struct vfs_table *) table;
     uint32_t next_serial;
-    _Atomic int sessions;
     pthread_mutex_t lock; /* mount and umount */
     pthread_mutex_t workers_lock;
     /* Under it. */
@@ -264,8 +263,14 @@ int vfs_lookup(struct vnd_vfs *v, const struct vfs_step *step, struct vfs_node *
     rc = d.fs->ops->lookup(d.fs, d.ino, name, len, attr);
     if (rc)
         return rc;
-    *out = (struct vfs_node){ d.fs, attr->ino, d.serial };
-    return vfs_cover(v, step->reader, out) ? out->fs->ops->getattr(out->fs, out->ino, attr) : 0;
+    struct vfs_node found = { d.fs, attr->ino, d.serial };
+
+    *out = found;
+    if (!vfs_cover(v, step->reader, out))
+        return 0;
+    if (found.fs->ops->rw) /* what is covered was looked up, and is not what the guest hears of */
+        found.fs->ops->rw->forget(found.fs, found.ino, 1);
+    return out->fs->ops->getattr(out->fs, out->ino, attr);
 }
 
 int vfs_session_kind(struct vnd_vfs *v)
@@ -296,35 +301,6 @@ bool vfs_rw_mount(struct vnd_vfs *v, uint32_t index, struct vfs_node *out)
         }
     }
     return false;
-}
-
-int vfs_sessions(struct vnd_vfs *v, int change)
-{
-    return atomic_fetch_add(&v->sessions, change) + change;
-}
-
-void vfs_reset_inside(struct vnd_vfs *v)
-{
-    struct vfs_node node;
-
-    for (uint32_t i = 0; vfs_rw_mount(v, i, &node); i++)
-        node.fs->ops->rw->reset(node.fs);
-}
-
-void vfs_reset(struct vnd_vfs *v)
-{
-    struct vfs_reader w = { 0 };
-    struct vfs_node node;
-
-    vfs_reader_add(v, &w);
-    vfs_enter(&w);
-    for (uint32_t i = 0; vfs_rw_mount(v, i, &node); i++) {
-        vfs_confine(&w, node.serial);
-        node.fs->ops->rw->reset(node.fs);
-        vfs_widen(&w);
-    }
-    vfs_leave(&w);
-    vfs_reader_remove(v, &w);
 }
 
 /* ---- changes */

@@ -56,7 +56,7 @@ static inline void vfs_widen(struct vfs_reader *w)
 void vfs_reader_add(struct vnd_vfs *v, struct vfs_reader *w);
 void vfs_reader_remove(struct vnd_vfs *v, struct vfs_reader *w);
 
-/* The functions from here to vfs_sessions are called between vfs_enter and vfs_leave only (a test that unmounts nothing
+/* The functions from here to vfs_session_kind are called between vfs_enter and vfs_leave only (a test that unmounts nothing
  * needs no reader). */
 
 /* 0 or -ESTALE (no such mount). The file system decides whether the inode exists. */
@@ -83,14 +83,6 @@ bool vfs_has_xattr(struct vnd_vfs *v);
 
 /* The root of the index-th mount of a read-write file system, or false. */
 bool vfs_rw_mount(struct vnd_vfs *v, uint32_t index, struct vfs_node *out);
-/* Adds change to the number of guests that are past INIT, and returns that number. Several guests may share a read-write
- * file system, which then keeps what any of them knew until the last has gone. */
-int vfs_sessions(struct vnd_vfs *v, int change);
-/* Read-write file systems drop all that guests knew and had open: for when the last guest has gone. vfs_reset_inside is
- * for a serving thread inside a request, vfs_reset for any other thread. */
-void vfs_reset_inside(struct vnd_vfs *v);
-void vfs_reset(struct vnd_vfs *v);
-
 int vfs_session_kind(struct vnd_vfs *v); /* enum vnd_session_kind */
 /* Mounts any file system at path. fs must outlive the mount; vnd_vfs_umount ends it. It waits for no request; where path
  * lies in another mount, for that file system's look-up. 0, -EINVAL (path), -EEXIST (mounted there), -ENOENT and -ENOTDIR (no such directory inside

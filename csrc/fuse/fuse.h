@@ -4,8 +4,10 @@
  * struct req (fuse/req.h), has it served here, and moves the bytes of the reply.
  * Threads: a session serves any number of threads at once; each brings a fuse_worker of its own. Requests that may take
  * long run on a thread of their file system (fuse/detach.c); the transport gets them back by req.wait.wake.
- * Locks: the session's own lock (INIT, DESTROY and reset against each other; idle workers). Under it the mount table's
- * count of sessions is changed; no other lock is taken. No lock on the way of a read.
+ * Locks: the session's own lock (INIT, DESTROY and reset against each other; idle workers), and those over what it holds
+ * (fuse/held.c); each is taken alone and for a moment. No lock on the way of a read of an image.
+ * Guests that share a file system share none of each other's state: counts of nodes, open files and their number are a
+ * session's.
  * Ownership: the transport owns requests and workers, the session owns detached copies of requests. Engine and mount table
  * outlive the session.
  * It may use base, blob, cache, store and fs. Errors are -errno, except fuse_reply_error and fuse_session_fail, which

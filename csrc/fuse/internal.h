@@ -1,4 +1,4 @@
-/* fuse/internal.h -- inside of fuse/. From the bottom: worker.c, reply.c (encoding), detach.c (requests that take long),
+/* fuse/internal.h -- inside of fuse/. From the bottom: worker.c, held.c (what a session holds), reply.c (encoding), detach.c (requests that take long),
  * ops.c (operations on any file system), ops_rw.c and ops_names.c (those of file systems that can be written to),
  * session.c (INIT, the opcode table, dispatch). None of them uses one that comes later.
  */
@@ -11,6 +11,15 @@
 /* How long the kernel may keep what a RAFS image said: it never changes. */
 #define FUSE_VALID_FOREVER_S (365ull * 24 * 3600)
 
+#define FUSE_HELD_STRIPES 16 /* so that the queues of a guest seldom meet */
+
+/* Some of what a session holds; see fuse/held.c. */
+struct held_stripe {
+    pthread_mutex_t lock;
+    struct held **buckets;
+    uint32_t n_buckets, n;
+};
+
 struct fuse_session {
     struct vnd_engine *engine;
     struct vnd_vfs *vfs;
@@ -20,6 +29,9 @@ struct fuse_session {
     _Atomic uint32_t gen; /* raised by DESTROY, reset, and an INIT without either: older requests are void */
     _Atomic bool ready;   /* INIT is done and DESTROY is not */
     _Atomic uint64_t detached_bytes;
+    struct held_stripe held[FUSE_HELD_STRIPES];
+    _Atomic uint32_t n_files; /* open, of file systems that can be written to */
+    uint32_t files_max;
     struct fuse_waiting_worker *waiting_workers; /* idle ones of fuse/detach.c, under lock */
     struct backing *backing;                     /* NULL: the kernel reads nothing by itself */
     bool keeps_root;                             /* the transport tells when the root's attributes change */
@@ -98,6 +110,46 @@ static inline const struct fs_rw_ops *fuse_rw_of(const struct fuse_call *c)
 static inline struct fs_caller fuse_caller_of(const struct fuse_call *c, uint32_t umask)
 {
     return (struct fs_caller){ c->r->in.uid, c->r->in.gid, umask };
+}
+
+/* ---- fuse/held.c: what the session holds of file systems that can be written to, which other guests share. Any thread. */
+enum fuse_held_kind { FUSE_HELD_NODE, FUSE_HELD_FILE };
+/* One look-up of an inode, or an open file: 0, -ENOMEM, or -ENFILE where the session has too many files. */
+int fuse_hold(struct fuse_session *s, enum fuse_held_kind kind, uint16_t serial, uint64_t id);
+/* Takes at most n back: as many as the session held of them. */
+uint64_t fuse_give_back(struct fuse_session *s, enum fuse_held_kind kind, uint16_t serial, uint64_t id, uint64_t n);
+bool fuse_holds(struct fuse_session *s, enum fuse_held_kind kind, uint16_t serial, uint64_t id);
+/* Everything, by a thread that is inside as reader. */
+void fuse_give_all_back(struct fuse_session *s, struct vfs_reader *reader);
+void fuse_held_init(struct fuse_session *s);
+void fuse_held_free(struct fuse_session *s);
+
+/* The entry or file that the call has just got is the session's; where that cannot be, it is given back. 0 or -errno. */
+static inline int fuse_hold_node(struct fuse_call *c, const struct vfs_node *node)
+{
+    int rc = fuse_hold(c->s, FUSE_HELD_NODE, node->serial, node->ino);
+
+    if (rc)
+        node->fs->ops->rw->forget(node->fs, node->ino, 1);
+    return rc;
+}
+static inline int fuse_hold_file(struct fuse_call *c, uint64_t fh)
+{
+    int rc = fuse_hold(c->s, FUSE_HELD_FILE, c->node.serial, fh);
+
+    if (rc)
+        c->node.fs->ops->rw->release(c->node.fs, fh);
+    return rc;
+}
+/* Asked before a file is opened or made: there may be nothing left on the host of what a guest cannot be given. */
+static inline bool fuse_has_all_files(const struct fuse_call *c)
+{
+    return atomic_load_explicit(&c->s->n_files, memory_order_relaxed) >= c->s->files_max;
+}
+/* fh names no file of this session. 0 names none and is the file system's to judge. */
+static inline bool fuse_is_foreign(struct fuse_call *c, uint64_t fh)
+{
+    return fh && !fuse_holds(c->s, FUSE_HELD_FILE, c->node.serial, fh);
 }
 
 /* ---- fuse/detach.c: requests that may take long */

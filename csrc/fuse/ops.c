@@ -32,6 +32,11 @@ enum req_verdict fuse_op_lookup(struct fuse_call *c)
     }
     if (rc)
         return fuse_reply_fs_error(c, rc);
+    if (node.fs->ops->rw) {
+        rc = fuse_hold_node(c, &node);
+        if (rc)
+            return fuse_reply_error(c, -rc);
+    }
     fuse_fill_entry(c, &out, &c->node, &node, &attr);
     return fuse_reply(c, &out, sizeof(out));
 }
@@ -42,7 +47,10 @@ static void forget_one(struct fuse_call *c, uint64_t nodeid, uint64_t n)
 {
     struct vfs_node node;
 
-    if (vfs_resolve(c->s->vfs, nodeid, &node) == 0 && node.fs->ops->rw)
+    if (vfs_resolve(c->s->vfs, nodeid, &node) || !node.fs->ops->rw)
+        return;
+    n = fuse_give_back(c->s, FUSE_HELD_NODE, node.serial, node.ino, n); /* others hold some too */
+    if (n)
         node.fs->ops->rw->forget(node.fs, node.ino, n);
 }
 
@@ -97,7 +105,7 @@ enum req_verdict fuse_op_getattr(struct fuse_call *c)
     if (c->r->args_len >= sizeof(in))
         memcpy(&in, c->r->args, sizeof(in));
     if (rw && in.flags & FUSE_GETATTR_FH)
-        rc = rw->getattr(c->node.fs, c->node.ino, in.fh, &attr);
+        rc = fuse_is_foreign(c, in.fh) ? -EBADF : rw->getattr(c->node.fs, c->node.ino, in.fh, &attr);
     else
         rc = node_attr(&c->node, &attr);
     return rc ? fuse_reply_fs_error(c, rc) : fuse_reply_attr(c, &attr);
@@ -264,6 +272,10 @@ static int put_entry(void *ctx, const struct fs_entry *e)
                     return 1;
                 attr = &covering;
             }
+            if (node.fs->ops->rw)
+                l->err = fuse_hold(l->c->s, FUSE_HELD_NODE, node.serial, node.ino);
+            if (l->err)
+                return 1;
             fuse_fill_entry(l->c, &out, &l->c->node, &node, attr);
         }
         memcpy(at, &out, sizeof(out));
@@ -282,6 +294,8 @@ static enum req_verdict list_dir(struct fuse_call *c, bool plus)
     int rc;
 
     memcpy(&in, c->r->args, sizeof(in));
+    if (fuse_rw_of(c) && fuse_is_foreign(c, in.fh))
+        return fuse_reply_error(c, EBADF);
     l.cap = fuse_reply_room(c, in.size);
     rc = c->node.fs->ops->readdir(c->node.fs,
                                   &(struct fs_listing){ c->node.ino, in.fh, in.offset, plus, put_entry, &l });

@@ -21,8 +21,11 @@ static struct fuse_entry_out entry_of(struct fuse_call *c, const vnd_attr *attr)
 
 static enum req_verdict reply_entry(struct fuse_call *c, int rc, const vnd_attr *attr)
 {
+    struct vfs_node node = { c->node.fs, attr->ino, c->node.serial };
     struct fuse_entry_out e;
 
+    if (!rc)
+        rc = fuse_hold_node(c, &node);
     if (rc)
         return fuse_reply_error(c, -rc);
     e = entry_of(c, attr);
@@ -191,6 +194,8 @@ static enum req_verdict make_file(struct fuse_call *c, bool tmpfile)
         rc = c->r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(out)) ? -EINVAL : 0;
     else
         rc = get_name(c, sizeof(in), sizeof(out), &name);
+    if (!rc && fuse_has_all_files(c))
+        rc = -ENFILE;
     if (rc)
         return fuse_reply_error(c, -rc);
     memcpy(&in, c->r->args, sizeof(in));
@@ -204,6 +209,13 @@ static enum req_verdict make_file(struct fuse_call *c, bool tmpfile)
         rc = fuse_rw_of(c)->tmpfile(c->node.fs, &make, &attr, &out.open.fh);
     else
         rc = fuse_rw_of(c)->create(c->node.fs, &make, &attr, &out.open.fh);
+    if (rc)
+        return fuse_reply_error(c, -rc);
+    rc = fuse_hold_node(c, &(struct vfs_node){ c->node.fs, attr.ino, c->node.serial });
+    if (rc)
+        fuse_rw_of(c)->release(c->node.fs, out.open.fh);
+    else
+        rc = fuse_hold_file(c, out.open.fh); /* the count stays until the session ends, where this fails */
     if (rc)
         return fuse_reply_error(c, -rc);
     out.entry = entry_of(c, &attr);

@@ -39,6 +39,8 @@ enum req_verdict fuse_rw_setattr(struct fuse_call *c)
     if (c->r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(struct fuse_attr_out)))
         return fuse_reply_error(c, EINVAL);
     memcpy(&in, c->r->args, sizeof(in));
+    if (in.valid & FUSE_SET_FH && fuse_is_foreign(c, in.fh))
+        return fuse_reply_error(c, EBADF);
     set = (struct fs_setattr){ .mode = in.mode,
                                .uid = in.uid,
                                .gid = in.gid,
@@ -61,8 +63,12 @@ static enum req_verdict open_node(struct fuse_call *c, bool dir)
 
     if (!fuse_has_room(c, sizeof(out)))
         return fuse_reply_error(c, EINVAL);
+    if (fuse_has_all_files(c))
+        return fuse_reply_error(c, ENFILE);
     memcpy(&in, c->r->args, sizeof(in));
     rc = fuse_rw_of(c)->open(c->node.fs, c->node.ino, in.flags, dir, in.open_flags & FUSE_OPEN_KILL_SUIDGID, &out.fh);
+    if (!rc)
+        rc = fuse_hold_file(c, out.fh);
     return rc ? fuse_reply_error(c, -rc) : fuse_reply(c, &out, sizeof(out));
 }
 
@@ -82,7 +88,8 @@ enum req_verdict fuse_rw_release(struct fuse_call *c)
 
     if (c->r->args_len >= sizeof(in)) {
         memcpy(&in, c->r->args, sizeof(in));
-        fuse_rw_of(c)->release(c->node.fs, in.fh);
+        if (fuse_give_back(c->s, FUSE_HELD_FILE, c->node.serial, in.fh, 1))
+            fuse_rw_of(c)->release(c->node.fs, in.fh);
     }
     return fuse_reply(c, NULL, 0);
 }
@@ -94,6 +101,8 @@ enum req_verdict fuse_rw_flush(struct fuse_call *c)
     if (c->r->args_len < sizeof(in))
         return fuse_reply_error(c, EINVAL);
     memcpy(&in, c->r->args, sizeof(in));
+    if (fuse_is_foreign(c, in.fh))
+        return fuse_reply_error(c, EBADF);
     return fuse_reply_rc(c, fuse_rw_of(c)->flush(c->node.fs, in.fh));
 }
 
@@ -104,7 +113,7 @@ enum req_verdict fuse_rw_fsync(struct fuse_call *c)
     if (c->r->args_len < sizeof(in))
         return fuse_reply_error(c, EINVAL);
     memcpy(&in, c->r->args, sizeof(in));
-    if (!in.fh)
+    if (!in.fh || fuse_is_foreign(c, in.fh))
         return fuse_reply_error(c, EBADF);
     return fuse_reply_rc(c, fuse_rw_of(c)->sync(c->node.fs, c->node.ino, in.fh, in.fsync_flags & FUSE_FSYNC_FDATASYNC));
 }
@@ -141,6 +150,8 @@ enum req_verdict fuse_rw_read(struct fuse_call *c)
     int n;
 
     memcpy(&in, r->args, sizeof(in));
+    if (fuse_is_foreign(c, in.fh))
+        return fuse_reply_error(c, EBADF);
     if (in.size > FUSE_REPLY_MAX || in.offset > INT64_MAX || !fuse_has_room(c, in.size))
         return fuse_reply_error(c, EINVAL);
     n = in.size ? r->ops->out_iov(r, sizeof(h), in.size, w->iov, REQ_IOV_MAX) : 0;
@@ -176,6 +187,8 @@ enum req_verdict fuse_rw_write(struct fuse_call *c)
     if (r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(out)))
         return fuse_reply_error(c, EINVAL);
     memcpy(&in, r->args, sizeof(in));
+    if (fuse_is_foreign(c, in.fh))
+        return fuse_reply_error(c, EBADF);
     if (in.size > FUSE_REPLY_MAX || in.size > r->body_len - sizeof(in) || in.offset > (uint64_t)INT64_MAX - in.size)
         return fuse_reply_error(c, EINVAL);
     if (r->ops->in_iov)
@@ -207,6 +220,8 @@ enum req_verdict fuse_rw_fallocate(struct fuse_call *c)
     if (c->r->args_len < sizeof(in))
         return fuse_reply_error(c, EINVAL);
     memcpy(&in, c->r->args, sizeof(in));
+    if (fuse_is_foreign(c, in.fh))
+        return fuse_reply_error(c, EBADF);
     return fuse_reply_rc(c, fuse_rw_of(c)->fallocate(c->node.fs, c->node.ino, in.fh, in.mode, in.offset, in.length));
 }
 
@@ -221,6 +236,8 @@ enum req_verdict fuse_rw_copy_file_range(struct fuse_call *c)
     if (c->r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(out)))
         return fuse_reply_error(c, EINVAL);
     memcpy(&in, c->r->args, sizeof(in));
+    if (fuse_is_foreign(c, in.fh_in) || fuse_is_foreign(c, in.fh_out))
+        return fuse_reply_error(c, EBADF);
     rc = vfs_resolve(c->s->vfs, in.nodeid_out, &to);
     if (rc || to.fs != c->node.fs)
         return fuse_reply_error(c, rc ? -rc : EXDEV);
@@ -240,6 +257,8 @@ enum req_verdict fuse_rw_lseek(struct fuse_call *c)
     int64_t at;
 
     memcpy(&in, c->r->args, sizeof(in));
+    if (fuse_is_foreign(c, in.fh))
+        return fuse_reply_error(c, EBADF);
     at = fuse_rw_of(c)->lseek(c->node.fs, c->node.ino, in.fh, in.offset, in.whence);
     out.offset = (uint64_t)at;
     return at < 0 ? fuse_reply_error(c, (int)-at) : fuse_reply(c, &out, sizeof(out));

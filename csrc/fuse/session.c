@@ -34,21 +34,14 @@ static uint64_t wanted_flags(int kind)
                                            FUSE_INIT_HANDLE_KILLPRIV_V2 | FUSE_INIT_DONT_MASK);
 }
 
-/* True: no other guest is on the mount table, so what read-write file systems know is of one that is gone. */
-static bool session_begin(struct fuse_session *s)
+/* Begins a connection, or begins it anew: then no DESTROY came, and the guest was reset under us. */
+static void session_begin(struct fuse_session *s, struct vfs_reader *reader)
 {
-    bool alone;
-
     pthread_mutex_lock(&s->lock);
-    if (atomic_load(&s->ready)) {
-        atomic_fetch_add(&s->gen, 1); /* no DESTROY came: the guest was reset under us */
-        alone = vfs_sessions(s->vfs, 0) == 1;
-    } else {
-        alone = vfs_sessions(s->vfs, 1) == 1;
-    }
-    atomic_store(&s->ready, true);
+    if (atomic_exchange(&s->ready, true))
+        atomic_fetch_add(&s->gen, 1);
     pthread_mutex_unlock(&s->lock);
-    return alone;
+    fuse_give_all_back(s, reader);
 }
 
 static enum req_verdict op_init(struct fuse_call *c)
@@ -85,27 +78,23 @@ static enum req_verdict op_init(struct fuse_call *c)
     out.max_write = vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? 4096 : FUSE_REPLY_MAX;
     out.time_gran = 1;
     out.max_pages = flags & FUSE_INIT_MAX_PAGES ? FUSE_REPLY_MAX / 4096 : 0;
-    if (session_begin(c->s))
-        vfs_reset_inside(c->s->vfs);
+    session_begin(c->s, &c->w->reader);
     return fuse_reply(c, &out, out_len);
 }
 
-/* True: it was the last on the mount table. */
-static bool session_end(struct fuse_session *s)
+/* What other guests hold of file systems that they share stays theirs. */
+static void session_end(struct fuse_session *s, struct vfs_reader *reader)
 {
-    bool last;
-
     pthread_mutex_lock(&s->lock);
     atomic_fetch_add(&s->gen, 1);
-    last = atomic_exchange(&s->ready, false) && vfs_sessions(s->vfs, -1) == 0;
+    atomic_store(&s->ready, false);
     pthread_mutex_unlock(&s->lock);
-    return last;
+    fuse_give_all_back(s, reader);
 }
 
 static enum req_verdict op_destroy(struct fuse_call *c)
 {
-    if (session_end(c->s))
-        vfs_reset_inside(c->s->vfs);
+    session_end(c->s, &c->w->reader);
     return fuse_reply(c, NULL, 0);
 }
 
@@ -324,8 +313,13 @@ enum req_verdict fuse_session_fail(struct fuse_session *s, struct fuse_worker *w
 
 void fuse_session_reset(struct fuse_session *s)
 {
-    if (session_end(s))
-        vfs_reset(s->vfs);
+    struct vfs_reader reader = { 0 };
+
+    vfs_reader_add(s->vfs, &reader);
+    vfs_enter(&reader);
+    session_end(s, &reader);
+    vfs_leave(&reader);
+    vfs_reader_remove(s->vfs, &reader);
 }
 
 uint32_t fuse_session_gen(struct fuse_session *s)
@@ -335,8 +329,7 @@ uint32_t fuse_session_gen(struct fuse_session *s)
 
 void fuse_session_resume(struct fuse_session *s)
 {
-    if (!atomic_exchange(&s->ready, true))
-        vfs_sessions(s->vfs, 1);
+    atomic_store(&s->ready, true);
 }
 
 void fuse_session_set_backing(struct fuse_session *s, struct backing *b)
@@ -363,6 +356,7 @@ struct fuse_session *fuse_session_new(struct vnd_engine *e, struct vnd_vfs *v)
         s->vfs = v;
         s->serve = fuse_session_serve;
         pthread_mutex_init(&s->lock, NULL);
+        fuse_held_init(s);
     }
     return s;
 }
@@ -372,6 +366,7 @@ void fuse_session_free(struct fuse_session *s)
     if (s) {
         fuse_session_reset(s);
         fuse_waiting_workers_free(s);
+        fuse_held_free(s);
         pthread_mutex_destroy(&s->lock);
         free(s);
     }

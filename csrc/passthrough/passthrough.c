@@ -331,18 +331,9 @@ static void pt_forget_op(struct fs *fs, uint64_t ino, uint64_t n)
     pt_forget(pt_of(fs), ino, n);
 }
 
-static void pt_reset(struct fs *fs)
-{
-    struct vnd_passthrough *p = pt_of(fs);
-
-    pt_files_free(p);
-    pt_forget_all(p);
-}
-
 static const struct fs_rw_ops pt_rw_ops = {
     .valid_ms = VALID_MS,
     .forget = pt_forget_op,
-    .reset = pt_reset,
     .open = pt_open,
     .release = pt_release,
     .flush = pt_flush,

@@ -298,7 +298,6 @@ static void check_hanging(bool confined)
     vfs_reader_add(v, &other); /* a new front-end */
     vfs_enter(&other);
     vfs_leave(&other);
-    vfs_reset(v); /* one that hung up */
     CHECK_EQ(vfs_mount(v, "/new", &zero[2]), 0);
     if (confined)
         CHECK_EQ(vnd_vfs_umount(v, "/beside"), 0);
