@@ -14,9 +14,9 @@
 
 #define PT_CACHE_MAX 4096 /* cached descriptors; fewer where an eighth of RLIMIT_NOFILE is less */
 #define PT_IDLE_MS 1000
-#define PT_THREADS 8
-#define PT_THREADS_EACH \
-    6 /* that one guest may have busy: a host call can take long, and another guest's must not wait */
+#define PT_THREADS 10
+/* That one guest may have busy: a host call can take long, and another guest's must not wait for it. */
+#define PT_THREADS_EACH 8
 #define PT_SLOW_MS 2000
 #define PT_BUCKETS_LOG2 10 /* of an empty share; the tables grow with the nodes */
 /* Nodes of one share, about 400 bytes each: what guests may make the daemon keep. More are -ENFILE. */
