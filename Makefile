@@ -129,7 +129,7 @@ tidy: build
 COVERED_BY := tests/net tests/storage tests/oci tests/rafs tests/reader tests/cli tests/daemon tests/vhost tests/store
 coverage: build
 	@$(MAKE) -s --no-print-directory -j$(JOBS) $(addprefix $(BUILD)/cov/,$(CTESTS))
-	@find $(BUILD)/cov/obj -name '*.gcda' -delete
+	@find $(BUILD)/cov -name '*.gcda' -delete
 	@printf '%s\n' $(addprefix $(BUILD)/cov/,$(CTESTS)) | xargs -P $(JOBS) -n 1 env >/dev/null
 	@$(PY) scripts/coverage-floors csrc
 
