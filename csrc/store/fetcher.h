@@ -115,6 +115,7 @@ struct foreign {
     struct foreign *next;
     struct blob_core *core;
     uint32_t index;
+    int64_t since_us;                            /* when this process began to wait */
     struct vnd_blob *meta;                       /* referenced: its stored chunk table, not a chunk */
     void (*done)(struct vnd_blob *b, int error); /* of meta: another process has fetched it, or will not */
 };

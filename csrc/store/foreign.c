@@ -17,6 +17,31 @@ static void foreign_free(struct foreign *x)
     free(x);
 }
 
+/* How long another process may have a chunk claimed: a multiple of what this blob's fetches take here. One that is stopped, or
+ * whose server hangs, keeps its claims; to fetch a chunk twice costs only its bytes. */
+#define PATIENCE_TIMES 4
+#define PATIENCE_MIN_US (1000 * 1000)
+#define PATIENCE_MAX_US (5 * 1000 * 1000)
+#define PATIENCE_UNKNOWN_US (2 * 1000 * 1000) /* nothing was fetched here yet */
+
+static bool is_overdue(const struct foreign *x)
+{
+    const struct link_pace *pace = &x->core->pace;
+    int64_t latency_us = atomic_load(&pace->latency_us), share_us = x->core->engine->cfg.read_deadline_ms * 1000ll / 3;
+    uint64_t rate = atomic_load(&pace->bytes_per_s);
+    int64_t patience_us = PATIENCE_UNKNOWN_US;
+
+    if (latency_us)
+        patience_us = PATIENCE_TIMES * (latency_us + (rate ? (int64_t)(FETCH_PREFETCH_BYTES * 1000000ull / rate) : 0));
+    if (latency_us && patience_us < PATIENCE_MIN_US)
+        patience_us = PATIENCE_MIN_US;
+    if (patience_us > PATIENCE_MAX_US)
+        patience_us = PATIENCE_MAX_US;
+    if (patience_us > share_us)
+        patience_us = share_us;
+    return now_us() - x->since_us > patience_us;
+}
+
 /* The table is there, or its fetcher gave up or died: the load looks again, and fetches itself if need be. */
 static bool meta_over(const struct foreign *x, bool tick)
 {
@@ -24,8 +49,11 @@ static bool meta_over(const struct foreign *x, bool tick)
 
     if (fd >= 0)
         close(fd);
-    if (fd == -EAGAIN && !atomic_load(&x->core->closed))
-        return false;
+    if (fd == -EAGAIN && !atomic_load(&x->core->closed)) {
+        if (!tick || !is_overdue(x))
+            return false;
+        x->meta->meta_overdue = true;
+    }
     x->done(x->meta, atomic_load(&x->core->closed) ? EIO : 0);
     return true;
 }
@@ -48,6 +76,10 @@ static bool foreign_over(const struct foreign *x, bool tick)
     /* Free and not ready: the holder died or failed. Marked: a nydusd filled it without a lock. It is ours now. */
     if (tick && (cachefile_marked(c, x->index) || !claim_foreign(c->side_fd, x->index))) {
         miss_retry(x->core, x->index, MISS_ANY_TRIES, 0, EIO);
+        return true;
+    }
+    if (tick && is_overdue(x)) {
+        miss_retry(x->core, x->index, MISS_ANY_TRIES, MISS_OVERDUE, EIO);
         return true;
     }
     return false;
@@ -110,6 +142,7 @@ static bool add(struct fetcher *f, struct blob_core *c, uint32_t index, struct v
         return false;
     x->core = c;
     x->index = index;
+    x->since_us = now_us();
     x->meta = meta;
     x->done = done;
     core_ref(c);

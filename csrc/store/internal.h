@@ -30,9 +30,13 @@ struct vnd_store {
     int dir_fd;              /* its number stays when the directory is exchanged */
     _Atomic int side_dir_fd; /* likewise; -1: nothing can be shared */
     _Atomic bool writable;
-    bool network;              /* on a network file system */
-    bool compressed;           /* chunks are kept as they are stored, where that is possible */
-    uint64_t dev, ino;         /* under the engine's lock */
+    bool network;      /* on a network file system */
+    bool compressed;   /* chunks are kept as they are stored, where that is possible */
+    uint64_t dev, ino; /* under the engine's lock */
+    struct store_seen {
+        uint64_t ino;
+        int64_t mtime_ns;
+    } dir_seen, side_seen;     /* when the files were last looked at; store/upkeep.c's */
     bool gone_said, side_said; /* store/upkeep.c's */
     pthread_mutex_t lock;
     struct blob_core *cores;
@@ -49,6 +53,7 @@ struct store_unit {
     uint8_t state;    /* enum unit_state */
     uint8_t tries;    /* how often its bytes were wrong or did not come */
     bool wanted;      /* a reader asked for it, not only a merge or prefetch */
+    bool overdue;     /* the process that has claimed it takes too long: it is fetched without a claim */
     bool force_fetch; /* the data file's bytes of it were found wrong */
     bool failed;      /* an attempt failed that another may mend: core->last_failure says how */
     int16_t slot;     /* the job that has it, -1 none */
@@ -105,8 +110,9 @@ struct vnd_blob {
     bool fetching, detached; /* its stored chunk table is asked for; no image holds it any more */
     uint8_t *raw;            /* the stored chunk table as it came, for the load that asked for it */
     size_t raw_len;
-    int meta_claim; /* held while it is fetched, -1: not; the load's */
-    char *beside;   /* a directory that may hold its ID.blob.meta, or NULL */
+    bool meta_overdue; /* the process that has claimed it takes too long; the load's */
+    int meta_claim;    /* held while it is fetched, -1: not; the load's */
+    char *beside;      /* a directory that may hold its ID.blob.meta, or NULL */
     uint8_t raw_tries;
     int meta_errno; /* why the table cannot be used; 0: no reason known */
     int64_t meta_retry_us;
@@ -173,14 +179,17 @@ void miss_wake(struct store_wait *list);
 /* The job in slot takes the chunk. create: also a chunk that no reader asked for. */
 enum miss_take { MISS_TAKEN, MISS_READY, MISS_BUSY, MISS_ABSENT };
 enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool create, bool *wanted, bool *force_fetch);
+/* Whether a chunk is to be fetched without a claim. */
+bool miss_is_overdue(struct blob_core *c, uint32_t index);
 /* The chunk is ready (err 0) or given up: wakes its waiters, forgets the unit. */
 void miss_finish(struct blob_core *c, uint32_t index, int err);
 /* Gives a chunk back. If a reader wants it and it was tried less than max_tries times, asks for it again and returns
  * true. Otherwise its readers fail with err (0: they look again); returns false. */
 #define MISS_ANY_TRIES UINT32_MAX
 enum miss_flags {
-    MISS_COUNTS = 1, /* this try counts: its bytes were wrong, or did not come */
-    MISS_FORCE = 2   /* the data file's bytes are wrong: fetch, do not verify */
+    MISS_COUNTS = 1,  /* this try counts: its bytes were wrong, or did not come */
+    MISS_OVERDUE = 4, /* the process that has claimed it takes too long: do not wait for it any more */
+    MISS_FORCE = 2    /* the data file's bytes are wrong: fetch, do not verify */
 };
 bool miss_retry(struct blob_core *c, uint32_t index, uint32_t max_tries, uint32_t flags, int err);
 /* An attempt failed that another may mend: the chunk is asked for again, not before not_before_us, if a reader still has

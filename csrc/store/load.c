@@ -173,7 +173,7 @@ static int meta_find(struct vnd_blob *b, struct blobtable **own)
     if (!meta_from_file(b, own))
         return 0;
     b->meta_claim = claim_meta(b->core->store->side_dir_fd, b->info.id);
-    if (b->meta_claim == -EAGAIN)
+    if (b->meta_claim == -EAGAIN && !b->meta_overdue)
         return -EBUSY;
     /* Another process may have finished between the look and the claim. */
     return b->meta_claim >= 0 && !meta_from_file(b, own) ? 0 : -EINPROGRESS;

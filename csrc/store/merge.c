@@ -16,6 +16,7 @@ struct merge {
     int slot;
     struct blobtable *t;
     struct cachefile *cache;
+    bool overdue;        /* fetched without a claim, and nothing with it */
     bool verify, wanted; /* wanted: a reader waits for the first chunk */
     uint32_t window_bytes;
     uint32_t limit;        /* chunks from here on are not taken */
@@ -152,7 +153,7 @@ static void claim_job(struct merge *b)
 
     j->claimed = false;
     /* Verifying needs no claim: it does no harm if two processes do it, and it must not wait for a stuck fetch. */
-    if (b->cache->side_fd >= 0 && !b->verify) {
+    if (b->cache->side_fd >= 0 && !b->verify && !b->overdue) {
         int got = claim_units(b->cache->side_fd, j->first, j->n);
         if (got >= 0 && (uint32_t)got < j->n) {
             for (uint32_t rel = (uint32_t)got; rel < j->n; rel++)
@@ -209,6 +210,7 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
     if (got != MISS_TAKEN)
         return false;
     b.limit = end < b.t->n ? end : b.t->n;
+    b.overdue = waited && miss_is_overdue(c, index);
     /* Waits for the end of an exchange of the files: the old chunk map says nothing about the new file. */
     pthread_mutex_lock(&b.cache->lock);
     pthread_mutex_unlock(&b.cache->lock);
@@ -222,9 +224,11 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
     b.end = chunk_end(&b.t->chunk[index]);
     b.batch = b.t->chunk[index].batch;
     j->state[0] = JOB_WANT;
+    if (b.overdue && !b.batch)
+        b.limit = index + 1;
     if (b.batch && !b.verify)
         merge_backward(&b);
-    else if (!b.verify && waited)
+    else if (!b.verify && waited && !b.overdue)
         reach_back(&b);
     merge_forward(&b);
     claim_job(&b);

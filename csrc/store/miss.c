@@ -146,6 +146,19 @@ enum miss_take miss_take(struct blob_core *c, uint32_t index, int slot, bool cre
     return rc;
 }
 
+bool miss_is_overdue(struct blob_core *c, uint32_t index)
+{
+    struct miss_shard *s = miss_shard_of(c->engine->fetcher, c, index);
+    const struct store_unit *u;
+    bool overdue;
+
+    pthread_mutex_lock(&s->lock);
+    u = *unit_find(s, c, index);
+    overdue = u && u->overdue;
+    pthread_mutex_unlock(&s->lock);
+    return overdue;
+}
+
 void miss_finish(struct blob_core *c, uint32_t index, int err)
 {
     struct miss_shard *s = miss_shard_of(c->engine->fetcher, c, index);
@@ -214,6 +227,7 @@ bool miss_retry(struct blob_core *c, uint32_t index, uint32_t max_tries, uint32_
         if (flags & MISS_COUNTS && u->tries < UINT8_MAX)
             u->tries++;
         u->force_fetch |= (flags & MISS_FORCE) != 0;
+        u->overdue |= (flags & MISS_OVERDUE) != 0;
         again = u->wanted && u->tries < max_tries;
         if (again) {
             u->state = UNIT_QUEUED;

@@ -2,6 +2,9 @@
  * that were removed or replaced, and uses a disk again that was full or could not be written.
  */
 #include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 
 #include "store/fetcher.h"
@@ -17,7 +20,7 @@ static const char *const REPLACED[] = {
 
 /* Readers go on in the open files until the move, so it is no hurry and no loss if it fails. With load_lock held: the table
  * and the files' names stay as they are. */
-static void follow_core(struct blob_core *c, bool retry)
+static void follow_core(struct blob_core *c, bool changed, bool retry)
 {
     struct cachefile *f = c->cache;
     char name[CORE_NAME_MAX], err[VND_ERR_MAX] = "";
@@ -26,7 +29,7 @@ static void follow_core(struct blob_core *c, bool retry)
     int cause = VND_CAUSE_NONE, rc;
 
     core_cache_cfg(c, name, &cfg);
-    which = cachefile_find_replaced(f, &cfg);
+    which = changed ? cachefile_find_replaced(f, &cfg) : CACHEFILE_IN_PLACE;
     if (which == CACHEFILE_IN_PLACE && !(retry && cachefile_lacks(f, &cfg)))
         return;
     cfg.quiet = which == CACHEFILE_IN_PLACE;
@@ -43,45 +46,101 @@ static void follow_core(struct blob_core *c, bool retry)
                    "removed file",
                    err, REPLACED[which]);
     f->replaced_said = rc < 0;
+    if (rc < 0) /* to be tried again, though nothing changes in the directories */
+        c->store->dir_seen = (struct store_seen){ 0 };
 }
 
-/* One round over all blobs. sync_all: the interval has passed, so small amounts are synced, too. */
+#define SETTLED_NS 2000000000ll /* a directory's time moves on within this, however coarse its clock is */
+
+/* Whether a name in the directory may lead elsewhere than when this was asked last. */
+static bool dir_changed(int dir_fd, struct store_seen *seen)
+{
+    struct timespec now;
+    struct stat st;
+    struct store_seen is;
+
+    if (dir_fd < 0)
+        return false;
+    if (fstat(dir_fd, &st))
+        return true;
+    clock_gettime(CLOCK_REALTIME, &now);
+    is = (struct store_seen){ st.st_ino, st.st_mtim.tv_sec * 1000000000ll + st.st_mtim.tv_nsec };
+    bool same = is.ino == seen->ino && is.mtime_ns == seen->mtime_ns;
+    /* A change right after this look may get the same time: such a time is not noted. */
+    *seen = now.tv_sec * 1000000000ll + now.tv_nsec - is.mtime_ns > SETTLED_NS ? is : (struct store_seen){ 0 };
+    return !same;
+}
+
+/* References on all cores, those of a store together: their number. */
+static uint32_t list_cores(struct vnd_engine *e, struct blob_core ***out)
+{
+    uint32_t n = 0, cap = 0;
+
+    *out = NULL;
+    pthread_mutex_lock(&e->lock);
+    for (struct vnd_store *s = e->stores; s; s = s->next) {
+        pthread_mutex_lock(&s->lock);
+        for (struct blob_core *k = s->cores; k; k = k->next) {
+            if (n == cap) {
+                struct blob_core **more = realloc(*out, (cap ? 2 * cap : 64) * sizeof(struct blob_core *));
+                if (!more)
+                    break; /* the others' turn comes with the next round */
+                *out = more;
+                cap = cap ? 2 * cap : 64;
+            }
+            k->refs++;
+            (*out)[n++] = k;
+        }
+        pthread_mutex_unlock(&s->lock);
+    }
+    pthread_mutex_unlock(&e->lock);
+    return n;
+}
+
+static void look_after_core(struct blob_core *c, bool sync_all, bool changed, bool retry)
+{
+    if (c->cache->sync_due)
+        cachefile_sync(c->cache);
+    c->cache->sync_due = !c->cache->sync_due && cachefile_write_out(c->cache, sync_all);
+    if ((changed || retry) && !pthread_mutex_trylock(&c->load_lock)) {
+        follow_core(c, changed, retry);
+        pthread_mutex_unlock(&c->load_lock);
+    } else if (changed) {
+        c->store->dir_seen = (struct store_seen){ 0 }; /* a load is under way: the next round looks */
+    }
+    if (retry && c->cache->writable && atomic_load(&c->uncached)) {
+        pthread_mutex_lock(&c->load_lock);
+        uncached_flush(c);
+        pthread_mutex_unlock(&c->load_lock);
+    }
+}
+
+/* One round over all blobs. sync_all: the interval has passed, so little is worth it too. Of files that nothing has happened
+ * to, a round asks two directories for their times, however many blobs there are. */
 static void look_after(struct vnd_engine *e, bool sync_all, bool retry)
 {
-    for (int skip = 0;; skip++) {
-        struct blob_core *c = NULL;
-        int at = 0;
+    const struct vnd_store *store = NULL;
+    bool followed = false, changed = false;
+    struct blob_core **cores;
+    uint32_t n = list_cores(e, &cores);
 
-        /* Walks by position, because the lists change meanwhile. To miss a blob or meet it twice does no harm. */
-        pthread_mutex_lock(&e->lock);
-        for (struct vnd_store *s = e->stores; s && !c; s = s->next) {
-            pthread_mutex_lock(&s->lock);
-            for (struct blob_core *k = s->cores; k && !c; k = k->next)
-                if (at++ == skip) {
-                    c = k;
-                    c->refs++;
-                }
-            pthread_mutex_unlock(&s->lock);
+    for (uint32_t i = 0; i < n; i++) {
+        struct blob_core *c = cores[i];
+
+        if (c->store != store) {
+            store = c->store;
+            followed = store_follow(c->store, retry);
+            /* Both are asked, so that both are noted. */
+            changed = dir_changed(c->store->dir_fd, &c->store->dir_seen) |
+                      dir_changed(c->store->side_dir_fd, &c->store->side_seen);
         }
-        pthread_mutex_unlock(&e->lock);
-        if (!c)
-            return;
-        if (atomic_load_explicit(&c->table, memory_order_acquire)) {
-            if (c->cache->sync_due)
-                cachefile_sync(c->cache);
-            c->cache->sync_due = !c->cache->sync_due && cachefile_write_out(c->cache, sync_all);
-            if (store_follow(c->store, retry) && !pthread_mutex_trylock(&c->load_lock)) {
-                follow_core(c, retry);
-                pthread_mutex_unlock(&c->load_lock);
-            }
-            if (retry && c->cache->writable && atomic_load(&c->uncached)) {
-                pthread_mutex_lock(&c->load_lock);
-                uncached_flush(c);
-                pthread_mutex_unlock(&c->load_lock);
-            }
-        }
+        if (!followed)
+            c->store->dir_seen = (struct store_seen){ 0 };
+        if (atomic_load_explicit(&c->table, memory_order_acquire))
+            look_after_core(c, sync_all, followed && changed, followed && retry);
         core_unref(c);
     }
+    free(cores);
 }
 
 static void *upkeep_run(void *arg)

@@ -177,6 +177,8 @@ static void wait_for_holder(const char *dir, struct fix_blob *b, int how)
     vnd_engine_stats(f.e, &st);
     if (how == 2)
         CHECK_EQ(st.fetched_chunks, 0);
+    else if (how == 3) /* what it has claimed is not waited for any longer; the rest is not touched */
+        CHECK(st.fetched_chunks >= 3);
     else
         CHECK(st.fetched_chunks >= 3);
     fix_down(&f);
@@ -198,10 +200,18 @@ static void check_holder(int how)
         CHECK(!kill(holder, SIGKILL));
         CHECK(waitpid(holder, &status, 0) == holder);
     }
-    atomic_store(&board->go, 1);
+    if (how == 3)
+        CHECK(!kill(holder, SIGSTOP));
+    else
+        atomic_store(&board->go, 1);
     reap(waiter);
-    if (how)
+    if (how == 3) {
+        int status;
+        CHECK(!kill(holder, SIGKILL));
+        CHECK(waitpid(holder, &status, 0) == holder);
+    } else if (how) {
         reap(holder);
+    }
     fix_blob_free(b);
     fix_dir_remove(dir);
 }
@@ -296,6 +306,12 @@ TEST(waiter_goes_on_when_the_holder_fails)
 TEST(waiter_reads_what_the_holder_fetched)
 {
     check_holder(2);
+}
+
+/* A process that is stopped keeps its claims: others take over, well before their readers' deadline. */
+TEST(holder_is_stopped)
+{
+    check_holder(3);
 }
 
 /* Another process that waits is woken, long before it would look again by itself. */

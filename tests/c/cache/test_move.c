@@ -5,6 +5,26 @@
 
 #include "store_fixture.h"
 
+#include <sys/syscall.h>
+
+static _Atomic int looks_at_data, looks_at_dir;
+static _Atomic int dir_fd = -1;
+
+/* In the place of the system's: how often are names looked up? */
+int fstatat(int fd, const char *path, struct stat *st, int flags)
+{
+    if (strstr(path, ".blob.data"))
+        atomic_fetch_add(&looks_at_data, 1);
+    return (int)syscall(SYS_newfstatat, fd, path, st, flags);
+}
+
+int fstat(int fd, struct stat *st)
+{
+    if (fd == atomic_load(&dir_fd))
+        atomic_fetch_add(&looks_at_dir, 1);
+    return (int)syscall(SYS_fstat, fd, st);
+}
+
 #define N 24
 #define CHUNK 16384
 #define ROUNDS 40
@@ -374,4 +394,37 @@ TEST(under_readers)
 TEST(under_readers_of_stored_chunks)
 {
     check_under_readers(1);
+}
+
+/* While nothing changes in the directories no file is looked for, however many blobs there are. */
+TEST(idle_blobs_are_not_looked_for)
+{
+    char dir[200];
+    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+    struct timespec old[2] = { { .tv_sec = 1000000000 }, { .tv_sec = 1000000000 } };
+    struct fix f = { 0 };
+    struct paths p;
+    int looks;
+
+    fix_dir_make(dir);
+    paths_of(&p, dir, 0);
+    fix_up(&f, dir, b, 1);
+    fix_check(f.h, b, 0, (N - 1) * CHUNK);
+    CHECK(!utimensat(AT_FDCWD, dir, old, 0) && !utimensat(AT_FDCWD, p.side_dir, old, 0)); /* all of it long ago */
+    atomic_store(&dir_fd, f.s->dir_fd);
+    for (int round = 0; round < 2; round++) { /* the first notes the times, the second has nothing to do */
+        looks = atomic_load(&looks_at_data);
+        int rounds = atomic_load(&looks_at_dir);
+        for (int64_t until = now_us() + 20000000; atomic_load(&looks_at_dir) < rounds + 3; usleep(500)) {
+            CHECK(now_us() < until);
+            pthread_cond_signal(&f.e->fetcher->upkeep_some);
+        }
+    }
+    CHECK_EQ(atomic_load(&looks_at_data), looks);
+    CHECK(!unlink(p.data)); /* which is a change */
+    follow(&f, p.data, &f.h->cache->data_fd);
+    fix_check(f.h, b, 0, (N - 1) * CHUNK);
+    fix_down(&f);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
 }
