@@ -31,6 +31,7 @@ class Counting(LocalfsBackend):
         self.asked: list[tuple[float, int, bool]] = []
         self.reader_at = 0  # told by a test: in the file, which is the blob
         self.ahead_bytes = 0  # how far ahead of that the farthest request began
+        self.distrusted = 0
         self.lock = threading.Lock()
         self.prepared = threading.Semaphore(0)
 
@@ -43,6 +44,9 @@ class Counting(LocalfsBackend):
             self.asked.append((time.monotonic(), length, prefetch))
             self.ahead_bytes = max(self.ahead_bytes, offset - self.reader_at)
         return super().read_range(blob_id, offset, length, prefetch=prefetch, deadline=deadline)
+
+    def distrust(self, blob_id: str) -> None:
+        self.distrusted += 1
 
 
 class Setup:
@@ -195,3 +199,19 @@ def test_a_proxy_that_corrupts_costs_one_attempt(setup: Setup, tmp_path: Path) -
             opened.close()
             backend.close()
         assert registry.ranges() and 1 <= len(proxy.ranges()) <= 8  # as many as were under way at once
+
+
+def test_wrong_bytes_in_the_cache_are_no_fault_of_the_way(setup: Setup, backend: Counting, tmp_path: Path) -> None:
+    """A mark of the chunk map without bytes, as a power cut leaves it."""
+    (blob,) = [path for path in setup.blobs.iterdir() if not path.name.startswith(".")]
+    opened = Opened(setup, tmp_path / "cache", backend)
+    try:
+        count = SIZE // (64 << 10)
+        marks = b"\xff" + bytes((count + 7) // 8 - 1)
+        head = b"".join(word.to_bytes(4, "little") for word in (0x424D4150, 1, 0x434D4150, 0))
+        (tmp_path / "cache" / f"{blob.name}.blob.data.chunk_map").write_bytes(head.ljust(4096, b"\0") + marks)
+        assert opened.rafs.read(setup.ino, 0, SIZE) == setup.data
+        assert opened.engine.stats()["digest_failures"] > 0
+    finally:
+        opened.close()
+    assert backend.distrusted == 0
