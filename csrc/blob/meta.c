@@ -327,3 +327,11 @@ int blobmeta_file_write(int dir_fd, const vnd_blob_info *info, const uint8_t *pl
     close(fd);
     return rc;
 }
+
+void blobmeta_file_remove(int dir_fd, const vnd_blob_info *info)
+{
+    char name[VND_ID_MAX + 16];
+
+    snprintf(name, sizeof name, "%s.blob.meta", info->id);
+    unlinkat(dir_fd, name, 0);
+}

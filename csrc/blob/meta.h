@@ -30,5 +30,7 @@ int blobmeta_place(struct blobtable *records, const struct blobtable *meta, cons
 /* ID.blob.meta in the work directory (docs/rafs-format.md 6.4). read: malloc'ed table and header copied, or -errno. */
 int blobmeta_file_read(int dir_fd, const vnd_blob_info *info, uint8_t **plain, uint8_t header[BLOBMETA_HEADER]);
 int blobmeta_file_write(int dir_fd, const vnd_blob_info *info, const uint8_t *plain, const uint8_t *header);
+/* It led to wrong bytes: the next load fetches the table anew. */
+void blobmeta_file_remove(int dir_fd, const vnd_blob_info *info);
 
 #endif

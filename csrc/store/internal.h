@@ -75,6 +75,7 @@ struct blob_core {
     vnd_blob_info info; /* as the first image has it */
     char table_name[BLOBTABLE_NAME_LEN +
                     1];        /* of the table whose files it has; "": the files with the blob's own name */
+    _Atomic bool meta_cached;  /* the places of its chunks come from ID.blob.meta of the cache directory */
     _Atomic bool apart;        /* table_name is set: does not change but once, with load_lock held */
     uint32_t refs;             /* under store->lock */
     _Atomic bool closed;       /* no image names it any more */
@@ -145,6 +146,8 @@ int core_set_apart(struct blob_core *c, int *cause, char *err, size_t err_len);
 /* ---- store/load.c */
 /* Has the blob's chunk table loaded by a pool thread, unless it is loaded. */
 void blob_want_load(struct vnd_blob *b);
+/* A chunk has wrong bytes for good: if its place comes from the cached table, that is removed. True: it was. */
+bool core_drop_meta(struct blob_core *c);
 /* Takes over the stored chunk table that a META job brought, or the job's errno. raw NULL and error 0: another
  * process has fetched it, look again. */
 void blob_take_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error);

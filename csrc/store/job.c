@@ -293,6 +293,12 @@ static void say_bad(struct vnd_engine *e, const struct job *j, uint32_t i, bool 
                    "blob %s: chunk %u [%" PRIu64 ", +%u) came with wrong bytes; it is "
                    "asked for once more",
                    j->core->info.id, i, k->coff, k->csize);
+    else if (core_drop_meta(j->core))
+        engine_say(e, VND_LEVEL_ERROR, VND_CAUSE_DIGEST,
+                   "blob %s: chunk %u [%" PRIu64 ", +%u) has wrong bytes: readers get "
+                   "EIO; its place comes from %s.blob.meta in the cache directory, which is removed: open the image "
+                   "again",
+                   j->core->info.id, i, k->coff, k->csize, j->core->info.id);
     else
         engine_say(e, VND_LEVEL_ERROR, VND_CAUSE_DIGEST,
                    "blob %s: chunk %u [%" PRIu64 ", +%u) has wrong bytes: readers get "

@@ -131,6 +131,7 @@ static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
     uint8_t header[BLOBMETA_HEADER], *plain;
     char why[VND_ERR_MAX];
     int rc = blobmeta_file_read(b->core->store->dir_fd, &b->info, &plain, header);
+    bool cached = !rc;
 
     if (rc && b->beside) {
         int dir_fd = open(b->beside, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -144,8 +145,18 @@ static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
     if (rc)
         engine_say(b->core->engine, VND_LEVEL_WARNING, VND_CAUSE_FORMAT,
                    "%s.blob.meta in the cache directory or beside the bootstrap is not used: %s", b->info.id, why);
+    else if (cached)
+        atomic_store(&b->core->meta_cached, true);
     free(plain);
     return rc;
+}
+
+bool core_drop_meta(struct blob_core *c)
+{
+    if (!atomic_exchange(&c->meta_cached, false))
+        return false;
+    blobmeta_file_remove(c->store->dir_fd, &c->info);
+    return true;
 }
 
 /* Makes the table of the bytes that a META job brought. */

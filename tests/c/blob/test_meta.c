@@ -186,6 +186,43 @@ TEST(batches)
     }
 }
 
+/* A kept table that is sound, and wrong: the next load fetches it anew. */
+TEST(kept_table_with_wrong_places)
+{
+    char dir[200], path[300];
+    struct fix f = { 0 };
+    uint8_t word[8], buf[SLOT];
+    struct fix_blob *b = batch_blob(CODEC_NONE, NULL);
+
+    fix_dir_make(dir);
+    fix_up(&f, dir, b, 1);
+    read_chunk(f.h, b, 0);
+    fix_down(&f);
+    snprintf(path, sizeof path, "%s/batched.blob.meta", dir);
+    int fd = open(path, O_RDWR);
+    for (int i = 5; i < 10; i++) { /* the second batch lies a byte off */
+        CHECK(pread(fd, word, 8, i * 24 + 8) == 8);
+        word[0] ^= 1;
+        CHECK(pwrite(fd, word, 8, i * 24 + 8) == 8);
+    }
+    close(fd);
+    snprintf(path, sizeof path, "%s/batched.blob.data", dir); /* what was fetched with chunk 0 */
+    CHECK(!unlink(path));
+    memset(&f, 0, sizeof f);
+    fix_up(&f, dir, b, 1);
+    CHECK_EQ(fix_read(f.h, b, 6 * SLOT, 100, buf), -EIO);
+    CHECK_EQ(atomic_load(&f.server.meta_jobs), 0); /* it was used */
+    CHECK(fix_said(f.e, VND_CAUSE_DIGEST, "batched.blob.meta in the cache directory, which is removed"));
+    fix_down(&f);
+    memset(&f, 0, sizeof f);
+    fix_up(&f, dir, b, 1);
+    read_chunk(f.h, b, 6);
+    CHECK_EQ(atomic_load(&f.server.meta_jobs), 1);
+    fix_down(&f);
+    fix_blob_free(b);
+    fix_dir_remove(dir);
+}
+
 /* A flipped byte in a batch or in the stored table: asked for once more, then EIO, never a wrong byte. */
 TEST(flips)
 {
