@@ -224,9 +224,7 @@ class FetchPump:
             return tuple(self._backends.get(int(ffi.cast("uintptr_t", job.blob)), ()))
 
     def _distrust(self, worker: "_Worker") -> None:
-        """The next attempt is not to come by the way that gave wrong bytes. Wrong bytes in the cache came no way."""
-        if worker.job.kind == lib.VND_JOB_VERIFY:
-            return
+        """The next attempt is not to come by the way that gave wrong bytes."""
         for backend in self._backends_of(worker.job):
             backend.distrust(ffi.string(worker.job.blob_id).decode())
 
