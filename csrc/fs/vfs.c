@@ -241,7 +241,7 @@ uint64_t vfs_shown_ino(struct vnd_vfs *v, uint16_t serial, uint64_t ino)
 
 int vfs_lookup(struct vnd_vfs *v, const struct vfs_step *step, struct vfs_node *out, vnd_attr *attr)
 {
-    const struct vfs_table *t = table_of(v);
+    const struct vfs_table *t;
     const char *name = step->name;
     struct vfs_node d = *step->dir;
     const struct vfs_mount *m;

