@@ -101,7 +101,7 @@ class Outcome(NamedTuple):
         if self.verdict == "ok":
             return True
         if self.mode != "lasting" or self.fault in HARMLESS:
-            # The redirect of an object store is refused the first time too, and so are refusals by name.
+            # A refusal by name is one the first time too.
             return (
                 self.mode == "once"
                 and self.fault not in HARMLESS
@@ -118,14 +118,9 @@ def may_fail(fault: str, route: str, mode: str) -> bool:
 
 
 def is_retried(fault: str, route: str) -> bool:
-    """Whether one occurrence is survived by asking again (and not told as what it is)."""
-    if route == "by mirror":
-        return True
-    if fault.startswith("status 4") and fault != "status 429":
-        return False
-    if fault in ("redirect", "redirect_bad", "redirect_loop"):
-        return route not in ("s3", "oss") and fault == "redirect"
-    return fault != "ignore_range" or route == "by proxy"
+    """Whether one occurrence is survived by asking again: all but what another attempt cannot mend, told as what it
+    is."""
+    return route == "by mirror" or fault not in ("status 401", "status 403", "status 404")
 
 
 class Image:

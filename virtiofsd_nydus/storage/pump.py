@@ -33,6 +33,7 @@ WAIT_MS = 500
 IDLE_S = 5.0  # a thread ends after so long without a job, while another waits
 # Another attempt does not mend these; readers get EIO at once.
 FINAL_CAUSES = frozenset((Cause.AUTH, Cause.SCHEME, Cause.MISSING, Cause.FORMAT, Cause.DIGEST, Cause.SPACE))
+LEAD_S = 0.25
 # Prefetch is tried again after so many times the pause that a reader's fetch is given.
 PREFETCH_PATIENCE = 5.0
 
@@ -252,6 +253,10 @@ class FetchPump:
             try:
                 came = 0
                 deadline = job.deadline_us / 1e6 if job.deadline_us else None
+                if (
+                    deadline is not None
+                ):  # an attempt ends a little before its reader gives up, so that its cause is told
+                    deadline -= min(LEAD_S, max(0.0, deadline - time.monotonic()) / 10)
                 for piece in backend.read_range(
                     blob_id, job.coff + fed, job.clen - fed, prefetch=bool(job.prefetch), deadline=deadline
                 ):
