@@ -72,6 +72,10 @@ struct fs_ops {
     /* For READ in an image: the extents of file bytes [off, off+len), cut at the end of the file. Their number; 0 when off
      * is at or past the end. */
     int (*extents)(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct fs_extents *out);
+    /* For LSEEK of a regular file: the first byte from off on that is in a hole, or (hole false) in data; off is below the
+     * file's size. More than the size is its end. -ENXIO: no data follows. The first call for an image reads its chunk
+     * records and allocates. NULL: the file system knows no holes. */
+    int64_t (*seek)(struct fs *fs, uint64_t ino, uint64_t off, bool hole);
     /* Names, each with its NUL. 0, or -ERANGE where cap is not 0 and too small. */
     int (*listxattr)(struct fs *fs, uint64_t ino, struct fs_buf *out);
     /* 0, -ENODATA, or -ERANGE as listxattr. */

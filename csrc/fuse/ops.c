@@ -417,12 +417,23 @@ enum req_verdict fuse_op_access(struct fuse_call *c)
     return in.mask & ~bits & 7 ? fuse_reply_error(c, EACCES) : fuse_reply(c, NULL, 0);
 }
 
-/* No file has holes that we know of, so data goes to the end. */
+/* Where data or a hole begins, from off on; off is below the size. */
+static int64_t seek_data(struct fuse_call *c, const vnd_attr *attr, uint64_t off, bool hole)
+{
+    const struct fs *fs = c->node.fs;
+    int64_t at = S_ISREG(attr->mode) && fs->ops->seek ? fs->ops->seek(c->node.fs, c->node.ino, off, hole) : -ENODEV;
+
+    if (at == -ENODEV || at == -ENOMEM) /* it cannot tell: all is data */
+        at = (int64_t)(hole ? attr->size_bytes : off);
+    return at > (int64_t)attr->size_bytes ? (int64_t)attr->size_bytes : at;
+}
+
 enum req_verdict fuse_op_lseek(struct fuse_call *c)
 {
     struct fuse_lseek_out out;
     struct fuse_lseek_in in;
     vnd_attr attr;
+    int64_t at;
     int rc;
 
     memcpy(&in, c->r->args, sizeof(in));
@@ -433,8 +444,10 @@ enum req_verdict fuse_op_lseek(struct fuse_call *c)
     if (in.whence == SEEK_DATA || in.whence == SEEK_HOLE) {
         if (in.offset >= attr.size_bytes)
             return fuse_reply_error(c, ENXIO);
-        if (in.whence == SEEK_HOLE)
-            out.offset = attr.size_bytes;
+        at = seek_data(c, &attr, in.offset, in.whence == SEEK_HOLE);
+        if (at < 0)
+            return fuse_reply_fs_error(c, (int)at);
+        out.offset = (uint64_t)at;
     } else if (in.whence == SEEK_END) {
         out.offset = attr.size_bytes + in.offset;
     } else if (in.whence != SEEK_SET) {

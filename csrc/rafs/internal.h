@@ -4,12 +4,13 @@
  * nothing that grows with the tree. A process that can write to the mapped file can change a value between two reads, so
  * a value is loaded once, then checked, and the loaded copy is used.
  *
- * From the bottom: records, xattr, v5_inode, v6_inode, image, check, backing, v5_fs, v6_fs, v6_walk, v5_check, v6_check,
+ * From the bottom: records, xattr, v5_inode, v6_inode, image, check, backing, seek, v5_fs, v6_fs, v6_walk, v5_check, v6_check,
  * v5, v6, rafs, tool.
  */
 #ifndef VND_RAFS_INT_H
 #define VND_RAFS_INT_H
 #include <pthread.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "base/base.h"
@@ -136,6 +137,10 @@ struct vnd_rafs {
     pthread_mutex_t index_lock;
     uint32_t *index;
     uint64_t index_count;
+    /* rafs/seek.c: blob << 32 | index of chunks of zeroes, sorted; made under index_lock, then unchanged. */
+    _Atomic bool zeroes_known;
+    uint64_t *zeroes;
+    uint32_t zero_count;
 };
 
 static inline uint16_t rafs_le16(const uint8_t *p)
@@ -189,6 +194,9 @@ void rafs_backing_free(struct vnd_rafs *r);
 /* A blob_chunks_fn: gives all chunk records of one blob that lie within the blob. */
 int rafs_blob_chunks(void *ctx, uint32_t blob_index, int (*put)(void *put_ctx, const struct blob_chunk *c),
                      void *put_ctx);
+
+/* ---- rafs/seek.c: fs_ops.seek of both versions. */
+int64_t rafs_seek(struct fs *fs, uint64_t ino, uint64_t off, bool hole);
 
 /* ---- rafs/xattr.c: EROFS inline xattrs. body: the bytes between the inode's fixed part and its data. */
 int rafs_xattr_list(const uint8_t *body, uint32_t body_len, struct fs_buf *out);

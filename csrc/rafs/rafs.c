@@ -169,6 +169,7 @@ void vnd_rafs_free(vnd_rafs *r)
     metrics_free(r->fs.metrics);
     pthread_mutex_destroy(&r->index_lock);
     free(r->index);
+    free(r->zeroes);
     free(r->blobs);
     free(r->path);
     free(r);

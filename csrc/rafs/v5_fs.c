@@ -311,6 +311,7 @@ const struct fs_ops v5_fs_ops = {
     .readdir = v5_readdir,
     .readlink = v5_readlink,
     .extents = v5_extents,
+    .seek = rafs_seek,
     .listxattr = v5_listxattr,
     .getxattr = v5_getxattr,
     .statfs = v5_statfs,

@@ -275,6 +275,7 @@ const struct fs_ops v6_fs_ops = {
     .readdir = v6_readdir,
     .readlink = v6_readlink,
     .extents = v6_extents,
+    .seek = rafs_seek,
     .listxattr = v6_listxattr,
     .getxattr = v6_getxattr,
     .statfs = v6_statfs,
