@@ -11,8 +11,6 @@
 #include <sys/mount.h>
 #include <unistd.h>
 
-#include "base/error.h"
-
 #define LOOP_TRIES 16
 #define READ_AHEAD_SECTORS 2048ul /* 1 MiB, as for the FUSE mount itself */
 
@@ -84,29 +82,30 @@ static int open_root(int fs)
     return rc;
 }
 
-int hostmount_erofs(const struct hostmount_part *parts, int n, char *err, size_t err_len)
+int hostmount_erofs(const struct hostmount_part *parts, int n, struct failure *f)
 {
     int loops[HOSTMOUNT_PARTS_MAX], opened = 0, rc = 0, number = -1;
     int fs = fsopen("erofs", FSOPEN_CLOEXEC);
 
     if (fs < 0)
-        return fail_line(-errno, err, err_len, "this kernel has no EROFS or lets only root mount: %s", strerror(errno));
+        return failure_set(f, -errno, VND_CAUSE_IO, "this kernel has no EROFS or lets only root mount: %s",
+                           strerror(errno));
     for (int i = 0; i < n && rc == 0; i++) {
         int fd = n <= HOSTMOUNT_PARTS_MAX ? open_loop(&parts[i], &number) : -E2BIG;
 
         if (fd < 0) {
-            rc = fail_line(fd, err, err_len, "no loop device: %s", strerror(-fd));
+            rc = failure_set(f, fd, VND_CAUSE_IO, "no loop device: %s", strerror(-fd));
             break;
         }
         loops[opened++] = fd;
         rc = set_string(fs, i == 0 ? "source" : "device", number);
         if (rc != 0)
-            fail_line(rc, err, err_len, "EROFS does not take a device: %s", strerror(-rc));
+            failure_set(f, rc, VND_CAUSE_IO, "EROFS does not take a device: %s", strerror(-rc));
     }
     if (rc == 0) {
         rc = open_root(fs);
         if (rc < 0)
-            fail_line(rc, err, err_len, "EROFS does not mount: %s", strerror(-rc));
+            failure_set(f, rc, VND_CAUSE_IO, "EROFS does not mount: %s", strerror(-rc));
     }
     close(fs);
     while (opened > 0)

@@ -1,8 +1,9 @@
 /* base/hostmount.h -- mounts that are the daemon's own, attached to no directory. */
 #ifndef VND_HOSTMOUNT_H
 #define VND_HOSTMOUNT_H
-#include <stddef.h>
 #include <stdint.h>
+
+#include "base/error.h"
 
 #define HOSTMOUNT_PARTS_MAX 33 /* loop devices for one image: its bootstrap and its blobs */
 
@@ -16,6 +17,6 @@ struct hostmount_part {
  * attaches it nowhere. Loop devices carry the parts and end with the mount. So the file system lies at the bottom of
  * the kernel's stack of file systems, as the backing files of FUSE passthrough must when something is to be stacked on
  * the FUSE mount. Returns a descriptor of its root, open for reading, or -errno with a line. Linux 5.8 (LOOP_CONFIGURE). */
-int hostmount_erofs(const struct hostmount_part *parts, int n, char *err, size_t err_len);
+int hostmount_erofs(const struct hostmount_part *parts, int n, struct failure *f);
 
 #endif

@@ -8,7 +8,7 @@
  *
  * Threads: any; nothing here has state but what the caller holds. Locks: none.
  * Ownership: tables and contexts are immutable once built; tables have one owner, contexts are counted.
- * Input is hostile: each function checks what it is given, and says -EINVAL or -EBADMSG with a line.
+ * Input is hostile: each function checks what it is given, and says -EINVAL or -EBADMSG with a struct failure.
  * May use: base. No file is opened here, but ID.blob.meta by meta.h's two calls.
  */
 #ifndef VND_BLOB_CONTRACT_H

@@ -58,20 +58,20 @@ bool blobmeta_possible(const vnd_blob_info *info)
            codec_known(info->ci_compressor) && info->ci_offset <= 1ull << 40;
 }
 
-static int bad(const vnd_blob_info *info, const char *what, char *err, size_t err_len)
+static int bad(const vnd_blob_info *info, const char *what, struct failure *f)
 {
-    return fail_line(-EINVAL, err, err_len, "chunk table of blob %s: %s; the blob or the image is damaged", info->id,
-                     what);
+    return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "chunk table of blob %s: %s; the blob or the image is damaged",
+                       info->id, what);
 }
 
-static int check_header(const vnd_blob_info *info, const uint8_t *h, char *err, size_t err_len)
+static int check_header(const vnd_blob_info *info, const uint8_t *h, struct failure *f)
 {
     if (le32(h) != META_MAGIC || le32(h + BLOBMETA_HEADER - 4) != META_MAGIC)
-        return bad(info, "no header where it should be", err, err_len);
+        return bad(info, "no header where it should be", f);
     /* Features are not compared: builders of several generations differ. */
     if (le32(h + 12) != info->chunk_count || le32(h + 8) != info->ci_compressor || le64(h + 16) != info->ci_offset ||
         le64(h + 24) != info->ci_csize_bytes || le64(h + 32) != info->ci_usize_bytes)
-        return bad(info, "its header and the image's blob table differ", err, err_len);
+        return bad(info, "its header and the image's blob table differ", f);
     return 0;
 }
 
@@ -83,7 +83,7 @@ struct contexts {
 };
 
 static int find_contexts(const vnd_blob_info *info, const uint8_t *table, const uint8_t *h, struct contexts *ctx,
-                         char *err, size_t err_len)
+                         struct failure *f)
 {
     uint64_t offset = le64(h + 40), size = le64(h + 48), least = (uint64_t)info->chunk_count * entry_size(info);
 
@@ -95,15 +95,15 @@ static int find_contexts(const vnd_blob_info *info, const uint8_t *table, const 
     ctx->count = le32(h + 56);
     if (offset < least || offset > info->ci_usize_bytes || size > info->ci_usize_bytes - offset ||
         (uint64_t)ctx->count * CONTEXT > size)
-        return bad(info, "batch or gzip contexts beyond its end", err, err_len);
+        return bad(info, "batch or gzip contexts beyond its end", f);
     ctx->at = table + offset;
     if (!(info->features & BLOBMETA_ZRAN))
         return 0;
     ctx->zran = zran_new(ctx->at, ctx->count, ctx->at + (size_t)ctx->count * CONTEXT,
                          size - (size_t)ctx->count * CONTEXT, &why);
     if (!ctx->zran)
-        return why ? bad(info, why, err, err_len)
-                   : fail_line(-ENOMEM, err, err_len, "chunk table of blob %s: no memory", info->id);
+        return why ? bad(info, why, f)
+                   : failure_set(f, -ENOMEM, VND_CAUSE_FORMAT, "chunk table of blob %s: no memory", info->id);
     return 0;
 }
 
@@ -160,7 +160,7 @@ static const char *entry_v2(const uint8_t *p, const struct contexts *ctx, struct
 }
 
 int blobmeta_parse(struct blobtable **out, const vnd_blob_info *info, const uint8_t *table, const uint8_t *header,
-                   char *err, size_t err_len)
+                   struct failure *f)
 {
     struct contexts ctx;
     struct blobtable *t;
@@ -170,16 +170,16 @@ int blobmeta_parse(struct blobtable **out, const vnd_blob_info *info, const uint
 
     *out = NULL;
     if (!blobmeta_possible(info))
-        return bad(info, "sizes that cannot be", err, err_len);
-    rc = check_header(info, header, err, err_len);
+        return bad(info, "sizes that cannot be", f);
+    rc = check_header(info, header, f);
     if (!rc)
-        rc = find_contexts(info, table, header, &ctx, err, err_len);
+        rc = find_contexts(info, table, header, &ctx, f);
     if (rc)
         return rc;
     t = blobtable_new(info->chunk_count);
     if (!t) {
         zran_unref(ctx.zran);
-        return fail_line(-ENOMEM, err, err_len, "chunk table of blob %s: no memory", info->id);
+        return failure_set(f, -ENOMEM, VND_CAUSE_FORMAT, "chunk table of blob %s: no memory", info->id);
     }
     t->zran = ctx.zran;
     for (uint32_t i = 0; i < t->n && !why; i++) {
@@ -197,13 +197,13 @@ int blobmeta_parse(struct blobtable **out, const vnd_blob_info *info, const uint
         why = "chunks that share bytes";
     if (why) {
         blobtable_free(t);
-        return bad(info, why, err, err_len);
+        return bad(info, why, f);
     }
     *out = t;
     return 0;
 }
 
-int blobmeta_decrypt(const vnd_blob_info *info, uint8_t *stored, size_t len, char *err, size_t err_len)
+int blobmeta_decrypt(const vnd_blob_info *info, uint8_t *stored, size_t len, struct failure *f)
 {
     size_t table_len = 0, header_len = 0;
 
@@ -212,14 +212,13 @@ int blobmeta_decrypt(const vnd_blob_info *info, uint8_t *stored, size_t len, cha
         cipher_decrypt(info->cipher_key, info->cipher_iv, stored + info->ci_csize_bytes, BLOBMETA_HEADER,
                        stored + info->ci_csize_bytes, &header_len) ||
         table_len != info->ci_csize_bytes) {
-        bad(info, "it cannot be decrypted", err, err_len);
+        bad(info, "it cannot be decrypted", f);
         return -EBADMSG;
     }
     return 0;
 }
 
-int blobmeta_decode(uint8_t **plain, const vnd_blob_info *info, const uint8_t *stored, size_t len, char *err,
-                    size_t err_len)
+int blobmeta_decode(uint8_t **plain, const vnd_blob_info *info, const uint8_t *stored, size_t len, struct failure *f)
 {
     struct codec *c;
     uint32_t id = info->ci_csize_bytes == info->ci_usize_bytes ? CODEC_NONE : info->ci_compressor;
@@ -227,7 +226,7 @@ int blobmeta_decode(uint8_t **plain, const vnd_blob_info *info, const uint8_t *s
 
     *plain = NULL;
     if (!blobmeta_possible(info) || len != info->ci_csize_bytes + BLOBMETA_HEADER)
-        return bad(info, "sizes that cannot be", err, err_len);
+        return bad(info, "sizes that cannot be", f);
     c = codec_new();
     *plain = malloc(info->ci_usize_bytes);
     rc = c && *plain ? codec_decode(c, id, stored, info->ci_csize_bytes, *plain, info->ci_usize_bytes) : -ENOMEM;
@@ -235,13 +234,13 @@ int blobmeta_decode(uint8_t **plain, const vnd_blob_info *info, const uint8_t *s
     if (rc) {
         free(*plain);
         *plain = NULL;
-        bad(info, rc == -ENOMEM ? "no memory" : "it does not decode", err, err_len);
+        bad(info, rc == -ENOMEM ? "no memory" : "it does not decode", f);
     }
     return rc;
 }
 
-int blobmeta_place(struct blobtable *records, const struct blobtable *meta, const vnd_blob_info *info, char *err,
-                   size_t err_len)
+int blobmeta_place(struct blobtable *records, const struct blobtable *meta, const vnd_blob_info *info,
+                   struct failure *f)
 {
     for (uint32_t i = 0; i < records->n; i++) {
         struct blobtable_chunk *r = &records->chunk[i];
@@ -252,10 +251,10 @@ int blobmeta_place(struct blobtable *records, const struct blobtable *meta, cons
         if (r->uoff != m->uoff || r->usize != m->usize ||
             (!m->batch && r->csize &&
              (r->coff != m->coff || r->csize != m->csize || (r->flags ^ m->flags) & BLOBTABLE_COMPRESSED)))
-            return fail_line(-EINVAL, err, err_len,
-                             "chunk table of blob %s and the image differ about chunk %u; "
-                             "one of them is damaged",
-                             info->id, i);
+            return failure_set(f, -EINVAL, VND_CAUSE_FORMAT,
+                               "chunk table of blob %s and the image differ about chunk %u; "
+                               "one of them is damaged",
+                               info->id, i);
         /* A record's flags say whether the chunk is encrypted only where the record has the chunk's place. */
         if (!r->csize)
             r->flags |= m->flags & BLOBTABLE_ENCRYPTED;

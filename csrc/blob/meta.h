@@ -17,16 +17,15 @@ bool blobmeta_possible(const vnd_blob_info *info);
 /* Parses a decoded table (info->ci_usize_bytes bytes) under its header. 0, -EINVAL with a line, -ENOMEM. The table
  * has no digests. */
 int blobmeta_parse(struct blobtable **out, const vnd_blob_info *info, const uint8_t *table, const uint8_t *header,
-                   char *err, size_t err_len);
+                   struct failure *f);
 /* Decrypts what an encrypted blob holds at ci_offset, table and header, in place. 0, -EBADMSG with a line. */
-int blobmeta_decrypt(const vnd_blob_info *info, uint8_t *stored, size_t len, char *err, size_t err_len);
+int blobmeta_decrypt(const vnd_blob_info *info, uint8_t *stored, size_t len, struct failure *f);
 /* Decodes what the blob holds at ci_offset: ci_csize_bytes of table, then the header. *plain gets malloc'ed
  * ci_usize_bytes. 0, -EBADMSG with a line, -ENOMEM. */
-int blobmeta_decode(uint8_t **plain, const vnd_blob_info *info, const uint8_t *stored, size_t len, char *err,
-                    size_t err_len);
+int blobmeta_decode(uint8_t **plain, const vnd_blob_info *info, const uint8_t *stored, size_t len, struct failure *f);
 /* Puts the places of meta into the records' table (in place). -EINVAL with a line: the two contradict each other. */
-int blobmeta_place(struct blobtable *records, const struct blobtable *meta, const vnd_blob_info *info, char *err,
-                   size_t err_len);
+int blobmeta_place(struct blobtable *records, const struct blobtable *meta, const vnd_blob_info *info,
+                   struct failure *f);
 /* ID.blob.meta in the work directory (docs/rafs-format.md 6.4). read: malloc'ed table and header copied, or -errno. */
 int blobmeta_file_read(int dir_fd, const vnd_blob_info *info, uint8_t **plain, uint8_t header[BLOBMETA_HEADER]);
 int blobmeta_file_write(int dir_fd, const vnd_blob_info *info, const uint8_t *plain, const uint8_t *header);

@@ -17,8 +17,7 @@
 struct build {
     struct blobtable *t;
     const vnd_blob_info *info;
-    char *err;
-    size_t err_len;
+    struct failure *failure;
 };
 
 /* Blob features, docs/rafs-format.md 4.1 */
@@ -114,17 +113,17 @@ static int put_record(void *ctx, const struct blob_chunk *r)
                  b->info->features & BLOBMETA_ZRAN; /* for those a record's place is not one to read at */
 
     if (!batch && !r->csize && r->flags & BLOBTABLE_COMPRESSED && b->info->compressor == CODEC_GZIP)
-        return fail_line(-EINVAL, b->err, b->err_len,
-                         "blob %s chunk %u: has no stored size, as those of eStargz "
-                         "images, which are not read; convert the image",
-                         b->info->id, r->index);
+        return failure_set(b->failure, -EINVAL, VND_CAUSE_FORMAT,
+                           "blob %s chunk %u: has no stored size, as those of eStargz "
+                           "images, which are not read; convert the image",
+                           b->info->id, r->index);
     if (batch) /* where it lies is not known yet; blobmeta_place brings it, checked */
         c.coff = c.csize = c.flags = 0;
     if (r->index < b->info->chunk_count)
         why = batch ? check_space(b->info, &c) : blobtable_check(b->info, &c);
     if (why)
-        return fail_line(-EINVAL, b->err, b->err_len, "blob %s chunk %u: %s; the image is damaged", b->info->id,
-                         r->index, why);
+        return failure_set(b->failure, -EINVAL, VND_CAUSE_FORMAT, "blob %s chunk %u: %s; the image is damaged",
+                           b->info->id, r->index, why);
     if (!is_zero(r->digest, sizeof r->digest)) {
         c.flags |= BLOBTABLE_DIGEST;
     } else if (r->flags & BLOBTABLE_CRC32 && r->crc32) {
@@ -134,10 +133,10 @@ static int put_record(void *ctx, const struct blob_chunk *r)
     e = &b->t->chunk[r->index];
     if (e->usize) { /* an image may name a chunk more than once, always alike */
         if (memcmp(e, &c, sizeof c) || memcmp(b->t->digest[r->index], r->digest, 32))
-            return fail_line(-EINVAL, b->err, b->err_len,
-                             "blob %s chunk %u: described twice and differently; "
-                             "the image is damaged",
-                             b->info->id, r->index);
+            return failure_set(b->failure, -EINVAL, VND_CAUSE_FORMAT,
+                               "blob %s chunk %u: described twice and differently; "
+                               "the image is damaged",
+                               b->info->id, r->index);
         return 0;
     }
     *e = c;
@@ -193,26 +192,26 @@ bool blobtable_overlap(const struct blobtable *t, uint32_t *a, uint32_t *b)
 }
 
 int blobtable_from_records(struct blobtable **out, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx,
-                           char *err, size_t err_len)
+                           struct failure *f)
 {
-    struct build b = { .info = info, .err = err, .err_len = err_len };
+    struct build b = { .info = info, .failure = f };
     uint32_t x, y;
     int rc;
 
     *out = NULL;
     if (!info->chunk_count || info->chunk_count > BLOBTABLE_COUNT_MAX)
-        return fail_line(-EINVAL, err, err_len, "blob %s: %u chunks; 1 to %u can be served", info->id,
-                         info->chunk_count, BLOBTABLE_COUNT_MAX);
+        return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "blob %s: %u chunks; 1 to %u can be served", info->id,
+                           info->chunk_count, BLOBTABLE_COUNT_MAX);
     b.t = blobtable_new(info->chunk_count);
     if (!b.t)
-        return fail_line(-ENOMEM, err, err_len, "blob %s: no memory for a table of %u chunks", info->id,
-                         info->chunk_count);
+        return failure_set(f, -ENOMEM, VND_CAUSE_FORMAT, "blob %s: no memory for a table of %u chunks", info->id,
+                           info->chunk_count);
     rc = chunks ? chunks(ctx, info->index, put_record, &b) : 0;
     if (!rc && !b.t->known)
         rc = -ENODATA;
     if (!rc && blobtable_overlap(b.t, &x, &y))
-        rc = fail_line(-EINVAL, err, err_len, "blob %s: chunks %u and %u share bytes; the image is damaged", info->id,
-                       x, y);
+        rc = failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "blob %s: chunks %u and %u share bytes; the image is damaged",
+                         info->id, x, y);
     if (rc) {
         blobtable_free(b.t);
         return rc < 0 ? rc : -EINVAL;
@@ -298,20 +297,19 @@ bool blobtable_equal(const struct blobtable *a, const struct blobtable *b)
            !memcmp(a->digest, b->digest, (size_t)a->n * sizeof *a->digest);
 }
 
-int blobtable_merge(struct blobtable **out, const struct blobtable *a, const struct blobtable *b, char *err,
-                    size_t err_len)
+int blobtable_merge(struct blobtable **out, const struct blobtable *a, const struct blobtable *b, struct failure *f)
 {
     struct blobtable *t;
     uint32_t x, y;
 
     *out = NULL;
     if (a->n != b->n)
-        return fail_line(-EEXIST, err, err_len, "%u chunks, another image says %u", b->n, a->n);
+        return failure_set(f, -EEXIST, VND_CAUSE_DIGEST, "%u chunks, another image says %u", b->n, a->n);
     if (!zran_equal(a->zran, b->zran))
-        return fail_line(-EEXIST, err, err_len, "its gzip contexts differ from another image's");
+        return failure_set(f, -EEXIST, VND_CAUSE_DIGEST, "its gzip contexts differ from another image's");
     t = blobtable_new(a->n);
     if (!t)
-        return fail_line(-ENOMEM, err, err_len, "no memory for a table of %u chunks", a->n);
+        return failure_set(f, -ENOMEM, VND_CAUSE_DIGEST, "no memory for a table of %u chunks", a->n);
     t->zran = zran_ref(a->zran);
     for (uint32_t i = 0; i < a->n; i++) {
         const struct blobtable *from = a->chunk[i].usize ? a : b;
@@ -319,7 +317,7 @@ int blobtable_merge(struct blobtable **out, const struct blobtable *a, const str
             continue; /* nor touches its memory */
         if (a->chunk[i].usize && b->chunk[i].usize && !same_chunk(a, b, i)) {
             blobtable_free(t);
-            return fail_line(-EEXIST, err, err_len, "chunk %u differs from what another image says of it", i);
+            return failure_set(f, -EEXIST, VND_CAUSE_DIGEST, "chunk %u differs from what another image says of it", i);
         }
         t->chunk[i] = from->chunk[i];
         memcpy(t->digest[i], from->digest[i], 32);
@@ -328,7 +326,7 @@ int blobtable_merge(struct blobtable **out, const struct blobtable *a, const str
     }
     if (blobtable_overlap(t, &x, &y)) {
         blobtable_free(t);
-        return fail_line(-EEXIST, err, err_len, "chunk %u shares bytes with chunk %u of another image", y, x);
+        return failure_set(f, -EEXIST, VND_CAUSE_DIGEST, "chunk %u shares bytes with chunk %u of another image", y, x);
     }
     *out = t;
     return 0;

@@ -7,6 +7,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/error.h"
 #include "blob/chunk.h"
 
 #define BLOBTABLE_CHUNK_MAX (16u << 20) /* bytes of a chunk: docs/rafs-format.md 7.2 */
@@ -42,14 +43,13 @@ struct blobtable {
 /* Builds from a bootstrap's chunk records; those of batched chunks lack their place (see blobmeta_place). 0;
  * -ENODATA: there are none; -EINVAL with a line: malformed; -ENOMEM. */
 int blobtable_from_records(struct blobtable **out, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx,
-                           char *err, size_t err_len);
+                           struct failure *f);
 /* What is wrong with one chunk by itself, NULL = nothing. */
 const char *blobtable_check(const vnd_blob_info *info, const struct blobtable_chunk *c);
 /* Whether both describe the same chunks alike. */
 bool blobtable_equal(const struct blobtable *a, const struct blobtable *b);
 /* Makes a new table with the chunks of both. -EEXIST with a line: they contradict each other. */
-int blobtable_merge(struct blobtable **out, const struct blobtable *a, const struct blobtable *b, char *err,
-                    size_t err_len);
+int blobtable_merge(struct blobtable **out, const struct blobtable *a, const struct blobtable *b, struct failure *f);
 /* First pair of chunks that share uncompressed bytes, among those with usize[i] != 0. true: there is one. */
 bool blobtable_overlap(const struct blobtable *t, uint32_t *a, uint32_t *b);
 /* Size of the part of the blob that holds chunks, and of ID.blob.raw. */

@@ -117,7 +117,7 @@ static int bind_overlap(struct bind *b, bool *hit, uint32_t *x, uint32_t *y)
     return rc;
 }
 
-static int bind_locked(struct bind *b, char *err, size_t err_len)
+static int bind_locked(struct bind *b, struct failure *f)
 {
     struct cachefile *c = b->c;
     uint32_t x = 0, y = 0;
@@ -128,15 +128,15 @@ static int bind_locked(struct bind *b, char *err, size_t err_len)
     if (!rc)
         rc = bind_overlap(b, &overlap, &x, &y);
     if (!rc && bad < c->n)
-        return fail_line(-EEXIST, err, err_len, "chunk %u is not what another image says of it", bad);
+        return failure_set(f, -EEXIST, VND_CAUSE_DIGEST, "chunk %u is not what another image says of it", bad);
     if (!rc && overlap)
-        return fail_line(-EEXIST, err, err_len, "chunks %u and %u share bytes, one is of another image", x, y);
+        return failure_set(f, -EEXIST, VND_CAUSE_DIGEST, "chunks %u and %u share bytes, one is of another image", x, y);
     if (!rc)
         rc = bind_walk(b, true);
-    return rc ? fail_line(rc, err, err_len, "cannot use its side file: %s", strerror(-rc)) : 0;
+    return rc ? failure_set(f, rc, VND_CAUSE_DIGEST, "cannot use its side file: %s", strerror(-rc)) : 0;
 }
 
-int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len)
+int cachefile_bind(struct cachefile *c, const struct blobtable *t, struct failure *f)
 {
     struct bind *b;
     int rc;
@@ -145,14 +145,14 @@ int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, si
         return 0;
     b = calloc(1, sizeof *b);
     if (!b)
-        return fail_line(-ENOMEM, err, err_len, "no memory");
+        return failure_set(f, -ENOMEM, VND_CAUSE_DIGEST, "no memory");
     b->c = c;
     b->t = t;
     rc = claim_byte(c->side_fd, CLAIM_INIT, true, CLAIM_INIT_WAIT_MS);
     if (rc) {
-        fail_line(rc, err, err_len, "cannot lock its side file: %s", strerror(-rc));
+        failure_set(f, rc, VND_CAUSE_DIGEST, "cannot lock its side file: %s", strerror(-rc));
     } else {
-        rc = bind_locked(b, err, err_len);
+        rc = bind_locked(b, f);
         claim_byte_release(c->side_fd, CLAIM_INIT);
     }
     free(b);

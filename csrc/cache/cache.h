@@ -107,7 +107,7 @@ void cachefile_names(struct cachefile_names *out, const char *id, bool stored);
 
 /* 0, or -errno with cause and line. Creates what is missing. -EEXIST: the files are those of another table of the blob, and
  * are left as they are. */
-int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int *cause, char *err, size_t err_len);
+int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, struct failure *f);
 void cachefile_close(struct cachefile *c);
 /* Its chunks may be another table's: a marked one that is wrong is not to be written over. */
 bool cachefile_is_adopted(const struct cachefile *c);
@@ -118,7 +118,7 @@ size_t cachefile_bound_offset(uint32_t n);
 /* With c->lock held: binds the trusted bits to what a table says of its chunks. -EEXIST with a line: they are bound to what
  * another table says, or its chunks share bytes with bound ones. Nothing is ever bound anew: the kernel or another process
  * may read the file. Without a shared side file: 0. */
-int cachefile_bind(struct cachefile *c, const struct blobtable *t, char *err, size_t err_len);
+int cachefile_bind(struct cachefile *c, const struct blobtable *t, struct failure *f);
 
 /* Where a chunk's bytes are in the data file. */
 static inline uint64_t cachefile_off(const struct cachefile *c, const struct blobtable_chunk *k)
@@ -195,6 +195,6 @@ bool cachefile_lacks(const struct cachefile *c, const struct cachefile_cfg *cfg)
  * c. Readers of c go on meanwhile: a read that meets the exchange is done again. only_better: exchanges only if the
  * new files have what c lacks. 0: exchanged; 1: not; -errno with cause and line: c stays as it is. */
 int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const struct blobtable *t, bool only_better,
-                   int *cause, char *err, size_t err_len);
+                   struct failure *f);
 
 #endif

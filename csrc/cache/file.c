@@ -47,10 +47,12 @@ void cachefile_names(struct cachefile_names *out, const char *id, bool stored)
     snprintf(out->side, sizeof out->side, stored ? "%s.raw.vnd" : "%s.vnd", id);
 }
 
-static int io_fail(const struct cachefile *c, const char *what, int rc, int *cause, char *err, size_t err_len)
+static int io_fail(const struct cachefile *c, const char *what, int rc, struct failure *f)
 {
-    *cause = rc == -ENOSPC || rc == -EROFS || rc == -EDQUOT ? VND_CAUSE_SPACE : VND_CAUSE_IO;
-    return fail_line(rc, err, err_len, "cache of blob %s: %s: %s", c->id, what, strerror(-rc));
+    bool space = rc == -ENOSPC || rc == -EROFS || rc == -EDQUOT;
+
+    return failure_set(f, rc, space ? VND_CAUSE_SPACE : VND_CAUSE_IO, "cache of blob %s: %s: %s", c->id, what,
+                       strerror(-rc));
 }
 
 static void boot_id_get(char out[40])
@@ -84,7 +86,7 @@ static int identity_get(int fd, struct identity *id)
 
 /* ---------------------------------------------------------------- data file */
 
-static int data_open(struct cachefile *c, int *cause, char *err, size_t err_len)
+static int data_open(struct cachefile *c, struct failure *f)
 {
     struct cachefile_names names;
     const char *name = names.data;
@@ -106,15 +108,14 @@ static int data_open(struct cachefile *c, int *cause, char *err, size_t err_len)
         return 0;
     }
     if (c->data_fd < 0)
-        return io_fail(c, "cannot open its data file", -errno, cause, err, err_len);
+        return io_fail(c, "cannot open its data file", -errno, f);
     if (fstat(c->data_fd, &st))
-        return io_fail(c, "cannot stat its data file", -errno, cause, err, err_len);
-    *cause = VND_CAUSE_IO;
+        return io_fail(c, "cannot stat its data file", -errno, f);
     if (!S_ISREG(st.st_mode))
-        return fail_line(-EIO, err, err_len, "cache of blob %s: %s is no file; remove it", c->id, name);
+        return failure_set(f, -EIO, VND_CAUSE_IO, "cache of blob %s: %s is no file; remove it", c->id, name);
     if ((uint64_t)st.st_size > c->size_bytes)
-        return fail_line(-EEXIST, err, err_len, "cache of blob %s: %s is larger than this image says: it is another's",
-                         c->id, name);
+        return failure_set(f, -EEXIST, VND_CAUSE_IO,
+                           "cache of blob %s: %s is larger than this image says: it is another's", c->id, name);
     c->has_bytes = st.st_size && (lseek(c->data_fd, 0, SEEK_DATA) >= 0 || errno != ENXIO);
     c->data_at = (struct cachefile_at){ st.st_dev, st.st_ino };
     return 0;
@@ -405,15 +406,14 @@ void cachefile_retire(struct cachefile *c)
         c->head->retired = 1;
 }
 
-int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int *cause, char *err, size_t err_len)
+int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, struct failure *f)
 {
     struct cachefile *c = calloc(1, sizeof *c);
     int rc;
 
     *out = NULL;
-    *cause = VND_CAUSE_IO;
     if (!c)
-        return fail_line(-ENOMEM, err, err_len, "cache of blob %s: no memory", cfg->id);
+        return failure_set(f, -ENOMEM, VND_CAUSE_IO, "cache of blob %s: no memory", cfg->id);
     c->engine = cfg->engine;
     c->dir_fd = cfg->dir_fd;
     c->side_dir_fd = cfg->side_dir_fd;
@@ -425,16 +425,16 @@ int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, int 
     snprintf(c->id, sizeof c->id, "%s", cfg->id);
     pthread_mutex_init(&c->lock, NULL);
     pthread_mutex_init(&c->write_lock, NULL);
-    rc = data_open(c, cause, err, err_len);
+    rc = data_open(c, f);
     if (!rc) {
         rc = side_open(c, cfg->quiet);
         if (rc == -EEXIST)
-            fail_line(rc, err, err_len, "cache of blob %s: its files are those of another table of chunks", c->id);
+            failure_set(f, rc, VND_CAUSE_IO, "cache of blob %s: its files are those of another table of chunks", c->id);
         else if (rc)
-            io_fail(c, "cannot map its side file", rc, cause, err, err_len);
+            io_fail(c, "cannot map its side file", rc, f);
     }
     if (!rc && (rc = map_reserve(c)))
-        io_fail(c, "no memory for its chunk map", rc, cause, err, err_len);
+        io_fail(c, "no memory for its chunk map", rc, f);
     if (!rc && c->data_fd >= 0)
         map_open(c);
     if (rc) {

@@ -120,25 +120,23 @@ static int exchange(struct cachefile *c, struct cachefile *fresh)
 }
 
 int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const struct blobtable *t, bool only_better,
-                   int *cause, char *err, size_t err_len)
+                   struct failure *f)
 {
-    char why[VND_ERR_MAX] = "";
+    struct failure why = { 0 };
     struct cachefile *fresh;
-    int rc = cachefile_open(&fresh, cfg, cause, err, err_len);
+    int rc = cachefile_open(&fresh, cfg, f);
 
     if (rc)
         return rc;
     if (only_better && !is_better(fresh, c)) {
         rc = 1;
     } else if (is_worse(fresh, c)) {
-        *cause = VND_CAUSE_SPACE;
-        rc = fail_line(-ENOSPC, err, err_len, "cache of blob %s: cannot make its files anew: no space, or not writable",
-                       c->id);
-    } else if ((rc = cachefile_bind(fresh, t, why, sizeof why))) {
-        *cause = VND_CAUSE_DIGEST;
-        fail_line(rc, err, err_len, "cache of blob %s: %s", c->id, why);
+        rc = failure_set(f, -ENOSPC, VND_CAUSE_SPACE,
+                         "cache of blob %s: cannot make its files anew: no space, or not writable", c->id);
+    } else if ((rc = cachefile_bind(fresh, t, &why))) {
+        failure_set(f, rc, why.cause, "cache of blob %s: %s", c->id, why.line);
     } else if ((rc = exchange(c, fresh))) {
-        fail_line(rc, err, err_len, "cache of blob %s: cannot map its side file", c->id);
+        failure_set(f, rc, VND_CAUSE_IO, "cache of blob %s: cannot map its side file", c->id);
     }
     cachefile_close(fresh);
     return rc;

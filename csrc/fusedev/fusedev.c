@@ -83,7 +83,7 @@ static int clone_fd(struct vnd_fusedev *d)
     return fd;
 }
 
-static int start_threads(struct vnd_fusedev *d, uint32_t threads, char *err, size_t err_len)
+static int start_threads(struct vnd_fusedev *d, uint32_t threads, struct failure *f)
 {
     int rc = worker_init(d, &d->finisher, -1, false);
 
@@ -102,7 +102,7 @@ static int start_threads(struct vnd_fusedev *d, uint32_t threads, char *err, siz
         d->n_readers = i + 1;
     }
     if (rc != 0)
-        fail_line(rc, err, err_len, "starting %u FUSE threads: %s", threads, strerror(-rc));
+        failure_set(f, rc, VND_CAUSE_IO, "starting %u FUSE threads: %s", threads, strerror(-rc));
     return rc;
 }
 
@@ -112,6 +112,7 @@ vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads
     struct {
         struct fuse_out_header h;
     } resend = { { .len = sizeof(resend), .error = FUSE_NOTIFY_RESEND } };
+    struct failure f = { 0 };
     struct vnd_fusedev *d;
     int rc = install_leave_signal();
 
@@ -149,7 +150,9 @@ vnd_fusedev *vnd_fusedev_new(vnd_engine *e, vnd_vfs *v, int fd, uint32_t threads
     fuse_session_keep_root(d->session);
     if (flags & VND_FUSEDEV_RESUME)
         fuse_session_resume(d->session);
-    if (start_threads(d, threads, err, err_len) != 0) {
+    rc = start_threads(d, threads, &f);
+    if (rc != 0) {
+        failure_tell(&f, rc, NULL, err, err_len);
         vnd_fusedev_free(d);
         return NULL;
     }

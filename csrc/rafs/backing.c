@@ -88,19 +88,19 @@ static void mount_image(struct vnd_rafs *r)
 {
     struct rafs_backing *b = r->backing;
     struct hostmount_part parts[HOSTMOUNT_PARTS_MAX] = { { .fd = r->map_fd, .offset = r->map_off } };
-    char line[VND_ERR_MAX];
+    struct failure f = { 0 };
     int fd;
 
     if (!note_epochs(r, parts))
         return;
     if (b->root_fd >= 0)
         close(b->root_fd);
-    fd = hostmount_erofs(parts, (int)r->info.blob_count + 1, line, sizeof(line));
+    fd = hostmount_erofs(parts, (int)r->info.blob_count + 1, &f);
     b->root_fd = fd < 0 ? -1 : fd;
     if (fd < 0) {
         b->failed = true;
         engine_say(r->engine, VND_LEVEL_INFO, VND_CAUSE_NONE, "%s: cached files go through the daemon, not past it: %s",
-                   r->path, line);
+                   r->path, f.line);
     }
 }
 

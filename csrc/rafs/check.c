@@ -38,15 +38,15 @@ bool rafs_fault(struct rafs_faults *f, const char *fmt, ...)
 static void check_table(struct vnd_rafs *r, struct rafs_faults *f, uint32_t blob)
 {
     struct blobtable *t;
-    char line[VND_ERR_MAX] = "out of memory";
+    struct failure why = { .line = "out of memory" };
     int rc = r->blobs[blob].info.chunk_count
-                 ? blobtable_from_records(&t, &r->blobs[blob].info, rafs_blob_chunks, r, line, sizeof(line))
+                 ? blobtable_from_records(&t, &r->blobs[blob].info, rafs_blob_chunks, r, &why)
                  : -ENODATA;
 
     if (!rc)
         blobtable_free(t);
     else if (rc != -ENODATA)
-        rafs_fault(f, "%s", line);
+        rafs_fault(f, "%s", why.line);
 }
 
 struct record_walk {

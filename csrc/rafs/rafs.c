@@ -101,8 +101,7 @@ static int open_blobs(struct vnd_rafs *r, const struct rafs_error *e)
     if (!r->engine->cfg.allow_unverified && (rc = check_digests(r, e)))
         return rc;
     for (uint32_t k = 0; k < r->info.blob_count; k++) {
-        r->blobs[k].blob = blob_open(r->store, &r->blobs[k].info, rafs_blob_chunks, r, &e->failure->cause,
-                                     e->failure->line, sizeof(e->failure->line));
+        r->blobs[k].blob = blob_open(r->store, &r->blobs[k].info, rafs_blob_chunks, r, e->failure);
         if (!r->blobs[k].blob)
             return -EIO;
         blob_meta_beside(r->blobs[k].blob, dir);

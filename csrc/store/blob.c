@@ -104,17 +104,17 @@ int blob_set_apart(struct vnd_blob *b, const struct blobtable *own)
     return 0;
 }
 
-int core_set_apart(struct blob_core *c, int *cause, char *err, size_t err_len)
+int core_set_apart(struct blob_core *c, struct failure *f)
 {
     char name[CORE_NAME_MAX];
     struct cachefile_cfg cfg;
     int rc = blobtable_name(&c->info, atomic_load(&c->table), c->table_name);
 
     if (rc)
-        return fail_line(rc, err, err_len, "its table gets no name: %s", strerror(-rc));
+        return failure_set(f, rc, VND_CAUSE_IO, "its table gets no name: %s", strerror(-rc));
     atomic_store(&c->apart, true);
     core_cache_cfg(c, name, &cfg);
-    rc = cachefile_move(c->cache, &cfg, atomic_load(&c->table), false, cause, err, err_len);
+    rc = cachefile_move(c->cache, &cfg, atomic_load(&c->table), false, f);
     if (!rc)
         engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_DIGEST,
                    "cache of blob %s: its files hold another image's chunks and are left alone; this image's go to "
@@ -123,36 +123,33 @@ int core_set_apart(struct blob_core *c, int *cause, char *err, size_t err_len)
     return rc;
 }
 
-struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx, int *cause,
-                           char *err, size_t err_len)
+struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx, struct failure *f)
 {
     const char *feature = feature_refused(info->features);
     struct vnd_blob *b;
     int rc = 0;
 
-    *cause = VND_CAUSE_FORMAT;
     if (!blob_id_valid(info->id)) {
-        fail_line(0, err, err_len, "blob %u has an id that is no id: the image is damaged", info->index);
+        failure_set(f, 0, VND_CAUSE_FORMAT, "blob %u has an id that is no id: the image is damaged", info->index);
         return NULL;
     }
     if (feature) {
-        fail_line(0, err, err_len,
-                  "blob %s needs the feature %s, which is not supported; convert the image "
-                  "without it",
-                  info->id, feature);
+        failure_set(f, 0, VND_CAUSE_FORMAT,
+                    "blob %s needs the feature %s, which is not supported; convert the image "
+                    "without it",
+                    info->id, feature);
         return NULL;
     }
     if (!codec_known(info->compressor) || info->digester > CODEC_SHA256) {
-        fail_line(0, err, err_len, "blob %s: compressor %u or digester %u is unknown", info->id, info->compressor,
-                  info->digester);
+        failure_set(f, 0, VND_CAUSE_FORMAT, "blob %s: compressor %u or digester %u is unknown", info->id,
+                    info->compressor, info->digester);
         return NULL;
     }
     if (info->uncompressed_size_bytes > 1ull << 44 || info->compressed_size_bytes > 1ull << 40 ||
         info->chunk_count > BLOBTABLE_COUNT_MAX) {
-        fail_line(0, err, err_len, "blob %s: sizes beyond all bounds: the image is damaged", info->id);
+        failure_set(f, 0, VND_CAUSE_FORMAT, "blob %s: sizes beyond all bounds: the image is damaged", info->id);
         return NULL;
     }
-    *cause = VND_CAUSE_IO;
     b = calloc(1, sizeof *b);
     if (b) {
         atomic_init(&b->refs, 1);
@@ -168,10 +165,9 @@ struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_
         core_join(s, b, "", &rc);
     if (!b || rc) {
         free(b);
-        fail_line(0, err, err_len, "blob %s: no memory", info->id);
+        failure_set(f, 0, VND_CAUSE_IO, "blob %s: no memory", info->id);
         return NULL;
     }
-    *cause = VND_CAUSE_NONE;
     return b;
 }
 

@@ -311,14 +311,13 @@ static void say_bad(struct vnd_engine *e, const struct job *j, uint32_t i, bool 
 static void leave_adopted_file(struct vnd_engine *e, struct job *j)
 {
     struct blob_core *c = j->core;
-    char err[VND_ERR_MAX] = "";
-    int cause = VND_CAUSE_IO;
+    struct failure f = { 0 };
 
     pthread_mutex_lock(&c->load_lock);
     if (!atomic_load(&c->apart) && cachefile_is_adopted(c->cache)) {
         cachefile_retire(c->cache);
-        if (core_set_apart(c, &cause, err, sizeof err))
-            engine_say(e, VND_LEVEL_ERROR, cause, "%s; its wrong chunks are written over", err);
+        if (core_set_apart(c, &f))
+            engine_say(e, VND_LEVEL_ERROR, f.cause, "%s; its wrong chunks are written over", f.line);
     }
     pthread_mutex_unlock(&c->load_lock);
 }

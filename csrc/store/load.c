@@ -14,22 +14,20 @@
 #define META_RETRY_US (1000 * 1000) /* an image that was refused may be looked at again after this */
 #define META_TRIES 2
 
-static int open_cache(struct blob_core *c, const struct blobtable *t, int *cause, char *err, size_t err_len)
+static int open_cache(struct blob_core *c, const struct blobtable *t, struct failure *f)
 {
     char name[CORE_NAME_MAX];
     struct cachefile_cfg cfg;
     const char *why = c->store->compressed || c->stored ? blobtable_unstorable(&c->info, t) : NULL;
 
-    if (c->cache) {
-        *cause = VND_CAUSE_DIGEST;
-        return c->stored && why ? fail_line(-EEXIST, err, err_len, "its cache is compressed, and %s", why) : 0;
-    }
+    if (c->cache)
+        return c->stored && why ? failure_set(f, -EEXIST, VND_CAUSE_DIGEST, "its cache is compressed, and %s", why) : 0;
     if (why)
         engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_NONE, "cache of blob %s is kept uncompressed: %s",
                    c->info.id, why);
     c->stored = c->store->compressed && !why;
     core_cache_cfg(c, name, &cfg);
-    return cachefile_open(&c->cache, &cfg, cause, err, err_len);
+    return cachefile_open(&c->cache, &cfg, f);
 }
 
 static bool same_storage(const vnd_blob_info *a, const vnd_blob_info *b)
@@ -41,16 +39,15 @@ static bool same_storage(const vnd_blob_info *a, const vnd_blob_info *b)
 }
 
 /* Opens the core's files if need be, binds them to all, and makes all the core's table. */
-static int publish_table(struct blob_core *c, struct blobtable *all, int *cause, char *err, size_t err_len)
+static int publish_table(struct blob_core *c, struct blobtable *all, struct failure *f)
 {
-    int rc = open_cache(c, all, cause, err, err_len);
+    int rc = open_cache(c, all, f);
 
     if (rc)
         return rc;
-    *cause = VND_CAUSE_DIGEST;
     /* For a commit, binding and table change in one step (cachefile_invalidate's rule). */
     pthread_mutex_lock(&c->cache->lock);
-    rc = cachefile_bind(c->cache, all, err, err_len);
+    rc = cachefile_bind(c->cache, all, f);
     if (!rc) {
         all->next = c->tables;
         c->tables = all;
@@ -62,26 +59,25 @@ static int publish_table(struct blob_core *c, struct blobtable *all, int *cause,
 
 /* Joins b's table with its core's: *own, which is taken over, unless this fails. The core's table only grows, for its
  * trusted bits vouch for what it says. -EEXIST: they contradict each other. */
-static int join_tables(struct vnd_blob *b, struct blobtable **own, int *cause, char *err, size_t err_len)
+static int join_tables(struct vnd_blob *b, struct blobtable **own, struct failure *f)
 {
     struct blob_core *c = b->core;
     struct blobtable *now = atomic_load(&c->table), *all = *own, *mine = *own;
     int rc = 0;
 
-    *cause = VND_CAUSE_DIGEST;
     if (!same_storage(&b->info, &c->info))
-        return fail_line(-EEXIST, err, err_len, "sizes or codecs differ from what another image says");
+        return failure_set(f, -EEXIST, VND_CAUSE_DIGEST, "sizes or codecs differ from what another image says");
     if (now && blobtable_equal(now, *own)) {
         mine = now;
         blobtable_free(*own);
     } else {
         if (now)
-            rc = blobtable_merge(&all, now, *own, err, err_len);
+            rc = blobtable_merge(&all, now, *own, f);
         if (!rc && now && blobtable_equal(now, all)) { /* it says less than what is known already */
             blobtable_free(all);
             b->own = mine;
         } else if (!rc) {
-            rc = publish_table(c, all, cause, err, err_len);
+            rc = publish_table(c, all, f);
             if (rc && all != mine)
                 blobtable_free(all);
             if (!rc && all != mine)
@@ -96,23 +92,23 @@ static int join_tables(struct vnd_blob *b, struct blobtable **own, int *cause, c
     return 0;
 }
 
-static int join_locked(struct vnd_blob *b, struct blobtable **own, int *cause, char *err, size_t err_len)
+static int join_locked(struct vnd_blob *b, struct blobtable **own, struct failure *f)
 {
     struct blob_core *c = b->core;
     int rc;
 
     pthread_mutex_lock(&c->load_lock);
-    rc = join_tables(b, own, cause, err, err_len);
+    rc = join_tables(b, own, f);
     pthread_mutex_unlock(&c->load_lock);
     return rc;
 }
 
 /* Gives records (may be NULL: there are none) the places that a stored table states. */
 static int apply_meta(struct blobtable **records, const vnd_blob_info *info, const uint8_t *plain,
-                      const uint8_t *header, char *err, size_t err_len)
+                      const uint8_t *header, struct failure *f)
 {
     struct blobtable *meta;
-    int rc = blobmeta_parse(&meta, info, plain, header, err, err_len);
+    int rc = blobmeta_parse(&meta, info, plain, header, f);
 
     if (rc)
         return rc;
@@ -120,7 +116,7 @@ static int apply_meta(struct blobtable **records, const vnd_blob_info *info, con
         *records = meta;
         return 0;
     }
-    rc = blobmeta_place(*records, meta, info, err, err_len);
+    rc = blobmeta_place(*records, meta, info, f);
     blobtable_free(meta);
     return rc;
 }
@@ -129,7 +125,7 @@ static int apply_meta(struct blobtable **records, const vnd_blob_info *info, con
 static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
 {
     uint8_t header[BLOBMETA_HEADER], *plain;
-    char why[VND_ERR_MAX];
+    struct failure why = { 0 };
     int rc = blobmeta_file_read(b->core->store->dir_fd, &b->info, &plain, header);
     bool cached = !rc;
 
@@ -141,10 +137,10 @@ static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
     }
     if (rc)
         return rc;
-    rc = apply_meta(records, &b->info, plain, header, why, sizeof why);
+    rc = apply_meta(records, &b->info, plain, header, &why);
     if (rc)
         engine_say(b->core->engine, VND_LEVEL_WARNING, VND_CAUSE_FORMAT,
-                   "%s.blob.meta in the cache directory or beside the bootstrap is not used: %s", b->info.id, why);
+                   "%s.blob.meta in the cache directory or beside the bootstrap is not used: %s", b->info.id, why.line);
     else if (cached)
         atomic_store(&b->core->meta_cached, true);
     free(plain);
@@ -160,17 +156,17 @@ bool core_drop_meta(struct blob_core *c)
 }
 
 /* Makes the table of the bytes that a META job brought. */
-static int meta_from_raw(struct vnd_blob *b, struct blobtable **records, char *err, size_t err_len)
+static int meta_from_raw(struct vnd_blob *b, struct blobtable **records, struct failure *f)
 {
     const uint8_t *header = b->raw + b->info.ci_csize_bytes;
     uint8_t *plain = NULL;
-    int rc = b->info.cipher ? blobmeta_decrypt(&b->info, b->raw, b->raw_len, err, err_len) : 0;
+    int rc = b->info.cipher ? blobmeta_decrypt(&b->info, b->raw, b->raw_len, f) : 0;
 
     if (!rc)
-        rc = blobmeta_decode(&plain, &b->info, b->raw, b->raw_len, err, err_len);
+        rc = blobmeta_decode(&plain, &b->info, b->raw, b->raw_len, f);
     if (rc)
         return rc;
-    rc = apply_meta(records, &b->info, plain, header, err, err_len);
+    rc = apply_meta(records, &b->info, plain, header, f);
     if (!rc && b->core->store->writable)
         blobmeta_file_write(b->core->store->dir_fd, &b->info, plain, header); /* only saves the next fetch */
     free(plain);
@@ -191,33 +187,32 @@ static int meta_find(struct vnd_blob *b, struct blobtable **own)
 }
 
 /* -EINPROGRESS: the stored table has to be fetched first; -EBUSY: another process does it. */
-static int load_table(struct vnd_blob *b, struct blobtable **own, int *cause, char *err, size_t err_len)
+static int load_table(struct vnd_blob *b, struct blobtable **own, struct failure *f)
 {
     bool batch = b->info.features & (BLOBMETA_BATCH | BLOBMETA_ZRAN);
     int rc;
 
-    *cause = VND_CAUSE_FORMAT;
-    rc = blobtable_from_records(own, &b->info, b->chunks, b->ctx, err, err_len);
+    f->cause = VND_CAUSE_FORMAT; /* where what fails says nothing */
+    rc = blobtable_from_records(own, &b->info, b->chunks, b->ctx, f);
     if (rc && rc != -ENODATA)
         return rc;
     if (!rc && !batch)
         return 0;
     /* The image's own limits first: without digests nothing is worth fetching. */
-    if (rc && !b->core->engine->cfg.allow_unverified) {
-        *cause = VND_CAUSE_DIGEST;
-        return fail_line(-EIO, err, err_len,
-                         "its image lists no chunks and so no digests of it; "
-                         "--allow-unverified serves it all the same");
-    }
+    if (rc && !b->core->engine->cfg.allow_unverified)
+        return failure_set(f, -EIO, VND_CAUSE_DIGEST,
+                           "its image lists no chunks and so no digests of it; "
+                           "--allow-unverified serves it all the same");
     if (!blobmeta_possible(&b->info)) {
-        rc = fail_line(-EIO, err, err_len, "neither its image nor the blob says where its chunks lie");
+        rc = failure_set(f, -EIO, VND_CAUSE_FORMAT, "neither its image nor the blob says where its chunks lie");
     } else if (b->raw) {
-        rc = meta_from_raw(b, own, err, err_len);
+        rc = meta_from_raw(b, own, f);
         free(b->raw);
         b->raw = NULL;
         if (rc && rc != -ENOMEM && b->raw_tries < META_TRIES)
             rc = -EINPROGRESS;
-        *cause = VND_CAUSE_DIGEST;
+        if (rc)
+            f->cause = VND_CAUSE_DIGEST;
     } else {
         rc = meta_find(b, own);
     }
@@ -228,28 +223,27 @@ static int load_table(struct vnd_blob *b, struct blobtable **own, int *cause, ch
     return rc;
 }
 
-static int load(struct vnd_blob *b, int *cause, char *err, size_t err_len)
+static int load(struct vnd_blob *b, struct failure *f)
 {
     struct blob_core *c = b->core;
     struct blobtable *own = NULL;
-    int rc = load_table(b, &own, cause, err, err_len);
+    int rc = load_table(b, &own, f);
 
     if (rc)
         return rc;
     if (own->digests < own->known && !c->engine->cfg.allow_unverified) {
-        *cause = VND_CAUSE_DIGEST;
         blobtable_free(own);
-        return fail_line(-EIO, err, err_len,
-                         "its image carries no chunk digests; --allow-unverified serves it all "
-                         "the same");
+        return failure_set(f, -EIO, VND_CAUSE_DIGEST,
+                           "its image carries no chunk digests; --allow-unverified serves it all "
+                           "the same");
     }
-    rc = join_locked(b, &own, cause, err, err_len);
+    rc = join_locked(b, &own, f);
     if (rc == -EEXIST) {
         engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_NONE,
-                   "blob %s: %s; each of the two images gets cache files of its own", b->info.id, err);
+                   "blob %s: %s; each of the two images gets cache files of its own", b->info.id, f->line);
         rc = blob_set_apart(b, own);
         if (!rc)
-            rc = join_locked(b, &own, cause, err, err_len);
+            rc = join_locked(b, &own, f);
     }
     blobtable_free(own);
     return rc;
@@ -296,13 +290,12 @@ static void load_run(struct pool_task *task)
 {
     struct vnd_blob *b = ((struct load_task *)task)->b;
     struct vnd_engine *e = b->core->engine;
-    char err[VND_ERR_MAX] = "";
-    int cause = VND_CAUSE_IO, rc;
+    struct failure f = { 0 };
+    int rc = load(b, &f);
 
-    rc = load(b, &cause, err, sizeof err);
     if (rc == -EINPROGRESS) {
-        if (err[0])
-            engine_say(e, VND_LEVEL_WARNING, VND_CAUSE_DIGEST, "%s; it is asked for once more", err);
+        if (f.line[0])
+            engine_say(e, VND_LEVEL_WARNING, VND_CAUSE_DIGEST, "%s; it is asked for once more", f.line);
         b->raw_tries++;
         load_end(b, rc); /* before the job can end */
         if (want_push_meta(b, 0))
@@ -312,7 +305,7 @@ static void load_run(struct pool_task *task)
         foreign_add_meta(e->fetcher, b, meta_fetched);
     } else {
         if (rc)
-            engine_say(e, VND_LEVEL_ERROR, cause, "blob %s cannot be served: %s", b->info.id, err);
+            engine_say(e, VND_LEVEL_ERROR, f.cause, "blob %s cannot be served: %s", b->info.id, f.line);
         load_end(b, rc);
     }
     if (!rc) {

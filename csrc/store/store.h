@@ -18,6 +18,7 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "base/error.h"
 #include "blob/chunk.h"
 #include "store/wait.h"
 
@@ -34,8 +35,8 @@ int store_want(struct store_wait *w, const struct extent *ext, int n);
 /* One per image that names the blob. All of them share its cache file, as long as they agree on its chunks: an
  * image that contradicts one in use gets EIO at first use, and the other goes on. chunks/ctx are used until
  * blob_close. Opening touches no network and does no work that grows with the blob. */
-struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx, int *cause,
-                           char *err, size_t err_len);
+struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_fn chunks, void *ctx,
+                           struct failure *f);
 /* ID.blob.meta may lie in this directory too: beside the bootstrap, where its layer brought it. */
 void blob_meta_beside(struct vnd_blob *b, const char *dir);
 void blob_close(struct vnd_blob *b, void *ctx);

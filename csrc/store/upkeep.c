@@ -23,28 +23,29 @@ static const char *const REPLACED[] = {
 static void follow_core(struct blob_core *c, bool changed, bool retry)
 {
     struct cachefile *f = c->cache;
-    char name[CORE_NAME_MAX], err[VND_ERR_MAX] = "";
+    char name[CORE_NAME_MAX];
+    struct failure why = { 0 };
     struct cachefile_cfg cfg;
     enum cachefile_replaced which;
-    int cause = VND_CAUSE_NONE, rc;
+    int rc;
 
     core_cache_cfg(c, name, &cfg);
     which = changed ? cachefile_find_replaced(f, &cfg) : CACHEFILE_IN_PLACE;
     if (which == CACHEFILE_IN_PLACE && !(retry && cachefile_lacks(f, &cfg)))
         return;
     cfg.quiet = which == CACHEFILE_IN_PLACE;
-    rc = cachefile_move(f, &cfg, atomic_load(&c->table), which == CACHEFILE_IN_PLACE, &cause, err, sizeof err);
+    rc = cachefile_move(f, &cfg, atomic_load(&c->table), which == CACHEFILE_IN_PLACE, &why);
     if (rc == -EEXIST && !atomic_load(&c->apart)) /* what lies there now is of another table */
-        rc = core_set_apart(c, &cause, err, sizeof err);
+        rc = core_set_apart(c, &why);
     if (!rc && which != CACHEFILE_IN_PLACE)
         engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO, "cache of blob %s: %s", f->id, REPLACED[which]);
     else if (!rc)
         engine_say(c->engine, VND_LEVEL_INFO, VND_CAUSE_NONE, "cache of blob %s is written again", f->id);
     else if (rc < 0 && which != CACHEFILE_IN_PLACE && !f->replaced_said)
-        engine_say(c->engine, VND_LEVEL_ERROR, cause,
+        engine_say(c->engine, VND_LEVEL_ERROR, why.cause,
                    "%s; %s, and until that is mended this daemon alone goes on with the "
                    "removed file",
-                   err, REPLACED[which]);
+                   why.line, REPLACED[which]);
     f->replaced_said = rc < 0;
     if (rc < 0) /* to be tried again, though nothing changes in the directories */
         c->store->dir_seen = (struct store_seen){ 0 };

@@ -123,12 +123,11 @@ static inline int fix_chunks(void *ctx, uint32_t blob_index, int (*put)(void *, 
 
 static inline struct vnd_blob *fix_open(vnd_store *s, struct fix_blob *b)
 {
-    char err[VND_ERR_MAX] = "";
-    int cause;
-    struct vnd_blob *h = blob_open(s, &b->info, fix_chunks, b, &cause, err, sizeof err);
+    struct failure f = { 0 };
+    struct vnd_blob *h = blob_open(s, &b->info, fix_chunks, b, &f);
 
     if (!h)
-        fprintf(stderr, "blob_open: %s\n", err);
+        fprintf(stderr, "blob_open: %s\n", f.line);
     CHECK(h);
     return h;
 }

@@ -33,7 +33,7 @@ static struct blobtable *parse(const vnd_blob_info *info, const uint8_t *table, 
     const uint32_t magic = 0xB10BB10B;
     const uint64_t at = (uint64_t)info->chunk_count * ENTRY, len = (uint64_t)contexts * CONTEXT;
     struct blobtable *t = NULL;
-    char err[VND_ERR_MAX];
+    struct failure f = { 0 };
 
     memcpy(header, &magic, 4);
     memcpy(header + 8, &info->ci_compressor, 4);
@@ -44,7 +44,7 @@ static struct blobtable *parse(const vnd_blob_info *info, const uint8_t *table, 
     memcpy(header + 48, &len, 8);
     memcpy(header + 56, &contexts, 4);
     memcpy(header + BLOBMETA_HEADER - 4, &magic, 4);
-    return blobmeta_parse(&t, info, table, header, err, sizeof(err)) ? NULL : t;
+    return blobmeta_parse(&t, info, table, header, &f) ? NULL : t;
 }
 
 /* What was decoded: all of it the table's, and readable. It goes into the cache's file as a commit would put it. */

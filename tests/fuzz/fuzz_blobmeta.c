@@ -36,7 +36,7 @@ static void through_file(const vnd_blob_info *info, const uint8_t *table, const 
 static void place(const struct blobtable *t, const vnd_blob_info *info, const uint8_t *header)
 {
     struct blobtable *records = blobtable_new(t->n);
-    char err[VND_ERR_MAX];
+    struct failure f = { 0 };
 
     for (uint32_t i = 0; records && i < t->n; i++) {
         records->chunk[i] = t->chunk[i];
@@ -48,7 +48,7 @@ static void place(const struct blobtable *t, const vnd_blob_info *info, const ui
     if (records && t->n && header[6] & 2)
         records->chunk[0].usize = 0;
     if (records)
-        blobmeta_place(records, t, info, err, sizeof err);
+        blobmeta_place(records, t, info, &f);
     blobtable_free(records);
 }
 
@@ -69,7 +69,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     vnd_blob_info info = { .id = "fuzz" };
     uint8_t header[BLOBMETA_HEADER] = { 0 }, *table, *plain;
     struct blobtable *t;
-    char err[VND_ERR_MAX];
+    struct failure f = { 0 };
     size_t n;
 
     info.chunk_count = (uint32_t)take(&data, &size, 1);
@@ -100,7 +100,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     info.cipher = header[5] & 1;
     if (header[5] == 0x5a) /* seldom: files are slow */
         through_file(&info, table, header);
-    if (!blobmeta_parse(&t, &info, table, header, err, sizeof err)) {
+    if (!blobmeta_parse(&t, &info, table, header, &f)) {
         /* What passed must be safe to use. */
         for (uint32_t i = 0; i < t->n; i++) {
             const struct blobtable_chunk *c = &t->chunk[i];
@@ -114,9 +114,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (size >= BLOBMETA_HEADER) {
         info.ci_csize_bytes = size - BLOBMETA_HEADER;
         info.ci_usize_bytes = info.ci_csize_bytes + (header[9] & 15);
-        if (!blobmeta_decode(&plain, &info, table, size, err, sizeof err))
+        if (!blobmeta_decode(&plain, &info, table, size, &f))
             free(plain);
-        blobmeta_decrypt(&info, table, size, err, sizeof err);
+        blobmeta_decrypt(&info, table, size, &f);
     }
     free(table);
     return 0;

@@ -275,14 +275,14 @@ TEST(flips)
 static void refuse(struct fix_blob *b, const uint8_t *table, const uint8_t *header, const char *word)
 {
     struct blobtable *t;
-    char err[VND_ERR_MAX] = "";
+    struct failure failure = { 0 };
     uint8_t *copy = malloc(b->info.ci_usize_bytes); /* of the exact size, for the sanitizer */
 
     memcpy(copy, table, b->info.ci_usize_bytes);
-    CHECK_EQ(blobmeta_parse(&t, &b->info, copy, header, err, sizeof err), -EINVAL);
+    CHECK_EQ(blobmeta_parse(&t, &b->info, copy, header, &failure), -EINVAL);
     free(copy);
-    if (!strstr(err, word)) {
-        fprintf(stderr, "'%s' lacks '%s'\n", err, word);
+    if (!strstr(failure.line, word)) {
+        fprintf(stderr, "'%s' lacks '%s'\n", failure.line, word);
         check_fail();
     }
 }
@@ -292,20 +292,20 @@ TEST(refuses)
     uint8_t *table, h[4096], was[40];
     struct fix_blob *b = batch_blob(CODEC_ZSTD, &table);
     struct blobtable *t, *rec;
-    char err[VND_ERR_MAX];
+    struct failure failure = { 0 };
 
     memcpy(h, b->stored + b->stored_len - 4096, 4096);
-    CHECK_EQ(blobmeta_parse(&t, &b->info, table, h, err, sizeof err), 0);
+    CHECK_EQ(blobmeta_parse(&t, &b->info, table, h, &failure), 0);
     CHECK_EQ(t->known, N);
     CHECK_EQ(t->chunk[10].batch, 0);
     CHECK(t->chunk[9].batch != 0 && t->chunk[9].batch == t->chunk[5].batch);
-    CHECK_EQ(blobtable_from_records(&rec, &b->info, fix_chunks, b, err, sizeof err), 0);
-    CHECK_EQ(blobmeta_place(rec, t, &b->info, err, sizeof err), 0);
+    CHECK_EQ(blobtable_from_records(&rec, &b->info, fix_chunks, b, &failure), 0);
+    CHECK_EQ(blobmeta_place(rec, t, &b->info, &failure), 0);
     t->chunk[10].coff++;
-    CHECK_EQ(blobmeta_place(rec, t, &b->info, err, sizeof err), -EINVAL);
+    CHECK_EQ(blobmeta_place(rec, t, &b->info, &failure), -EINVAL);
     t->chunk[10].coff--;
     t->chunk[3].uoff += 4096;
-    CHECK_EQ(blobmeta_place(rec, t, &b->info, err, sizeof err), -EINVAL);
+    CHECK_EQ(blobmeta_place(rec, t, &b->info, &failure), -EINVAL);
     blobtable_free(t);
     blobtable_free(rec);
 
@@ -366,6 +366,7 @@ TEST(v1)
     uint8_t h[4096] = { 0 };
     struct blobtable *t;
     char err[VND_ERR_MAX], dir[200];
+    struct failure failure = { 0 };
 
     put32(h, 0xB10BB10B);
     put32(h + 8, 3);
@@ -374,7 +375,7 @@ TEST(v1)
     put64(h + 24, 30);
     put64(h + 32, 32);
     put32(h + 4092, 0xB10BB10B);
-    CHECK_EQ(blobmeta_parse(&t, &info, vectors, h, err, sizeof err), 0);
+    CHECK_EQ(blobmeta_parse(&t, &info, vectors, h, &failure), 0);
     CHECK_EQ(t->chunk[0].uoff, 0);
     CHECK_EQ(t->chunk[0].usize, 16931);
     CHECK_EQ(t->chunk[0].coff, 0);

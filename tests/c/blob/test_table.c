@@ -3,9 +3,9 @@
 
 #include "blob/table.h"
 
-static int table_rc(struct fix_blob *b, struct blobtable **t, char *err)
+static int table_rc(struct fix_blob *b, struct blobtable **t, struct failure *f)
 {
-    return blobtable_from_records(t, &b->info, fix_chunks, b, err, VND_ERR_MAX);
+    return blobtable_from_records(t, &b->info, fix_chunks, b, f);
 }
 
 static struct fix_blob *new_blob(void)
@@ -29,9 +29,9 @@ TEST(covers_extents_inside_their_chunk_alone)
     };
     struct fix_blob *b = new_blob();
     struct blobtable *t;
-    char err[VND_ERR_MAX];
+    struct failure f = { 0 };
 
-    CHECK_EQ(table_rc(b, &t, err), 0);
+    CHECK_EQ(table_rc(b, &t, &f), 0);
     CHECK_EQ(t->known, 6);
     CHECK_EQ(t->digests, 6);
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
@@ -45,15 +45,15 @@ TEST(merges_tables_that_agree)
 {
     struct fix_blob *b = new_blob();
     struct blobtable *t, *half, *all;
-    char err[VND_ERR_MAX];
+    struct failure f = { 0 };
 
-    CHECK_EQ(table_rc(b, &t, err), 0);
+    CHECK_EQ(table_rc(b, &t, &f), 0);
     b->hide_from = 1;
     b->hide_to = 3;
-    CHECK_EQ(table_rc(b, &half, err), 0);
+    CHECK_EQ(table_rc(b, &half, &f), 0);
     CHECK_EQ(half->known, 4);
     CHECK(!blobtable_equal(t, half));
-    CHECK_EQ(blobtable_merge(&all, half, t, err, sizeof err), 0);
+    CHECK_EQ(blobtable_merge(&all, half, t, &f), 0);
     CHECK(blobtable_equal(all, t));
     blobtable_free(all);
     blobtable_free(half);
@@ -65,18 +65,18 @@ TEST(refuses_tables_that_contradict)
 {
     struct fix_blob *b = new_blob();
     struct blobtable *t, *half, *all;
-    char err[VND_ERR_MAX];
+    struct failure f = { 0 };
 
-    CHECK_EQ(table_rc(b, &t, err), 0);
+    CHECK_EQ(table_rc(b, &t, &f), 0);
     b->hide_from = 1;
     b->hide_to = 3;
-    CHECK_EQ(table_rc(b, &half, err), 0);
+    CHECK_EQ(table_rc(b, &half, &f), 0);
     half->digest[0][3] ^= 1;
-    CHECK_EQ(blobtable_merge(&all, half, t, err, sizeof err), -EEXIST);
+    CHECK_EQ(blobtable_merge(&all, half, t, &f), -EEXIST);
     half->digest[0][3] ^= 1;
     half->chunk[0].usize++; /* now reaches into chunk 1 of the other */
     t->chunk[0].usize = 0;
-    CHECK_EQ(blobtable_merge(&all, half, t, err, sizeof err), -EEXIST);
+    CHECK_EQ(blobtable_merge(&all, half, t, &f), -EEXIST);
     blobtable_free(half);
     blobtable_free(t);
     fix_blob_free(b);
@@ -86,11 +86,11 @@ TEST(an_image_that_names_no_chunk_has_no_table)
 {
     struct fix_blob *b = new_blob();
     struct blobtable *t;
-    char err[VND_ERR_MAX];
+    struct failure f = { 0 };
 
     b->hide_from = 0;
     b->hide_to = 6;
-    CHECK_EQ(table_rc(b, &t, err), -ENODATA);
+    CHECK_EQ(table_rc(b, &t, &f), -ENODATA);
     fix_blob_free(b);
 }
 
@@ -98,12 +98,12 @@ TEST(any_order_of_offsets_without_overlap_is_fine)
 {
     struct fix_blob *b = new_blob();
     struct blobtable *t;
-    char err[VND_ERR_MAX];
+    struct failure f = { 0 };
     uint64_t u = b->chunk[1].uoff;
 
     b->chunk[1].uoff = b->chunk[3].uoff;
     b->chunk[3].uoff = u;
-    CHECK_EQ(table_rc(b, &t, err), 0);
+    CHECK_EQ(table_rc(b, &t, &f), 0);
     blobtable_free(t);
     fix_blob_free(b);
 }
@@ -175,11 +175,11 @@ TEST(refuses_records_and_says_why)
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         struct fix_blob *b = new_blob();
         struct blobtable *t;
-        char err[VND_ERR_MAX] = "";
+        struct failure f = { 0 };
 
         cases[i].spoil(b);
-        CHECK(table_rc(b, &t, err) < 0);
-        CHECK_HAS(err, cases[i].line_has);
+        CHECK(table_rc(b, &t, &f) < 0);
+        CHECK_HAS(f.line, cases[i].line_has);
         CHECK(!t);
         fix_blob_free(b);
     }

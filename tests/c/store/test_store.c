@@ -315,7 +315,7 @@ TEST(refused_by_name)
 {
     char dir[200], err[VND_ERR_MAX];
     struct fix f = { 0 };
-    int cause;
+    struct failure failure = { 0 };
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, 4, 16384);
     vnd_blob_info bad;
 
@@ -323,13 +323,13 @@ TEST(refused_by_name)
     fix_up(&f, dir, b, 1);
     bad = b->info;
     bad.features |= 0x800;
-    CHECK(!blob_open(f.s, &bad, fix_chunks, b, &cause, err, sizeof err) && strstr(err, "EXTERNAL"));
-    CHECK_EQ(cause, VND_CAUSE_FORMAT);
+    CHECK(!blob_open(f.s, &bad, fix_chunks, b, &failure) && strstr(failure.line, "EXTERNAL"));
+    CHECK_EQ(failure.cause, VND_CAUSE_FORMAT);
     bad = b->info;
     strcpy(bad.id, "../../etc/passwd");
-    CHECK(!blob_open(f.s, &bad, fix_chunks, b, &cause, err, sizeof err));
+    CHECK(!blob_open(f.s, &bad, fix_chunks, b, &failure));
     strcpy(bad.id, "");
-    CHECK(!blob_open(f.s, &bad, fix_chunks, b, &cause, err, sizeof err));
+    CHECK(!blob_open(f.s, &bad, fix_chunks, b, &failure));
     CHECK(!vnd_store_open(f.e, "/nonexistent/dir", 0, err, sizeof err) && strstr(err, "/nonexistent/dir"));
     vnd_store *again = vnd_store_open(f.e, dir, 0, err, sizeof err);
     CHECK(again == f.s);
