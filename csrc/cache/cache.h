@@ -191,10 +191,15 @@ enum cachefile_replaced {
 enum cachefile_replaced cachefile_find_replaced(const struct cachefile *c, const struct cachefile_cfg *cfg);
 /* Whether a file could not be opened or made, because space or rights were missing, and could be now. */
 bool cachefile_lacks(const struct cachefile *c, const struct cachefile_cfg *cfg);
+enum cachefile_move_how {
+    CACHEFILE_MOVE,
+    CACHEFILE_MOVE_IF_BETTER, /* only if the new files have what c lacks */
+    CACHEFILE_MOVE_COPY       /* what c's chunk map marks is copied, to be verified there */
+};
 /* Opens the files that the names lead to now (makes missing ones), binds them to t, and exchanges them for those of
- * c. Readers of c go on meanwhile: a read that meets the exchange is done again. only_better: exchanges only if the
- * new files have what c lacks. 0: exchanged; 1: not; -errno with cause and line: c stays as it is. */
-int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const struct blobtable *t, bool only_better,
-                   struct failure *f);
+ * c. Readers of c go on meanwhile: a read that meets the exchange is done again. 0: exchanged; 1: not; -errno with cause
+ * and line: c stays as it is. Blocks, with COPY for as long as the copy takes. */
+int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const struct blobtable *t,
+                   enum cachefile_move_how how, struct failure *f);
 
 #endif

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -119,8 +120,37 @@ static int exchange(struct cachefile *c, struct cachefile *fresh)
     return rc;
 }
 
-int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const struct blobtable *t, bool only_better,
-                   struct failure *f)
+/* What the chunk map of c marks comes along as bytes that are still to be verified. The first that cannot be copied ends
+ * it: that one and the rest are fetched. No other thread or process has fresh yet. */
+static void copy_marked(struct cachefile *fresh, struct cachefile *c, const struct blobtable *t)
+{
+    uint64_t copied = 0;
+    uint8_t *buf = NULL;
+    uint32_t room = 0;
+
+    for (uint32_t i = 0; i < t->n && i < c->n; i++) {
+        const struct blobtable_chunk *k = &t->chunk[i];
+        uint32_t len = cachefile_len(c, k);
+
+        if (!k->usize || !cachefile_marked(c, i) || cachefile_marked(fresh, i))
+            continue;
+        if (len > room) {
+            free(buf);
+            buf = malloc(room = len);
+        }
+        if (!buf || cachefile_read(c, cachefile_off(c, k), buf, len) ||
+            cachefile_write(fresh, cachefile_off(c, k), buf, len))
+            break;
+        copied += len;
+        atomic_fetch_or_explicit(&fresh->marked[i >> 3], (uint8_t)(0x80 >> (i & 7)), memory_order_release);
+    }
+    free(buf);
+    if (copied)
+        cachefile_note_written(fresh, copied);
+}
+
+int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const struct blobtable *t,
+                   enum cachefile_move_how how, struct failure *f)
 {
     struct failure why = { 0 };
     struct cachefile *fresh;
@@ -128,15 +158,19 @@ int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const s
 
     if (rc)
         return rc;
-    if (only_better && !is_better(fresh, c)) {
+    if (how == CACHEFILE_MOVE_IF_BETTER && !is_better(fresh, c)) {
         rc = 1;
     } else if (is_worse(fresh, c)) {
         rc = failure_set(f, -ENOSPC, VND_CAUSE_SPACE,
                          "cache of blob %s: cannot make its files anew: no space, or not writable", c->id);
     } else if ((rc = cachefile_bind(fresh, t, &why))) {
         failure_set(f, rc, why.cause, "cache of blob %s: %s", c->id, why.line);
-    } else if ((rc = exchange(c, fresh))) {
-        failure_set(f, rc, VND_CAUSE_IO, "cache of blob %s: cannot map its side file", c->id);
+    } else {
+        if (how == CACHEFILE_MOVE_COPY)
+            copy_marked(fresh, c, t);
+        rc = exchange(c, fresh);
+        if (rc)
+            failure_set(f, rc, VND_CAUSE_IO, "cache of blob %s: cannot map its side file", c->id);
     }
     cachefile_close(fresh);
     return rc;

@@ -104,7 +104,7 @@ int blob_set_apart(struct vnd_blob *b, const struct blobtable *own)
     return 0;
 }
 
-int core_set_apart(struct blob_core *c, struct failure *f)
+int core_set_apart(struct blob_core *c, enum cachefile_move_how how, struct failure *f)
 {
     char name[CORE_NAME_MAX];
     struct cachefile_cfg cfg;
@@ -114,7 +114,7 @@ int core_set_apart(struct blob_core *c, struct failure *f)
         return failure_set(f, rc, VND_CAUSE_IO, "its table gets no name: %s", strerror(-rc));
     atomic_store(&c->apart, true);
     core_cache_cfg(c, name, &cfg);
-    rc = cachefile_move(c->cache, &cfg, atomic_load(&c->table), false, f);
+    rc = cachefile_move(c->cache, &cfg, atomic_load(&c->table), how, f);
     if (!rc)
         engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_DIGEST,
                    "cache of blob %s: its files hold another image's chunks and are left alone; this image's go to "

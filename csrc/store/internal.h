@@ -142,7 +142,7 @@ void core_name(const struct blob_core *c, char out[CORE_NAME_MAX]);
 int blob_set_apart(struct vnd_blob *b, const struct blobtable *own);
 /* The core's files were found to be another table's: makes files named after its own table, and reads and writes those from
  * now on. With core->load_lock held, on a core that is not apart. 0, or -errno with cause and line. */
-int core_set_apart(struct blob_core *c, struct failure *f);
+int core_set_apart(struct blob_core *c, enum cachefile_move_how how, struct failure *f);
 /* ---- store/load.c */
 /* Has the blob's chunk table loaded by a pool thread, unless it is loaded. */
 void blob_want_load(struct vnd_blob *b);

@@ -316,7 +316,7 @@ static void leave_adopted_file(struct vnd_engine *e, struct job *j)
     pthread_mutex_lock(&c->load_lock);
     if (!atomic_load(&c->apart) && cachefile_is_adopted(c->cache)) {
         cachefile_retire(c->cache);
-        if (core_set_apart(c, &f))
+        if (core_set_apart(c, CACHEFILE_MOVE_COPY, &f))
             engine_say(e, VND_LEVEL_ERROR, f.cause, "%s; its wrong chunks are written over", f.line);
     }
     pthread_mutex_unlock(&c->load_lock);
