@@ -157,9 +157,9 @@ struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_
         atomic_init(&b->amplify_bytes, AMPLIFY_DEFAULT_BYTES);
         b->chunks = chunks;
         b->ctx = ctx;
-        b->meta.state = UNIT_OTHER;
-        b->meta_claim = -1;
-        pthread_cond_init(&b->load_end, NULL);
+        b->load.unit.state = UNIT_OTHER;
+        b->load.claim_fd = -1;
+        pthread_cond_init(&b->load.ended, NULL);
     }
     if (b)
         core_join(s, b, "", &rc);
@@ -173,8 +173,8 @@ struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_
 
 void blob_meta_beside(struct vnd_blob *b, const char *dir)
 {
-    if (!b->beside)
-        b->beside = strdup(dir);
+    if (!b->load.beside)
+        b->load.beside = strdup(dir);
 }
 
 void blob_close(struct vnd_blob *b, void *ctx)
@@ -185,9 +185,9 @@ void blob_close(struct vnd_blob *b, void *ctx)
 
     pthread_mutex_lock(&s->lock);
     b->detached = true;
-    while (b->loading) /* it calls the image's chunks function */
-        pthread_cond_wait(&b->load_end, &s->lock);
-    list = miss_detach(&b->meta, EIO);
+    while (b->load.running) /* it calls the image's chunks function */
+        pthread_cond_wait(&b->load.ended, &s->lock);
+    list = miss_detach(&b->load.unit, EIO);
     pthread_mutex_unlock(&s->lock);
     miss_wake(list);
     c = b->core;

@@ -52,7 +52,7 @@ static bool meta_over(const struct foreign *x, bool tick)
     if (fd == -EAGAIN && !atomic_load(&x->core->closed)) {
         if (!tick || !is_overdue(x))
             return false;
-        x->meta->meta_overdue = true;
+        x->meta->load.claim_overdue = true;
     }
     x->done(x->meta, atomic_load(&x->core->closed) ? EIO : 0);
     return true;

@@ -94,6 +94,23 @@ struct blob_core {
     _Atomic uint32_t uncached; /* chunks held in memory because they could not be written */
 };
 
+/* How a blob's chunk table is loaded (store/load.c). Under the lock of the unit's shard, but for what is the load's:
+ * one load runs at a time, on a pool thread. */
+struct table_load {
+    struct store_unit unit; /* pseudo-unit META(blob): readers wait on it for the table */
+    bool running;           /* a pool thread is in the image's chunks function */
+    bool fetching;          /* the stored chunk table is asked for */
+    uint8_t *raw;           /* the stored chunk table as it came, for the load that asked for it */
+    size_t raw_len;
+    uint8_t raw_tries;  /* stored tables asked for again since a load last ended for good; the load's */
+    bool claim_overdue; /* the process that has claimed the stored table takes too long; the load's */
+    int claim_fd;       /* our claim, held while the stored table is fetched; -1: none; the load's */
+    char *beside;       /* a directory that may hold the blob's ID.blob.meta, or NULL; set before the first load */
+    int failed_errno;   /* why the table cannot be used; 0: no reason known */
+    int64_t retry_us;   /* a table that failed is not looked at again before this */
+    pthread_cond_t ended;
+};
+
 struct vnd_blob {
     _Atomic(struct blobtable *) table; /* this image's; NULL until loaded and found free of contradiction */
     struct blobtable *own;             /* table, where it is not one of the core's: freed with the blob */
@@ -106,18 +123,8 @@ struct vnd_blob {
     _Atomic uint32_t source;        /* vnd_blob_set_source */
     blob_chunks_fn chunks;
     void *ctx;
-    struct store_unit meta;  /* pseudo-unit META(blob), under its shard's lock */
-    bool loading;            /* under that lock too: a pool thread is in the image's chunks function */
-    bool fetching, detached; /* its stored chunk table is asked for; no image holds it any more */
-    uint8_t *raw;            /* the stored chunk table as it came, for the load that asked for it */
-    size_t raw_len;
-    bool meta_overdue; /* the process that has claimed it takes too long; the load's */
-    int meta_claim;    /* held while it is fetched, -1: not; the load's */
-    char *beside;      /* a directory that may hold its ID.blob.meta, or NULL */
-    uint8_t raw_tries;
-    int meta_errno; /* why the table cannot be used; 0: no reason known */
-    int64_t meta_retry_us;
-    pthread_cond_t load_end; /* with that lock */
+    struct table_load load;
+    bool detached; /* no image holds it any more; under the lock of the load's shard */
 };
 
 static inline struct asker asker_of(const struct vnd_blob *b, uintptr_t session)

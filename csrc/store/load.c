@@ -129,8 +129,8 @@ static int meta_from_file(struct vnd_blob *b, struct blobtable **records)
     int rc = blobmeta_file_read(b->core->store->dir_fd, &b->info, &plain, header);
     bool cached = !rc;
 
-    if (rc && b->beside) {
-        int dir_fd = open(b->beside, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (rc && b->load.beside) {
+        int dir_fd = open(b->load.beside, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         rc = dir_fd < 0 ? -errno : blobmeta_file_read(dir_fd, &b->info, &plain, header);
         if (dir_fd >= 0)
             close(dir_fd);
@@ -158,12 +158,12 @@ bool core_drop_meta(struct blob_core *c)
 /* Makes the table of the bytes that a META job brought. */
 static int meta_from_raw(struct vnd_blob *b, struct blobtable **records, struct failure *f)
 {
-    const uint8_t *header = b->raw + b->info.ci_csize_bytes;
+    const uint8_t *header = b->load.raw + b->info.ci_csize_bytes;
     uint8_t *plain = NULL;
-    int rc = b->info.cipher ? blobmeta_decrypt(&b->info, b->raw, b->raw_len, f) : 0;
+    int rc = b->info.cipher ? blobmeta_decrypt(&b->info, b->load.raw, b->load.raw_len, f) : 0;
 
     if (!rc)
-        rc = blobmeta_decode(&plain, &b->info, b->raw, b->raw_len, f);
+        rc = blobmeta_decode(&plain, &b->info, b->load.raw, b->load.raw_len, f);
     if (rc)
         return rc;
     rc = apply_meta(records, &b->info, plain, header, f);
@@ -179,11 +179,11 @@ static int meta_find(struct vnd_blob *b, struct blobtable **own)
 {
     if (!meta_from_file(b, own))
         return 0;
-    b->meta_claim = claim_meta(b->core->store->side_dir_fd, b->info.id);
-    if (b->meta_claim == -EAGAIN && !b->meta_overdue)
+    b->load.claim_fd = claim_meta(b->core->store->side_dir_fd, b->info.id);
+    if (b->load.claim_fd == -EAGAIN && !b->load.claim_overdue)
         return -EBUSY;
     /* Another process may have finished between the look and the claim. */
-    return b->meta_claim >= 0 && !meta_from_file(b, own) ? 0 : -EINPROGRESS;
+    return b->load.claim_fd >= 0 && !meta_from_file(b, own) ? 0 : -EINPROGRESS;
 }
 
 /* -EINPROGRESS: the stored table has to be fetched first; -EBUSY: another process does it. */
@@ -205,11 +205,11 @@ static int load_table(struct vnd_blob *b, struct blobtable **own, struct failure
                            "--allow-unverified serves it all the same");
     if (!blobmeta_possible(&b->info)) {
         rc = failure_set(f, -EIO, VND_CAUSE_FORMAT, "neither its image nor the blob says where its chunks lie");
-    } else if (b->raw) {
+    } else if (b->load.raw) {
         rc = meta_from_raw(b, own, f);
-        free(b->raw);
-        b->raw = NULL;
-        if (rc && rc != -ENOMEM && b->raw_tries < META_TRIES)
+        free(b->load.raw);
+        b->load.raw = NULL;
+        if (rc && rc != -ENOMEM && b->load.raw_tries < META_TRIES)
             rc = -EINPROGRESS;
         if (rc)
             f->cause = VND_CAUSE_DIGEST;
@@ -262,20 +262,20 @@ static void load_end(struct vnd_blob *b, int rc)
     struct store_wait *list = NULL;
 
     pthread_mutex_lock(&s->lock);
-    b->loading = false;
-    b->fetching = rc == -EINPROGRESS || rc == -EBUSY;
-    if (rc != -EINPROGRESS && b->meta_claim >= 0) /* the file is written now, or cannot be */
-        close(b->meta_claim);
+    b->load.running = false;
+    b->load.fetching = rc == -EINPROGRESS || rc == -EBUSY;
+    if (rc != -EINPROGRESS && b->load.claim_fd >= 0) /* the file is written now, or cannot be */
+        close(b->load.claim_fd);
     if (rc != -EINPROGRESS)
-        b->meta_claim = -1;
-    if (!b->fetching) {
-        b->raw_tries = 0;
-        b->meta.failed = false;
-        b->meta_errno = rc ? EIO : 0;
-        b->meta_retry_us = now_us() + META_RETRY_US;
-        list = miss_detach(&b->meta, b->meta_errno);
+        b->load.claim_fd = -1;
+    if (!b->load.fetching) {
+        b->load.raw_tries = 0;
+        b->load.unit.failed = false;
+        b->load.failed_errno = rc ? EIO : 0;
+        b->load.retry_us = now_us() + META_RETRY_US;
+        list = miss_detach(&b->load.unit, b->load.failed_errno);
     }
-    pthread_cond_broadcast(&b->load_end);
+    pthread_cond_broadcast(&b->load.ended);
     pthread_mutex_unlock(&s->lock);
     miss_wake(list);
 }
@@ -296,7 +296,7 @@ static void load_run(struct pool_task *task)
     if (rc == -EINPROGRESS) {
         if (f.line[0])
             engine_say(e, VND_LEVEL_WARNING, VND_CAUSE_DIGEST, "%s; it is asked for once more", f.line);
-        b->raw_tries++;
+        b->load.raw_tries++;
         load_end(b, rc); /* before the job can end */
         if (want_push_meta(b, 0))
             blob_take_raw(b, NULL, 0, ENOMEM);
@@ -321,19 +321,19 @@ static int load_start(struct vnd_blob *b)
 {
     struct load_task *t;
 
-    if (b->loading || b->fetching)
+    if (b->load.running || b->load.fetching)
         return 0;
     if (b->detached || atomic_load(&b->core->engine->fetcher->down))
         return -EIO;
-    if (b->meta_errno && now_us() < b->meta_retry_us)
-        return -b->meta_errno;
+    if (b->load.failed_errno && now_us() < b->load.retry_us)
+        return -b->load.failed_errno;
     t = calloc(1, sizeof *t);
     if (!t)
         return -ENOMEM;
     t->task.run = load_run;
     t->b = b;
     blob_ref(b);
-    b->loading = true;
+    b->load.running = true;
     pool_submit(b->core->engine, &t->task, 0);
     return 0;
 }
@@ -344,11 +344,11 @@ void blob_take_raw(struct vnd_blob *b, uint8_t *raw, size_t len, int error)
     int rc = error ? -error : 0;
 
     pthread_mutex_lock(&s->lock);
-    free(b->raw);
-    b->raw = raw;
-    b->raw_len = len;
-    b->fetching = false;
-    b->meta.failed = false;
+    free(b->load.raw);
+    b->load.raw = raw;
+    b->load.raw_len = len;
+    b->load.fetching = false;
+    b->load.unit.failed = false;
     if (!rc)
         rc = load_start(b);
     pthread_mutex_unlock(&s->lock);
@@ -362,8 +362,8 @@ int blob_defer_raw(struct vnd_blob *b, int64_t not_before_us)
     bool detached;
 
     pthread_mutex_lock(&s->lock);
-    b->meta.failed = true;
-    b->meta.core = b->core; /* it does not change before the table has come */
+    b->load.unit.failed = true;
+    b->load.unit.core = b->core; /* it does not change before the table has come */
     detached = b->detached;
     pthread_mutex_unlock(&s->lock);
     return detached ? -EIO : want_push_meta(b, not_before_us);
@@ -386,7 +386,7 @@ int blob_park(struct vnd_blob *b, struct store_wait *w)
 
     pthread_mutex_lock(&s->lock);
     if (!atomic_load(&b->table) && !(rc = load_start(b)))
-        miss_link(s, &b->meta, w);
+        miss_link(s, &b->load.unit, w);
     pthread_mutex_unlock(&s->lock);
     return rc;
 }

@@ -236,11 +236,11 @@ void blob_unref(struct vnd_blob *b)
         return;
     core_unref(b->core);
     blobtable_free(b->own);
-    pthread_cond_destroy(&b->load_end);
-    if (b->meta_claim >= 0)
-        close(b->meta_claim);
-    free(b->raw);
-    free(b->beside);
+    pthread_cond_destroy(&b->load.ended);
+    if (b->load.claim_fd >= 0)
+        close(b->load.claim_fd);
+    free(b->load.raw);
+    free(b->load.beside);
     free(b);
 }
 

@@ -500,7 +500,7 @@ static bool is_fetching(struct vnd_blob *h)
     bool fetching;
 
     pthread_mutex_lock(&s->lock);
-    fetching = h->fetching;
+    fetching = h->load.fetching;
     pthread_mutex_unlock(&s->lock);
     return fetching;
 }
