@@ -1,5 +1,6 @@
 """What the threads of a running process may do, as the kernel tells it."""
 
+import contextlib
 from pathlib import Path
 
 KEPT_NAMES = {
@@ -24,7 +25,11 @@ def read_status(path: Path) -> dict[str, str]:
 def thread_status(pid: int) -> list[dict[str, str]]:
     """/proc/PID/task/*/status, the process's first thread first."""
     tasks = sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda task: int(task.name))
-    return [read_status(task / "status") for task in tasks]
+    found = []
+    for task in tasks:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread on demand may have ended meanwhile
+            found.append(read_status(task / "status"))
+    return found
 
 
 def held(status: dict[str, str], which: str) -> int:
