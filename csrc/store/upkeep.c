@@ -129,7 +129,7 @@ static void look_after(struct vnd_engine *e, bool sync_all, bool retry)
     for (uint32_t i = 0; i < n; i++) {
         struct blob_core *c = cores[i];
 
-        if (c->store != store) {
+        if (i == 0 || c->store != store) {
             store = c->store;
             followed = store_follow(c->store, retry);
             /* Both are asked, so that both are noted. */
