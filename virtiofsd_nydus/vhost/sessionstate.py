@@ -4,8 +4,8 @@ One front-end's session and the mount table behind it: INIT's answer, mounts wit
 shared directories, requests in flight. An image adds nothing per inode, because a nodeid is serial << 48 | inode.
 
 The bytes come from a network and are hostile. decode() takes each field by its own bound, raises Failure with one
-line for whatever does not hold, and never gives half a state. What the fields mean (does that serial exist, is that path
-below the source) is for the code that uses the state.
+line for whatever does not hold, and never gives half a state. What the fields mean is for the code that uses the state:
+does that serial exist, does that path lie below the source.
 
     magic 8 | format version u32 | sections | END
     section: tag of 4 bytes, length u64, body. A tag that begins with a small letter may be left out by a reader.
