@@ -66,13 +66,20 @@ class DockerArchiveStore:
         offset, size = self._places[descriptor.digest]
         return self._opened().read_range("", offset, size)
 
+    def read_blob_range(self, descriptor: Descriptor, offset: int, length: int) -> Iterator[memoryview]:
+        at, _ = self._places[descriptor.digest]
+        return self._opened().read_range("", at + offset, length)
+
+    def get_referrers(self, digest: str) -> bytes | None:
+        return None
+
     def has_blob(self, descriptor: Descriptor) -> bool:
         return descriptor.digest in self._places
 
     def put_blob(self, descriptor: Descriptor, file: Path, on_bytes: OnBytes | None = None) -> None:
         raise Failure(f"{self.name}: a docker archive can be a source only", Cause.IO)
 
-    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> None:
+    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> bool:
         raise Failure(f"{self.name}: a docker archive can be a source only", Cause.IO)
 
     def _opened(self) -> LocalfsBackend:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from virtiofsd_nydus.storage.localfs import LocalfsBackend
 
 LAYOUT_FILE = "oci-layout"
 LAYOUT = {"imageLayoutVersion": "1.0.0"}
+# Tags of what lies beside an image: its referrers, its signatures.
+BESIDE = re.compile(r"sha256-[0-9a-f]{64}(\.[a-z]+)?")
 
 
 class LayoutStore:
@@ -49,7 +52,8 @@ class LayoutStore:
         if version:
             chosen = [entry for entry, tag in zip(entries, tags, strict=True) if tag == version]
         else:
-            chosen = entries if len(entries) == 1 else []
+            images = [entry for entry, tag in zip(entries, tags, strict=True) if not BESIDE.fullmatch(tag)]
+            chosen = images if len(images) == 1 else []
         if not chosen:
             have = ", ".join(sorted({tag for tag in tags if tag})) or "none"
             raise Failure(
@@ -66,6 +70,12 @@ class LayoutStore:
 
     def read_blob(self, descriptor: Descriptor) -> Iterator[memoryview]:
         return self._backend.read_range(descriptor.hex, 0, descriptor.size)
+
+    def read_blob_range(self, descriptor: Descriptor, offset: int, length: int) -> Iterator[memoryview]:
+        return self._backend.read_range(descriptor.hex, offset, length)
+
+    def get_referrers(self, digest: str) -> bytes | None:
+        return None
 
     def has_blob(self, descriptor: Descriptor) -> bool:
         try:
@@ -85,13 +95,13 @@ class LayoutStore:
         if on_bytes is not None:
             on_bytes(descriptor.size)
 
-    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> None:
+    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> bool:
         with self._lock:
             digest = digest_of(data)
             with self._new_file(self.blob_dir / digest[7:]) as temporary:
                 temporary.write_bytes(data)
             if tag is None:
-                return
+                return False
             with self._new_file(self.directory / LAYOUT_FILE) as temporary:
                 temporary.write_text(json.dumps(LAYOUT))
             new = Descriptor(media_type, digest, len(data), {ANNOTATION_REF_NAME: tag} if tag else {}).to_json()
@@ -100,6 +110,7 @@ class LayoutStore:
             index = {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": [*kept, new]}
             with self._new_file(self.directory / "index.json") as temporary:
                 temporary.write_text(json.dumps(index, indent=2) + "\n")
+        return False
 
     def _entries(self) -> list[dict[str, Any]]:
         if not (self.directory / LAYOUT_FILE).is_file():

@@ -15,7 +15,7 @@ from virtiofsd_nydus.net.credentials import find_docker_credentials, parse_creds
 from virtiofsd_nydus.net.failures import RetriableFailure
 from virtiofsd_nydus.net.login import Login
 from virtiofsd_nydus.net.session import Endpoint
-from virtiofsd_nydus.oci.manifest import ACCEPT, DOCUMENT_BYTES, Descriptor, digest_of
+from virtiofsd_nydus.oci.manifest import ACCEPT, DOCUMENT_BYTES, MEDIA_INDEX, Descriptor, digest_of
 from virtiofsd_nydus.oci.reference import Reference, default_scheme
 from virtiofsd_nydus.oci.store import Access, OnBytes
 from virtiofsd_nydus.storage.blobs import read_patiently
@@ -80,6 +80,26 @@ class RegistryStore:
     def read_blob(self, descriptor: Descriptor) -> Iterator[memoryview]:
         return read_patiently(self._backend, descriptor.hex, 0, descriptor.size)
 
+    def read_blob_range(self, descriptor: Descriptor, offset: int, length: int) -> Iterator[memoryview]:
+        return read_patiently(self._backend, descriptor.hex, offset, length)
+
+    def get_referrers(self, digest: str) -> bytes | None:
+        """None where the registry has no referrers API: it answers 404 then, and some 405 or a page."""
+        retry = self._client.retry(LIMITS.retries, None)
+        while True:
+            try:
+                request = Request("GET", f"referrers/{digest}", {"Accept": MEDIA_INDEX})
+                response, url = self._session.request(
+                    request, f"referrers of {self.name}", pass_statuses=(400, 404, 405, 501)
+                )
+                media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
+                if response.status >= 400 or media_type != MEDIA_INDEX:
+                    release(response)
+                    return None
+                return read_body(response, url, DOCUMENT_BYTES)
+            except RetriableFailure as failure:
+                retry.wait(failure)
+
     def has_blob(self, descriptor: Descriptor) -> bool:
         with self._lock:
             if descriptor.digest in self._known:
@@ -129,7 +149,7 @@ class RegistryStore:
                 retry.wait(failure)
         self._remember(descriptor)
 
-    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> None:
+    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> bool:
         version = digest_of(data) if tag is None else tag
         retry = self._client.retry(LIMITS.retries, None)
         while True:
@@ -138,12 +158,14 @@ class RegistryStore:
                 request = Request("PUT", f"manifests/{version}", kind, data, read_timeout_s=PUT_TIMEOUT_S)
                 response, _ = self._session.request(request, f"manifest of {self.name}", push=True)
                 told = response.headers.get("Docker-Content-Digest", "")
+                listed = bool(response.headers.get("OCI-Subject", ""))
                 release(response)
                 break
             except RetriableFailure as failure:
                 retry.wait(failure)
         if told.startswith("sha256:") and told != digest_of(data):
             raise Failure(f"{self.name}: the registry stored another manifest than was sent ({told})", Cause.DIGEST)
+        return listed
 
     def _upload(self, descriptor: Descriptor, file: Path, what: str, on_bytes: OnBytes) -> None:
         request = Request("POST", "blobs/uploads/", {"Content-Length": "0"})

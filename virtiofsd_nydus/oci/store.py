@@ -57,15 +57,24 @@ class ImageStore(Protocol):
         """The blob's bytes, unverified; a piece is valid until the next is asked for."""
         ...
 
+    def read_blob_range(self, descriptor: Descriptor, offset: int, length: int) -> Iterator[memoryview]:
+        """Part of a blob, unverified; as read_blob."""
+        ...
+
     def has_blob(self, descriptor: Descriptor) -> bool: ...
 
     def put_blob(self, descriptor: Descriptor, file: Path, on_bytes: OnBytes | None = None) -> None:
         """Stores the file, whose digest and size the descriptor tells. Ask has_blob first."""
         ...
 
-    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> None:
+    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> bool:
         """Stores the document, last of all: with it the image becomes visible under the tag ("": a layout's image
-        without one). None: under its digest only, for an index that will name it."""
+        without one). None: under its digest only, for an index that will name it. Whether the store itself lists it
+        among the referrers of its subject."""
+        ...
+
+    def get_referrers(self, digest: str) -> bytes | None:
+        """The index of a manifest's referrers; None: the store keeps none (oci/referrers.py knows the other way)."""
         ...
 
     def close(self) -> None: ...
