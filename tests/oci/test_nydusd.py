@@ -16,7 +16,7 @@ import pytest
 
 from tests.oci.conftest import BIG, SMALL
 from tests.peers.registry import LocalRegistry
-from virtiofsd_nydus.oci.image import NydusImage, resolve_image
+from virtiofsd_nydus.oci.image import ServedImage, resolve_image
 from virtiofsd_nydus.oci.store import Access
 
 NYDUSD = os.environ.get("NYDUSD", "")
@@ -28,7 +28,7 @@ pytestmark = [
 
 
 @contextmanager
-def mounted(image: NydusImage, directory: Path) -> Iterator[Path]:
+def mounted(image: ServedImage, directory: Path) -> Iterator[Path]:
     """The image on directory/mount by nydusd."""
     mount, work_dir = directory / "mount", directory / "work"
     mount.mkdir()

@@ -7,7 +7,7 @@ costs more than compressing a small file does, and zstandard compresses a whole 
 
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -46,11 +46,14 @@ class Chunker:
         threads: int = 0,
         batch_size: int = 0,
         dictionary: DictionaryIndex | None = None,
+        observe: Callable[[int, bytes], None] | None = None,
     ) -> None:
+        """observe: gets each of the blob's chunks, its index and its bytes, once it is in the blob."""
         self._writer = writer
         self._level = level
         self._small_bytes = batch_size // 2
         self._dictionary = dictionary or {}
+        self._observe = observe
         self._threads = threads or min(THREADS_MAX, max(2, len(os.sched_getaffinity(0))))
         self._queue_max = max(2, min(self._threads + 2, QUEUE_BYTES_MAX // max(BATCH_BYTES, writer.chunk_size)))
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="chunker")
@@ -112,6 +115,8 @@ class Chunker:
                 index = self._write(data, file, packed, place)
                 if index < FOREIGN_BASE:
                     self._index.add(digest, index)
+                    if self._observe is not None:
+                        self._observe(index, data)
                 else:
                     foreign[digest] = index
             else:

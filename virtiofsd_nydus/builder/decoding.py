@@ -28,6 +28,10 @@ class TarFailure(Failure):
         super().__init__(message, Cause.FORMAT)
 
 
+class InPlaceFailure(TarFailure):
+    """The layer is sound, but its chunks cannot be read where they lie in it."""
+
+
 def _gunzip(source: Readable, head: bytes) -> Iterator[bytes]:
     """Decoded pieces of a gzip stream of any number of members; zero padding behind them is allowed."""
     data = head

@@ -285,14 +285,19 @@ def merge_layers(
     out_bootstrap: Path | str | BinaryIO | None = None,
     dictionary: ChunkDictionary | None = None,
     keep_trees: bool = True,
+    mixed_codecs: bool = False,
 ) -> MergedImage:
     """One bootstrap of all layers, lowest first; written to out_bootstrap too when given. All layers must have been
     built with these options. Blobs that no file refers to are not in it. keep_trees: False may make the lowest layer's
-    tree the image's, which takes less space."""
+    tree the image's, which takes less space. mixed_codecs: each layer's blob may have its own, as layers of plain
+    images have."""
     made = (options.chunk_size, options.codec, options.digest_kind)
     for layer in layers:
         info = layer.blob_info
-        if info is not None and (info.chunk_size, info.codec, info.digester) != made:
+        if info is None:
+            continue
+        codec = options.codec if mixed_codecs else info.codec
+        if (info.chunk_size, codec, info.digester) != made:
             raise Failure(f"layer {layer.blob_id[:12]} was built with other options than this image", Cause.FORMAT)
     tree = merge_trees(
         [layer.tree for layer in layers],

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from virtiofsd_nydus.builder.chunker import Chunker
-from virtiofsd_nydus.builder.decoding import Hash, Readable, TarFailure
+from virtiofsd_nydus.builder.decoding import Hash, InPlaceFailure, Readable, TarFailure
 from virtiofsd_nydus.builder.tar_stream import TarEntry, TarStream, ZranTarStream, show
 from virtiofsd_nydus.builder.xattrs import is_kept_xattr
 from virtiofsd_nydus.errors import Failure
@@ -120,6 +120,8 @@ class TarSource:
             for entry in self._stream.entries():
                 self._add(entry)
             self._stream.drain()
+        except InPlaceFailure as failure:
+            raise InPlaceFailure(f"{self._label}: {failure}") from None
         except TarFailure as failure:
             raise Failure(f"{self._label}: {failure}", failure.cause) from None
         return self.tree
@@ -229,7 +231,9 @@ class TarSource:
 
     def _send_places(self, entry: TarEntry, file: RegularFile, index: "ZranIndex") -> None:
         if entry.regions is not None:
-            raise TarFailure(f"{show(entry.name)}: sparse members cannot be read in place: convert without --oci-ref")
+            raise InPlaceFailure(
+                f"{show(entry.name)}: sparse members cannot be read in place: convert without --oci-ref"
+            )
         left = entry.size
         while left:
             size = min(left, self._chunk_size)

@@ -4,7 +4,7 @@ import errno
 import hashlib
 from typing import Any
 
-from virtiofsd_nydus.builder.decoding import READ_BYTES, Readable, TarFailure
+from virtiofsd_nydus.builder.decoding import READ_BYTES, InPlaceFailure, Readable, TarFailure
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs.blob import ReferencePlace
 from virtiofsd_nydus.rafs.spill import Arena, relieve
@@ -86,7 +86,7 @@ class ZranIndex:
         """The next byte read is a chunk's first."""
         context = self._lib.vnd_zran_begin_chunk(self._handle, self._offset, self._slice)
         if context < 0:
-            raise TarFailure("the gzip stream cannot be indexed")
+            raise InPlaceFailure("the gzip stream cannot be indexed")
         self._begun = self._offset[0], context, self._slice[0]
         if context == self._contexts:
             self._contexts += 1
@@ -98,7 +98,7 @@ class ZranIndex:
         """The last byte read was the chunk's last."""
         rc = self._lib.vnd_zran_end_chunk(self._handle, self._offset)
         if rc == -errno.E2BIG:
-            raise TarFailure("its gzip blocks are too large for reading in place: convert without --oci-ref")
+            raise InPlaceFailure("its gzip blocks are too large for reading in place: convert without --oci-ref")
         start, context, offset = self._begun
         # The chunk may take no bytes: it was decoded from bits of the byte before.
         return ReferencePlace(start, self._offset[0] - start, context, offset)

@@ -15,6 +15,7 @@ from virtiofsd_nydus.daemon.answers import ApiError, not_ready, unsupported
 from virtiofsd_nydus.daemon.prefetch import Prefetch, check_list
 from virtiofsd_nydus.engine import SESSION_MIXED, Passthrough, Rafs, Vfs
 from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.oci import layers
 from virtiofsd_nydus.storage.config import ImageConfig, parse_config
 from virtiofsd_nydus.storage.opened import OpenedImage, make_origin
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from virtiofsd_nydus.storage.backend import Backend
     from virtiofsd_nydus.storage.pump import FetchPump
 
+layers.install()
 # nydusd's words, which clients match on
 ALREADY_MOUNTED = "object or filesystem already exists"
 NOT_MOUNTED = "object or filesystem doesn't exist"
@@ -255,7 +257,12 @@ class MountTable:
             origin.backend.close()
             raise Failure(f"cannot make cache directory {config.work_dir}: {error.strerror}") from error
         opened = OpenedImage(
-            self._pump, wanted.source, origin, work_dir=config.work_dir, compressed=config.cache_compressed
+            self._pump,
+            wanted.source,
+            origin,
+            work_dir=config.work_dir,
+            compressed=config.cache_compressed,
+            digest=config.bootstrap_digest,
         )
         opened.rafs.set_amplify(config.amplify_bytes)
         try:

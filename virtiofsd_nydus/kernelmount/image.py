@@ -8,9 +8,11 @@ from typing import Self
 
 from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.oci import layers
 from virtiofsd_nydus.storage.config import ImageConfig
 from virtiofsd_nydus.storage.opened import make_origin, open_with_engine
 
+layers.install()
 STALL_S = 60.0
 EVENT_MS = 100
 
@@ -32,7 +34,12 @@ class KernelImage:
             )
         with ExitStack() as stack:
             opened = stack.enter_context(
-                open_with_engine(self.bootstrap, lambda: make_origin(config, self._warn), work_dir=config.work_dir)
+                open_with_engine(
+                    self.bootstrap,
+                    lambda: make_origin(config, self._warn),
+                    work_dir=config.work_dir,
+                    digest=config.bootstrap_digest,
+                )
             )
             self.engine, self.rafs = opened.engine, opened.rafs
             if self.rafs.info()["fs_version"] != 6:

@@ -42,7 +42,7 @@ from virtiofsd_nydus.oci.nydus_image import (
     make_manifest,
     write_bootstrap_layer,
 )
-from virtiofsd_nydus.oci.reference import DOCKER, DOCKER_ARCHIVE, Reference
+from virtiofsd_nydus.oci.reference import ARCHIVES, DOCKER, Reference
 from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest, read_document
 from virtiofsd_nydus.oci.workfolder import make_work_folder
 from virtiofsd_nydus.rafs.blob import META_BYTES_MAX
@@ -155,8 +155,8 @@ def convert_image(
     merge_platform = wanted.merge_platform or options.oci_ref
     began = time.monotonic()
     options = replace(options, diff_id=True, spill_dir=str(work_dir) if work_dir is not None else options.spill_dir)
-    if target_ref.transport == DOCKER_ARCHIVE:
-        raise Failure(f"{target_ref}: a docker archive can be a source only", Cause.FORMAT)
+    if target_ref.transport in ARCHIVES:
+        raise Failure(f"{target_ref}: an archive can be a source only", Cause.FORMAT)
     if target_ref.digest:
         raise Failure(f"{target_ref}: a destination has a tag, its digest is not known before", Cause.FORMAT)
     manifest, config, of_platform = read_source(source, source_ref, wanted.platform)

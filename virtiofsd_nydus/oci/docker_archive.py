@@ -1,10 +1,14 @@
-"""A `docker save` archive as source: manifest.json names a configuration and layer tars within one tar.
+"""Archives as sources: `docker save`'s, in which manifest.json names a configuration and layer tars, and OCI layouts in
+a tar (`oci-archive:`).
 
-Presented as an OCI manifest over the archive's members, so that the rest need not know."""
+Members are read where they lie in the tar. Docker's are presented as an OCI manifest, so that the rest need not
+know."""
 
 import errno
 import json
+import os
 import shutil
+import sys
 import tarfile
 import tempfile
 import threading
@@ -17,6 +21,7 @@ from typing import Any, BinaryIO
 from virtiofsd_nydus.builder.decoding import is_zstd
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.documents import parse_json
+from virtiofsd_nydus.oci.layout import choose_image, parse_index_file
 from virtiofsd_nydus.oci.manifest import (
     DOCUMENT_BYTES,
     MEDIA_CONFIG,
@@ -24,7 +29,9 @@ from virtiofsd_nydus.oci.manifest import (
     MEDIA_MANIFEST,
     Descriptor,
     digest_of,
+    load_json,
 )
+from virtiofsd_nydus.oci.reference import DOCKER_ARCHIVE, OCI_ARCHIVE, STDIN
 from virtiofsd_nydus.oci.store import OnBytes
 from virtiofsd_nydus.storage.localfs import LocalfsBackend
 
@@ -32,12 +39,17 @@ PIECE_BYTES = 1 << 20
 
 
 class DockerArchiveStore:
-    """store.ImageStore, for reading only. Members are read where they lie; a compressed archive is decoded into a file
-    of TMPDIR first."""
+    """store.ImageStore, for reading only. A compressed archive, and standard input, is decoded into a file first: of
+    TMPDIR and gone with the store, or of keep_dir, where it stays under its digest for a mount that needs it later."""
 
-    def __init__(self, file: Path) -> None:
-        self.name = f"docker-archive:{file}"
+    kind = DOCKER_ARCHIVE
+    wanted = "a docker archive (a tar with manifest.json)"
+
+    def __init__(self, file: Path, keep_dir: Path | None = None) -> None:
+        self.name = f"{self.kind}:{file}"
         self._file = file
+        self._keep_dir = keep_dir
+        self._kept: Path | None = None
         self._decoded: Any = None  # a temporary file, gone with close()
         self._backend: LocalfsBackend | None = None
         self._lock = threading.Lock()
@@ -55,10 +67,16 @@ class DockerArchiveStore:
         with self._lock:
             made = next((data for data in self._manifests.values() if digest_of(data) == version), None)
             if made is not None:
-                return made, MEDIA_MANIFEST
+                return made, self._type_of(made)
+            if self.kind == OCI_ARCHIVE and version.startswith("sha256:"):
+                data = self._read_document(version)
+                return data, self._type_of(data)
             if version not in self._manifests:
                 self._manifests[version] = self._scan(version)
-            return self._manifests[version], MEDIA_MANIFEST
+            return self._manifests[version], self._type_of(self._manifests[version])
+
+    def _type_of(self, data: bytes) -> str:
+        return str(load_json(data, self.name).get("mediaType") or "")
 
     def read_blob(self, descriptor: Descriptor) -> Iterator[memoryview]:
         if descriptor.digest not in self._places:
@@ -77,26 +95,56 @@ class DockerArchiveStore:
         return descriptor.digest in self._places
 
     def put_blob(self, descriptor: Descriptor, file: Path, on_bytes: OnBytes | None = None) -> None:
-        raise Failure(f"{self.name}: a docker archive can be a source only", Cause.IO)
+        raise Failure(f"{self.name}: an archive can be a source only", Cause.IO)
 
     def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> bool:
-        raise Failure(f"{self.name}: a docker archive can be a source only", Cause.IO)
+        raise Failure(f"{self.name}: an archive can be a source only", Cause.IO)
 
     def _opened(self) -> LocalfsBackend:
         """Reads the archive as a plain tar. Raises OSError, ValueError for one that does not decode."""
         if self._backend is None:
-            with self._file.open("rb") as raw:
-                reader = open_decoded(raw)
-                if reader is not None:
-                    self._decoded = tempfile.NamedTemporaryFile(prefix="virtiofsd-nydus-")  # noqa: SIM115
-                    shutil.copyfileobj(reader, self._decoded, PIECE_BYTES)
-                    self._decoded.flush()
-            self._backend = LocalfsBackend(blob_file=str(self._tar_path))
+            if self._file == STDIN:
+                self._decode_stdin()
+            else:
+                with self._file.open("rb") as raw:
+                    self._decode(open_decoded(raw))
+            self._backend = LocalfsBackend(blob_file=str(self.tar_path))
         return self._backend
 
+    def _decode_stdin(self) -> None:
+        """Standard input can be read once only: as it is into a file, then as any."""
+        with tempfile.TemporaryFile(prefix="virtiofsd-nydus-", dir=self._keep_dir) as raw:
+            shutil.copyfileobj(sys.stdin.buffer, raw, PIECE_BYTES)
+            raw.seek(0)
+            self._decode(open_decoded(raw) or raw)
+
+    def _decode(self, reader: "BinaryIO | None") -> None:
+        if reader is None:
+            return
+        if self._keep_dir is not None:
+            self._keep_dir.mkdir(parents=True, exist_ok=True)
+        self._decoded = tempfile.NamedTemporaryFile(prefix="virtiofsd-nydus-", dir=self._keep_dir)  # noqa: SIM115
+        hashed = sha256()
+        while piece := reader.read(PIECE_BYTES):
+            hashed.update(piece)
+            self._decoded.write(piece)
+        self._decoded.flush()
+        if self._keep_dir is not None:
+            kept = self._keep_dir / f"{hashed.hexdigest()}.tar"
+            if not kept.exists():
+                os.link(self._decoded.name, kept)
+            self._kept = kept
+
     @property
-    def _tar_path(self) -> Path:
+    def tar_path(self) -> Path:
+        """The tar that members are read of; known once a manifest was asked for."""
+        if self._kept is not None:
+            return self._kept
         return self._file if self._decoded is None else Path(self._decoded.name)
+
+    def place_of(self, descriptor: Descriptor) -> int:
+        """Where a blob begins in the tar."""
+        return self._places[descriptor.digest][0]
 
     def _choose(self, listed: Any, version: str) -> Any:
         """The entry of manifest.json for NAME[:TAG]."""
@@ -124,8 +172,10 @@ class DockerArchiveStore:
         """Finds the members and makes the manifest."""
         try:
             self._opened()
-            with tarfile.open(self._tar_path, "r:") as archive:
+            with tarfile.open(self.tar_path, "r:") as archive:
                 members = {_tidy(member.name): member for member in archive}
+                if self.kind == OCI_ARCHIVE:
+                    return self._scan_layout(members, version)
                 chosen = self._choose(parse_json(self._read_member(members, "manifest.json")), version)
                 config = self._read_member(members, str(chosen["Config"]))
                 layers = [self._add(self._resolve(members, str(name)), MEDIA_LAYER) for name in chosen["Layers"]]
@@ -135,7 +185,7 @@ class DockerArchiveStore:
             raise Failure(f"{self._file}: no such file", Cause.MISSING) from error
         except (tarfile.TarError, ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error) as error:
             raise Failure(
-                f"{self.name}: not a docker archive (a tar with manifest.json, plain or compressed): {error}",
+                f"{self.name}: not {self.wanted}, plain or compressed: {error}",
                 Cause.FORMAT,
             ) from error
         except OSError as error:
@@ -155,6 +205,27 @@ class DockerArchiveStore:
             "layers": [layer.to_json() for layer in layers],
         }
         return json.dumps(value).encode()
+
+    def _scan_layout(self, members: dict[str, tarfile.TarInfo], version: str) -> bytes:
+        """The manifest of an image of an OCI layout. Its blobs, manifests among them, are known by their names: who
+        reads them compares digests."""
+        for name, member in members.items():
+            if name.startswith("blobs/sha256/") and member.isreg():
+                self._places[f"sha256:{name[13:]}"] = member.offset_data, member.size
+        entries = parse_index_file(self._read_member(members, "index.json"), self.name)
+        descriptor = choose_image(entries, version, self.name)
+        data = self._read_document(descriptor.digest)
+        if digest_of(data) != descriptor.digest:
+            raise Failure(f"{self.name}: manifest {descriptor.digest} is damaged", Cause.DIGEST)
+        return data
+
+    def _read_document(self, digest: str) -> bytes:
+        if digest not in self._places:
+            raise Failure(f"{self.name}: no blob {digest}", Cause.MISSING)
+        offset, size = self._places[digest]
+        if size > DOCUMENT_BYTES:
+            raise Failure(f"{self.name}: {digest} is too large for a document", Cause.FORMAT)
+        return b"".join(bytes(piece) for piece in self._opened().read_range("", offset, size))
 
     def _add(self, member: tarfile.TarInfo, media_type: str) -> Descriptor:
         """The archive does not tell its layers' digests reliably (old ones name them by ids): they are computed."""
@@ -186,6 +257,13 @@ class DockerArchiveStore:
         if member.size > DOCUMENT_BYTES:
             raise Failure(f"{self.name}: member {name!r} is too large for a document", Cause.FORMAT)
         return b"".join(bytes(piece) for piece in self._opened().read_range("", member.offset_data, member.size))
+
+
+class OciArchiveStore(DockerArchiveStore):
+    """The same of an OCI layout in a tar."""
+
+    kind = OCI_ARCHIVE
+    wanted = "an OCI layout in a tar (with index.json)"
 
 
 def open_decoded(raw: BinaryIO) -> "BinaryIO | None":

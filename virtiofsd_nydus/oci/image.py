@@ -1,18 +1,23 @@
-"""A Nydus image by its reference: what is needed to serve it.
+"""An image by its reference: what is needed to serve it.
 
-resolve_image() finds the manifest and brings the bootstrap, the only part of an image that is ever fetched whole."""
+resolve_image() finds the manifest, has its signature checked where one is asked for, and brings the bootstrap: of a
+Nydus image the one it carries, of a plain OCI image one that is made of its layers (oci/plain.py)."""
 
 import contextlib
+import errno
+import hashlib
 import os
 import tarfile
 import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.oci.manifest import (
+    LAYER_TYPES,
     Descriptor,
     Manifest,
     Platform,
@@ -20,8 +25,12 @@ from virtiofsd_nydus.oci.manifest import (
     load_json,
     parse_platform,
 )
-from virtiofsd_nydus.oci.reference import DOCKER, DOCKER_ARCHIVE, OCI, Reference, parse_reference
-from virtiofsd_nydus.oci.store import DEFAULT_ACCESS, Access, ImageStore, VerifiedReader, find_manifest, read_document
+from virtiofsd_nydus.oci.reference import ARCHIVES, DOCKER, OCI, OCI_ARCHIVE, Reference, parse_reference
+from virtiofsd_nydus.oci.store import DEFAULT_ACCESS, Access, ImageStore, VerifiedReader, find_chain, read_document
+
+if TYPE_CHECKING:
+    from virtiofsd_nydus.oci.policy import Trust
+    from virtiofsd_nydus.oci.signatures import Signed
 
 # Where a bootstrap layer has it: since v2, and before.
 BOOTSTRAP_MEMBERS = ("image/image.boot", "image.boot")
@@ -31,10 +40,12 @@ COPY_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class NydusImage:
-    """name: the reference as a person wrote it. bootstrap: a file that holds it, named by the bootstrap layer's digest.
-    blobs: id (hex) to size in bytes of every data blob. manifest_digest: "sha256:...". config: the image's OCI
-    configuration (Env, Cmd and so on under "config")."""
+class ServedImage:
+    """name: the reference as a person wrote it. bootstrap: a file that holds it, bootstrap_digest: what its bytes must
+    be. blobs: id (hex) to size in bytes of every data blob. manifest_digest: "sha256:...". config: the image's OCI
+    configuration (Env, Cmd and so on under "config"). plain: the blobs are OCI layers, not converted. chain: digests of
+    the documents that led to the manifest, its own last. signed: the signatures that were asked for and found right.
+    read_bytes, requests: of layers, what getting ready took."""
 
     name: str
     reference: Reference
@@ -45,6 +56,12 @@ class NydusImage:
     backend_type: str
     _backend_settings: dict[str, Any] = field(repr=False)  # may hold a login
     bootstrap_layer_bytes: int = 0  # as it lies in the registry
+    bootstrap_digest: str = ""
+    plain: bool = False
+    chain: tuple[str, ...] = ()
+    signed: "tuple[Signed, ...]" = ()
+    read_bytes: int = 0
+    requests: int = 0
 
     @property
     def blob_bytes(self) -> int:
@@ -57,8 +74,24 @@ class NydusImage:
         return {"type": self.backend_type, "config": dict(self._backend_settings)}
 
 
-def open_store(reference: Reference, access: Access = DEFAULT_ACCESS) -> ImageStore:
-    """Opens the store that a reference speaks of."""
+@dataclass(frozen=True, kw_only=True)
+class ResolveOptions:
+    """access: to registries. platform: of an index, "OS/ARCHITECTURE", default this host's. work_dir: the cache
+    directory, for what a plain image leaves on the node (None: plain images are refused). trust: the signatures that
+    are asked for. fill: whether a plain image's first reading fills the cache. say: gets lines for the log."""
+
+    access: Access = DEFAULT_ACCESS
+    platform: str = ""
+    work_dir: Path | None = None
+    trust: "Trust | None" = None
+    fill: bool = True
+    on_bytes: Callable[[int], None] | None = None
+    say: Callable[[str], None] = lambda line: None
+
+
+def open_store(reference: Reference, access: Access = DEFAULT_ACCESS, keep_dir: Path | None = None) -> ImageStore:
+    """Opens the store that a reference speaks of. keep_dir: where an archive that has to be decoded stays (default: it
+    goes with the store)."""
     if reference.transport == DOCKER:
         from virtiofsd_nydus.oci.registry import RegistryStore
 
@@ -67,94 +100,197 @@ def open_store(reference: Reference, access: Access = DEFAULT_ACCESS) -> ImageSt
         from virtiofsd_nydus.oci.layout import LayoutStore
 
         return LayoutStore(reference.path)
-    from virtiofsd_nydus.oci.docker_archive import DockerArchiveStore
+    from virtiofsd_nydus.oci.docker_archive import DockerArchiveStore, OciArchiveStore
 
-    return DockerArchiveStore(reference.path)
+    return (OciArchiveStore if reference.transport == OCI_ARCHIVE else DockerArchiveStore)(reference.path, keep_dir)
 
 
 def resolve_image(
-    reference: str | Reference, *, cache_dir: Path, access: Access = DEFAULT_ACCESS, platform: str = ""
-) -> NydusImage:
-    """Finds a Nydus image and puts its bootstrap into cache_dir (one that is there already is used, once verified).
+    reference: str | Reference,
+    *,
+    cache_dir: Path,
+    access: Access = DEFAULT_ACCESS,
+    platform: str = "",
+    options: ResolveOptions | None = None,
+) -> ServedImage:
+    """Finds an image and puts its bootstrap on this node (one that is there already is used, once verified).
 
-    platform: of an index, "OS/ARCHITECTURE", default this host's. Raises Failure: FORMAT for an image that is none of
-    Nydus, else as the stores do."""
+    cache_dir: for bootstraps of Nydus images. Raises Failure: AUTH where a signature is asked for and lacks, FORMAT for
+    what is no image, else as the stores do."""
     if isinstance(reference, str):
         reference = parse_reference(reference)
-    wanted = parse_platform(platform) if platform else get_host_platform()
-    store = open_store(reference, access)
+    options = options or ResolveOptions(access=access, platform=platform)
+    wanted = parse_platform(options.platform) if options.platform else get_host_platform()
+    work_dir = options.work_dir
+    inner = open_store(reference, options.access, work_dir / "archives" if work_dir is not None else None)
+    store = inner
+    if work_dir is not None:
+        from virtiofsd_nydus.oci.nodestore import NodeStore
+
+        store = NodeStore(inner, work_dir / "documents", options.say)
     try:
-        manifest = find_nydus_manifest(store, reference, wanted)
-        layer = manifest.bootstrap_layer
-        assert layer is not None
-        bootstrap = fetch_bootstrap(store, layer, cache_dir)
+        chain, manifest = find_chain(store, reference.version, wanted, nydus=True)
+        signed: list[Signed] = []
+        if options.trust is not None:
+            from virtiofsd_nydus.oci.policy import require_trust
+
+            signed = require_trust(options.trust, store, chain, str(reference))
         config = load_json(read_document(store, manifest.config, f"{reference}: configuration"), str(reference))
-        kind, settings = _describe_backend(store)
-        return NydusImage(
-            str(reference),
-            reference,
-            bootstrap,
-            {one.hex: one.size for one in manifest.blob_layers},
-            manifest.descriptor.digest,
-            config,
-            kind,
-            settings,
-            layer.size,
-        )
+        found = _Found(reference, manifest, config, tuple(chain), tuple(signed))
+        layer = manifest.bootstrap_layer
+        if layer is not None and reference.transport not in ARCHIVES:
+            bootstrap, digest = fetch_bootstrap(store, layer, cache_dir)
+            kind, settings = _describe_backend(inner)
+            blobs = {one.hex: one.size for one in manifest.blob_layers}
+            return found.serve(bootstrap, digest, blobs, kind, settings, bootstrap_layer_bytes=layer.size)
+        if work_dir is None:
+            raise _not_nydus(reference)
+        return _resolve_plain(store, inner, found, options)
     finally:
         store.close()
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What the documents of an image say."""
+
+    reference: Reference
+    manifest: Manifest
+    config: dict[str, Any]
+    chain: tuple[str, ...]
+    signed: "tuple[Signed, ...]"
+
+    def serve(
+        self, bootstrap: Path, digest: str, blobs: dict[str, int], kind: str, settings: dict[str, Any], **more: Any
+    ) -> ServedImage:
+        return ServedImage(
+            str(self.reference),
+            self.reference,
+            bootstrap,
+            blobs,
+            self.manifest.descriptor.digest,
+            self.config,
+            kind,
+            settings,
+            bootstrap_digest=digest,
+            chain=self.chain,
+            signed=self.signed,
+            **more,
+        )
+
+
+def _resolve_plain(store: ImageStore, inner: ImageStore, found: _Found, options: ResolveOptions) -> ServedImage:
+    from virtiofsd_nydus.oci.convert import list_diff_ids
+    from virtiofsd_nydus.oci.docker_archive import DockerArchiveStore
+    from virtiofsd_nydus.oci.plain import PlainOptions, prepare_plain
+
+    assert options.work_dir is not None
+    manifest, name = found.manifest, str(found.reference)
+    for layer in manifest.layers:
+        if layer.media_type not in LAYER_TYPES:
+            raise Failure(
+                f"{name}: layer {layer.digest} is of type {layer.media_type!r}, which cannot be read", Cause.FORMAT
+            )
+    options.work_dir.mkdir(parents=True, exist_ok=True)
+    wanted = PlainOptions(options.work_dir, fill=options.fill, on_bytes=options.on_bytes, say=options.say)
+    if isinstance(inner, DockerArchiveStore):
+        wanted.place_of = inner.place_of
+    image = prepare_plain(store, manifest, list_diff_ids(found.config, manifest, name), wanted)
+    kind, settings = _describe_backend(inner)
+    settings["layers"] = str(image.layers.absolute())
+    return found.serve(
+        image.bootstrap,
+        image.bootstrap_digest,
+        image.blobs,
+        kind,
+        settings,
+        plain=True,
+        read_bytes=image.read_bytes,
+        requests=image.requests,
+    )
+
+
 def find_nydus_manifest(store: ImageStore, reference: Reference, platform: Platform) -> Manifest:
-    if reference.transport == DOCKER_ARCHIVE:
+    if reference.transport in ARCHIVES:
         raise _not_nydus(reference)
-    manifest = find_manifest(store, reference.version, platform, nydus=True)
+    manifest = find_chain(store, reference.version, platform, nydus=True)[1]
     if manifest.bootstrap_layer is None:
         raise _not_nydus(reference)
     return manifest
 
 
-def fetch_bootstrap(store: ImageStore, layer: Descriptor, cache_dir: Path) -> Path:
-    """The bootstrap in the layer as cache_dir/<hex of the layer>.boot.
+def fetch_bootstrap(store: ImageStore, layer: Descriptor, cache_dir: Path) -> tuple[Path, str]:
+    """The bootstrap in the layer as cache_dir/HEX.boot (HEX: of the layer), and the digest of its bytes.
 
-    A second file beside it holds the bootstrap's own digest: one that does not fit (a torn or damaged file) is fetched
-    anew."""
-    path = cache_dir / f"{layer.hex}.boot"
-    check = cache_dir / f"{layer.hex}.boot.sha256"
-    try:
-        if check.read_text() == _digest_file(path):
-            return path
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise Failure(f"cannot read {path}: {error.strerror}", Cause.IO) from error
+    The layer itself stays beside it (HEX.tar.gz): each time it is compared with the manifest, and the bootstrap with
+    what is in it, so that a file that was changed on this node is found, and made or had anew."""
     what = f"{store.name}: bootstrap layer"
-    reader = VerifiedReader(store.read_blob(layer), layer, what)
+    path, kept = cache_dir / f"{layer.hex}.boot", cache_dir / f"{layer.hex}.tar.gz"
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache_dir, prefix=f".{layer.hex[:12]}.", delete=False) as out:
-            temporary = Path(out.name)
-            try:
-                _extract_bootstrap(reader, out.file, what)
-                out.flush()
-                # Only now is it known that these are the layer's bytes.
-                reader.finish()
-                os.fchmod(out.fileno(), 0o444)
-                digest = _digest_file(temporary)
-                check.unlink(missing_ok=True)
-                temporary.replace(path)
-                _write_whole(check, digest)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        with contextlib.suppress(Failure, OSError):
+            digest = _digest_bootstrap(kept, layer, what)
+            if not path.exists() or digest != _digest_file(path):
+                _digest_bootstrap(kept, layer, what, path)
+            return path, digest
+        with _new_file(cache_dir, layer.hex, kept) as out:
+            reader = VerifiedReader(store.read_blob(layer), layer, what)
+            while piece := reader.read(COPY_BYTES):
+                out.write(piece)
+        digest = _digest_bootstrap(kept, layer, what, path)
     except OSError as error:
-        import errno
-
         raise Failure(
             f"cannot write the bootstrap into {cache_dir}: {error.strerror or error}",
             Cause.SPACE if error.errno == errno.ENOSPC else Cause.IO,
         ) from error
-    return path
+    return path, digest
+
+
+def _digest_bootstrap(kept: Path, layer: Descriptor, what: str, target: Path | None = None) -> str:
+    """The digest of the bootstrap in a layer's file, whose bytes are compared with the manifest. target: the bootstrap
+    is written there, too."""
+    hashed = _Hashed()
+    with kept.open("rb") as file, contextlib.ExitStack() as stack:
+        if target is not None:
+            hashed.out = stack.enter_context(_new_file(target.parent, layer.hex, target))
+        reader = VerifiedReader(_pieces_of(file), layer, what)
+        _extract_bootstrap(reader, hashed, what)
+        # Only now is it known that these are the layer's bytes.
+        reader.finish()
+    return f"sha256:{hashed.hash.hexdigest()}"
+
+
+def _pieces_of(file: BinaryIO) -> Iterator[memoryview]:
+    while piece := file.read(COPY_BYTES):
+        yield memoryview(piece)
+
+
+class _Hashed:
+    """Digests what is written, and passes it on."""
+
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+        self.out: Any = None
+
+    def write(self, data: bytes) -> None:
+        self.hash.update(data)
+        if self.out is not None:
+            self.out.write(data)
+
+
+@contextlib.contextmanager
+def _new_file(directory: Path, prefix: str, target: Path) -> Iterator[Any]:
+    """A file that takes target's place when the block ends well."""
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=f".{prefix[:12]}.", delete=False) as out:
+        temporary = Path(out.name)
+        try:
+            yield out.file
+            out.flush()
+            os.fchmod(out.fileno(), 0o444)
+            temporary.replace(target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _extract_bootstrap(reader: VerifiedReader, out: Any, what: str) -> None:
@@ -195,20 +331,15 @@ def _digest_file(path: Path) -> str:
     return f"sha256:{hashed.hexdigest()}"
 
 
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(FileNotFoundError):
-        temporary.unlink()
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def _describe_backend(store: ImageStore) -> tuple[str, dict[str, Any]]:
+    from virtiofsd_nydus.oci.docker_archive import DockerArchiveStore
     from virtiofsd_nydus.oci.layout import LayoutStore
     from virtiofsd_nydus.oci.registry import RegistryStore
 
     if isinstance(store, LayoutStore):
         return "localfs", {"dir": str(store.blob_dir.absolute())}
+    if isinstance(store, DockerArchiveStore):
+        return "localfs", {"blob_file": str(store.tar_path.absolute())}
     assert isinstance(store, RegistryStore)
     settings: dict[str, Any] = {"scheme": store.scheme, "host": store.host, "repo": store.repo}
     # Docker's login is not among them: it may be short-lived, so the backend looks it up itself when it logs in.

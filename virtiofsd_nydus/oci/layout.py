@@ -30,6 +30,33 @@ LAYOUT = {"imageLayoutVersion": "1.0.0"}
 BESIDE = re.compile(r"sha256-[0-9a-f]{64}(\.[a-z]+)?")
 
 
+def choose_image(entries: list[dict[str, Any]], version: str, name: str) -> Descriptor:
+    """The manifest of a tag ("": the only image) among the entries of an index.json."""
+    tags = [str((entry.get("annotations") or {}).get(ANNOTATION_REF_NAME, "")) for entry in entries]
+    if version:
+        chosen = [entry for entry, tag in zip(entries, tags, strict=True) if tag == version]
+    else:
+        images = [entry for entry, tag in zip(entries, tags, strict=True) if not BESIDE.fullmatch(tag)]
+        chosen = images if len(images) == 1 else []
+    if not chosen:
+        have = ", ".join(sorted({tag for tag in tags if tag and not BESIDE.fullmatch(tag)})) or "none"
+        raise Failure(
+            f"{name}: no image {version!r}; tags there: {have}"
+            if version
+            else f"{name}: holds {len(entries)} images, say which ({name}:TAG); tags there: {have}",
+            Cause.MISSING,
+        )
+    return parse_descriptor(chosen[-1], name)
+
+
+def parse_index_file(data: bytes, name: str) -> list[dict[str, Any]]:
+    """The entries of an index.json."""
+    entries = load_json(data, f"{name}/index.json").get("manifests")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise Failure(f"{name}: index.json lists no manifests", Cause.FORMAT)
+    return entries
+
+
 class LayoutStore:
     """store.ImageStore of a directory, made when the first blob is put."""
 
@@ -47,22 +74,7 @@ class LayoutStore:
         if version.startswith("sha256:"):
             data = self._read_file(self.blob_dir / version[7:])
             return data, str(load_json(data, self.name).get("mediaType", ""))
-        entries = self._entries()
-        tags = [str((entry.get("annotations") or {}).get(ANNOTATION_REF_NAME, "")) for entry in entries]
-        if version:
-            chosen = [entry for entry, tag in zip(entries, tags, strict=True) if tag == version]
-        else:
-            images = [entry for entry, tag in zip(entries, tags, strict=True) if not BESIDE.fullmatch(tag)]
-            chosen = images if len(images) == 1 else []
-        if not chosen:
-            have = ", ".join(sorted({tag for tag in tags if tag})) or "none"
-            raise Failure(
-                f"{self.name}: no image {version!r}; tags there: {have}"
-                if version
-                else f"{self.name}: holds {len(entries)} images, say which (oci:DIR:TAG); tags there: {have}",
-                Cause.MISSING,
-            )
-        descriptor = parse_descriptor(chosen[-1], self.name)
+        descriptor = choose_image(self._entries(), version, self.name)
         data = self._read_file(self.blob_dir / descriptor.hex)
         if digest_of(data) != descriptor.digest:
             raise Failure(f"{self.name}: manifest {descriptor.digest} is damaged", Cause.DIGEST)
@@ -115,10 +127,7 @@ class LayoutStore:
     def _entries(self) -> list[dict[str, Any]]:
         if not (self.directory / LAYOUT_FILE).is_file():
             raise Failure(f"{self.name}: no OCI layout there (no {LAYOUT_FILE} file)", Cause.MISSING)
-        entries = load_json(self._read_file(self.directory / "index.json"), f"{self.name}/index.json").get("manifests")
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise Failure(f"{self.name}: index.json lists no manifests", Cause.FORMAT)
-        return entries
+        return parse_index_file(self._read_file(self.directory / "index.json"), self.name)
 
     def _read_file(self, path: Path) -> bytes:
         try:

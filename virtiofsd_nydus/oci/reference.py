@@ -1,4 +1,5 @@
-"""Image references: `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`, `oci:DIR[:TAG]`, `docker-archive:FILE[:NAME[:TAG]]`."""
+"""Image references: `docker://HOST[:PORT]/NAME[:TAG|@DIGEST]`, `oci:DIR[:TAG]`, `docker-archive:FILE[:NAME[:TAG]]`,
+`oci-archive:FILE[:TAG]`. FILE may be `-`, standard input."""
 
 import ipaddress
 import re
@@ -10,8 +11,15 @@ from virtiofsd_nydus.errors import UsageFailure
 DOCKER = "docker"
 OCI = "oci"
 DOCKER_ARCHIVE = "docker-archive"
+OCI_ARCHIVE = "oci-archive"
+ARCHIVES = (DOCKER_ARCHIVE, OCI_ARCHIVE)
+STDIN = Path("-")
+# How references begin; anything else names a file.
+PREFIXES = ("docker://", "oci:", "docker-archive:", "oci-archive:")
 
-GRAMMAR = "docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG] or docker-archive:FILE[:NAME[:TAG]]"
+GRAMMAR = (
+    "docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], docker-archive:FILE[:NAME[:TAG]] or oci-archive:FILE[:TAG]"
+)
 
 # The distribution specification's names; at most 255 bytes with the host.
 COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -23,8 +31,8 @@ HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]
 
 @dataclass(frozen=True)
 class Reference:
-    """transport: DOCKER (host, repo, tag or digest), OCI (path, tag), DOCKER_ARCHIVE (path, tag: NAME[:TAG] of one of
-    its images)."""
+    """transport: DOCKER (host, repo, tag or digest), OCI and OCI_ARCHIVE (path, tag), DOCKER_ARCHIVE (path, tag:
+    NAME[:TAG] of one of its images)."""
 
     transport: str
     host: str = ""
@@ -54,11 +62,11 @@ def parse_reference(text: str) -> Reference:
     if text.startswith("docker://"):
         return _parse_docker(text)
     transport, colon, rest = text.partition(":")
-    if colon and rest and transport == DOCKER_ARCHIVE:
+    if colon and rest and transport in ARCHIVES:
         # A file may have colons in its name: the longest part that is there is the file.
         ends = [at for at in range(len(rest), 0, -1) if rest[at : at + 1] in ("", ":")]
-        end = next((at for at in ends if Path(rest[:at]).exists()), len(rest))
-        return Reference(DOCKER_ARCHIVE, path=Path(rest[:end]), tag=rest[end + 1 :])
+        end = next((at for at in ends if Path(rest[:at]).exists() or rest[:at] == str(STDIN)), len(rest))
+        return Reference(transport, path=Path(rest[:end]), tag=rest[end + 1 :])
     if colon and rest and transport == OCI:
         folder, last_colon, tag = rest.rpartition(":")
         # A directory may have a colon in its name; one that is there wins.

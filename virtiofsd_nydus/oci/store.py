@@ -146,15 +146,22 @@ def read_document(store: ImageStore, descriptor: Descriptor, what: str) -> bytes
 
 def find_manifest(store: ImageStore, version: str, platform: Platform, *, nydus: bool) -> Manifest:
     """The manifest of a tag or digest; of an index, that of the platform (nydus: see choose_entry)."""
+    return find_chain(store, version, platform, nydus=nydus)[1]
+
+
+def find_chain(store: ImageStore, version: str, platform: Platform, *, nydus: bool) -> tuple[list[str], Manifest]:
+    """The same, and the digests of the documents that led to it, the manifest's own last."""
     what = store.name
+    chain: list[str] = []
     for _ in range(3):  # an index may name an index, no sane image goes deeper
         data, media_type = store.get_manifest(version)
         digest = digest_of(data)
+        chain.append(digest)
         if version.startswith("sha256:") and digest != version:
             raise Failure(f"{what}: the manifest is not the one of {version}: damaged or falsified", Cause.DIGEST)
         value = _peek(data)
         if media_type not in INDEX_TYPES and "manifests" not in value:
-            return parse_manifest(data, Descriptor(media_type, digest, len(data)), what)
+            return chain, parse_manifest(data, Descriptor(media_type, digest, len(data)), what)
         version = choose_entry(parse_index(data, what), platform, what, nydus=nydus).descriptor.digest
     raise Failure(f"{what}: indexes within indexes", Cause.FORMAT)
 

@@ -2,7 +2,7 @@
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, Arena, relieve
 
@@ -45,6 +45,23 @@ class ChunkTable:
         if not index % RELIEVE_EVERY:
             relieve()
         return index
+
+    def dump(self) -> list[bytes]:
+        """Records and contexts, for restore(). Chunks of other blobs are not kept."""
+        return [bytes(self._records.data[: self._count * RECORD_BYTES]), bytes(self._contexts.data)]
+
+    @classmethod
+    def restore(
+        cls, parts: "Sequence[bytes | memoryview]", directory: "str | os.PathLike[str] | None" = None
+    ) -> "ChunkTable":
+        """A table of what dump() gave, which must be what this program wrote: it is not checked."""
+        records, contexts = parts
+        table = cls(directory)
+        table.resize(len(records) // RECORD_BYTES)
+        table._records.data[: len(records)] = records
+        table._contexts.reserve(len(contexts))
+        table._contexts.data[: len(contexts)] = contexts
+        return table
 
     def resize(self, count: int) -> None:
         """Makes room for chunks that are set by their index."""

@@ -58,6 +58,16 @@ class Nodes:
             relieve()
         return node
 
+    def dump_nodes(self) -> bytes:
+        """All records, for restore_nodes() of this program on this kind of machine."""
+        return bytes(self._arena.data[: self._count * NODE_BYTES])
+
+    def restore_nodes(self, data: "bytes | memoryview") -> None:
+        """Takes the records of another tree instead of its own."""
+        self._arena.reserve(len(data))
+        self._arena.data[: len(data)] = data
+        self._count = len(data) // NODE_BYTES
+
     # ---- attributes
 
     def attributes(self, node: int) -> Attributes:

@@ -10,6 +10,7 @@ import stat
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.nodes import FLAG_IMPLIED, FLAG_SORTED, FLAG_SUBDIRS, ROOT, Nodes
@@ -55,6 +56,53 @@ class Tree(Nodes):
         self._xattr_places: dict[Xattrs, int] = {(): 0}
         self._xattrs_at: dict[int, Xattrs] = {0: ()}
         self.make_directory(implied=True)
+
+    # ---- keeping it
+    DUMPED = 4  # parts that dump() gives
+
+    def dump(self) -> list[bytes]:
+        """The tree of one layer in parts, for restore(). Its chunk table is the caller's to keep."""
+        return [
+            self.dump_nodes(),
+            bytes(self._entries.data[: self._entry_count * ENTRY_BYTES]),
+            bytes(self._texts.view()),
+            bytes(self._pool.view()),
+        ]
+
+    @classmethod
+    def restore(
+        cls,
+        parts: "Sequence[bytes | memoryview]",
+        lower_links: int,
+        table: ChunkTable,
+        directory: "str | os.PathLike[str] | None" = None,
+    ) -> Self:
+        """A tree of what dump() gave, which must be what this program wrote: it is not checked. table: of its files."""
+        nodes, entries, texts, pool = parts
+        tree = cls(directory)
+        tree.restore_nodes(nodes)
+        tree.lower_links = lower_links
+        for arena, data in ((tree._texts, texts), (tree._pool, pool)):
+            arena.used = 0
+            arena.append(memoryview(data))
+        tree._entries.reserve(len(entries))
+        tree._entries.data[: len(entries)] = entries
+        tree._entry_count = len(entries) // ENTRY_BYTES
+        tree.tables, tree._table_numbers = [table], {id(table): 0}
+        tree._index_names()
+        return tree
+
+    def _index_names(self) -> None:
+        """Makes the buckets anew: hashes hold for one process only."""
+        self._buckets.reserve(4 * self._entry_count)
+        self._buckets.data[:] = bytes(len(self._buckets.data))
+        words, buckets = self._entries.words, self._buckets.words
+        mask = len(buckets) - 1
+        for base in range(8, self._entry_count * 8, 8):
+            if words[base + NODE]:
+                hashed = self._hash(words[base + PARENT], self._name(base))
+                words[base + HASH], words[base + CHAIN] = hashed, buckets[hashed & mask]
+                buckets[hashed & mask] = base >> 3
 
     # ---- making nodes
     def _make(self, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs) -> int:

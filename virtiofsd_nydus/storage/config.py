@@ -66,6 +66,7 @@ V2_PREFETCH: "Schema" = {
 V2_SCHEMA: "Schema" = {
     "version": None,
     "id": None,
+    "bootstrap_digest": None,
     "backend": {"type": None, **dict.fromkeys(BACKEND_TYPES)},
     "external_backends": None,
     "cache": {
@@ -103,7 +104,8 @@ class ImageConfig:
 
     backend_type and backend_config: as in v2, for storage.factory. work_dir: cache directory. prefetch: background
     fetching is on; prefetch_all: of the whole image. prefetch_bandwidth_bytes_s: limit for prefetch alone, 0 = none.
-    amplify_bytes: how far a miss is extended. The flags of nydusd's statistics are kept for its API. warnings: lines
+    amplify_bytes: how far a miss is extended. bootstrap_digest: what the bootstrap's bytes must be, "": not told. The
+    flags of nydusd's statistics are kept for its API. warnings: lines
     for the log.
     """
 
@@ -112,6 +114,7 @@ class ImageConfig:
         "amplify_bytes",
         "backend_config",
         "backend_type",
+        "bootstrap_digest",
         "cache_compressed",
         "cache_validate",
         "enable_xattr",
@@ -130,7 +133,7 @@ class ImageConfig:
     )
 
     def __init__(self, backend_type: str, backend_config: "dict[str, Any]", work_dir: str) -> None:
-        self.id = ""
+        self.id = self.bootstrap_digest = ""
         self.backend_type = backend_type
         self.backend_config = backend_config
         self.work_dir = work_dir
@@ -311,6 +314,7 @@ def _from_v2(document: "dict[str, Any]", where: str) -> ImageConfig:
         _cache_dir(cache.get("type", ""), _table(cache, "filecache", where), where),
     )
     config.id = _text(document, "id", where)
+    config.bootstrap_digest = _text(document, "bootstrap_digest", where)
     _note_unknown(document, V2_SCHEMA, where, config)
     config.mode = _mode(rafs, where)
     for key in ("iostats_files", "access_pattern", "latest_read_files", "enable_xattr"):

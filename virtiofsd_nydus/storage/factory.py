@@ -32,6 +32,9 @@ OBJECT_KEYS = HTTP_KEYS | {
     "access_key_secret",
     "session_token",
 }
+LAYERS_KEY = "layers"
+# Puts the backend of plain OCI images before one that has their layers; oci.layers.install() sets it.
+wrap_layers: "Callable[[Backend, str], Backend] | None" = None
 KEYS = {
     "registry": HTTP_KEYS
     | {"scheme", "host", "repo", "auth", "registry_token", "blob_url_scheme", "blob_redirected_host", "mirrors"},
@@ -64,8 +67,12 @@ def create_backend(kind: str, settings: "Settings", *, warn: "Say" = None) -> "B
         raise UsageFailure(f"backend type {kind!r} is not supported: {', '.join(sorted(KEYS))} are")
     if not isinstance(settings, dict):
         raise UsageFailure(f"backend {kind}: its config must be an object")
-    _name_unknown(f"backend {kind}", settings, known, warn)
-    return MAKERS[kind](settings, warn)
+    layers = _text(settings, LAYERS_KEY)
+    _name_unknown(f"backend {kind}", settings, known | {LAYERS_KEY}, warn)
+    if layers and wrap_layers is None:
+        raise UsageFailure(f"backend {kind}: layers is a key of mounts of plain OCI images")
+    backend = MAKERS[kind](settings, warn)
+    return wrap_layers(backend, layers) if layers and wrap_layers is not None else backend
 
 
 def _make_localfs(settings: "Settings", say: "Say") -> "Backend":
@@ -214,6 +221,7 @@ def change_backend(backend: "Backend", changes: "Mapping[str, str]") -> list[str
     for key in changes:
         if key not in HOT_KEYS:
             raise UsageFailure(f"key {key!r} cannot be changed while mounted: {', '.join(HOT_KEYS)} can")
+    backend = getattr(backend, "inner", backend)
     unused = ["dragonfly_scheduler_endpoint"] if "dragonfly_scheduler_endpoint" in changes else []
     login = decode_basic(changes["registry_auth"], "registry_auth") if changes.get("registry_auth") else None
     if "proxy_url" in changes:

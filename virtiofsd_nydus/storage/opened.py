@@ -42,6 +42,25 @@ def make_origin(config: "ImageConfig", warn: "Callable[[str], None]") -> Origin:
     )
 
 
+def require_digest(bootstrap: str, digest: str) -> None:
+    """Raises Failure (DIGEST) for a bootstrap that is not the one that its image's manifest leads to."""
+    from hashlib import sha256
+
+    hashed = sha256()
+    try:
+        with open(bootstrap, "rb") as file:
+            while piece := file.read(1 << 20):
+                hashed.update(piece)
+    except OSError as error:
+        raise Failure(f"cannot read the bootstrap {bootstrap}: {error.strerror}", Cause.IO) from error
+    if f"sha256:{hashed.hexdigest()}" != digest:
+        raise Failure(
+            f"bootstrap {bootstrap}: not the bytes that the image's manifest leads to: it was changed on this node; "
+            "remove it, it is made again",
+            Cause.DIGEST,
+        )
+
+
 class OpenedImage:
     """One image that the fetch threads of pump serve. It owns what it was given; close() ends it.
 
@@ -58,9 +77,13 @@ class OpenedImage:
         work_dir: str,
         compressed: bool = False,
         blob_id: str | None = None,
+        digest: str = "",
     ) -> None:
+        """digest: what the bootstrap's bytes must be, "sha256:...", "": not told."""
         self.pump, self.engine, self.origin = pump, pump.engine, origin
         try:
+            if digest:
+                require_digest(bootstrap, digest)
             self.store = Store(self.engine, work_dir, compressed=compressed)
             try:
                 self.rafs = Rafs(self.engine, bootstrap, self.store, blob_id)
@@ -102,6 +125,7 @@ def open_with_engine(
     *,
     work_dir: str,
     blob_id: str | None = None,
+    digest: str = "",
     allow_unverified: bool = False,
     at_end: "Callable[[Engine], None]" = lambda engine: None,
 ) -> "Iterator[OpenedImage]":
@@ -115,7 +139,7 @@ def open_with_engine(
     image: OpenedImage | None = None
     failed = True
     try:
-        image = OpenedImage(pump, bootstrap, make(), work_dir=work_dir, blob_id=blob_id)
+        image = OpenedImage(pump, bootstrap, make(), work_dir=work_dir, blob_id=blob_id, digest=digest)
         pump.start()
         yield image
         failed = False

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+from virtiofsd_nydus.oci.reference import PREFIXES
 
-REFERENCE_PREFIXES = ("docker://", "oci:", "docker-archive:")
 SYSTEM_CACHE_DIR = Path("/var/cache/virtiofsd-nydus")
+
+
+def tell(line: str) -> None:
+    """A line for the person at the command line."""
+    print(line, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def prepare_image(wanted: WantedImage) -> Iterator[PreparedImage]:
     directory is made, and stays. Raises Failure, or UsageFailure where options do not fit."""
     image, blob_dir, config = wanted.name, wanted.blob_dir, wanted.config
     work_dir = wanted.cache_dir or default_cache_dir()
-    by_reference = image.startswith(REFERENCE_PREFIXES)
+    by_reference = image.startswith(PREFIXES)
     if by_reference and (blob_dir or config):
         raise UsageFailure("--blob-dir and --config go with a bootstrap file, not with a reference")
     if not by_reference:
@@ -87,25 +93,29 @@ def prepare_image(wanted: WantedImage) -> Iterator[PreparedImage]:
             f"cannot make the cache directory {work_dir}: {error.strerror}; choose one with --cache-dir", Cause.IO
         ) from None
     if by_reference:
-        from virtiofsd_nydus.oci.image import resolve_image
+        from virtiofsd_nydus.oci.image import ResolveOptions, resolve_image
         from virtiofsd_nydus.oci.store import Access
 
         bootstraps = work_dir / "bootstraps"
         before = set(bootstraps.glob("*.boot"))
         access = Access(wanted.plain_http, wanted.creds, wanted.ca_cert_files)
-        found = resolve_image(image, cache_dir=bootstraps, access=access)
+        options = ResolveOptions(access=access, work_dir=work_dir, say=tell)
+        found = resolve_image(image, cache_dir=bootstraps, options=options)
         backend = found.backend_config()
         kind, settings, bootstrap = backend["type"], backend["config"], str(found.bootstrap)
         own = found.config.get("config") or {}
-        # Manifest and configuration are fetched each time, the bootstrap once
-        fetched = (0, 2) if found.bootstrap in before else (found.bootstrap_layer_bytes, 3)
+        digest = found.bootstrap_digest
+        # Manifest and configuration are asked for each time, the bootstrap once
+        fetched = (0, 2) if found.bootstrap in before or found.plain else (found.bootstrap_layer_bytes, 3)
+        fetched = (fetched[0] + found.read_bytes, fetched[1] + found.requests)
     else:
         if blob_dir is None or not blob_dir.is_dir():
             raise Failure(f"no blob directory {blob_dir}", Cause.MISSING)
         kind, settings, bootstrap, own = "localfs", {"dir": str(blob_dir.resolve())}, image, {}
-        fetched = (0, 0)
+        fetched, digest = (0, 0), ""
     document = {
         "version": 2,
+        "bootstrap_digest": digest,
         "backend": {"type": kind, kind: settings},
         "cache": {"type": "blobcache", "filecache": {"work_dir": str(work_dir.resolve())}},
     }

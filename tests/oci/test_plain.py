@@ -1,0 +1,163 @@
+"""Plain OCI images served as they are, of every kind of layer, and what is kept of them on the node."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.oci.conftest import BIG, LAYERS, SMALL, skopeo, write_image
+from tests.oci.test_served import read_everything, serving
+from tests.peers.registry import LocalRegistry
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.vmm.image import WantedImage, prepare_image
+
+pytestmark = pytest.mark.peer
+
+KINDS = ["gzip", "zstd", "none", "mixed"]
+
+
+def push(layout: Path, registry: LocalRegistry, name: str) -> str:
+    skopeo("copy", "-q", "--dest-tls-verify=false", f"oci:{layout}:t", f"docker://{registry.host}/plain/{name}")
+    return f"docker://{registry.host}/plain/{name}"
+
+
+def make(tmp_path: Path, kind: str) -> Path:
+    write_image(tmp_path / "layout", LAYERS, ["gzip", "zstd", "none"] if kind == "mixed" else kind)
+    return tmp_path / "layout"
+
+
+def drop_data(cache: Path) -> None:
+    """Cached chunks go, as an eviction takes them; what is known of the layers stays."""
+    for path in [*cache.glob("*.blob.data*"), *cache.glob(".virtiofsd-nydus/*")]:
+        path.unlink()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["registry", "layout"])
+def test_three_starts(registry: LocalRegistry, tmp_path: Path, kind: str, place: str) -> None:
+    """The first start reads each layer once; the second has the tree and fetches what is read; a third needs
+    nothing."""
+    layout = make(tmp_path, kind)
+    reference = push(layout, registry, f"three-{kind}:1") if place == "registry" else f"oci:{layout}:t"
+    cache = tmp_path / "cache"
+    total = sum(path.stat().st_size for path in (layout / "blobs/sha256").iterdir())
+    registry.clear_log()
+    with serving(reference, cache) as (_, guest):
+        read_everything(guest)
+        assert guest.fuse.read_file("small3") == SMALL[3]
+        with pytest.raises(OSError):
+            guest.fuse.walk("etc/gone")
+    if place == "registry":
+        assert registry.blob_bytes() <= total
+    registry.clear_log()
+    with serving(reference, cache) as (_, guest):
+        read_everything(guest)
+    assert registry.blob_bytes() == 0
+    drop_data(cache)
+    with serving(reference, cache) as (_, guest):
+        assert guest.fuse.read_file("etc/hosts") == b"hosts\n"
+    if place == "registry" and kind in ("gzip", "none"):
+        assert 0 < registry.blob_bytes() < total / 2
+    with serving(reference, cache) as (_, guest):
+        read_everything(guest)
+
+
+def test_a_third_start_needs_no_network(tmp_path: Path) -> None:
+    layout, cache = make(tmp_path, "mixed"), tmp_path / "cache"
+    with LocalRegistry(tmp_path / "r") as registry:
+        reference = push(layout, registry, "a:1")
+        with serving(reference, cache) as (_, guest):
+            read_everything(guest)
+    with serving(reference, cache) as (_, guest):
+        read_everything(guest)
+
+
+def test_layers_that_images_share_are_read_once(registry: LocalRegistry, tmp_path: Path) -> None:
+    write_image(tmp_path / "one", LAYERS[:1])
+    write_image(tmp_path / "two", LAYERS[:2])
+    one, two = push(tmp_path / "one", registry, "one:1"), push(tmp_path / "two", registry, "two:1")
+    cache = tmp_path / "cache"
+    with prepare_image(WantedImage(one, cache_dir=cache)):
+        pass
+    registry.clear_log()
+    with prepare_image(WantedImage(two, cache_dir=cache)) as image:
+        pass
+    shared = json.loads((tmp_path / "one" / "index.json").read_text())["manifests"][0]["digest"]
+    layer = json.loads((tmp_path / "one/blobs/sha256" / shared[7:]).read_text())["layers"][0]["digest"]
+    assert registry.blob_requests(layer[7:]) == []
+    assert image.fetched_bytes < len(BIG)
+
+
+@pytest.mark.parametrize("what", ["layer", "blob.meta", "boot", "layers", "json"])
+def test_what_is_kept_is_not_believed(tmp_path: Path, what: str) -> None:
+    """A flipped byte in what the node keeps of an image is found, and that part is made anew."""
+    layout, cache = make(tmp_path, "gzip"), tmp_path / "cache"
+    reference = f"oci:{layout}:t"
+    with prepare_image(WantedImage(reference, cache_dir=cache)):
+        pass
+    drop_data(cache)
+    for path in (cache / "layers").rglob(f"*.{what}"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.chmod(0o600)
+        path.write_bytes(data)
+    if what == "layer":  # it is looked at when an image is made of it
+        for path in (cache / "layers").glob("*.json"):
+            path.unlink()
+    with serving(reference, cache) as (_, guest):
+        read_everything(guest)
+
+
+@pytest.mark.parametrize("way", ["docker-archive", "oci-archive", "docker-archive.gz", "oci-archive.gz"])
+def test_archives(tmp_path: Path, way: str) -> None:
+    layout, cache = make(tmp_path, "gzip"), tmp_path / "cache"
+    kind, _, packed = way.partition(".")
+    file = tmp_path / "image.tar"
+    skopeo("copy", "-q", f"oci:{layout}:t", f"{kind}:{file}" + (":a:b" if kind == "docker-archive" else ":t"))
+    if packed:
+        import gzip
+
+        file.write_bytes(gzip.compress(file.read_bytes(), 1))
+    reference = f"{kind}:{file}"
+    with serving(reference, cache) as (_, guest):
+        read_everything(guest)
+    drop_data(cache)
+    with serving(reference, cache) as (_, guest):
+        read_everything(guest)
+
+
+def test_sparse_members_are_read(tmp_path: Path) -> None:
+    """What cannot be had from the middle of a gzip stream is had by reading the layer again."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    with (tree / "sparse").open("wb") as file:
+        file.seek(5 << 20)
+        file.write(b"end")
+        file.truncate(6 << 20)
+    tar = tmp_path / "sparse.tar"
+    import subprocess
+
+    subprocess.run(["tar", "--sparse", "--format=gnu", "-C", str(tree), "-cf", str(tar), "sparse"], check=True)
+    write_image(tmp_path / "layout", [tar.read_bytes(), LAYERS[0]], "gzip")
+    reference, cache = f"oci:{tmp_path / 'layout'}:t", tmp_path / "cache"
+    for _ in range(2):
+        with serving(reference, cache) as (_, guest):
+            assert guest.fuse.read_file("sparse") == (tree / "sparse").read_bytes()
+            assert guest.fuse.read_file("big") == BIG
+        drop_data(cache)
+
+
+def test_a_damaged_layer_is_refused(registry: LocalRegistry, tmp_path: Path) -> None:
+    from tests.peers.faulty_server import FaultyServer
+
+    layout = make(tmp_path, "gzip")
+    push(layout, registry, "damaged:1")
+    with FaultyServer(upstream=registry.host) as front:
+        front.inject("corrupt", at_bytes=100_000, match="GET ", times=-1)
+        with (
+            pytest.raises(Failure, match="damaged") as caught,
+            prepare_image(WantedImage(f"docker://{front.host}/plain/damaged:1", cache_dir=tmp_path / "cache")),
+        ):
+            pass
+    assert caught.value.cause is Cause.DIGEST
+    assert not list((tmp_path / "cache").glob("*.blob.data"))
