@@ -359,7 +359,12 @@ typedef struct {
     uint64_t inflight_offset, inflight_size_bytes;
     uint32_t inflight_gen;
     uint16_t inflight_queues, inflight_queue_size; /* rings and entries per ring that the region was made for */
-    int32_t log_fd;                                /* dirty log, -1 = none */
+    /* Of a region that another process has used. goes_on: bits of rings that ran with it until now: they go on where it
+     * says, whatever their base is. Another ring does so where its base agrees with it, and begins anew where not. died: that
+     * process died; a request that was in flight at two deaths in a row is answered EIO. */
+    uint32_t inflight_goes_on;
+    uint8_t inflight_died;
+    int32_t log_fd; /* dirty log, -1 = none */
     uint64_t log_offset, log_size_bytes;
     uint32_t log_gen;
 } vnd_device_state;
@@ -373,8 +378,8 @@ uint64_t vnd_device_features(void); /* virtio feature bits the engine implements
  * drains for at most drain_ms; its base is written into st. 0, or -errno with a line (bad address, overlap, no
  * memory...). */
 int vnd_device_apply(vnd_device *d, vnd_device_state *st, int drain_ms, char *err, size_t err_len);
-/* A zeroed, sealed memfd that holds in-flight state for nq rings of qsize entries (libvhost-user's layout);
- * the caller owns the fd. */
+/* A zeroed, sealed memfd that holds in-flight state for nq rings of qsize entries (libvhost-user's layout), and behind it
+ * what a FUSE session must not lose; the caller owns the fd. */
 int vnd_inflight_create(uint32_t nq, uint32_t qsize, uint64_t *size_bytes);
 /* Drops the FUSE session (RESET_DEVICE, connection loss) but not the memory. */
 void vnd_device_reset(vnd_device *d);

@@ -42,6 +42,7 @@ int fuse_worker_init(struct fuse_worker *w, struct vnd_engine *e, struct vnd_vfs
 void fuse_worker_free(struct fuse_worker *w, struct vnd_vfs *v);
 
 struct backing;
+struct fuse_kept;
 
 /* NULL: no memory. */
 struct fuse_session *fuse_session_new(struct vnd_engine *e, struct vnd_vfs *v);
@@ -58,6 +59,9 @@ void fuse_session_reset(struct fuse_session *s);
 uint32_t fuse_session_gen(struct fuse_session *s);
 /* Goes on with a connection that another process negotiated: no INIT will come. */
 void fuse_session_resume(struct fuse_session *s);
+/* Keeps what INIT and DESTROY lead to in k (fuse/kept.h), which outlives the process; what another process left there is
+ * gone on with. NULL: nowhere. While no thread serves. k outlives the session, or another call. */
+void fuse_session_keep(struct fuse_session *s, struct fuse_kept *k);
 /* Before INIT: offers the kernel that it reads files of images by itself (fs/backing.h); b must outlive the session.
  * NULL: it is not offered. */
 void fuse_session_set_backing(struct fuse_session *s, struct backing *b);

@@ -6,6 +6,7 @@
 #define VND_FUSE_OPS_H
 #include "fs/backing.h"
 #include "fuse/fuse.h"
+#include "fuse/kept.h"
 #include "fs/vfs.h"
 
 /* How long the kernel may keep what a RAFS image said: it never changes. */
@@ -33,6 +34,7 @@ struct fuse_session {
     _Atomic uint32_t n_files; /* open, of file systems that can be written to */
     uint32_t files_max;
     struct fuse_waiting_worker *waiting_workers; /* idle ones of fuse/detach.c, under lock */
+    struct fuse_kept *kept;                      /* NULL: nothing outlives the process; changed under lock */
     struct backing *backing;                     /* NULL: the kernel reads nothing by itself */
     bool keeps_root;                             /* the transport tells when the root's attributes change */
     _Atomic bool backs_files;                    /* the kernel took it: every open of an image's files is counted */

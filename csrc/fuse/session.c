@@ -35,11 +35,18 @@ static uint64_t wanted_flags(int kind)
 }
 
 /* Begins a connection, or begins it anew: then no DESTROY came, and the guest was reset under us. */
-static void session_begin(struct fuse_session *s, struct vfs_reader *reader)
+static void session_begin(struct fuse_session *s, struct vfs_reader *reader, const struct fuse_init_out *out)
 {
     pthread_mutex_lock(&s->lock);
     if (atomic_exchange(&s->ready, true))
         atomic_fetch_add(&s->gen, 1);
+    if (s->kept)
+        fuse_kept_write(s->kept, &(struct fuse_kept){ .ready = 1,
+                                                      .minor = out->minor,
+                                                      .max_pages = out->max_pages,
+                                                      .max_write = out->max_write,
+                                                      .session_kind = (uint32_t)vfs_session_kind(s->vfs),
+                                                      .flags = (uint64_t)out->flags2 << 32 | out->flags });
     pthread_mutex_unlock(&s->lock);
     fuse_give_all_back(s, reader);
 }
@@ -78,7 +85,7 @@ static enum req_verdict op_init(struct fuse_call *c)
     out.max_write = vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? 4096 : FUSE_REPLY_MAX;
     out.time_gran = 1;
     out.max_pages = flags & FUSE_INIT_MAX_PAGES ? FUSE_REPLY_MAX / 4096 : 0;
-    session_begin(c->s, &c->w->reader);
+    session_begin(c->s, &c->w->reader, &out);
     return fuse_reply(c, &out, out_len);
 }
 
@@ -88,6 +95,8 @@ static void session_end(struct fuse_session *s, struct vfs_reader *reader)
     pthread_mutex_lock(&s->lock);
     atomic_fetch_add(&s->gen, 1);
     atomic_store(&s->ready, false);
+    if (s->kept)
+        fuse_kept_write(s->kept, &(struct fuse_kept){ 0 });
     pthread_mutex_unlock(&s->lock);
     fuse_give_all_back(s, reader);
 }
@@ -330,6 +339,15 @@ uint32_t fuse_session_gen(struct fuse_session *s)
 void fuse_session_resume(struct fuse_session *s)
 {
     atomic_store(&s->ready, true);
+}
+
+void fuse_session_keep(struct fuse_session *s, struct fuse_kept *k)
+{
+    pthread_mutex_lock(&s->lock);
+    s->kept = k;
+    if (k && fuse_kept_is_ready(k))
+        atomic_store(&s->ready, true);
+    pthread_mutex_unlock(&s->lock);
 }
 
 void fuse_session_set_backing(struct fuse_session *s, struct backing *b)

@@ -9,6 +9,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "fuse/kept.h"
+
 uint64_t vnd_device_features(void)
 {
     return DEVICE_FEATURES;
@@ -122,6 +124,7 @@ static int map_inflight(const vnd_device_state *st, const struct map_request *li
     r.fd = st->inflight_fd;
     r.offset = st->inflight_offset;
     r.size_bytes = st->inflight_queues * inflight_stride(st->inflight_queue_size);
+    out->tail = st->inflight_size_bytes >= r.size_bytes + INFLIGHT_TAIL_BYTES;
     r.what = "in-flight region";
     if (st->inflight_size_bytes < r.size_bytes || r.offset % 8 != 0)
         return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "in-flight region: %llu bytes at offset %llu, %llu are due",
@@ -136,6 +139,7 @@ static int map_inflight(const vnd_device_state *st, const struct map_request *li
                            (unsigned long long)file.st_size);
     out->queues = st->inflight_queues;
     out->entries = st->inflight_queue_size;
+    r.size_bytes += out->tail ? INFLIGHT_TAIL_BYTES : 0;
     return guestmem_map_new(&r, &out->map, &out->host, f);
 }
 
@@ -205,6 +209,7 @@ static void fill_conf(struct vnd_device *d, uint32_t i, struct queue_conf *c)
         .features = d->features,
         .inflight = queue_inflight(d, i),
         .recover = d->rings[i].recover,
+        .died = d->inflight_died,
         .ring = d->rings[i].state,
     };
 }
@@ -292,6 +297,14 @@ static int prepare(struct vnd_device *d, const vnd_device_state *st, struct appl
     return rc;
 }
 
+/* Where the session's part of the region is; NULL: nowhere. */
+static struct fuse_kept *kept_of(const struct device_inflight *in)
+{
+    _Static_assert(sizeof(struct fuse_kept) <= INFLIGHT_TAIL_BYTES, "the tail has room");
+
+    return in->map && in->tail ? (void *)(in->host + in->queues * inflight_stride(in->entries)) : NULL;
+}
+
 /* Puts what is new in its place; a then holds what it was before. */
 static void exchange(struct vnd_device *d, const vnd_device_state *st, struct apply *a)
 {
@@ -315,8 +328,12 @@ static void exchange(struct vnd_device *d, const vnd_device_state *st, struct ap
         a->inflight = d->inflight;
         d->inflight = inflight;
         d->inflight_gen = st->inflight_gen;
+        d->inflight_died = st->inflight_died;
         for (uint32_t i = 0; i < d->n_queues; i++)
-            d->rings[i].recover = inflight.map != NULL && i < inflight.queues;
+            d->rings[i].recover = inflight.map == NULL || i >= inflight.queues ? RECOVER_NOT
+                                  : st->inflight_goes_on >> i & 1              ? RECOVER_ANY_BASE
+                                                                               : RECOVER_SAME_BASE;
+        fuse_session_keep(d->common.session, kept_of(&inflight));
     }
     d->features = st->features;
 }
@@ -337,7 +354,7 @@ static int apply_rings(struct vnd_device *d, vnd_device_state *st, struct apply 
         queue_wait(&d->queues[i]);
         st->rings[i].base = d->rings[i].state.base = c->ring.base;
         if (d->queues[i].running)
-            d->rings[i].recover = false;
+            d->rings[i].recover = RECOVER_NOT;
         /* A ring that could not start earlier tries again with each new memory: no news. */
         if (c->rc != 0 && posted[i] == POSTED_RING && rc == 0) {
             rc = c->rc;
@@ -393,8 +410,10 @@ void vnd_device_free(vnd_device *d)
     for (uint32_t i = 0; i < d->n_queues; i++)
         queue_free(&d->queues[i]);
     free(d->queues);
-    if (d->common.session != NULL)
+    if (d->common.session != NULL) {
+        fuse_session_keep(d->common.session, NULL); /* another process may go on with it */
         fuse_session_free(d->common.session);
+    }
     guestmem_free(d->mem);
     guestlog_free(d->log);
     guestmem_map_put(d->inflight.map);

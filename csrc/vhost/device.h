@@ -22,7 +22,7 @@
 struct device_ring {
     vnd_ring_state state;
     uint32_t kick_gen, call_gen, err_gen;
-    bool recover; /* the front-end gave an in-flight region that this ring has not looked at */
+    enum recover recover; /* not RECOVER_NOT: there is an in-flight region that this ring has not looked at */
 };
 
 /* A front-end's in-flight region, mapped; map NULL: there is none. */
@@ -30,6 +30,7 @@ struct device_inflight {
     struct guestmem_map *map;
     uint8_t *host;
     uint32_t queues, entries; /* rings, and entries of each, that it was made for */
+    bool tail;                /* there is room for struct fuse_kept behind them */
 };
 
 struct vnd_device {
@@ -45,6 +46,7 @@ struct vnd_device {
     uint32_t log_gen;
     struct device_inflight own_inflight, inflight; /* ours, and the front-end's */
     uint32_t inflight_gen;
+    bool inflight_died;
 };
 
 #endif

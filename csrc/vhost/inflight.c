@@ -53,9 +53,15 @@ void inflight_reset(struct inflight *f, uint32_t num, uint16_t used_idx)
 void inflight_begin(struct inflight *f, uint16_t head)
 {
     f->region->desc[head].counter = f->counter++;
+    f->region->desc[head].deaths = 0;
     keep_order();
     f->region->desc[head].inflight = 1;
     keep_order();
+}
+
+bool inflight_is_fatal(const struct inflight *f, uint16_t head)
+{
+    return f->region->desc[head].deaths >= INFLIGHT_DEATHS_MAX;
 }
 
 bool inflight_busy(const struct inflight *f, uint16_t head)
@@ -101,7 +107,7 @@ static int compare_counter(const void *a, const void *b)
     return (x->counter > y->counter) - (x->counter < y->counter);
 }
 
-int inflight_recover(struct inflight *f, uint32_t num, uint16_t used_idx, uint16_t *heads)
+int inflight_recover(struct inflight *f, uint32_t num, uint16_t used_idx, bool died, uint16_t *heads)
 {
     struct inflight_region *r = f->region;
     struct found *found;
@@ -125,6 +131,8 @@ int inflight_recover(struct inflight *f, uint32_t num, uint16_t used_idx, uint16
         if (r->desc[i].inflight == 0)
             continue;
         found[n++] = (struct found){ .counter = r->desc[i].counter, .head = (uint16_t)i };
+        if (died && r->desc[i].deaths < UINT8_MAX)
+            r->desc[i].deaths++;
         if (r->desc[i].counter >= f->counter)
             f->counter = r->desc[i].counter + 1;
     }
@@ -141,7 +149,7 @@ int vnd_inflight_create(uint32_t nq, uint32_t qsize, uint64_t *size_bytes)
 
     if (nq == 0 || nq > VND_QUEUE_MAX || qsize == 0 || qsize > VND_RING_MAX)
         return -EINVAL;
-    *size_bytes = nq * inflight_stride(qsize);
+    *size_bytes = nq * inflight_stride(qsize) + INFLIGHT_TAIL_BYTES;
     fd = memfd_create("vhost-inflight", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     if (fd < 0)
         return -errno;

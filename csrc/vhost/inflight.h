@@ -13,7 +13,8 @@ struct vring_used_elem;
 
 struct inflight_desc {
     uint8_t inflight;
-    uint8_t padding[5];
+    uint8_t deaths; /* ours, padding to others: so many processes in a row died while the head was in flight */
+    uint8_t padding[4];
     uint16_t next;    /* batch list: the head staged before this one */
     uint64_t counter; /* order of fetching */
 };
@@ -32,6 +33,11 @@ struct inflight {
     uint64_t counter;
 };
 
+/* Behind the regions of all queues: room for struct fuse_kept (fuse/kept.h). */
+#define INFLIGHT_TAIL_BYTES 256u
+/* A request that was in flight at so many deaths in a row is not tried again. */
+#define INFLIGHT_DEATHS_MAX 2
+
 /* Bytes of one queue's region. */
 uint64_t inflight_stride(uint32_t queue_size);
 /* Makes it blank for a ring of num entries that stands at used_idx. */
@@ -44,8 +50,11 @@ void inflight_stage(struct inflight *f, const struct vring_used_elem *batch, uin
 void inflight_finish(struct inflight *f, const struct vring_used_elem *batch, uint32_t n, uint16_t used_idx);
 /* A head is given up without a used entry. */
 void inflight_drop(struct inflight *f, uint16_t head);
-/* Takes over what a dead process left in a region that is not blank, for a ring of num entries whose used.idx is
- * used_idx. Heads to serve again, oldest first, are put in heads (room for num); their number. -EINVAL: not ours. */
-int inflight_recover(struct inflight *f, uint32_t num, uint16_t used_idx, uint16_t *heads);
+/* Takes over what another process left in a region that is not blank, for a ring of num entries whose used.idx is
+ * used_idx. Heads to serve again, oldest first, are put in heads (room for num); their number. died: that process died,
+ * which counts for each of them. -EINVAL: not ours. */
+int inflight_recover(struct inflight *f, uint32_t num, uint16_t used_idx, bool died, uint16_t *heads);
+/* The head is not to be tried again. */
+bool inflight_is_fatal(const struct inflight *f, uint16_t head);
 
 #endif

@@ -49,11 +49,19 @@ struct queue_slot {
     struct parked parked; /* on the queue's list; its deadline is set when the head is fetched */
 };
 
+/* What a ring makes, at its start, of an in-flight region that another process has used. */
+enum recover {
+    RECOVER_NOT,       /* nothing: it has looked at it, or the region is its own */
+    RECOVER_SAME_BASE, /* goes on with it where the base of the ring agrees, begins anew where not */
+    RECOVER_ANY_BASE   /* goes on with it: the base does not count */
+};
+
 /* What control wants of a queue: values that the thread makes true and then acknowledges. The thread takes the fds. */
 struct queue_conf {
-    bool exit;    /* end the thread; nothing is written any more */
-    bool drop;    /* give every request up without an answer */
-    bool recover; /* at start, take over what is in the front-end's in-flight region */
+    bool exit; /* end the thread; nothing is written any more */
+    bool drop; /* give every request up without an answer */
+    enum recover recover;
+    bool died; /* recover: the process that left the region died */
     bool new_kick, new_call, new_err;
     int kick_fd, call_fd, err_fd;
     struct guestmem *mem;

@@ -240,6 +240,18 @@ static int load_request(struct queue *q, struct queue_slot *s, const struct vrin
     return rc;
 }
 
+/* The process died twice in a row while this request was in flight: it may be the cause, and is not tried a third time. */
+static void give_up(struct queue *q, struct queue_slot *s)
+{
+    const struct fuse_in_header *in = &s->req.in;
+
+    engine_say(q->engine, VND_LEVEL_ERROR, VND_CAUSE_IO,
+               "front-end %u: queue %u: request %llu (operation %u, node 0x%llx) was in flight at two deaths in a row: "
+               "it is answered with EIO",
+               q->common->number, q->index, (unsigned long long)in->unique, in->opcode, (unsigned long long)in->nodeid);
+    fail(q, s, EIO);
+}
+
 void queue_fetch_head(struct queue *q, uint16_t head, bool again, int64_t now)
 {
     struct queue_slot *s = &q->slots[head];
@@ -272,6 +284,8 @@ void queue_fetch_head(struct queue *q, uint16_t head, bool again, int64_t now)
     if (q->chain.in_bytes < sizeof(s->req.in) || q->chain.in_bytes > REQUEST_BYTES_MAX ||
         q->chain.out_bytes > REQUEST_BYTES_MAX)
         fail(q, s, EINVAL);
+    else if (again && inflight_is_fatal(&q->inflight, head))
+        give_up(q, s);
     else
         serve(q, s);
 }

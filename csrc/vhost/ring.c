@@ -170,6 +170,29 @@ static int size_slots(struct queue *q, uint32_t num)
     return 0;
 }
 
+/* Goes on with what another process left in the in-flight region, or makes that blank. */
+static int take_over(struct queue *q, struct queue_conf *c, uint16_t used)
+{
+    int n;
+
+    if (c->recover == RECOVER_NOT || q->inflight.region->version == 0) {
+        inflight_reset(&q->inflight, c->ring.num, used);
+        return 0;
+    }
+    n = inflight_recover(&q->inflight, c->ring.num, used, c->died, q->resubmit);
+    if (n < 0)
+        return failure_set(&c->failure, n, VND_CAUSE_GUEST,
+                           "ring %u: the in-flight region is of another version or size", q->index);
+    if (c->recover == RECOVER_SAME_BASE && (uint16_t)(used + n) != c->ring.base) {
+        inflight_reset(&q->inflight, c->ring.num, used); /* the guest began anew meanwhile */
+        return 0;
+    }
+    q->n_resubmit = (uint32_t)n;
+    q->vring.last_avail = (uint16_t)(used + q->n_resubmit);
+    queue_signal(q); /* the other process may have died between an answer and its interrupt */
+    return 0;
+}
+
 int queue_start(struct queue *q, struct queue_conf *c)
 {
     uint16_t old_avail = q->vring.last_avail, old_used = q->vring.used_idx, used;
@@ -208,16 +231,9 @@ int queue_start(struct queue *q, struct queue_conf *c)
     q->vring.used_idx = q->vring.signalled_used = used;
     q->vring.n_staged = 0;
     q->n_resubmit = q->next_resubmit = 0;
-    if (c->recover && q->inflight.region->version != 0) {
-        rc = inflight_recover(&q->inflight, c->ring.num, used, q->resubmit);
-        if (rc < 0)
-            return failure_set(&c->failure, rc, VND_CAUSE_GUEST,
-                               "ring %u: the in-flight region is of another version or size", q->index);
-        q->n_resubmit = (uint32_t)rc;
-        q->vring.last_avail = (uint16_t)(used + q->n_resubmit);
-    } else {
-        inflight_reset(&q->inflight, c->ring.num, used);
-    }
+    rc = take_over(q, c, used);
+    if (rc != 0)
+        return rc;
     q->broken = false;
     q->running = true;
     return 0;

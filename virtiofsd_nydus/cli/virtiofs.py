@@ -34,6 +34,12 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
         help="a queue's thread looks for requests up to N microseconds before it sleeps, while that pays; 0: never "
         f"(default {POLL_DEFAULT_US}, at most {POLL_MAX_US})",
     )
+    parser.add_argument(
+        "--keeper",
+        action="store_true",
+        help="serve from a worker process whose death guests do not notice (docs/keeper.md)",
+    )
+    parser.add_argument("--no-keeper", action="store_false", dest="keeper", help="serve in one process")
     tolerated = parser.add_argument_group("accepted for compatibility, without effect")
     tolerated.add_argument("--hybrid-mode", action="store_true")
     tolerated.add_argument("--log-rotation-size", type=int, default=0)
@@ -71,6 +77,11 @@ def run(args: "argparse.Namespace") -> int:
 
 
 def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "UnixListener | None") -> int:
+    if args.keeper:
+        from virtiofsd_nydus.keeper.start import keep
+
+        return keep(args, api_listener)
+
     from virtiofsd_nydus.daemon.process import open_log, prepare_process, read_image
     from virtiofsd_nydus.daemon.service import STOP_DEADLINE_S, Service, Sockets
 

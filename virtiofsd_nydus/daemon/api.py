@@ -19,7 +19,6 @@ from virtiofsd_nydus.daemon.requests import (
 )
 from virtiofsd_nydus.daemon.server import HttpServer, Request
 from virtiofsd_nydus.errors import Failure
-from virtiofsd_nydus.listening import UnixListener
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from virtiofsd_nydus.daemon.mounts import Mount, MountTable
     from virtiofsd_nydus.daemon.report import Report
+    from virtiofsd_nydus.daemon.server import Listener
     from virtiofsd_nydus.log import Log
 
     class Daemon(Protocol):
@@ -82,7 +82,7 @@ def answer_request(daemon: "Daemon", request: Request) -> "tuple[int, bytes]":
     return 200, answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
 
 
-def make_server(daemon: "Daemon", listener: UnixListener) -> HttpServer:
+def make_server(daemon: "Daemon", listener: "Listener") -> HttpServer:
     """The server of a daemon's API."""
     return HttpServer(listener, lambda request: answer_request(daemon, request), daemon.report.note_fault)
 

@@ -14,7 +14,7 @@ from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.daemon import supervisor as supervisors
 from virtiofsd_nydus.daemon.answers import not_ready, unexpected, unsupported
 from virtiofsd_nydus.daemon.api import make_server
-from virtiofsd_nydus.daemon.mounts import ImageMount
+from virtiofsd_nydus.daemon.mounts import ImageMount, read_config
 from virtiofsd_nydus.daemon.server import listen_api
 from virtiofsd_nydus.daemon.service import Service, Sockets, set_switch_interval
 from virtiofsd_nydus.errors import Cause, Failure
@@ -155,10 +155,7 @@ class HostService(Service):
             try:
                 vfs = self.table.open(int(state["kind"]))
                 for entry in state["mounts"]:
-                    config = ImageConfig("", {}, "")
-                    for name in ImageConfig.__slots__:
-                        setattr(config, name, entry["config"][name])
-                    wanted = ImageMount(str(entry["path"]), str(entry["source"]), config)
+                    wanted = ImageMount(str(entry["path"]), str(entry["source"]), read_config(entry))
                     self.table.mount_image(wanted, int(entry["serial"]))
                 vfs.next_serial = int(state["next_serial"])
             except (KeyError, TypeError, ValueError) as error:

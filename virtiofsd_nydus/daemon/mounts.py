@@ -34,6 +34,34 @@ NOT_MOUNTED = "object or filesystem doesn't exist"
 WRONG_TYPE = "filesystem type mismatch, expect RAFS"
 
 
+class MountRecord:
+    """A mount as bytes, for a process that goes on with it. fds: a share's directory, borrowed."""
+
+    __slots__ = ("body", "fds")
+
+    def __init__(self, body: "dict[str, Any]", fds: "list[int]") -> None:
+        self.body, self.fds = body, fds
+
+
+class Forgetful:
+    """No memory of the mount table beyond this process: what a MountTable has until it is given another.
+
+    Each call returns when it is remembered, and is made before a client or a guest can know of the change.
+    """
+
+    def reserve(self, kind: int, serial: int) -> None:
+        """A mount will have this number, which no other may have after it."""
+
+    def put(self, record: MountRecord) -> None:
+        """This is mounted now."""
+
+    def drop(self, path: str) -> None:
+        """Nothing is mounted there any more."""
+
+    def changed_configs(self, changes: "dict[str, dict[str, str]]") -> None:
+        """All hot changes so far."""
+
+
 class ImageMount:
     """What to mount: an image at path. prefetch_files: instead of what the image's own table names."""
 
@@ -98,6 +126,21 @@ class Mount:
         config = self.config
         return config.iostats_files or config.access_pattern or config.latest_read_files
 
+    def record(self) -> MountRecord:
+        """All that another process needs to mount it again at the same number."""
+        return MountRecord(
+            {
+                "type": "rafs",
+                "path": self.path,
+                "source": os.path.abspath(self.source),  # noqa: PTH100
+                "serial": self.serial,
+                "config": {name: getattr(self.config, name) for name in ImageConfig.__slots__},
+                "prefetch_files": self.prefetch_files,
+                "mounted_at": self.mounted_at,
+            },
+            [],
+        )
+
 
 def _identity(path: str) -> "tuple[int, ...]":
     found = os.stat(path)  # noqa: PTH116
@@ -107,11 +150,32 @@ def _identity(path: str) -> "tuple[int, ...]":
 class Share:
     """One host directory in the mount table."""
 
-    __slots__ = ("directory", "mounted_at", "path", "source")
+    __slots__ = ("directory", "mounted_at", "path", "serial", "source")
 
-    def __init__(self, path: str, source: str, directory: Passthrough) -> None:
-        self.path, self.source, self.directory = path, source, directory
+    def __init__(self, path: str, source: str, directory: Passthrough, serial: int) -> None:
+        self.path, self.source, self.directory, self.serial = path, source, directory, serial
         self.mounted_at = time.time()
+
+    def record(self) -> MountRecord:
+        """All that another process needs to mount it again at the same number."""
+        return MountRecord(
+            {
+                "type": "share",
+                "path": self.path,
+                "source": os.path.abspath(self.source),  # noqa: PTH100
+                "serial": self.serial,
+                "mounted_at": self.mounted_at,
+            },
+            [],
+        )
+
+
+def read_config(record: "dict[str, Any]") -> ImageConfig:
+    """The configuration of a record. Raises KeyError or TypeError where it is damaged."""
+    config = ImageConfig("", {}, "")
+    for name in ImageConfig.__slots__:
+        setattr(config, name, record["config"][name])
+    return config
 
 
 class MountTable:
@@ -131,6 +195,7 @@ class MountTable:
         self._mounts: dict[str, Mount] = {}
         self._shares: dict[str, Share] = {}
         self._kept: dict[str, dict[str, str]] = {}  # what hot changes gave, by mount point or id
+        self.memory: Forgetful = Forgetful()
         self._prefetch_tag = 0  # of the last mount; 0 is the engine's own
         self._late: list[Mount] | None = []  # mounts whose prefetch begins after RUNNING; None: it has begun
 
@@ -272,9 +337,11 @@ class MountTable:
                 if serial:
                     vfs.next_serial = serial
                 mount.serial = vfs.next_serial
+                self.memory.reserve(vfs.kind, mount.serial)
                 vfs.mount_rafs(wanted.path, opened.rafs)
             with self._lock:
                 self._mounts[wanted.path] = mount
+            self.memory.put(mount.record())
         except OSError as error:
             opened.close()
             raise Failure(f"cannot mount at {wanted.path}: {error.strerror}") from error
@@ -334,10 +401,12 @@ class MountTable:
         mount.image.count_files(mount.counts_files())
         mount.prefetch.cancel()
         mount.prefetch = self._new_prefetch(mount.opened, wanted.source)
+        self.memory.put(mount.record())
         self._schedule_prefetch(mount)
 
-    def mount_share(self, path: str, source: str) -> None:
-        """Mounts a host directory, read-write. Refused where the session's answers hold for images only."""
+    def mount_share(self, path: str, source: str, serial: int = 0) -> None:
+        """Mounts a host directory, read-write. Refused where the session's answers hold for images only. serial: the
+        number it had in a process that this one goes on for."""
         with self._changing(path) as vfs:
             if vfs.kind != SESSION_MIXED:
                 raise unsupported()
@@ -347,12 +416,17 @@ class MountTable:
             directory = Passthrough(self._engine, source, keep_top=kata_top)
             try:
                 with self._numbering:
+                    if serial:
+                        vfs.next_serial = serial
+                    share = Share(path, source, directory, vfs.next_serial)
+                    self.memory.reserve(vfs.kind, share.serial)
                     vfs.mount_passthrough(path, directory)
             except OSError as error:
                 directory.close()
                 raise Failure(f"cannot mount at {path}: {error.strerror}") from error
             with self._lock:
-                self._shares[path] = Share(path, source, directory)
+                self._shares[path] = share
+            self.memory.put(share.record())
         self._changed()
         self._log.say(logs.INFO, "host directory mounted", mountpoint=path, source=source)
 
@@ -375,9 +449,38 @@ class MountTable:
                 self._release(mount)
             if share is not None:
                 share.directory.close()
+            self.memory.drop(path)
         self._changed()
         for left in self.shares():  # the host unmounts the container's directories next
             self._drop_idle(left)
+
+    def restore(
+        self,
+        records: "list[tuple[dict[str, Any], list[int]]]",
+        next_serial: int,
+        changes: "dict[str, dict[str, str]]",
+    ) -> None:
+        """Mounts what another process had mounted, each with the descriptors of its record, at the same numbers. What
+        cannot be mounted again is told and left out: its guests get ESTALE."""
+        assert self.vfs is not None
+        self._kept = changes
+        memory, self.memory = self.memory, Forgetful()
+        for record, fds in sorted(records, key=lambda one: int(one[0]["serial"])):
+            try:
+                self._restore(record, fds)
+            except (Failure, OSError, KeyError, TypeError, ValueError) as error:
+                self._log.say(logs.ERROR, f"the mount at {record.get('path')} is lost: {error}")
+        self.memory = memory
+        self.vfs.next_serial = next_serial
+
+    def _restore(self, record: "dict[str, Any]", fds: "list[int]") -> None:
+        path, source, serial = str(record["path"]), str(record["source"]), int(record["serial"])
+        if record["type"] == "share":
+            self.mount_share(path, source, serial)
+            self._shares[path].mounted_at = float(record["mounted_at"])
+            return
+        self.mount_image(ImageMount(path, source, read_config(record), record.get("prefetch_files")), serial)
+        self._mounts[path].mounted_at = float(record["mounted_at"])
 
     def _require_mounted(self, path: str) -> None:
         with self._lock:
@@ -417,6 +520,8 @@ class MountTable:
             self._change_backend(mount, changes)
         with self._lock:
             self._kept.setdefault(mount.path if mount else wanted or "", {}).update(changes)
+            kept = {key: dict(values) for key, values in self._kept.items()}
+        self.memory.changed_configs(kept)
 
     def _change_backend(self, mount: Mount, changes: "dict[str, str]") -> None:
         from virtiofsd_nydus.storage.factory import change_backend

@@ -16,6 +16,19 @@ from virtiofsd_nydus.listening import UnixListener, accept_all
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Protocol
+
+    class Listener(Protocol):
+        """A listening socket, as the server uses it (listening.UnixListener)."""
+
+        socket: socket.socket
+
+        def remove(self) -> None:
+            """Removes its file."""
+
+        def close(self) -> None:
+            """The same, and closes the socket."""
+
 
 BACKLOG = 128
 HEAD_MAX_BYTES = 16 << 10
@@ -67,7 +80,7 @@ class HttpServer:
 
     def __init__(
         self,
-        listener: UnixListener,
+        listener: "Listener",
         answer: "Callable[[Request], tuple[int, bytes]]",
         say: "Callable[[str], None]",
         connections_max: int = CONNECTIONS_MAX,

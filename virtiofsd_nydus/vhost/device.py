@@ -32,6 +32,8 @@ _PLAIN_FIELDS = (
     "inflight_gen",
     "inflight_queues",
     "inflight_queue_size",
+    "inflight_goes_on",
+    "inflight_died",
     "log_fd",
     "log_offset",
     "log_size_bytes",
@@ -53,18 +55,19 @@ class EngineDevice:
         """How log lines name its front-end. Before the first apply()."""
         lib.vnd_device_set_number(self._handle, number)
 
-    def features(self) -> int:
+    @staticmethod
+    def features() -> int:
+        """virtio feature bits that may be offered."""
         bits: int = lib.vnd_device_features()
         return bits
 
-    def apply(self, state: DeviceState) -> None:
+    def apply(self, state: DeviceState) -> "tuple[()]":
         """Makes the device be so; bases of stopped rings are written into state. Raises ApplyFailure."""
         raw = self._raw
-        if raw.region_gen != state.region_gen:
-            raw.region_count = len(state.regions)
-            for slot, region in zip(raw.regions, state.regions, strict=False):
-                slot.gpa, slot.size_bytes, slot.user_addr = region.gpa, region.size_bytes, region.user_addr
-                slot.mmap_offset, slot.fd = region.mmap_offset, region.fd
+        raw.region_count = len(state.regions)
+        for slot, region in zip(raw.regions, state.regions, strict=False):
+            slot.gpa, slot.size_bytes, slot.user_addr = region.gpa, region.size_bytes, region.user_addr
+            slot.mmap_offset, slot.fd = region.mmap_offset, region.fd
         for name in _PLAIN_FIELDS:
             setattr(raw, name, getattr(state, name))
         raw.ring_count = len(state.rings)
@@ -80,20 +83,16 @@ class EngineDevice:
             ring.base = raw.rings[index].base
         if rc:
             raise ApplyFailure(text_of(err) or os.strerror(-rc), Cause.GUEST)
+        return ()
 
-    def create_inflight(self, queues: int, entries: int) -> tuple[int, int]:
-        """A new in-flight region: its descriptor (the caller's) and bytes."""
-        size = ffi.new("uint64_t *")
-        fd: int = lib.vnd_inflight_create(queues, entries, size)
-        if fd < 0:
-            raise ApplyFailure(
-                f"in-flight region of {queues} queues of {entries} entries: {os.strerror(-fd)}", Cause.GUEST
-            )
-        return fd, size[0]
+    def own_inflight(self) -> tuple[int, int, int, int, int]:
+        """None: the engine has its own."""
+        return -1, 0, 0, 0, 0
 
-    def reset(self) -> None:
+    def reset(self) -> "tuple[()]":
         """Forgets the FUSE session and every request."""
         lib.vnd_device_reset(self._handle)
+        return ()
 
     def close(self) -> None:
         """Ends its threads; the guest's memory is not touched afterwards. Idempotent."""

@@ -123,52 +123,76 @@ def malformed(text: str) -> Failure:
     return Failure(f"vhost-user: {text}; the connection is closed", Cause.FORMAT)
 
 
-def _receive(sock: socket.socket, size: int, fds: list[int]) -> bytes:
-    """Up to size bytes, fewer only at the end of the stream. What descriptors come are appended to fds."""
-    data = b""
-    room = socket.CMSG_SPACE(FDS_MAX * 4)
-    while len(data) < size:
+class MessageReader:
+    """Makes requests of one connection's bytes, of a socket that blocks or does not. It owns the descriptors of a
+    request that is not complete yet; close() closes them."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._fds: list[int] = []
+        self._head: tuple[int, int, int] | None = None  # request, flags, payload bytes
+
+    def read(self, sock: socket.socket) -> Message | None:
+        """Reads once: the request that is complete with that, or None.
+
+        EOFError: the proper end of the stream. BlockingIOError where the socket does not block. Raises Failure when the
+        bytes make no request.
+        """
+        due = HEADER.size if self._head is None else self._head[2]
+        part = self._receive(sock, due - len(self._data))
+        if not part:
+            raise self._end()
+        self._data += part
+        if len(self._data) < due:
+            return None
+        data, self._data = bytes(self._data), bytearray()
+        if self._head is None:
+            self._head = _check_head(data)
+            if self._head[2]:
+                return None
+            data = b""
+        request, flags, _ = self._head
+        fds, self._fds, self._head = self._fds, [], None
+        return Message(request, flags, data, fds)
+
+    def _receive(self, sock: socket.socket, size: int) -> bytes:
+        """Bytes of this request, none at the end of the stream. What descriptors come are kept."""
         try:
-            part, ancillary, flags, _ = sock.recvmsg(size - len(data), room, socket.MSG_CMSG_CLOEXEC)
+            part, ancillary, flags, _ = sock.recvmsg(size, socket.CMSG_SPACE(FDS_MAX * 4), socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
-            return data
+            return b""
         for level, kind, body in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 got = array.array("i")
                 got.frombytes(body[: len(body) // got.itemsize * got.itemsize])
-                fds.extend(got)
-        if flags & socket.MSG_CTRUNC or len(fds) > FDS_MAX:
+                self._fds.extend(got)
+        if flags & socket.MSG_CTRUNC or len(self._fds) > FDS_MAX:
             raise malformed(f"more than {FDS_MAX} descriptors in a message")
-        if not part:
-            return data
-        data += part
-    return data
+        return part
 
+    def _end(self) -> Exception:
+        if self._head is None:
+            if not self._data:
+                return EOFError()
+            return malformed(f"the front-end hung up after {len(self._data)} bytes of a header")
+        request, _, size = self._head
+        return malformed(f"the front-end hung up after {len(self._data)} of {size} bytes of request {request}")
 
-def receive_message(sock: socket.socket) -> Message | None:
-    """The next request; None at a proper end of the stream. Raises Failure when the bytes make no request."""
-    fds: list[int] = []
-    try:
-        head = _receive(sock, HEADER.size, fds)
-        if not head:
-            close_all(fds)
-            return None
-        if len(head) < HEADER.size:
-            raise malformed(f"the front-end hung up after {len(head)} bytes of a header")
-        request, flags, size = HEADER.unpack(head)
-        if flags & VERSION_MASK != VERSION:
-            raise malformed(f"request {request} has version {flags & VERSION_MASK}, {VERSION} is spoken here")
-        if flags & REPLY:
-            raise malformed(f"a reply (to {request}) where a request is due")
-        if size > PAYLOAD_MAX:
-            raise malformed(f"request {request} with {size} bytes, at most {PAYLOAD_MAX} are taken")
-        payload = _receive(sock, size, fds) if size else b""
-        if len(payload) < size:
-            raise malformed(f"the front-end hung up after {len(payload)} of {size} bytes of request {request}")
-    except BaseException:
+    def close(self) -> None:
+        """Closes what came for a request that is not complete. Idempotent."""
+        fds, self._fds = self._fds, []
         close_all(fds)
-        raise
-    return Message(request, flags, payload, fds)
+
+
+def _check_head(data: bytes) -> tuple[int, int, int]:
+    request, flags, size = HEADER.unpack(data)
+    if flags & VERSION_MASK != VERSION:
+        raise malformed(f"request {request} has version {flags & VERSION_MASK}, {VERSION} is spoken here")
+    if flags & REPLY:
+        raise malformed(f"a reply (to {request}) where a request is due")
+    if size > PAYLOAD_MAX:
+        raise malformed(f"request {request} with {size} bytes, at most {PAYLOAD_MAX} are taken")
+    return request, flags, size
 
 
 def send_reply(sock: socket.socket, request: int, payload: bytes, fd: int = -1) -> None:

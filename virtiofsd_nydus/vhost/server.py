@@ -16,8 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from virtiofsd_nydus.vhost.device import EngineDevice
     from virtiofsd_nydus.vhost.session import Say
-    from virtiofsd_nydus.vhost.state import Device
 
 BACKLOG = 16
 CLOSE_S = 10.0
@@ -46,7 +46,7 @@ class VhostServer:
 
     def __init__(
         self,
-        new_device: "Callable[[], Device]",
+        new_device: "Callable[[], EngineDevice]",
         *,
         path: str | None = None,
         fd: int | None = None,

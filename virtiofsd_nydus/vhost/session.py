@@ -1,25 +1,32 @@
 """One front-end's connection: its requests, in any order that real ones use, added up to a DeviceState.
 
+It knows nothing of the engine, and runs in the process that has it as in the keeper, which has not. There a device
+answers later: a request is served by a generator, which yields while it waits for the device.
+
 Three ways out of a bad request. A message that is none ends the connection. A request that cannot be done is refused
 when the front-end asked for an acknowledgement, else it ends the connection too, because the front-end believes it
 done. A ring that cannot be used costs that ring: said and refused, and the connection goes on.
 """
 
 import socket
+import types
 
 from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.vhost import messages as m
+from virtiofsd_nydus.vhost.inflight import create_inflight
 from virtiofsd_nydus.vhost.messages import Message
 from virtiofsd_nydus.vhost.state import ApplyFailure, DeviceState, Region, Ring
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator, Iterator
 
     from virtiofsd_nydus.vhost.state import Device
 
     Say = Callable[..., None]
+
+ALL_RINGS = 0xFFFF  # bits of DeviceState.inflight_goes_on
 
 
 class Refusal(Exception):
@@ -31,7 +38,7 @@ class Refusal(Exception):
 
 
 class Session:
-    """Runs until the front-end hangs up. Owns the device and the descriptors of its state, not the socket.
+    """Owns the device and the descriptors of its state, not the socket.
 
     say(level, text) writes one log line.
     """
@@ -43,17 +50,31 @@ class Session:
         self._protocol = 0
         self._backend_fd = -1
         self.state = DeviceState(device.queue_count)
+        self.state.set_inflight(*device.own_inflight())
 
     def run(self) -> None:
-        """Serves requests; returns when the front-end has hung up, raises Failure when it broke the protocol."""
+        """Serves requests of a socket that blocks, with a device that does; returns when the front-end has hung up,
+        raises Failure when it broke the protocol."""
+        reader = m.MessageReader()
         try:
-            while (message := m.receive_message(self._sock)) is not None:
-                try:
-                    self._serve(message)
-                finally:
-                    message.close()
+            while True:
+                message = reader.read(self._sock)
+                if message is not None:
+                    for _ in self.serve(message):
+                        raise AssertionError("a device of this process does not wait")
+        except EOFError:
+            pass
         except OSError as error:
             raise Failure(f"vhost-user: the connection failed: {error.strerror}", Cause.IO) from error
+        finally:
+            reader.close()
+
+    def serve(self, message: Message) -> "Iterator[None]":
+        """Serves one request, which becomes the session's. Raises Failure where that ends the connection."""
+        try:
+            yield from self._serve(message)
+        finally:
+            message.close()
 
     def close(self) -> None:
         """Frees the device, then closes what the front-end gave."""
@@ -67,7 +88,7 @@ class Session:
 
     # ---- replies
 
-    def _serve(self, message: Message) -> None:
+    def _serve(self, message: Message) -> "Iterator[None]":
         request = message.request
         wants_ack = bool(message.flags & m.NEED_REPLY and self._protocol & m.P_REPLY_ACK)
         handler = _HANDLERS.get(request)
@@ -82,6 +103,8 @@ class Session:
             if len(message.fds) not in fds:
                 raise m.malformed(f"request {request} came with {len(message.fds)} descriptors")
             reply = function(self, message)
+            if isinstance(reply, types.GeneratorType):
+                reply = yield from reply
         except (Refusal, ApplyFailure) as error:
             ring = isinstance(error, Refusal) and error.ring
             if request in _ANSWERED or not (wants_ack or ring):
@@ -95,13 +118,13 @@ class Session:
         elif wants_ack:
             m.send_reply(self._sock, request, m.U64.pack(0))
 
-    def _apply(self) -> None:
-        self._device.apply(self.state)
+    def _apply(self) -> "Steps":
+        yield from self._device.apply(self.state)
 
-    def _apply_ring(self) -> None:
+    def _apply_ring(self) -> "Steps":
         """For changes that only touch rings."""
         try:
-            self._apply()
+            yield from self._apply()
         except ApplyFailure as error:
             raise Refusal(str(error), ring=True) from error
 
@@ -110,7 +133,7 @@ class Session:
     def _get_features(self, message: Message) -> "Reply":
         return (m.U64.pack(self._device.features()),)
 
-    def _set_features(self, message: Message) -> None:
+    def _set_features(self, message: Message) -> "Steps":
         features = _u64(message)
         unknown = features & ~self._device.features()
         if unknown:
@@ -120,7 +143,7 @@ class Session:
             for ring in self.state.rings:  # without the protocol bit there is no ENABLE: a kick is enough
                 ring.enabled = True
         if self.state.is_running():
-            self._apply()
+            yield from self._apply()
 
     def _get_protocol_features(self, message: Message) -> "Reply":
         return (m.U64.pack(m.PROTOCOL_FEATURES),)
@@ -147,13 +170,13 @@ class Session:
 
     # ---- memory
 
-    def _set_regions(self, regions: "list[Region]", added: "list[Region]", dropped: "list[Region]") -> None:
+    def _set_regions(self, regions: "list[Region]", added: "list[Region]", dropped: "list[Region]") -> "Steps":
         """Makes regions the guest's memory; added are new in it, dropped no longer in it."""
         before = self.state.regions
         self.state.regions = regions
         self.state.region_gen += 1
         try:
-            self._apply()
+            yield from self._apply()
         except ApplyFailure:
             self.state.regions = before
             self.state.region_gen += 1  # never the number of what failed
@@ -163,7 +186,7 @@ class Session:
         for region in dropped:
             region.close()
 
-    def _set_mem_table(self, message: Message) -> None:
+    def _set_mem_table(self, message: Message) -> "Steps":
         if len(message.payload) < m.MEMORY_HEAD.size:
             raise m.malformed(f"a memory table of {len(message.payload)} bytes")
         count, _ = m.MEMORY_HEAD.unpack_from(message.payload)
@@ -177,30 +200,30 @@ class Session:
         for i in range(count):
             gpa, size, user_addr, offset = m.REGION.unpack_from(body, i * m.REGION.size)
             new.append(Region(gpa, size, user_addr, offset, message.take_fd()))
-        self._set_regions(new, new, self.state.regions)
+        yield from self._set_regions(new, new, self.state.regions)
 
-    def _add_mem_reg(self, message: Message) -> None:
+    def _add_mem_reg(self, message: Message) -> "Steps":
         if len(self.state.regions) >= m.MEMORY_SLOTS:
             raise Refusal(f"more than {m.MEMORY_SLOTS} memory regions")
         _, gpa, size, user_addr, offset = m.SINGLE_REGION.unpack(message.payload)
         region = Region(gpa, size, user_addr, offset, message.take_fd())
-        self._set_regions([*self.state.regions, region], [region], [])
+        yield from self._set_regions([*self.state.regions, region], [region], [])
 
-    def _rem_mem_reg(self, message: Message) -> None:
+    def _rem_mem_reg(self, message: Message) -> "Steps":
         _, *wanted, _ = m.SINGLE_REGION.unpack(message.payload)  # the offset does not count
         for region in self.state.regions:
             if [region.gpa, region.size_bytes, region.user_addr] == wanted:
-                self._set_regions([r for r in self.state.regions if r is not region], [], [region])
+                yield from self._set_regions([r for r in self.state.regions if r is not region], [], [region])
                 return
         raise Refusal(f"no memory region of {wanted[1]:#x} bytes at {wanted[0]:#x} to remove")
 
     # ---- migration and recovery
 
-    def _set_log_base(self, message: Message) -> "Reply":
+    def _set_log_base(self, message: Message) -> "Generator[None, None, Reply]":
         size, offset = m.LOG.unpack(message.payload)
         self.state.set_log(message.take_fd(), size, offset)
         try:
-            self._apply()
+            yield from self._apply()
         except ApplyFailure:
             self.state.set_log(-1, 0, 0)
             raise
@@ -208,21 +231,25 @@ class Session:
 
     def _get_inflight_fd(self, message: Message) -> "Reply":
         _, _, queues, entries = m.INFLIGHT.unpack_from(message.payload)
-        fd, size = self._device.create_inflight(queues, entries)
+        fd, size = create_inflight(queues, entries)
         body = m.INFLIGHT.pack(size, 0, queues, entries).ljust(len(message.payload), b"\0")
         message.fds.append(fd)  # closed with the message, after the reply has carried a copy
         return body, fd
 
-    def _set_inflight_fd(self, message: Message) -> None:
+    def _set_inflight_fd(self, message: Message) -> "Steps":
         size, offset, queues, entries = m.INFLIGHT.unpack_from(message.payload)
         if self.state.is_running():
             raise Refusal("an in-flight region cannot be replaced while rings run")
         self.state.set_inflight(message.take_fd(), size, offset, queues, entries)
+        self.state.inflight_goes_on = ALL_RINGS  # where a ring stood is what the region says, whatever base comes
+        self.state.inflight_died = True
         try:
-            self._apply()
+            yield from self._apply()
         except ApplyFailure:
-            self.state.set_inflight(-1, 0, 0, 0, 0)
+            self.state.set_inflight(*self._device.own_inflight())
             raise
+        finally:
+            self.state.inflight_died = False
 
     # ---- rings
 
@@ -235,12 +262,12 @@ class Session:
         index, entries = m.VRING_STATE.unpack(message.payload)
         self._ring(index).num = entries  # the engine says what it thinks of it when the ring starts
 
-    def _set_vring_addr(self, message: Message) -> None:
+    def _set_vring_addr(self, message: Message) -> "Steps":
         index, flags, desc, used, avail, log = m.VRING_ADDR.unpack(message.payload)
         ring = self._ring(index)
         ring.flags, ring.desc_addr, ring.used_addr, ring.avail_addr, ring.log_addr = flags, desc, used, avail, log
         if ring.started:
-            self._apply_ring()
+            yield from self._apply_ring()
 
     def _set_vring_base(self, message: Message) -> None:
         index, base = m.VRING_STATE.unpack(message.payload)
@@ -251,12 +278,12 @@ class Session:
             raise Refusal(f"ring {index}: its base cannot be set while it runs", ring=True)
         ring.base = base
 
-    def _get_vring_base(self, message: Message) -> "Reply":
+    def _get_vring_base(self, message: Message) -> "Generator[None, None, Reply]":
         index, _ = m.VRING_STATE.unpack(message.payload)
         ring = self._ring(index)
         ring.started = False
         ring.set_kick(-1)  # the call fd stays: some front-ends start again without a new one
-        self._apply()
+        yield from self._apply()
         return (m.VRING_STATE.pack(index, ring.base),)
 
     def _ring_fd(self, message: Message) -> "tuple[Ring, int]":
@@ -268,44 +295,44 @@ class Session:
             raise m.malformed(f"request {message.request} without its descriptor")
         return ring, message.take_fd()
 
-    def _set_vring_kick(self, message: Message) -> None:
+    def _set_vring_kick(self, message: Message) -> "Steps":
         ring, fd = self._ring_fd(message)
         ring.set_kick(fd)
         ring.started = True
-        self._apply_ring()
+        yield from self._apply_ring()
 
-    def _set_vring_call(self, message: Message) -> None:
+    def _set_vring_call(self, message: Message) -> "Steps":
         ring, fd = self._ring_fd(message)
         ring.set_call(fd)
         if ring.started:
-            self._apply_ring()
+            yield from self._apply_ring()
 
-    def _set_vring_err(self, message: Message) -> None:
+    def _set_vring_err(self, message: Message) -> "Steps":
         ring, fd = self._ring_fd(message)
         ring.set_err(fd)
         if ring.started:
-            self._apply_ring()
+            yield from self._apply_ring()
 
-    def _set_vring_enable(self, message: Message) -> None:
+    def _set_vring_enable(self, message: Message) -> "Steps":
         index, enable = m.VRING_STATE.unpack(message.payload)
         if enable > 1:
             raise Refusal(f"ring {index}: enable {enable}", ring=True)
         self._ring(index).enabled = bool(enable)
-        self._apply_ring()
+        yield from self._apply_ring()
 
-    def _reset_owner(self, message: Message) -> None:
+    def _reset_owner(self, message: Message) -> "Steps":
         for ring in self.state.rings:
             ring.enabled = False
-        self._apply_ring()
+        yield from self._apply_ring()
 
-    def _reset_device(self, message: Message) -> None:
-        self._reset_owner(message)
-        self._device.reset()
+    def _reset_device(self, message: Message) -> "Steps":
+        yield from self._reset_owner(message)
+        yield from self._device.reset()
         for ring in self.state.rings:
             ring.started = False
             ring.base = 0
             ring.set_kick(-1)
-        self._apply_ring()
+        yield from self._apply_ring()
         for ring in self.state.rings:
             ring.base = 0  # where it stood does not matter: the driver begins anew
 
@@ -317,7 +344,9 @@ def _u64(message: Message) -> int:
 
 if TYPE_CHECKING:
     Reply = tuple[bytes] | tuple[bytes, int]
-    Handler = tuple[Callable[[Session, Message], Reply | None], tuple[int, ...] | range, tuple[int, ...] | range]
+    Steps = Generator[None, None, None]
+    Function = Callable[[Session, Message], Reply | Generator[None, None, Reply] | Steps | None]
+    Handler = tuple[Function, tuple[int, ...] | range, tuple[int, ...] | range]
 
 _NO_FD = (0,)
 _ONE_FD = (1,)

@@ -9,27 +9,26 @@ from virtiofsd_nydus.vhost.messages import close_fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Protocol
 
     class Device(Protocol):
-        """What a session drives. One thread at a time."""
+        """What a session drives. One thread at a time. apply and reset are done when what they give is used up; a
+        device of this process does them at once, and gives nothing."""
 
         queue_count: int  # high priority queue and request queues
-
-        def set_number(self, number: int) -> None:
-            """How log lines name its front-end. Before the first apply()."""
 
         def features(self) -> int:
             """virtio feature bits that may be offered."""
 
-        def apply(self, state: "DeviceState") -> None:
-            """Makes the device be so; returns when it is. Writes the bases of rings that stopped. Raises
-            ApplyFailure."""
+        def apply(self, state: "DeviceState") -> "Iterable[None]":
+            """Makes the device be so. Writes the bases of rings that stopped. Raises ApplyFailure."""
 
-        def create_inflight(self, queues: int, entries: int) -> tuple[int, int]:
-            """A new in-flight region: its descriptor (the caller's) and bytes."""
+        def own_inflight(self) -> tuple[int, int, int, int, int]:
+            """The in-flight region of a front-end that gives none, as set_inflight takes it: -1, 0, 0, 0, 0 where the
+            device has one of its own. The descriptor is the caller's."""
 
-        def reset(self) -> None:
+        def reset(self) -> "Iterable[None]":
             """Forgets the FUSE session and every request."""
 
         def close(self) -> None:
@@ -106,12 +105,15 @@ class Ring:
 
 
 class DeviceState:
-    """The whole. features: acknowledged virtio bits."""
+    """The whole. features: acknowledged virtio bits. inflight_goes_on: bits of rings that ran with the in-flight region
+    until now. inflight_died: the process that served them died."""
 
     __slots__ = (
         "features",
+        "inflight_died",
         "inflight_fd",
         "inflight_gen",
+        "inflight_goes_on",
         "inflight_offset",
         "inflight_queue_size",
         "inflight_queues",
@@ -132,7 +134,8 @@ class DeviceState:
         self.rings = [Ring() for _ in range(queue_count)]
         self.inflight_fd = self.log_fd = -1
         self.inflight_offset = self.inflight_size_bytes = self.inflight_queues = self.inflight_queue_size = 0
-        self.inflight_gen = self.log_gen = 0
+        self.inflight_gen = self.log_gen = self.inflight_goes_on = 0
+        self.inflight_died = False
         self.log_offset = self.log_size_bytes = 0
 
     def is_running(self) -> bool:
@@ -142,6 +145,7 @@ class DeviceState:
         close_fd(self.inflight_fd)
         self.inflight_fd, self.inflight_size_bytes, self.inflight_offset = fd, size_bytes, offset
         self.inflight_queues, self.inflight_queue_size = queues, queue_size
+        self.inflight_goes_on = 0
         self.inflight_gen += 1
 
     def set_log(self, fd: int, size_bytes: int, offset: int) -> None:

@@ -368,6 +368,7 @@ TEST(inflight_under_running_rings)
     serve_now(&r, 0);
     vnd_device_state good = r.st;
     r.st.inflight_fd = fd;
+    r.st.inflight_goes_on = 0xffff;
     r.st.inflight_size_bytes = size;
     r.st.inflight_queues = QUEUES;
     r.st.inflight_queue_size = RING / 4;

@@ -16,12 +16,13 @@ TEST(inflight)
     struct inflight f = { .num = 8 };
     struct vring_used_elem batch[2] = { { .id = 3 }, { .id = 5 } };
 
-    CHECK(fd >= 0 && size == 2 * inflight_stride(8) && inflight_stride(8) == 192 && inflight_stride(3) == 64);
+    CHECK(fd >= 0 && size == 2 * inflight_stride(8) + INFLIGHT_TAIL_BYTES && inflight_stride(8) == 192 &&
+          inflight_stride(3) == 64);
     CHECK(ftruncate(fd, 0) < 0); /* sealed */
     f.region = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     inflight_reset(&f, 8, 7);
     CHECK(f.region->version == 1 && f.region->desc_num == 8);
-    CHECK(inflight_recover(&f, 8, 7, heads) == 0 && f.region->used_idx == 7);
+    CHECK(inflight_recover(&f, 8, 7, true, heads) == 0 && f.region->used_idx == 7);
     inflight_begin(&f, 6);
     inflight_begin(&f, 3);
     inflight_begin(&f, 5);
@@ -30,26 +31,26 @@ TEST(inflight)
     /* Died before used.idx moved: all four, in the order of fetching. */
     inflight_stage(&f, batch, 2);
     struct inflight again = { .region = f.region, .num = 8 };
-    CHECK(inflight_recover(&again, 8, 7, heads) == 4);
+    CHECK(inflight_recover(&again, 8, 7, true, heads) == 4);
     CHECK(heads[0] == 6 && heads[1] == 3 && heads[2] == 5 && heads[3] == 1 && again.counter == 4);
     /* Died after it and before they were struck off: the batch is done. */
-    CHECK(inflight_recover(&again, 8, 9, heads) == 2 && heads[0] == 6 && heads[1] == 1);
+    CHECK(inflight_recover(&again, 8, 9, true, heads) == 2 && heads[0] == 6 && heads[1] == 1);
     CHECK(f.region->used_idx == 9);
     inflight_drop(&f, 6);
     batch[0].id = 1;
     inflight_stage(&f, batch, 1);
     inflight_finish(&f, batch, 1, 10);
-    CHECK(inflight_recover(&again, 8, 10, heads) == 0);
+    CHECK(inflight_recover(&again, 8, 10, true, heads) == 0);
     /* What a hostile front-end might leave there. */
     f.region->last_batch_head = 60000;
-    CHECK(inflight_recover(&again, 8, 13, heads) == 0);
+    CHECK(inflight_recover(&again, 8, 13, true, heads) == 0);
     f.region->desc[0].next = 60000;
     f.region->last_batch_head = 0;
-    CHECK(inflight_recover(&again, 8, 18, heads) == 0);
+    CHECK(inflight_recover(&again, 8, 18, true, heads) == 0);
     f.region->desc_num = 4;
-    CHECK(inflight_recover(&again, 8, 18, heads) == -EINVAL);
+    CHECK(inflight_recover(&again, 8, 18, true, heads) == -EINVAL);
     f.region->version = 2;
-    CHECK(inflight_recover(&again, 8, 18, heads) == -EINVAL);
+    CHECK(inflight_recover(&again, 8, 18, true, heads) == -EINVAL);
     munmap(f.region, size);
     close(fd);
     CHECK(vnd_inflight_create(0, 8, &size) == -EINVAL && vnd_inflight_create(2, 1 << 20, &size) == -EINVAL);
@@ -126,7 +127,7 @@ static void check_after_death(struct guest *g, struct inflight *f)
     uint16_t used = get16(g->low + USED + 2), heads[RING_NUM];
     struct inflight next = { .region = f->region, .num = RING_NUM };
     uint32_t seen = 0, wanted = 0;
-    int n = inflight_recover(&next, RING_NUM, used, heads);
+    int n = inflight_recover(&next, RING_NUM, used, true, heads);
 
     CHECK(n >= 0 && used + n <= 5);
     for (uint16_t i = 0; i < used; i++)
