@@ -5,7 +5,7 @@
  *
  * Threads: serving threads resolve and look up, between vfs_enter and vfs_leave, with no lock and no allocation.
  * Control threads mount and unmount, one at a time. Locks, held for moments only: `lock` (changes of the table), then
- * `workers_lock` (the list of readers, and what is retired).
+ * `readers_lock` (the list of readers, and what is retired).
  * A request may hang, in a host's storage or in a front-end's memory. So nothing waits for one under a lock: a change
  * publishes a new table and retires the old one, which is freed once every reader that was inside has left. vnd_vfs_umount
  * alone waits, for those readers that may be in the file system which it unmounts.
@@ -26,7 +26,7 @@ struct vfs_reader {
     /* The serial of the one mount whose file system the thread is in, until it leaves or calls vfs_widen; 0: any. */
     _Atomic uint32_t only;
     uint64_t id;             /* no other reader has or had it */
-    struct vfs_reader *next; /* list in the vfs, under workers_lock */
+    struct vfs_reader *next; /* list in the vfs, under readers_lock */
 };
 struct vfs_node {
     struct fs *fs;
