@@ -1,5 +1,5 @@
-/* passthrough/internal.h -- what the files of this folder share. From the bottom: cred, mounts, nodes, handles, threads,
- * files, names, passthrough.
+/* passthrough/internal.h -- what the files of this folder share. From the bottom: cred, mounts, nodes, learn, handles,
+ * threads, files, names, passthrough.
  */
 #ifndef VND_PASSTHROUGH_INTERNAL_H
 #define VND_PASSTHROUGH_INTERNAL_H
@@ -151,6 +151,7 @@ struct pt_ref {
 struct statx;
 /* Basic facts of an open descriptor, and its mount's id. 0 or -errno. Outside the lock. */
 int pt_stat(int fd, struct statx *sx);
+dev_t pt_dev_of(const struct statx *sx);
 /* These three under the lock. find: with one ref, or NULL. add: with one ref; NULL: no memory. put gives one ref back;
  * when it was the last, the mount is freed, and its ref on the directory above (or NULL) is the caller's. */
 struct pt_mount *pt_mount_find(struct vnd_passthrough *p, uint64_t id);
@@ -165,8 +166,7 @@ int pt_mount_fd_open(struct vnd_passthrough *p, struct pt_mount *m, int above_fd
 void pt_mount_fd_put(struct vnd_passthrough *p, struct pt_mount *m);
 
 /* ---- passthrough/nodes.c */
-int pt_tables_new(struct vnd_passthrough *p); /* 0 or -ENOMEM; pt_nodes_free frees them */
-int pt_root_open(struct vnd_passthrough *p);
+int pt_tables_new(struct vnd_passthrough *p);                          /* 0 or -ENOMEM; pt_nodes_free frees them */
 void pt_nodes_free(struct vnd_passthrough *p);                         /* when no call is in the file system */
 struct pt_node *pt_node_at(struct vnd_passthrough *p, uint64_t ino);   /* under the lock; borrowed, or NULL */
 struct pt_node *pt_node_find(struct vnd_passthrough *p, uint64_t ino); /* with one ref, or NULL */
@@ -174,21 +174,30 @@ void pt_node_put(struct vnd_passthrough *p, struct pt_node *n);
 void pt_node_put_locked(struct vnd_passthrough *p, struct pt_node *n); /* under the lock; n may be NULL */
 /* Under the lock: closes the node's cached descriptor, now or when its last user has gone. */
 void pt_node_close(struct vnd_passthrough *p, struct pt_node *n);
-/* Makes known what fd (of any open mode) stands for, counts one look-up and fills *out. take: fd is closed. above and
- * name: the directory and the name that led to it; above NULL: -ESTALE unless it is known already. */
-int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name, int fd, bool take, vnd_attr *out);
-/* True: one node more can become known in that directory, because it needs no descriptor or may have one. */
-bool pt_has_room(struct vnd_passthrough *p, const struct pt_node *dir);
+/* These three under the lock. of: the node of the host's file that statx tells of; borrowed, or NULL. link: into the tables,
+ * which take a ref. unlink: out of them, and gives that ref back. */
+struct pt_node *pt_node_of(struct vnd_passthrough *p, const struct pt_mount *m, const struct statx *sx);
+void pt_node_link(struct vnd_passthrough *p, struct pt_node *n);
+void pt_node_unlink(struct vnd_passthrough *p, struct pt_node *n);
 void pt_forget(struct vnd_passthrough *p, uint64_t ino, uint64_t n);
 void pt_forget_all(struct vnd_passthrough *p);
 /* Closes cached descriptors that were not used since the last call, or (even_used) all of them. */
 void pt_drop_idle(struct vnd_passthrough *p, bool even_used);
 /* After a call failed. True: descriptors were used up and some were closed, so the call is to be tried again. */
 bool pt_make_room(struct vnd_passthrough *p, bool *tried);
-/* The inode number that a listing of dir gives for a number of the host's. */
-uint64_t pt_ino_in(const struct pt_node *dir, uint64_t host_ino);
 /* True: a network or another process answers for the node, or for a mount in it. */
 bool pt_is_on_remote(struct vnd_passthrough *p, uint64_t ino);
+
+/* ---- passthrough/learn.c */
+/* Opens the source's own directory as the root: 0 or -errno. */
+int pt_root_open(struct vnd_passthrough *p);
+/* Makes known what fd (of any open mode) stands for, counts one look-up and fills *out. take: fd is closed. above and
+ * name: the directory and the name that led to it; above NULL: -ESTALE unless it is known already. */
+int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name, int fd, bool take, vnd_attr *out);
+/* True: one node more can become known in that directory, because it needs no descriptor or may have one. */
+bool pt_has_room(struct vnd_passthrough *p, const struct pt_node *dir);
+/* The inode number that a listing of dir gives for a number of the host's. */
+uint64_t pt_ino_in(const struct pt_node *dir, uint64_t host_ino);
 int pt_fill_attr(const struct pt_node *n, int fd, vnd_attr *out);
 
 /* ---- passthrough/handles.c */

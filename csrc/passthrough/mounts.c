@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include "passthrough/internal.h"
@@ -22,6 +23,11 @@ int pt_stat(int fd, struct statx *sx)
         return -errno;
     }
     return 0;
+}
+
+dev_t pt_dev_of(const struct statx *sx)
+{
+    return makedev(sx->stx_dev_major, sx->stx_dev_minor);
 }
 
 struct pt_node *pt_mount_put(struct vnd_passthrough *p, struct pt_mount *m)
