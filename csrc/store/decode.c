@@ -7,15 +7,15 @@
 #include "store/job.h"
 #include "blob/zran.h"
 
-static int grow(uint8_t **p, size_t *cap, size_t need)
+static int grow(struct buffer *b, size_t need)
 {
-    if (need > *cap) {
+    if (need > b->cap) {
         size_t n = need < FETCH_BATCH_BYTES ? FETCH_BATCH_BYTES : need;
-        uint8_t *q = realloc(*p, n);
+        uint8_t *q = realloc(b->at, n);
         if (!q)
             return -ENOMEM;
-        *p = q;
-        *cap = n;
+        b->at = q;
+        b->cap = n;
     }
     return 0;
 }
@@ -29,21 +29,21 @@ struct input {
 
 static size_t pending(const struct job *j)
 {
-    return j->pend_len - j->pend_off;
+    return j->dec.pend.len - j->dec.pend_off;
 }
 
 static int keep(struct job *j, const uint8_t *p, size_t len)
 {
-    if (j->pend_off) {
-        memmove(j->pend, j->pend + j->pend_off, pending(j));
-        j->pend_len -= j->pend_off;
-        j->pend_off = 0;
+    if (j->dec.pend_off) {
+        memmove(j->dec.pend.at, j->dec.pend.at + j->dec.pend_off, pending(j));
+        j->dec.pend.len -= j->dec.pend_off;
+        j->dec.pend_off = 0;
     }
-    if (grow(&j->pend, &j->pend_cap, j->pend_len + len))
+    if (grow(&j->dec.pend, j->dec.pend.len + len))
         return -ENOMEM;
     if (len)
-        memcpy(j->pend + j->pend_len, p, len);
-    j->pend_len += len;
+        memcpy(j->dec.pend.at + j->dec.pend.len, p, len);
+    j->dec.pend.len += len;
     return 0;
 }
 
@@ -52,14 +52,14 @@ static void skip(struct job *j, struct input *in, uint64_t n)
 {
     size_t a = pending(j) < n ? pending(j) : (size_t)n;
 
-    j->pend_off += a;
-    j->pos += a;
+    j->dec.pend_off += a;
+    j->dec.pos += a;
     j->wasted += a;
     n -= a;
     a = in->len < n ? in->len : (size_t)n;
     in->p += a;
     in->len -= a;
-    j->pos += a;
+    j->dec.pos += a;
     j->wasted += a;
 }
 
@@ -79,8 +79,8 @@ static const uint8_t *take(struct job *j, struct input *in, size_t n, int *rc)
         have += more;
     }
     if (have >= n) {
-        p = j->pend + j->pend_off;
-        j->pend_off += n;
+        p = j->dec.pend.at + j->dec.pend_off;
+        j->dec.pend_off += n;
     } else if (!have && in->len >= n) {
         p = in->p;
         in->p += n;
@@ -88,29 +88,29 @@ static const uint8_t *take(struct job *j, struct input *in, size_t n, int *rc)
     } else {
         return NULL;
     }
-    j->pos += n;
+    j->dec.pos += n;
     return p;
 }
 
 /* Of the chunk that was decoded to the end of scratch (and kept). */
 static int add_view(struct job *j, uint32_t rel, const struct blobtable_chunk *k)
 {
-    if (j->views_n == j->views_cap) {
-        uint32_t cap = j->views_cap ? j->views_cap * 2 : 64;
-        void *p = realloc(j->views, cap * sizeof *j->views);
+    if (j->dec.views_n == j->dec.views_cap) {
+        uint32_t cap = j->dec.views_cap ? j->dec.views_cap * 2 : 64;
+        void *p = realloc(j->dec.views, cap * sizeof *j->dec.views);
         if (!p)
             return -ENOMEM;
-        j->views = p;
-        j->views_cap = cap;
+        j->dec.views = p;
+        j->dec.views_cap = cap;
     }
-    j->views[j->views_n].rel = rel;
-    j->views[j->views_n].usize = k->usize;
-    j->views[j->views_n].at = j->scratch_len;
-    j->views[j->views_n].kept_at = j->kept_len;
-    j->views_n++;
-    j->scratch_len += k->usize;
+    j->dec.views[j->dec.views_n].rel = rel;
+    j->dec.views[j->dec.views_n].usize = k->usize;
+    j->dec.views[j->dec.views_n].at = j->dec.scratch.len;
+    j->dec.views[j->dec.views_n].kept_at = j->dec.kept.len;
+    j->dec.views_n++;
+    j->dec.scratch.len += k->usize;
     if (j->core->cache->stored)
-        j->kept_len += k->csize;
+        j->dec.kept.len += k->csize;
     return 0;
 }
 
@@ -131,16 +131,16 @@ static int decode_stored(struct job *j, const struct blobtable_chunk *k, const u
     if (k->batch && zran) /* blobmeta_parse: the context is there, csize and len are its */
         return zran_decode(zran, k->batch - 1, src, dst);
     if (k->flags & BLOBTABLE_ENCRYPTED) {
-        if (grow(&j->clear, &j->clear_cap, k->csize))
+        if (grow(&j->dec.clear, k->csize))
             return -ENOMEM;
-        rc = cipher_decrypt(info->cipher_key, info->cipher_iv, src, k->csize, j->clear, &plain);
+        rc = cipher_decrypt(info->cipher_key, info->cipher_iv, src, k->csize, j->dec.clear.at, &plain);
         if (rc)
             return rc;
-        src = j->clear;
+        src = j->dec.clear.at;
         if (k->batch && plain == len) /* a batch is raw where its sizes are the same */
             codec = CODEC_NONE;
     }
-    return codec_decode(j->codec, codec, src, plain, dst, len);
+    return codec_decode(j->dec.codec, codec, src, plain, dst, len);
 }
 
 /* A copy for a cache file that holds chunks as they are stored: src is the caller's. */
@@ -148,34 +148,34 @@ static int keep_stored(struct job *j, const struct blobtable_chunk *k, const uin
 {
     if (!j->core->cache->stored)
         return 0;
-    if (grow(&j->kept, &j->kept_cap, j->kept_len + k->csize))
+    if (grow(&j->dec.kept, j->dec.kept.len + k->csize))
         return -ENOMEM;
-    memcpy(j->kept + j->kept_len, src, k->csize);
+    memcpy(j->dec.kept.at + j->dec.kept.len, src, k->csize);
     return 0;
 }
 
 /* Decodes one chunk into scratch. 1: its bytes have not all come. */
 static int decode_chunk(struct job *j, struct input *in, const struct blobtable_chunk *k)
 {
-    uint8_t *dst = j->scratch + j->scratch_len;
+    uint8_t *dst = j->dec.scratch.at + j->dec.scratch.len;
     const uint8_t *src;
     int rc = 0;
 
-    if (!k->batch || k->batch != j->batch_id) {
+    if (!k->batch || k->batch != j->dec.batch_id) {
         src = take(j, in, k->csize, &rc);
         if (!src)
             return rc ? rc : 1;
         if (!k->batch)
             return keep_stored(j, k, src) ? -ENOMEM : decode_stored(j, k, src, dst, k->usize);
-        j->batch_id = 0;
-        rc = grow(&j->batch, &j->batch_cap, k->batch_usize);
+        j->dec.batch_id = 0;
+        rc = grow(&j->dec.batch, k->batch_usize);
         if (!rc)
-            rc = decode_stored(j, k, src, j->batch, k->batch_usize);
+            rc = decode_stored(j, k, src, j->dec.batch.at, k->batch_usize);
         if (rc)
             return rc;
-        j->batch_id = k->batch;
+        j->dec.batch_id = k->batch;
     }
-    memcpy(dst, j->batch + k->batch_at, k->usize); /* blobtable_check: inside the batch */
+    memcpy(dst, j->dec.batch.at + k->batch_at, k->usize); /* blobtable_check: inside the batch */
     return 0;
 }
 
@@ -186,35 +186,35 @@ static int decode(struct job *j, struct input *in)
     const struct blobtable *t = job_table(j);
     int rc = 0;
 
-    while (!rc && j->cursor < j->n && j->scratch_len < FETCH_BATCH_BYTES) {
-        const struct blobtable_chunk *k = &t->chunk[j->first + j->cursor];
-        if (j->state[j->cursor] != JOB_WANT) {
-            j->cursor++;
+    while (!rc && j->dec.cursor < j->n && j->dec.scratch.len < FETCH_BATCH_BYTES) {
+        const struct blobtable_chunk *k = &t->chunk[j->first + j->dec.cursor];
+        if (j->state[j->dec.cursor] != JOB_WANT) {
+            j->dec.cursor++;
             continue;
         }
-        if (j->pos < k->coff)
-            skip(j, in, k->coff - j->pos);
-        if (j->pos < k->coff)
+        if (j->dec.pos < k->coff)
+            skip(j, in, k->coff - j->dec.pos);
+        if (j->dec.pos < k->coff)
             break;
-        if (j->pos > k->coff && (!k->batch || k->batch != j->batch_id)) {
+        if (j->dec.pos > k->coff && (!k->batch || k->batch != j->dec.batch_id)) {
             rc = -EBADMSG; /* its batch did not decode */
         } else {
-            if (grow(&j->scratch, &j->scratch_cap, j->scratch_len + k->usize))
+            if (grow(&j->dec.scratch, j->dec.scratch.len + k->usize))
                 return -ENOMEM;
             rc = decode_chunk(j, in, k);
         }
         if (rc == 1)
             return 0;
         if (rc == -EBADMSG) {
-            j->state[j->cursor++] = JOB_BAD;
+            j->state[j->dec.cursor++] = JOB_BAD;
             j->bad = true;
             j->wasted += k->csize;
             break;
         }
         if (!rc)
-            rc = add_view(j, j->cursor, k);
+            rc = add_view(j, j->dec.cursor, k);
         if (!rc)
-            j->state[j->cursor++] = JOB_DECODED;
+            j->state[j->dec.cursor++] = JOB_DECODED;
     }
     return rc;
 }
@@ -223,15 +223,15 @@ static int decode(struct job *j, struct input *in)
 static int read_chunk(struct job *j, const struct blobtable_chunk *k)
 {
     struct cachefile *cache = j->core->cache;
-    uint8_t *dst = j->scratch + j->scratch_len;
+    uint8_t *dst = j->dec.scratch.at + j->dec.scratch.len;
 
     if (!cache->stored)
         return cachefile_read(cache, k->uoff, dst, k->usize);
-    if ((!j->codec && !(j->codec = codec_new())) || grow(&j->kept, &j->kept_cap, j->kept_len + k->csize))
+    if ((!j->dec.codec && !(j->dec.codec = codec_new())) || grow(&j->dec.kept, j->dec.kept.len + k->csize))
         return -ENOMEM;
-    if (cachefile_read(cache, k->coff, j->kept + j->kept_len, k->csize))
+    if (cachefile_read(cache, k->coff, j->dec.kept.at + j->dec.kept.len, k->csize))
         return -EIO;
-    return decode_stored(j, k, j->kept + j->kept_len, dst, k->usize);
+    return decode_stored(j, k, j->dec.kept.at + j->dec.kept.len, dst, k->usize);
 }
 
 /* Reads the next chunks of a verify job out of the data file. */
@@ -241,21 +241,21 @@ static int decode_verify(struct job *j)
     int rc = 0;
 
     j->verify_epoch = cachefile_epoch(j->core->cache); /* before the bytes are read, of which they must be */
-    while (!rc && j->cursor < j->n && j->scratch_len < FETCH_BATCH_BYTES) {
-        const struct blobtable_chunk *k = &t->chunk[j->first + j->cursor];
-        if (j->state[j->cursor] != JOB_WANT) {
-            j->cursor++;
+    while (!rc && j->dec.cursor < j->n && j->dec.scratch.len < FETCH_BATCH_BYTES) {
+        const struct blobtable_chunk *k = &t->chunk[j->first + j->dec.cursor];
+        if (j->state[j->dec.cursor] != JOB_WANT) {
+            j->dec.cursor++;
             continue;
         }
-        if (grow(&j->scratch, &j->scratch_cap, j->scratch_len + k->usize))
+        if (grow(&j->dec.scratch, j->dec.scratch.len + k->usize))
             return -ENOMEM;
         if (read_chunk(j, k)) {
-            job_chunk_is_bad(j, j->cursor++);
+            job_chunk_is_bad(j, j->dec.cursor++);
             continue;
         }
-        rc = add_view(j, j->cursor, k);
+        rc = add_view(j, j->dec.cursor, k);
         if (!rc)
-            j->state[j->cursor++] = JOB_DECODED;
+            j->state[j->dec.cursor++] = JOB_DECODED;
     }
     return rc;
 }
@@ -276,7 +276,7 @@ static int job_feed(struct vnd_engine *e, struct job *j, const uint8_t *buf, siz
         atomic_fetch_add_explicit(&e->shared.fetched_bytes, len, memory_order_relaxed);
         return keep(j, buf, len);
     }
-    if (!j->codec && !(j->codec = codec_new()))
+    if (!j->dec.codec && !(j->dec.codec = codec_new()))
         return -ENOMEM;
     j->fed += len;
     atomic_fetch_add_explicit(&e->shared.fetched_bytes, len, memory_order_relaxed);
@@ -288,12 +288,12 @@ static int job_feed(struct vnd_engine *e, struct job *j, const uint8_t *buf, siz
         atomic_fetch_add_explicit(&e->shared.prefetch_bytes, len, memory_order_relaxed);
     rc = decode(j, &in);
     /* What is left over, because a batch is full or a chunk incomplete, is decoded by a later call. */
-    if (in.len && j->cursor < j->n) {
+    if (in.len && j->dec.cursor < j->n) {
         int more = keep(j, in.p, in.len);
         if (more)
             return more;
     }
-    return rc ? rc : (int)j->views_n;
+    return rc ? rc : (int)j->dec.views_n;
 }
 
 int vnd_job_feed(vnd_engine *e, uint64_t job_id, const uint8_t *buf, size_t len)
@@ -315,16 +315,16 @@ int vnd_job_chunks(vnd_engine *e, uint64_t job_id, vnd_chunk_view *out, int max)
 
     if (!j)
         return -EINVAL;
-    if (!j->views_n && j->kind != VND_JOB_META && !job_unwanted(e->fetcher, j)) {
+    if (!j->dec.views_n && j->kind != VND_JOB_META && !job_unwanted(e->fetcher, j)) {
         struct input none = { (const uint8_t *)"", 0 }; /* no null pointer: it is moved over by nothing */
         rc = j->kind == VND_JOB_VERIFY ? decode_verify(j) : decode(j, &none);
-        if (rc == -EBADMSG && j->views_n)
+        if (rc == -EBADMSG && j->dec.views_n)
             rc = 0;
     }
-    while (n < max && (uint32_t)n < j->views_n) {
-        out[n].chunk_index = j->first + j->views[n].rel;
-        out[n].usize_bytes = j->views[n].usize;
-        out[n].data = j->scratch + j->views[n].at;
+    while (n < max && (uint32_t)n < j->dec.views_n) {
+        out[n].chunk_index = j->first + j->dec.views[n].rel;
+        out[n].usize_bytes = j->dec.views[n].usize;
+        out[n].data = j->dec.scratch.at + j->dec.views[n].at;
         n++;
     }
     pthread_mutex_unlock(&j->lock);

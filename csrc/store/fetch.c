@@ -86,7 +86,7 @@ static int next_demand(struct fetcher *f, struct source *s, struct lane *l, vnd_
         if (state == MISS_QUEUED) {
             uint32_t window = stream_miss(w->core, w->index, amplify, &stream);
             pthread_mutex_unlock(&f->lock);
-            made = job_build(f, slot, w->core, w->index, UINT32_MAX, true, window);
+            made = job_build(f, slot, &(struct job_plan){ w->core, w->index, UINT32_MAX, true, window });
             pthread_mutex_lock(&f->lock);
         } else if (state == MISS_EXPIRED) {
             /* The reader who wanted it has given up: it goes behind the chunks that readers wait for. */
@@ -144,7 +144,7 @@ static int next_range(struct fetcher *f, struct source *s, enum job_for whom, st
         p->end = p->core->info.chunk_count;
     for (int looked = 0; !made && p->at < p->end && looked < PREFETCH_SCAN; looked++) {
         if (!cachefile_ready(p->core->cache, p->at))
-            made = job_build(f, slot, p->core, p->at, p->end, false, window_bytes);
+            made = job_build(f, slot, &(struct job_plan){ p->core, p->at, p->end, false, window_bytes });
         p->at = made ? j->first + j->n : p->at + 1;
     }
     if (made)

@@ -25,6 +25,32 @@
 enum job_for { FOR_READER, FOR_PREFETCH, FOR_STREAM };
 enum job_chunk { JOB_SKIP, JOB_WANT, JOB_DECODED, JOB_DONE, JOB_BAD };
 
+/* Memory that grows with what is put there. */
+struct buffer {
+    uint8_t *at;
+    size_t len, cap;
+};
+
+/* How far a job's bytes are decoded: bytes that came (pend), then chunks that wait for their digests (views of scratch).
+ * Under the job's lock. The buffers stay with the slot. */
+struct decoding {
+    uint64_t pos;       /* blob offset of the next byte to decode */
+    uint32_t cursor;    /* next chunk to decode, relative to the job's first */
+    struct buffer pend; /* bytes that are not decoded yet, from pend_off on */
+    size_t pend_off;
+    struct buffer scratch; /* decoded chunks */
+    struct buffer kept;    /* the same chunks as they are stored, for a cache that holds them so */
+    struct buffer batch;   /* the last batch that was decoded; batch_id 0: none */
+    struct buffer clear;   /* an encrypted chunk without its cipher */
+    uint32_t batch_id;
+    struct {
+        uint32_t rel, usize;
+        size_t at, kept_at; /* in scratch and kept */
+    } *views;
+    uint32_t views_n, views_cap;
+    struct codec *codec;
+};
+
 struct source;
 struct lane;
 
@@ -56,25 +82,7 @@ struct job {
     bool bad;
     uint64_t coff, clen, fed; /* compressed range and how much of it came */
     uint64_t wasted;          /* part of fed that was for nothing */
-    uint64_t pos;             /* blob offset of the next byte to decode */
-    uint32_t cursor;          /* next chunk to decode, relative to first */
-    uint8_t *pend;            /* bytes that are not decoded yet */
-    size_t pend_off, pend_len, pend_cap;
-    uint8_t *scratch; /* decoded chunks */
-    size_t scratch_len, scratch_cap;
-    uint8_t *kept; /* the same chunks as they are stored, for a cache that holds them so */
-    size_t kept_len, kept_cap;
-    uint8_t *batch; /* the last batch that was decoded; batch_id 0: none */
-    size_t batch_cap;
-    uint8_t *clear; /* an encrypted chunk without its cipher */
-    size_t clear_cap;
-    uint32_t batch_id;
-    struct {
-        uint32_t rel, usize;
-        size_t at, kept_at;
-    } *views;
-    uint32_t views_n, views_cap;
-    struct codec *codec;
+    struct decoding dec;
 };
 
 struct want_range {
@@ -168,10 +176,16 @@ void uncached_free(struct fetcher *f);
 void job_init(struct job *j);
 void job_begin(struct job *j, uint64_t id); /* dispatches a job that was built; under fetcher->lock */
 void job_wipe(struct job *j);               /* frees its buffers */
-/* store/merge.c: makes slot's job of a chunk and its neighbours before chunk end. Returns false if there is nothing
- * to do for the chunk. The caller has reserved the slot. */
-bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool waited,
-               uint32_t window_bytes);
+/* store/merge.c */
+struct job_plan {
+    struct blob_core *core;
+    uint32_t index, end;   /* the first chunk; none from end on is taken */
+    bool waited;           /* a reader waits for the first chunk */
+    uint32_t window_bytes; /* of neighbours that may be taken along */
+};
+/* Makes slot's job of a chunk and its neighbours. Returns false if there is nothing to do for the chunk. The caller has
+ * reserved the slot. */
+bool job_build(struct fetcher *f, int slot, const struct job_plan *plan);
 /* store/source.c; fetcher->lock is held in all but source_answers. Wants and ranges hold a reference that their functions
  * neither take nor give back. */
 struct source *source_ref(struct fetcher *f, uint32_t number); /* made if need be; NULL: no memory */

@@ -27,34 +27,43 @@ void job_begin(struct job *j, uint64_t id)
     atomic_store(&j->cancelled, false);
     j->unspaced = j->bad = j->lost = false;
     j->fed = j->wasted = 0;
-    j->pos = j->coff;
-    j->cursor = 0;
-    j->pend_off = j->pend_len = 0;
-    j->scratch_len = j->kept_len = 0;
-    j->views_n = 0;
-    j->batch_id = 0;
+    j->dec.pos = j->coff;
+    j->dec.cursor = 0;
+    j->dec.pend_off = j->dec.pend.len = 0;
+    j->dec.scratch.len = j->dec.kept.len = 0;
+    j->dec.views_n = 0;
+    j->dec.batch_id = 0;
 }
 
-static void shrink(uint8_t **p, size_t *cap, size_t keep_bytes)
+static void shrink(struct buffer *b, size_t keep_bytes)
 {
-    if (*cap > keep_bytes) {
-        free(*p);
-        *p = NULL;
-        *cap = 0;
+    if (b->cap > keep_bytes) {
+        free(b->at);
+        *b = (struct buffer){ 0 };
     }
+}
+
+/* Frees what a slot does not keep between jobs: large buffers, and (bare) all that it has. */
+static void free_buffers(struct decoding *d, bool bare)
+{
+    struct buffer *all[] = { &d->pend, &d->scratch, &d->kept, &d->batch, &d->clear };
+
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; i++)
+        shrink(all[i], bare ? 0 : KEEP_BYTES);
+    if (!bare)
+        return;
+    codec_free(d->codec);
+    d->codec = NULL;
+    free(d->views);
+    d->views = NULL;
+    d->views_cap = 0;
 }
 
 void job_wipe(struct job *j)
 {
     struct blob_core *c = j->core;
 
-    free(j->pend);
-    free(j->scratch);
-    free(j->kept);
-    free(j->views);
-    free(j->batch);
-    free(j->clear);
-    codec_free(j->codec);
+    free_buffers(&j->dec, true);
     pthread_mutex_destroy(&j->lock);
     if (j->id && j->meta)
         blob_unref(j->meta);
@@ -91,7 +100,7 @@ bool job_unwanted(struct fetcher *f, struct job *j)
     if (atomic_load(&j->cancelled) || atomic_load(&j->core->closed) || atomic_load(&f->down))
         return true;
     after = atomic_load(&j->preempt_after);
-    if (j->whom == FOR_READER || !after || j->first + j->cursor < after)
+    if (j->whom == FOR_READER || !after || j->first + j->dec.cursor < after)
         return false;
     pthread_mutex_lock(&f->lock);
     demand = j->source && j->source->queued;
@@ -116,17 +125,18 @@ struct commit {
 static bool digest_right(const struct commit *m, uint32_t view, const uint8_t *given)
 {
     struct job *j = m->j;
-    uint32_t i = j->first + j->views[view].rel;
+    uint32_t i = j->first + j->dec.views[view].rel;
     uint8_t own[CODEC_DIGEST_BYTES];
 
-    if (!m->t->chunk[i].usize || m->t->chunk[i].usize != j->views[view].usize)
+    if (!m->t->chunk[i].usize || m->t->chunk[i].usize != j->dec.views[view].usize)
         return false; /* the table changed meanwhile */
     if (!(m->t->chunk[i].flags & BLOBTABLE_DIGEST))
         return m->e->cfg.allow_unverified &&
                (!(m->t->chunk[i].flags & BLOBTABLE_CRC32) ||
-                m->t->chunk[i].crc32 == vnd_crc32c(j->scratch + j->views[view].at, j->views[view].usize));
+                m->t->chunk[i].crc32 ==
+                    vnd_crc32c(j->dec.scratch.at + j->dec.views[view].at, j->dec.views[view].usize));
     if (j->core->info.digester == CODEC_SHA256) {
-        if (codec_sha256(j->scratch + j->views[view].at, j->views[view].usize, own))
+        if (codec_sha256(j->dec.scratch.at + j->dec.views[view].at, j->dec.views[view].usize, own))
             return false;
         given = own;
     }
@@ -138,9 +148,10 @@ static int write_views(struct commit *m, uint32_t from, uint32_t to)
 {
     struct job *j = m->j;
     struct cachefile *cache = j->core->cache;
-    const uint8_t *bytes = cache->stored ? j->kept + j->views[from].kept_at : j->scratch + j->views[from].at;
-    const struct blobtable_chunk *tail = &m->t->chunk[j->first + j->views[to - 1].rel];
-    uint64_t off = cachefile_off(cache, &m->t->chunk[j->first + j->views[from].rel]);
+    const uint8_t *bytes =
+        cache->stored ? j->dec.kept.at + j->dec.views[from].kept_at : j->dec.scratch.at + j->dec.views[from].at;
+    const struct blobtable_chunk *tail = &m->t->chunk[j->first + j->dec.views[to - 1].rel];
+    uint64_t off = cachefile_off(cache, &m->t->chunk[j->first + j->dec.views[from].rel]);
     uint64_t end = cachefile_off(cache, tail) + cachefile_len(cache, tail);
     int rc;
 
@@ -160,7 +171,8 @@ static void keep_unwritten(struct job *j, uint32_t view)
         atomic_store(&j->cancelled, true); /* chunks that cannot be kept are not fetched ahead */
         want_drop_ranges(j->core);
     } else {
-        uncached_put(j->core, j->first + j->views[view].rel, j->scratch + j->views[view].at, j->views[view].usize);
+        uncached_put(j->core, j->first + j->dec.views[view].rel, j->dec.scratch.at + j->dec.views[view].at,
+                     j->dec.views[view].usize);
     }
 }
 
@@ -180,12 +192,12 @@ static void commit_views(struct commit *m, uint32_t from, uint32_t to)
             /* counted first: who sees them ready finds them counted */
             atomic_fetch_add_explicit(counter, to - from, memory_order_relaxed);
             for (uint32_t v = from; v < to; v++)
-                cachefile_set_ready(cache, j->first + j->views[v].rel);
+                cachefile_set_ready(cache, j->first + j->dec.views[v].rel);
             cachefile_commit_end(cache);
         }
     }
     for (uint32_t v = from; v < to; v++) {
-        uint32_t rel = j->views[v].rel;
+        uint32_t rel = j->dec.views[v].rel;
         if (lost) {
             j->state[rel] = JOB_WANT; /* left over at the end, so asked for again */
             j->lost = true;
@@ -217,12 +229,12 @@ bool job_chunk_is_bad(struct job *j, uint32_t rel)
 static bool views_touch(const struct commit *m, uint32_t v)
 {
     const struct job *j = m->j;
-    const struct blobtable_chunk *a = &m->t->chunk[j->first + j->views[v].rel];
-    const struct blobtable_chunk *b = &m->t->chunk[j->first + j->views[v + 1].rel];
+    const struct blobtable_chunk *a = &m->t->chunk[j->first + j->dec.views[v].rel];
+    const struct blobtable_chunk *b = &m->t->chunk[j->first + j->dec.views[v + 1].rel];
 
     if (j->core->cache->stored)
-        return a->coff + a->csize == b->coff && j->views[v].kept_at + a->csize == j->views[v + 1].kept_at;
-    return a->uoff + a->usize == b->uoff && j->views[v].at + j->views[v].usize == j->views[v + 1].at;
+        return a->coff + a->csize == b->coff && j->dec.views[v].kept_at + a->csize == j->dec.views[v + 1].kept_at;
+    return a->uoff + a->usize == b->uoff && j->dec.views[v].at + j->dec.views[v].usize == j->dec.views[v + 1].at;
 }
 
 static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digests, int n)
@@ -230,7 +242,7 @@ static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digest
     struct commit m = { .e = e, .j = j };
     uint32_t from = 0, count = (uint32_t)n;
 
-    if (n < 0 || count > j->views_n ||
+    if (n < 0 || count > j->dec.views_n ||
         (!digests && n && j->core->info.digester != CODEC_SHA256 && !e->cfg.allow_unverified))
         return -EINVAL;
     if (!n)
@@ -243,8 +255,8 @@ static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digest
         if (!digest_right(&m, v, digests ? digests + (size_t)v * CODEC_DIGEST_BYTES : NULL)) {
             commit_views(&m, from, v);
             from = v + 1;
-            m.wrong += job_chunk_is_bad(j, j->views[v].rel);
-            j->wasted += j->kind == VND_JOB_VERIFY ? 0 : m.t->chunk[j->first + j->views[v].rel].csize;
+            m.wrong += job_chunk_is_bad(j, j->dec.views[v].rel);
+            j->wasted += j->kind == VND_JOB_VERIFY ? 0 : m.t->chunk[j->first + j->dec.views[v].rel].csize;
         } else if (v + 1 == count || !views_touch(&m, v)) {
             commit_views(&m, from, v + 1);
             from = v + 1;
@@ -254,10 +266,10 @@ static int job_commit(struct vnd_engine *e, struct job *j, const uint8_t *digest
         cachefile_note_written(j->core->cache, m.written_bytes);
     if (m.ready)
         claim_wake_all(&j->core->store->wake);
-    j->views_n -= count;
-    memmove(j->views, j->views + count, j->views_n * sizeof *j->views);
-    if (!j->views_n)
-        j->scratch_len = j->kept_len = 0;
+    j->dec.views_n -= count;
+    memmove(j->dec.views, j->dec.views + count, j->dec.views_n * sizeof *j->dec.views);
+    if (!j->dec.views_n)
+        j->dec.scratch.len = j->dec.kept.len = 0;
     if (!m.wrong)
         return j->unspaced ? -ENOSPC : m.ready;
     atomic_fetch_add_explicit(&e->shared.digest_failures, (uint64_t)m.wrong, memory_order_relaxed);
@@ -375,9 +387,9 @@ static void meta_end(struct job *j, int error)
     if (error || j->fed != j->clen) {
         blob_take_raw(b, NULL, 0, EIO);
     } else {
-        blob_take_raw(b, j->pend, j->pend_len, 0);
-        j->pend = NULL;
-        j->pend_cap = 0;
+        blob_take_raw(b, j->dec.pend.at, j->dec.pend.len, 0);
+        j->dec.pend.at = NULL;
+        j->dec.pend.cap = 0;
     }
     j->meta = NULL;
     blob_unref(b);
@@ -407,22 +419,9 @@ static uint64_t job_close(struct fetcher *f, struct job *j)
 {
     struct blob_core *c = j->core;
     uint64_t wasted = j->wasted < j->fed ? j->wasted : j->fed;
-    bool kept = j - f->slots < FETCH_SOURCE_SLOTS;
-    size_t keep_bytes = kept ? KEEP_BYTES : 0;
 
     claim_wake_all(&c->store->wake);
-    shrink(&j->pend, &j->pend_cap, keep_bytes);
-    shrink(&j->scratch, &j->scratch_cap, keep_bytes);
-    shrink(&j->kept, &j->kept_cap, keep_bytes);
-    shrink(&j->batch, &j->batch_cap, keep_bytes);
-    shrink(&j->clear, &j->clear_cap, keep_bytes);
-    if (!kept) {
-        codec_free(j->codec);
-        j->codec = NULL;
-        free(j->views);
-        j->views = NULL;
-        j->views_cap = 0;
-    }
+    free_buffers(&j->dec, j - f->slots >= FETCH_SOURCE_SLOTS);
     want_release_slot(f, j);
     pthread_mutex_unlock(&j->lock);
     core_unref(c);
@@ -449,11 +448,11 @@ uint64_t vnd_job_end(vnd_engine *e, uint64_t job_id, int error, int cause, const
     else
         job_leftovers(e, j, error);
     /* The rest of a preempted job is queued again. */
-    if (preempted && !error && j->cursor < j->n)
-        want_later(
-            c, j->whom,
-            (struct want_range){ .asker = j->asker, .at = j->first + j->cursor, .end = j->first + j->n, .tag = j->tag },
-            true);
+    if (preempted && !error && j->dec.cursor < j->n)
+        want_later(c, j->whom,
+                   (struct want_range){
+                       .asker = j->asker, .at = j->first + j->dec.cursor, .end = j->first + j->n, .tag = j->tag },
+                   true);
     if (!error && j->first_us && j->fed == j->clen)
         stream_pace(&c->pace, (uint32_t)(j->first_us - j->began_us), j->fed - j->first_bytes,
                     (uint64_t)(now_us() - j->first_us));

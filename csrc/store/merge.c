@@ -184,16 +184,18 @@ static void claim_job(struct merge *b)
     }
 }
 
-bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index, uint32_t end, bool waited,
-               uint32_t window_bytes)
+bool job_build(struct fetcher *f, int slot, const struct job_plan *plan)
 {
     struct job *j = &f->slots[slot];
+    struct blob_core *c = plan->core;
+    uint32_t index = plan->index;
+    bool waited = plan->waited;
     struct merge b = { .f = f,
                        .j = j,
                        .slot = slot,
                        .cache = c->cache,
                        .wanted = waited,
-                       .window_bytes = window_bytes,
+                       .window_bytes = plan->window_bytes,
                        .t = atomic_load_explicit(&c->table, memory_order_acquire) };
     bool wanted = false, force = false;
     enum miss_take got;
@@ -209,7 +211,7 @@ bool job_build(struct fetcher *f, int slot, struct blob_core *c, uint32_t index,
         miss_finish(c, index, 0);
     if (got != MISS_TAKEN)
         return false;
-    b.limit = end < b.t->n ? end : b.t->n;
+    b.limit = plan->end < b.t->n ? plan->end : b.t->n;
     b.overdue = waited && miss_is_overdue(c, index);
     /* Waits for the end of an exchange of the files: the old chunk map says nothing about the new file. */
     pthread_mutex_lock(&b.cache->lock);

@@ -63,15 +63,15 @@ static int take(struct job *j, const struct blobtable *t)
         if (view.chunk_index >= t->n || view.usize_bytes != t->chunk[view.chunk_index].usize)
             abort();
         const struct blobtable_chunk *k = &t->chunk[view.chunk_index];
-        const uint8_t *bytes = cache.stored ? j->kept + j->views[0].kept_at : view.data;
+        const uint8_t *bytes = cache.stored ? j->dec.kept.at + j->dec.views[0].kept_at : view.data;
 
         if (j->kind == VND_JOB_FETCH &&
             pwrite(cache.data_fd, bytes, cachefile_len(&cache, k), (off_t)cachefile_off(&cache, k)) < 0) {
             abort();
         }
-        if (!--j->views_n) /* as a commit of all of them leaves it */
-            j->scratch_len = j->kept_len = 0;
-        memmove(j->views, j->views + 1, j->views_n * sizeof(*j->views));
+        if (!--j->dec.views_n) /* as a commit of all of them leaves it */
+            j->dec.scratch.len = j->dec.kept.len = 0;
+        memmove(j->dec.views, j->dec.views + 1, j->dec.views_n * sizeof(*j->dec.views));
     }
     return n;
 }
@@ -108,8 +108,8 @@ static void run(const vnd_blob_info *info, struct blobtable *t, const uint8_t *b
     }
     begin(j, t, VND_JOB_VERIFY);
     take(j, t);
-    codec_free(j->codec);
-    j->codec = NULL;
+    codec_free(j->dec.codec);
+    j->dec.codec = NULL;
     j->id = 0;
     j->core = NULL;
 }

@@ -216,7 +216,7 @@ TEST(buffers_of_slots_beyond_one_source_are_freed)
         serve(job[i].id, place_of(&job[i]));
     for (int i = 0; i < FETCH_SLOTS; i++) {
         const struct job *j = &t.f.e->fetcher->slots[i];
-        CHECK(i < FETCH_SOURCE_SLOTS || (!j->pend && !j->scratch && !j->views && !j->codec));
+        CHECK(i < FETCH_SOURCE_SLOTS || (!j->dec.pend.at && !j->dec.scratch.at && !j->dec.views && !j->dec.codec));
     }
     CHECK(!t.f.e->fetcher->sources); /* nothing is queued or under way */
 }
