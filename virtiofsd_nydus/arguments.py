@@ -4,7 +4,10 @@ import argparse
 import os
 
 NOFILE_DEFAULT = 1_000_000
-IMAGE_HELP = "docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], or a bootstrap file with --blob-dir"
+IMAGE_HELP = (
+    "docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], docker-archive:FILE, oci-archive:FILE, "
+    "or a bootstrap file with --blob-dir"
+)
 
 
 # ---- images that are used
@@ -30,7 +33,7 @@ def add_place_arguments(parser: "argparse.ArgumentParser | argparse._ArgumentGro
     )
 
 
-def add_registry_arguments(parser: "argparse.ArgumentParser") -> None:
+def add_registry_arguments(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
     """How a registry is talked to: of every verb that takes an image reference."""
     parser.add_argument(
         "--plain-http", action="store_true", help="talk plain HTTP to registries (loopback ones: always)"
@@ -57,6 +60,27 @@ def add_registry_arguments(parser: "argparse.ArgumentParser") -> None:
     )
 
 
+def add_trust_arguments(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """Which signatures are asked for: of every verb that uses an image by its reference."""
+    parser.add_argument(
+        "--verify-key",
+        action="append",
+        default=[],
+        metavar="PEM",
+        help="refuse an image that this public key did not sign (cosign's signatures); again: any of them",
+    )
+    parser.add_argument("--policy", metavar="FILE", help="which images need which key (containers-policy.json)")
+
+
+def add_cache_argument(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where chunks and what is known of layers are kept; default /var/cache/virtiofsd-nydus, or "
+        "$XDG_CACHE_HOME/virtiofsd-nydus without root",
+    )
+
+
 class _UseProxy(argparse.Action):
     """Sets the environment, by which a daemon that the verb starts takes the same way."""
 
@@ -71,7 +95,7 @@ def add_data_arguments(parser: "argparse.ArgumentParser", purpose: str) -> None:
     """A bootstrap and its blobs, for verbs that read all of an image (reader/data.py)."""
     from pathlib import Path
 
-    parser.add_argument("bootstrap", type=Path, metavar="BOOTSTRAP", help="bootstrap, or a data blob that holds one")
+    parser.add_argument("bootstrap", metavar="IMAGE", help=f"{IMAGE_HELP}, or a data blob that holds one")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--blob-dir", type=Path, metavar="DIR", help=f"directory of the data blobs: {purpose}")
     where.add_argument(
@@ -83,6 +107,14 @@ def add_data_arguments(parser: "argparse.ArgumentParser", purpose: str) -> None:
         action="store_true",
         help="read an image without chunk digests too: says only that its data can be decoded",
     )
+    add_reference_options(parser)
+
+
+def add_reference_options(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """What goes with an image that is named by a reference."""
+    add_cache_argument(parser)
+    add_registry_arguments(parser)
+    add_trust_arguments(parser)
 
 
 # ---- images that are made
@@ -170,7 +202,12 @@ def add_machine_arguments(parser: "argparse.ArgumentParser") -> None:
 def add_daemon_arguments(parser: "argparse.ArgumentParser") -> None:
     """What both daemons take, for guests (`virtiofs`) and for host mounts (`fuse`)."""
     image = parser.add_argument_group("image")
-    image.add_argument("-B", "--bootstrap", metavar="FILE", help="RAFS metadata to mount; none: mount by the API")
+    image.add_argument(
+        "-B",
+        "--bootstrap",
+        metavar="IMAGE",
+        help="RAFS metadata to mount, or docker://, oci:...; none: mount by the API",
+    )
     image.add_argument("-C", "--config", metavar="FILE", help="nydusd configuration, v1 JSON, v2 JSON or TOML")
     image.add_argument("-D", "--localfs-dir", metavar="DIR", help="blobs and cache in one directory, no configuration")
     image.add_argument("-s", "--shared-dir", metavar="DIR", help="a host directory to share, read-write")
@@ -180,6 +217,7 @@ def add_daemon_arguments(parser: "argparse.ArgumentParser") -> None:
         metavar="FILE",
         help="fetch these first: absolute paths of files and directories, one a line",
     )
+    add_reference_options(parser.add_argument_group("an image by its reference"))
     daemon = parser.add_argument_group("daemon")
     daemon.add_argument("-A", "--apisock", metavar="PATH", help="serve nydusd's HTTP API on this unix socket")
     daemon.add_argument("--id", metavar="ID", help="instance id, for the API")

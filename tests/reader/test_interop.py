@@ -18,6 +18,7 @@ import pytest
 
 from virtiofsd_nydus.cli.check import check_data, check_structure
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.oci.locate import Located
 from virtiofsd_nydus.reader.bootstrap import Bootstrap
 from virtiofsd_nydus.reader.data import directory_source, opened_with_data
 
@@ -75,7 +76,7 @@ def compare(bootstrap: Path, blobs: Path, source: Path, allow_unverified: bool =
     """check finds nothing, and names, attributes and bytes are the source's."""
     report = check_structure(bootstrap)
     assert report.faults == []
-    check_data(report, bootstrap, directory_source(blobs), None, allow_unverified)
+    check_data(report, Located(bootstrap, directory_source(blobs)), None, allow_unverified)
     assert report.faults == []
     expected = {"/": source} | {f"/{path.relative_to(source)}": path for path in source.rglob("*")}
     with opened_with_data(bootstrap, blobs, None, allow_unverified) as image:

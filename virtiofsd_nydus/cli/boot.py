@@ -16,6 +16,7 @@ from virtiofsd_nydus.arguments import (
     add_place_arguments,
     add_reference_arguments,
     add_registry_arguments,
+    add_trust_arguments,
 )
 from virtiofsd_nydus.errors import Failure, UsageFailure
 
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "CMD: what to run in the guest, in the image's root; default: what the image's configuration says."
     add_place_arguments(parser.add_argument_group("image"))
     add_registry_arguments(parser)
+    add_trust_arguments(parser)
     add_machine_arguments(parser)
     parser.add_argument("--log-file", type=Path, metavar="FILE", help="keep the daemon's log here")
     parser.add_argument(

@@ -8,8 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from virtiofsd_nydus.arguments import add_reference_options
+from virtiofsd_nydus.oci.serve import default_cache_dir, is_reference, resolve_arguments
 from virtiofsd_nydus.storage.cachedir import BlobUse, CacheDir
 
+OR_IMAGE = dict.fromkeys(("ls", "stat", "verify"), ", or an image: its blobs in --cache-dir alone")
 ACTIONS = {
     "ls": "one line a blob: how much of it is here",
     "stat": "the whole directory's figures, or one blob's",
@@ -22,16 +25,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choices = parser.add_subparsers(dest="action", required=True, metavar="WHAT")
     for name, line in ACTIONS.items():
         sub = choices.add_parser(name, help=line, description=line, allow_abbrev=False)
-        sub.add_argument("directory", type=Path, metavar="DIR", help="cache directory (work_dir)")
+        sub.add_argument("directory", metavar="DIR", help="cache directory (work_dir)" + OR_IMAGE.get(name, ""))
         if name in ("stat", "verify"):
             sub.add_argument("blob", nargs="?", metavar="ID", help="this blob alone; the first letters of its id do")
         if name == "gc":
             sub.add_argument("--dry-run", action="store_true", help="only tell what would be removed")
         sub.add_argument("--json", action="store_true", help="print JSON")
+        if name in OR_IMAGE:
+            add_reference_options(sub)
 
 
 def run(args: argparse.Namespace) -> int:
-    cache = CacheDir(args.directory)
+    wanted: set[str] | None = None
+    if args.action in OR_IMAGE and is_reference(args.directory):
+        wanted, args.directory = (
+            set(resolve_arguments(args.directory, args).blobs),
+            args.cache_dir or default_cache_dir(),
+        )
+    cache = CacheDir(Path(args.directory), wanted)
     if args.action == "gc":
         return show_collected(cache, args)
     if args.action == "verify":

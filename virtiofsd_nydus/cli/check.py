@@ -1,5 +1,6 @@
-"""`check`: is this image sound. Structure and bounds always; with --blob-dir or --config every chunk of every file is
-read through the engine, which accepts nothing whose digest is wrong. Exit 1 with one line per fault."""
+"""`check`: is this image sound. Structure and bounds always; with --blob-dir or --config, and of a reference, every
+chunk of every file is read through the engine, which accepts nothing whose digest is wrong. Exit 1 with one line per
+fault."""
 
 import argparse
 import json
@@ -11,8 +12,9 @@ from pathlib import Path
 
 from virtiofsd_nydus.arguments import add_data_arguments
 from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.oci.locate import Located, locate
 from virtiofsd_nydus.reader.bootstrap import Bootstrap, Entry
-from virtiofsd_nydus.reader.data import Source, choose_source, opened_with_data
+from virtiofsd_nydus.reader.data import Source, opened_with_data
 from virtiofsd_nydus.reader.digests import list_wrong_digests
 
 READ_BYTES = 4 << 20
@@ -39,10 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    source = choose_source(args.blob_dir, args.config)
-    report = check_structure(args.bootstrap, args.blob_id)
-    if source is not None and not report.faults:
-        check_data(report, args.bootstrap, source, args.blob_id, args.allow_unverified)
+    image = locate(args)
+    report = check_structure(image.bootstrap, args.blob_id)
+    report.bootstrap = image.name
+    if image.source is not None and not report.faults:
+        check_data(report, image, args.blob_id, args.allow_unverified)
     if args.json:
         print(json.dumps(asdict(report)))
     else:
@@ -83,10 +86,12 @@ def list_faults(image: Bootstrap, max_faults: int) -> list[str]:
     return lines
 
 
-def check_data(report: Report, path: Path, source: Source, blob_id: str | None, allow_unverified: bool) -> None:
+def check_data(report: Report, located: Located, blob_id: str | None, allow_unverified: bool) -> None:
     """Reads every regular file once; each chunk's digest is checked on the way in. Fills the report."""
     report.chunks, report.bytes = 0, 0
-    with opened_with_data(path, source, blob_id, allow_unverified) as image:
+    source = located.source
+    assert source is not None
+    with opened_with_data(located.bootstrap, source, blob_id, allow_unverified, located.work_dir) as image:
         report.faults += missing_blobs(image, source)
         if report.faults:
             return

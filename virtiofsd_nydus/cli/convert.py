@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="no data of its own: the image reads the gzip layers of the OCI image, which DST gets too",
     )
+    parser.add_argument(
+        "--sign-key", type=Path, metavar="PEM", help="sign DST by this private key, as cosign does (PKCS #8)"
+    )
     parser.add_argument("--work-dir", type=Path, metavar="DIR", help="where layers are spooled (TMPDIR)")
     add_registry_arguments(parser)
     parser.add_argument("--src-creds", default="", metavar="USER:PASSWORD", help="login for SRC alone")
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
                 merge_platform=args.merge_platform,
                 work_dir=args.work_dir,
                 dictionary=dictionary,
+                sign_key=args.sign_key,
             )
             result = convert_image(Place(source, source_ref), Place(target, target_ref), wanted, bars)
     finally:

@@ -40,8 +40,6 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
 def run(args: "argparse.Namespace") -> int:
     if args.shared_dir:
         raise UsageFailure("--shared-dir: passthrough on the host is not supported; use a bind mount")
-    if args.bootstrap and bool(args.config) == bool(args.localfs_dir):
-        raise UsageFailure("--bootstrap needs either --config or --localfs-dir")
     if bool(args.id) != bool(args.supervisor):
         raise UsageFailure("--id and --supervisor go together")
 

@@ -7,11 +7,12 @@ import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from virtiofsd_nydus.arguments import IMAGE_HELP, add_reference_options
 from virtiofsd_nydus.cli.unpack import read_time
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.oci.locate import locate
 from virtiofsd_nydus.rafs.layout import BlobFeature, SuperFlag
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ KINDS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bootstrap", type=Path, metavar="BOOTSTRAP", help="bootstrap, or a data blob that holds one")
+    parser.add_argument("bootstrap", metavar="IMAGE", help=f"{IMAGE_HELP}, or a data blob that holds one")
+    parser.set_defaults(blob_dir=None, config=None)
+    add_reference_options(parser)
     parser.add_argument("--blob-id", metavar="ID", help="id of the blob, if the bootstrap was inlined in it")
     parser.add_argument("--tree", action="store_true", help="list every name")
     parser.add_argument("--file", metavar="PATH", help="tell all of one entry, the chunks of a file among it")
@@ -36,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from virtiofsd_nydus.reader.bootstrap import Bootstrap
 
-    with Bootstrap(args.bootstrap, blob_id=args.blob_id) as image:
+    located = locate(args)
+    with Bootstrap(located.bootstrap, blob_id=args.blob_id) as image:
         try:
             if args.file is not None:
                 found = describe_file(image, args.file)

@@ -23,6 +23,9 @@ VERBS = {
     "check": "verify structure, bounds and chunk digests of an image",
     "unpack": "write the files of an image as a tar",
     "inspect": "tell what a bootstrap says",
+    "index": "what a node knows of a plain image, put beside it for others",
+    "bootstrap": "the bootstrap of an image, as a file",
+    "explain": "why an image's bytes are believed, link by link",
     "cache": "what a cache directory holds, its left-overs, whether its bytes are right",
     "boot": "boot a guest on an image and run a command in it",
     "mount": "an image on a directory of this host",
@@ -88,7 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     import importlib
 
     from virtiofsd_nydus.errors import Failure, UsageFailure
+    from virtiofsd_nydus.oci import layers
 
+    layers.install()
     module = importlib.import_module(f"virtiofsd_nydus.cli.{verb}")
     parser = argparse.ArgumentParser(prog=f"virtiofsd-nydus {verb}", description=VERBS[verb], allow_abbrev=False)
     module.add_arguments(parser)

@@ -7,7 +7,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from virtiofsd_nydus.arguments import add_place_arguments, add_reference_arguments, add_registry_arguments
+from virtiofsd_nydus.arguments import (
+    add_place_arguments,
+    add_reference_arguments,
+    add_registry_arguments,
+    add_trust_arguments,
+)
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 
 if TYPE_CHECKING:
@@ -31,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fetch-all", action="store_true", help="with --kernel: fetch the whole image first (Linux 6.12)"
     )
     add_registry_arguments(parser)
+    add_trust_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

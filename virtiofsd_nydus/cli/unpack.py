@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from virtiofsd_nydus.arguments import add_data_arguments
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
-from virtiofsd_nydus.reader.data import choose_source, opened_with_data
+from virtiofsd_nydus.oci.locate import locate
+from virtiofsd_nydus.reader.data import opened_with_data
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.builder.tar_writer import TarWriter
@@ -32,10 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    source = choose_source(args.blob_dir, args.config)
+    located = locate(args)
+    source = located.source
     if source is None:
         raise UsageFailure("say where the blobs are: either --blob-dir or --config")
-    with opened_with_data(args.bootstrap, source, args.blob_id, args.allow_unverified) as image:
+    with opened_with_data(located.bootstrap, source, args.blob_id, args.allow_unverified, located.work_dir) as image:
         try:
             with open_output(args.output) as out:
                 skipped = unpack_image(image, out)

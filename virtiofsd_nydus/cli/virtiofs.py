@@ -60,8 +60,6 @@ def run(args: "argparse.Namespace") -> int:
         raise UsageFailure(f"--poll-us {args.poll_us}: give 0 to {POLL_MAX_US}")
     if args.shared_dir and (args.bootstrap or args.config or args.localfs_dir):
         raise UsageFailure("--shared-dir shares a host directory: it takes no --bootstrap, --config or --localfs-dir")
-    if args.bootstrap and bool(args.config) == bool(args.localfs_dir):
-        raise UsageFailure("--bootstrap needs either --config or --localfs-dir")
 
     if not args.apisock:
         return _serve(args, sock, None)

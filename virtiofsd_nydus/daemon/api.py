@@ -1,7 +1,7 @@
 """nydusd's HTTP API, and our own routes under /api/ext/v1/: what each answers.
 
-Nothing here waits for the network. Statuses and error texts are those clients match on.
-"""
+Nothing here waits for the network but the mount of an image by its reference. Statuses and error texts are those
+clients match on."""
 
 import json
 

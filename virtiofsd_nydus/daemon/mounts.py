@@ -16,6 +16,7 @@ from virtiofsd_nydus.daemon.prefetch import Prefetch, check_list
 from virtiofsd_nydus.engine import SESSION_MIXED, Passthrough, Rafs, Vfs
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.oci import layers
+from virtiofsd_nydus.oci.serve import is_reference, read_mount_config, resolve_mount
 from virtiofsd_nydus.storage.config import ImageConfig, parse_config
 from virtiofsd_nydus.storage.opened import OpenedImage, make_origin
 
@@ -75,8 +76,16 @@ class ImageMount:
 
 
 def read_mount(path: str, source: str, config_text: str, prefetch_files: "list[object] | None") -> ImageMount:
-    """What an API call asks to mount. Raises Failure."""
-    return ImageMount(path, source, parse_config(config_text, f"configuration of mount {path}"), prefetch_files)
+    """What an API call asks to mount. A reference to an image is resolved here and now, by the network. Raises
+    Failure."""
+    where = f"configuration of mount {path}"
+    if is_reference(source):
+        config = read_mount_config(config_text, where)
+        lines: list[str] = []
+        source = resolve_mount(source, config, lines.append)
+        config.warnings += lines
+        return ImageMount(path, source, config, prefetch_files)
+    return ImageMount(path, source, parse_config(config_text, where), prefetch_files)
 
 
 class Mount:
@@ -174,7 +183,7 @@ def read_config(record: "dict[str, Any]") -> ImageConfig:
     """The configuration of a record. Raises KeyError or TypeError where it is damaged."""
     config = ImageConfig("", {}, "")
     for name in ImageConfig.__slots__:
-        setattr(config, name, record["config"][name])
+        setattr(config, name, record["config"].get(name, getattr(config, name)))
     return config
 
 

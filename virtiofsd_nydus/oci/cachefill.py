@@ -28,8 +28,16 @@ class CacheFill:
         self._temporary = ""
         if not (directory / f"{blob_id}.blob.data").exists():
             with contextlib.suppress(OSError):
-                self._fd, self._temporary = tempfile.mkstemp(dir=directory, prefix=f".{blob_id[:12]}.fill-")
+                self._open()
         self.bytes = 0
+
+    def _open(self) -> None:
+        """A file without a name, which goes with a process that is killed; with one where the file system has no
+        such."""
+        try:
+            self._fd = os.open(self._directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        except OSError:
+            self._fd, self._temporary = tempfile.mkstemp(dir=self._directory, prefix=f".{self._blob_id[:12]}.fill-")
 
     def add(self, table: ChunkTable, index: int, data: bytes) -> None:
         """Chunk index of the table has these bytes."""
@@ -64,7 +72,8 @@ class CacheFill:
                 os.link(temporary, chunk_map)
             finally:
                 os.unlink(temporary)  # noqa: PTH108
-            os.link(self._temporary, self._directory / f"{self._blob_id}.blob.data")
+            source = self._temporary or f"/proc/self/fd/{self._fd}"
+            os.link(source, self._directory / f"{self._blob_id}.blob.data", follow_symlinks=True)
         except OSError:
             return False  # another process was first, or the disk is full: then chunks are fetched
         finally:
@@ -76,5 +85,6 @@ class CacheFill:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary)  # noqa: PTH108
+            if self._temporary:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._temporary)  # noqa: PTH108

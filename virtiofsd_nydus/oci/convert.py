@@ -43,6 +43,7 @@ from virtiofsd_nydus.oci.nydus_image import (
     write_bootstrap_layer,
 )
 from virtiofsd_nydus.oci.reference import ARCHIVES, DOCKER, Reference
+from virtiofsd_nydus.oci.signatures import sign_manifest
 from virtiofsd_nydus.oci.store import ImageStore, VerifiedReader, find_manifest, read_document
 from virtiofsd_nydus.oci.workfolder import make_work_folder
 from virtiofsd_nydus.rafs.blob import META_BYTES_MAX
@@ -132,13 +133,14 @@ class ConvertOptions:
     the tag is an index of the Nydus image and the OCI image, which is copied, so that each client finds what it knows;
     an image that refers to the OCI layers (build.oci_ref) always is, for it needs them. work_dir: where blobs are
     spooled and tables go (default: TMPDIR), about the size of the two largest layers. dictionary: chunks of an image
-    whose blobs are at the target."""
+    whose blobs are at the target. sign_key: private key that signs what the tag names."""
 
     build: BuildOptions
     platform: Platform | None = None
     merge_platform: bool = False
     work_dir: Path | None = None
     dictionary: "ChunkDictionary | None" = None
+    sign_key: Path | None = None
 
 
 def convert_image(
@@ -182,6 +184,12 @@ def convert_image(
                 data, media_type = make_index(manifest, data, of_platform), MEDIA_INDEX
             else:
                 media_type = MEDIA_MANIFEST
+            if wanted.sign_key is not None:
+                # Signed before the tag names it, so that no reader finds it unsigned.
+                target.put_manifest(data, media_type, None)
+                sign_manifest(
+                    target, Descriptor(media_type, digest_of(data), len(data)), target_ref.name, wanted.sign_key
+                )
             target.put_manifest(data, media_type, target_ref.tag)
     except OSError as error:
         raise Failure(

@@ -30,6 +30,7 @@ from virtiofsd_nydus.oci.store import DEFAULT_ACCESS, Access, ImageStore, Verifi
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.oci.policy import Trust
+    from virtiofsd_nydus.oci.shelf import Shelf
     from virtiofsd_nydus.oci.signatures import Signed
 
 # Where a bootstrap layer has it: since v2, and before.
@@ -57,9 +58,12 @@ class ServedImage:
     _backend_settings: dict[str, Any] = field(repr=False)  # may hold a login
     bootstrap_layer_bytes: int = 0  # as it lies in the registry
     bootstrap_digest: str = ""
+    bootstrap_layer_digest: str = ""
     plain: bool = False
     chain: tuple[str, ...] = ()
     signed: "tuple[Signed, ...]" = ()
+    key: str = ""  # of a plain image on this node's shelf
+    manifest: Manifest | None = None
     read_bytes: int = 0
     requests: int = 0
 
@@ -87,6 +91,7 @@ class ResolveOptions:
     fill: bool = True
     on_bytes: Callable[[int], None] | None = None
     say: Callable[[str], None] = lambda line: None
+    use_index: bool = True  # one that lies beside a plain image, instead of reading its layers
 
 
 def open_store(reference: Reference, access: Access = DEFAULT_ACCESS, keep_dir: Path | None = None) -> ImageStore:
@@ -142,10 +147,32 @@ def resolve_image(
             bootstrap, digest = fetch_bootstrap(store, layer, cache_dir)
             kind, settings = _describe_backend(inner)
             blobs = {one.hex: one.size for one in manifest.blob_layers}
-            return found.serve(bootstrap, digest, blobs, kind, settings, bootstrap_layer_bytes=layer.size)
+            return found.serve(
+                bootstrap,
+                digest,
+                blobs,
+                kind,
+                settings,
+                bootstrap_layer_bytes=layer.size,
+                bootstrap_layer_digest=layer.digest,
+            )
         if work_dir is None:
             raise _not_nydus(reference)
-        return _resolve_plain(store, inner, found, options)
+        try:
+            return _resolve_plain(store, inner, found, options)
+        except _NydusBeside as beside:
+            layer = beside.layer
+        bootstrap, digest = fetch_bootstrap(store, layer, cache_dir)
+        kind, settings = _describe_backend(inner)
+        return found.serve(
+            bootstrap,
+            digest,
+            {one.hex: one.size for one in manifest.layers},
+            kind,
+            settings,
+            bootstrap_layer_bytes=layer.size,
+            bootstrap_layer_digest=layer.digest,
+        )
     finally:
         store.close()
 
@@ -175,8 +202,45 @@ class _Found:
             bootstrap_digest=digest,
             chain=self.chain,
             signed=self.signed,
+            manifest=self.manifest,
             **more,
         )
+
+
+class _NydusBeside(Exception):
+    """A Nydus image lies beside the OCI image and may be used instead."""
+
+    def __init__(self, layer: Descriptor) -> None:
+        super().__init__()
+        self.layer = layer
+
+
+class _IndexFinder:
+    """Looks for what others know of a plain image before its layers are read."""
+
+    def __init__(self, store: ImageStore, found: _Found, options: ResolveOptions) -> None:
+        self._store, self._found, self._options = store, found, options
+
+    def __call__(self, shelf: "Shelf", key: str) -> int:
+        """Puts an index's files on the shelf; the bytes fetched, 0: there is none that may be used."""
+        from virtiofsd_nydus.oci.index import INDEX_TYPE, find_indexes, pull_index
+
+        manifest, say = self._found.manifest, self._options.say
+        pinned = bool(self._found.reference.digest)
+        indexes, why = find_indexes(self._store, manifest, self._options.trust, pinned=pinned)
+        if why:
+            say(f"{self._found.reference}: {why}")
+        for referrer, artifact in indexes:
+            layer = artifact.bootstrap_layer
+            if referrer.artifact_type != INDEX_TYPE and layer is not None:
+                raise _NydusBeside(layer)
+            try:
+                return pull_index(self._store, artifact, shelf, key, {one.hex: one.size for one in manifest.layers})
+            except Failure as failure:
+                if failure.cause not in (Cause.DIGEST, Cause.FORMAT, Cause.MISSING):
+                    raise
+                say(f"{failure}; the layers are read")
+        return 0
 
 
 def _resolve_plain(store: ImageStore, inner: ImageStore, found: _Found, options: ResolveOptions) -> ServedImage:
@@ -195,6 +259,8 @@ def _resolve_plain(store: ImageStore, inner: ImageStore, found: _Found, options:
     wanted = PlainOptions(options.work_dir, fill=options.fill, on_bytes=options.on_bytes, say=options.say)
     if isinstance(inner, DockerArchiveStore):
         wanted.place_of = inner.place_of
+    elif options.use_index:
+        wanted.find_index = _IndexFinder(store, found, options)
     image = prepare_plain(store, manifest, list_diff_ids(found.config, manifest, name), wanted)
     kind, settings = _describe_backend(inner)
     settings["layers"] = str(image.layers.absolute())
@@ -205,6 +271,7 @@ def _resolve_plain(store: ImageStore, inner: ImageStore, found: _Found, options:
         kind,
         settings,
         plain=True,
+        key=image.key,
         read_bytes=image.read_bytes,
         requests=image.requests,
     )

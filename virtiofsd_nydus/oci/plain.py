@@ -57,6 +57,7 @@ class PlainImage:
     bootstrap_digest: str
     layers: Path
     blobs: dict[str, int]
+    key: str = ""
     read_bytes: int = 0
     requests: int = 0
 
@@ -72,6 +73,7 @@ class PlainOptions:
     on_bytes: Callable[[int], None] | None = None
     say: Callable[[str], None] = lambda line: None
     spill_dir: str | None = None
+    find_index: "Callable[[Shelf, str], int] | None" = None  # puts an index that others made there; bytes fetched
     read_bytes: int = 0
     requests: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -114,8 +116,18 @@ class _Run:
         found = self._find_image(key)
         if found is None:
             with self._top.locked(key):
-                found = self._find_image(key) or self._make_image(key)
-        return replace(found, read_bytes=options.read_bytes, requests=options.requests)
+                found = self._find_image(key) or self._take_index(key) or self._make_image(key)
+        return replace(found, key=key, read_bytes=options.read_bytes, requests=options.requests)
+
+    def _take_index(self, key: str) -> PlainImage | None:
+        """The image by an index that lies beside it."""
+        if self._options.find_index is None:
+            return None
+        fetched = self._options.find_index(self._top, key)
+        if not fetched:
+            return None
+        self._options.count(fetched, 1)
+        return self._find_image(key)
 
     @property
     def _shelf(self) -> Shelf:

@@ -14,8 +14,6 @@ DOCKER_ARCHIVE = "docker-archive"
 OCI_ARCHIVE = "oci-archive"
 ARCHIVES = (DOCKER_ARCHIVE, OCI_ARCHIVE)
 STDIN = Path("-")
-# How references begin; anything else names a file.
-PREFIXES = ("docker://", "oci:", "docker-archive:", "oci-archive:")
 
 GRAMMAR = (
     "docker://HOST[:PORT]/NAME[:TAG|@DIGEST], oci:DIR[:TAG], docker-archive:FILE[:NAME[:TAG]] or oci-archive:FILE[:TAG]"
@@ -45,6 +43,11 @@ class Reference:
         if self.transport == DOCKER:
             return f"docker://{self.host}/{self.repo}" + (f"@{self.digest}" if self.digest else f":{self.tag}")
         return f"{self.transport}:{self.path}" + (f":{self.tag}" if self.tag else "")
+
+    @property
+    def name(self) -> str:
+        """The image without tag and digest, as signers call it."""
+        return f"{self.host}/{self.repo}" if self.transport == DOCKER else str(self.path)
 
     @property
     def version(self) -> str:

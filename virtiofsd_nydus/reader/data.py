@@ -48,11 +48,15 @@ def choose_source(blob_dir: Path | None, config_file: Path | None) -> Source | N
 
 @contextmanager
 def opened_with_data(
-    path: Path, source: Source | Path, blob_id: str | None = None, allow_unverified: bool = False
+    path: Path,
+    source: Source | Path,
+    blob_id: str | None = None,
+    allow_unverified: bool = False,
+    work_dir: str = "",
 ) -> Iterator[Bootstrap]:
-    """The image with its data over a temporary cache, so that nothing which an earlier run trusted is
-    used. source: a path is a directory of blobs. What the engine has to say (a wrong digest, a missing blob) goes
-    to stderr."""
+    """The image with its data over a temporary cache, so that nothing which an earlier run trusted is used; work_dir:
+    over this one instead. source: a path is a directory of blobs. What the engine has to say (a wrong digest, a
+    missing blob) goes to stderr."""
     from virtiofsd_nydus.storage.opened import Origin, open_with_engine
 
     origin = source if isinstance(source, Source) else directory_source(source)
@@ -61,7 +65,7 @@ def opened_with_data(
         open_with_engine(
             str(path),
             lambda: Origin(origin.create_backend()),
-            work_dir=work,
+            work_dir=work_dir or work,
             blob_id=blob_id,
             allow_unverified=allow_unverified,
             at_end=say_events,

@@ -160,12 +160,13 @@ class SideFile:
 
 
 class CacheDir:
-    """A cache directory. Raises Failure when there is none."""
+    """A cache directory; only: of these blobs alone. Raises Failure when there is none."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, only: set[str] | None = None) -> None:
         if not path.is_dir():
             raise Failure(f"{path}: no such cache directory", Cause.IO)
         self.path = path
+        self._only = only
 
     def kept(self) -> list[Kept]:
         files = [one.name for one in self.path.iterdir() if not one.is_symlink() and one.is_file()]
@@ -174,9 +175,12 @@ class CacheDir:
                 Kept(name.removesuffix(suffix), suffix == STORED_SUFFIX)
                 for name in files
                 for suffix in (DATA_SUFFIX, STORED_SUFFIX)
-                if name.endswith(suffix)
+                if name.endswith(suffix) and self._is_wanted(name)
             ]
         )
+
+    def _is_wanted(self, name: str) -> bool:
+        return self._only is None or name.partition(".")[0] in self._only
 
     def find(self, wanted: str) -> list[Kept]:
         """The files of the blob whose id begins with wanted, those named after a table of chunks too (ID.NAME)."""

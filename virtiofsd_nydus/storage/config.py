@@ -33,6 +33,8 @@ CACHE_CONFIG: "Schema" = {
     "encryption_key": None,
 }
 V1_SCHEMA: "Schema" = {
+    "verify_keys": None,
+    "policy": None,
     "device": {
         "id": None,
         "backend": {"type": None, "config": None},
@@ -67,6 +69,8 @@ V2_SCHEMA: "Schema" = {
     "version": None,
     "id": None,
     "bootstrap_digest": None,
+    "verify_keys": None,
+    "policy": None,
     "backend": {"type": None, **dict.fromkeys(BACKEND_TYPES)},
     "external_backends": None,
     "cache": {
@@ -104,10 +108,9 @@ class ImageConfig:
 
     backend_type and backend_config: as in v2, for storage.factory. work_dir: cache directory. prefetch: background
     fetching is on; prefetch_all: of the whole image. prefetch_bandwidth_bytes_s: limit for prefetch alone, 0 = none.
-    amplify_bytes: how far a miss is extended. bootstrap_digest: what the bootstrap's bytes must be, "": not told. The
-    flags of nydusd's statistics are kept for its API. warnings: lines
-    for the log.
-    """
+    amplify_bytes: how far a miss is extended. bootstrap_digest: what the bootstrap's bytes must be, "": not told.
+    verify_keys, policy: files that say which signatures are asked for. The flags of nydusd's statistics are kept for
+    its API. warnings: lines for the log."""
 
     __slots__ = (
         "access_pattern",
@@ -122,18 +125,21 @@ class ImageConfig:
         "iostats_files",
         "latest_read_files",
         "mode",
+        "policy",
         "prefetch",
         "prefetch_all",
         "prefetch_bandwidth_bytes_s",
         "prefetch_batch_bytes",
         "prefetch_stream",
         "prefetch_threads",
+        "verify_keys",
         "warnings",
         "work_dir",
     )
 
     def __init__(self, backend_type: str, backend_config: "dict[str, Any]", work_dir: str) -> None:
-        self.id = self.bootstrap_digest = ""
+        self.id = self.bootstrap_digest = self.policy = ""
+        self.verify_keys: tuple[str, ...] = ()
         self.backend_type = backend_type
         self.backend_config = backend_config
         self.work_dir = work_dir
@@ -281,6 +287,7 @@ def _from_v1(document: "dict[str, Any]", where: str) -> ImageConfig:
     )
     config.id = _text(device, "id", where)
     _note_unknown(document, V1_SCHEMA, where, config)
+    _read_trust(config, document, where)
     config.mode = _mode(document, where)
     for key in ("iostats_files", "access_pattern", "latest_read_files", "enable_xattr"):
         setattr(config, key, _flag(document, key, where))
@@ -315,6 +322,7 @@ def _from_v2(document: "dict[str, Any]", where: str) -> ImageConfig:
     )
     config.id = _text(document, "id", where)
     config.bootstrap_digest = _text(document, "bootstrap_digest", where)
+    _read_trust(config, document, where)
     _note_unknown(document, V2_SCHEMA, where, config)
     config.mode = _mode(rafs, where)
     for key in ("iostats_files", "access_pattern", "latest_read_files", "enable_xattr"):
@@ -327,6 +335,15 @@ def _from_v2(document: "dict[str, Any]", where: str) -> ImageConfig:
     )
     _note_unused(config, document.get("external_backends"), document.get("overlay"), where)
     return config
+
+
+def _read_trust(config: ImageConfig, document: "dict[str, Any]", where: str) -> None:
+    """Which signatures are asked for of an image that a reference names."""
+    config.policy = _text(document, "policy", where)
+    keys = document.get("verify_keys") or []
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise UsageFailure(f"{where}: verify_keys must be a list of file names")
+    config.verify_keys = tuple(keys)
 
 
 def _read_cache(config: ImageConfig, cache: "dict[str, Any]", settings: "dict[str, Any]", where: str) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,9 +11,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
-from virtiofsd_nydus.oci.reference import PREFIXES
-
-SYSTEM_CACHE_DIR = Path("/var/cache/virtiofsd-nydus")
+from virtiofsd_nydus.oci.serve import PREFIXES, resolve
+from virtiofsd_nydus.oci.serve import default_cache_dir as default_dir
 
 
 def tell(line: str) -> None:
@@ -37,15 +35,13 @@ class PreparedImage:
 
 def default_cache_dir() -> Path:
     """The default cache directory: the system's for root, otherwise the user's."""
-    if os.geteuid() == 0:
-        return SYSTEM_CACHE_DIR
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virtiofsd-nydus"
+    return Path(default_dir())
 
 
 @dataclass(frozen=True)
 class WantedImage:
-    """An image as a command line names it. name: a reference, or a bootstrap file with blob_dir or config. The last
-    three are for talking to a registry."""
+    """An image as a command line names it. name: a reference, or a bootstrap file with blob_dir or config. The others
+    are for a reference: how to talk to the registry, and which signatures are asked for."""
 
     name: str
     blob_dir: Path | None = None
@@ -54,6 +50,8 @@ class WantedImage:
     plain_http: bool = False
     creds: str = ""
     ca_cert_files: tuple[str, ...] = ()
+    verify_keys: tuple[str, ...] = ()
+    policy: str = ""
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> Self:
@@ -66,6 +64,8 @@ class WantedImage:
             args.plain_http,
             args.creds,
             tuple(args.ca_cert),
+            tuple(args.verify_key),
+            args.policy or "",
         )
 
 
@@ -93,14 +93,14 @@ def prepare_image(wanted: WantedImage) -> Iterator[PreparedImage]:
             f"cannot make the cache directory {work_dir}: {error.strerror}; choose one with --cache-dir", Cause.IO
         ) from None
     if by_reference:
-        from virtiofsd_nydus.oci.image import ResolveOptions, resolve_image
         from virtiofsd_nydus.oci.store import Access
 
         bootstraps = work_dir / "bootstraps"
         before = set(bootstraps.glob("*.boot"))
         access = Access(wanted.plain_http, wanted.creds, wanted.ca_cert_files)
-        options = ResolveOptions(access=access, work_dir=work_dir, say=tell)
-        found = resolve_image(image, cache_dir=bootstraps, options=options)
+        found = resolve(
+            image, str(work_dir), access=access, verify_keys=wanted.verify_keys, policy=wanted.policy, say=tell
+        )
         backend = found.backend_config()
         kind, settings, bootstrap = backend["type"], backend["config"], str(found.bootstrap)
         own = found.config.get("config") or {}
