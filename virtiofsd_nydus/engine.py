@@ -1,7 +1,8 @@
 """Typed face of the C engine (csrc/vnd.h). No C pointer leaves this module except as an opaque handle.
 
 Light: loaded before the daemon answers RUNNING. Objects are closed explicitly, children before parents; nothing is
-left to the garbage collector, because C threads do not wait for it.
+left to the garbage collector, because C threads do not wait for it. A closed object's handle is None, which cffi
+refuses: what uses it too late gets a TypeError, where a null pointer would end the process.
 """
 
 import errno
@@ -203,9 +204,9 @@ class Engine:
 
     def close(self) -> None:
         """Frees it; stores, images and devices must be closed and all threads out of it."""
-        if self.handle != ffi.NULL:
-            lib.vnd_engine_free(self.handle)
-            self.handle = ffi.NULL
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            lib.vnd_engine_free(handle)
 
 
 class Store:
@@ -217,9 +218,9 @@ class Store:
         require(self.handle != ffi.NULL, err)
 
     def close(self) -> None:
-        if self.handle != ffi.NULL:
-            lib.vnd_store_free(self.handle)
-            self.handle = ffi.NULL
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            lib.vnd_store_free(handle)
 
 
 class BlobInfo:
@@ -366,9 +367,9 @@ class Rafs:
 
     def close(self) -> None:
         """Frees it; it must be mounted nowhere."""
-        if self.handle != ffi.NULL:
-            lib.vnd_rafs_free(self.handle)
-            self.handle = ffi.NULL
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            lib.vnd_rafs_free(handle)
 
 
 class Passthrough:
@@ -393,9 +394,9 @@ class Passthrough:
 
     def close(self) -> None:
         """Frees it; it must be mounted nowhere."""
-        if self.handle != ffi.NULL:
-            lib.vnd_passthrough_free(self.handle)
-            self.handle = ffi.NULL
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            lib.vnd_passthrough_free(handle)
 
 
 class Vfs:
@@ -434,6 +435,6 @@ class Vfs:
             raise OSError(-rc, os.strerror(-rc), path)
 
     def close(self) -> None:
-        if self.handle != ffi.NULL:
-            lib.vnd_vfs_free(self.handle)
-            self.handle = ffi.NULL
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            lib.vnd_vfs_free(handle)

@@ -61,6 +61,7 @@ void fg_queue_free(fg_queue *q);
 void fg_queue_set_kick(fg_queue *q, int fd); /* borrowed eventfd */
 void fg_queue_set_call(fg_queue *q, int fd); /* borrowed eventfd; any thread, while another waits */
 void fg_queue_stop(fg_queue *q);             /* any thread: ends fg_load_run after what is in flight */
+void fg_queue_abandon(fg_queue *q);          /* any thread, before it is freed: every wait ends in -ECANCELED */
 const char *fg_queue_error(fg_queue *q);
 int fg_queue_in_flight(fg_queue *q);
 uint16_t fg_queue_avail(fg_queue *q);
@@ -73,7 +74,7 @@ int fg_queue_add(fg_queue *q, const fg_segment *segments, int n, uint64_t table_
 void fg_queue_publish(fg_queue *q); /* makes them visible and kicks if the server asked for it */
 void fg_queue_kick(fg_queue *q);    /* kicks in any case */
 int fg_queue_pop(fg_queue *q, uint64_t *cookie, uint32_t *len); /* 1, 0 = none, or a fault */
-/* Waits for the used ring to move: 0, -ETIMEDOUT or -FG_LOST_CALL. */
+/* Waits for the used ring to move: 0, -ETIMEDOUT, -ECANCELED or -FG_LOST_CALL. */
 int fg_queue_wait(fg_queue *q, int timeout_ms);
 
 /* ---- one FUSE request in a slot. in: header, arguments, names, exactly as sent. Writable part: 16 bytes of

@@ -70,7 +70,7 @@ struct fg_queue {
     uint16_t chain_len[FG_RING_MAX]; /* descriptors of the chain at this head, 0 = not in flight */
     uint64_t cookie[FG_RING_MAX];
     int in_flight, kick_fd, wake_fd; /* wake_fd: call fd changed or stop asked */
-    _Atomic int call_fd, stop;
+    _Atomic int call_fd, stop, abandoned;
     uint64_t kicks, calls, next_unique;
     struct fg_slot *slots;
     uint16_t *page_order; /* scatter: where page i of a slot lies */

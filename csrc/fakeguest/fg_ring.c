@@ -154,6 +154,12 @@ void fg_queue_stop(fg_queue *q)
     wake(q);
 }
 
+void fg_queue_abandon(fg_queue *q)
+{
+    atomic_store(&q->abandoned, 1);
+    wake(q);
+}
+
 void fg_store16(uint8_t *at, uint16_t value)
 {
     atomic_thread_fence(memory_order_seq_cst);
@@ -270,6 +276,8 @@ static int spin(fg_queue *q, int timeout_ms)
     int64_t end = now_ms() + timeout_ms;
     for (uint32_t i = 1; !moved(q); i++) {
         __builtin_ia32_pause();
+        if (atomic_load_explicit(&q->abandoned, memory_order_relaxed))
+            return fg_fail(q, -ECANCELED, "the queue is being closed");
         if ((i & 0xfff) == 0 && (now_ms() > end || atomic_load(&q->stop)))
             return atomic_load(&q->stop) && now_ms() <= end
                        ? 0
@@ -289,6 +297,8 @@ int fg_queue_wait(fg_queue *q, int timeout_ms)
         return 0;
     int64_t end = now_ms() + timeout_ms;
     for (;;) {
+        if (atomic_load(&q->abandoned))
+            return fg_fail(q, -ECANCELED, "the queue is being closed");
         int64_t left = end - now_ms();
         struct pollfd p[2] = { { atomic_load(&q->call_fd), POLLIN, 0 }, { q->wake_fd, POLLIN, 0 } };
         int n = left > 0 ? poll(p, 2, (int)left) : 0;

@@ -8,6 +8,7 @@ its own, so that a test can leave one out, repeat it or do it wrong: front (raw 
 import errno
 import os
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,9 @@ class Memory:
         return fd
 
     def close(self) -> None:
-        if self.handle != ffi.NULL:
-            lib.fg_ram_free(self.handle)
-            self.handle = ffi.NULL
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            lib.fg_ram_free(handle)
 
     def allocate(self, size_bytes: int, align: int = PAGE) -> int:
         gpa = (self.next_gpa + align - 1) // align * align
@@ -109,7 +110,7 @@ class Memory:
 
 
 class Queue:
-    """A virtqueue with its event descriptors. One thread at a time, but set_call and stop."""
+    """A virtqueue with its event descriptors. One thread at a time, but set_call, stop and close."""
 
     def __init__(self, memory: Memory, index: int, size: int, slot_count: int, slot_data_bytes: int) -> None:
         self.memory, self.index, self.size = memory, index, size
@@ -123,13 +124,15 @@ class Queue:
         self.err_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.timeout_ms = 20_000
         self.header_len = False  # fg_queue_config.header_len
-        self.handle = ffi.NULL
+        # None before reset() and after close(): the C half is never given a null pointer
+        self.handle: Any = None
+        self._in_use = threading.Lock()  # by the thread that submits and waits
+        self._stopping = threading.Lock()  # by a thread that stops it
         self.reply = ffi.new("uint8_t[]", REPLY_MAX)
 
     def reset(self, event_idx: bool, indirect: bool, poll: bool, scatter: bool, first: int = 0) -> None:
         """Makes empty rings, first being the next index of both."""
-        if self.handle != ffi.NULL:
-            lib.fg_queue_free(self.handle)
+        self._free()
         config = ffi.new(
             "fg_queue_config *",
             {
@@ -147,16 +150,24 @@ class Queue:
                 "header_len": int(self.header_len),
             },
         )
-        self.handle = lib.fg_queue_new(self.memory.handle, config, first)
-        if self.handle == ffi.NULL:
+        handle = lib.fg_queue_new(self.memory.handle, config, first)
+        if handle == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno), f"queue {self.index}")
-        lib.fg_queue_set_kick(self.handle, self.kick_fd)
-        lib.fg_queue_set_call(self.handle, self.call_fd)
+        lib.fg_queue_set_kick(handle, self.kick_fd)
+        lib.fg_queue_set_call(handle, self.call_fd)
+        self.handle = handle
+
+    def _free(self) -> None:
+        """A thread that waits in the C half is made to leave first: its wait ends in OSError (ECANCELED)."""
+        handle = self.handle
+        if handle is not None:
+            lib.fg_queue_abandon(handle)
+            with self._in_use, self._stopping:
+                self.handle = None
+                lib.fg_queue_free(handle)
 
     def close(self) -> None:
-        if self.handle != ffi.NULL:
-            lib.fg_queue_free(self.handle)
-            self.handle = ffi.NULL
+        self._free()
         for fd in (self.kick_fd, self.call_fd, self.err_fd):
             os.close(fd)
 
@@ -173,19 +184,22 @@ class Queue:
 
     # ---- requests in slots
     def submit(self, request: bytes, out_fixed: int, data_bytes: int, slot: int = 0) -> None:
-        self.check(lib.fg_submit(self.handle, slot, request, len(request), out_fixed, data_bytes))
+        with self._in_use:
+            self.check(lib.fg_submit(self.handle, slot, request, len(request), out_fixed, data_bytes))
 
     def reap(self, timeout_ms: int | None = None) -> tuple[int, bytes]:
         """Waits for any completion: its slot and the whole reply, header first (empty when none came)."""
         slot = ffi.new("uint32_t *")
         wait = self.timeout_ms if timeout_ms is None else timeout_ms
-        length = self.check(lib.fg_reap(self.handle, slot, self.reply, REPLY_MAX, wait))
+        with self._in_use:
+            length = self.check(lib.fg_reap(self.handle, slot, self.reply, REPLY_MAX, wait))
         return slot[0], bytes(ffi.buffer(self.reply, length))
 
     def reap_length(self) -> tuple[int, int]:
         """The same, but the reply stays in guest memory, as a guest's page cache keeps it: its slot and bytes."""
         slot = ffi.new("uint32_t *")
-        length = self.check(lib.fg_reap(self.handle, slot, ffi.NULL, 0, self.timeout_ms))
+        with self._in_use:
+            length = self.check(lib.fg_reap(self.handle, slot, ffi.NULL, 0, self.timeout_ms))
         return slot[0], length
 
     def call(self, request: bytes, out_fixed: int, data_bytes: int) -> bytes:
@@ -208,8 +222,9 @@ class Queue:
         """Waits for the completion of a raw chain: its used length."""
         cookie, length = ffi.new("uint64_t *"), ffi.new("uint32_t *")
         wait = self.timeout_ms if timeout_ms is None else timeout_ms
-        while not self.check(lib.fg_queue_pop(self.handle, cookie, length)):
-            self.check(lib.fg_queue_wait(self.handle, wait))
+        with self._in_use:
+            while not self.check(lib.fg_queue_pop(self.handle, cookie, length)):
+                self.check(lib.fg_queue_wait(self.handle, wait))
         used: int = length[0]
         return used
 
@@ -248,12 +263,15 @@ class Queue:
 
     def stop(self) -> None:
         """Ends a running load."""
-        lib.fg_queue_stop(self.handle)
+        with self._stopping:
+            if self.handle is not None:
+                lib.fg_queue_stop(self.handle)
 
     def load(self, load: Any) -> Any:
         """Runs an fg_load; an fg_load_result."""
         result = ffi.new("fg_load_result *")
-        self.check(lib.fg_load_run(self.handle, load, result))
+        with self._in_use:
+            self.check(lib.fg_load_run(self.handle, load, result))
         return result
 
 

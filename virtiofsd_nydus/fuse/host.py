@@ -13,6 +13,7 @@ from virtiofsd_nydus.fuse import mounts
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 THREADS_DEFAULT = 4
 THREADS_MAX = 64
@@ -46,7 +47,8 @@ class HostFuse:
         self._threads = min(threads, THREADS_MAX)
         self._writable, self._supervised = writable, supervised
         self.passthrough = passthrough and not supervised
-        self._handle = ffi.NULL
+        self._handle: Any = None
+        self._in_use = threading.Lock()  # of the handle, by threads of the API: it is not freed meanwhile
         self._mounted = False
         self._watcher: threading.Thread | None = None
         self._closing = False
@@ -78,8 +80,9 @@ class HostFuse:
             if self.failover_policy != "none":
                 flags |= lib.VND_FUSEDEV_RESEND
         err = ffi.new("char[]", ERR_MAX)
-        self._handle = lib.vnd_fusedev_new(engine.handle, vfs.handle, self.fd, self._threads, flags, err, ERR_MAX)
-        require(self._handle != ffi.NULL, err)
+        handle = lib.vnd_fusedev_new(engine.handle, vfs.handle, self.fd, self._threads, flags, err, ERR_MAX)
+        require(handle != ffi.NULL, err)
+        self._handle = handle
         if not resumed:
             try:
                 os.stat(self.mountpoint)  # waits until INIT is answered  # noqa: PTH116
@@ -92,12 +95,14 @@ class HostFuse:
     @property
     def ready(self) -> bool:
         """INIT was answered."""
-        return self._handle != ffi.NULL and bool(lib.vnd_fusedev_ready(self._handle))
+        with self._in_use:
+            return self._handle is not None and bool(lib.vnd_fusedev_ready(self._handle))
 
     def root_changed(self) -> None:
         """After the mount table changed: the kernel asks for the root's attributes again."""
-        if self._handle != ffi.NULL:
-            lib.vnd_fusedev_root_changed(self._handle)
+        with self._in_use:
+            if self._handle is not None:
+                lib.vnd_fusedev_root_changed(self._handle)
 
     def _raise_read_ahead(self) -> None:
         """The kernel reads 128 KiB ahead unless told otherwise; root alone may."""
@@ -121,7 +126,7 @@ class HostFuse:
     def stop(self) -> None:
         """Ends the threads; the mount stays. What is unanswered is the next server's."""
         self._closing = True
-        if self._handle != ffi.NULL:
+        if self._handle is not None:
             lib.vnd_fusedev_stop(self._handle)
         if self._watcher:
             self._watcher.join()
@@ -137,9 +142,10 @@ class HostFuse:
                 pass  # it is unmounted already
         self._mounted = False
         self.stop()
-        if self._handle != ffi.NULL:
-            lib.vnd_fusedev_free(self._handle)
-            self._handle = ffi.NULL
+        with self._in_use:
+            handle, self._handle = self._handle, None
+        if handle is not None:
+            lib.vnd_fusedev_free(handle)
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

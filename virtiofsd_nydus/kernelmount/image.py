@@ -1,5 +1,6 @@
 """An image opened for the kernel: engine, cache, fetch threads; and fetching all of it."""
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -7,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 from virtiofsd_nydus import log as logs
+from virtiofsd_nydus.engine import Engine, Event
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.oci import layers
 from virtiofsd_nydus.storage.config import ImageConfig
@@ -15,6 +17,7 @@ from virtiofsd_nydus.storage.opened import make_origin, open_with_engine
 layers.install()
 STALL_S = 60.0
 EVENT_MS = 100
+EVENTS_END_S = 10.0  # for a line that is being written
 
 
 class KernelImage:
@@ -23,6 +26,7 @@ class KernelImage:
     def __init__(self, bootstrap: str, config: ImageConfig, warn: Callable[[str], None] = lambda line: None) -> None:
         self.bootstrap, self.config, self._warn = bootstrap, config, warn
         self._stack = ExitStack()
+        self._event_thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         config = self.config
@@ -39,6 +43,7 @@ class KernelImage:
                     lambda: make_origin(config, self._warn),
                     work_dir=config.work_dir,
                     digest=config.bootstrap_digest,
+                    at_end=self._end_events,
                 )
             )
             self.engine, self.rafs = opened.engine, opened.rafs
@@ -55,6 +60,20 @@ class KernelImage:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def give_events(self, say: Callable[[Event], None]) -> None:
+        """Gives every line of the engine to say, in a thread. It has ended before the engine is freed."""
+
+        def run() -> None:
+            for event in self.engine.events():
+                say(event)
+
+        self._event_thread = threading.Thread(target=run, name="log", daemon=True)
+        self._event_thread.start()
+
+    def _end_events(self, engine: Engine) -> None:
+        if self._event_thread is not None:
+            self._event_thread.join(EVENTS_END_S)
 
     def is_complete(self, index: int) -> bool:
         """Every chunk of the blob is in its cache file, and was verified."""

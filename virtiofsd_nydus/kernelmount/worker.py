@@ -186,12 +186,6 @@ def check(rc: int, what: str, why: "dict[int, str | None] | None" = None) -> int
     raise Failure(f"{what}: {line}", Cause.IO)
 
 
-def say_events(image: KernelImage, log: logs.Log) -> None:
-    log.activate()
-    for event in image.engine.events():
-        log.say(event.level, event.text, **event.fields())
-
-
 def tell(ready_fd: int, **what: object) -> bool:
     """Tells the verb that waits. Returns False when it no longer waits."""
     try:
@@ -242,7 +236,8 @@ def work(settings: Settings, other: int) -> None:
             if first:
                 tell(other, error=f"{type(unexpected).__name__}: {unexpected}", cause=int(Cause.IO))
             raise
-        threading.Thread(target=say_events, args=(image, log), name="log", daemon=True).start()
+        log.activate()
+        image.give_events(lambda event: log.say(event.level, event.text, **event.fields()))
         log.say(logs.INFO, "running", mountpoint=settings.target)
         worker.run(image)
     log.close()

@@ -136,7 +136,7 @@ class Bootstrap:
     def close(self) -> None:
         if self._owns_image:
             self.image.close()
-        self._handle = ffi.NULL
+        self._handle = None
         self._close_engine()
 
     def _close_engine(self) -> None:

@@ -96,6 +96,6 @@ class EngineDevice:
 
     def close(self) -> None:
         """Ends its threads; the guest's memory is not touched afterwards. Idempotent."""
-        if self._handle != ffi.NULL:
-            lib.vnd_device_free(self._handle)
-            self._handle = ffi.NULL
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            lib.vnd_device_free(handle)
