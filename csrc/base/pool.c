@@ -9,7 +9,8 @@
 #include "base/engine.h"
 #include "base/thread.h"
 
-#define POOL_MAX 16 /* threads: more do not make a disk faster */
+#define POOL_MAX 16 /* threads of one guest: more do not make a disk faster */
+#define POOL_MORE 1 /* than one guest may have busy: another's task need not wait for one of its to end */
 
 struct pool {
     struct vnd_engine *engine;
@@ -17,17 +18,29 @@ struct pool {
     pthread_cond_t some;
     struct turns tasks;
     bool down;
-    uint32_t threads;
-    pthread_t thread[POOL_MAX];
+    uint32_t threads, each; /* each: that one guest may have busy */
+    pthread_t thread[POOL_MAX + POOL_MORE];
+    uintptr_t serves[POOL_MAX + POOL_MORE];
 };
+
+static bool may_serve(void *ctx, uintptr_t who)
+{
+    struct pool *p = ctx;
+
+    return turns_served(p->serves, p->threads, who) < p->each;
+}
 
 static void *pool_run(void *arg)
 {
     struct pool *p = arg;
+    uint32_t me;
 
     pthread_mutex_lock(&p->lock);
+    for (me = 0; !pthread_equal(pthread_self(), p->thread[me]); me++)
+        ;
     for (;;) {
-        struct pool_task *t = (struct pool_task *)turns_pop(&p->tasks, NULL, NULL); /* turn is its first member */
+        struct pool_task *t =
+            (struct pool_task *)turns_pop(&p->tasks, p->down ? NULL : may_serve, p); /* its turn is first */
 
         if (!t && p->down)
             break;
@@ -35,9 +48,11 @@ static void *pool_run(void *arg)
             pthread_cond_wait(&p->some, &p->lock);
             continue;
         }
+        p->serves[me] = t->turn.who;
         pthread_mutex_unlock(&p->lock);
         t->run(t);
         pthread_mutex_lock(&p->lock);
+        p->serves[me] = TURNS_NO_GUEST;
     }
     pthread_mutex_unlock(&p->lock);
     return NULL;
@@ -54,10 +69,14 @@ int pool_new(struct vnd_engine *e, uint32_t threads)
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->some, NULL);
     e->pool = p;
-    for (uint32_t i = 0; i < threads && i < POOL_MAX && !rc; i++) {
+    p->each = threads < POOL_MAX ? threads : POOL_MAX;
+    pthread_mutex_lock(&p->lock); /* a thread looks for its own number first */
+    for (uint32_t i = 0; i < p->each + POOL_MORE && !rc; i++) {
+        p->serves[i] = TURNS_NO_GUEST;
         rc = thread_start(&p->thread[i], "vnd-pool", pool_run, p);
         p->threads += !rc;
     }
+    pthread_mutex_unlock(&p->lock);
     if (rc)
         pool_free(e);
     return rc;
@@ -85,6 +104,6 @@ void pool_submit(struct vnd_engine *e, struct pool_task *t, uintptr_t who)
 
     pthread_mutex_lock(&p->lock);
     turns_push(&p->tasks, &t->turn, who);
-    pthread_cond_signal(&p->some);
+    pthread_cond_signal(&p->some); /* a thread that is awake looks by itself */
     pthread_mutex_unlock(&p->lock);
 }

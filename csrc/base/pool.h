@@ -1,5 +1,5 @@
 /* base/pool.h -- a few threads for work that must not run on a queue's thread because it may wait for the disk. Each task
- * is run once; guests take turns (base/turns.h). The pool has a lock of its own that is taken under any other and held over no
+ * is run once; guests take turns (base/turns.h), and one guest's tasks never take all threads. The pool has a lock of its own that is taken under any other and held over no
  * task.
  */
 #ifndef VND_POOL_H
@@ -16,7 +16,7 @@ struct pool_task {
     void (*run)(struct pool_task *t);
 };
 
-/* 0 or -errno. At most POOL_MAX threads. */
+/* 0 or -errno. threads: that one guest may have busy, at most POOL_MAX; there is one more. */
 int pool_new(struct vnd_engine *e, uint32_t threads);
 /* Runs what is queued, then ends the threads. */
 void pool_free(struct vnd_engine *e);

@@ -25,6 +25,18 @@ void turns_push(struct turns *t, struct turn_item *item, uintptr_t who);
 /* The item whose turn it is, of a guest that may (NULL: any) says true of. NULL: there is none. */
 struct turn_item *turns_pop(struct turns *t, bool (*may)(void *ctx, uintptr_t who), void *ctx);
 
+/* What a thread serves that serves no guest. */
+#define TURNS_NO_GUEST UINTPTR_MAX
+/* How many of these threads serve that guest. */
+static inline uint32_t turns_served(const uintptr_t *serves, uint32_t threads, uintptr_t who)
+{
+    uint32_t n = 0;
+
+    for (uint32_t i = 0; i < threads; i++)
+        n += serves[i] == who;
+    return n;
+}
+
 static inline bool turns_empty(const struct turns *t)
 {
     return !t->first;
