@@ -18,7 +18,11 @@ struct vnd_engine {
     struct engine_counters *counters; /* list of blocks, under lock */
     struct engine_counters shared;    /* for threads without a block of their own */
     _Atomic uint64_t detached_bytes;  /* of requests that wait for a host call: fuse/detach.c */
-    uint64_t metrics_shards;          /* one bit for each that is in use: fs/metrics.h, under lock */
+    /* What all sessions hold of host directories: fuse/held.c bounds it. */
+    _Atomic uint64_t held_nodes, held_files;
+    /* Descriptors of nodes of all host directories: passthrough/ bounds them. */
+    _Atomic uint32_t kept_fds, cached_fds;
+    uint64_t metrics_shards; /* one bit for each that is in use: fs/metrics.h, under lock */
     _Atomic int shutdown;
     /* What all front-ends together have mapped: vhost/guestmem.h bounds it. */
     _Atomic uint64_t guest_bytes;

@@ -60,7 +60,7 @@ struct fs_ops {
     const char *name; /* "rafs", "pseudo", "passthrough" */
     /* For GETATTR, and when a mount covers a name. */
     int (*getattr)(struct fs *fs, uint64_t ino, vnd_attr *out);
-    /* For LOOKUP; "." and ".." too. out->ino is the entry's. In a read-write file system it owes one count: the entry
+    /* For LOOKUP; "." and ".." too. name is NUL-ended. out->ino is the entry's. In a read-write file system it owes one count: the entry
      * stays known until forget takes the count back. -ENOENT; -ESTALE where dir is not known; -EIO where an image is
      * malformed. In a read-write file system it may block. */
     int (*lookup)(struct fs *fs, uint64_t dir, const char *name, size_t len, vnd_attr *out);
@@ -147,8 +147,8 @@ struct fs_setattr {
 
 /* A file system that is written to and that changes by itself. Each entry that it gives out (lookup, make, link, a
  * readdir entry with attributes) counts once until forget takes that back. fh names an open file; 0 is none. Every
- * operation but forget, release, run, may_wait and note_slow may block: the session serves those that are known
- * to take long on run's threads. */
+ * operation but forget, release, run and may_wait may block: the session serves those that are known to take long
+ * on run's threads. */
 struct fs_rw_ops {
     uint32_t valid_ms; /* how long a guest may keep entries and attributes */
     /* For FORGET and BATCH_FORGET, and for an entry that was not taken. More than was counted is all of it. */
@@ -183,10 +183,8 @@ struct fs_rw_ops {
     int (*statvfs)(struct fs *fs, uint64_t ino, struct statvfs *out);
     /* Runs fn(arg) on a thread that may block, then wakes w. -EINPROGRESS, or another -errno and fn is not run. */
     int (*run)(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg);
-    /* True: any call on this node may take long, because a network or another process answers it or calls have lately
-     * been slow. */
+    /* True: any call on this node may take long, because a network or another process answers it. */
     bool (*may_wait)(struct fs *fs, uint64_t ino);
-    void (*note_slow)(struct fs *fs); /* a call was slow */
 };
 
 struct fs {

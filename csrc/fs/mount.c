@@ -1,5 +1,6 @@
 /* fs/mount.c -- mounts and unmounts: the changes of the mount table; see fs/vfs.h. */
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -53,12 +54,22 @@ static struct vfs_table *table_copy(const struct vfs_table *t, const struct vfs_
     return n;
 }
 
-/* Finds the node that path names, adding pseudo directories to *tree (made on demand) for what is missing. */
+/* Gives back what a look-up counted. */
+static void forget_node(const struct vfs_node *n)
+{
+    if (n->fs->ops->rw)
+        n->fs->ops->rw->forget(n->fs, n->ino, 1);
+}
+
+/* Finds the node that path names; of a read-write file system it is counted once. Adds pseudo directories to *tree (made on
+ * demand) for what is missing. */
 static int mount_point(struct vnd_vfs *v, const char *path, struct vfs_node *node, struct pseudo_tree **tree)
 {
     const struct vfs_table *t = vfs_table_of(v);
     struct pseudo_tree *current = atomic_load(&v->pseudo.tree);
     vnd_attr attr = { .mode = S_IFDIR };
+    char component[256]; /* a file system takes a name that ends */
+    bool counted = false;
     int rc = 0;
 
     *node = t->root;
@@ -68,7 +79,15 @@ static int mount_point(struct vnd_vfs *v, const char *path, struct vfs_node *nod
 
         path = name + len;
         if (!*tree) {
-            rc = vfs_lookup(v, &(struct vfs_step){ .dir = node, .name = name, .len = len }, node, &attr);
+            struct vfs_node above = *node;
+
+            snprintf(component, sizeof(component), "%.*s", (int)len, name);
+            rc = vfs_lookup(v, &(struct vfs_step){ .dir = &above, .name = component, .len = len }, node, &attr);
+            if (!rc) {
+                if (counted)
+                    forget_node(&above);
+                counted = true;
+            }
             if (rc != -ENOENT || node->serial)
                 continue;
         }
@@ -81,6 +100,8 @@ static int mount_point(struct vnd_vfs *v, const char *path, struct vfs_node *nod
     }
     if (!rc && (attr.mode & S_IFMT) != S_IFDIR)
         rc = -ENOTDIR;
+    if (rc && counted)
+        forget_node(node);
     return rc;
 }
 
@@ -103,6 +124,7 @@ static int mount_locked(struct vnd_vfs *v, const char *path, struct fs *fs)
     struct pseudo_tree *tree = NULL;
     struct vfs_table *table = NULL;
     int rc = m ? 0 : -ENOMEM;
+    bool counted = false;
 
     if (!rc && v->next_serial > UINT16_MAX)
         rc = -ENOSPC;
@@ -112,6 +134,7 @@ static int mount_locked(struct vnd_vfs *v, const char *path, struct fs *fs)
         m->root_ino = fs->ops->root(fs);
         m->serial = (uint16_t)v->next_serial;
         rc = mount_point(v, path, &m->on, &tree);
+        counted = !rc;
     }
     if (!rc && !tree)
         rc = mount_point_free(v, &m->on);
@@ -122,6 +145,8 @@ static int mount_locked(struct vnd_vfs *v, const char *path, struct fs *fs)
     if (!rc && !vfs_publish(v, table, tree, NULL))
         rc = -ENOMEM;
     if (rc) {
+        if (counted)
+            forget_node(&m->on);
         free(table);
         pseudo_tree_free(tree);
         free(m);
@@ -188,8 +213,10 @@ static int umount_locked(struct vnd_vfs *v, const char *path, struct retired **r
         return -ENOMEM;
     tree = m->on.serial ? NULL : prune(v, table, m->on.ino);
     *retired = vfs_publish(v, table, tree, m);
-    if (*retired)
+    if (*retired) {
+        forget_node(&m->on);
         return 0;
+    }
     free(table);
     pseudo_tree_free(tree);
     return -ENOMEM;

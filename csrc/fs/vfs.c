@@ -150,14 +150,14 @@ bool vfs_has_xattr(struct vnd_vfs *v)
     return t->count == 0;
 }
 
-bool vfs_rw_mount(struct vnd_vfs *v, uint32_t index, struct vfs_node *out)
+bool vfs_rw_after(struct vnd_vfs *v, uint16_t serial, struct vfs_node *out)
 {
     const struct vfs_table *t = vfs_table_of(v);
 
     for (uint32_t i = 0; i < t->count; i++) {
         const struct vfs_mounted *m = t->mounts[i];
 
-        if (m->fs->ops->rw && !index--) {
+        if (m->fs->ops->rw && m->serial > serial) {
             *out = (struct vfs_node){ m->fs, m->root_ino, m->serial };
             return true;
         }

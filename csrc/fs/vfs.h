@@ -81,8 +81,8 @@ bool vfs_is_mount_root(struct vnd_vfs *v, const struct vfs_node *node);
 /* False: something is mounted, and no inode of what is mounted has extended attributes. */
 bool vfs_has_xattr(struct vnd_vfs *v);
 
-/* The root of the index-th mount of a read-write file system, or false. */
-bool vfs_rw_mount(struct vnd_vfs *v, uint32_t index, struct vfs_node *out);
+/* The root of the first read-write file system that was mounted after the one with this serial (0: of all), or false. */
+bool vfs_rw_after(struct vnd_vfs *v, uint16_t serial, struct vfs_node *out);
 int vfs_session_kind(struct vnd_vfs *v); /* enum vnd_session_kind */
 /* Mounts any file system at path. fs must outlive the mount; vnd_vfs_umount ends it. It waits for no request; where path
  * lies in another mount, for that file system's look-up. 0, -EINVAL (path), -EEXIST (mounted there), -ENOENT and -ENOTDIR (no such directory inside

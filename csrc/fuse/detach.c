@@ -11,23 +11,26 @@
 
 #include "fuse/internal.h"
 
-/* Bytes of detached requests, of one session and of all sessions of the engine. Above either a request is served where it
- * came in. */
+/* Bytes of detached requests, of one session and of all sessions of the engine. No session has more than it leaves to the
+ * others. Above any of these a request is served where it came in. */
 #define DETACHED_BYTES_MAX (128u << 20)
 #define DETACHED_ALL_MAX (512ull << 20)
 #define BODY_MAX (FUSE_REPLY_MAX + 4096u)
 /* To free more than that takes a file system long. */
 #define TRUNCATE_BYTES (4u << 20)
-/* A call that takes longer marks its file system as slow. Less may be a busy machine, where a thread waits that long for a
- * processor. */
+/* After a call that took longer, all of this guest's are detached for a while: its disk may be busy. Less may be a busy
+ * machine, where a thread waits that long for a processor. Another guest's calls are not, for they would cost more by what
+ * this one has done. */
 #define SLOW_MS 100
+#define SLOW_FOR_MS 2000
 
 struct detached {
     struct store_answer answer; /* first */
     struct fuse_session *s;
     struct store_wait *origin;
     struct req r;
-    size_t bytes; /* of all this */
+    size_t bytes;    /* of all this */
+    uint16_t serial; /* of the mount whose thread serves it */
     enum req_verdict verdict;
     uint8_t *out; /* behind the body */
     uint8_t body[];
@@ -183,8 +186,10 @@ static bool takes_long(struct fuse_call *c)
 
 static bool has_budget(struct fuse_session *s, size_t bytes)
 {
-    return atomic_load_explicit(&s->detached_bytes, memory_order_relaxed) + bytes <= DETACHED_BYTES_MAX &&
-           atomic_load_explicit(&s->engine->detached_bytes, memory_order_relaxed) + bytes <= DETACHED_ALL_MAX;
+    uint64_t mine = atomic_load_explicit(&s->detached_bytes, memory_order_relaxed) + bytes;
+
+    return mine <= DETACHED_BYTES_MAX &&
+           atomic_load_explicit(&s->engine->detached_bytes, memory_order_relaxed) + mine <= DETACHED_ALL_MAX;
 }
 
 enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn)
@@ -213,6 +218,7 @@ enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn)
     }
     atomic_fetch_add_explicit(&c->s->detached_bytes, bytes, memory_order_relaxed);
     atomic_fetch_add_explicit(&c->s->engine->detached_bytes, bytes, memory_order_relaxed);
+    d->serial = c->node.serial;
     if (c->node.fs->ops->rw->run(c->node.fs, &r->wait, serve_detached, d) != -EINPROGRESS) {
         drop(&d->answer);
         return fn(c);
@@ -220,21 +226,26 @@ enum req_verdict fuse_rw_detach(struct fuse_call *c, fuse_op_fn fn)
     return REQ_PARKED;
 }
 
+static bool was_slow(struct fuse_session *s)
+{
+    int64_t until = atomic_load_explicit(&s->slow_until_ms, memory_order_relaxed);
+
+    return until && coarse_ms() < until;
+}
+
 enum req_verdict fuse_rw_serve(struct fuse_call *c, fuse_op_fn fn)
 {
-    const struct fs_rw_ops *rw = fuse_rw_of(c);
-    struct fs *fs = c->node.fs;
     enum req_verdict verdict;
     int64_t start;
 
     if (c->w->may_wait)
         return fn(c);
-    if (takes_long(c) || rw->may_wait(fs, c->node.ino))
+    if (takes_long(c) || was_slow(c->s) || fuse_rw_of(c)->may_wait(c->node.fs, c->node.ino))
         return fuse_rw_detach(c, fn);
     start = coarse_ms();
     verdict = fn(c);
     if (coarse_ms() - start > SLOW_MS)
-        rw->note_slow(fs);
+        atomic_store_explicit(&c->s->slow_until_ms, coarse_ms() + SLOW_FOR_MS, memory_order_relaxed);
     return verdict;
 }
 
@@ -245,11 +256,16 @@ enum req_verdict fuse_rw_finish(struct fuse_call *c)
     enum req_verdict verdict = d->verdict;
 
     r->out_len = 0;
+    r->step = d->serial;
     if (r->session_gen != atomic_load_explicit(&c->s->gen, memory_order_acquire)) {
         verdict = REQ_NOREPLY; /* of a guest that was reset meanwhile */
     } else if (verdict == REQ_PARKED) {
         verdict = fuse_reply_error(c, ENOMEM);
     } else if (verdict == REQ_REPLY) {
+        struct fuse_out_header h;
+
+        memcpy(&h, d->out, sizeof(h));
+        c->failed = h.error != 0;
         if (r->ops->out_copy(r, 0, d->out, d->r.out_len))
             verdict = REQ_NOREPLY;
         else

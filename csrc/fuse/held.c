@@ -4,11 +4,16 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include "fuse/internal.h"
 
-/* Open files of one guest: half of what a file system has open for all of them, which is half of the descriptors. */
-#define FILES_MAX (1u << 19)
+/* What a node costs in all: here and in its file system. All guests may hold as many as fit into a part of the memory. */
+#define NODE_BYTES 512
+#define NODES_PART 16
+#define NODES_LEAST (8u << 20)
+/* Open files of all guests: half of the descriptors, and no more than this. */
+#define FILES_MAX (1u << 20)
 
 struct held {
     struct held *next; /* bucket, or a list of those taken out */
@@ -62,31 +67,46 @@ static void grow(struct held_stripe *t)
     t->n_buckets = n;
 }
 
+static void give(struct held_budget *b)
+{
+    atomic_fetch_sub_explicit(&b->mine, 1, memory_order_relaxed);
+    atomic_fetch_sub_explicit(b->all, 1, memory_order_relaxed);
+}
+
+static bool take(struct held_budget *b)
+{
+    uint64_t mine = atomic_fetch_add_explicit(&b->mine, 1, memory_order_relaxed);
+
+    if (mine + atomic_fetch_add_explicit(b->all, 1, memory_order_relaxed) < b->all_max)
+        return true;
+    give(b);
+    return false;
+}
+
 int fuse_hold(struct fuse_session *s, enum fuse_held_kind kind, uint16_t serial, uint64_t id)
 {
     uint64_t hash = hash_of(kind, serial, id);
     struct held_stripe *t = stripe_of(s, hash);
-    struct held **p, *h = NULL;
+    struct held **p, *h;
+    int rc = 0;
 
-    if (kind == FUSE_HELD_FILE && atomic_fetch_add(&s->n_files, 1) >= s->files_max) {
-        atomic_fetch_sub(&s->n_files, 1);
-        return -ENFILE;
-    }
     pthread_mutex_lock(&t->lock);
     grow(t);
     p = find(t, hash, kind, serial, id);
     if (p && *p) {
-        h = *p;
-        h->n++;
+        (*p)->n++;
+    } else if (!take(&s->budget[kind])) {
+        rc = -ENFILE;
     } else if (p && (h = malloc(sizeof(*h)))) {
         *h = (struct held){ .id = id, .n = 1, .serial = serial, .kind = (uint8_t)kind };
         *p = h;
         t->n++;
+    } else {
+        give(&s->budget[kind]);
+        rc = -ENOMEM;
     }
     pthread_mutex_unlock(&t->lock);
-    if (!h && kind == FUSE_HELD_FILE)
-        atomic_fetch_sub(&s->n_files, 1);
-    return h ? 0 : -ENOMEM;
+    return rc;
 }
 
 uint64_t fuse_give_back(struct fuse_session *s, enum fuse_held_kind kind, uint16_t serial, uint64_t id, uint64_t n)
@@ -105,11 +125,10 @@ uint64_t fuse_give_back(struct fuse_session *s, enum fuse_held_kind kind, uint16
             *p = h->next;
             free(h);
             t->n--;
+            give(&s->budget[kind]);
         }
     }
     pthread_mutex_unlock(&t->lock);
-    if (taken && kind == FUSE_HELD_FILE)
-        atomic_fetch_sub(&s->n_files, 1);
     return taken;
 }
 
@@ -158,8 +177,7 @@ void fuse_give_all_back(struct fuse_session *s, struct vfs_reader *reader)
                 else
                     node.fs->ops->rw->forget(node.fs, h->id, h->n);
             }
-            if (h->kind == FUSE_HELD_FILE)
-                atomic_fetch_sub(&s->n_files, 1);
+            give(&s->budget[h->kind]);
             free(h);
         }
     vfs_widen(reader);
@@ -168,11 +186,16 @@ void fuse_give_all_back(struct fuse_session *s, struct vfs_reader *reader)
 void fuse_held_init(struct fuse_session *s)
 {
     struct rlimit limit;
+    uint64_t nodes;
 
     for (uint32_t i = 0; i < FUSE_HELD_STRIPES; i++)
         pthread_mutex_init(&s->held[i].lock, NULL);
     getrlimit(RLIMIT_NOFILE, &limit);
-    s->files_max = limit.rlim_cur / 4 < FILES_MAX ? (uint32_t)(limit.rlim_cur / 4) : FILES_MAX;
+    nodes = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) / NODES_PART / NODE_BYTES;
+    s->budget[FUSE_HELD_NODE].all = &s->engine->held_nodes;
+    s->budget[FUSE_HELD_NODE].all_max = nodes > NODES_LEAST ? nodes : NODES_LEAST;
+    s->budget[FUSE_HELD_FILE].all = &s->engine->held_files;
+    s->budget[FUSE_HELD_FILE].all_max = limit.rlim_cur / 2 < FILES_MAX ? limit.rlim_cur / 2 : FILES_MAX;
 }
 
 void fuse_held_free(struct fuse_session *s)

@@ -21,6 +21,12 @@ struct held_stripe {
     uint32_t n_buckets, n;
 };
 
+/* How much of a kind the sessions of the engine hold. No session holds more than it leaves to others. */
+struct held_budget {
+    _Atomic uint64_t mine, *all;
+    uint64_t all_max;
+};
+
 struct fuse_session {
     struct vnd_engine *engine;
     struct vnd_vfs *vfs;
@@ -30,9 +36,9 @@ struct fuse_session {
     _Atomic uint32_t gen; /* raised by DESTROY, reset, and an INIT without either: older requests are void */
     _Atomic bool ready;   /* INIT is done and DESTROY is not */
     _Atomic uint64_t detached_bytes;
+    _Atomic int64_t slow_until_ms; /* coarse_ms; 0: no call of this guest was slow */
     struct held_stripe held[FUSE_HELD_STRIPES];
-    _Atomic uint32_t n_files; /* open, of file systems that can be written to */
-    uint32_t files_max;
+    struct held_budget budget[2];                /* by enum fuse_held_kind */
     struct fuse_waiting_worker *waiting_workers; /* idle ones of fuse/detach.c, under lock */
     struct fuse_kept *kept;                      /* NULL: nothing outlives the process; changed under lock */
     struct backing *backing;                     /* NULL: the kernel reads nothing by itself */
@@ -116,7 +122,7 @@ static inline struct fs_caller fuse_caller_of(const struct fuse_call *c, uint32_
 
 /* ---- fuse/held.c: what the session holds of file systems that can be written to, which other guests share. Any thread. */
 enum fuse_held_kind { FUSE_HELD_NODE, FUSE_HELD_FILE };
-/* One look-up of an inode, or an open file: 0, -ENOMEM, or -ENFILE where the session has too many files. */
+/* One look-up of an inode, or an open file: 0, -ENOMEM, or -ENFILE where the session would hold more than its share. */
 int fuse_hold(struct fuse_session *s, enum fuse_held_kind kind, uint16_t serial, uint64_t id);
 /* Takes at most n back: as many as the session held of them. */
 uint64_t fuse_give_back(struct fuse_session *s, enum fuse_held_kind kind, uint16_t serial, uint64_t id, uint64_t n);
@@ -143,10 +149,13 @@ static inline int fuse_hold_file(struct fuse_call *c, uint64_t fh)
         c->node.fs->ops->rw->release(c->node.fs, fh);
     return rc;
 }
-/* Asked before a file is opened or made: there may be nothing left on the host of what a guest cannot be given. */
-static inline bool fuse_has_all_files(const struct fuse_call *c)
+/* Asked before something is opened or made: there may be nothing left on the host of what a guest cannot be given. */
+static inline bool fuse_holds_all(const struct fuse_call *c, enum fuse_held_kind kind)
 {
-    return atomic_load_explicit(&c->s->n_files, memory_order_relaxed) >= c->s->files_max;
+    const struct held_budget *b = &c->s->budget[kind];
+
+    return atomic_load_explicit(&b->mine, memory_order_relaxed) + atomic_load_explicit(b->all, memory_order_relaxed) >=
+           b->all_max;
 }
 /* fh names no file of this session. 0 names none and is the file system's to judge. */
 static inline bool fuse_is_foreign(struct fuse_call *c, uint64_t fh)

@@ -245,6 +245,25 @@ static struct vfs_node entry_node(struct fuse_call *c, const struct fs_entry *e)
     return node;
 }
 
+/* Fills in what LOOKUP would tell of an entry, and counts it as one. It stays empty where the session may hold no more. */
+static int fill_plus(struct fuse_call *c, const struct fs_entry *e, const struct vfs_node *node,
+                     struct fuse_entry_out *out)
+{
+    bool covered = node->fs != c->node.fs || node->ino != e->ino;
+    vnd_attr attr = *e->attr;
+    int rc = covered ? node_attr(node, &attr) : 0;
+
+    if (!rc && node->fs->ops->rw)
+        rc = fuse_hold(c->s, FUSE_HELD_NODE, node->serial, node->ino);
+    if (rc && rc != -ENFILE)
+        return rc;
+    if ((rc || covered) && c->node.fs->ops->rw) /* the entry was counted, and the guest does not hear of it */
+        c->node.fs->ops->rw->forget(c->node.fs, e->ino, 1);
+    if (!rc)
+        fuse_fill_entry(c, out, &c->node, node, &attr);
+    return 0;
+}
+
 static int put_entry(void *ctx, const struct fs_entry *e)
 {
     struct listing *l = ctx;
@@ -252,7 +271,6 @@ static int put_entry(void *ctx, const struct fs_entry *e)
     uint32_t entry = l->plus ? (uint32_t)sizeof(struct fuse_entry_out) : 0;
     uint32_t len = entry + (uint32_t)((sizeof(struct fuse_dirent) + e->len + 7) & ~7ull);
     struct fuse_dirent d = { .off = e->next_off, .namelen = (uint32_t)e->len, .type = e->type };
-    const vnd_attr *attr = e->attr;
     uint8_t *at = l->buf + l->used;
 
     if (len > l->cap - l->used) {
@@ -261,22 +279,12 @@ static int put_entry(void *ctx, const struct fs_entry *e)
     }
     d.ino = vfs_shown_ino(l->c->s->vfs, node.serial, node.ino);
     if (l->plus) {
-        struct fuse_entry_out out;
-        vnd_attr covering;
+        struct fuse_entry_out out = { 0 };
 
-        memset(&out, 0, sizeof(out));
-        if (attr) {
-            if (node.fs != l->c->node.fs || node.ino != e->ino) {
-                l->err = node_attr(&node, &covering);
-                if (l->err)
-                    return 1;
-                attr = &covering;
-            }
-            if (node.fs->ops->rw)
-                l->err = fuse_hold(l->c->s, FUSE_HELD_NODE, node.serial, node.ino);
+        if (e->attr) {
+            l->err = fill_plus(l->c, e, &node, &out);
             if (l->err)
                 return 1;
-            fuse_fill_entry(l->c, &out, &l->c->node, &node, attr);
         }
         memcpy(at, &out, sizeof(out));
     }

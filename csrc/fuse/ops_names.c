@@ -42,6 +42,14 @@ static int get_name(struct fuse_call *c, size_t off, size_t out, const char **na
     return fuse_arg_name(c, (uint32_t)off, false, name, &len);
 }
 
+/* The same of a name that is to be made: nothing is made that the guest could not hold. */
+static int get_new_name(struct fuse_call *c, size_t off, const char **name)
+{
+    int rc = get_name(c, off, sizeof(struct fuse_entry_out), name);
+
+    return !rc && fuse_holds_all(c, FUSE_HELD_NODE) ? -ENFILE : rc;
+}
+
 enum req_verdict fuse_rw_mkdir(struct fuse_call *c)
 {
     struct fs_make make;
@@ -50,7 +58,7 @@ enum req_verdict fuse_rw_mkdir(struct fuse_call *c)
     vnd_attr attr;
     int rc;
 
-    rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
+    rc = get_new_name(c, sizeof(in), &name);
     if (rc)
         return fuse_reply_error(c, -rc);
     memcpy(&in, c->r->args, sizeof(in));
@@ -66,7 +74,7 @@ enum req_verdict fuse_rw_mknod(struct fuse_call *c)
     struct fuse_mknod_in in;
     const char *name;
     vnd_attr attr;
-    int rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
+    int rc = get_new_name(c, sizeof(in), &name);
 
     if (rc)
         return fuse_reply_error(c, -rc);
@@ -86,7 +94,7 @@ enum req_verdict fuse_rw_symlink(struct fuse_call *c)
     uint32_t off, len;
     const char *name;
     vnd_attr attr;
-    int rc = get_name(c, 0, sizeof(struct fuse_entry_out), &name);
+    int rc = get_new_name(c, 0, &name);
 
     if (rc)
         return fuse_reply_error(c, -rc);
@@ -107,7 +115,7 @@ enum req_verdict fuse_rw_link(struct fuse_call *c)
     struct vfs_node old;
     const char *name;
     vnd_attr attr;
-    int rc = get_name(c, sizeof(in), sizeof(struct fuse_entry_out), &name);
+    int rc = get_new_name(c, sizeof(in), &name);
 
     if (rc)
         return fuse_reply_error(c, -rc);
@@ -194,7 +202,7 @@ static enum req_verdict make_file(struct fuse_call *c, bool tmpfile)
         rc = c->r->args_len < sizeof(in) || !fuse_has_room(c, sizeof(out)) ? -EINVAL : 0;
     else
         rc = get_name(c, sizeof(in), sizeof(out), &name);
-    if (!rc && fuse_has_all_files(c))
+    if (!rc && (fuse_holds_all(c, FUSE_HELD_FILE) || fuse_holds_all(c, FUSE_HELD_NODE)))
         rc = -ENFILE;
     if (rc)
         return fuse_reply_error(c, -rc);

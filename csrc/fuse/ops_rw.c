@@ -63,7 +63,7 @@ static enum req_verdict open_node(struct fuse_call *c, bool dir)
 
     if (!fuse_has_room(c, sizeof(out)))
         return fuse_reply_error(c, EINVAL);
-    if (fuse_has_all_files(c))
+    if (fuse_holds_all(c, FUSE_HELD_FILE))
         return fuse_reply_error(c, ENFILE);
     memcpy(&in, c->r->args, sizeof(in));
     rc = fuse_rw_of(c)->open(c->node.fs, c->node.ino, in.flags, dir, in.open_flags & FUSE_OPEN_KILL_SUIDGID, &out.fh);
@@ -118,12 +118,12 @@ enum req_verdict fuse_rw_fsync(struct fuse_call *c)
     return fuse_reply_rc(c, fuse_rw_of(c)->sync(c->node.fs, c->node.ino, in.fh, in.fsync_flags & FUSE_FSYNC_FDATASYNC));
 }
 
-static enum req_verdict sync_mounts(struct fuse_call *c)
+static enum req_verdict sync_next(struct fuse_call *c)
 {
     struct vfs_node node;
     int rc = 0;
 
-    for (uint32_t i = 0; !rc && vfs_rw_mount(c->s->vfs, i, &node); i++) {
+    if (vfs_rw_after(c->s->vfs, c->r->step, &node)) {
         vfs_confine(&c->w->reader, node.serial);
         rc = node.fs->ops->rw->sync(node.fs, node.ino, 0, false);
         vfs_widen(&c->w->reader);
@@ -131,12 +131,20 @@ static enum req_verdict sync_mounts(struct fuse_call *c)
     return fuse_reply_rc(c, rc);
 }
 
-/* One superblock in the guest: the request names its root, whatever is mounted below. */
+/* One superblock in the guest: the request names its root, whatever is mounted below. Each mount is synced by a thread of its
+ * own file system, one after the other: a storage that hangs must not take other mounts' threads. */
 enum req_verdict fuse_op_syncfs(struct fuse_call *c)
 {
-    if (c->w->may_wait || !vfs_rw_mount(c->s->vfs, 0, &c->node))
-        return sync_mounts(c);
-    return fuse_rw_detach(c, sync_mounts);
+    if (c->w->may_wait)
+        return sync_next(c);
+    while (vfs_rw_after(c->s->vfs, c->r->step, &c->node)) {
+        enum req_verdict verdict = fuse_rw_detach(c, sync_next);
+
+        if (verdict != REQ_REPLY || c->failed)
+            return verdict;
+        c->r->step = c->node.serial;
+    }
+    return fuse_reply(c, NULL, 0);
 }
 
 enum req_verdict fuse_rw_read(struct fuse_call *c)

@@ -52,6 +52,7 @@ struct req {
     uint32_t out_len;     /* set by the session: bytes of the reply = used.len = fuse_out_header.len */
     uint32_t session_gen; /* generation of the session that it belongs to */
     int64_t began_us;     /* CLOCK_MONOTONIC when it was first served; the transport sets 0 */
+    uint16_t step;        /* SYNCFS: serial of the mount that was synced last; the transport sets 0 */
     const struct req_ops *ops;
     struct store_wait wait; /* links a parked request to the unit it needs */
 };

@@ -295,8 +295,11 @@ enum req_verdict fuse_session_serve(struct fuse_session *s, struct fuse_worker *
     struct fuse_call c = { .s = s, .w = w, .r = r };
     enum req_verdict verdict;
 
-    if (r->wait.answer) /* served and counted by another thread */
-        return fuse_rw_finish(&c);
+    if (r->wait.answer) { /* served and counted by another thread */
+        verdict = fuse_rw_finish(&c);
+        if (verdict != REQ_REPLY || r->in.opcode != FUSE_OP_SYNCFS || c.failed)
+            return verdict; /* else there may be more mounts */
+    }
     if (!r->began_us)
         r->began_us = w->now_us ? w->now_us : now_us();
     vfs_enter(&w->reader);

@@ -239,6 +239,7 @@ static bool take_request(struct fusedev_worker *w, struct fusedev_slot *s, uint3
     s->woken = false;
     w->fuse.now_us = now_us();
     r->began_us = 0;
+    r->step = 0;
     r->wait.deadline_us = w->fuse.now_us + d->deadline_us;
     r->wait.session = (uintptr_t)d->session;
     s->parked = (struct parked){ .since_us = w->fuse.now_us,

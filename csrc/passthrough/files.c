@@ -226,8 +226,10 @@ int pt_flush(struct fs *fs, uint64_t fh)
 
 /* ---- data */
 
+/* A reference to the file, not a descriptor: a guest may have thousands of these queued. */
 struct read_ahead {
-    int fd; /* its own */
+    struct vnd_passthrough *p;
+    struct pt_file *file;
     uint64_t off, len;
 };
 
@@ -238,29 +240,32 @@ static void run_read_ahead(void *arg)
     uint64_t done = 0;
 
     while (buf && done < r->len) {
-        ssize_t n = pread(r->fd, buf, r->len - done, (off_t)(r->off + done));
+        ssize_t n = pread(r->file->fd, buf, r->len - done, (off_t)(r->off + done));
 
         if (n <= 0)
             break; /* the request meets the error again and tells it */
         done += (uint64_t)n;
     }
     free(buf);
-    close(r->fd);
+    pt_file_put(r->p, r->file);
     free(r);
 }
 
-static int start_read_ahead(struct vnd_passthrough *p, struct store_wait *w, int fd, uint64_t off, uint64_t len)
+static int start_read_ahead(struct vnd_passthrough *p, struct store_wait *w, struct pt_file *f, uint64_t off,
+                            uint64_t len)
 {
     struct read_ahead *r = malloc(sizeof(*r));
     int rc;
 
     if (!r)
         return -ENOMEM;
-    *r = (struct read_ahead){ fcntl(fd, F_DUPFD_CLOEXEC, 0), off, len };
-    rc = r->fd < 0 ? -ENFILE : pt_run(&p->fs, w, run_read_ahead, r);
+    *r = (struct read_ahead){ p, f, off, len };
+    pthread_mutex_lock(&p->lock);
+    f->refs++;
+    pthread_mutex_unlock(&p->lock);
+    rc = pt_run(&p->fs, w, run_read_ahead, r);
     if (rc != -EINPROGRESS) {
-        if (r->fd >= 0)
-            close(r->fd);
+        pt_file_put(p, f);
         free(r);
     }
     return rc;
@@ -304,9 +309,9 @@ int64_t pt_read(struct fs *fs, const struct fs_io *io, struct store_wait *w)
     /* After RETRY_MAX rounds the pages leave the cache faster than this thread comes for them, so it waits itself. */
     if (got == -EAGAIN && w && w->again < RETRY_MAX) {
         w->again++;
-        got = start_read_ahead(p, w, f->fd, io->off, want < READ_AHEAD_BYTES ? want : READ_AHEAD_BYTES);
+        got = start_read_ahead(p, w, f, io->off, want < READ_AHEAD_BYTES ? want : READ_AHEAD_BYTES);
     }
-    if (got == -EAGAIN || got == -EOPNOTSUPP || got == -ENOMEM || got == -ENFILE) {
+    if (got == -EAGAIN || got == -EOPNOTSUPP || got == -ENOMEM) {
         got = preadv(f->fd, io->iov, io->n, (off_t)io->off);
         got = got < 0 ? -errno : got;
     }

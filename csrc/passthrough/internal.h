@@ -1,4 +1,4 @@
-/* passthrough/internal.h -- what the files of this folder share. From the bottom: cred, mounts, nodes, learn, handles,
+/* passthrough/internal.h -- what the files of this folder share. From the bottom: cred, mounts, places, nodes, learn, handles,
  * threads, files, names, passthrough.
  */
 #ifndef VND_PASSTHROUGH_INTERNAL_H
@@ -17,12 +17,9 @@
 #define PT_THREADS 10
 /* That one guest may have busy: a host call can take long, and another guest's must not wait for it. */
 #define PT_THREADS_EACH 8
-#define PT_SLOW_MS 2000
 #define PT_BUCKETS_LOG2 10 /* of an empty share; the tables grow with the nodes */
-/* Nodes of one share, about 400 bytes each: what guests may make the daemon keep. More are -ENFILE. */
-#define PT_NODES_MAX (4u << 20)
-#define PT_DEVICES 128    /* numbers of devices that fit into an inode number */
-#define PT_HANDLE_MAX 128 /* bytes: the kernel's MAX_HANDLE_SZ */
+#define PT_DEVICES 128     /* numbers of devices that fit into an inode number */
+#define PT_HANDLE_MAX 128  /* bytes: the kernel's MAX_HANDLE_SZ */
 #define PT_INO_TOP (1ull << 47)
 #define PT_ROOT_INO PT_INO_TOP
 #define PT_HOST_INO_BITS 40
@@ -60,13 +57,15 @@ struct pt_node {
     struct pt_node *next_ino, *next_key;
     struct pt_mount *mount;
     uint64_t ino, host_ino, generation;
-    dev_t dev;        /* with mount and host_ino: which file of the host it is */
-    uint32_t device;  /* entry of the table of devices; PT_DEVICES: none was free */
-    uint64_t nlookup; /* look-ups that guests have not forgotten */
-    uint32_t refs;    /* users, open files, the table, mounts whose mount point it holds; freed at 0 */
-    uint32_t type;    /* S_IFMT bits */
-    bool linked;      /* in the table */
-    bool fd_kept;     /* only fd leads to it, so it is never closed */
+    dev_t dev;              /* with mount and host_ino: which file of the host it is */
+    uint32_t device;        /* entry of the table of devices; PT_DEVICES: none was free */
+    uint64_t nlookup;       /* look-ups that guests have not forgotten */
+    uint32_t refs;          /* users, open files, the table, mounts whose mount point it holds; freed at 0 */
+    uint32_t type;          /* S_IFMT bits */
+    bool linked;            /* in the table */
+    bool fd_kept;           /* it has no handle: fd stays open while there is room for it */
+    struct pt_place *place; /* without a handle: where it is found again; NULL: nowhere, so fd is never closed */
+    struct pt_node *next_kept, **prev_kept; /* list of those with fd_kept and a place */
     bool fd_used, fd_drop;
     int fd;            /* O_PATH; -1: none */
     uint32_t cache_at; /* its place in the cache, if fd is not kept */
@@ -75,6 +74,15 @@ struct pt_node {
     int handle_type;
     uint32_t handle_bytes;
     uint8_t handle[];
+};
+
+/* Where a node without a handle is found again. */
+struct pt_place {
+    uint64_t dir;                 /* node of the directory */
+    struct statx_timestamp birth; /* where the host tells none: the last change that was seen */
+    bool born;
+    uint32_t name_len;
+    char name[];
 };
 
 struct pt_file {
@@ -98,8 +106,6 @@ struct pt_task {
     struct store_wait *wait;
 };
 
-#define PT_NO_GUEST UINTPTR_MAX
-
 struct pt_pool {
     pthread_mutex_t lock;
     pthread_cond_t some;
@@ -107,7 +113,7 @@ struct pt_pool {
     bool down;
     uint32_t threads, idle, queued; /* a thread is started when more tasks are queued than threads are idle */
     pthread_t thread[PT_THREADS];
-    uintptr_t serves[PT_THREADS]; /* the guest whose task each thread runs; PT_NO_GUEST: it runs none */
+    uintptr_t serves[PT_THREADS]; /* the guest whose task each thread runs; TURNS_NO_GUEST: it runs none */
 };
 
 struct vnd_passthrough {
@@ -119,16 +125,17 @@ struct vnd_passthrough {
     int root_fd;
     struct pt_node *root;
     struct pt_pool pool;
-    _Atomic uint32_t n_remote;     /* mounts that a network or another process answers for */
-    _Atomic int64_t slow_until_ms; /* coarse_ms; 0: no call was slow */
+    _Atomic uint32_t n_remote; /* mounts that a network or another process answers for */
+    _Atomic bool has_places;   /* some node has or had one */
 
     pthread_mutex_t lock;              /* of all that follows */
     struct pt_node **by_ino, **by_key; /* 1 << buckets_log2 lists each; at most one node a list on average */
     uint32_t buckets_log2;
-    uint64_t nodes_max;
     struct pt_mount *mounts;
     struct pt_device devices[PT_DEVICES];
-    uint64_t next_ino, n_nodes, n_kept, kept_max;
+    uint64_t next_ino, n_nodes;
+    uint32_t kept_max, cached_max;       /* of the daemon: engine's kept_fds and cached_fds */
+    struct pt_node *kept, **kept_last;   /* oldest first */
     struct pt_node *cache[PT_CACHE_MAX]; /* nodes with a cached fd */
     uint32_t hand, n_cached, cache_max;
     struct pt_file **files; /* by slot */
@@ -152,6 +159,8 @@ struct statx;
 /* Basic facts of an open descriptor, and its mount's id. 0 or -errno. Outside the lock. */
 int pt_stat(int fd, struct statx *sx);
 dev_t pt_dev_of(const struct statx *sx);
+/* The same with the time of birth, where the host tells it: some must ask another process for that. */
+int pt_stat_birth(int fd, struct statx *sx);
 /* These three under the lock. find: with one ref, or NULL. add: with one ref; NULL: no memory. put gives one ref back;
  * when it was the last, the mount is freed, and its ref on the directory above (or NULL) is the caller's. */
 struct pt_mount *pt_mount_find(struct vnd_passthrough *p, uint64_t id);
@@ -164,6 +173,18 @@ void pt_mounts_drop_idle(struct vnd_passthrough *p, bool even_used); /* under th
 int pt_mount_fd_get(struct vnd_passthrough *p, struct pt_mount *m);
 int pt_mount_fd_open(struct vnd_passthrough *p, struct pt_mount *m, int above_fd);
 void pt_mount_fd_put(struct vnd_passthrough *p, struct pt_mount *m);
+
+/* ---- passthrough/places.c: nodes that have no handle. All under the lock, but pt_place_is */
+/* The node is called name in that directory. False: no memory; the place it had stays. */
+bool pt_place_set(struct pt_node *n, uint64_t dir, const char *name, const struct statx *sx);
+/* False: another file has the node's number by now. */
+bool pt_place_holds(const struct pt_node *n, const struct statx *sx);
+/* What was found at that place, a copy of the node's, is the node. */
+bool pt_place_is(const struct pt_place *p, const struct pt_node *n, const struct statx *sx);
+/* The node, which is new, keeps a descriptor of its own; older ones that are idle and have a place lose theirs for it. 0,
+ * -ENFILE: no room, or -errno. */
+int pt_keep_fd(struct vnd_passthrough *p, struct pt_node *n, int fd);
+void pt_unkeep_fd(struct vnd_passthrough *p, struct pt_node *n); /* closes it */
 
 /* ---- passthrough/nodes.c */
 int pt_tables_new(struct vnd_passthrough *p);                          /* 0 or -ENOMEM; pt_nodes_free frees them */
@@ -194,13 +215,13 @@ int pt_root_open(struct vnd_passthrough *p);
 /* Makes known what fd (of any open mode) stands for, counts one look-up and fills *out. take: fd is closed. above and
  * name: the directory and the name that led to it; above NULL: -ESTALE unless it is known already. */
 int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name, int fd, bool take, vnd_attr *out);
-/* True: one node more can become known in that directory, because it needs no descriptor or may have one. */
-bool pt_has_room(struct vnd_passthrough *p, const struct pt_node *dir);
 /* The inode number that a listing of dir gives for a number of the host's. */
 uint64_t pt_ino_in(const struct pt_node *dir, uint64_t host_ino);
 int pt_fill_attr(const struct pt_node *n, int fd, vnd_attr *out);
 
 /* ---- passthrough/handles.c */
+/* Under the lock. Keeps an O_PATH descriptor in the node for next time. False: the cache has no place for it. */
+bool pt_cache_fd(struct vnd_passthrough *p, struct pt_node *n, int fd);
 /* A reference to a node, until pt_put. 0, -ESTALE (not known, or gone), -ENFILE, or another -errno of the host. */
 int pt_get(struct vnd_passthrough *p, uint64_t ino, struct pt_ref *ref);
 void pt_put(struct vnd_passthrough *p, struct pt_ref *ref);
@@ -240,10 +261,9 @@ int64_t pt_lseek(struct fs *fs, uint64_t ino, uint64_t fh, uint64_t off, uint32_
 /* ---- passthrough/threads.c */
 int pt_pool_start(struct vnd_passthrough *p);
 void pt_pool_stop(struct vnd_passthrough *p); /* finishes what was given to it */
-/* fs_rw_ops' run, may_wait and note_slow. */
+/* fs_rw_ops' run and may_wait. */
 int pt_run(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg);
 bool pt_may_wait(struct fs *fs, uint64_t ino);
-void pt_note_slow(struct fs *fs);
 
 /* ---- passthrough/cred.c: of the calling thread alone */
 struct pt_cred {

@@ -163,30 +163,18 @@ static bool same_fid(const struct pt_node *n, const struct found *what)
                               memcmp(n->handle, h->f_handle, n->handle_bytes) == 0);
 }
 
-/* Under the lock. Keeps a descriptor in the node, because nothing else leads to it. */
-static int keep_fd(struct vnd_passthrough *p, struct pt_node *n, int fd)
+/* Under the lock. Sees that a new node without a handle is found again: by a descriptor of its own while there is room, and
+ * by its name. */
+static int find_again(struct vnd_passthrough *p, struct pt_node *n, const struct found *what)
 {
-    int own;
+    int rc;
 
-    if (p->n_kept >= p->kept_max)
-        return -ENFILE;
-    own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    if (own < 0)
-        return errno == EMFILE ? -ENFILE : -errno;
-    n->fd = own;
-    n->fd_kept = true;
-    p->n_kept++;
-    return 0;
-}
-
-bool pt_has_room(struct vnd_passthrough *p, const struct pt_node *dir)
-{
-    bool room;
-
-    pthread_mutex_lock(&p->lock);
-    room = p->n_nodes < p->nodes_max && ((p->handles && dir->handle_bytes) || p->n_kept < p->kept_max);
-    pthread_mutex_unlock(&p->lock);
-    return room;
+    if (what->above && !pt_place_set(n, what->above->ino, what->name, &what->sx))
+        return -ENOMEM;
+    if (n->place)
+        atomic_store_explicit(&p->has_places, true, memory_order_relaxed);
+    rc = pt_keep_fd(p, n, what->fd);
+    return rc == -ENFILE && n->place ? 0 : rc;
 }
 
 /* Under the lock. remote: whether a network or another process answers for the mount, should it be a new one; -1: not known
@@ -211,21 +199,20 @@ static int learn_locked(struct vnd_passthrough *p, const struct found *what, int
         m->no_fd = what->above && !S_ISDIR(what->sx.stx_mode) && !S_ISREG(what->sx.stx_mode);
     }
     n = pt_node_of(p, m, &what->sx);
-    if (n && n->type == (what->sx.stx_mode & S_IFMT) && (n->fd_kept || same_fid(n, what))) {
+    if (n && n->type == (what->sx.stx_mode & S_IFMT) &&
+        (n->fd_kept || (same_fid(n, what) && pt_place_holds(n, &what->sx)))) {
         n->refs++;
+        if (n->place && what->above)
+            pt_place_set(n, what->above->ino, what->name, &what->sx); /* without memory the old place stays */
         pt_node_put_locked(p, pt_mount_put(p, m));
     } else {
-        if (!n && p->n_nodes >= p->nodes_max) {
-            pt_node_put_locked(p, pt_mount_put(p, m));
-            return -ENFILE;
-        }
         n = node_add(p, m, what, n);
         if (!n) {
             pt_node_put_locked(p, pt_mount_put(p, m));
             return -ENOMEM;
         }
         if (!what->has_fid || m->no_fd)
-            rc = keep_fd(p, n, what->fd);
+            rc = find_again(p, n, what);
         if (rc && !n->nlookup)
             pt_node_unlink(p, n);
     }
@@ -241,10 +228,11 @@ static int learn_locked(struct vnd_passthrough *p, const struct found *what, int
 int pt_learn(struct vnd_passthrough *p, struct pt_node *above, const char *name, int fd, bool take, vnd_attr *out)
 {
     struct found what = { .above = above, .name = name, .fd = fd };
-    int rc = pt_stat(fd, &what.sx);
+    int rc;
 
+    what.has_fid = p->handles && ask_fid(fd, &what.fid);
+    rc = what.has_fid ? pt_stat(fd, &what.sx) : pt_stat_birth(fd, &what.sx);
     if (!rc) {
-        what.has_fid = p->handles && ask_fid(fd, &what.fid);
         pthread_mutex_lock(&p->lock);
         rc = learn_locked(p, &what, -1, out);
         pthread_mutex_unlock(&p->lock);

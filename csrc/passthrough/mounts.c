@@ -16,13 +16,21 @@
 #define STATX_MNT_ID_UNIQUE 0x4000u /* linux 6.8; before it, mount ids are reused */
 #endif
 
+static int stat_fd(int fd, struct statx *sx, unsigned int more)
+{
+    unsigned int what = STATX_BASIC_STATS | STATX_MNT_ID | STATX_MNT_ID_UNIQUE | more;
+
+    return statx(fd, "", AT_EMPTY_PATH | AT_STATX_SYNC_AS_STAT, what, sx) ? -errno : 0;
+}
+
 int pt_stat(int fd, struct statx *sx)
 {
-    if (statx(fd, "", AT_EMPTY_PATH | AT_STATX_SYNC_AS_STAT, STATX_BASIC_STATS | STATX_MNT_ID | STATX_MNT_ID_UNIQUE,
-              sx)) {
-        return -errno;
-    }
-    return 0;
+    return stat_fd(fd, sx, 0);
+}
+
+int pt_stat_birth(int fd, struct statx *sx)
+{
+    return stat_fd(fd, sx, STATX_BTIME);
 }
 
 dev_t pt_dev_of(const struct statx *sx)

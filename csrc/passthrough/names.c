@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/stat.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -226,20 +227,6 @@ static int enter(struct vnd_passthrough *p, const struct fs_make *make, struct p
     return rc;
 }
 
-/* The same for what cannot be undone: -ENFILE where the new object would have no room to become known. */
-static int enter_to_name(struct vnd_passthrough *p, const struct fs_make *make, struct pt_ref *ref,
-                         struct pt_cred *cred)
-{
-    int rc = enter(p, make, ref, cred);
-
-    if (!rc && !pt_has_room(p, ref->node)) {
-        pt_cred_back(cred);
-        pt_put(p, ref);
-        rc = -ENFILE;
-    }
-    return rc;
-}
-
 /* Ends what enter began. rc: what making gave; if it is 0 the new object becomes known. */
 static int leave_named(struct vnd_passthrough *p, struct pt_ref *ref, struct pt_cred *cred, int rc, const char *name,
                        vnd_attr *out)
@@ -256,7 +243,7 @@ int pt_mknod(struct fs *fs, const struct fs_make *make, vnd_attr *out)
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
-    int rc = enter_to_name(p, make, &ref, &cred);
+    int rc = enter(p, make, &ref, &cred);
 
     if (rc)
         return rc;
@@ -276,7 +263,7 @@ int pt_symlink(struct fs *fs, const struct fs_make *make, const char *target, vn
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_cred cred;
     struct pt_ref ref;
-    int rc = enter_to_name(p, make, &ref, &cred);
+    int rc = enter(p, make, &ref, &cred);
 
     if (rc)
         return rc;
@@ -418,6 +405,32 @@ int pt_unlink(struct fs *fs, uint64_t dir, const char *name, bool is_dir)
     return rc;
 }
 
+/* After a rename: what is called name in dir now keeps its place. */
+static void note_place(struct vnd_passthrough *p, const struct pt_node *dir, int dir_fd, const char *name)
+{
+    struct pt_mount *m;
+    struct pt_node *n;
+    struct statx sx;
+    int fd;
+
+    if (!atomic_load_explicit(&p->has_places, memory_order_relaxed))
+        return;
+    fd = openat(dir_fd, name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0)
+        return;
+    if (pt_stat_birth(fd, &sx) == 0) {
+        pthread_mutex_lock(&p->lock);
+        m = pt_mount_find(p, sx.stx_mnt_id);
+        n = m ? pt_node_of(p, m, &sx) : NULL;
+        if (n && n->place && pt_place_holds(n, &sx))
+            pt_place_set(n, dir->ino, name, &sx); /* without memory the old place stays, and leads nowhere */
+        if (m)
+            pt_node_put_locked(p, pt_mount_put(p, m));
+        pthread_mutex_unlock(&p->lock);
+    }
+    close(fd);
+}
+
 int pt_rename(struct fs *fs, const struct fs_rename *what)
 {
     struct vnd_passthrough *p = pt_of(fs);
@@ -437,6 +450,11 @@ int pt_rename(struct fs *fs, const struct fs_rename *what)
         if (!rc) {
             rc = renameat2(from.fd, what->name, to.fd, what->new_name, what->flags) ? fail_errno() : 0;
             pt_cred_back(&cred);
+        }
+        if (!rc) {
+            note_place(p, to.node, to.fd, what->new_name);
+            if (what->flags & RENAME_EXCHANGE)
+                note_place(p, from.node, from.fd, what->name);
         }
         pt_put(p, &to);
     }

@@ -91,9 +91,9 @@ void pt_node_link(struct vnd_passthrough *p, struct pt_node *n)
 int pt_tables_new(struct vnd_passthrough *p)
 {
     p->buckets_log2 = PT_BUCKETS_LOG2;
-    p->nodes_max = PT_NODES_MAX;
     p->by_ino = calloc(1u << PT_BUCKETS_LOG2, sizeof(struct pt_node *));
     p->by_key = calloc(1u << PT_BUCKETS_LOG2, sizeof(struct pt_node *));
+    p->kept_last = &p->kept;
     return p->by_ino && p->by_key ? 0 : -ENOMEM;
 }
 
@@ -110,6 +110,7 @@ void pt_node_close(struct vnd_passthrough *p, struct pt_node *n)
     n->fd_drop = false;
     p->cache[n->cache_at] = NULL;
     p->n_cached--;
+    atomic_fetch_sub_explicit(&p->engine->cached_fds, 1, memory_order_relaxed);
 }
 
 void pt_node_unlink(struct vnd_passthrough *p, struct pt_node *n)
@@ -133,15 +134,14 @@ void pt_node_put_locked(struct vnd_passthrough *p, struct pt_node *n)
     while (n && !--n->refs) { /* the last node of a mount lets go of the directory above the mount */
         struct pt_node *gone = n;
 
-        if (gone->fd_kept) {
-            close(gone->fd);
-            p->n_kept--;
-        } else {
+        if (gone->fd_kept)
+            pt_unkeep_fd(p, gone);
+        else
             pt_node_close(p, gone);
-        }
         if (gone->device < PT_DEVICES)
             p->devices[gone->device].nodes--;
         n = pt_mount_put(p, gone->mount);
+        free(gone->place);
         free(gone);
     }
 }
@@ -240,7 +240,7 @@ void pt_nodes_free(struct vnd_passthrough *p)
     pt_forget_all(p);
     if (p->root) {
         pthread_mutex_lock(&p->lock);
-        p->n_kept++; /* the root's descriptor is closed with the rest */
+        atomic_fetch_add(&p->engine->kept_fds, 1); /* the root's descriptor is closed with the rest */
         p->root->mount->fd = -1;
         pt_node_unlink(p, p->root);
         pt_node_put_locked(p, p->root);

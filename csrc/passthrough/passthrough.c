@@ -357,7 +357,6 @@ static const struct fs_rw_ops pt_rw_ops = {
     .statvfs = pt_statvfs,
     .run = pt_run,
     .may_wait = pt_may_wait,
-    .note_slow = pt_note_slow,
 };
 
 static const struct fs_ops pt_ops = {
@@ -409,7 +408,8 @@ vnd_passthrough *vnd_passthrough_new(vnd_engine *e, const char *source, uint32_t
     p->fs.label = p->source;
     pthread_mutex_init(&p->lock, NULL);
     getrlimit(RLIMIT_NOFILE, &limit);
-    p->kept_max = limit.rlim_cur / 4;
+    p->kept_max = limit.rlim_cur / 4 < UINT32_MAX ? (uint32_t)(limit.rlim_cur / 4) : UINT32_MAX;
+    p->cached_max = limit.rlim_cur / 8 < UINT32_MAX ? (uint32_t)(limit.rlim_cur / 8) + 1 : UINT32_MAX;
     p->cache_max = limit.rlim_cur / 8 < PT_CACHE_MAX ? (uint32_t)(limit.rlim_cur / 8) + 1 : PT_CACHE_MAX;
     p->files_max = limit.rlim_cur / 2 < FILES_MAX ? (uint32_t)(limit.rlim_cur / 2) : FILES_MAX;
     p->root_fd = open(source, O_RDONLY | O_DIRECTORY | O_CLOEXEC);

@@ -14,8 +14,11 @@
  * Descriptors. A node keeps the file handle (name_to_handle_at) and its mount. Each use opens the node anew
  * (open_by_handle_at, about a microsecond); up to PT_CACHE_MAX directories and files that were used recently keep an
  * O_PATH descriptor. A handle holds the inode's generation: a file that was deleted, and whose number another file took,
- * is ESTALE and not the other file. Where a file system has no handles (overlayfs, some FUSE) a node keeps its O_PATH
- * descriptor; that is allowed for as many nodes as a quarter of RLIMIT_NOFILE, the next is ENFILE.
+ * is ESTALE and not the other file. Where a file system has no handles (overlayfs, some FUSE) a node keeps an O_PATH
+ * descriptor, up to a quarter of RLIMIT_NOFILE in all host directories together. After that the longest unused lose theirs
+ * and are found again by their place: their directory and their name there (places.c). What is found is the node only if
+ * number and time of birth are the same (where the host tells no birth, the time of the last change that was seen); else the
+ * answer is ESTALE, and the guest's kernel looks the name up anew.
  *
  * Mounts. A mount below the source is known by its mount id. Handles are opened on a descriptor of the very same mount,
  * so that a read-only bind stays read-only. Cached descriptors and those of mounts keep the mount busy on the host: they
@@ -37,9 +40,9 @@
  * Waiting. Almost all calls end in the host's caches within microseconds and run on the serving thread. Calls that can
  * take long are served by this folder's threads (fuse/detach.c), so that a slow disk below the share delays neither a warm
  * read of an image nor the image's pool: fsync, syncfs, fallocate, copy_file_range and large truncations always; every
- * call on a mount that a network or another process answers for (NFS, FUSE), known by its type; and every call for
- * PT_SLOW_MS after one was slow, as when a disk is so busy that writes are held back. A read that misses the page cache
- * is read there once, and then again on the serving thread, which spares a copy.
+ * call on a mount that a network or another process answers for (NFS, FUSE), known by its type; and every call of a guest
+ * for a while after one of its own was slow, as when a disk is so busy that writes are held back. A read that misses the page
+ * cache is read there once, and then again on the serving thread, which spares a copy.
  */
 #ifndef VND_PASSTHROUGH_H
 #define VND_PASSTHROUGH_H

@@ -31,11 +31,8 @@ static bool sweep_due(struct vnd_passthrough *p)
 static bool may_serve(void *ctx, uintptr_t who)
 {
     struct pt_pool *pool = ctx;
-    uint32_t busy = 0;
 
-    for (uint32_t i = 0; i < pool->threads; i++)
-        busy += pool->serves[i] == who;
-    return busy < PT_THREADS_EACH;
+    return turns_served(pool->serves, pool->threads, who) < PT_THREADS_EACH;
 }
 
 static void *pool_main(void *arg)
@@ -58,7 +55,7 @@ static void *pool_main(void *arg)
             pthread_mutex_unlock(&pool->lock);
             run_task(t);
             pthread_mutex_lock(&pool->lock);
-            pool->serves[me] = PT_NO_GUEST;
+            pool->serves[me] = TURNS_NO_GUEST;
             continue;
         }
         if (pool->down)
@@ -90,7 +87,7 @@ static int start_thread(struct vnd_passthrough *p)
     struct pt_pool *pool = &p->pool;
     int rc;
 
-    pool->serves[pool->threads] = PT_NO_GUEST;
+    pool->serves[pool->threads] = TURNS_NO_GUEST;
     rc = thread_start(&pool->thread[pool->threads], "vnd-host-fs", pool_main, p);
 
     pool->threads += !rc;
@@ -148,17 +145,9 @@ int pt_run(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg
     return -EINPROGRESS;
 }
 
-void pt_note_slow(struct fs *fs)
-{
-    atomic_store_explicit(&pt_of(fs)->slow_until_ms, coarse_ms() + PT_SLOW_MS, memory_order_relaxed);
-}
-
 bool pt_may_wait(struct fs *fs, uint64_t ino)
 {
     struct vnd_passthrough *p = pt_of(fs);
-    int64_t until = atomic_load_explicit(&p->slow_until_ms, memory_order_relaxed);
 
-    if (until && coarse_ms() < until)
-        return true;
     return atomic_load_explicit(&p->n_remote, memory_order_relaxed) && pt_is_on_remote(p, ino);
 }

@@ -227,6 +227,7 @@ static int load_request(struct queue *q, struct queue_slot *s, const struct vrin
     r->out_cap = c->out_bytes;
     r->out_len = 0;
     r->began_us = 0;
+    r->step = 0;
     r->ops = &queue_req_ops;
     store_wait_init(&r->wait, queue_wake, s);
     r->wait.who = (uintptr_t)q->session;

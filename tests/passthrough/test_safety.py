@@ -12,7 +12,7 @@ owns what it makes as its own users, not as the daemon.
   test_numbers_are_unique_over_mounts
 6 credentials, groups, umask, set-id bits: test_new_objects_are_the_callers, test_set_id_bits_are_cleared,
   test_security_xattrs_are_roots; test_privileges.py: test_groups_of_the_daemon_do_not_count
-7 bounds: test_descriptors_are_bounded, test_descriptors_of_nodes_are_bounded, test_sizes_and_offsets,
+7 bounds: test_descriptors_are_bounded, test_nodes_outlive_their_descriptors, test_sizes_and_offsets,
   test_sizes_of_xattrs
 8 capabilities, no_new_privs: test_privileges.py
 9 mounts are not pinned: test_mounts_are_not_pinned, test_a_mount_is_found_again
@@ -310,40 +310,92 @@ def test_descriptors_are_bounded(tmp_path: Path, source: Path) -> None:
         assert fuse.open_flags(nodes[-1], os.O_RDONLY)
 
 
-def test_descriptors_of_nodes_are_bounded(source: Path) -> None:
-    """Care 7, without file handles: a quarter of the descriptors is for nodes, then ENFILE, and FORGET makes room."""
-    for i in range(600):
-        (source / f"f{i}").touch()
+@pytest.fixture(params=["plain", "overlayfs"])
+def handleless(request: pytest.FixtureRequest, tmp_path: Path, source: Path) -> Iterator[Path]:
+    """A directory of which the daemon can open no file handles."""
+    if request.param == "plain":
+        yield source
+        return
+    for name in ("lower", "upper", "work"):
+        (tmp_path / name).mkdir()
+    options = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    subprocess.run(["mount", "-t", "overlay", "-o", options, "overlay", str(source)], check=True)
+    yield source
+    subprocess.run(["umount", str(source)], check=True)
+
+
+def test_nodes_outlive_their_descriptors(tmp_path: Path, handleless: Path) -> None:
+    """Care 7, without file handles: a quarter of the descriptors is for nodes. All others are found by their names, and
+    what is not the same file any more is not taken for it."""
+    source, count = handleless, 1200
+    (source / "d/e").mkdir(parents=True)
+    (source / "d/e/leaf").write_text("leaf")
+    (source / "other").mkdir()
+    for i in range(count):
+        (source / f"f{i}").write_text(f"text {i}")
     with ShareDaemon(source, DESCRIPTORS, 1024) as daemon, FakeGuest(daemon.socket_path, queue_size=64) as guest:
         fuse = guest.fuse
         fuse.init()
-        nodes = []
-        with expect(errno.ENFILE):
-            for i in range(600):
-                nodes.append(fuse.lookup(ROOT, f"f{i}".encode()).nodeid)
-        assert 200 <= len(nodes) <= 256
-        assert open_fds(daemon) < 400
-        assert fuse.lookup(ROOT, b"f0").nodeid == nodes[0]  # what is known is served on
-        assert fuse.getattr(nodes[-1]).nlink == 1
-        listed = list(fuse.readdir(ROOT))  # entries without a node: each is looked up when somebody needs it
-        assert len(listed) == 602 and sum(e.entry is not None for e in listed) <= 256
-        handle = fuse.open_flags(nodes[0], os.O_RDWR)
-        assert fuse.write(nodes[0], handle, 0, b"x") == 1
+        deep = [fuse.walk(path).nodeid for path in ("d", "d/e", "d/e/leaf", "other")]
+        nodes = [fuse.lookup(ROOT, f"f{i}".encode()).nodeid for i in range(count)]
+        assert open_fds(daemon) < 500
+
+        def text_of(node: int) -> bytes:
+            handle = fuse.open_flags(node, os.O_RDONLY)
+            try:
+                return fuse.read(node, 0, 100, handle)
+            finally:
+                fuse.release(node, handle)
+
+        for i, node in enumerate(nodes):
+            assert fuse.getattr(node).size == len(f"text {i}")
+        assert [text_of(nodes[i]) for i in range(0, count, 50)] == [b"text %d" % i for i in range(0, count, 50)]
+        assert sum(entry.entry is not None for entry in fuse.readdir(ROOT)) == count + 2
+        assert text_of(deep[2]) == b"leaf"
+        # The guest's own renames are followed, of directories and what is in them
+        fuse.rename(ROOT, b"d", deep[3], b"moved")
+        assert text_of(deep[2]) == b"leaf"
+        fuse.rename(deep[1], b"leaf", ROOT, b"leaf")
+        assert text_of(deep[2]) == b"leaf"
+        fuse.rename(ROOT, b"f1", ROOT, b"f2", 2)  # RENAME_EXCHANGE
+        for node in nodes:  # each loses its descriptor to a later one
+            fuse.getattr(node)
+        assert (text_of(nodes[1]), text_of(nodes[2])) == (b"text 1", b"text 2")
+        # What the host puts in a file's place is not that file
+        for i, replace in ((3, "file"), (4, "symlink"), (5, "link"), (6, "nothing")):
+            place = source / f"f{i}"
+            place.unlink()
+            if replace == "file":
+                place.write_text("another")
+            elif replace == "symlink":
+                place.symlink_to(tmp_path / "outside")
+            elif replace == "link":
+                os.link(source / "f7", place)
+            for flags in (os.O_RDONLY, os.O_WRONLY):
+                with expect(errno.ESTALE, errno.EBADF):
+                    fuse.open_flags(nodes[i], flags)
+        assert text_of(fuse.lookup(ROOT, b"f3").nodeid) == b"another"
+        assert text_of(fuse.lookup(ROOT, b"f5").nodeid) == b"text 7"
+        (source / "other/moved").rename(
+            tmp_path / "away" if source.stat().st_dev == tmp_path.stat().st_dev else source / "x"
+        )
+        (source / "other/moved").symlink_to(tmp_path)
+        with expect(errno.ESTALE):
+            fuse.lookup(deep[1], b"outside")
         for make in (
-            lambda: fuse.create(ROOT, b"one-more"),
-            lambda: fuse.mkdir(ROOT, b"one-more"),
-            lambda: fuse.symlink(ROOT, b"one-more", b"x"),
-            lambda: fuse.create(ROOT, b"f599"),
-            lambda: fuse.mknod(ROOT, b"one-more", stat.S_IFREG | 0o644),
+            lambda: fuse.mkdir(ROOT, b"new-dir"),
+            lambda: fuse.symlink(ROOT, b"new-link", b"x"),
+            lambda: fuse.mknod(ROOT, b"new-node", stat.S_IFREG | 0o644),
         ):
-            with expect(errno.ENFILE):
-                make()
-        assert len(list(source.iterdir())) == 600  # neither more, which was refused, nor less
-        assert fuse.create(ROOT, b"f0")[0].nodeid == nodes[0]
-        fuse.release(nodes[0], handle)
-        for node in nodes[1:]:
+            assert fuse.getattr(make().nodeid).nlink > 0
+        entry, handle = fuse.create(ROOT, b"new")
+        assert fuse.write(entry.nodeid, handle, 0, b"x") == 1
+        fuse.unlink(ROOT, b"new")
+        assert fuse.getattr(entry.nodeid).nlink == 0  # it is open
+        fuse.release(entry.nodeid, handle)
+        assert open_fds(daemon) < 600
+        for node in nodes:
             guest.hiprio.forget(node, 1 << 20)
-        assert fuse.lookup(ROOT, b"f599").nodeid
         assert open_fds(daemon) < 150
 
 
