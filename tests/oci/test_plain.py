@@ -1,6 +1,7 @@
 """Plain OCI images served as they are, of every kind of layer, and what is kept of them on the node."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from tests.oci.conftest import BIG, LAYERS, SMALL, skopeo, write_image
 from tests.oci.test_served import read_everything, serving
 from tests.peers.registry import LocalRegistry
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.oci.layout import LayoutStore
+from virtiofsd_nydus.oci.manifest import MEDIA_LAYER_GZIP, MEDIA_MANIFEST, digest_of
 from virtiofsd_nydus.vmm.image import WantedImage, prepare_image
 
 pytestmark = pytest.mark.peer
@@ -161,3 +164,127 @@ def test_a_damaged_layer_is_refused(registry: LocalRegistry, tmp_path: Path) -> 
             pass
     assert caught.value.cause is Cause.DIGEST
     assert not list((tmp_path / "cache").glob("*.blob.data"))
+
+
+# ---- layers with tables of contents
+
+
+def make_estargz(tar: bytes, chunk_size: int = 4 << 20) -> tuple[bytes, str]:
+    """A layer as estargz makes them, by the format: a gzip member for each header and each piece of a file, the table,
+    the footer. The layer, and the table's digest."""
+    import gzip
+    import hashlib
+    import io
+
+    out, entries = io.BytesIO(), []
+    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+        members = list(archive)
+        for member in members:
+            header = tar[member.offset : member.offset_data]
+            out.write(gzip.compress(header, mtime=0))
+            kind = {tarfile.DIRTYPE: "dir", tarfile.SYMTYPE: "symlink"}.get(member.type, "reg")
+            entry: dict = {"name": member.name, "type": kind, "mode": member.mode, "modtime": "1970-01-01T00:00:00Z"}
+            if kind == "symlink":
+                entry["linkName"] = member.linkname
+            if kind == "reg" and member.size:
+                data = tar[member.offset_data : member.offset_data + member.size]
+                entry.update(size=member.size, digest=f"sha256:{hashlib.sha256(data).hexdigest()}")
+                for start in range(0, member.size, chunk_size):
+                    piece = data[start : start + chunk_size]
+                    if start:
+                        entry = {"name": member.name, "type": "chunk", "chunkOffset": start}
+                    entry["offset"] = out.tell()
+                    entry["chunkDigest"] = f"sha256:{hashlib.sha256(piece).hexdigest()}"
+                    if member.size > chunk_size:
+                        entry["chunkSize"] = len(piece)
+                    entries.append(entry)
+                    out.write(gzip.compress(piece, mtime=0))
+                out.write(gzip.compress(bytes(-member.size % 512), mtime=0))
+            else:
+                entries.append(entry)
+    table = json.dumps({"version": 1, "entries": entries}).encode()
+    at = out.tell()
+    holder = io.BytesIO()
+    with tarfile.open(fileobj=holder, mode="w") as archive:
+        info = tarfile.TarInfo("stargz.index.json")
+        info.size = len(table)
+        archive.addfile(info, io.BytesIO(table))
+    out.write(gzip.compress(holder.getvalue(), mtime=0))
+    extra = b"SG" + (22).to_bytes(2, "little") + f"{at:016x}STARGZ".encode()
+    out.write(b"\x1f\x8b\x08\x04\0\0\0\0\0\xff" + len(extra).to_bytes(2, "little") + extra)
+    out.write(b"\x01\0\0\xff\xff" + bytes(8))
+    return out.getvalue(), f"sha256:{hashlib.sha256(table).hexdigest()}"
+
+
+def write_estargz(layout: Path, spoil: bool = False) -> None:
+    """LAYERS with tables; the manifest tells their digests."""
+    write_image(layout, LAYERS, "none")
+    index = json.loads((layout / "index.json").read_text())
+    blobs = layout / "blobs/sha256"
+    manifest = json.loads((blobs / index["manifests"][0]["digest"][7:]).read_text())
+    for number, (layer, tar) in enumerate(zip(manifest["layers"], LAYERS, strict=True)):
+        data, table = make_estargz(tar)
+        digest = digest_of(data)
+        (blobs / digest[7:]).write_bytes(data)
+        (blobs / layer["digest"][7:]).unlink()
+        told = "sha256:" + "0" * 64 if spoil and not number else table
+        layer.update(mediaType=MEDIA_LAYER_GZIP, digest=digest, size=len(data))
+        layer["annotations"] = {"containerd.io/snapshot/stargz/toc.digest": told}
+    store = LayoutStore(layout)
+    store.put_manifest(json.dumps(manifest).encode(), MEDIA_MANIFEST, "t")
+    store.close()
+
+
+@pytest.mark.parametrize("kind", ["estargz", "zstd:chunked"])
+def test_layers_that_tell_their_contents_are_lazy_at_once(registry: LocalRegistry, tmp_path: Path, kind: str) -> None:
+    layout = tmp_path / "layout"
+    if kind == "estargz":
+        write_estargz(layout)
+    else:
+        write_image(tmp_path / "plain", LAYERS)
+        skopeo(
+            "copy", "-q", "--dest-compress-format", kind, "--dest-compress", f"oci:{tmp_path / 'plain'}:t",
+            f"oci:{layout}:t",
+        )  # fmt: skip
+    reference, cache = push(layout, registry, f"{kind.replace(':', '-')}:1"), tmp_path / "cache"
+    total = sum(path.stat().st_size for path in (layout / "blobs/sha256").iterdir())
+    registry.clear_log()
+    with serving(reference, cache) as (_, guest):
+        assert guest.fuse.read_file("etc/two") == b"two\n"
+        assert 0 < registry.blob_bytes() < total / 4
+        read_everything(guest)
+    drop_data(cache)
+    with serving(reference, cache) as (_, guest):
+        read_everything(guest)
+
+
+def test_a_table_that_the_manifest_does_not_name(tmp_path: Path) -> None:
+    write_estargz(tmp_path / "layout", spoil=True)
+    with (
+        pytest.raises(Failure, match="table of layer") as caught,
+        prepare_image(WantedImage(f"oci:{tmp_path / 'layout'}:t", cache_dir=tmp_path / "cache")),
+    ):
+        pass
+    assert caught.value.cause is Cause.DIGEST
+
+
+def test_a_frame_that_is_not_the_tables(tmp_path: Path) -> None:
+    """A flipped byte of a frame, and of a chunk in a gzip layer, never arrives."""
+    import errno
+
+    write_estargz(tmp_path / "stargz")
+    write_image(tmp_path / "gzip", LAYERS[:1])
+    for layout in (tmp_path / "stargz", tmp_path / "gzip"):
+        cache = tmp_path / f"cache-{layout.name}"
+        with prepare_image(WantedImage(f"oci:{layout}:t", cache_dir=cache)):
+            pass
+        drop_data(cache)
+        largest = max((layout / "blobs/sha256").iterdir(), key=lambda path: path.stat().st_size)
+        data = bytearray(largest.read_bytes())
+        data[1_000_000] ^= 1
+        largest.write_bytes(data)
+        with serving(f"oci:{layout}:t", cache) as (_, guest):
+            with pytest.raises(OSError) as caught:
+                guest.fuse.read_file("big")
+            assert caught.value.errno == errno.EIO
+            assert guest.fuse.read_file("etc/hosts") == b"hosts\n"

@@ -25,8 +25,11 @@ from virtiofsd_nydus.rafs.blob import Form, PlainBlobWriter
 from virtiofsd_nydus.rafs.tree import RegularFile, Tree
 
 ESTARGZ_DIGEST = "containerd.io/snapshot/stargz/toc.digest"
-CHUNKED_POSITION = "io.github.containers.zstd-chunked.manifest-position"
-CHUNKED_DIGEST = "io.github.containers.zstd-chunked.manifest-checksum"
+# Of zstd:chunked, by today's names and those before: where the table is, and its digest
+CHUNKED = tuple(
+    (f"{prefix}.zstd-chunked.manifest-position", f"{prefix}.zstd-chunked.manifest-checksum")
+    for prefix in ("io.github.containers", "io.containers")
+)
 ESTARGZ_FOOTER_BYTES = 51
 STARGZ_INDEX = "stargz.index.json"
 TABLE_BYTES_MAX = 256 << 20
@@ -59,20 +62,26 @@ class TocFile:
     entry: TarEntry
     frames: list[Frame] = field(default_factory=list)
     digest: str = ""
+    end: int = 0  # where its stored bytes end, 0: where the next begin
 
 
 def has_table(layer: Descriptor) -> bool:
     """Whether the manifest tells of a table in this layer."""
+    return ESTARGZ_DIGEST in layer.annotations or _find_chunked(layer) is not None
+
+
+def _find_chunked(layer: Descriptor) -> tuple[str, str] | None:
+    """Place and digest of a zstd:chunked layer's table."""
     told = layer.annotations
-    return ESTARGZ_DIGEST in told or (CHUNKED_POSITION in told and CHUNKED_DIGEST in told)
+    return next(((told[place], told[digest]) for place, digest in CHUNKED if place in told and digest in told), None)
 
 
 def read_table(store: ImageStore, layer: Descriptor) -> "tuple[list[TocFile], int]":
     """The layer's names, and the bytes fetched for them. Raises Failure: DIGEST for a table that is not the manifest's,
     FORMAT for one that cannot be used."""
     what = f"{store.name}: table of layer {layer.digest[7:19]}"
-    chunked = CHUNKED_POSITION in layer.annotations and CHUNKED_DIGEST in layer.annotations
-    data, end, fetched = (_read_chunked if chunked else _read_estargz)(store, layer, what)
+    chunked = _find_chunked(layer)
+    data, end, fetched = _read_chunked(store, layer, chunked, what) if chunked else _read_estargz(store, layer, what)
     try:
         entries = json.loads(data)["entries"]
         files = list(_parse(entries, ZSTD if chunked else GZIP, end))
@@ -82,14 +91,16 @@ def read_table(store: ImageStore, layer: Descriptor) -> "tuple[list[TocFile], in
 
 
 def choose_chunk_size(files: list[TocFile], largest: int) -> int:
-    """The chunk size that lets all of a layer's files be verified by the digests of its table: that of the pieces where
-    all are alike, else `largest`, in which most files are one chunk."""
-    sizes = {frame.usize for one in files for frame in one.frames[:-1]}
-    if len(sizes) == 1:
-        size = sizes.pop()
-        if size & (size - 1) == 0 and 1 << 20 <= size <= largest:
-            return size
-    return largest if sizes else 1 << 20
+    """The chunk size that lets a layer's files be verified by the digests of its table: that of the pieces where all
+    files are cut alike, else one in which most files are a single chunk, `largest` at most."""
+    size = 1 << 20
+    cut = {frame.usize for one in files for frame in one.frames[:-1]}
+    if len(cut) == 1 and min(cut) & (min(cut) - 1) == 0 and size <= min(cut) <= largest:
+        return min(cut)
+    whole = largest if cut else max((one.entry.size for one in files), default=0)
+    while size < min(whole, largest):
+        size *= 2
+    return size
 
 
 def _read_range(store: ImageStore, layer: Descriptor, offset: int, length: int, what: str) -> bytes:
@@ -103,10 +114,10 @@ def _require_digest(data: bytes, told: str, what: str) -> None:
         raise Failure(f"{what} is not the one that the manifest names: damaged or falsified", Cause.DIGEST)
 
 
-def _read_chunked(store: ImageStore, layer: Descriptor, what: str) -> tuple[bytes, int, int]:
+def _read_chunked(store: ImageStore, layer: Descriptor, told: tuple[str, str], what: str) -> tuple[bytes, int, int]:
     import zstandard
 
-    parts = layer.annotations[CHUNKED_POSITION].split(":")
+    parts = told[0].split(":")
     try:
         offset, csize, usize = (int(one) for one in parts[:3])
     except ValueError:
@@ -114,7 +125,7 @@ def _read_chunked(store: ImageStore, layer: Descriptor, what: str) -> tuple[byte
     if not 0 < usize <= TABLE_BYTES_MAX or len(parts) < 4 or parts[3] != "1":
         raise Failure(f"{what}: of a kind that is not known", Cause.FORMAT)
     packed = _read_range(store, layer, offset, csize, what)
-    _require_digest(packed, layer.annotations[CHUNKED_DIGEST], what)
+    _require_digest(packed, told[1], what)
     try:
         return zstandard.ZstdDecompressor().decompress(packed, max_output_size=usize), offset, csize
     except zstandard.ZstdError as error:
@@ -148,7 +159,7 @@ def _read_estargz(store: ImageStore, layer: Descriptor, what: str) -> tuple[byte
 def _parse(entries: list[dict[str, Any]], codec: int, end: int) -> Iterator[TocFile]:
     """The names of a table. end: where the data before the table ends."""
     starts = sorted({int(one["offset"]) for one in entries if one.get("offset") and one["type"] in ("reg", "chunk")})
-    next_start = dict(zip(starts, [*starts[1:], end], strict=True))
+    next_start = dict(zip(starts, [*starts[1:], end], strict=False))
     current: TocFile | None = None
     for one in entries:
         kind = one["type"]
@@ -179,7 +190,9 @@ def _add_frame(file: TocFile, one: dict[str, Any], codec: int, next_start: dict[
         file.frames.append(Frame(ZEROES, 0, 0, 0, usize, ""))
         return
     coff = int(one["offset"])
-    stop = int(one.get("endOffset") or next_start[coff])
+    # A file's first piece tells where the file ends, in zstd:chunked.
+    file.end = file.end or int(one.get("endOffset") or 0)
+    stop = min(next_start[coff], file.end) if file.end else next_start[coff]
     inner = int(one.get("innerOffset") or 0)
     if not 0 < coff + 1 <= stop or inner < 0 or not digest.startswith("sha256:") or len(digest) != 71:
         raise ValueError("a piece without place or digest")
