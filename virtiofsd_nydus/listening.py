@@ -46,6 +46,18 @@ class UnixListener:
             self.socket.close()
             raise
 
+    @classmethod
+    def adopt(cls, path: str, fd: int, inode: int) -> "UnixListener":
+        """One that this process had before an exec: socket, path and the file's inode number."""
+        made = cls.__new__(cls)
+        made.path, made.socket, made._inode = path, socket.socket(fileno=fd), inode
+        return made
+
+    @property
+    def inode(self) -> int:
+        """Of the socket's file, as it was made."""
+        return self._inode
+
     def remove(self) -> None:
         """Removes the file, unless it is another process's by now."""
         try:

@@ -58,7 +58,11 @@ class KeptDaemon(NydusDaemon):
     """`virtiofs` with its keeper."""
 
     def __init__(self, options: Sequence[str]) -> None:
-        super().__init__(["--keeper", *options], die_with_parent=True)
+        super().__init__(options, die_with_parent=True)
+
+    def _start(self) -> None:
+        super()._start()
+        wait_until(self.is_running, "the daemon's start")
 
     def call(self, method: str, route: str, body: object = None) -> tuple[int, Any]:
         """One request of the API, after which a worker that was about to be is there."""

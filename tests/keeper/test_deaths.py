@@ -144,7 +144,7 @@ def test_no_process_outlives_the_keeper(image: Image, how: signal.Signals, statu
 
 def test_usage_and_failures_are_one_line(image: Image) -> None:
     """What only the worker finds out is the daemon's failure all the same."""
-    with NydusDaemon(["--keeper", "--bootstrap", "/none", "--localfs-dir", str(image.blobs)]) as daemon:
+    with NydusDaemon(["--bootstrap", "/none", "--localfs-dir", str(image.blobs)]) as daemon:
         assert daemon.process.wait(10) == 1
         lines = daemon.log_text().splitlines()
     assert len(lines) == 1 and lines[0].startswith("virtiofsd-nydus virtiofs: ") and "/none" in lines[0]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # verb -> help line; the module is virtiofsd_nydus.cli.<verb>
 VERBS = {
     "virtiofs": "vhost-user virtio-fs daemon (nydusd's and virtiofsd's flags)",
+    "upgrade": "have running daemons go on with this version",
     "fuse": "daemon for a mount on this host (nydusd's flags)",
     "build": "make a Nydus image from a directory or a tar",
     "convert": "make a Nydus image from an OCI image",

@@ -3,6 +3,7 @@
 Only what must be known before RUNNING is imported here.
 """
 
+import argparse
 import sys
 
 from virtiofsd_nydus import __version__
@@ -15,8 +16,6 @@ POLL_MAX_US = 1000
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import argparse
-
     from virtiofsd_nydus.listening import UnixListener
 
 
@@ -36,10 +35,10 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
     )
     parser.add_argument(
         "--keeper",
-        action="store_true",
-        help="serve from a worker process whose death guests do not notice (docs/keeper.md)",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="serve from a worker process whose death guests do not notice (docs/keeper.md); --no-keeper for debugging",
     )
-    parser.add_argument("--no-keeper", action="store_false", dest="keeper", help="serve in one process")
     tolerated = parser.add_argument_group("accepted for compatibility, without effect")
     tolerated.add_argument("--hybrid-mode", action="store_true")
     tolerated.add_argument("--log-rotation-size", type=int, default=0)

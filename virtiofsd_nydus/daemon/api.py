@@ -49,6 +49,12 @@ if TYPE_CHECKING:
         def take_over(self) -> None:
             """PUT fuse/takeover."""
 
+        def upgrade(self, python: str) -> None:
+            """PUT upgrade."""
+
+        def note_answer(self) -> None:
+            """This thread's answer has been sent."""
+
 
 def answer_request(daemon: "Daemon", request: Request) -> "tuple[int, bytes]":
     """Status and body. A fault of this program is noted, and must not leave the client without an answer."""
@@ -84,7 +90,12 @@ def answer_request(daemon: "Daemon", request: Request) -> "tuple[int, bytes]":
 
 def make_server(daemon: "Daemon", listener: "Listener") -> HttpServer:
     """The server of a daemon's API."""
-    return HttpServer(listener, lambda request: answer_request(daemon, request), daemon.report.note_fault)
+    return HttpServer(
+        listener,
+        lambda request: answer_request(daemon, request),
+        daemon.report.note_fault,
+        answered=daemon.note_answer,
+    )
 
 
 def _error(message: str) -> bytes:
@@ -263,6 +274,20 @@ def delete_prefetch(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> o
     return None
 
 
+# ---- upgrade
+
+
+def put_upgrade(daemon: "Daemon", query: "dict[str, str]", body: bytes) -> object:
+    """Goes on with the version that {"python": PATH} runs, an interpreter with virtiofsd-nydus installed; without a
+    body with what is installed in our own place now. Answered when that is ready; a refusal leaves all as it is."""
+    document = parse_object(body) if body else {}
+    python = document.get("python", "")
+    if not isinstance(python, str) or (python and not python.startswith("/")):
+        raise ApiError(400, 'ParseBody("python: not an absolute path")')
+    daemon.upgrade(python)
+    return None
+
+
 # ---- hot changes of configuration
 
 
@@ -345,4 +370,5 @@ ROUTES: "dict[str, dict[str, Callable[[Daemon, dict[str, str], bytes], object]]]
     "/api/ext/v1/stats": {"GET": get_stats},
     "/api/ext/v1/prefetch": {"GET": get_prefetch, "PUT": put_prefetch, "DELETE": delete_prefetch},
     "/api/ext/v1/metrics": {"GET": get_prometheus},
+    "/api/ext/v1/upgrade": {"PUT": put_upgrade},
 }

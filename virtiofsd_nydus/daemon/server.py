@@ -75,6 +75,7 @@ class HttpServer:
     """Listens from construction on, answers from start() to close().
 
     answer gives a request's status and body; it is called from many threads, and its exceptions end in status 500.
+    answered is called by the same thread when that has been sent.
     say takes a line about this server's own troubles.
     """
 
@@ -84,8 +85,10 @@ class HttpServer:
         answer: "Callable[[Request], tuple[int, bytes]]",
         say: "Callable[[str], None]",
         connections_max: int = CONNECTIONS_MAX,
+        answered: "Callable[[], None]" = lambda: None,
     ) -> None:
         self._listener, self._answer, self._say, self._max = listener, answer, say, connections_max
+        self._answered = answered
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._changed = threading.Condition()
         self._connections: set[_Connection] = set()
@@ -199,6 +202,7 @@ class HttpServer:
         try:
             status, body = self._answer(request)
             _send(connection.sock, status, body, request.keep)
+            self._answered()
         finally:
             with self._changed:
                 connection.idle_since = time.monotonic()

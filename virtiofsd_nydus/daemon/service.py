@@ -206,6 +206,14 @@ class Service:
     def take_over(self) -> None:
         raise unexpected("Takeover")
 
+    # What only a worker has (keeper/worker.py)
+
+    def upgrade(self, python: str) -> None:
+        raise unsupported()
+
+    def note_answer(self) -> None:
+        pass
+
     def _mounts_changed(self) -> None:
         pass
 

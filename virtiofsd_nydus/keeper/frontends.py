@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
         def say(self, level: int, text: str, **fields: object) -> None: ...
 
+        def restore_failed(self, worker: Worker) -> None: ...
+
         def front_end_ended(self, front_end: "FrontEnd") -> None: ...
 
 
@@ -64,6 +66,12 @@ class RemoteDevice:
 
     def features(self) -> int:
         return self._features
+
+    def fits(self, facts: "Body") -> bool:
+        """Whether a worker with these facts can go on with it."""
+        features = facts.get("features", {}).get(self.kind, 0)
+        used = self._state.features if self._state is not None else 0
+        return not used & ~features and facts.get("queues", {}).get(self.kind) == self.queue_count
 
     # ---- what the session calls
 
@@ -150,6 +158,7 @@ class RemoteDevice:
             if error is not None:
                 self._sent = Sent()
                 self._owner.say(logs.ERROR, f"a front-end's device could not be made again: {error}", front_end=self.id)
+                self._owner.restore_failed(worker)
             if self._asked == 0:
                 self._restoring, self.worker = None, worker
         elif self.worker is worker:

@@ -11,11 +11,12 @@ from virtiofsd_nydus.errors import Failure, UsageFailure
 from virtiofsd_nydus.keeper import protocol, workers
 from virtiofsd_nydus.keeper.frontends import FrontEnd
 from virtiofsd_nydus.keeper.loop import Loop
+from virtiofsd_nydus.keeper.mounts import Mounts
 from virtiofsd_nydus.keeper.protocol import Channel, Message
 from virtiofsd_nydus.keeper.say import LightLog
+from virtiofsd_nydus.keeper.upgrade import Upgrades
 from virtiofsd_nydus.keeper.workers import Pause, Template, Worker
 from virtiofsd_nydus.vhost.lines import LineLimit
-from virtiofsd_nydus.vhost.messages import close_all
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 STOP_S = 4.7  # a worker ends itself within 4 s; launchers kill after 5
 WARM_AFTER_S = 2.0  # the template's imports must not meet the worker's own after a start
 ACCEPT_RETRY_S = 0.2  # where descriptors are short
-UPGRADE_S = 30.0  # for the worker of another version to be ready
 
 
 class Listener:
@@ -37,27 +37,6 @@ class Listener:
         self.sock, self.kind, self.unix = sock, kind, unix
 
 
-class Mounts:
-    """The worker's mount table as bytes and descriptors."""
-
-    def __init__(self) -> None:
-        self.table: Body = {}
-        self.records: dict[str, tuple[Body, list[int]]] = {}
-
-    def take(self, message: Message) -> None:
-        """RECORD."""
-        table, put, drop = (message.body.get(name) for name in ("table", "put", "drop"))
-        if type(table) is dict:
-            self.table.update(table)
-        if type(drop) is str:
-            close_all(self.records.pop(drop, ({}, []))[1])
-        if type(put) is dict:
-            path = str(put.get("path"))
-            close_all(self.records.pop(path, ({}, []))[1])
-            self.records[path] = put, message.fds
-            message.fds = []
-
-
 class Keeper:
     """Construct, add sockets, run()."""
 
@@ -67,20 +46,20 @@ class Keeper:
         self.worker: Worker | None = None
         self.facts: Body = {}
         self._coming: Worker | None = None  # started and not ready
-        self._unborn: list[Worker] = []  # their forks were asked for
-        self._template: Template | None = None
-        self._python = sys.executable
+        self.template: Template | None = None
+        self.python = sys.executable
         self._api: UnixListener | None = None
         self._listeners: list[Listener] = []
-        self._front_ends: dict[int, FrontEnd] = {}
+        self.front_ends: dict[int, FrontEnd] = {}
         self._count = 0  # front-ends so far
-        self._mounts = Mounts()
+        self.mounts = Mounts()
         self._pause = Pause()
         self._deaths = 0
         self._ended_at = 0.0  # the last death
         self._was_ready = False
-        self._stopping = False
+        self.stopping = False
         self._statuses: dict[int, int] = {}
+        self._upgrades = Upgrades(self)
         self._tell, self._complain = LineLimit(log.say), LineLimit(log.say)
         self._connected_fd: socket.socket | None = None
         self.failure: Failure | None = None
@@ -118,16 +97,15 @@ class Keeper:
         self.loop.watch(reader, stop)
 
     def run(self) -> None:
-        """Until the end. failure says why a start failed."""
-        self._start_template(None)
+        """Until the end. failure says why a start failed. After add_template."""
         self._start_worker()
         self.loop.run()
 
     def stop(self) -> None:
         """Ends all in order: the worker within STOP_S. Idempotent."""
-        if self._stopping:
+        if self.stopping:
             return
-        self._stopping = True
+        self.stopping = True
         for listener in self._listeners:
             self.loop.forget(listener.sock.fileno())
             if listener.unix is not None:
@@ -147,7 +125,7 @@ class Keeper:
         for process in (self.worker, self._coming):
             if process is not None and not process.gone:
                 process.kill()
-        for front_end in list(self._front_ends.values()):
+        for front_end in list(self.front_ends.values()):
             front_end.end(None)
         for listener in self._listeners:
             listener.sock.close()
@@ -155,38 +133,34 @@ class Keeper:
 
     # ---- workers
 
-    def _start_template(self, python: "str | None") -> None:
+    def add_template(self, sock: socket.socket, pid: int) -> None:
+        """A template that was started."""
+        self.template = self._new_template(sock, pid)
+
+    def spawn_template(self, python: str) -> Template:
         ours, theirs = protocol.pair()
-        channel = Channel(ours, blocking=False)
-        template = Template(
+        try:
+            pid = workers.spawn_template(python, theirs.fileno())
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return self._new_template(ours, pid)
+
+    def _new_template(self, sock: socket.socket, pid: int) -> Template:
+        made = Template(
             self.loop,
-            channel,
-            forked=self._worker_forked,
+            Channel(sock, blocking=False),
             exited=self._worker_exited,
             greeted=self._template_greeted,
             ended=self._template_ended,
         )
-        if python is None:
-
-            def child() -> None:
-                from virtiofsd_nydus.keeper import template as program
-
-                null = os.open(os.devnull, os.O_RDWR)
-                os.dup2(null, 0)
-                os.dup2(null, 1)
-                signal.set_wakeup_fd(-1)
-                program.keep_only(theirs.fileno())
-                program.run(theirs)
-
-            born = workers.fork_template(child)
-        else:
-            born = workers.spawn_template(python, theirs.fileno())
-        theirs.close()
-        template.born(*born)
-        self._template = template
+        made.born(pid, os.pidfd_open(pid))
+        return made
 
     def _template_greeted(self, template: Template, failure: "Failure | None") -> None:
-        if failure is not None:
+        if not self._upgrades.template_greeted(template, failure) and failure is not None:
             self.say(logs.ERROR, str(failure))
 
     def _template_ended(self, template: Template) -> None:
@@ -194,18 +168,21 @@ class Keeper:
             os.waitpid(template.pid, os.WNOHANG)
         except ChildProcessError:
             pass
-        if self._stopping or template is not self._template:
+        self._upgrades.template_ended(template)
+        if self.stopping or template is not self.template:
             return
         self.say(logs.WARNING, "the process that workers are forked from ended; another one is started")
-        self._template = None
-        unborn, self._unborn = self._unborn, []
-        self._start_template(self._python)
-        for worker in unborn:
+        self.template = None
+        self.template = self.spawn_template(self.python)
+        for worker in template.unborn:
             worker.end()
 
     def _start_worker(self) -> None:
-        if self._stopping or self._template is None:
-            return
+        if not self.stopping and self.template is not None:
+            self._coming = self.fork_worker(self.template)
+
+    def fork_worker(self, template: Template, *, waits: bool = False) -> Worker:
+        """waits: it answers no client of the API before GO."""
         ours, theirs = protocol.pair()
         reader, writer = os.pipe2(os.O_CLOEXEC)
         worker = Worker(
@@ -216,39 +193,39 @@ class Keeper:
             ended=self._worker_ended,
             log=self.log,
         )
-        self._coming = worker
-        self._unborn.append(worker)
-        self._template.fork(theirs.fileno(), writer)
+        template.fork(worker, theirs.fileno(), writer)
         theirs.close()
         os.close(writer)
-        body: Body = {"args": self._args, "deaths": self._deaths, "api": self._api is not None}
+        body: Body = {"args": self._args, "deaths": self._deaths, "api": self._api is not None, "waits": waits}
         fds = [self._api.socket.fileno()] if self._api is not None else []
-        if self._mounts.table:
-            body["table"] = self._mounts.table
+        if self.mounts.table:
+            body["table"] = self.mounts.table
             body["mounts"] = []
-            for record, kept in self._mounts.records.values():
+            for record, kept in self.mounts.records.values():
                 body["mounts"].append({**record, "fds": len(kept)})
                 fds += kept
         worker.send(protocol.START, body, fds)
-
-    def _worker_forked(self, pid: int, pidfd: int) -> None:
-        worker = self._unborn.pop(0)
-        if worker.gone:
-            os.close(pidfd)
-            return
-        worker.born(pid, pidfd)
+        return worker
 
     def _worker_exited(self, pid: int, status: int) -> None:
         self._statuses[pid] = status
 
     def _worker_ended(self, worker: Worker) -> None:
+        known = True
         if worker is self.worker:
             self.worker = None
-            for front_end in list(self._front_ends.values()):
+            for front_end in list(self.front_ends.values()):
                 front_end.device.worker_died()
         elif worker is self._coming:
             self._coming = None
-        if self._stopping:
+        else:
+            known = False
+        if self._upgrades.worker_ended(worker):
+            return
+        if not known and not self.stopping:
+            worker.close_errors()
+            return
+        if self.stopping:
             worker.close_errors()
             if self.worker is None and self._coming is None:
                 self._finish()
@@ -280,50 +257,64 @@ class Keeper:
         if message.kind == protocol.READY:
             self._worker_ready(worker)
         elif message.kind == protocol.DONE:
-            front_end = self._front_ends.get(message.number("device"))
+            front_end = self.front_ends.get(message.number("device"))
             if front_end is not None:
                 front_end.device.take_answer(worker, message)
+                self._upgrades.note_restored()
         elif message.kind == protocol.RECORD:
-            if worker in (self.worker, self._coming):
-                self._mounts.take(message)
+            if worker in (self.worker, self._coming):  # not of one that an upgrade tries
+                self.mounts.take(message)
             worker.send(protocol.KEPT, {"record": message.number("record")})
         elif message.kind == protocol.FAILED:
             kind = UsageFailure if message.body.get("usage") else Failure
             failure = kind(message.text("text"))
-            if self._was_ready:
+            if self._upgrades.worker_failed(worker, failure):
+                pass
+            elif self._was_ready:
                 self.say(logs.ERROR, f"a worker could not start: {failure}")
             else:
                 self.failure = failure
                 self.stop()
         elif message.kind == protocol.EXIT:
             self.stop()
+        elif message.kind == protocol.UPGRADE:
+            self._upgrades.begin(worker, message.text("python"))
+        elif message.kind == protocol.ANSWERED:
+            self._upgrades.answered(worker)
 
     def _worker_ready(self, worker: Worker) -> None:
-        self._coming, self.worker = None, worker
-        self.facts = worker.facts or {}
-        if self._stopping:
-            self._stopping = False
-            self.stop()
+        if self._upgrades.worker_ready(worker):
             return
-        died = self._deaths > 0
-        for front_end in self._front_ends.values():
-            front_end.device.restore(worker, died)
+        self._coming = None
+        if self.stopping:
+            worker.kill()
+            return
+        self.take_over(worker, self._deaths > 0)
         if not self._was_ready:
             self._was_ready = True
-            self.loop.after(WARM_AFTER_S, self._warm)
+            self.loop.after(WARM_AFTER_S, self.warm)
             for listener in self._listeners:
                 self._watch_listener(listener)
             if self._connected_fd is not None:
                 self._begin(self._connected_fd, "fs")
 
-    def _warm(self) -> None:
-        if self._template is not None:
-            self._template.send(protocol.WARM)
+    def warm(self) -> None:
+        if self.template is not None:
+            self.template.send(protocol.WARM)
+
+    def take_over(self, worker: Worker, died: bool) -> None:
+        """That worker is the one from here on, and gets all devices. died: the one before it died."""
+        self.worker, self.facts = worker, worker.facts or {}
+        for front_end in self.front_ends.values():
+            front_end.device.restore(worker, died)
+
+    def restore_failed(self, worker: Worker) -> None:
+        self._upgrades.restore_failed(worker)
 
     # ---- front-ends
 
     def _watch_listener(self, listener: Listener) -> None:
-        if not self._stopping:
+        if not self.stopping:
             self.loop.watch(listener.sock.fileno(), lambda: self._accept(listener))
 
     def _accept(self, listener: Listener) -> None:
@@ -342,12 +333,12 @@ class Keeper:
         self._count += 1
         self._tell(logs.INFO, "front-end connected", front_end=self._count)
         front_end = FrontEnd(self, sock, self._count, kind, self._complain)
-        self._front_ends[self._count] = front_end
+        self.front_ends[self._count] = front_end
         if self.worker is not None:
             front_end.device.restore(self.worker, False)
         front_end.start()
 
     def front_end_ended(self, front_end: FrontEnd) -> None:
-        self._front_ends.pop(front_end.number, None)
-        if self._connected_fd is front_end.sock and not self._stopping:
+        self.front_ends.pop(front_end.number, None)
+        if self._connected_fd is front_end.sock and not self.stopping:
             self.stop()

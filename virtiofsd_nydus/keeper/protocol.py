@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 VERSION = 1
 VERSION_MIN = 1
+KEEPER_FORMAT = 1  # of what a keeper gives to itself over an exec (keeper/renew.py)
 
-# Either way: {"version": int, "package": str}
+# Template to keeper, first of all: {"version": int, "package": str, "keeper_format": int}
 HELLO = 1
 
 # Keeper to template
@@ -218,6 +219,11 @@ class Channel:
             message.close()
             raise malformed(f"message {kind} holds no object")
         return message
+
+    @property
+    def rests(self) -> bool:
+        """No message is half sent or half received."""
+        return not self._queue and not self._kind
 
     def close(self) -> None:
         """Closes the socket and what was not sent or not taken. Idempotent."""

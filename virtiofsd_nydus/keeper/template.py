@@ -33,7 +33,10 @@ def run(sock: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the keeper decides when workers end
     channel = Channel(sock, blocking=True)
-    channel.send(protocol.HELLO, {"version": protocol.VERSION, "package": __version__})
+    channel.send(
+        protocol.HELLO,
+        {"version": protocol.VERSION, "package": __version__, "keeper_format": protocol.KEEPER_FORMAT},
+    )
     import gc
 
     import virtiofsd_nydus.keeper.worker  # noqa: F401

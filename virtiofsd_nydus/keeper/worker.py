@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from virtiofsd_nydus.keeper.protocol import Body
 
 KINDS = ("fs",)  # of devices; protocol.OPEN names one
+UPGRADE_WAIT_S = 60.0  # the keeper gives up before
 RECORD_WAIT_S = 30.0  # for the keeper to keep a record: it does so in microseconds, or it is gone
 
 
@@ -176,6 +177,9 @@ class Worker(Service):
         self._records = Records(channel)
         self._devices: dict[int, KeptDevice] = {}
         self._devices_lock = threading.Lock()
+        self._upgrading = threading.Condition()
+        self._upgrader = 0  # the thread whose client asked for an upgrade
+        self._upgrade_answer: Body | None = None
 
     # ---- start
 
@@ -237,6 +241,10 @@ class Worker(Service):
             self._records.kept(message.number("record"))
         elif message.kind == protocol.GO:
             self.go()
+        elif message.kind == protocol.UPGRADED:
+            with self._upgrading:
+                self._upgrade_answer = message.body
+                self._upgrading.notify_all()
         message.close()
         return message.kind != protocol.STOP
 
@@ -257,6 +265,30 @@ class Worker(Service):
             raise Failure(f"there are no devices of kind {kind!r}")
         assert self.table.vfs is not None
         return EngineDevice(self.engine, self.table.vfs, QUEUES)
+
+    # ---- upgrade
+
+    def upgrade(self, python: str) -> None:
+        """Has the keeper start another version. When its answer is sent, this worker ends."""
+        with self._upgrading:
+            if self._upgrader:
+                raise Failure("an upgrade is under way")
+            self._upgrader, self._upgrade_answer = threading.get_ident(), None
+        self._channel.send(protocol.UPGRADE, {"python": python})
+        with self._upgrading:
+            if not self._upgrading.wait_for(lambda: self._upgrade_answer is not None, UPGRADE_WAIT_S):
+                self._upgrader = 0
+                raise Failure("the keeper does not answer")
+            answer: Body = self._upgrade_answer or {}
+            error = answer.get("error")
+            if error is not None:
+                self._upgrader = 0
+                raise Failure(f"the upgrade is refused: {error}")
+
+    def note_answer(self) -> None:
+        if self._upgrader == threading.get_ident():
+            self._upgrader = 0
+            self._channel.send(protocol.ANSWERED)
 
     def answer(self, body: "Body") -> None:
         try:

@@ -6,10 +6,8 @@ other, are started with a growing pause.
 
 import os
 import signal
-import sys
 import time
 
-from virtiofsd_nydus import __version__
 from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.keeper import protocol
@@ -39,6 +37,7 @@ class Process:
         self.loop, self.channel, self._ended = loop, channel, ended
         self.pid, self.pidfd = 0, -1
         self.gone = False
+        self.purpose = ""  # why it was ended, where that was meant
         loop.watch(channel.fileno(), self._ready)
 
     def take_message(self, message: Message) -> None:
@@ -121,7 +120,6 @@ class Worker(Process):
     ) -> None:
         super().__init__(loop, channel, lambda: ended(self))
         self.facts: Body | None = None
-        self.purpose = ""  # why it was ended, where that was meant
         self.ready_at = 0.0
         self._take, self._log = take, log
         self._errors_fd = errors_fd
@@ -189,49 +187,47 @@ class Template(Process):
         loop: "Loop",
         channel: Channel,
         *,
-        forked: "Callable[[int, int], None]",
         exited: "Callable[[int, int], None]",
         greeted: "Callable[[Template, Failure | None], None]",
         ended: "Callable[[Template], None]",
     ) -> None:
         super().__init__(loop, channel, lambda: ended(self))
         self.package: str | None = None
-        self._forked, self._exited, self._greeted = forked, exited, greeted
+        self.keeper_format = 0
+        self._exited, self._greeted = exited, greeted
+        self.unborn: list[Worker] = []  # their forks were asked for
 
     def take_message(self, message: Message) -> None:
         if self.package is None:
             try:
                 protocol.agree(message)
                 self.package = message.text("package")
+                self.keeper_format = message.number("keeper_format")
             except Failure as failure:
                 self._greeted(self, failure)
                 raise
             self._greeted(self, None)
         elif message.kind == protocol.FORKED:
-            self._forked(message.number("pid"), message.take_fd())
+            worker = self.unborn.pop(0)
+            pid, pidfd = message.number("pid"), message.take_fd()
+            if worker.gone:
+                os.close(pidfd)
+            else:
+                worker.born(pid, pidfd)
         elif message.kind == protocol.EXITED:
             self._exited(message.number("pid"), message.number("status"))
 
-    def fork(self, channel_fd: int, errors_fd: int) -> None:
+    def fork(self, worker: Worker, channel_fd: int, errors_fd: int) -> None:
+        """Has that worker be born, with these descriptors."""
+        self.unborn.append(worker)
         self.send(protocol.FORK, None, [channel_fd, errors_fd])
 
 
-def fork_template(child: "Callable[[], None]") -> tuple[int, int]:
-    """The first template: a fork of this process, which has nothing but light imports yet and no thread. Pid, pidfd."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            child()
-        finally:
-            os._exit(1)
-    return pid, os.pidfd_open(pid)
-
-
-def spawn_template(python: str, channel_fd: int) -> tuple[int, int]:
-    """A template that another interpreter runs: another installed version, or this one anew. Pid, pidfd."""
+def spawn_template(python: str, channel_fd: int) -> int:
+    """A template that another interpreter runs: another installed version, or this one anew. Its pid."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     try:
-        pid = os.posix_spawn(
+        return os.posix_spawn(
             python,
             [python, "-m", "virtiofsd_nydus.keeper.template"],
             {**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -244,7 +240,6 @@ def spawn_template(python: str, channel_fd: int) -> tuple[int, int]:
         )
     finally:
         os.close(null)
-    return pid, os.pidfd_open(pid)
 
 
 def describe_end(status: int | None) -> str:
@@ -274,11 +269,3 @@ class Pause:
             return 0.0
         now, self._seconds = self._seconds, min(max(self._seconds * 2, PAUSE_FIRST_S), PAUSE_MAX_S)
         return now
-
-
-def interpreter() -> str:
-    return sys.executable
-
-
-def package_version() -> str:
-    return __version__

@@ -178,6 +178,11 @@ class MessageReader:
         request, _, size = self._head
         return malformed(f"the front-end hung up after {len(self._data)} of {size} bytes of request {request}")
 
+    @property
+    def rests(self) -> bool:
+        """No request is half here."""
+        return self._head is None and not self._data
+
     def close(self) -> None:
         """Closes what came for a request that is not complete. Idempotent."""
         fds, self._fds = self._fds, []

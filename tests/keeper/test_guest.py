@@ -1,0 +1,16 @@
+"""A real guest whose worker dies and is upgraded under it (scripts/kill-worker does it as often as wanted)."""
+
+import pytest
+
+from tests.keeper.conftest import Image
+from tests.keeper.kills import SIGNALS, kill_workers
+
+pytestmark = pytest.mark.guest
+MONITOR_S = 5.0  # on a busy machine; scripts/kill-worker tells what an idle one needs
+
+
+def test_worker_dies_under_a_real_guest(image: Image) -> None:
+    found = kill_workers(image, len(SIGNALS), list(SIGNALS), seed="1")
+    assert found.wrong == []
+    assert found.deaths == len(SIGNALS) and found.hashes > 0
+    assert max(found.monitor) < MONITOR_S
