@@ -244,3 +244,18 @@ def add_daemon_arguments(parser: "argparse.ArgumentParser") -> None:
         action="store_true",
         help="serve images that carry no chunk digests: their bytes cannot be checked",
     )
+
+
+def raise_nofile(wanted: int) -> str | None:
+    """Raises RLIMIT_NOFILE as far as allowed; a line for the log where that is less than wanted."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if not wanted or soft >= wanted:
+        return None
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(hard, wanted)))
+        return None
+    except (ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return f"RLIMIT_NOFILE is {hard}, {wanted} was asked for" if wanted != NOFILE_DEFAULT else None

@@ -100,7 +100,8 @@ def assert_alive(daemon: NydusDaemon) -> None:
 
 
 def open_fds(daemon: NydusDaemon) -> int:
-    return len(list(Path(f"/proc/{daemon.process.pid}/fd").iterdir()))
+    """Of all its processes."""
+    return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in daemon.family)
 
 
 def wait_until(test: Callable[[], bool], what: str, seconds: float = DEADLINE_S) -> None:

@@ -80,14 +80,14 @@ def counted(image: Image, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 def engine_threads(daemon: NydusDaemon) -> dict[int, str]:
     """Threads of the C engine that serve: id -> name. Queues are vnd-q, readers of what left the page cache vnd-pool.
     Not vnd-upkeep, which looks after the cache's files once a second, whatever is read."""
-    tasks = Path(f"/proc/{daemon.process.pid}/task")
+    tasks = Path(f"/proc/{daemon.serving_pid}/task")
     names = {int(task.name): (task / "comm").read_text().strip() for task in tasks.iterdir()}
     return {thread: name for thread, name in names.items() if name.startswith("vnd-") and name != "vnd-upkeep"}
 
 
 def is_at_rest(daemon: NydusDaemon) -> bool:
     """No thread runs or waits to: none has its start, or what the read before needed, still to free."""
-    stats = Path(f"/proc/{daemon.process.pid}/task").glob("*/stat")
+    stats = Path(f"/proc/{daemon.serving_pid}/task").glob("*/stat")
     try:
         return all(stat.read_text().rpartition(") ")[2].startswith("S") for stat in stats)
     except (FileNotFoundError, ProcessLookupError):  # one has just ended

@@ -174,7 +174,7 @@ def test_a_boot_that_is_ended_takes_its_guest_and_daemon_along(
         env={**os.environ, "TMPDIR": str(scratch)},
     )
     try:
-        wait_for(lambda: len(descendants(process.pid)) == 2, 30, "QEMU and the daemon to start")
+        wait_for(lambda: len(descendants(process.pid)) == 4, 30, "QEMU and the daemon's three to start")
         below = descendants(process.pid)
     finally:
         process.send_signal(how)

@@ -1,7 +1,7 @@
 """What a daemon's verb does before its service starts: configuration, log, limits, rights. Light."""
 
 from virtiofsd_nydus import log as logs
-from virtiofsd_nydus.arguments import NOFILE_DEFAULT
+from virtiofsd_nydus.arguments import raise_nofile
 from virtiofsd_nydus.daemon.mounts import ImageMount
 from virtiofsd_nydus.daemon.prefetch import read_list
 from virtiofsd_nydus.engine import reduce_privileges
@@ -53,21 +53,6 @@ def open_log(args: "argparse.Namespace") -> logs.Log:
         return logs.Log(args.log_level, args.log_file, args.log_format)
     except OSError as error:
         raise Failure(f"cannot write log file {args.log_file}: {error.strerror}") from error
-
-
-def raise_nofile(wanted: int) -> str | None:
-    """Raises RLIMIT_NOFILE as far as allowed; a line for the log where that is less than wanted."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if not wanted or soft >= wanted:
-        return None
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(hard, wanted)))
-        return None
-    except (ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return f"RLIMIT_NOFILE is {hard}, {wanted} was asked for" if wanted != NOFILE_DEFAULT else None
 
 
 def prepare_process(args: "argparse.Namespace", log: logs.Log) -> None:

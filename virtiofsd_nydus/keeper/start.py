@@ -8,6 +8,8 @@ import os
 import signal
 import socket
 
+from virtiofsd_nydus import log as logs
+from virtiofsd_nydus.arguments import raise_nofile
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.listening import UnixListener
 
@@ -22,16 +24,22 @@ LOG_MODE = 0o666
 
 def keep(args: "argparse.Namespace", api: "UnixListener | None") -> int:
     """Serves as the options say, until the end; the exit status. Raises Failure where it cannot start."""
+    clamped = raise_nofile(args.rlimit_nofile)  # before rights are given up, which it needs
     channel, pid = _fork_template()
     from virtiofsd_nydus.keeper.keeper import Keeper
+    from virtiofsd_nydus.keeper.privilege import reduce_privileges
     from virtiofsd_nydus.keeper.say import LightLog
 
-    keeper = Keeper(vars(args), LightLog(_open_log(args.log_file), args.log_level, args.log_format))
+    log = LightLog(_open_log(args.log_file), args.log_level, args.log_format)
+    if clamped:
+        log.say(logs.WARNING, clamped)
+    keeper = Keeper(vars(args), log)
     keeper.add_template(channel, pid)
     if api is not None:
         keeper.add_api(api)
     _add_sockets(keeper, args)
     keeper.catch_signals()
+    reduce_privileges()
     keeper.run()
     if keeper.failure is not None:
         raise keeper.failure

@@ -40,7 +40,9 @@ def run(sock: socket.socket) -> None:
     import gc
 
     import virtiofsd_nydus.keeper.worker  # noqa: F401
+    from virtiofsd_nydus.engine import reduce_privileges
 
+    reduce_privileges()
     gc.freeze()  # what is here is not looked at, hence not copied, by workers' collections
     children: dict[int, int] = {}  # pidfd -> pid
     poll = select.poll()

@@ -4,6 +4,7 @@ Each is one process with one listening socket, in a temporary directory of its o
 process and no directory behind.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -191,6 +192,20 @@ class NydusDaemon(Server):
             str(self.api_path),
             *self.options,
         ]
+
+    @property
+    def family(self) -> list[int]:
+        """All processes of the daemon, the one that serves last."""
+        found = [self.process.pid]
+        for pid in found:
+            with contextlib.suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return found
+
+    @property
+    def serving_pid(self) -> int:
+        """The process that serves: the worker, or the daemon's only one."""
+        return self.family[-1]
 
     def explain_end(self) -> Failure:
         """The failure to raise when the server has ended: its own last line, if it ended by itself."""
