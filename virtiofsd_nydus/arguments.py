@@ -52,6 +52,19 @@ def add_registry_arguments(parser: "argparse.ArgumentParser | argparse._Argument
         help="PEM file with a CA to trust beside the system's; may be given again",
     )
     parser.add_argument(
+        "--hosts-dir",
+        default="",
+        metavar="DIR",
+        help="containerd's directory of HOST/hosts.toml: mirrors, CAs, headers (/etc/containerd/certs.d)",
+    )
+    parser.add_argument(
+        "--credential-provider-config",
+        default="",
+        metavar="FILE",
+        help="the kubelet's CredentialProviderConfig: its plugins give the login",
+    )
+    parser.add_argument("--credential-provider-bin-dir", default="", metavar="DIR", help="where those plugins are")
+    parser.add_argument(
         "--proxy",
         default=None,
         metavar="URL",

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,16 +58,16 @@ def run(args: argparse.Namespace) -> int:
     from virtiofsd_nydus.oci.convert import ConvertOptions, Place, convert_image
     from virtiofsd_nydus.oci.image import open_store
     from virtiofsd_nydus.oci.manifest import parse_platform
-    from virtiofsd_nydus.oci.store import Access
+    from virtiofsd_nydus.oci.serve import access_of
 
     source_ref, target_ref = parse_reference(args.source), parse_reference(args.target)
     options = make_options(args, oci_ref=args.oci_ref)
     dictionary = load_chunk_dict(args, options)
     platform = parse_platform(args.platform) if args.platform else None
     source_creds, target_creds = choose_creds(args, source_ref, target_ref)
-    ca_cert_files = tuple(args.ca_cert)
-    source = open_store(source_ref, Access(args.plain_http, source_creds, ca_cert_files))
-    target = open_store(target_ref, Access(args.plain_http, target_creds, ca_cert_files))
+    access = access_of(args)
+    source = open_store(source_ref, replace(access, creds=source_creds))
+    target = open_store(target_ref, replace(access, creds=target_creds))
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the work directory is emptied too

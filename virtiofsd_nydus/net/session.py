@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 
 
 class Endpoint:
-    """One repository of one registry. plain_fallback: go on in plain HTTP when the host turns out not to speak TLS
-    (nydusd does so with skip_verify)."""
+    """One repository of one registry. prefix: of the API's paths. plain_fallback: go on in plain HTTP when the host
+    turns out not to speak TLS (nydusd does so with skip_verify)."""
 
-    __slots__ = ("host", "plain_fallback", "repo", "scheme")
+    __slots__ = ("host", "plain_fallback", "prefix", "repo", "scheme")
 
-    def __init__(self, scheme: str, host: str, repo: str, *, plain_fallback: bool = False) -> None:
+    def __init__(self, scheme: str, host: str, repo: str, *, plain_fallback: bool = False, prefix: str = "v2") -> None:
         self.scheme = scheme
         self.host = host
         self.repo = repo
+        self.prefix = prefix
         self.plain_fallback = plain_fallback and scheme == "https"
 
 
@@ -55,12 +56,13 @@ class RegistrySession:
         self.repo = endpoint.repo
         self.auth = Authenticator(client, endpoint.host, login, secure=endpoint.scheme == "https", say=say)
         self._scheme = endpoint.scheme
+        self._prefix = f"{endpoint.prefix}/" if endpoint.prefix else ""
         self._plain_fallback = endpoint.plain_fallback
         self._rewrite_redirect = rewrite_redirect
 
     def url(self, path: str) -> str:
         """Address of /v2/REPO/path."""
-        return f"{self._scheme}://{self.host}/v2/{self.repo}/{path}"
+        return f"{self._scheme}://{self.host}/{self._prefix}{self.repo}/{path}"
 
     def is_own(self, url: str) -> bool:
         """Whether credentials for this registry may go to url."""

@@ -416,6 +416,13 @@ def _describe_backend(store: ImageStore) -> tuple[str, dict[str, Any]]:
         settings["ca_cert_files"] = list(store.access.ca_cert_files)
     if store.access.skip_verify:
         settings["skip_verify"] = True
+    for key, value in (
+        ("hosts_dir", store.access.hosts_dir),
+        ("credential_provider_config", store.access.provider_config),
+        ("credential_provider_bin_dir", store.access.provider_bin_dir),
+    ):
+        if value:
+            settings[key] = str(Path(value).absolute())
     return "registry", settings
 
 

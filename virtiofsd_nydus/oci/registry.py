@@ -13,13 +13,15 @@ from virtiofsd_nydus.net.answers import HEAD_REFUSED, check_status, read_body, r
 from virtiofsd_nydus.net.client import HttpClient, Limits, Request, Trust
 from virtiofsd_nydus.net.credentials import find_docker_credentials, parse_creds
 from virtiofsd_nydus.net.failures import RetriableFailure
+from virtiofsd_nydus.net.hosts import find_hosts
 from virtiofsd_nydus.net.login import Login
-from virtiofsd_nydus.net.session import Endpoint
+from virtiofsd_nydus.net.session import Endpoint, RegistrySession
 from virtiofsd_nydus.oci.manifest import ACCEPT, DOCUMENT_BYTES, MEDIA_INDEX, Descriptor, digest_of
 from virtiofsd_nydus.oci.reference import Reference, default_scheme
 from virtiofsd_nydus.oci.store import Access, OnBytes
 from virtiofsd_nydus.storage.blobs import read_patiently
-from virtiofsd_nydus.storage.registry import RegistryBackend
+from virtiofsd_nydus.storage.factory import make_providers
+from virtiofsd_nydus.storage.registry import RegistryBackend, make_mirrors
 
 # No guest waits for a conversion, so its limits are those of a slow registry. A PUT is answered after the registry
 # has hashed and stored the whole blob.
@@ -39,10 +41,39 @@ class RegistryStore:
         self.scheme = scheme
         self.access = access
         self.credentials = parse_creds(access.creds) if access.creds else None
-        self._client = HttpClient(LIMITS, Trust(access.ca_cert_files, skip_verify=access.skip_verify))
-        login = Login(self.credentials, find=lambda limit_s: find_docker_credentials(reference.host, limit_s))
-        self._backend = RegistryBackend(self._client, Endpoint(scheme, self.host, self.repo), login)
+        hosts = find_hosts(access.hosts_dir, reference.host) if access.hosts_dir else []
+        own = hosts[-1] if hosts else None
+        cas = (*access.ca_cert_files, *(own.ca_cert_files if own is not None else ()))
+        skip_verify = access.skip_verify or (own is not None and own.skip_verify)
+        self._client = HttpClient(LIMITS, Trust(cas, skip_verify=skip_verify))
+        providers = make_providers(access.provider_config, access.provider_bin_dir)
+        login = Login(
+            self.credentials,
+            find=lambda limit_s: (
+                (providers.find(reference.host, self.repo, limit_s) if providers is not None else None)
+                or find_docker_credentials(reference.host, limit_s)
+            ),
+        )
+        self._backend = RegistryBackend(
+            self._client,
+            Endpoint(scheme, self.host, self.repo),
+            login,
+            mirrors=make_mirrors(hosts, reference.host),
+        )
         self._session = self._backend.session
+        # Servers of hosts.toml that may tell what a tag names
+        self._resolvers = [
+            (
+                RegistrySession(
+                    HttpClient(LIMITS, Trust(one.ca_cert_files, skip_verify=one.skip_verify)),
+                    Endpoint(one.scheme, one.host, self.repo, prefix=one.prefix),
+                ),
+                one.headers,
+            )
+            for one in hosts
+            if one.resolve and not one.own
+        ]
+        self._namespace = f"?ns={reference.host}"
         self._known: set[str] = set()  # digests this repository has
         self._lock = threading.Lock()
 
@@ -56,9 +87,23 @@ class RegistryStore:
         return cls(reference, access, scheme)
 
     def close(self) -> None:
-        self._client.close()
+        self._backend.close()
+        for session, _ in self._resolvers:
+            session.client.close()
 
     def get_manifest(self, version: str) -> tuple[bytes, str]:
+        for session, headers in self._resolvers:
+            try:
+                path = f"manifests/{version}{self._namespace}"
+                response, url = session.request(
+                    Request("GET", path, {**headers, "Accept": ACCEPT}), f"manifest of {self.name}"
+                )
+                media_type = response.headers.get("Content-Type", "").partition(";")[0].strip()
+                data = read_body(response, url, DOCUMENT_BYTES)
+            except Failure:
+                continue  # the next server, and the registry itself at last, may have it
+            if not version.startswith("sha256:") or digest_of(data) == version:
+                return data, media_type
         retry = self._client.retry(LIMITS.retries, None)
         while True:
             try:

@@ -64,7 +64,14 @@ def access_of(args: "argparse.Namespace") -> "Any":
     """What the flags of arguments.add_registry_arguments say."""
     from virtiofsd_nydus.oci.store import Access
 
-    return Access(args.plain_http, args.creds, tuple(args.ca_cert))
+    return Access(
+        args.plain_http,
+        args.creds,
+        tuple(args.ca_cert),
+        hosts_dir=args.hosts_dir,
+        provider_config=args.credential_provider_config,
+        provider_bin_dir=args.credential_provider_bin_dir,
+    )
 
 
 def resolve_arguments(

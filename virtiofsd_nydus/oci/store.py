@@ -33,12 +33,16 @@ OnBytes = Callable[[int], None]
 @dataclass(frozen=True)
 class Access:
     """How registries are talked to. plain_http: without TLS (loopback ones are anyway, unless they want it). creds:
-    USER:PASSWORD; without them docker's login is looked up. ca_cert_files: PEM files trusted beside the system's."""
+    USER:PASSWORD; without them docker's login is looked up. ca_cert_files: PEM files trusted beside the system's.
+    hosts_dir: containerd's directory of hosts.toml files. provider_*: the kubelet's credential providers."""
 
     plain_http: bool = False
     creds: str = field(default="", repr=False)
     ca_cert_files: tuple[str, ...] = ()
     skip_verify: bool = False
+    hosts_dir: str = ""
+    provider_config: str = ""
+    provider_bin_dir: str = ""
 
 
 DEFAULT_ACCESS = Access()

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
+    from virtiofsd_nydus.net.kubelet import Providers
     from virtiofsd_nydus.net.proxy import ForwardProxy
     from virtiofsd_nydus.storage.backend import Backend
     from virtiofsd_nydus.storage.objects import Keys
@@ -37,7 +38,8 @@ LAYERS_KEY = "layers"
 wrap_layers: "Callable[[Backend, str], Backend] | None" = None
 KEYS = {
     "registry": HTTP_KEYS
-    | {"scheme", "host", "repo", "auth", "registry_token", "blob_url_scheme", "blob_redirected_host", "mirrors"},
+    | {"scheme", "host", "repo", "auth", "registry_token", "blob_url_scheme", "blob_redirected_host", "mirrors"}
+    | {"hosts_dir", "credential_provider_config", "credential_provider_bin_dir"},
     "s3": OBJECT_KEYS | {"region", "path_style"},
     "oss": OBJECT_KEYS,
     "http-proxy": HTTP_KEYS | {"addr", "path"},
@@ -97,13 +99,20 @@ def _make_registry(settings: "Settings", say: "Say") -> "Backend":
     from virtiofsd_nydus.net.credentials import decode_basic, find_docker_credentials
     from virtiofsd_nydus.net.login import Login
     from virtiofsd_nydus.net.session import Endpoint
-    from virtiofsd_nydus.storage.registry import Redirects, RegistryBackend
+    from virtiofsd_nydus.storage.registry import Redirects, RegistryBackend, make_mirrors
 
     host, repo = _text(settings, "host"), _text(settings, "repo")
     if not host or not repo:
         raise UsageFailure("backend registry: host and repo are needed")
     auth = _text(settings, "auth")
     mirrors = _make_mirrors(settings, say)
+    if _text(settings, "hosts_dir"):
+        from virtiofsd_nydus.net.hosts import find_hosts
+
+        mirrors += make_mirrors(find_hosts(_text(settings, "hosts_dir"), host, say), host)
+    providers = make_providers(
+        _text(settings, "credential_provider_config"), _text(settings, "credential_provider_bin_dir")
+    )
     endpoint = Endpoint(_scheme(settings), host, repo, plain_fallback=_flag(settings, "skip_verify"))
     # Secrets of the configuration go where its login goes, and nowhere else.
     trusted = [f"{endpoint.scheme}://{host}", *(f"{one.scheme}://{one.host}" for one in mirrors if one.with_login)]
@@ -115,12 +124,26 @@ def _make_registry(settings: "Settings", say: "Say") -> "Backend":
         Login(
             decode_basic(auth, "backend registry, auth") if auth else None,
             _text(settings, "registry_token"),
-            lambda limit_s: find_docker_credentials(host, limit_s),
+            lambda limit_s: (
+                (providers.find(host, repo, limit_s) if providers is not None else None)
+                or find_docker_credentials(host, limit_s)
+            ),
         ),
         redirects=Redirects(_text(settings, "blob_url_scheme"), _text(settings, "blob_redirected_host")),
         mirrors=mirrors,
         say=say,
     )
+
+
+def make_providers(config: str, bin_dir: str) -> "Providers | None":
+    """The kubelet's credential providers, where a configuration and a directory of them are given."""
+    if not config and not bin_dir:
+        return None
+    if not config or not bin_dir:
+        raise UsageFailure("credential providers need a configuration and the directory of the programs")
+    from virtiofsd_nydus.net.kubelet import Providers
+
+    return Providers(config, bin_dir)
 
 
 def _make_mirrors(settings: "Settings", say: "Say") -> "list[Mirror]":

@@ -9,7 +9,7 @@ import time
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.address import parse_address
 from virtiofsd_nydus.net.answers import check_status, release
-from virtiofsd_nydus.net.client import HttpClient, Request, Through
+from virtiofsd_nydus.net.client import HttpClient, Request, Through, Trust
 from virtiofsd_nydus.net.health import Gate
 from virtiofsd_nydus.net.login import Login
 from virtiofsd_nydus.net.session import Endpoint, RegistrySession
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
 
     from virtiofsd_nydus.net.credentials import Credentials
+    from virtiofsd_nydus.net.hosts import Host
 
 # What an address that a redirect once named answers when its time is over; the registry then names another.
 STALE_STATUSES = (400, 401, 403, 404, 410)
@@ -47,9 +48,15 @@ class Mirror:
         failures_max: int = MIRROR_FAILURES_MAX,
         check_interval_s: float = MIRROR_CHECK_INTERVAL_S,
         with_login: bool = False,
+        prefix: str = "v2",
+        namespace: str = "",
+        trust: "Trust | None" = None,
     ) -> None:
         """ping_url: asked before a mirror that failed is trusted again. with_login: the registry's own credentials may
-        be sent to it."""
+        be sent to it. prefix: of the API's paths. namespace: the registry that it stands for, told with each request.
+        trust: its own certificates, None: the registry's."""
+        self.prefix, self.trust = prefix, trust
+        self.query = f"?ns={namespace}" if namespace else ""
         self.scheme, self.host, self.ping_url = scheme, host, ping_url
         self.headers = dict(headers or {})
         self.failures_max, self.check_interval_s, self.with_login = failures_max, check_interval_s, with_login
@@ -105,12 +112,15 @@ class RegistryBackend(HttpBackend):
         login = login or Login()
         rewrite = redirects.rewrite if redirects is not None else None
         self.session = RegistrySession(client, endpoint, login, rewrite_redirect=rewrite, say=say)
+        self._own_clients = {
+            id(mirror): HttpClient(client.limits, mirror.trust) for mirror in mirrors if mirror.trust is not None
+        }
         self._mirrors = [
             _Mirrored(
                 mirror,
                 RegistrySession(
-                    client,
-                    Endpoint(mirror.scheme, mirror.host, endpoint.repo),
+                    self._own_clients.get(id(mirror), client),
+                    Endpoint(mirror.scheme, mirror.host, endpoint.repo, prefix=mirror.prefix),
                     Login(login.credentials, find=login.find) if mirror.with_login else None,
                 ),
                 say,
@@ -118,6 +128,11 @@ class RegistryBackend(HttpBackend):
             for mirror in mirrors
         ]
         self._locations: dict[str, str] = {}  # blob id -> where the registry last sent us
+
+    def close(self) -> None:
+        super().close()
+        for client in self._own_clients.values():
+            client.close()
 
     def set_credentials(self, credentials: "Credentials | None") -> None:
         """Hot reload of the login."""
@@ -200,7 +215,8 @@ class RegistryBackend(HttpBackend):
             try:
                 if one.gate.state != "open" and one.mirror.ping_url:
                     self._ping(one, deadline)
-                request = Request(method, blob_path(blob_id), {**one.mirror.headers, **headers})
+                path = blob_path(blob_id) + one.mirror.query
+                request = Request(method, path, {**one.mirror.headers, **headers})
                 response, url = one.session.request(request, what, deadline=deadline, through=through)
             except Failure as failure:
                 if failure.cause is Cause.NETWORK or failure.cause is Cause.SCHEME:
@@ -219,6 +235,22 @@ class RegistryBackend(HttpBackend):
         response = self._client.send(Request("GET", one.mirror.ping_url), deadline=deadline)
         check_status(response, one.mirror.ping_url, "health check")
         release(response)
+
+
+def make_mirrors(hosts: "Sequence[Host]", registry_host: str) -> list[Mirror]:
+    """The servers of hosts.toml that blobs may be had of before the registry itself."""
+    return [
+        Mirror(
+            one.scheme,
+            one.host,
+            headers=one.headers,
+            prefix=one.prefix,
+            namespace=registry_host,
+            trust=Trust(one.ca_cert_files, skip_verify=one.skip_verify),
+        )
+        for one in hosts
+        if one.pull and not one.own
+    ]
 
 
 def blob_path(blob_id: str) -> str:

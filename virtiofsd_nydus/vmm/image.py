@@ -52,6 +52,9 @@ class WantedImage:
     ca_cert_files: tuple[str, ...] = ()
     verify_keys: tuple[str, ...] = ()
     policy: str = ""
+    hosts_dir: str = ""
+    provider_config: str = ""
+    provider_bin_dir: str = ""
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> Self:
@@ -66,6 +69,9 @@ class WantedImage:
             tuple(args.ca_cert),
             tuple(args.verify_key),
             args.policy or "",
+            args.hosts_dir,
+            args.credential_provider_config,
+            args.credential_provider_bin_dir,
         )
 
 
@@ -97,7 +103,14 @@ def prepare_image(wanted: WantedImage) -> Iterator[PreparedImage]:
 
         bootstraps = work_dir / "bootstraps"
         before = set(bootstraps.glob("*.boot"))
-        access = Access(wanted.plain_http, wanted.creds, wanted.ca_cert_files)
+        access = Access(
+            wanted.plain_http,
+            wanted.creds,
+            wanted.ca_cert_files,
+            hosts_dir=wanted.hosts_dir,
+            provider_config=wanted.provider_config,
+            provider_bin_dir=wanted.provider_bin_dir,
+        )
         found = resolve(
             image, str(work_dir), access=access, verify_keys=wanted.verify_keys, policy=wanted.policy, say=tell
         )
