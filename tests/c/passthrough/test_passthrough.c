@@ -1,85 +1,12 @@
-/* The passthrough from several threads at once, as queues serve it, while descriptors are dropped and the session ends. */
+/* A host directory as a file system: from several threads at once while descriptors are dropped, open files, bounds. */
 #include <fcntl.h>
-#include <ftw.h>
 #include <pthread.h>
-#include <sys/resource.h>
 
-#include "fuse_rig.h"
-#include "fuse/internal.h"
-#include "passthrough/internal.h"
+#include "share_rig.h"
 
 #define THREADS 3
 #define ROUNDS 200
 #define NAMES 12
-
-static char source[] = "/tmp/vnd-passthrough-XXXXXX"; /* of one case, see new_source */
-
-struct client {
-    struct rig rig; /* shares vfs and session with the others */
-    struct fake_req f;
-    _Atomic int woken;
-    unsigned int seed;
-    pthread_t thread;
-    _Atomic int *stop;
-};
-
-static int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
-{
-    return remove(path);
-}
-
-static void client_wake(struct store_wait *w)
-{
-    struct client *c = (struct client *)((char *)w->owner - offsetof(struct client, f));
-
-    atomic_store(&c->woken, 1);
-}
-
-/* One request to its end, also by another thread: its errno. */
-static int ask_cap(struct client *c, uint32_t op, uint64_t nodeid, const void *body, uint32_t len, uint32_t out_cap)
-{
-    struct fuse_out_header h;
-    enum req_verdict v;
-
-    fake_done(&c->f);
-    fake_fill(&c->f, op, nodeid, body, len, out_cap);
-    c->f.r.session_gen = fuse_session_gen(c->rig.s);
-    c->f.r.wait.wake = client_wake;
-    for (;;) {
-        atomic_store(&c->woken, 0);
-        v = fuse_session_serve(c->rig.s, &c->rig.w, &c->f.r);
-        if (v != REQ_PARKED)
-            break;
-        while (!atomic_load(&c->woken))
-            sched_yield();
-    }
-    if (v == REQ_NOREPLY)
-        return 0;
-    memcpy(&h, c->f.out, sizeof(h));
-    return -h.error;
-}
-
-static int ask(struct client *c, uint32_t op, uint64_t nodeid, const void *body, uint32_t len)
-{
-    return ask_cap(c, op, nodeid, body, len, 16384);
-}
-
-static const uint8_t *answer(struct client *c)
-{
-    return c->f.out + sizeof(struct fuse_out_header);
-}
-
-static uint32_t with_name(uint8_t *body, const void *head, uint32_t head_len, const char *name)
-{
-    memcpy(body, head, head_len);
-    memcpy(body + head_len, name, strlen(name) + 1);
-    return head_len + (uint32_t)strlen(name) + 1;
-}
-
-static void forget(struct client *c, uint64_t nodeid, uint64_t n)
-{
-    ask(c, FUSE_OP_FORGET, nodeid, &n, sizeof(n));
-}
 
 static void use_file(struct client *c, const char *name)
 {
@@ -176,16 +103,6 @@ static void *client_run(void *arg)
     return NULL;
 }
 
-static void new_source(void)
-{
-    CHECK(mkdtemp(source));
-}
-
-static void remove_source(void)
-{
-    nftw(source, remove_one, 16, FTW_DEPTH | FTW_PHYS);
-}
-
 /* Ends without a node or a file left, whatever was interleaved. */
 TEST(threads)
 {
@@ -230,99 +147,47 @@ TEST(threads)
     remove_source();
 }
 
-/* What a guest leaves behind goes with its session. */
-TEST(reset)
+TEST(a_source_that_is_not_there_is_named)
+{
+    char err[VND_ERR_MAX];
+
+    CHECK(!vnd_passthrough_new(engine, "/nonexistent", 0, err, sizeof(err)));
+    CHECK_HAS(err, "/nonexistent");
+}
+
+TEST(what_has_no_room_for_its_answer_is_not_made)
 {
     struct fuse_create_in in = { .flags = O_RDWR, .mode = S_IFREG | 0644 };
-    vnd_passthrough_stats stats;
-    char err[VND_ERR_MAX];
-    struct client c = { 0 };
     uint8_t body[64];
-    struct rig g;
-    vnd_passthrough *p;
+    struct share s;
 
-    new_source();
-    p = vnd_passthrough_new(engine, source, 0, err, sizeof(err));
-    CHECK(p);
-    CHECK(!vnd_passthrough_new(engine, "/nonexistent", 0, err, sizeof(err)));
-    CHECK(strstr(err, "/nonexistent"));
-    rig_new(&g, VND_SESSION_MIXED);
-    CHECK_EQ(vnd_vfs_mount_passthrough(g.vfs, "/", p), 0);
-    init(&g, 7, 38, ~0ull);
-    c.rig.s = g.s;
-    CHECK_EQ(fuse_worker_init(&c.rig.w, engine, g.vfs), 0);
+    share_new(&s);
+    CHECK_EQ(ask_cap(&s.client, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), "no"), 100), EINVAL);
+    CHECK_EQ(ask(&s.client, FUSE_OP_LOOKUP, 1, "no", 3), ENOENT);
+    share_free(&s);
+}
+
+TEST(what_a_guest_leaves_behind_goes_with_its_session)
+{
+    vnd_passthrough_stats stats;
+    struct share s;
+    struct made m;
+
+    share_new(&s);
     for (int i = 0; i < 100; i++) {
         char name[16];
 
         snprintf(name, sizeof(name), "r%d", i);
-        CHECK_EQ(ask(&c, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), name)), 0);
+        CHECK_EQ(create_file(&s.client, name, &m), 0);
     }
-    vnd_passthrough_stats_get(p, &stats);
+    vnd_passthrough_stats_get(s.p, &stats);
     CHECK_EQ(stats.files, 100);
     CHECK_EQ(stats.inodes, 101);
-    /* No room for the answer: nothing is made. */
-    CHECK_EQ(ask_cap(&c, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), "no"), 100), EINVAL);
-    CHECK_EQ(ask(&c, FUSE_OP_LOOKUP, 1, "no", 3), ENOENT);
-    fake_done(&c.f);
-    fuse_worker_free(&c.rig.w, g.vfs);
-    fuse_session_reset(g.s);
-    vnd_passthrough_stats_get(p, &stats);
+    fuse_session_reset(s.rig.s);
+    vnd_passthrough_stats_get(s.p, &stats);
     CHECK_EQ(stats.files, 0);
     CHECK_EQ(stats.inodes, 1);
-    CHECK_EQ(vnd_vfs_umount(g.vfs, "/"), 0);
-    vnd_passthrough_free(p);
-    rig_free(&g);
-    remove_source();
-}
-
-/* A share on an empty directory, one guest, one client. */
-struct share {
-    struct rig rig;
-    struct client client;
-    vnd_passthrough *p;
-};
-
-static void share_new(struct share *s)
-{
-    char err[VND_ERR_MAX];
-
-    memset(s, 0, sizeof(*s));
-    new_source();
-    s->p = vnd_passthrough_new(engine, source, 0, err, sizeof(err));
-    CHECK(s->p);
-    rig_new(&s->rig, VND_SESSION_MIXED);
-    CHECK_EQ(vnd_vfs_mount_passthrough(s->rig.vfs, "/", s->p), 0);
-    init(&s->rig, 7, 38, ~0ull);
-    s->client.rig.s = s->rig.s;
-    CHECK_EQ(fuse_worker_init(&s->client.rig.w, engine, s->rig.vfs), 0);
-}
-
-static void share_free(struct share *s)
-{
-    fake_done(&s->client.f);
-    fuse_worker_free(&s->client.rig.w, s->rig.vfs);
-    CHECK_EQ(vnd_vfs_umount(s->rig.vfs, "/"), 0);
-    fuse_session_reset(s->rig.s);
-    vnd_passthrough_free(s->p);
-    rig_free(&s->rig);
-    remove_source();
-}
-
-/* Makes and opens a file. *fh: the open file. Its nodeid, or 0 with *error. */
-static uint64_t create(struct share *s, const char *name, uint64_t *fh, int *error)
-{
-    struct fuse_create_in in = { .flags = O_RDWR, .mode = S_IFREG | 0644 };
-    struct fuse_entry_out e;
-    struct fuse_open_out open;
-    uint8_t body[64];
-
-    *error = ask(&s->client, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), name));
-    if (*error)
-        return 0;
-    memcpy(&e, answer(&s->client), sizeof(e));
-    memcpy(&open, answer(&s->client) + sizeof(e), sizeof(open));
-    *fh = open.fh;
-    return e.nodeid;
+    share_free(&s);
 }
 
 TEST(an_open_file_in_use_outlives_its_release)
@@ -330,64 +195,21 @@ TEST(an_open_file_in_use_outlives_its_release)
     struct fuse_release_in release = { 0 };
     struct share s;
     struct pt_file *f;
-    uint64_t nodeid;
-    int error, fd;
+    struct made m;
+    int fd;
 
     share_new(&s);
-    nodeid = create(&s, "f", &release.fh, &error);
-    CHECK_EQ(error, 0);
+    CHECK_EQ(create_file(&s.client, "f", &m), 0);
+    release.fh = m.fh;
     f = pt_file_get(s.p, 0, release.fh);
     CHECK(f);
     CHECK_EQ(f->refs, 2);
     fd = f->fd;
-    CHECK_EQ(ask(&s.client, FUSE_OP_RELEASE, nodeid, &release, sizeof(release)), 0);
+    CHECK_EQ(ask(&s.client, FUSE_OP_RELEASE, m.nodeid, &release, sizeof(release)), 0);
     CHECK(!pt_file_get(s.p, 0, release.fh)); /* no new use */
     CHECK(fcntl(fd, F_GETFD) >= 0);
     pt_file_put(s.p, f);
     CHECK_EQ(fcntl(fd, F_GETFD), -1);
-    share_free(&s);
-}
-
-/* Which way a request that may take long is served: 0 here, 1 by another thread. */
-static int is_detached(struct share *s, uint64_t nodeid, uint64_t fh)
-{
-    struct fuse_fsync_in in = { .fh = fh };
-    struct client *c = &s->client;
-    enum req_verdict v;
-
-    fake_done(&c->f);
-    fake_fill(&c->f, FUSE_OP_FSYNC, nodeid, &in, sizeof(in), 4096);
-    c->f.r.session_gen = fuse_session_gen(c->rig.s);
-    c->f.r.wait.wake = client_wake;
-    atomic_store(&c->woken, 0);
-    v = fuse_session_serve(c->rig.s, &c->rig.w, &c->f.r);
-    if (v != REQ_PARKED)
-        return 0;
-    while (!atomic_load(&c->woken))
-        sched_yield();
-    CHECK_EQ(fuse_session_serve(c->rig.s, &c->rig.w, &c->f.r), REQ_REPLY);
-    return 1;
-}
-
-TEST(detached_requests_have_a_budget)
-{
-    uint64_t mine = (128ull << 20) - 1000, all = (512ull << 20) - 1000, nodeid, fh;
-    struct share s;
-    int error;
-
-    share_new(&s);
-    nodeid = create(&s, "f", &fh, &error);
-    CHECK_EQ(error, 0);
-    CHECK_EQ(is_detached(&s, nodeid, fh), 1);
-    CHECK_EQ(atomic_load(&s.rig.s->detached_bytes), 0);
-    CHECK_EQ(atomic_load(&engine->detached_bytes), 0);
-    atomic_store(&s.rig.s->detached_bytes, mine);
-    CHECK_EQ(is_detached(&s, nodeid, fh), 0);
-    atomic_store(&s.rig.s->detached_bytes, 0);
-    atomic_store(&engine->detached_bytes, all); /* of other sessions */
-    CHECK_EQ(is_detached(&s, nodeid, fh), 0);
-    atomic_store(&engine->detached_bytes, 0);
-    CHECK_EQ(is_detached(&s, nodeid, fh), 1);
     share_free(&s);
 }
 
@@ -496,175 +318,4 @@ TEST(covered_entries_are_not_counted)
     CHECK_EQ(inodes(s.p), 1);
     vnd_passthrough_free(over);
     share_free(&s);
-}
-
-/* ---- two guests on one share */
-
-struct pair {
-    struct rig first; /* the mount table's */
-    vnd_passthrough *p;
-    struct client a, b;
-};
-
-static void client_new(struct client *c, struct rig *first)
-{
-    struct fuse_init_in in = { .major = 7, .minor = 38, .flags = ~0u };
-
-    memset(c, 0, sizeof(*c));
-    c->rig.vfs = first->vfs;
-    c->rig.s = fuse_session_new(engine, first->vfs);
-    CHECK(c->rig.s);
-    CHECK_EQ(fuse_worker_init(&c->rig.w, engine, first->vfs), 0);
-    CHECK_EQ(ask(c, FUSE_OP_INIT, 0, &in, sizeof(in)), 0);
-}
-
-static void client_free(struct client *c)
-{
-    fake_done(&c->f);
-    fuse_session_free(c->rig.s);
-    fuse_worker_free(&c->rig.w, c->rig.vfs);
-}
-
-static void pair_new(struct pair *t)
-{
-    char err[VND_ERR_MAX];
-
-    new_source();
-    t->p = vnd_passthrough_new(engine, source, 0, err, sizeof(err));
-    CHECK(t->p);
-    rig_new(&t->first, VND_SESSION_MIXED);
-    CHECK_EQ(vnd_vfs_mount_passthrough(t->first.vfs, "/", t->p), 0);
-    client_new(&t->a, &t->first);
-    client_new(&t->b, &t->first);
-}
-
-static void pair_free(struct pair *t)
-{
-    vnd_passthrough_stats stats;
-
-    client_free(&t->a);
-    client_free(&t->b);
-    vnd_passthrough_stats_get(t->p, &stats);
-    CHECK_EQ(stats.files, 0);
-    CHECK_EQ(stats.inodes, 1);
-    CHECK_EQ(vnd_vfs_umount(t->first.vfs, "/"), 0);
-    vnd_passthrough_free(t->p);
-    rig_free(&t->first);
-    remove_source();
-}
-
-struct made {
-    uint64_t nodeid, fh;
-};
-
-static int create_file(struct client *c, const char *name, struct made *out)
-{
-    struct fuse_create_in in = { .flags = O_RDWR, .mode = S_IFREG | 0644 };
-    struct fuse_entry_out e;
-    struct fuse_open_out o;
-    uint8_t body[64];
-    int error = ask(c, FUSE_OP_CREATE, 1, body, with_name(body, &in, sizeof(in), name));
-
-    if (error)
-        return error;
-    memcpy(&e, answer(c), sizeof(e));
-    memcpy(&o, answer(c) + sizeof(e), sizeof(o));
-    *out = (struct made){ e.nodeid, o.fh };
-    return 0;
-}
-
-static int read_file(struct client *c, const struct made *m)
-{
-    struct fuse_read_in in = { .fh = m->fh, .size = 100 };
-
-    return ask(c, FUSE_OP_READ, m->nodeid, &in, sizeof(in));
-}
-
-/* b's file and node are there, and in use. */
-static void check_unharmed(struct client *c, const struct made *m)
-{
-    struct fuse_fsync_in sync = { .fh = m->fh };
-    struct fuse_open_in open = { .flags = O_RDONLY };
-
-    CHECK_EQ(ask(c, FUSE_OP_GETATTR, m->nodeid, NULL, 0), 0);
-    CHECK_EQ(read_file(c, m), 0);
-    CHECK_EQ(ask(c, FUSE_OP_FSYNC, m->nodeid, &sync, sizeof(sync)), 0);
-    CHECK_EQ(ask(c, FUSE_OP_OPEN, m->nodeid, &open, sizeof(open)), 0);
-}
-
-TEST(a_guest_cannot_give_back_what_anothers_session_holds)
-{
-    struct pair t;
-    struct made b;
-
-    pair_new(&t);
-    CHECK_EQ(create_file(&t.b, "b", &b), 0);
-    struct fuse_release_in release = { .fh = b.fh };
-    forget(&t.a, b.nodeid, 1ull << 40);
-    check_unharmed(&t.b, &b);
-    ask(&t.a, FUSE_OP_RELEASE, b.nodeid, &release, sizeof(release));
-    check_unharmed(&t.b, &b);
-    CHECK_EQ(read_file(&t.a, &b), EBADF);
-    /* And what it holds itself is given back no more than once. */
-    forget(&t.b, b.nodeid, 1);
-    CHECK_EQ(ask(&t.b, FUSE_OP_RELEASE, b.nodeid, &release, sizeof(release)), 0);
-    CHECK_EQ(read_file(&t.b, &b), EBADF);
-    pair_free(&t);
-}
-
-TEST(the_end_of_one_guests_session_leaves_anothers)
-{
-    struct fuse_init_in again = { .major = 7, .minor = 38, .flags = ~0u };
-    vnd_passthrough_stats stats;
-    struct pair t;
-    struct made a, b;
-
-    pair_new(&t);
-    CHECK_EQ(create_file(&t.b, "b", &b), 0);
-    CHECK_EQ(create_file(&t.a, "a", &a), 0);
-    CHECK_EQ(ask(&t.a, FUSE_OP_INIT, 0, &again, sizeof(again)), 0);
-    CHECK_EQ(read_file(&t.a, &a), EBADF); /* of before its INIT */
-    check_unharmed(&t.b, &b);
-    CHECK_EQ(create_file(&t.a, "a2", &a), 0);
-    CHECK_EQ(ask(&t.a, FUSE_OP_DESTROY, 0, NULL, 0), 0);
-    check_unharmed(&t.b, &b);
-    CHECK_EQ(ask(&t.a, FUSE_OP_INIT, 0, &again, sizeof(again)), 0);
-    CHECK_EQ(create_file(&t.a, "a3", &a), 0);
-    fuse_session_reset(t.a.rig.s); /* it hangs up */
-    check_unharmed(&t.b, &b);
-    vnd_passthrough_stats_get(t.p, &stats);
-    CHECK_EQ(stats.inodes, 2);    /* the root and b: nothing of a is left */
-    CHECK_EQ(stats.files, 1 + 3); /* b's, and those that check_unharmed opened */
-    pair_free(&t);
-}
-
-/* A guest that opens all it can leaves the others theirs. */
-TEST(open_files_are_a_guests_own)
-{
-    struct rlimit limit;
-    struct pair t;
-    struct made m;
-    uint32_t n = 0;
-
-    CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
-    limit.rlim_cur = 400;
-    CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
-    pair_new(&t);
-    CHECK_EQ(create_file(&t.a, "a", &m), 0);
-    struct fuse_open_in open = { .flags = O_RDONLY };
-    while (ask(&t.a, FUSE_OP_OPEN, m.nodeid, &open, sizeof(open)) == 0)
-        CHECK(++n < 400);
-    CHECK_EQ(ask(&t.a, FUSE_OP_OPEN, m.nodeid, &open, sizeof(open)), ENFILE);
-    CHECK_EQ(create_file(&t.a, "no", &m), ENFILE);
-    CHECK_EQ(ask(&t.b, FUSE_OP_LOOKUP, 1, "no", 3), ENOENT); /* nothing was made */
-    for (int i = 0; i < 40; i++) {                           /* half of what a left */
-        char name[16];
-
-        snprintf(name, sizeof(name), "b%d", i);
-        CHECK_EQ(create_file(&t.b, name, &m), 0);
-        check_unharmed(&t.b, &m);
-        struct fuse_release_in release = { .fh = m.fh };
-        CHECK_EQ(ask(&t.b, FUSE_OP_RELEASE, m.nodeid, &release, sizeof(release)), 0);
-    }
-    pair_free(&t);
 }
