@@ -112,6 +112,22 @@ static _Noreturn inline void check_fail(void)
         }                                                                                                  \
     } while (0)
 
+/* Waits until the condition holds, which another thread or process brings about: it is looked at every 200 us, and must
+ * hold within CHECK_SOON_S. Nothing in a test waits for a time. */
+#define CHECK_SOON_S 30
+#define CHECK_SOON(cond)                                                                                          \
+    do {                                                                                                          \
+        time_t until_ = time(NULL) + CHECK_SOON_S;                                                                \
+        while (!(cond)) {                                                                                         \
+            if (time(NULL) > until_) {                                                                            \
+                fprintf(stderr, "%s:%d: %s: not so after %d s: %s\n", __FILE__, __LINE__, __func__, CHECK_SOON_S, \
+                        #cond);                                                                                   \
+                check_fail();                                                                                     \
+            }                                                                                                     \
+            usleep(200);                                                                                          \
+        }                                                                                                         \
+    } while (0)
+
 /* The directory for temporary files: TMPDIR, or /tmp. */
 static inline const char *check_tmp(void)
 {
