@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #include <zlib.h>
@@ -324,6 +325,15 @@ static inline void fix_dir_make(char *dir)
 {
     sprintf(dir, "%s/vnd-test-XXXXXX", check_tmp());
     CHECK(mkdtemp(dir));
+}
+
+/* Mounts the directory over itself, read-only, until umount(dir). False: this process may not. */
+static inline bool fix_dir_read_only(const char *dir)
+{
+    if (geteuid() != 0 || mount(dir, dir, NULL, MS_BIND, NULL) != 0)
+        return false;
+    CHECK(!mount(NULL, dir, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY, NULL));
+    return true;
 }
 
 static inline void fix_dir_remove(const char *dir)

@@ -1,7 +1,5 @@
 /* The cache on disk: what survives a restart, a kill, a reboot; what strangers do to the files. */
 #include <signal.h>
-#include <sys/mount.h>
-#include <sys/resource.h>
 #include <sys/wait.h>
 
 #include "store_fixture.h"
@@ -278,114 +276,16 @@ TEST(maps_cut_while_running)
     fix_dir_remove(dir);
 }
 
-static void said_space(struct fix *f, struct fix_blob *b, uint64_t *jobs)
-{
-    uint64_t total;
-
-    for (int round = 0; round < 2; round++) {
-        fix_check(f->h, b, 0, 6 * CHUNK);
-        fix_check(f->h, b, 5 * CHUNK + 5, 3 * CHUNK);
-    }
-    CHECK_EQ(vnd_blob_ready(f->h, &total), 0);
-    *jobs = atomic_load(&f->server.jobs);
-    CHECK(fix_said(f->e, VND_CAUSE_SPACE, "memory"));
-}
-
-/* No room: chunks come from memory and set no bit. The file size limit stands for a full disk. */
-TEST(no_space)
-{
-    char dir[200];
-    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
-    struct fix f = { 0 };
-    struct rlimit old, none;
-
-    fix_dir_make(dir);
-    signal(SIGXFSZ, SIG_IGN);
-    fix_up(&f, dir, b, 1);
-    fix_check(f.h, b, 20 * CHUNK, 100); /* files exist in full size */
-    getrlimit(RLIMIT_FSIZE, &old);
-    none = old;
-    none.rlim_cur = 0;
-    CHECK(!setrlimit(RLIMIT_FSIZE, &none));
-    for (int round = 0; round < 2; round++) {
-        fix_check(f.h, b, 0, 6 * CHUNK);
-        fix_check(f.h, b, 5 * CHUNK + 5, 3 * CHUNK);
-        fix_check(f.h, b, 19 * CHUNK, 2 * CHUNK); /* one from memory, one from the file */
-    }
-    CHECK(fix_said(f.e, VND_CAUSE_SPACE, "memory"));
-    CHECK(!setrlimit(RLIMIT_FSIZE, &old));
-    uncached_drop(f.h->core);
-    fix_check(f.h, b, 10 * CHUNK, 2 * CHUNK);
-    CHECK(fix_said(f.e, VND_CAUSE_NONE, "again"));
-    fix_down(&f);
-    /* A real full file system, where we may mount one. */
-    CHECK(geteuid() != 0 || mount("none", dir, "tmpfs", 0, "size=32k") == 0 || errno == EPERM);
-    if (geteuid() == 0) {
-        memset(&f, 0, sizeof f);
-        fix_up(&f, dir, b, 1);
-        fix_check(f.h, b, 0, 20 * CHUNK);
-        fix_check(f.h, b, 0, 20 * CHUNK);
-        CHECK(fix_said(f.e, VND_CAUSE_SPACE, "memory"));
-        fix_down(&f);
-        umount(dir);
-    }
-    fix_blob_free(b);
-    fix_dir_remove(dir);
-}
-
-/* Nothing is fetched ahead that could not be kept; readers are served all the same. */
-TEST(no_space_ends_prefetch)
-{
-    char dir[200];
-    struct fix_blob *b = fix_blob_new("blob", CODEC_NONE, 2000, CHUNK);
-    struct fix f = { 0 };
-    struct rlimit old, none;
-    bool left = true;
-
-    fix_dir_make(dir);
-    f.server.feed_bytes = 1 << 20;
-    fix_up(&f, dir, b, 1);
-    fix_check(f.h, b, 0, 100);
-    signal(SIGXFSZ, SIG_IGN);
-    getrlimit(RLIMIT_FSIZE, &old);
-    none = old;
-    none.rlim_cur = 0;
-    CHECK(!setrlimit(RLIMIT_FSIZE, &none));
-    CHECK_EQ(vnd_prefetch(f.h, 0, 0, 3), 0);
-    for (int64_t until = now_us() + 10000000; left; usleep(1000)) {
-        CHECK(now_us() < until);
-        pthread_mutex_lock(&f.e->fetcher->lock);
-        left = f.e->fetcher->sources || f.e->fetcher->running;
-        pthread_mutex_unlock(&f.e->fetcher->lock);
-    }
-    CHECK(atomic_load(&f.server.fed_bytes) < 8u << 20); /* of 32 MiB */
-    fix_check(f.h, b, 1500 * CHUNK, 4 * CHUNK);
-    CHECK(!setrlimit(RLIMIT_FSIZE, &old));
-    fix_down(&f);
-    fix_blob_free(b);
-    fix_dir_remove(dir);
-}
-
-/* A work directory that cannot be written: what is in it is verified and used, the rest comes from memory. */
+/* A work directory that cannot be written: what is in it is verified and used. */
 TEST(read_only_dir)
 {
     char dir[200];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
     struct fix f = { 0 };
-    uint64_t jobs;
 
     fix_dir_make(dir);
-    if (geteuid() == 0 && mount(dir, dir, NULL, MS_BIND, NULL) == 0) {
-        CHECK(!mount(NULL, dir, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY, NULL));
-        fix_up(&f, dir, b, 1);
-        said_space(&f, b, &jobs);
-        CHECK(jobs > 0);
-        fix_down(&f);
-        CHECK(!umount(dir));
-        fill_cache(dir, b);
-        CHECK(!mount(dir, dir, NULL, MS_BIND, NULL));
-        CHECK(!mount(NULL, dir, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY, NULL));
-        memset(&f, 0, sizeof f);
+    fill_cache(dir, b);
+    if (fix_dir_read_only(dir)) {
         fix_up(&f, dir, b, 1);
         fix_check(f.h, b, 0, (N - 1) * CHUNK);
         CHECK_EQ(atomic_load(&f.server.jobs), atomic_load(&f.server.verify_jobs));
