@@ -8,6 +8,7 @@ is left out: inode numbers, sizes and link counts of directories, times other th
 
 # Paths are bytes here, which pathlib does not take
 # ruff: noqa: PTH115, PTH118, PTH208
+import errno
 import hashlib
 import json
 import os
@@ -50,9 +51,19 @@ def describe_entry(path, name):
         record["sha256"] = hash_file(path)
     record["xattrs"] = {
         os.fsdecode(key): os.getxattr(path, key, follow_symlinks=False).hex()
-        for key in sorted(map(os.fsencode, os.listxattr(path, follow_symlinks=False)))
+        for key in sorted(map(os.fsencode, list_xattrs(path)))
     }
     return record
+
+
+def list_xattrs(path):
+    """Names of extended attributes; none where the file system has no such thing."""
+    try:
+        return os.listxattr(path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno == errno.ENOTSUP:
+            return []
+        raise
 
 
 def hash_file(path):

@@ -72,13 +72,21 @@ class CacheFill:
                 os.link(temporary, chunk_map)
             finally:
                 os.unlink(temporary)  # noqa: PTH108
-            source = self._temporary or f"/proc/self/fd/{self._fd}"
-            os.link(source, self._directory / f"{self._blob_id}.blob.data", follow_symlinks=True)
+            self._link_data()
         except OSError:
             return False  # another process was first, or the disk is full: then chunks are fetched
         finally:
             self.close()
         return True
+
+    def _link_data(self) -> None:
+        folder = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            source = self._temporary or f"/proc/self/fd/{self._fd}"
+            # Python follows the link only with a directory's descriptor: without one it calls link(2), which does not.
+            os.link(source, f"{self._blob_id}.blob.data", dst_dir_fd=folder, follow_symlinks=True)
+        finally:
+            os.close(folder)
 
     def close(self) -> None:
         """Removes what has no name yet."""
