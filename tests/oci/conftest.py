@@ -1,5 +1,6 @@
 """A small OCI image made of tars, and real registries to put it in."""
 
+import hashlib
 import io
 import json
 import random
@@ -149,3 +150,17 @@ def skopeo(*words: object) -> str:
     done = subprocess.run(["skopeo", *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def read_layout(directory: Path, tag: str) -> tuple[dict, dict]:
+    """Manifest and configuration of a tag."""
+    index = json.loads((directory / "index.json").read_bytes())
+    entry = next(one for one in index["manifests"] if one["annotations"]["org.opencontainers.image.ref.name"] == tag)
+    manifest = json.loads(blob(directory, entry["digest"]))
+    return manifest, json.loads(blob(directory, manifest["config"]["digest"]))
+
+
+def blob(directory: Path, digest: str) -> bytes:
+    data = (directory / "blobs/sha256" / digest[7:]).read_bytes()
+    assert hashlib.sha256(data).hexdigest() == digest[7:]
+    return data

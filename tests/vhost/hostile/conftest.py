@@ -1,4 +1,4 @@
 from tests.fakeguest.fixtures import daemon, daemon_keeper, guest, image
-from tests.vhost.hostile.fixtures import bench, bystander
+from tests.vhost.hostile.fixtures import bench, bystander, front
 
-__all__ = ["bench", "bystander", "daemon", "daemon_keeper", "guest", "image"]
+__all__ = ["bench", "bystander", "daemon", "daemon_keeper", "front", "guest", "image"]

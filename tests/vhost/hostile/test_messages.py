@@ -3,13 +3,12 @@
 import contextlib
 import os
 import socket
-import struct
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable
 
 import pytest
 
 from tests.fakeguest.support import FILES, BackgroundLoad, Load, open_fds, pattern, wait_until
+from tests.vhost.hostile.messages import MEMORY, USER, Front, add_region, harmless, hung_up, odd_fd, refused
 from virtiofsd_nydus.fakeguest import frontend as vhost
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
 from virtiofsd_nydus.fakeguest.frontend import (
@@ -23,48 +22,6 @@ from virtiofsd_nydus.fakeguest.frontend import (
     VhostFrontend,
 )
 from virtiofsd_nydus.vmm.servers import NydusDaemon
-
-PAGE = 4096
-MEMORY = 1 << 20
-
-
-class Front(NamedTuple):
-    """A connection past feature negotiation, and a file of guest memory."""
-
-    front: VhostFrontend
-    fd: int
-
-
-@pytest.fixture
-def front(bystander: FakeGuest, daemon: NydusDaemon) -> Iterator[Front]:
-    before = open_fds(daemon)
-    guest = FakeGuest(daemon.socket_path)
-    guest.connect()
-    guest.front.send(Request.SET_FEATURES, U64.pack(guest.features))
-    fd = os.memfd_create("hostile", os.MFD_CLOEXEC)
-    os.ftruncate(fd, MEMORY)
-    try:
-        yield Front(guest.front, fd)
-    finally:
-        os.close(fd)
-        guest.close()
-        wait_until(lambda: open_fds(daemon) <= before, "the daemon closes every descriptor it was given")
-
-
-def refused(front: VhostFrontend, request: int, payload: bytes = b"", fds: tuple[int, ...] = ()) -> None:
-    """The back-end says no, or hangs up."""
-    with pytest.raises((Refused, HungUp)):
-        front.command(request, payload, fds, True)
-
-
-def hung_up(front: VhostFrontend) -> None:
-    assert front.hung_up(), "the back-end kept the connection"
-
-
-def harmless(front: VhostFrontend, request: int, payload: bytes = b"", fds: tuple[int, ...] = ()) -> None:
-    """Whatever it says."""
-    with contextlib.suppress(Refused, HungUp, vhost.BadReply):
-        front.command(request, payload, fds, True)
 
 
 # ---- headers
@@ -212,18 +169,6 @@ def test_base_of_ring_that_is_none(front: Front) -> None:
         raise HungUp("silence")
 
 
-def add_region(
-    front: Front, gpa: int, size: int, address: int, offset: int, fds: tuple[int, ...] | None = None
-) -> None:
-    front.front.command(
-        Request.ADD_MEM_REG,
-        vhost.pack_single_region((gpa, size, address, offset)),
-        (front.fd,) if fds is None else fds,
-        True,
-    )
-
-
-USER = 0x7000_0000_0000
 BAD_ADDRESSES = {
     "outside every region": (USER + MEMORY, USER + MEMORY + 0x10000, USER + MEMORY + 0x20000),
     "descriptors at nothing": (0, USER + 0x10000, USER + 0x20000),
@@ -279,40 +224,6 @@ def test_ring_without_addresses_or_memory(front: Front) -> None:
 
 
 # ---- descriptors that are no event descriptors
-@contextlib.contextmanager
-def odd_fd(kind: str) -> Iterator[int]:
-    with contextlib.ExitStack() as stack:
-        if kind == "regular file":
-            fd = os.open("/proc/self/exe", os.O_RDONLY)
-        elif kind == "directory":
-            fd = os.open("/", os.O_RDONLY)
-        elif kind == "null":
-            fd = os.open("/dev/null", os.O_RDWR)
-        elif kind == "closed pipe":
-            fd, other = os.pipe()
-            os.close(other)
-        elif kind == "write end of a closed pipe":
-            other, fd = os.pipe()
-            os.close(other)
-        elif kind == "full pipe":
-            other, fd = os.pipe()
-            stack.callback(os.close, other)
-            os.set_blocking(fd, False)
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    os.write(fd, bytes(65536))
-            os.set_blocking(fd, True)
-        elif kind == "full eventfd":
-            fd = os.eventfd(0, os.EFD_CLOEXEC)
-            os.eventfd_write(fd, 0xFFFF_FFFF_FFFF_FFFE)
-        elif kind == "semaphore":
-            fd = os.eventfd(0x7FFF_FFFF, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE)
-        else:
-            fd = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM).detach()
-        stack.callback(os.close, fd)
-        yield fd
-
-
 ODD = [
     "regular file",
     "directory",
@@ -355,79 +266,6 @@ def test_odd_event_descriptors(bystander: FakeGuest, daemon: NydusDaemon, reques
     wait_until(lambda: open_fds(daemon) <= before, "the daemon closes every descriptor it was given")
 
 
-# ---- memory
-BAD_REGIONS = {
-    "no bytes": (0, 0, USER, 0),
-    "guest address wraps": ((1 << 64) - PAGE, 2 * PAGE, USER, 0),
-    "user address wraps": (0, 2 * PAGE, (1 << 64) - PAGE, 0),
-    "offset wraps": (0, 2 * PAGE, USER, (1 << 64) - PAGE),
-    "larger than the file": (0, MEMORY + PAGE, USER, 0),
-    "offset past the file": (0, PAGE, USER, MEMORY),
-    "offset and size past the file": (0, MEMORY, USER, PAGE),
-    "as large as the address space": (0, (1 << 64) - PAGE, USER, 0),
-    "2^62 bytes": (0, 1 << 62, USER, 0),
-}
-
-
-@pytest.mark.parametrize("name", BAD_REGIONS)
-def test_bad_region(front: Front, name: str) -> None:
-    with pytest.raises((Refused, HungUp)):
-        add_region(front, *BAD_REGIONS[name])
-
-
-@pytest.mark.parametrize("name", BAD_REGIONS)
-def test_bad_region_in_a_table(front: Front, name: str) -> None:
-    good = (1 << 32, PAGE, USER + (1 << 32), 0)
-    refused(front.front, Request.SET_MEM_TABLE, vhost.pack_regions([good, BAD_REGIONS[name]]), (front.fd, front.fd))
-
-
-@pytest.mark.parametrize(
-    "second",
-    [
-        (0, 16 * PAGE, USER, 0),
-        (PAGE, PAGE, USER + (1 << 32), 0),
-        (15 * PAGE, 2 * PAGE, USER + (1 << 32), 0),
-        (1 << 32, PAGE, USER + PAGE, 0),
-    ],
-    ids=["the same", "inside", "over its end", "user addresses overlap"],
-)
-def test_overlapping_regions(front: Front, second: tuple[int, int, int, int]) -> None:
-    add_region(front, 0, 16 * PAGE, USER, 0)
-    with pytest.raises((Refused, HungUp)):
-        add_region(front, *second)
-
-
-def test_overlapping_regions_in_a_table(front: Front) -> None:
-    table = vhost.pack_regions([(0, 2 * PAGE, USER, 0), (PAGE, 2 * PAGE, USER + (1 << 32), 0)])
-    refused(front.front, Request.SET_MEM_TABLE, table, (front.fd, front.fd))
-
-
-def test_too_many_regions_one_by_one(front: Front) -> None:
-    slots = front.front.get_u64(Request.GET_MAX_MEM_SLOTS)
-    with pytest.raises((Refused, HungUp)):
-        for i in range(slots + 1):
-            add_region(front, i * PAGE, PAGE, USER + i * PAGE, 0)
-    assert i == slots
-
-
-@pytest.mark.parametrize("count", [127, 1 << 16, 1 << 31, 0xFFFF_FFFF])
-def test_table_claims_more_regions_than_it_has(front: Front, count: int) -> None:
-    payload = struct.pack("=II", count, 0) + vhost.REGION.pack(0, PAGE, USER, 0)
-    refused(front.front, Request.SET_MEM_TABLE, payload, (front.fd,))
-
-
-@pytest.mark.parametrize("fd_count", [0, 1, 3, 8])
-def test_table_with_other_than_its_descriptors(front: Front, fd_count: int) -> None:
-    table = vhost.pack_regions([(0, PAGE, USER, 0), (PAGE, PAGE, USER + PAGE, 0)])
-    refused(front.front, Request.SET_MEM_TABLE, table, (front.fd,) * fd_count)
-
-
-@pytest.mark.parametrize("fd_count", [0, 2, 8])
-def test_region_with_other_than_one_descriptor(front: Front, fd_count: int) -> None:
-    with pytest.raises((Refused, HungUp)):
-        add_region(front, 0, PAGE, USER, 0, (front.fd,) * fd_count)
-
-
 def test_more_descriptors_than_fit(front: Front) -> None:
     with contextlib.suppress(HungUp, Refused):
         front.front.command(Request.SET_VRING_NUM, VRING_STATE.pack(0, 64), (front.fd,) * 200, True)
@@ -440,73 +278,6 @@ def test_descriptors_where_none_belong(front: Front) -> None:
         (Request.SET_VRING_ENABLE, VRING_STATE.pack(0, 0)),
     ):
         harmless(front.front, request, payload, (front.fd, front.fd))
-
-
-@pytest.mark.parametrize("kind", ["directory", "null", "closed pipe", "socket", "full eventfd"])
-def test_memory_that_is_no_memory(front: Front, kind: str) -> None:
-    with odd_fd(kind) as fd, pytest.raises((Refused, HungUp)):
-        add_region(front, 0, PAGE, USER, 0, (fd,))
-
-
-def test_memory_that_cannot_be_written(front: Front) -> None:
-    fd = os.open(f"/proc/self/fd/{front.fd}", os.O_RDONLY)
-    try:
-        with pytest.raises((Refused, HungUp)):
-            add_region(front, 0, PAGE, USER, 0, (fd,))
-    finally:
-        os.close(fd)
-
-
-def test_removal_of_a_region_that_is_none(front: Front) -> None:
-    add_region(front, 0, 4 * PAGE, USER, 0)
-    for region in ((PAGE, PAGE, USER + PAGE, 0), (0, 8 * PAGE, USER, 0), (0, 4 * PAGE, USER + PAGE, 0)):
-        refused(front.front, Request.REM_MEM_REG, vhost.pack_single_region(region))
-        break
-
-
-def test_region_of_running_rings_removed(bystander: FakeGuest, daemon: NydusDaemon) -> None:
-    """Memory goes while its rings run under load: the rings stop or the connection ends."""
-    with FakeGuest(daemon.socket_path) as guest:
-        guest.fuse.init()
-        with BackgroundLoad(guest.queues[1], Load(guest, depth=4, timeout_ms=200), may_fail=True) as load:
-            load.wait_progress(5)
-            with contextlib.suppress(Refused, HungUp):
-                for region in guest.memory.wire_regions():
-                    guest.front.command(Request.REM_MEM_REG, vhost.pack_single_region(region), (), True)
-
-
-def test_empty_table_under_load(bystander: FakeGuest, daemon: NydusDaemon) -> None:
-    with FakeGuest(daemon.socket_path) as guest:
-        guest.fuse.init()
-        with BackgroundLoad(guest.queues[1], Load(guest, depth=4, timeout_ms=200), may_fail=True) as load:
-            load.wait_progress(5)
-            harmless(guest.front, Request.SET_MEM_TABLE, vhost.pack_regions([]))
-
-
-@pytest.mark.parametrize("keep", [0, 0xC0000, 0x200000], ids=["all", "all but low memory", "the end"])
-def test_memory_truncated_under_the_daemon(bystander: FakeGuest, daemon: NydusDaemon, keep: int) -> None:
-    """Pages vanish (SIGBUS): that device is lost or its request fails."""
-    guest = FakeGuest(daemon.socket_path, seal=False, slot_count=2)
-    try:
-        guest.connect()
-        guest.start()
-        guest.fuse.init()
-        queue = guest.queues[1]
-        end = max(r.gpa + r.size_bytes for r in guest.memory.regions)
-        guest.memory.write(guest.scratch_gpa, vhost.HEADER.pack(56, 3, 2) + bytes(44))
-        queue.add([(guest.scratch_gpa, 56, False), (end - PAGE, PAGE, True)])
-        kick = os.dup(queue.kick_fd)
-        os.ftruncate(guest.memory.fd, keep)
-        os.eventfd_write(kick, 1)
-        os.close(kick)
-        with contextlib.suppress(Refused, HungUp):
-            guest.front.get_u64(Request.GET_FEATURES)
-            for each in guest.queues:
-                guest.enable(each, False)
-            for each in guest.queues:
-                guest.get_base(each)
-    finally:
-        guest.close()
 
 
 # ---- hang-ups
