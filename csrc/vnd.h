@@ -40,12 +40,26 @@ enum vnd_level { VND_LEVEL_DEBUG = 10, VND_LEVEL_INFO = 20, VND_LEVEL_WARNING = 
 /* ---------------------------------------------------------------- engine */
 typedef struct vnd_engine vnd_engine;
 
+/* What becomes of a thread's system call that its kind does not need (docs/operations.md has the lists). */
+enum vnd_seccomp {
+    VND_SECCOMP_NONE = 0, /* no filter */
+    VND_SECCOMP_LOG = 1,  /* the kernel's log names it, and it goes on */
+    VND_SECCOMP_TRAP = 2, /* a line on standard error names it, and the process ends with status 159 */
+    VND_SECCOMP_KILL = 3  /* the process is killed (SIGSYS); the kernel's log names it */
+};
+enum vnd_thread_kind {
+    VND_THREAD_QUEUE = 0, /* serves guests, of images alone */
+    VND_THREAD_SHARE = 1, /* serves guests, of host directories too; a host directory's own threads */
+    VND_THREAD_FETCH = 2  /* gets what a registry has, decodes it */
+};
+
 typedef struct {
     uint32_t read_deadline_ms; /* a guest read that misses fails with EIO after this; 0 = 30000 */
     uint32_t pool_threads;     /* threads for page-cache misses and compressed hits; 0 = 2 */
     uint32_t sync_interval_ms; /* how often written data is made durable; 0 = 30000 */
     uint32_t poll_us;          /* a queue's thread looks for requests that long before it sleeps, at most; 0 = never */
     uint8_t allow_unverified;  /* serve images that carry no chunk digests */
+    uint8_t seccomp;           /* enum vnd_seccomp: of the engine's own threads that serve guests */
 } vnd_engine_cfg;
 
 /* A line for the log. text is NUL-terminated, one line, without secrets. */
@@ -416,6 +430,9 @@ int vnd_umount(const char *target, int flags);
  * held; no supplementary groups, and no_new_privs. Threads and children inherit it: to be called before there are
  * any, and after RLIMIT_NOFILE is raised. Goes on past what it may not do: 0, or the last -errno with its line. */
 int vnd_privilege_reduce(char *err, size_t err_len);
+
+/* Confines the calling thread, and those that it starts, to the system calls of its kind; for good. 0 or -errno. */
+int vnd_seccomp_confine(int mode, int kind);
 
 /* ---------------------------------------------------------------- pre-content events: the kernel reads our cache
  * files */

@@ -284,3 +284,20 @@ def test_comments_name_their_subjects() -> None:
                 if unnamed.search(line) and '"nobody' not in line:
                     found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
     assert found == []
+
+
+def test_the_document_has_the_system_calls_of_the_source() -> None:
+    table = load_script("list-calls").table((ROOT / "csrc" / "base" / "calls.h").read_text())
+    assert table in (ROOT / "docs" / "operations.md").read_text()
+
+
+def test_both_machines_have_the_system_calls() -> None:
+    """What is not in the part for x86-64 is in the table that aarch64 has of all newer machines."""
+    generic = Path("/usr/include/asm-generic/unistd.h")
+    if not generic.exists():
+        pytest.skip("no /usr/include/asm-generic/unistd.h: apt-get install linux-libc-dev")
+    text = (ROOT / "csrc" / "base" / "calls.h").read_text()
+    common = re.sub(r"#ifdef __x86_64__.*?#endif", "", text, flags=re.DOTALL)
+    names = set(re.findall(r"^CALL\([\w |]+, (\w+),", common, re.MULTILINE))
+    known = set(re.findall(r"#define __NR_(\w+) ", generic.read_text()))
+    assert len(names) > 60 and names - known == set()

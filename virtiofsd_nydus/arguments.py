@@ -257,6 +257,13 @@ def add_daemon_arguments(parser: "argparse.ArgumentParser") -> None:
         action="store_true",
         help="serve images that carry no chunk digests: their bytes cannot be checked",
     )
+    sandbox = parser.add_argument_group("sandbox")
+    sandbox.add_argument(
+        "--seccomp",
+        default=None,
+        choices=["kill", "trap", "log", "none"],
+        help="what becomes of a system call that a serving thread does not need (default kill)",
+    )
 
 
 def raise_nofile(wanted: int) -> str | None:

@@ -26,6 +26,7 @@ WAITING_MAX = 1024
 FILES_SLACK = 64
 INODES_AT_ONCE = 4096
 EVENT_WAIT_MS = 1000
+SECCOMP_MODES = ("none", "log", "trap", "kill")  # by their numbers in enum vnd_seccomp
 
 _STATS = (
     "fuse_requests",
@@ -64,6 +65,12 @@ def reduce_privileges() -> str:
     err = ffi.new("char[]", ERR_MAX)
     lib.vnd_privilege_reduce(err, ERR_MAX)
     return text_of(err)
+
+
+def default_seccomp(otherwise: str) -> str:
+    """The mode that the environment asks for (tests run everything in mode trap), else otherwise."""
+    mode = os.environ.get("VIRTIOFSD_NYDUS_SECCOMP", "")
+    return mode if mode in SECCOMP_MODES else otherwise
 
 
 class MountStats:
@@ -124,6 +131,7 @@ class Engine:
     """One engine: everything in C hangs off it.
 
     read_deadline_ms: a guest read that misses ends in EIO after it.
+    seccomp: what becomes of a system call that a serving thread must not make: one of SECCOMP_MODES.
     poll_us: how long a queue's thread looks for requests before it sleeps, at most; 0: it sleeps at once.
     """
 
@@ -135,7 +143,9 @@ class Engine:
         sync_interval_ms: int = 0,
         poll_us: int = 0,
         allow_unverified: bool = False,
+        seccomp: str = "",
     ) -> None:
+        self.seccomp = seccomp or default_seccomp("none")
         cfg = ffi.new(
             "vnd_engine_cfg *",
             {
@@ -144,6 +154,7 @@ class Engine:
                 "sync_interval_ms": sync_interval_ms,
                 "poll_us": poll_us,
                 "allow_unverified": allow_unverified,
+                "seccomp": SECCOMP_MODES.index(self.seccomp),
             },
         )
         self.handle = lib.vnd_engine_new(cfg)

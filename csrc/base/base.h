@@ -6,7 +6,7 @@
  * these two are taken last and nothing is called while they are held.
  * Ownership: struct vnd_engine owns the events and the pool. store/engine.c makes and ends all of it, in order.
  * May use: the C library and vnd.h. Not part of this header, because few need them: hostmount.h, netfs.h, privilege.h,
- * sigbus.h, wakelist.h.
+ * seccomp.h, sigbus.h, wakelist.h.
  */
 #ifndef VND_BASE_H
 #define VND_BASE_H

@@ -297,7 +297,7 @@ void pt_put(struct vnd_passthrough *p, struct pt_ref *ref)
 int pt_open_node(struct vnd_passthrough *p, struct pt_node *n, int flags)
 {
     struct pt_ref ref;
-    char path[32];
+    char name[12];
     int fd, rc;
 
     if (n->type != S_IFREG && n->type != S_IFDIR)
@@ -309,8 +309,7 @@ int pt_open_node(struct vnd_passthrough *p, struct pt_node *n, int flags)
     rc = pt_get(p, n->ino, &ref);
     if (rc)
         return rc;
-    snprintf(path, sizeof(path), "/proc/self/fd/%d", ref.fd);
-    fd = open(path, flags | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+    fd = openat(p->proc_fd, pt_fd_name(name, ref.fd), flags | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
     if (fd < 0)
         fd = errno == EMFILE ? -ENFILE : -errno;
     pt_put(p, &ref);

@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <sys/stat.h>
 
 #include "base/base.h"
@@ -123,6 +124,7 @@ struct vnd_passthrough {
     uint32_t flags;
     bool handles; /* this process may open file handles */
     int root_fd;
+    int proc_fd; /* /proc/self/fd: names in it are numbers of descriptors */
     struct pt_node *root;
     struct pt_pool pool;
     _Atomic uint32_t n_remote; /* mounts that a network or another process answers for */
@@ -145,6 +147,13 @@ struct vnd_passthrough {
 static inline struct vnd_passthrough *pt_of(struct fs *fs)
 {
     return (struct vnd_passthrough *)(void *)fs;
+}
+
+/* The name of a descriptor in proc_fd, for calls that take no O_PATH descriptor: a magic link to the inode itself. */
+static inline const char *pt_fd_name(char name[12], int fd)
+{
+    snprintf(name, 12, "%d", fd);
+    return name;
 }
 
 /* A node in use, and a descriptor to reach it: O_PATH, borrowed from the node or (own) to be closed. */

@@ -106,15 +106,14 @@ int pt_mount_fd_get(struct vnd_passthrough *p, struct pt_mount *m)
 int pt_mount_fd_open(struct vnd_passthrough *p, struct pt_mount *m, int above_fd)
 {
     struct statx sx;
-    char path[32];
+    char name[12];
     int fd = openat(above_fd, m->name, O_PATH | O_NOFOLLOW | O_CLOEXEC), real = -1;
     int rc = fd < 0 ? -errno : pt_stat(fd, &sx);
 
     if (!rc && (sx.stx_mnt_id != m->id || !(S_ISDIR(sx.stx_mode) || S_ISREG(sx.stx_mode))))
         rc = -ESTALE;
     if (!rc) {
-        snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-        real = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+        real = openat(p->proc_fd, pt_fd_name(name, fd), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
         rc = real < 0 ? -errno : 0;
     }
     if (fd >= 0)

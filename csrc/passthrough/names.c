@@ -368,7 +368,7 @@ int pt_link(struct fs *fs, uint64_t ino, uint64_t dir, const char *name, vnd_att
 {
     struct vnd_passthrough *p = pt_of(fs);
     struct pt_ref ref, node;
-    char path[32];
+    char number[12];
     int rc = get_dir(p, dir, &ref);
 
     if (rc)
@@ -378,8 +378,8 @@ int pt_link(struct fs *fs, uint64_t ino, uint64_t dir, const char *name, vnd_att
         if (linkat(node.fd, "", ref.fd, name, AT_EMPTY_PATH)) {
             rc = fail_errno();
             if (rc == -ENOENT || rc == -EPERM) { /* without CAP_DAC_READ_SEARCH */
-                snprintf(path, sizeof(path), "/proc/self/fd/%d", node.fd);
-                rc = linkat(AT_FDCWD, path, ref.fd, name, AT_SYMLINK_FOLLOW) ? fail_errno() : 0;
+                rc =
+                    linkat(p->proc_fd, pt_fd_name(number, node.fd), ref.fd, name, AT_SYMLINK_FOLLOW) ? fail_errno() : 0;
             }
         }
         if (!rc)

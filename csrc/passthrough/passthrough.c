@@ -21,8 +21,8 @@
 #define ACL_ACCESS "system.posix_acl_access"
 #define ACL_DEFAULT "system.posix_acl_default"
 
-/* The magic link of a descriptor, for calls that take no O_PATH descriptor. It leads to the inode itself, even to that of
- * a symlink. */
+/* The magic link of a descriptor, for calls on xattrs: these know no directory to begin at. It leads to the inode itself,
+ * even to that of a symlink. */
 static const char *proc_path(char path[32], int fd)
 {
     snprintf(path, 32, "/proc/self/fd/%d", fd);
@@ -113,7 +113,7 @@ static int put_caps_back(const struct pt_ref *ref, const struct caps *c)
 static int set_all(struct vnd_passthrough *p, const struct pt_ref *ref, struct pt_file *f, const struct fs_setattr *s)
 {
     struct caps caps;
-    char path[32];
+    char name[12];
     int rc = 0;
 
     /* Owner before mode: the host clears set-id bits for a new owner. */
@@ -127,7 +127,7 @@ static int set_all(struct vnd_passthrough *p, const struct pt_ref *ref, struct p
     if (!rc && (s->valid & FS_SET_MODE)) {
         if (ref->node->type == S_IFLNK)
             return -EOPNOTSUPP;
-        rc = chmod(proc_path(path, ref->fd), s->mode & 07777) ? -errno : 0;
+        rc = fchmodat(p->proc_fd, pt_fd_name(name, ref->fd), s->mode & 07777, 0) ? -errno : 0;
     }
     if (!rc && (s->valid & FS_SET_SIZE))
         rc = set_size(p, ref->node, f, s);
@@ -385,6 +385,8 @@ void vnd_passthrough_free(vnd_passthrough *p)
     pt_nodes_free(p);
     if (p->root_fd >= 0)
         close(p->root_fd);
+    if (p->proc_fd >= 0)
+        close(p->proc_fd);
     pthread_mutex_destroy(&p->lock);
     free(p->files);
     free(p->source);
@@ -413,7 +415,10 @@ vnd_passthrough *vnd_passthrough_new(vnd_engine *e, const char *source, uint32_t
     p->cache_max = limit.rlim_cur / 8 < PT_CACHE_MAX ? (uint32_t)(limit.rlim_cur / 8) + 1 : PT_CACHE_MAX;
     p->files_max = limit.rlim_cur / 2 < FILES_MAX ? (uint32_t)(limit.rlim_cur / 2) : FILES_MAX;
     p->root_fd = open(source, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    rc = p->root_fd < 0 ? -errno : !p->source || pt_tables_new(p) ? -ENOMEM : pt_root_open(p);
+    rc = p->root_fd < 0 ? -errno : 0;
+    p->proc_fd = rc ? -1 : open("/proc/self/fd", O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (!rc)
+        rc = p->proc_fd < 0 ? -errno : !p->source || pt_tables_new(p) ? -ENOMEM : pt_root_open(p);
     if (pt_pool_start(p) && !rc)
         rc = -EAGAIN;
     if (rc) {

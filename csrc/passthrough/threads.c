@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "base/seccomp.h"
 #include "passthrough/internal.h"
 
 static void run_task(struct pt_task *t)
@@ -42,6 +43,7 @@ static void *pool_main(void *arg)
     bool timed_out;
     uint32_t me;
 
+    engine_confine(p->engine, VND_THREAD_SHARE);
     pthread_mutex_lock(&pool->lock);
     for (me = 0; !pthread_equal(pthread_self(), pool->thread[me]); me++)
         ;

@@ -1,12 +1,24 @@
 /* store/engine.c -- the engine's life: what starts its parts and ends them, in order. */
 #include <stdlib.h>
 
+#include "base/seccomp.h"
+#include "blob/codec.h"
 #include "store/fetcher.h"
 
 /* What vnd_engine_cfg says of a 0. */
 #define READ_DEADLINE_DEFAULT_MS 30000
 #define POOL_THREADS_DEFAULT 2
 #define SYNC_INTERVAL_DEFAULT_MS 30000
+
+/* What libraries do once and by file names, before threads are confined: libcrypto reads its configuration. */
+static int prepare_libraries(const vnd_engine_cfg *cfg)
+{
+    uint8_t digest[32];
+
+    if (cfg->seccomp != VND_SECCOMP_NONE)
+        codec_sha256((const uint8_t *)"", 0, digest);
+    return seccomp_prepare((enum vnd_seccomp)cfg->seccomp);
+}
 
 vnd_engine *vnd_engine_new(const vnd_engine_cfg *cfg)
 {
@@ -24,7 +36,7 @@ vnd_engine *vnd_engine_new(const vnd_engine_cfg *cfg)
         e->cfg.sync_interval_ms = SYNC_INTERVAL_DEFAULT_MS;
     pthread_mutex_init(&e->lock, NULL);
     e->events = events_new();
-    if (!e->events || fetcher_new(e) || pool_new(e, e->cfg.pool_threads)) {
+    if (!e->events || prepare_libraries(&e->cfg) || fetcher_new(e) || pool_new(e, e->cfg.pool_threads)) {
         vnd_engine_free(e);
         return NULL;
     }

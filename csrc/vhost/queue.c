@@ -8,6 +8,7 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
+#include "base/seccomp.h"
 #include "base/sigbus.h"
 
 #define FETCH_BUDGET 64      /* heads between two looks at the woken */
@@ -316,7 +317,9 @@ static void *queue_main(void *arg)
     struct queue *q = arg;
 
     sigbus_unblock();
-    haltpoll_init(&q->poll, q->engine->cfg.poll_us, now_us());
+    haltpoll_init(&q->poll, q->engine->cfg.poll_us, now_us()); /* reads how many processors there are: a file */
+    engine_confine(q->engine,
+                   vfs_session_kind(q->common->vfs) == VND_SESSION_RAFS ? VND_THREAD_QUEUE : VND_THREAD_SHARE);
     run(q);
     wakelist_wait(&q->wakes); /* the last push may have delivered and not returned */
     acknowledge(q);

@@ -66,6 +66,7 @@ def run(args: "argparse.Namespace") -> int:
         supervisor=args.supervisor,
         read_deadline_ms=args.read_deadline_ms,
         allow_unverified=args.allow_unverified,
+        seccomp=args.seccomp,
     )
     try:
         service.start_host(Sockets(sock=args.sock, apisock=args.apisock), image, upgrade=args.upgrade)

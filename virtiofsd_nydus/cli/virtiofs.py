@@ -94,6 +94,7 @@ def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "UnixList
         read_deadline_ms=args.read_deadline_ms,
         poll_us=args.poll_us,
         allow_unverified=args.allow_unverified,
+        seccomp=args.seccomp,
     )
     service.catch_signals()  # one that comes as soon as RUNNING is answered is an orderly end, too
     try:

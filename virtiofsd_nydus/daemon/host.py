@@ -51,6 +51,7 @@ class HostService(Service):
         supervisor: str | None = None,
         read_deadline_ms: int = 0,
         allow_unverified: bool = False,
+        seccomp: str | None = None,
     ) -> None:
         super().__init__(
             log,
@@ -58,6 +59,7 @@ class HostService(Service):
             supervisor=supervisor,
             read_deadline_ms=read_deadline_ms,
             allow_unverified=allow_unverified,
+            seccomp=seccomp,
         )
         self._fuse = fuse
         self._keep_mount = False

@@ -18,7 +18,7 @@ from virtiofsd_nydus.daemon.api import make_server
 from virtiofsd_nydus.daemon.mounts import ImageMount, MountTable
 from virtiofsd_nydus.daemon.report import Report
 from virtiofsd_nydus.daemon.server import HttpServer, listen_api
-from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Vfs
+from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Vfs, default_seccomp
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.listening import UnixListener
 from virtiofsd_nydus.storage.pump import FetchPump
@@ -110,11 +110,17 @@ class Service:
         read_deadline_ms: int = 0,
         poll_us: int = 0,
         allow_unverified: bool = False,
+        seccomp: str | None = None,
     ) -> None:
         self.log = log
         self._supervisor = supervisor
         self._exit_reader, self._exit_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # a byte: end wait()
-        self.engine = Engine(read_deadline_ms=read_deadline_ms, poll_us=poll_us, allow_unverified=allow_unverified)
+        self.engine = Engine(
+            read_deadline_ms=read_deadline_ms,
+            poll_us=poll_us,
+            allow_unverified=allow_unverified,
+            seccomp=seccomp or default_seccomp("kill"),
+        )
         self.pump = FetchPump(self.engine)
         self.table = MountTable(self.pump, log, self._mounts_changed)
         self.report = Report(self.engine, self.table, log, instance_id, supervisor)
