@@ -274,14 +274,15 @@ def test_files_and_functions_that_documents_name_exist(document: str) -> None:
 
 def test_comments_name_their_subjects() -> None:
     """Words that stand for a thing that has a name (docs/words.md, Not used)."""
-    unnamed = re.compile(r"\b(?:whoever|somebody|nobody|anybody|no one)\b", re.IGNORECASE)
+    unnamed = re.compile(r"\b(?:whoever|somebody|nobody|anybody|everybody|no one)\b", re.IGNORECASE)
     found = []
-    for folder in ("csrc", "virtiofsd_nydus"):
-        for path in sorted((ROOT / folder).rglob("*.[chp]*")):
-            if path.suffix not in (".c", ".h", ".py"):
+    allowed = re.compile(r'"nobody|nobody <|unnamed = ')  # names in data; this pattern
+    for folder in ("csrc", "virtiofsd_nydus", "tests", "scripts", "vm-images"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix not in (".c", ".h", ".py", "") or not path.is_file() or "/corpus/" in path.as_posix():
                 continue
-            for number, line in enumerate(path.read_text().splitlines(), 1):
-                if unnamed.search(line) and '"nobody' not in line:
+            for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+                if unnamed.search(line) and not allowed.search(line):
                     found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
     assert found == []
 

@@ -1,12 +1,17 @@
 /* fakeguest.h -- the guest half of a virtio-fs device without a VM: memory, split virtqueues, FUSE requests and
  * load loops.
  *
- * For tests and benchmarks only; never linked into the engine. The vhost-user messages are spoken by Python
- * (virtiofsd_nydus/fakeguest/frontend.py). Everything that comes back from the server is checked: which head, which length, which
- * unique, the error range, and that no byte changed outside what the request let the server write.
+ * For tests and benchmarks only: a library of its own (virtiofsd_nydus/fakeguest_build.py), never linked into the engine. The
+ * vhost-user messages are spoken by Python (virtiofsd_nydus/fakeguest/frontend.py). Everything that comes back from the server is
+ * checked: which head, which length, which unique, the error range, and that no byte changed outside what the request let
+ * the server write. From the bottom: fg_ram.c (memory), fg_ring.c (rings), fg_fuse.c (one request and its answer), fg_load.c
+ * (loops).
  *
- * Threads: a queue belongs to one thread at a time, except fg_queue_set_call and fg_queue_stop. Errors are -errno
- * or one of enum fg_fault, negated; fg_queue_error says the last one in words.
+ * Threads: a queue belongs to one thread at a time, except fg_queue_set_call and fg_queue_stop, which any thread may call.
+ * Python lets go of the GIL for a call that waits. No locks; fg_queue_stop sets one atomic flag.
+ * Ownership: the caller owns memory and queues, and frees the queues first; descriptors stay the caller's.
+ * Uses the C library alone, nothing of csrc/. Errors are -errno or one of enum fg_fault, negated; fg_queue_error says the last
+ * one in words.
  */
 #ifndef FAKEGUEST_H
 #define FAKEGUEST_H
@@ -110,7 +115,7 @@ typedef struct {
     uint64_t max_ops;     /* 0 = no limit */
     uint32_t duration_ms; /* 0 = no limit */
     uint32_t timeout_ms;  /* longest wait for any completion */
-    uint32_t pause_us;    /* slept after each batch of completions */
+    uint32_t pause_us;    /* slept after each batch of completions, by a guest that is to be slow; 0: none */
     uint64_t random_seed;
     const fg_file *files;
     uint32_t file_count;

@@ -34,7 +34,7 @@ static int fake_out_copy(struct req *r, uint32_t off, const void *src, uint32_t 
     return 0;
 }
 
-/* Two pieces, so that nobody counts on one. */
+/* Two pieces, so that no code counts on one. */
 static int fake_out_iov(struct req *r, uint32_t off, uint32_t len, struct iovec *iov, int max)
 {
     struct fake_req *f = (struct fake_req *)r;

@@ -229,7 +229,7 @@ struct fix_server {
     _Atomic int hold;               /* do not serve while set */
 };
 
-static inline int fix_settle(vnd_engine *e, uint64_t id)
+static inline int fix_flush(vnd_engine *e, uint64_t id)
 {
     vnd_chunk_view v[64];
     int n;
@@ -254,7 +254,7 @@ static inline void fix_serve(struct fix_server *s, const vnd_job *job)
     }
     if (job->kind == VND_JOB_VERIFY) {
         atomic_fetch_add(&s->verify_jobs, 1);
-        rc = fix_settle(s->e, job->id);
+        rc = fix_flush(s->e, job->id);
         vnd_job_end(s->e, job->id, rc < 0 ? EIO : 0, VND_CAUSE_DIGEST, "verify");
         return;
     }
@@ -272,10 +272,10 @@ static inline void fix_serve(struct fix_server *s, const vnd_job *job)
         off += n;
         atomic_fetch_add(&s->fed_bytes, n);
         if (rc > 0)
-            rc = fix_settle(s->e, job->id);
+            rc = fix_flush(s->e, job->id);
     }
     if (rc == -EBADMSG)
-        fix_settle(s->e, job->id);
+        fix_flush(s->e, job->id);
     if (rc == -ECANCELED)
         rc = 0;
     vnd_job_end(s->e, job->id, rc < 0 ? EIO : 0, rc < 0 ? VND_CAUSE_DIGEST : 0, "wrong bytes");

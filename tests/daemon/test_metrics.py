@@ -230,7 +230,7 @@ def test_prefetch_numbers(image: Image, daemon: Callable[..., Daemon]) -> None:
     assert int(began) <= first <= last <= time.time()
     taken_ms = found["prefetch_cumulative_time_millis"]
     assert taken_ms / 1000 <= (last - first + 0.01) * found["prefetch_workers"]
-    assert found["total"] == 0  # nobody has read
+    assert found["total"] == 0  # no guest has read
 
 
 def test_bandwidth_limit_of_prefetch(image: Image, daemon: Callable[..., Daemon]) -> None:

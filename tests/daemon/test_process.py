@@ -21,7 +21,7 @@ from virtiofsd_nydus.vmm.servers import call_api
 ROOT = Path(__file__).resolve().parents[2]
 READY_SECONDS = 30
 STOP_SECONDS = 5  # Kata's, from SIGTERM to SIGKILL
-GO_LINE_BYTES = 64 << 10  # bufio.Scanner gives up at a longer one, and nobody reads any more
+GO_LINE_BYTES = 64 << 10  # bufio.Scanner gives up at a longer one, and the log is no longer read
 PIPE_BYTES = 16384
 FORMS = {"go": ["--log-level", "info"], "rs": ["--hybrid-mode", "--log-level", "info"]}
 

@@ -89,7 +89,7 @@ static void use_file(int fd)
     case 8:
         chance_path(path);
         say(" link to %s", path);
-        /* Linux 6.10 lets whoever opened it, those before root alone. */
+        /* Linux 6.10 lets the process that opened it, those before root alone. */
         say_result(geteuid() ? 0 : linkat(fd, "", AT_FDCWD, path, AT_EMPTY_PATH));
         break;
     default: say(" fallocate"); say_result(fallocate(fd, (int)chance(2), chance(1000), 1 + chance(1000)));

@@ -55,7 +55,7 @@ class HostDaemon:
     ) -> None:
         self.image, self.mountpoint, self.run, self.state = image, mountpoint, run, state
         run.mkdir(exist_ok=True)
-        if find_mount(str(mountpoint)) is None:  # else not to be touched: perhaps nobody serves it
+        if find_mount(str(mountpoint)) is None:  # else not to be touched: perhaps no daemon serves it
             mountpoint.mkdir(exist_ok=True)
         cache.mkdir(exist_ok=True, parents=True)
         self.api_path = run / f"api{number}.sock"
@@ -105,7 +105,7 @@ class HostDaemon:
         return self.log_path.read_text(errors="replace")
 
     def request(self, method: str, route: str, body: object = None) -> tuple[int, Any]:
-        """Status and what the answer's body says (None: empty). OSError when nobody answers."""
+        """Status and what the answer's body says (None: empty). OSError when no daemon answers."""
         connection = UnixConnection(self.api_path, WAIT_SECONDS)
         try:
             connection.request(method, route, None if body is None else json.dumps(body))

@@ -173,7 +173,7 @@ def test_kill_under_load(start_host: StartHost, supervisor: Supervisor, readers:
 
 
 def test_the_dead_mount_can_be_looked_at(start_host: StartHost, supervisor: Supervisor, image: ServedImage) -> None:
-    """nydus-snapshotter looks at a shared daemon's mount point before it starts a successor: nobody would answer."""
+    """nydus-snapshotter looks at a shared daemon's mount point before it starts a successor: no daemon would answer."""
     host = start_host(extra=options(supervisor), bootstrap=False)
     before = host.mountpoint.stat().st_nlink
     mount = {"fs_type": "rafs", "source": str(image.bootstrap), "config": host.config.read_text()}
@@ -270,7 +270,7 @@ def test_shared_daemon_keeps_its_images(start_host: StartHost, supervisor: Super
 
 def test_states_and_refusals(start_host: StartHost, supervisor: Supervisor) -> None:
     host = start_host(extra=options(supervisor))
-    assert host.request("PUT", "/api/v1/daemon/fuse/sendfd")[0] == 500  # nobody listens there
+    assert host.request("PUT", "/api/v1/daemon/fuse/sendfd")[0] == 500  # no supervisor listens there
     assert host.request("PUT", "/api/v1/daemon/fuse/takeover")[0] == 400
     waiting = start_host(extra=(*options(supervisor), "--upgrade"), state="INIT", number=1)
     assert waiting.request("PUT", "/api/v1/daemon/fuse/sendfd")[0] == 503

@@ -111,7 +111,7 @@ def test_read_only_errors(start_host: StartHost, tmp_path: Path) -> None:
 def test_sigterm_unmounts(start_host: StartHost) -> None:
     host = start_host()
     assert host.is_mounted()
-    inside = os.open(host.mountpoint / "etc/passwd", os.O_RDONLY)  # somebody is in it: gone all the same
+    inside = os.open(host.mountpoint / "etc/passwd", os.O_RDONLY)  # a process is in it: gone all the same
     assert host.kill(signal.SIGTERM) == 0
     assert not host.is_mounted() and not host.api_path.exists()
     with contextlib.suppress(OSError):
@@ -173,7 +173,7 @@ def test_impossible_mountpoints(image: ServedImage, start_host: StartHost, mount
     assert not host.is_mounted() and not (tmp_path / "a").exists()
 
 
-# In a mount namespace of its own, with a /dev/fuse for everybody whatever this system's is like
+# In a mount namespace of its own, with a /dev/fuse for all users whatever this system's is like
 UNPRIVILEGED = """
 mount -t tmpfs none /mnt && mknod -m 666 /mnt/fuse c 10 229 && mount --bind /mnt/fuse /dev/fuse || exit 77
 as_user() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
@@ -198,7 +198,7 @@ def is_for_all(python: Path) -> bool:
 
 @pytest.fixture
 def open_dir() -> Iterator[Path]:
-    """A directory that everybody reaches: pytest keeps its own to its user, and says so again whenever it starts."""
+    """A directory that all users reach: pytest keeps its own to its user, and says so again whenever it starts."""
     with tempfile.TemporaryDirectory(prefix="virtiofsd-nydus-test-") as name:
         Path(name).chmod(0o755)
         yield Path(name)

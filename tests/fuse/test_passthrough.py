@@ -132,7 +132,7 @@ def test_overlay_on_top(start_host: StartHost, tree_and_image: tuple[Path, Serve
 
 
 def test_opens_of_one_file_agree(start_host: StartHost, tree_and_image: tuple[Path, ServedImage]) -> None:
-    """A file that somebody opened before it was complete stays as it is until the last one closes it; the kernel
+    """A file that a process opened before it was complete stays as it is until the last one closes it; the kernel
     fails an open that is answered otherwise."""
     tree, image = tree_and_image
     host = start_host(served=image)

@@ -80,7 +80,7 @@ static void walk_image(const char *path, size_t size)
             rafs_blob_chunks(r, k, put_nothing, &count);
             if (r->info.fs_version == 6)
                 r->version->record(r, 0, &count, &(struct blob_chunk){ 0 });
-            r->blobs[k].blob = blob; /* extents name it, nobody reads */
+            r->blobs[k].blob = blob; /* extents name it, and it is not read */
         }
         struct fs *fs = rafs_fs(r);
         uint32_t bsize;

@@ -49,8 +49,8 @@ static struct row *counted(void)
     if (!t || !atomic_load_explicit(&t->enabled, memory_order_relaxed))
         return NULL;
     for (int i = 0; !own && i < ROWS; i++) {
-        uint32_t nobody = 0;
-        if (atomic_compare_exchange_strong(&t->rows[i].thread, &nobody, (uint32_t)gettid()))
+        uint32_t none = 0;
+        if (atomic_compare_exchange_strong(&t->rows[i].thread, &none, (uint32_t)gettid()))
             own = &t->rows[i];
     }
     return own;

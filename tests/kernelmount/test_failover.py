@@ -1,4 +1,4 @@
-"""Worker and guard killed at any moment: readers pause and go on, with the image's bytes or, when nobody can bring
+"""Worker and guard killed at any moment: readers pause and go on, with the image's bytes or, when no process can bring
 them, with an error; never with others."""
 
 import hashlib

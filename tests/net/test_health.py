@@ -178,7 +178,7 @@ def test_meter(server: FaultyServer, make) -> None:
     assert sum(found["read_cumulative_latency_millis_dist"]) == found["read_cumulative_latency_millis_total"]
     own = backend.meter.own_metrics()
     assert own.pop("received_bytes") == 700_000 and own.pop("errors_by_cause") == {"network": 2}
-    assert not any(own.values())  # what became of the bytes is for whoever asked for them to say
+    assert not any(own.values())  # what became of the bytes is for the caller that asked for them to say
 
 
 # ---- names

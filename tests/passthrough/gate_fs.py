@@ -91,7 +91,7 @@ class GateFs:
 
     def wait_kept(self, count: int = 1) -> None:
         with self.state:
-            assert self.state.wait_for(lambda: len(self.kept) >= count, 20), "nobody asked"
+            assert self.state.wait_for(lambda: len(self.kept) >= count, 20), "no call came"
 
     def serve(self) -> None:
         while True:

@@ -522,7 +522,7 @@ def test_numbers_are_unique_over_mounts(tmp_path: Path, bind: Path, source: Path
 
 
 def test_later_mounts_and_changes_are_seen(tmp_path: Path, source: Path, fuse: FuseClient) -> None:
-    """The host's changes appear at once to whoever asks; how long a guest does not ask is in the reply (1 s)."""
+    """The host's changes appear at once to a guest that asks; how long it does not ask is in the reply (1 s)."""
     (source / "d").mkdir()
     d = fuse.lookup(ROOT, b"d")
     assert d.attr_valid_s <= 5 and d.entry_valid_s <= 5

@@ -107,7 +107,7 @@ def test_lasting_fault(server: FaultyServer, make, kind: str, fields: dict, caus
 
 
 def test_corruption_passes_through(server: FaultyServer, make) -> None:
-    """The backend knows no digests: whoever has them must see what was sent."""
+    """The backend knows no digests: the engine, which has them, must see what was sent."""
     blob = server.add(DATA)
     server.inject("corrupt", at_bytes=5)
     got = read(make(), blob, 0, 1000)

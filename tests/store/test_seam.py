@@ -46,7 +46,7 @@ class Reader(threading.Thread):
 
 
 class Seam:
-    """An engine on a work directory with an image opened, and nobody but the test to serve its jobs."""
+    """An engine on a work directory with an image opened, and only the test to serve its jobs."""
 
     def __init__(self, image: Image, work_dir: Path, **settings: int) -> None:
         self.engine = Engine(**settings)  # type: ignore[arg-type]

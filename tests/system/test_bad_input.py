@@ -182,7 +182,7 @@ def test_socket_path_too_long(image: ServedImage, tmp_path: Path) -> None:
 
 
 def test_busy_socket(image: ServedImage, tmp_path: Path) -> None:
-    """One that somebody listens on is left alone; one that nobody does is replaced."""
+    """One that a process listens on is left alone; one that none listens on is replaced."""
     path = tmp_path / "fs.sock"
     words = ["--bootstrap", str(image.bootstrap), "--localfs-dir", str(tmp_path)]
     with socket.socket(socket.AF_UNIX) as other:

@@ -1,4 +1,4 @@
-"""Somebody else's garbage collection takes cache files away under running daemons: no read goes wrong, and what is
+"""Another program's garbage collection takes cache files away under running daemons: no read goes wrong, and what is
 gone is fetched again."""
 
 from pathlib import Path

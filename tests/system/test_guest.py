@@ -84,7 +84,7 @@ def test_registry_killed_during_the_boot(
             assert EIO_MESSAGE in lost.stderr
             assert (lost.status, lost.text) == (0, cached.text)
         else:
-            assert cached.status in (126, 127), "a command was run whose bytes nobody has"
+            assert cached.status in (126, 127), "a command was run whose bytes are nowhere"
         try:
             assert registry.host in daemon.wait_for_line("cause=network")
         finally:

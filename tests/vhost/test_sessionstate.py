@@ -85,7 +85,7 @@ def test_every_cut_and_every_changed_byte_is_refused() -> None:
 
 
 def test_bytes_with_a_right_checksum_are_a_state_or_refused() -> None:
-    """Whoever makes a state knows the checksum too."""
+    """A front-end that makes a state up knows the checksum too."""
     chance = random.Random(13)
     data = states.encode(sample())[:-16]
     good = 0

@@ -164,7 +164,7 @@ class Authenticator:
         self._say = say
         self._renewer: threading.Thread | None = None
         self._last_used = 0.0
-        self.settled = False
+        self.first_is_over = False  # of the requests: see first_request
         self.state = "unknown"  # ok, refused: what came of the last login
 
     @property

@@ -123,14 +123,14 @@ class RegistrySession:
 
         if origin_of(url) != home:
             return send("")
-        if not self.auth.settled:
+        if not self.auth.first_is_over:
             with self.auth.first_request(deadline):
-                if not self.auth.settled:
+                if not self.auth.first_is_over:
                     try:
                         return self._send_logged_in(send, push, deadline)
                     finally:
-                        # Whatever came of it: when the registry is down, those who wait must not go one by one.
-                        self.auth.settled = True
+                        # However it ended: when the registry is down, the threads that wait must not go one by one.
+                        self.auth.first_is_over = True
         return self._send_logged_in(send, push, deadline)
 
     def _send_logged_in(

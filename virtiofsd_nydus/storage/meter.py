@@ -59,7 +59,7 @@ class BackendMeter:
             self._buffered_bytes += count
             self._prefetched_bytes += count if prefetch else 0
 
-    def settle(self, count: int) -> None:
+    def unbuffer(self, count: int) -> None:
         """Takes off bytes that buffer() counted and that have been written or dropped."""
         with self._lock:
             self._buffered_bytes -= count

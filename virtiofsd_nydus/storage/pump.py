@@ -191,7 +191,7 @@ class FetchPump:
         began_s = time.monotonic()
         try:
             if job.kind == lib.VND_JOB_VERIFY:
-                worker.settle()
+                worker.flush()
                 for backend in self._backends_of(job)[:1]:
                     backend.meter.verify(worker.right)
             else:
@@ -317,17 +317,17 @@ class _Worker:
         self.job = ffi.new("vnd_job *")
         self.views = ffi.new("vnd_chunk_view[]", VIEWS_MAX)
         self.wrong = False  # some bytes of the job were not the image's
-        self.right = 0  # chunks that the last settle() made ready
+        self.right = 0  # chunks that the last flush() made ready
         self.meter: BackendMeter | None = None  # of the backend that gave the job's last bytes
 
     def feed(self, part: memoryview, meter: "BackendMeter") -> bool:
-        """Feeds bytes that a backend gave and settles what they completed. False: the rest is not wanted any more."""
+        """Feeds bytes that a backend gave and flushes what they completed. False: the rest is not wanted any more."""
         self.meter = meter
         meter.buffer(len(part), bool(self.job.prefetch))
         try:
             return self._feed(part)
         finally:
-            meter.settle(len(part))
+            meter.unbuffer(len(part))
 
     def _feed(self, part: memoryview) -> bool:
         with ffi.from_buffer(part) as raw:
@@ -339,10 +339,10 @@ class _Worker:
         elif rc < 0:
             raise EngineRefusal(f"{self.where()}: the engine refused the bytes (errno {-rc})", Cause.FORMAT)
         if rc:
-            self.settle()
+            self.flush()
         return True
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Hashes and commits all that waits for it."""
         handle, job_id = self.engine.handle, self.job.id
         self.right = 0

@@ -1,4 +1,4 @@
-/* Several processes on one work directory: each chunk is fetched once, whoever dies or fails is replaced,
+/* Several processes on one work directory: each chunk is fetched once, a process that dies or fails is replaced,
  * contradicting images are told apart across processes too. Children are forked before this process has threads.
  */
 #include <signal.h>

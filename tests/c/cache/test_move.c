@@ -366,7 +366,7 @@ static void check_under_readers(int compressed)
         }
         usleep(fix_random(&seed) % 3000);
     }
-    for (int settled = 0; settled < 3; settled++) { /* each may yet replace what the other has just made */
+    for (int followed = 0; followed < 3; followed++) { /* each may yet replace what the other has just made */
         follow(&f, p.side, &f.h->cache->side_fd);
         follow(&g, p.side, &g.h->cache->side_fd);
     }

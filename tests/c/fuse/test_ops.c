@@ -173,7 +173,7 @@ TEST(expiry)
     rig_free(&g);
 }
 
-/* The guest was reset while a read was parked: whoever wakes, no byte is written. */
+/* The guest was reset while a read was parked: when it is woken, no byte is written. */
 TEST(reset_while_parked)
 {
     struct rig g;
@@ -212,7 +212,7 @@ TEST(tool_read)
     struct rig g;
 
     rig_new(&g, 100);
-    CHECK_EQ(vnd_rafs_read(g.image, g.n.file, 0, buf, 10), -ETIMEDOUT); /* nobody serves */
+    CHECK_EQ(vnd_rafs_read(g.image, g.n.file, 0, buf, 10), -ETIMEDOUT); /* there is no fetch thread */
     atomic_store(&g.server.hold, 0);
     CHECK_EQ(vnd_rafs_read(g.image, g.n.file, 0, buf, IMG_FILE_SIZE + 100), IMG_FILE_SIZE);
     CHECK(memcmp(buf, g.blob->plain + 3 * IMG_CHUNK, IMG_FILE_SIZE) == 0);

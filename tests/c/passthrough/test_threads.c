@@ -64,7 +64,7 @@ TEST(a_guest_whose_calls_take_long)
     vnd_engine_free(e);
 }
 
-/* Freed while calls are queued: they are finished, whoever they are for. */
+/* Freed while calls are queued: they are finished, whichever guest they are for. */
 TEST(calls_that_are_queued_at_the_end)
 {
     vnd_engine *e = vnd_engine_new(NULL);

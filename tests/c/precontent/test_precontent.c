@@ -79,7 +79,7 @@ static void send_plain(struct rig *g, uint64_t mask)
     CHECK_EQ(send(g->fd, raw, len, 0), len);
 }
 
-/* Nobody fetches but who waits here. */
+/* No thread fetches but the one that waits here. */
 static struct answer receive(struct rig *g)
 {
     struct pollfd wait = { .fd = g->fd, .events = POLLIN };
@@ -321,7 +321,7 @@ TEST(refused)
     CHECK_EQ(vnd_precontent_refuse(g.p), 0);
     CHECK(is_silent(&g, 0));
     close(parked);
-    /* Opened and closed: ended, also when nobody but the refuser sees it */
+    /* Opened and closed: ended, also when only the thread that refuses sees it */
     send_plain(&g, PRECONTENT_OPEN);
     vnd_precontent_refuse(g.p);
     CHECK(!vnd_precontent_ended(g.p));

@@ -1,4 +1,4 @@
-/* One blob id, two tables: each image is read by its own, whoever comes first, in one process and in two, and no file that
+/* One blob id, two tables: each image is read by its own, whichever image comes first, in one process and in two, and no file that
  * holds one's bytes is written for the other.
  */
 #include "store_fixture.h"

@@ -319,7 +319,7 @@ TEST(prefetch_that_a_reader_waits_for_yields_to_other_demand)
     fix_park(&h.f, h.b, &elsewhere, 480);
     for (int i = 0; i < 2; i++) {
         CHECK_EQ(vnd_job_feed(h.f.e, job.id, h.b->stored + i * 16384, 16384), 1);
-        CHECK_EQ(fix_settle(h.f.e, job.id), 0);
+        CHECK_EQ(fix_flush(h.f.e, job.id), 0);
     }
     fix_reader_wait(&in_prefetch);
     CHECK_EQ(vnd_job_feed(h.f.e, job.id, h.b->stored + 2 * 16384, 16384), -ECANCELED);
@@ -335,7 +335,7 @@ TEST(prefetch_that_a_reader_waits_for_yields_to_other_demand)
     hand_down(&h);
 }
 
-/* Demand that nobody waits for any more goes behind demand that somebody does. */
+/* Demand that no reader waits for any more goes behind demand that one waits for. */
 TEST(expired_demand)
 {
     char dir[200];

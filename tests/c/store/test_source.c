@@ -95,7 +95,7 @@ static void expect_none(void)
 static void serve(uint64_t id, uint32_t place)
 {
     CHECK_EQ(vnd_job_feed(t.f.e, id, t.data->stored + place * APART * CHUNK, CHUNK), 1);
-    CHECK_EQ(fix_settle(t.f.e, id), 0);
+    CHECK_EQ(fix_flush(t.f.e, id), 0);
     vnd_job_end(t.f.e, id, 0, 0, NULL);
 }
 
@@ -254,7 +254,7 @@ TEST(what_was_committed_stays)
     r[1] = park(0, 7, 25, 0); /* comes with it */
     for (uint32_t i = 40; i < 42; i++) {
         CHECK_EQ(vnd_job_feed(t.f.e, job.id, t.data->stored + i * CHUNK, CHUNK), 1);
-        CHECK_EQ(fix_settle(t.f.e, job.id), 0);
+        CHECK_EQ(fix_flush(t.f.e, job.id), 0);
     }
     fix_reader_wait(r[0]);
     vnd_job_retry(t.f.e, job.id, 0, 0, VND_CAUSE_NETWORK, "cut off");
@@ -308,7 +308,7 @@ TEST(cached_chunks_are_checked_while_the_server_fails)
     struct fix_reader *r = park(0, 7, 3, 0);
     CHECK(next(&job));
     CHECK_EQ(job.kind, VND_JOB_VERIFY);
-    CHECK_EQ(fix_settle(t.f.e, job.id), 0);
+    CHECK_EQ(fix_flush(t.f.e, job.id), 0);
     vnd_job_end(t.f.e, job.id, 0, 0, NULL);
     fix_reader_wait(r);
     CHECK_EQ(r->w.err, 0);

@@ -235,7 +235,7 @@ TEST(contradicting_images)
     CHECK_EQ(fix_read(f.h, evil, 5 * 16384, 64, buf), -EIO);
     fix_down(&f);
 
-    /* Once nobody uses it the other image may be served, and nothing of before is trusted for it. */
+    /* Once no image uses it the other image may be served, and nothing of before is trusted for it. */
     memset(&f, 0, sizeof f);
     fix_up(&f, dir, evil, 1);
     CHECK_EQ(fix_read(f.h, evil, 5 * 16384, 64, buf), -EIO);

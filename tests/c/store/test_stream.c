@@ -25,7 +25,7 @@ static void check_none(struct fix *f)
     CHECK_EQ(vnd_job_next(f->e, &job, 1, 0), -ETIMEDOUT);
 }
 
-/* A chunk that nobody had is asked for; its job is this one. */
+/* A chunk that is missing is asked for; its job is this one. */
 static void check_miss(struct fix *f, struct fix_blob *b, uint32_t chunk, uint32_t chunks)
 {
     struct fix_reader r;
@@ -122,7 +122,7 @@ TEST(ahead)
     down(&f, dir, b);
 }
 
-/* What is ahead stops at the blob's end; nobody comes to grief there. */
+/* What is ahead stops at the blob's end; no read fails there. */
 TEST(end)
 {
     char dir[200];

@@ -113,7 +113,7 @@ def test_replies_never_read(bystander: FakeGuest, daemon: NydusDaemon) -> None:
 
 
 def test_idle_connections(bystander: FakeGuest, daemon: NydusDaemon) -> None:
-    """Connections that say nothing keep nobody else out."""
+    """Connections that say nothing keep no other front-end out."""
     fronts = [VhostFrontend(daemon.socket_path) for _ in range(20)]
     with FakeGuest(daemon.socket_path) as guest:
         guest.fuse.init()
