@@ -227,6 +227,7 @@ struct fix_server {
     _Atomic uint64_t jobs, verify_jobs, meta_jobs, fed_bytes;
     _Atomic int flip_from, flip_to; /* jobs with these numbers get a flipped byte */
     _Atomic int hold;               /* do not serve while set */
+    _Atomic int holding;            /* threads that have seen it */
 };
 
 static inline int fix_flush(vnd_engine *e, uint64_t id)
@@ -284,11 +285,16 @@ static inline void fix_serve(struct fix_server *s, const vnd_job *job)
 static inline void *fix_server_run(void *arg)
 {
     struct fix_server *s = arg;
+    bool holds = false;
     vnd_job job;
     int rc;
 
     for (;;) {
-        if (atomic_load(&s->hold)) {
+        if (holds != (bool)atomic_load(&s->hold)) {
+            holds = !holds;
+            atomic_fetch_add(&s->holding, holds ? 1 : -1);
+        }
+        if (holds) {
             usleep(200);
             if (atomic_load(&s->e->shutdown))
                 return NULL;
@@ -300,6 +306,14 @@ static inline void *fix_server_run(void *arg)
         if (!rc)
             fix_serve(s, &job);
     }
+}
+
+/* Until hold is cleared no thread of it serves a job that comes after this. */
+static inline void fix_hold(struct fix_server *s)
+{
+    atomic_store(&s->hold, 1);
+    while (atomic_load(&s->holding) < s->threads)
+        usleep(200);
 }
 
 static inline void fix_server_start(struct fix_server *s, vnd_engine *e, struct fix_blob *b, int threads)

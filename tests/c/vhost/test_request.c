@@ -13,8 +13,7 @@ TEST(cold_beside_warm)
     init_session(&r);
     serve_now(&r, 0);
     check_read(&r, 0, 0, 4096);
-    atomic_store(&r.fix.server.hold, 1);
-    usleep(60000); /* the server's own wait for a job ends */
+    fix_hold(&r.fix.server);
     uint64_t parked = stats(&r).parked;
     send_read(&r, 1, 20, 4096);
     await_parked(&r, parked + 1);
