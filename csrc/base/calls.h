@@ -8,6 +8,7 @@
  *   NO_EXEC  the third argument (protection) has no PROT_EXEC
  *   THREAD   clone makes a thread of this process and no namespace
  *   OWN      the first argument is this process
+ *   SELF     the first argument is 0, the calling thread
  *   NAMING   prctl for the thread's name and for no_new_privs alone
  *   NONBLOCK ioctl for a descriptor's waiting alone (FIONBIO)
  *   OWN_FS   unshare of the file system context (umask) alone
@@ -41,6 +42,8 @@ CALL(QUEUE | SHARE | FETCH, restart_syscall, ANY, "the kernel's own, after a sto
 CALL(QUEUE | SHARE | FETCH, clock_gettime, ANY, "time, where the vDSO does not give it")
 CALL(FETCH, clock_nanosleep, ANY, "a pause before the next attempt")
 CALL(QUEUE | SHARE, getrusage, ANY, "whether looking for requests pays (haltpoll.c)")
+CALL(QUEUE | SHARE, sched_getattr, SELF, "the thread's own time slice (slice.c)")
+CALL(QUEUE | SHARE, sched_setattr, SELF, "the thread's own time slice (slice.c)")
 CALL(QUEUE | SHARE | FETCH, sched_getaffinity, ANY, "how many processors there are: malloc")
 CALL(QUEUE | SHARE | FETCH, getrandom, ANY, "malloc; temporary names; TLS")
 CALL(QUEUE | SHARE | FETCH, membarrier, ANY, "publishing to threads that spin")

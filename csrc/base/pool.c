@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "base/engine.h"
+#include "base/slice.h"
 #include "base/thread.h"
 
 #define POOL_MAX 16 /* threads of one guest: more do not make a disk faster */
@@ -33,6 +34,7 @@ static bool may_serve(void *ctx, uintptr_t who)
 static void *pool_run(void *arg)
 {
     struct pool *p = arg;
+    struct slice slice = { 0 };
     uint32_t me;
 
     pthread_mutex_lock(&p->lock);
@@ -48,8 +50,11 @@ static void *pool_run(void *arg)
             pthread_cond_wait(&p->some, &p->lock);
             continue;
         }
+        bool has_more = turns_served(p->serves, p->threads, t->turn.who) > 0;
+
         p->serves[me] = t->turn.who;
         pthread_mutex_unlock(&p->lock);
+        slice_set(&slice, has_more); /* a guest's only thread is stopped for no other's second */
         t->run(t);
         pthread_mutex_lock(&p->lock);
         p->serves[me] = TURNS_NO_GUEST;

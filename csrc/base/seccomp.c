@@ -36,7 +36,7 @@
 #define SHARE (1u << VND_THREAD_SHARE)
 #define FETCH (1u << VND_THREAD_FETCH)
 
-enum rule { ANY, AT_DIR, NO_EXEC, THREAD, OWN, NAMING, OWN_FS, NONBLOCK, TIGHTEN, NOSYS };
+enum rule { ANY, AT_DIR, NO_EXEC, THREAD, OWN, SELF, NAMING, OWN_FS, NONBLOCK, TIGHTEN, NOSYS };
 
 static const struct call {
     const char *name;
@@ -101,6 +101,7 @@ static void add_rule(struct program *p, enum rule rule, uint32_t pid)
     case NO_EXEC: judge(p, 2, PROT_EXEC, 0, false); break;
     case THREAD: judge(p, 0, CLONE_MUST | CLONE_SPACES, CLONE_MUST, false); break;
     case OWN: judge(p, 0, UINT32_MAX, pid, false); break;
+    case SELF: judge(p, 0, UINT32_MAX, 0, false); break;
     case NAMING:
         load(p, ARGUMENT(0));
         add(p, BPF_JMP | BPF_JEQ | BPF_K, PR_SET_NAME, 2, 0);

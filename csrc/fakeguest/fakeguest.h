@@ -121,6 +121,9 @@ typedef struct {
     uint32_t file_count;
     const fg_name *names;
     uint32_t name_count;
+    /* With depth 1: from each request's publishing to its answer, of the first latency_room. NULL: not wanted. */
+    uint64_t *latency_ns;
+    uint64_t latency_room;
 } fg_load;
 typedef struct {
     uint64_t ops, bytes, elapsed_ns, cpu_ns, kicks, calls;

@@ -262,10 +262,11 @@ int fg_load_run(fg_queue *q, const fg_load *load, fg_load_result *out)
     memset(out, 0, sizeof *out);
     uint64_t kicks = q->kicks, calls = q->calls;
     uint64_t begin = clock_ns(CLOCK_MONOTONIC), cpu = clock_ns(CLOCK_THREAD_CPUTIME_ID);
-    uint64_t end = load->duration_ms ? begin + load->duration_ms * 1000000ull : 0;
+    uint64_t sent, end = load->duration_ms ? begin + load->duration_ms * 1000000ull : 0;
     atomic_store(&q->stop, 0);
     for (uint32_t i = 0; !rc && i < load->depth && !finished(&r, 0); i++)
         rc = send_next(&r, i);
+    sent = load->latency_ns ? clock_ns(CLOCK_MONOTONIC) : 0;
     fg_queue_publish(q);
     while (!rc && q->in_flight) {
         uint64_t cookie;
@@ -282,6 +283,8 @@ int fg_load_run(fg_queue *q, const fg_load *load, fg_load_result *out)
                     break;
                 continue;
             }
+            if (load->latency_ns && out->ops < load->latency_room)
+                load->latency_ns[out->ops] = clock_ns(CLOCK_MONOTONIC) - sent;
             out->ops++;
             over = over || finished(&r, 0);
             if (rc || (!over && (rc = send_next(&r, (uint32_t)cookie)) != 0))
@@ -290,6 +293,8 @@ int fg_load_run(fg_queue *q, const fg_load *load, fg_load_result *out)
         rc = rc ? rc : got;
         if (load->pause_us && !over)
             usleep(load->pause_us);
+        if (load->latency_ns)
+            sent = clock_ns(CLOCK_MONOTONIC);
         fg_queue_publish(q);
         if (!rc && q->in_flight)
             rc = fg_queue_wait(q, (int)load->timeout_ms);

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include "base/seccomp.h"
+#include "base/slice.h"
 #include "passthrough/internal.h"
 
 static void run_task(struct pt_task *t)
@@ -40,6 +41,7 @@ static void *pool_main(void *arg)
 {
     struct vnd_passthrough *p = arg;
     struct pt_pool *pool = &p->pool;
+    struct slice slice = { 0 };
     bool timed_out;
     uint32_t me;
 
@@ -52,9 +54,12 @@ static void *pool_main(void *arg)
         struct timespec until;
 
         if (t) {
+            bool has_more = turns_served(pool->serves, pool->threads, t->turn.who) > 0;
+
             pool->queued--;
             pool->serves[me] = t->turn.who;
             pthread_mutex_unlock(&pool->lock);
+            slice_set(&slice, has_more); /* a guest's only thread is stopped for no other's second */
             run_task(t);
             pthread_mutex_lock(&pool->lock);
             pool->serves[me] = TURNS_NO_GUEST;

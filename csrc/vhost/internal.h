@@ -15,6 +15,7 @@
 #include "base/base.h"
 #include "base/haltpoll.h"
 #include "base/parklist.h"
+#include "base/slice.h"
 #include "base/wakelist.h"
 #include "fuse/fuse.h"
 #include "vhost/guestmem.h"
@@ -116,6 +117,7 @@ struct queue {
     uint16_t *resubmit; /* heads of a dead process, oldest first */
     uint32_t n_resubmit, next_resubmit;
     struct haltpoll poll;
+    struct slice slice;
     uint32_t publish_batch;      /* so many answers are published together: set by what a fetch finds */
     struct queue_conf *applying; /* taken, not acknowledged */
     struct fuse_worker worker;

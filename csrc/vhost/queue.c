@@ -203,6 +203,7 @@ static bool fetch(struct queue *q)
     }
     vring_disarm(&q->vring);
     q->publish_batch = batch_for((uint32_t)n);
+    slice_count(&q->slice, (uint32_t)n, 0);
     now = q->worker.now_us = now_us();
     for (n = n < FETCH_BUDGET ? n : FETCH_BUDGET; n > 0 && !q->broken; n--)
         if (vring_next(&q->vring, &head) != 0)
@@ -252,10 +253,12 @@ static void idle(struct queue *q)
     int64_t began = now_us(), now = began;
     int64_t until = began + haltpoll_window_us(&q->poll, began);
 
+    slice_count(&q->slice, 0, 1);
     while (now < until) {
         for (int i = 0; i < LOOKS_A_CLOCK; i++) {
             if (has_work(q)) {
-                haltpoll_looked(&q->poll, now_us() - began, true);
+                now = now_us();
+                haltpoll_looked(&q->poll, now - began, true);
                 return;
             }
             haltpoll_relax();
@@ -266,8 +269,9 @@ static void idle(struct queue *q)
         haltpoll_looked(&q->poll, now - began, false);
     if (!must_stay_awake(q, wakelist_sleep(&q->wakes))) {
         queue_sleep(q, sleep_ms(q));
+        now = now_us();
         if (q->poll.max_us != 0)
-            haltpoll_slept(&q->poll, now_us() - began);
+            haltpoll_slept(&q->poll, now - began);
     }
     wakelist_awake(&q->wakes);
 }
