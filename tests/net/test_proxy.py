@@ -244,3 +244,53 @@ def test_squid_dies_and_comes_back(server: FaultyServer, squid: Squid, make) -> 
         return backend.status()["proxy"]["used"] > 1
 
     wait_until(by_proxy)
+
+
+# ---- Dragonfly's peer daemon
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"), [("proxy", True), ("dfdaemon", True), ("Dfdaemon", True), ("backend", False), ("", False)]
+)
+def test_whose_error_it_is(server: FaultyServer, peer: FaultyServer, behind, kind: str, own: bool) -> None:
+    """An error of the peer's own counts against it; one of the registry's, passed on, does not."""
+    backend = behind()
+    headers = {"X-Dragonfly-Error-Type": kind} if kind else {}
+    peer.inject("status", status=500, headers=headers, times=3)
+    for _ in range(3):
+        assert read(backend, BLOB, 5, 10) == DATA[5:15]  # from the registry
+    assert len(server.requests) == 3
+    assert (backend.status()["proxy"]["state"] == "open") is not own
+
+
+def test_what_a_peer_had_already_is_counted(server: FaultyServer, peer: FaultyServer, behind) -> None:
+    backend = behind()
+    task = {"X-Dragonfly-Task-ID": "one", "X-Dragonfly-Task-Download-Finished": "false"}
+    peer.inject("restatus", status=206, headers=task)
+    assert read(backend, BLOB, 5, 10) == DATA[5:15]
+    peer.inject("restatus", status=206, headers={**task, "X-Dragonfly-Task-Download-Finished": "true"}, times=2)
+    for _ in range(3):
+        assert read(backend, BLOB, 5, 10) == DATA[5:15]
+    assert backend.status()["proxy"]["p2p"] == {"answers": 3, "hits": 2}
+    assert peer.requests[0].headers["X-Dragonfly-Enable-Task-ID-Based-Blob-Digest"] == "true"
+
+
+def test_a_peer_as_a_mirror(server: FaultyServer, peer: FaultyServer, make) -> None:
+    """X-Dragonfly-Registry makes a mirror one: it is told what a peer is told, and counted."""
+    server.add(DATA)
+    mirror = {"host": peer.url, "headers": {"X-Dragonfly-Registry": server.url}, "failure_limit": 2}
+    backend = make(mirrors=[mirror])
+    done = {"X-Dragonfly-Task-ID": "one", "X-Dragonfly-Task-Download-Finished": "true"}
+    peer.inject("restatus", status=206, headers=done)
+    assert read(backend, BLOB, 5, 10) == DATA[5:15]
+    sent = peer.requests[0].headers
+    assert sent["X-Dragonfly-Registry"] == server.url and sent["X-Dragonfly-Priority"] == "6"
+    assert sent["X-Dragonfly-Enable-Task-ID-Based-Blob-Digest"] == "true"
+    assert backend.status()["p2p"] == {"answers": 1, "hits": 1} and backend.piece_bytes == 4 << 20
+    for kind, state in (("backend", "open"), ("dfdaemon", "shut")):
+        peer.inject("status", status=500, headers={"X-Dragonfly-Error-Type": kind}, times=2)
+        for _ in range(2):
+            assert read(backend, BLOB, 5, 10) == DATA[5:15]
+        assert (backend.status()["mirrors"][peer.host] == "open") is (state == "open"), kind
+    plain = make(mirrors=[{"host": peer.url}])
+    assert plain.piece_bytes == 0

@@ -338,7 +338,9 @@ class MountTable:
             compressed=config.cache_compressed,
             digest=config.bootstrap_digest,
         )
-        opened.rafs.set_amplify(config.amplify_bytes)
+        # Behind a peer daemon of Dragonfly a smaller range costs a whole piece all the same.
+        piece_bytes = getattr(origin.backend, "piece_bytes", 0) if config.amplify_bytes else 0
+        opened.rafs.set_amplify(max(config.amplify_bytes, piece_bytes))
         try:
             mount = Mount(wanted, opened, self._new_prefetch(opened, wanted.source))
             mount.image.count_files(mount.counts_files())

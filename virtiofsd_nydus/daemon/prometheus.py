@@ -192,6 +192,29 @@ def _add_backends(text: _Text, of: "list[tuple[Labels, Mount]]") -> None:
         "1 while the registry refuses the login",
         [("", label, int(status.get("login") == "refused")) for label, status in health if "login" in status],
     )
+    _add_peers(text, health)
+
+
+def _add_peers(text: _Text, health: "list[tuple[Labels, dict[str, object]]]") -> None:
+    """How far a peer-to-peer network helps: of what its daemon answered, what it had already."""
+    found = []
+    for label, status in health:
+        for way, part in (("mirror", status), ("proxy", status.get("proxy"))):
+            count = part.get("p2p") if isinstance(part, dict) else None
+            if isinstance(count, dict):
+                found.append(({**label, "way": way}, count))
+    text.add(
+        "backend_p2p_answers_total",
+        "counter",
+        "Answers of a peer daemon (Dragonfly) to reads of blobs",
+        [("", label, count["answers"]) for label, count in found],
+    )
+    text.add(
+        "backend_p2p_hits_total",
+        "counter",
+        "Part of backend_p2p_answers_total that the peer had whole before it was asked",
+        [("", label, count["hits"]) for label, count in found],
+    )
 
 
 def escape_label(text: str) -> str:

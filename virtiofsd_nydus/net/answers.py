@@ -9,6 +9,7 @@ from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.address import host_of, parse_address, path_of
 from virtiofsd_nydus.net.deadline import wait_until
 from virtiofsd_nydus.net.documents import parse_json, parse_size
+from virtiofsd_nydus.net.dragonfly import is_backends
 from virtiofsd_nydus.net.failures import SPEAKS_HTTPS, RetriableFailure, classify_error
 
 TYPE_CHECKING = False
@@ -152,7 +153,10 @@ def check_status(response: "BaseHTTPResponse", url: str, what: str) -> None:
     if status in RETRY_STATUSES or (status >= 500 and status not in HEAD_REFUSED):
         after_s = parse_size(response.headers.get("Retry-After", "")) or 0
         raise RetriableFailure(
-            f"{where}: status {status}{said}", after_s=min(after_s, RETRY_AFTER_MAX_S), whole=status in (429, 503)
+            f"{where}: status {status}{said}",
+            after_s=min(after_s, RETRY_AFTER_MAX_S),
+            whole=status in (429, 503),
+            passed_on=is_backends(response.headers),
         )
     raise Failure(f"{where}: unexpected status {status}{said}", Cause.IO)
 

@@ -13,8 +13,8 @@ SPEAKS_HTTPS = "speaks HTTPS, not plain HTTP: use https (scheme, or no --plain-h
 
 class RetriableFailure(Failure):
     """A failure that another attempt may mend. after_s: what the server asked for with Retry-After. whole: the server
-    fails, not one address of it alone. broke: a connection ended that may have been stale, so a new one may do at
-    once."""
+    fails, not one address of it alone. passed_on: by a peer or proxy, which is well itself. broke: a connection ended
+    that may have been stale, so a new one may do at once."""
 
     def __init__(
         self,
@@ -24,9 +24,10 @@ class RetriableFailure(Failure):
         *,
         whole: bool = False,
         broke: bool = False,
+        passed_on: bool = False,
     ) -> None:
         super().__init__(message, cause)
-        self.after_s, self.whole, self.broke = after_s, whole, broke
+        self.after_s, self.whole, self.broke, self.passed_on = after_s, whole, broke, passed_on
 
 
 class ProxyLimited(RetriableFailure):

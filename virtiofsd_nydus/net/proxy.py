@@ -11,6 +11,7 @@ from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.address import host_of
 from virtiofsd_nydus.net.answers import error_text, release
 from virtiofsd_nydus.net.client import HttpClient, Request
+from virtiofsd_nydus.net.dragonfly import PeerCount, is_peers_own, make_headers
 from virtiofsd_nydus.net.failures import ProxyLimited, RetriableFailure, classify_error
 from virtiofsd_nydus.net.health import Gate, RateLimit
 
@@ -27,8 +28,6 @@ LAST_PAUSE_S = 60.0
 # may have all its fetch slots at once.
 BYPASSES_PER_S = 1.0
 BYPASS_BURST = 8.0
-ERROR_TYPE_HEADER = "X-Dragonfly-Error-Type"
-PRIORITY_PREFETCH, PRIORITY_DEMAND = "3", "6"
 
 
 class ProxySettings:
@@ -74,6 +73,7 @@ class ForwardProxy:
         self._manager: ProxyManager | None = None
         self._checker: threading.Thread | None = None
         self._last_used = 0.0
+        self.peer = PeerCount()
         self.used = self.passed_by = 0  # requests it answered, requests that went round it
 
     def send(
@@ -95,13 +95,7 @@ class ForwardProxy:
         url = request.url
         if self.settings.use_http and url.startswith("https://"):
             url = "http://" + url.removeprefix("https://")
-        sent = {
-            **request.headers,
-            "X-Dragonfly-Use-P2P": "true",
-            "X-Dragonfly-Priority": PRIORITY_PREFETCH if prefetch else PRIORITY_DEMAND,
-        }
-        if prefetch:
-            sent["X-Dragonfly-Prefetch"] = "true"
+        sent = {**request.headers, **make_headers(prefetch)}
         try:
             response = self._get_manager(client).request(
                 request.method,
@@ -123,7 +117,7 @@ class ForwardProxy:
             )
             return None
         own = (
-            response.headers.get(ERROR_TYPE_HEADER, "") == "proxy"
+            (response.status >= 400 and is_peers_own(response.headers))
             or response.status == 407
             or (response.status == 403 and "X-Squid-Error" in response.headers)
         )
@@ -131,6 +125,7 @@ class ForwardProxy:
             self._handle_own_error(response, prefetch)
             return None
         self.gate.succeeded()
+        self.peer.note(response.headers)
         if response.status >= 500 and self.settings.fallback:
             release(response)  # the proxy may be at fault or the origin: the origin is asked
             self._leave_aside(None)
@@ -161,7 +156,12 @@ class ForwardProxy:
 
     def status(self) -> dict[str, object]:
         """Health and counts, for the API: no secrets."""
-        return {"state": self.gate.state, "used": self.used, "passed_by": self.passed_by}
+        return {
+            "state": self.gate.state,
+            "used": self.used,
+            "passed_by": self.passed_by,
+            "p2p": self.peer.status(),
+        }
 
     def close(self) -> None:
         with self._lock:

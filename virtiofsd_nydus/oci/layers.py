@@ -60,6 +60,11 @@ class LayerBackend:
             one.close()
         self.inner.close()
 
+    @property
+    def piece_bytes(self) -> int:
+        found: int = getattr(self.inner, "piece_bytes", 0)
+        return found
+
     def prepare(self) -> None:
         self.inner.prepare()
 

@@ -10,6 +10,7 @@ from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.address import parse_address
 from virtiofsd_nydus.net.answers import check_status, release
 from virtiofsd_nydus.net.client import HttpClient, Request, Through, Trust
+from virtiofsd_nydus.net.dragonfly import PIECE_BYTES, REGISTRY_HEADER, PeerCount, make_headers
 from virtiofsd_nydus.net.health import Gate
 from virtiofsd_nydus.net.login import Login
 from virtiofsd_nydus.net.session import Endpoint, RegistrySession
@@ -56,9 +57,10 @@ class Mirror:
         be sent to it. prefix: of the API's paths. namespace: the registry that it stands for, told with each request.
         trust: its own certificates, None: the registry's."""
         self.prefix, self.trust = prefix, trust
-        self.query = f"?ns={namespace}" if namespace else ""
-        self.scheme, self.host, self.ping_url = scheme, host, ping_url
         self.headers = dict(headers or {})
+        self.query = f"?ns={namespace}" if namespace else ""
+        self.is_peer = any(name.lower() == REGISTRY_HEADER.lower() for name in self.headers)  # Dragonfly's
+        self.scheme, self.host, self.ping_url = scheme, host, ping_url
         self.failures_max, self.check_interval_s, self.with_login = failures_max, check_interval_s, with_login
 
 
@@ -127,12 +129,18 @@ class RegistryBackend(HttpBackend):
             )
             for mirror in mirrors
         ]
+        self.peer = PeerCount()  # of mirrors
         self._locations: dict[str, str] = {}  # blob id -> where the registry last sent us
 
     def close(self) -> None:
         super().close()
         for client in self._own_clients.values():
             client.close()
+
+    @property
+    def piece_bytes(self) -> int:
+        """What a request costs its server at least; 0: no more than was asked for."""
+        return PIECE_BYTES if any(one.mirror.is_peer for one in self._mirrors) else 0
 
     def set_credentials(self, credentials: "Credentials | None") -> None:
         """Hot reload of the login."""
@@ -146,6 +154,7 @@ class RegistryBackend(HttpBackend):
         found = super().status()
         found["login"] = self.session.auth.state
         if self._mirrors:
+            found["p2p"] = self.peer.status()
             found["mirrors"] = {one.mirror.host: one.gate.state for one in self._mirrors}
         return found
 
@@ -216,10 +225,13 @@ class RegistryBackend(HttpBackend):
                 if one.gate.state != "open" and one.mirror.ping_url:
                     self._ping(one, deadline)
                 path = blob_path(blob_id) + one.mirror.query
-                request = Request(method, path, {**one.mirror.headers, **headers})
+                told = make_headers(through.prefetch) if one.mirror.is_peer else {}
+                request = Request(method, path, {**told, **one.mirror.headers, **headers})
                 response, url = one.session.request(request, what, deadline=deadline, through=through)
             except Failure as failure:
-                if failure.cause is Cause.NETWORK or failure.cause is Cause.SCHEME:
+                if getattr(failure, "passed_on", False):
+                    one.gate.succeeded()  # the registry behind it fails
+                elif failure.cause is Cause.NETWORK or failure.cause is Cause.SCHEME:
                     one.gate.failed(str(failure))
                 else:
                     one.gate.succeeded()
@@ -227,6 +239,7 @@ class RegistryBackend(HttpBackend):
                         one.without[blob_id] = time.monotonic() + WITHOUT_MISSING_S
                 continue
             one.gate.succeeded()
+            self.peer.note(response.headers)
             one.answered[blob_id] = url
             return response, url
         return None
