@@ -156,12 +156,10 @@ class ForwardProxy:
 
     def status(self) -> dict[str, object]:
         """Health and counts, for the API: no secrets."""
-        return {
-            "state": self.gate.state,
-            "used": self.used,
-            "passed_by": self.passed_by,
-            "p2p": self.peer.status(),
-        }
+        found: dict[str, object] = {"state": self.gate.state, "used": self.used, "passed_by": self.passed_by}
+        if self.peer.answers:
+            found["p2p"] = self.peer.status()
+        return found
 
     def close(self) -> None:
         with self._lock:

@@ -154,7 +154,8 @@ class RegistryBackend(HttpBackend):
         found = super().status()
         found["login"] = self.session.auth.state
         if self._mirrors:
-            found["p2p"] = self.peer.status()
+            if self.peer.answers:
+                found["p2p"] = self.peer.status()
             found["mirrors"] = {one.mirror.host: one.gate.state for one in self._mirrors}
         return found
 
