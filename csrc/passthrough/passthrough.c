@@ -88,7 +88,9 @@ static struct timespec time_of(uint32_t valid, uint32_t given, uint32_t now, str
 
 /* The file capabilities of a node that change of owner or size would take from it. The host takes them as for a plain
  * chown or truncate. The guest's kernel removes them by itself where they are to go, before it asks; where it does not
- * (overlayfs copies an inode up: attributes first, then size and owner) they are to stay, so they are put back. */
+ * (overlayfs copies an inode up: attributes first, then size and owner) they are to stay, so they are put back. With
+ * HANDLE_KILLPRIV_V2 Linux sends FS_SET_KILL with every change of owner (fs/fuse/dir.c: "unconditionally"), so it says
+ * nothing there. */
 struct caps {
     uint8_t value[XATTR_CAPS_SZ];
     ssize_t len;
@@ -99,7 +101,8 @@ static void save_caps(const struct pt_ref *ref, const struct fs_setattr *s, stru
     char path[32];
 
     c->len = -1;
-    if (ref->node->type == S_IFREG && s->valid & (FS_SET_UID | FS_SET_GID | FS_SET_SIZE) && !(s->valid & FS_SET_KILL))
+    if (ref->node->type == S_IFREG &&
+        ((s->valid & FS_SET_SIZE) ? !(s->valid & FS_SET_KILL) : (s->valid & (FS_SET_UID | FS_SET_GID)) != 0))
         c->len = getxattr(proc_path(path, ref->fd), XATTR_NAME_CAPS, c->value, sizeof(c->value));
 }
 

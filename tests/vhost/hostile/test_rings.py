@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import struct
 import threading
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import pytest
 from virtiofsd_nydus._fakeguest import lib
 
-from tests.fakeguest.support import FILES, BackgroundLoad, Load, pattern
+from tests.fakeguest.support import FILES, BackgroundLoad, Load, pattern, wait_until
 from tests.vhost.hostile.tools import FILL, GETATTR_REPLY, GETATTR_ROOT, HOLE_GPA, INDIRECT, NEXT, WRITE, Bench
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, Region
 from virtiofsd_nydus.fakeguest.fuse_client import READ, READ_IN, pack_request
@@ -140,6 +141,24 @@ EITHER: dict[str, Callable[[Bench], None]] = {
 def test_queue_is_lost(bench: Bench, name: str) -> None:
     LOST[name](bench)
     bench.assert_lost()
+
+
+def test_the_log_says_whose_queue_stopped(daemon: NydusDaemon) -> None:
+    """The front-end's number, as its connecting was said with, and the queue's."""
+    with (
+        FakeGuest(daemon.socket_path, request_queues=3) as first,
+        FakeGuest(daemon.socket_path, request_queues=3) as second,
+    ):
+        first.fuse.init()
+        second.fuse.init()
+        numbers = re.findall(r"front-end connected +front_end=(\d+)", daemon.log_text())
+        bench = Bench(second, 2)
+        jump_index_far(bench)
+        bench.assert_lost()
+        line = f"front-end {numbers[-1]}: queue 2 stopped: "
+        wait_until(lambda: line in daemon.log_text(), line)
+        assert daemon.log_text().count(" stopped: ") == 1
+        first.fuse.getattr(1)
 
 
 @pytest.mark.parametrize("name", EITHER)
