@@ -12,7 +12,16 @@ from tests.hostile.images import CHUNK, ImageV6, build, write_source
 from tests.oci.conftest import BIG, LAYERS, blob, make_tar, read_layout, skopeo, write_image
 from tests.peers.registry import LocalRegistry
 from virtiofsd_nydus.cli.convert import ProgressLines
-from virtiofsd_nydus.oci.manifest import MEDIA_LAYER_GZIP, MEDIA_NYDUS_BLOB, get_host_platform
+from virtiofsd_nydus.cli.main import main
+from virtiofsd_nydus.oci.image import resolve_image
+from virtiofsd_nydus.oci.layout import LayoutStore
+from virtiofsd_nydus.oci.manifest import (
+    MEDIA_INDEX,
+    MEDIA_LAYER_GZIP,
+    MEDIA_MANIFEST,
+    MEDIA_NYDUS_BLOB,
+    get_host_platform,
+)
 
 pytestmark = pytest.mark.peer
 
@@ -347,3 +356,105 @@ def test_threads_change_nothing(convert, image: Path, tmp_path: Path, way: str) 
         for threads in (1, 2, 7)
     }
     assert len(digests) == 1
+
+
+def make_platforms(layout: Path, *architectures: str) -> None:
+    """The tag `all` names an index of an image for each architecture, and an attestation."""
+    store = LayoutStore(layout)
+    entries = []
+    for number, architecture in enumerate(architectures):
+        digest = write_image(layout, LAYERS[: number + 1], tag=architecture, architecture=architecture)
+        size = (layout / "blobs/sha256" / digest[7:]).stat().st_size
+        platform = {"os": "linux", "architecture": architecture}
+        entries.append({"mediaType": MEDIA_MANIFEST, "digest": digest, "size": size, "platform": platform})
+    entries.append({**entries[0], "platform": {"os": "unknown", "architecture": "unknown"}})
+    index = {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": entries}
+    store.put_manifest(json.dumps(index).encode(), MEDIA_INDEX, "all")
+    store.close()
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_all_platforms(convert, tmp_path: Path, merge: bool) -> None:
+    layout, target = tmp_path / "layout", tmp_path / "out"
+    make_platforms(layout, "amd64", "arm64")
+    words = [f"oci:{layout}:all", f"oci:{target}:n", "--all-platforms", *(["--merge-platform"] if merge else [])]
+    results = convert(*words)
+    assert [one["platform"] for one in results] == ["linux/amd64", "linux/arm64"]
+    store = LayoutStore(target)
+    index = json.loads(store.get_manifest("n")[0])
+    nydus = [one for one in index["manifests"] if "artifactType" in one]
+    assert [one["platform"]["architecture"] for one in nydus] == ["amd64", "arm64"]
+    assert len(index["manifests"]) == (4 if merge else 2)
+    for platform in ("linux/amd64", "linux/arm64"):
+        found = resolve_image(f"oci:{target}:n", cache_dir=tmp_path / "c", platform=platform)
+        assert found.config["architecture"] == platform.partition("/")[2]
+    store.close()
+
+
+def test_all_platforms_of_what_has_none(convert, tmp_path: Path) -> None:
+    write_image(tmp_path / "layout", LAYERS[:1])
+    source = f"oci:{tmp_path / 'layout'}:t"
+    status, line = convert(source, f"oci:{tmp_path / 'out'}:n", "--all-platforms")
+    assert status == 1 and "not an index" in line
+    make_platforms(tmp_path / "layout", "amd64")
+    status, line = convert(f"oci:{tmp_path / 'layout'}:all", f"oci:{tmp_path / 'layout'}:all", "--all-platforms")
+    assert status == 2 and "is the image to convert" in line
+
+
+def members_of(data: bytes) -> dict[str, tuple]:
+    """Every name of a tar with what it is."""
+    found = {}
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for one in tar:
+            stream = tar.extractfile(one) if one.isreg() else None
+            content = stream.read() if stream is not None else b""
+            if one.name.strip("./"):
+                link = one.linkname.removeprefix("./")
+                found[one.name.removeprefix("./").rstrip("/")] = one.type, one.mode, one.uid, link, content
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_back_to_oci(convert, tmp_path: Path, count: int) -> None:
+    """Layers come back with the same diff content; a layer that left no blob makes it one layer, with the same tree."""
+    import gzip
+
+    layers = [
+        make_tar(
+            [
+                ("etc", None, {"type": tarfile.DIRTYPE, "mtime": 1000, "uid": 7}),
+                ("etc/hosts", b"hosts\n", {"mtime": 5}),
+                ("etc/gone", b"gone\n", {}),
+                ("big", BIG, {"mode": 0o600}),
+                ("link", None, {"type": tarfile.SYMTYPE, "linkname": "etc/hosts", "mode": 0o777}),
+                ("same", None, {"type": tarfile.LNKTYPE, "linkname": "big", "mode": 0o600}),
+            ]
+        ),
+        make_tar([("etc/.wh.gone", b"", {}), ("etc/two", b"two\n", {})]),
+        LAYERS[2],
+    ][:count]
+    write_image(tmp_path / "layout", layers)
+    nydus, back = f"oci:{tmp_path / 'nydus'}:n", f"oci:{tmp_path / 'back'}:t"
+    convert(f"oci:{tmp_path / 'layout'}:t", nydus)
+    result = convert(nydus, back, "--to", "oci")
+    assert result["one_layer"] is (count == 3)
+    blobs = tmp_path / "back/blobs/sha256"
+    tars = [gzip.decompress((blobs / digest[7:]).read_bytes()) for digest in result["layers"]]
+    assert [f"sha256:{hashlib.sha256(tar).hexdigest()}" for tar in tars] == result["diff_ids"]
+    if count == 2:
+        assert [members_of(tar) for tar in tars] == [members_of(layer) for layer in layers]
+    trees = []
+    for reference in (f"oci:{tmp_path / 'layout'}:t", back):
+        output = tmp_path / f"{len(trees)}.tar"
+        assert main(["unpack", reference, "--output", str(output), "--cache-dir", str(tmp_path / "c")]) == 0
+        trees.append(members_of(output.read_bytes()))
+    assert trees[0] == trees[1]
+    assert json.loads(skopeo("inspect", "--config", back))["config"]["Cmd"] == ["/bin/true"]
+
+
+def test_what_cannot_go_back(convert, image: Path, tmp_path: Path) -> None:
+    convert(f"oci:{image}:t", f"oci:{tmp_path / 'ref'}:n", "--oci-ref")
+    status, line = convert(f"oci:{tmp_path / 'ref'}:n", f"oci:{tmp_path / 'out'}:t", "--to", "oci")
+    assert status == 1 and "lies beside it" in line
+    status, line = convert(f"oci:{image}:t", f"oci:{tmp_path / 'out'}:t", "--to", "oci")
+    assert status == 1 and "not a Nydus image" in line

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from rich.progress import TaskID
 
-    from virtiofsd_nydus.oci.convert import ConvertResult
+    from virtiofsd_nydus.oci.convert import ConvertOptions, ConvertResult, Place
 
 # Between two lines about progress, where it is not shown on a terminal.
 LINE_S = 10.0
@@ -33,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--platform", default="", metavar="OS/ARCH[/VARIANT]", help="which image of an index (this host's)"
     )
+    parser.add_argument(
+        "--to",
+        choices=["nydus", "oci"],
+        default="nydus",
+        help="oci: SRC is a Nydus image, and becomes an OCI image again (gzip layers)",
+    )
+    parser.add_argument("--all-platforms", action="store_true", help="convert the image of every platform of an index")
     parser.add_argument(
         "--merge-platform",
         action="store_true",
@@ -55,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from virtiofsd_nydus.oci.convert import ConvertOptions, Place, convert_image
+    from virtiofsd_nydus.oci.convert import ConvertOptions, Place, convert_image, convert_platforms
     from virtiofsd_nydus.oci.image import open_store
     from virtiofsd_nydus.oci.manifest import parse_platform
     from virtiofsd_nydus.oci.serve import access_of
@@ -63,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     source_ref, target_ref = parse_reference(args.source), parse_reference(args.target)
     options = make_options(args, oci_ref=args.oci_ref)
     dictionary = load_chunk_dict(args, options)
+    if args.all_platforms and args.platform:
+        raise UsageFailure("--all-platforms converts all there are: leave out --platform")
     platform = parse_platform(args.platform) if args.platform else None
     source_creds, target_creds = choose_creds(args, source_ref, target_ref)
     access = access_of(args)
@@ -80,14 +89,36 @@ def run(args: argparse.Namespace) -> int:
                 dictionary=dictionary,
                 sign_key=args.sign_key,
             )
-            result = convert_image(Place(source, source_ref), Place(target, target_ref), wanted, bars)
+            places = Place(source, source_ref), Place(target, target_ref)
+            if args.to == "oci":
+                return _convert_back(args, *places, wanted)
+            if args.all_platforms:
+                results = convert_platforms(*places, wanted, bars)
+            else:
+                results = [convert_image(*places, wanted, bars)]
     finally:
         source.close()
         target.close()
     if args.json:
-        print(json.dumps(result.to_json(), indent=2))
+        told = [result.to_json() for result in results]
+        print(json.dumps(told if args.all_platforms else told[0], indent=2))
     else:
-        print_summary(result)
+        for result in results:
+            print_summary(result)
+    return 0
+
+
+def _convert_back(args: argparse.Namespace, source: "Place", target: "Place", wanted: "ConvertOptions") -> int:
+    from virtiofsd_nydus.cli.to_oci import convert_to_oci
+
+    if args.all_platforms or args.merge_platform or args.oci_ref:
+        raise UsageFailure("--to oci makes one OCI image of one Nydus image: leave out the options of the other way")
+    result = convert_to_oci(source, target, wanted)
+    if args.json:
+        print(json.dumps(result, indent=2))
+    else:
+        told = "one layer: they could not be told apart" if result["one_layer"] else f"{len(result['layers'])} layers"
+        print(f"{result['target']} is {result['manifest_digest']}, {told}")
     return 0
 
 

@@ -6,7 +6,7 @@ import errno
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -67,15 +67,20 @@ def open_output(name: str) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
-def unpack_image(image: "Bootstrap", out: BinaryIO) -> list[str]:
-    """Writes every entry, each directory right before what is in it (tar restores a directory's time when it meets the
-    first name outside); returns the sockets' paths. Failure when something cannot be read."""
+def unpack_image(
+    image: "Bootstrap", out: BinaryIO, leave_out: "Callable[[Entry], bool]" = lambda entry: False
+) -> list[str]:
+    """Writes every entry that is not to be left out, each directory right before what is in it (tar restores a
+    directory's time when it meets the first name outside); returns the sockets' paths. Failure when something cannot
+    be read."""
     from virtiofsd_nydus.builder.tar_writer import TarWriter
 
     tar = TarWriter(out)
     skipped: list[str] = []
     first: dict[int, bytes] = {}  # inode -> the name its data came under
     for entry in walk_depth_first(image):
+        if leave_out(entry):
+            continue
         kind = KINDS.get(stat.S_IFMT(entry.attr.mode))
         if kind is None:
             skipped.append(entry.path)

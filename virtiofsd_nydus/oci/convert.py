@@ -6,6 +6,7 @@ the other's waits; the result does not depend on it.
 """
 
 import errno
+import json
 import shutil
 import tempfile
 import threading
@@ -27,12 +28,14 @@ from virtiofsd_nydus.oci.manifest import (
     MEDIA_LAYER_GZIP,
     MEDIA_MANIFEST,
     MEDIA_NYDUS_BLOB,
+    NYDUS_ARTIFACT_TYPE,
     Descriptor,
     Manifest,
     Platform,
     digest_of,
     get_host_platform,
     load_json,
+    parse_index,
 )
 from virtiofsd_nydus.oci.nydus_image import (
     describe_blob,
@@ -133,7 +136,8 @@ class ConvertOptions:
     the tag is an index of the Nydus image and the OCI image, which is copied, so that each client finds what it knows;
     an image that refers to the OCI layers (build.oci_ref) always is, for it needs them. work_dir: where blobs are
     spooled and tables go (default: TMPDIR), about the size of the two largest layers. dictionary: chunks of an image
-    whose blobs are at the target. sign_key: private key that signs what the tag names."""
+    whose blobs are at the target. sign_key: private key that signs what the tag names. publish: False leaves the
+    image under its digest, for an index that will name it."""
 
     build: BuildOptions
     platform: Platform | None = None
@@ -141,6 +145,7 @@ class ConvertOptions:
     work_dir: Path | None = None
     dictionary: "ChunkDictionary | None" = None
     sign_key: Path | None = None
+    publish: bool = True
 
 
 def convert_image(
@@ -162,7 +167,7 @@ def convert_image(
     if target_ref.digest:
         raise Failure(f"{target_ref}: a destination has a tag, its digest is not known before", Cause.FORMAT)
     manifest, config, of_platform = read_source(source, source_ref, wanted.platform)
-    if is_same_place(source_ref, target_ref):
+    if wanted.publish and is_same_place(source_ref, target_ref):
         refuse_overwriting(source, source_ref, target_ref, manifest, keeps_source=merge_platform)
     try:
         with make_work_folder(work_dir) as folder:
@@ -184,13 +189,7 @@ def convert_image(
                 data, media_type = make_index(manifest, data, of_platform), MEDIA_INDEX
             else:
                 media_type = MEDIA_MANIFEST
-            if wanted.sign_key is not None:
-                # Signed before the tag names it, so that no reader finds it unsigned.
-                target.put_manifest(data, media_type, None)
-                sign_manifest(
-                    target, Descriptor(media_type, digest_of(data), len(data)), target_ref.name, wanted.sign_key
-                )
-            target.put_manifest(data, media_type, target_ref.tag)
+            publish(target_place, data, media_type, wanted)
     except OSError as error:
         raise Failure(
             f"cannot work in {work_dir or tempfile.gettempdir()}: {error.strerror or error} (--work-dir)",
@@ -210,6 +209,75 @@ def convert_image(
         sorted({layer.blob_id for layer, _ in built} - used),
         [result for _, result in built],
     )
+
+
+def publish(place: Place, data: bytes, media_type: str, wanted: ConvertOptions) -> None:
+    """Has the tag name a manifest or an index. It is signed before, so that no reader finds it unsigned."""
+    if wanted.sign_key is not None or not wanted.publish:
+        place.store.put_manifest(data, media_type, None)
+    if wanted.sign_key is not None:
+        described = Descriptor(media_type, digest_of(data), len(data))
+        sign_manifest(place.store, described, place.reference.name, wanted.sign_key)
+    if wanted.publish:
+        place.store.put_manifest(data, media_type, place.reference.tag)
+
+
+def convert_platforms(
+    source_place: Place, target_place: Place, wanted: ConvertOptions, progress: Progress | None = None
+) -> list[ConvertResult]:
+    """Converts the image of every platform of an index, one after the other, and has the destination's tag name an
+    index of them all (merge_platform: with the OCI images beside them). Raises Failure."""
+    source, source_ref = source_place.store, source_place.reference
+    target, target_ref = target_place.store, target_place.reference
+    data, _ = source.get_manifest(source_ref.version)
+    found = load_json(data, str(source_ref))
+    if not isinstance(found.get("manifests"), list):
+        raise Failure(f"{source_ref} is the image of one platform, not an index of several", Cause.FORMAT)
+    # Attestations have the platform unknown/unknown.
+    wanted_entries = [
+        entry
+        for entry in parse_index(data, str(source_ref))
+        if not entry.is_nydus and entry.platform is not None and entry.platform.os != "unknown"
+    ]
+    if not wanted_entries:
+        raise Failure(f"{source_ref}: its index names no image with a platform", Cause.FORMAT)
+    keeps = wanted.merge_platform or wanted.build.oci_ref
+    if is_same_place(source_ref, target_ref) and not keeps:
+        there = _digest_of_tag(target, target_ref.tag)
+        if there == digest_of(data):
+            raise UsageFailure(
+                f"{target_ref} is the image to convert, which nothing would name any more: give the Nydus image "
+                "another tag, or both one by --merge-platform"
+            )
+    results: list[ConvertResult] = []
+    entries: list[Any] = []
+    for entry in wanted_entries:
+        of_entry = Place(source, replace(source_ref, tag="", digest=entry.descriptor.digest))
+        one = replace(wanted, platform=entry.platform, publish=False, sign_key=None)
+        result = convert_image(of_entry, target_place, one, progress)
+        results.append(result)
+        made, _ = target.get_manifest(result.manifest_digest)
+        document = load_json(made, str(target_ref))
+        assert entry.platform is not None
+        entries += document.get("manifests") or [
+            {
+                **Descriptor(MEDIA_MANIFEST, result.manifest_digest, len(made)).to_json(),
+                "artifactType": NYDUS_ARTIFACT_TYPE,
+                "platform": entry.platform.to_json(),
+            }
+        ]
+    index = {"schemaVersion": 2, "mediaType": MEDIA_INDEX, "manifests": entries}
+    publish(target_place, json.dumps(index, separators=(",", ":")).encode(), MEDIA_INDEX, wanted)
+    return results
+
+
+def _digest_of_tag(store: ImageStore, tag: str) -> str:
+    try:
+        return digest_of(store.get_manifest(tag)[0])
+    except Failure as failure:
+        if failure.cause is Cause.MISSING:
+            return ""
+        raise
 
 
 def is_same_place(source: Reference, target: Reference) -> bool:
