@@ -11,7 +11,7 @@ from tests.oci.test_served import read_everything, serving
 from tests.peers.registry import LocalRegistry
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.oci.layout import LayoutStore
-from virtiofsd_nydus.oci.manifest import MEDIA_LAYER_GZIP, MEDIA_MANIFEST, digest_of
+from virtiofsd_nydus.oci.manifest import MEDIA_LAYER_GZIP, MEDIA_MANIFEST, Descriptor, digest_of
 from virtiofsd_nydus.vmm.image import WantedImage, prepare_image
 
 pytestmark = pytest.mark.peer
@@ -288,3 +288,81 @@ def test_a_frame_that_is_not_the_tables(tmp_path: Path) -> None:
                 guest.fuse.read_file("big")
             assert caught.value.errno == errno.EIO
             assert guest.fuse.read_file("etc/hosts") == b"hosts\n"
+
+
+def table_of(entries: list[dict]) -> bytes:
+    return json.dumps({"version": 1, "entries": entries}).encode()
+
+
+GOOD_DIGEST = "sha256:" + "1" * 64
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [{"type": "reg", "name": "a", "size": 1 << 40, "offset": 5, "digest": GOOD_DIGEST}],
+        [{"type": "reg", "name": "a", "size": 10, "offset": 5, "innerOffset": 1 << 40, "digest": GOOD_DIGEST}],
+        [{"type": "reg", "name": "a", "size": 10, "offset": -5, "digest": GOOD_DIGEST}],
+        [{"type": "reg", "name": "a", "size": -1, "offset": 5, "digest": GOOD_DIGEST}],
+        [{"type": "reg", "name": "a", "size": 10, "offset": 5}],
+        [{"type": "reg", "name": "a", "size": 10, "offset": 5, "digest": "md5:1"}],
+        [{"type": "reg", "name": "a", "size": 10, "offset": 5, "chunkSize": 4, "chunkDigest": GOOD_DIGEST}],
+        [{"type": "chunk", "name": "a", "offset": 5, "chunkSize": 4, "chunkDigest": GOOD_DIGEST}],
+        [{"type": "odd", "name": "a"}],
+        [{"type": "dir"}],
+        [{"type": "dir", "name": "a", "modtime": "yesterday"}],
+        [{"type": "dir", "name": "a", "xattrs": {"user.x": "?"}}],
+        [{"type": "dir", "name": "a\N{REPLACEMENT CHARACTER}"}],
+        [7],
+    ],
+)
+def test_tables_that_cannot_be_used(entries: list) -> None:
+    """Each is refused as a table, whatever it claims, and the layer is then read whole."""
+    from virtiofsd_nydus.oci import toc
+
+    class Store:
+        name = "a store"
+
+        def read_blob_range(self, layer: object, offset: int, length: int) -> list[memoryview]:
+            return [memoryview(data[offset : offset + length])]
+
+    import zstandard
+
+    packed = zstandard.ZstdCompressor().compress(table_of(entries))
+    data = bytes(1000) + packed
+    place, digest = toc.CHUNKED[0]
+    told = {place: f"1000:{len(packed)}:{len(table_of(entries))}:1", digest: digest_of(packed)}
+    layer = Descriptor("application/vnd.oci.image.layer.v1.tar+zstd", GOOD_DIGEST, len(data), told)
+    with pytest.raises(Failure, match="not a table of contents") as caught:
+        toc.read_table(Store(), layer)  # type: ignore[arg-type]
+    assert caught.value.cause is Cause.FORMAT
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [[0, 10, -1, 5, 0, 1]], [[0, 1 << 40, 0, 5, 0, 1]], [[0, 10, 0, 5, 0, 3]], [[0, 10, 0, 5, 1 << 40, 2]],
+        [[0, 10, 0, 5, 0]], [[0, 10, 0, 5, 0, 1], [5, 10, 0, 5, 0, 1]], [[0, "10", 0, 5, 0, 1]], ["x"], 7,
+    ],
+)  # fmt: skip
+def test_frames_that_cannot_be(tmp_path: Path, frames: object) -> None:
+    import zstandard
+
+    from virtiofsd_nydus.oci.layers import FrameTable
+
+    count = len(frames) if isinstance(frames, list) else 0
+    (tmp_path / "f").write_bytes(zstandard.ZstdCompressor().compress(json.dumps([frames, ["1"] * count]).encode()))
+    with pytest.raises(Failure, match="cannot be read") as caught:
+        FrameTable(str(tmp_path / "f"))
+    assert caught.value.cause is Cause.FORMAT
+
+
+def test_holes_of_a_table_take_no_memory(tmp_path: Path) -> None:
+    import zstandard
+
+    from virtiofsd_nydus.oci.layers import FrameTable
+
+    frames = [[0, 1 << 40, 0, 0, 0, 0]]
+    (tmp_path / "f").write_bytes(zstandard.ZstdCompressor().compress(json.dumps([frames, [""]]).encode()))
+    table = FrameTable(str(tmp_path / "f"))
+    assert list(table.decode(1 << 30, (1 << 30) + 5, None, "a layer")) == [(1 << 30, bytes(5))]

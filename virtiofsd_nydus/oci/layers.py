@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 # Frames that lie one behind the other are fetched together up to this many bytes.
 RUN_BYTES_MAX = 8 << 20
-FRAMES_BYTES_MAX = 1 << 30
+FRAMES_BYTES_MAX = 256 << 20
+PIECE_BYTES_MAX = 64 << 20  # of one frame, decoded
+PLACE_MAX = 1 << 44
 
 
 def install() -> None:
@@ -134,12 +136,15 @@ class FrameTable:
 
         try:
             with open(path, "rb") as file:
-                data = zstandard.ZstdDecompressor().decompress(file.read(), max_output_size=FRAMES_BYTES_MAX)
+                data = zstandard.ZstdDecompressor().stream_reader(file).read(FRAMES_BYTES_MAX)
             frames, digests = json.loads(data)
-            self.frames: list[tuple[int, ...]] = [tuple(one) for one in frames]
-            self.digests: list[str] = digests
+            self.frames: list[tuple[int, ...]] = [check_frame(one) for one in frames]
+            self.digests: list[str] = [str(one) for one in digests]
             self.starts = [one[0] for one in self.frames]
-        except (OSError, ValueError, TypeError, zstandard.ZstdError) as error:
+            ends = [one[0] + one[1] for one in self.frames]
+            if len(self.frames) != len(self.digests) or self.starts[1:] != ends[:-1]:
+                raise ValueError("its frames do not follow each other")
+        except (OSError, ValueError, TypeError, RecursionError, zstandard.ZstdError) as error:
             raise Failure(f"{path} cannot be read: {error}", Cause.FORMAT) from None
 
     def decode(self, offset: int, stop: int, fetch: "Any", what: str) -> "Iterator[tuple[int, bytes]]":
@@ -153,7 +158,12 @@ class FrameTable:
             end = max(one[2] + one[3] for one in self.frames[number : last + 1])
             stored = fetch(coff, end - coff) if end > coff else b""
             for at in range(number, last + 1):
-                yield self.frames[at][0], decode_frame(self.frames[at], stored, coff, self.digests[at], what)
+                virtual, usize, codec = self.frames[at][0], self.frames[at][1], self.frames[at][5]
+                if not codec:  # zeroes, however many: only those that are asked for
+                    begin, end = max(virtual, offset), min(virtual + usize, stop)
+                    yield begin, bytes(max(0, end - begin))
+                    continue
+                yield virtual, decode_frame(self.frames[at], stored, coff, self.digests[at], what)
             number = last + 1
 
     def _extend(self, number: int, stop: int) -> int:
@@ -168,6 +178,18 @@ class FrameTable:
                 break
             last += 1
         return last
+
+
+def check_frame(value: "Any") -> "tuple[int, ...]":
+    """A frame as a table tells it; an index that others made may say anything. Raises ValueError, TypeError."""
+    virtual, usize, coff, csize, inner, codec = value
+    places_ok = all(type(one) is int and 0 <= one < PLACE_MAX for one in (virtual, coff, csize))
+    sizes_ok = type(usize) is int and 0 < usize <= (PIECE_BYTES_MAX if codec else PLACE_MAX)
+    if not places_ok or not sizes_ok or type(inner) is not int or not 0 <= inner <= PIECE_BYTES_MAX:
+        raise ValueError("a frame that cannot be")
+    if codec not in (0, 1, 2):
+        raise ValueError("a frame of an unknown kind")
+    return virtual, usize, coff, csize, inner, codec
 
 
 def decode_frame(frame: "tuple[int, ...]", stored: bytes, base: int, digest: str, what: str) -> bytes:

@@ -32,7 +32,9 @@ CHUNKED = tuple(
 )
 ESTARGZ_FOOTER_BYTES = 51
 STARGZ_INDEX = "stargz.index.json"
-TABLE_BYTES_MAX = 256 << 20
+TABLE_BYTES_MAX = 64 << 20
+# Of one piece of a file, decoded: a table with larger ones is not used.
+PIECE_BYTES_MAX = 64 << 20
 # Codecs of a frame
 ZEROES, GZIP, ZSTD = 0, 1, 2
 KINDS = {
@@ -127,7 +129,8 @@ def _read_chunked(store: ImageStore, layer: Descriptor, told: tuple[str, str], w
     packed = _read_range(store, layer, offset, csize, what)
     _require_digest(packed, told[1], what)
     try:
-        return zstandard.ZstdDecompressor().decompress(packed, max_output_size=usize), offset, csize
+        # Not decompress(): that believes the size in the frame's head.
+        return zstandard.ZstdDecompressor().stream_reader(packed).read(usize), offset, csize
     except zstandard.ZstdError as error:
         raise Failure(f"{what}: does not decode: {error}", Cause.FORMAT) from None
 
@@ -185,6 +188,8 @@ def _add_frame(file: TocFile, one: dict[str, Any], codec: int, next_start: dict[
     usize = int(one.get("chunkSize") or file.entry.size - at)
     if not 0 < usize <= file.entry.size - at:
         raise ValueError("a piece beyond its file")
+    if usize > PIECE_BYTES_MAX and one.get("chunkType") != "zeros":
+        raise ValueError(f"a piece of {usize} bytes")
     digest = str(one.get("chunkDigest") or (file.digest if usize == file.entry.size else ""))
     if one.get("chunkType") == "zeros":
         file.frames.append(Frame(ZEROES, 0, 0, 0, usize, ""))
@@ -194,7 +199,12 @@ def _add_frame(file: TocFile, one: dict[str, Any], codec: int, next_start: dict[
     file.end = file.end or int(one.get("endOffset") or 0)
     stop = min(next_start[coff], file.end) if file.end else next_start[coff]
     inner = int(one.get("innerOffset") or 0)
-    if not 0 < coff + 1 <= stop or inner < 0 or not digest.startswith("sha256:") or len(digest) != 71:
+    if (
+        not 0 < coff + 1 <= stop
+        or not 0 <= inner <= PIECE_BYTES_MAX
+        or not digest.startswith("sha256:")
+        or len(digest) != 71
+    ):
         raise ValueError("a piece without place or digest")
     file.frames.append(Frame(codec, coff, stop - coff, inner, usize, digest))
 
