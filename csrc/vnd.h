@@ -331,6 +331,13 @@ typedef struct {
 } vnd_passthrough_stats;
 /* source must be a directory. NULL on failure. */
 vnd_passthrough *vnd_passthrough_new(vnd_engine *e, const char *source, uint32_t flags, char *err, size_t err_len);
+/* A memfd for what a process that goes on with the directory must find again. The caller owns it. Or -errno. */
+int vnd_ledger_create(void);
+/* Before it is mounted: keeps nodes, open files and what sessions hold of them in that memory (fd stays the caller's), and goes
+ * on with what another process left there. owners: numbers of the front-ends that are there still; what others held is dropped.
+ * How many open files could not be opened again, or -errno with a line. */
+int vnd_passthrough_keep(vnd_passthrough *p, int fd, const uint32_t *owners, uint32_t n_owners, char *err,
+                         size_t err_len);
 int vnd_vfs_mount_passthrough(vnd_vfs *v, const char *path, vnd_passthrough *p);
 /* Closes every descriptor that no open file needs, so that the host can unmount what lies below the directory. */
 void vnd_passthrough_drop_idle(vnd_passthrough *p);

@@ -15,7 +15,7 @@ from virtiofsd_nydus.errors import Cause, Failure
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
 STRUCTS = realize_types(ffi, lib)  # before any thread is started
@@ -383,6 +383,14 @@ class Rafs:
             lib.vnd_rafs_free(handle)
 
 
+def create_ledger() -> int:
+    """Memory for what a host directory must not lose with its process: a descriptor, the caller's. Raises Failure."""
+    fd: int = lib.vnd_ledger_create()
+    if fd < 0:
+        raise Failure(f"no memory that outlives the process: {os.strerror(-fd)}", Cause.IO)
+    return fd
+
+
 class Passthrough:
     """A host directory as a read-write file system. keep_top: nothing is made or removed in it itself."""
 
@@ -392,6 +400,17 @@ class Passthrough:
             engine.handle, os.fsencode(source), lib.VND_PASSTHROUGH_KEEP_TOP if keep_top else 0, err, ERR_MAX
         )
         require(self.handle != ffi.NULL, err)
+
+    def keep(self, fd: int, owners: "Iterable[int]") -> int:
+        """Before it is mounted: keeps what another process must find again in the memory that create_ledger made, and
+        goes on with what was left there for these front-ends. How many open files could not be opened again. fd stays
+        the caller's."""
+        numbers = list(owners)
+        err = ffi.new("char[]", ERR_MAX)
+        lost: int = lib.vnd_passthrough_keep(self.handle, fd, numbers, len(numbers), err, ERR_MAX)
+        if lost < 0:
+            raise Failure(text_of(err) or os.strerror(-lost), Cause.IO)
+        return lost
 
     def drop_idle(self) -> None:
         """Closes every descriptor that no open file needs: the host may want to unmount what lies below."""

@@ -127,6 +127,15 @@ struct fs_xattr {
     uint32_t flags; /* of setxattr */
 };
 
+/* What one session holds of a file system: so many look-ups of an inode, or an open file (n is 1). owner: the number of the
+ * session's front-end, which is the same in every process that serves it. */
+struct fs_held {
+    uint32_t owner;
+    bool file;
+    uint64_t id, n; /* inode number, or fh */
+};
+typedef void (*fs_take_held)(void *ctx, const struct fs_held *h, uint32_t at);
+
 /* What setattr changes: bits of fs_setattr.valid. */
 enum {
     FS_SET_MODE = 1,
@@ -183,6 +192,11 @@ struct fs_rw_ops {
     int (*statvfs)(struct fs *fs, uint64_t ino, struct statvfs *out);
     /* Runs fn(arg) on a thread that may block, then wakes w. -EINPROGRESS, or another -errno and fn is not run. */
     int (*run)(struct fs *fs, struct store_wait *w, void (*fn)(void *arg), void *arg);
+    /* Notes what a session holds in memory that outlives the process, where there is such; h->n 0: nothing any more. *at is the
+     * note's, and 0 at first. */
+    void (*note_held)(struct fs *fs, const struct fs_held *h, uint32_t *at);
+    /* Gives what a session of that owner held in another process. */
+    void (*each_held)(struct fs *fs, uint32_t owner, fs_take_held take, void *ctx);
     /* True: any call on this node may take long, because a network or another process answers it. */
     bool (*may_wait)(struct fs *fs, uint64_t ino);
 };

@@ -59,6 +59,9 @@ void fuse_session_reset(struct fuse_session *s);
 uint32_t fuse_session_gen(struct fuse_session *s);
 /* Goes on with a connection that another process negotiated: no INIT will come. */
 void fuse_session_resume(struct fuse_session *s);
+/* Its front-end's number, under which what it holds is noted. What it held in another process is its own from here on. Before
+ * the first request. */
+void fuse_session_set_owner(struct fuse_session *s, uint32_t owner);
 /* Keeps what INIT and DESTROY lead to in k (fuse/kept.h), which outlives the process; what another process left there is
  * gone on with. NULL: nowhere. While no thread serves. k outlives the session, or another call. */
 void fuse_session_keep(struct fuse_session *s, struct fuse_kept *k);

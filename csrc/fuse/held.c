@@ -19,6 +19,7 @@ struct held {
     struct held *next; /* bucket, or a list of those taken out */
     uint64_t id;       /* inode number, or fh */
     uint64_t n;        /* look-ups; 1 of a file */
+    uint32_t kept_at;  /* its note in the file system; 0: none */
     uint16_t serial;
     uint8_t kind; /* enum fuse_held_kind */
 };
@@ -83,6 +84,16 @@ static bool take(struct held_budget *b)
     return false;
 }
 
+/* Notes it where it outlives the process. The caller is in the file system. */
+static void note(struct fuse_session *s, struct held *h)
+{
+    struct vfs_node node;
+
+    if (s->owner && vfs_resolve(s->vfs, (uint64_t)h->serial << 48, &node) == 0 && node.fs->ops->rw)
+        node.fs->ops->rw->note_held(node.fs, &(struct fs_held){ s->owner, h->kind == FUSE_HELD_FILE, h->id, h->n },
+                                    &h->kept_at);
+}
+
 int fuse_hold(struct fuse_session *s, enum fuse_held_kind kind, uint16_t serial, uint64_t id)
 {
     uint64_t hash = hash_of(kind, serial, id);
@@ -95,12 +106,14 @@ int fuse_hold(struct fuse_session *s, enum fuse_held_kind kind, uint16_t serial,
     p = find(t, hash, kind, serial, id);
     if (p && *p) {
         (*p)->n++;
+        note(s, *p);
     } else if (!take(&s->budget[kind])) {
         rc = -ENFILE;
     } else if (p && (h = malloc(sizeof(*h)))) {
         *h = (struct held){ .id = id, .n = 1, .serial = serial, .kind = (uint8_t)kind };
         *p = h;
         t->n++;
+        note(s, h);
     } else {
         give(&s->budget[kind]);
         rc = -ENOMEM;
@@ -121,6 +134,7 @@ uint64_t fuse_give_back(struct fuse_session *s, enum fuse_held_kind kind, uint16
         h = *p;
         taken = n < h->n ? n : h->n;
         h->n -= taken;
+        note(s, h);
         if (!h->n) {
             *p = h->next;
             free(h);
@@ -172,6 +186,9 @@ void fuse_give_all_back(struct fuse_session *s, struct vfs_reader *reader)
             vfs_widen(reader);
             if (vfs_resolve(s->vfs, (uint64_t)h->serial << 48, &node) == 0 && node.fs->ops->rw) {
                 vfs_confine(reader, h->serial); /* to close a file may hang */
+                if (s->owner)
+                    node.fs->ops->rw->note_held(
+                        node.fs, &(struct fs_held){ s->owner, h->kind == FUSE_HELD_FILE, h->id, 0 }, &h->kept_at);
                 if (h->kind == FUSE_HELD_FILE)
                     node.fs->ops->rw->release(node.fs, h->id);
                 else
@@ -181,6 +198,45 @@ void fuse_give_all_back(struct fuse_session *s, struct vfs_reader *reader)
             free(h);
         }
     vfs_widen(reader);
+}
+
+/* ---- of another process */
+
+struct taker {
+    struct fuse_session *s;
+    uint16_t serial;
+};
+
+static void take_held(void *ctx, const struct fs_held *what, uint32_t at)
+{
+    struct taker *taker = ctx;
+    enum fuse_held_kind kind = what->file ? FUSE_HELD_FILE : FUSE_HELD_NODE;
+    uint64_t hash = hash_of(kind, taker->serial, what->id);
+    struct held_stripe *t = stripe_of(taker->s, hash);
+    struct held **p, *h = malloc(sizeof(*h));
+
+    pthread_mutex_lock(&t->lock);
+    grow(t);
+    p = find(t, hash, kind, taker->serial, what->id);
+    if (h && p && !*p) {
+        *h = (struct held){
+            .id = what->id, .n = what->n, .kept_at = at, .serial = taker->serial, .kind = (uint8_t)kind
+        };
+        *p = h;
+        t->n++;
+        take(&taker->s->budget[kind]);
+        h = NULL;
+    }
+    pthread_mutex_unlock(&t->lock);
+    free(h);
+}
+
+void fuse_take_all_held(struct fuse_session *s)
+{
+    struct vfs_node node = { 0 };
+
+    while (s->owner && vfs_rw_after(s->vfs, node.serial, &node))
+        node.fs->ops->rw->each_held(node.fs, s->owner, take_held, &(struct taker){ s, node.serial });
 }
 
 void fuse_held_init(struct fuse_session *s)

@@ -40,6 +40,7 @@ struct fuse_session {
     struct held_stripe held[FUSE_HELD_STRIPES];
     struct held_budget budget[2];                /* by enum fuse_held_kind */
     struct fuse_waiting_worker *waiting_workers; /* idle ones of fuse/detach.c, under lock */
+    uint32_t owner;                              /* number of its front-end; 0: what it holds outlives nothing */
     struct fuse_kept *kept;                      /* NULL: nothing outlives the process; changed under lock */
     struct backing *backing;                     /* NULL: the kernel reads nothing by itself */
     bool keeps_root;                             /* the transport tells when the root's attributes change */
@@ -129,6 +130,8 @@ uint64_t fuse_give_back(struct fuse_session *s, enum fuse_held_kind kind, uint16
 bool fuse_holds(struct fuse_session *s, enum fuse_held_kind kind, uint16_t serial, uint64_t id);
 /* Everything, by a thread that is inside as reader. */
 void fuse_give_all_back(struct fuse_session *s, struct vfs_reader *reader);
+/* What a session of this owner held in another process. By a thread that is inside. */
+void fuse_take_all_held(struct fuse_session *s);
 void fuse_held_init(struct fuse_session *s);
 void fuse_held_free(struct fuse_session *s);
 

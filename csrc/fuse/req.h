@@ -51,6 +51,7 @@ struct req {
     uint32_t out_cap;     /* bytes of reply space, out header included */
     uint32_t out_len;     /* set by the session: bytes of the reply = used.len = fuse_out_header.len */
     uint32_t session_gen; /* generation of the session that it belongs to */
+    bool again;           /* set by the transport: a process that died may have served it already */
     int64_t began_us;     /* CLOCK_MONOTONIC when it was first served; the transport sets 0 */
     uint16_t step;        /* SYNCFS: serial of the mount that was synced last; the transport sets 0 */
     const struct req_ops *ops;

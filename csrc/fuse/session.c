@@ -223,6 +223,9 @@ static enum req_verdict serve_call(struct fuse_call *c)
 
     if (op->flags & NO_REPLY) {
         c->r->out_len = 0;
+        /* Forgotten twice, a node is lost that the guest still knows; a count too many goes with the session. */
+        if (c->r->again)
+            return REQ_NOREPLY;
         if (c->r->session_gen != atomic_load_explicit(&c->s->gen, memory_order_acquire) ||
             !atomic_load_explicit(&c->s->ready, memory_order_acquire) || c->r->args_len < op->args_min ||
             c->r->args_len > c->r->body_len) {
@@ -342,6 +345,18 @@ uint32_t fuse_session_gen(struct fuse_session *s)
 void fuse_session_resume(struct fuse_session *s)
 {
     atomic_store(&s->ready, true);
+}
+
+void fuse_session_set_owner(struct fuse_session *s, uint32_t owner)
+{
+    struct vfs_reader reader = { 0 };
+
+    s->owner = owner;
+    vfs_reader_add(s->vfs, &reader);
+    vfs_enter(&reader);
+    fuse_take_all_held(s);
+    vfs_leave(&reader);
+    vfs_reader_remove(s->vfs, &reader);
 }
 
 void fuse_session_keep(struct fuse_session *s, struct fuse_kept *k)

@@ -42,25 +42,63 @@ static int add_locked(struct vnd_passthrough *p, struct pt_file *f)
     p->free_hint = at + 1;
     f->slot = at;
     f->gen = ++p->next_gen;
+    if (p->ledger)
+        ledger_numbers(p->ledger)[PT_KEPT_NEXT_GEN] = p->next_gen;
     f->next = f->node->files;
     f->node->files = f;
     f->node->refs++;
     p->files[at] = f;
+    p->n_files++;
+    pt_keep_file(p, f);
+    return 0;
+}
+
+static struct pt_file *new_file(struct pt_node *n, int fd)
+{
+    struct pt_file *f = calloc(1, sizeof(*f));
+
+    if (f) {
+        f->node = n;
+        f->fd = fd;
+        f->refs = 1;
+        f->dir = n->type == S_IFDIR;
+        pthread_mutex_init(&f->dir_lock, NULL);
+    }
+    return f;
+}
+
+int pt_file_restore(struct vnd_passthrough *p, struct pt_node *n, int fd, uint64_t fh, uint32_t kept_at)
+{
+    uint64_t slot = (fh & 0xffffffff) - 1;
+    struct pt_file *f;
+
+    if (slot >= p->files_max)
+        return -EINVAL;
+    while (slot >= p->n_slots)
+        if (grow(p))
+            return -ENOMEM;
+    if (p->files[slot])
+        return -EINVAL;
+    f = new_file(n, fd);
+    if (!f)
+        return -ENOMEM;
+    f->slot = (uint32_t)slot;
+    f->gen = (uint32_t)(fh >> 32);
+    f->kept_at = kept_at;
+    f->next = n->files;
+    n->files = f;
+    n->refs++;
+    p->files[slot] = f;
     p->n_files++;
     return 0;
 }
 
 int pt_file_add(struct vnd_passthrough *p, struct pt_node *n, int fd, uint64_t *fh)
 {
-    struct pt_file *f = calloc(1, sizeof(*f));
+    struct pt_file *f = new_file(n, fd);
     int rc = f ? 0 : -ENOMEM;
 
     if (!rc) {
-        f->node = n;
-        f->fd = fd;
-        f->refs = 1;
-        f->dir = n->type == S_IFDIR;
-        pthread_mutex_init(&f->dir_lock, NULL);
         pthread_mutex_lock(&p->lock);
         rc = add_locked(p, f);
         pthread_mutex_unlock(&p->lock);
@@ -132,6 +170,7 @@ static void take_out(struct vnd_passthrough *p, struct pt_file *f)
 {
     p->files[f->slot] = NULL;
     p->free_hint = f->slot;
+    ledger_drop(p->ledger, &f->kept_at);
     p->n_files--;
 }
 

@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 
 #include "base/base.h"
+#include "base/ledger.h"
 #include "base/turns.h"
 #include "passthrough/passthrough.h"
 
@@ -24,6 +25,7 @@
 #define PT_INO_TOP (1ull << 47)
 #define PT_ROOT_INO PT_INO_TOP
 #define PT_HOST_INO_BITS 40
+enum { PT_KEPT_NEXT_INO, PT_KEPT_NEXT_GEN }; /* numbers in the ledger's head */
 
 struct pt_node;
 
@@ -51,6 +53,7 @@ struct pt_mount {
     bool no_fd;            /* its root cannot be opened (a device bound onto a file): its nodes keep descriptors */
     struct pt_node *above; /* the directory that holds the mount point; NULL: the source's own mount */
     struct pt_mount *next;
+    uint32_t kept_at; /* its record in the ledger; 0: none */
     char name[256];
 };
 
@@ -72,6 +75,7 @@ struct pt_node {
     uint32_t cache_at; /* its place in the cache, if fd is not kept */
     uint32_t fd_users;
     struct pt_file *files;
+    uint32_t kept_at; /* its record in the ledger; 0: none */
     int handle_type;
     uint32_t handle_bytes;
     uint8_t handle[];
@@ -93,6 +97,7 @@ struct pt_file {
     uint32_t refs; /* 1 while the guest holds it, and one for each use */
     uint32_t gen;  /* upper half of its fh */
     uint32_t slot;
+    uint32_t kept_at; /* its record in the ledger; 0: none */
     bool dir;
     pthread_mutex_t dir_lock; /* of an open directory: its position, and what follows */
     uint8_t *entries;         /* read from the host and not all taken yet, from entries_at to entries_end */
@@ -127,6 +132,7 @@ struct vnd_passthrough {
     int proc_fd; /* /proc/self/fd: names in it are numbers of descriptors */
     struct pt_node *root;
     struct pt_pool pool;
+    struct ledger *ledger;     /* what outlives the process; NULL: nothing. Set before it is mounted */
     _Atomic uint32_t n_remote; /* mounts that a network or another process answers for */
     _Atomic bool has_places;   /* some node has or had one */
 
@@ -218,6 +224,13 @@ bool pt_make_room(struct vnd_passthrough *p, bool *tried);
 /* True: a network or another process answers for the node, or for a mount in it. */
 bool pt_is_on_remote(struct vnd_passthrough *p, uint64_t ino);
 
+/* ---- passthrough/kept.c: what outlives the process (restore.c goes on with it). All but the last two under the lock */
+void pt_keep_mount(struct vnd_passthrough *p, struct pt_mount *m);
+void pt_keep_node(struct vnd_passthrough *p, struct pt_node *n);
+void pt_keep_file(struct vnd_passthrough *p, struct pt_file *f);
+void pt_note_held(struct fs *fs, const struct fs_held *h, uint32_t *at);
+void pt_each_held(struct fs *fs, uint32_t owner, fs_take_held take, void *ctx);
+
 /* ---- passthrough/learn.c */
 /* Opens the source's own directory as the root: 0 or -errno. */
 int pt_root_open(struct vnd_passthrough *p);
@@ -252,6 +265,8 @@ int pt_rename(struct fs *fs, const struct fs_rename *what);
 /* ---- passthrough/files.c */
 /* 0 with *fh, and fd is taken; -ENFILE, -ENOMEM. */
 int pt_file_add(struct vnd_passthrough *p, struct pt_node *n, int fd, uint64_t *fh);
+/* Under the lock, for a file that another process had open under that fh: 0 and fd is taken, -EINVAL, -ENOMEM. */
+int pt_file_restore(struct vnd_passthrough *p, struct pt_node *n, int fd, uint64_t fh, uint32_t kept_at);
 /* An open file in use; NULL: no such, or not of that node (ino 0: of any). */
 struct pt_file *pt_file_get(struct vnd_passthrough *p, uint64_t ino, uint64_t fh);
 void pt_file_put(struct vnd_passthrough *p, struct pt_file *f);

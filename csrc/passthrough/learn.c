@@ -98,7 +98,10 @@ static uint64_t choose_ino(struct vnd_passthrough *p, const struct pt_node *n)
 
     if (ino_fits(n->device, n->host_ino) && !pt_node_at(p, ino))
         return ino;
-    return PT_INO_TOP | ++p->next_ino;
+    p->next_ino++;
+    if (p->ledger)
+        ledger_numbers(p->ledger)[PT_KEPT_NEXT_INO] = p->next_ino;
+    return PT_INO_TOP | p->next_ino;
 }
 
 /* The file handle of fd. False: its file system gives none. */
@@ -202,8 +205,10 @@ static int learn_locked(struct vnd_passthrough *p, const struct found *what, int
     if (n && n->type == (what->sx.stx_mode & S_IFMT) &&
         (n->fd_kept || (same_fid(n, what) && pt_place_holds(n, &what->sx)))) {
         n->refs++;
-        if (n->place && what->above)
+        if (n->place && what->above) {
             pt_place_set(n, what->above->ino, what->name, &what->sx); /* without memory the old place stays */
+            pt_keep_node(p, n);
+        }
         pt_node_put_locked(p, pt_mount_put(p, m));
     } else {
         n = node_add(p, m, what, n);
@@ -215,6 +220,8 @@ static int learn_locked(struct vnd_passthrough *p, const struct found *what, int
             rc = find_again(p, n, what);
         if (rc && !n->nlookup)
             pt_node_unlink(p, n);
+        else
+            pt_keep_node(p, n);
     }
     if (!rc) {
         if (n->nlookup < UINT64_MAX)

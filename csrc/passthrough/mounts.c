@@ -45,6 +45,7 @@ struct pt_node *pt_mount_put(struct vnd_passthrough *p, struct pt_mount *m)
     if (--m->refs)
         return NULL;
     p->n_remote -= m->remote;
+    ledger_drop(p->ledger, &m->kept_at);
     for (struct pt_mount **at = &p->mounts; *at; at = &(*at)->next) {
         if (*at == m) {
             *at = m->next;
@@ -86,6 +87,7 @@ struct pt_mount *pt_mount_add(struct vnd_passthrough *p, uint64_t id, struct pt_
     snprintf(m->name, sizeof(m->name), "%s", name);
     m->next = p->mounts;
     p->mounts = m;
+    pt_keep_mount(p, m);
     return m;
 }
 

@@ -124,6 +124,7 @@ void pt_node_unlink(struct vnd_passthrough *p, struct pt_node *n)
         at = &(*at)->next_key;
     *at = n->next_key;
     n->linked = false;
+    ledger_drop(p->ledger, &n->kept_at);
     p->n_nodes--;
     pt_node_close(p, n);
     pt_node_put_locked(p, n);

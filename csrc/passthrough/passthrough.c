@@ -359,6 +359,8 @@ static const struct fs_rw_ops pt_rw_ops = {
     .removexattr = pt_removexattr,
     .statvfs = pt_statvfs,
     .run = pt_run,
+    .note_held = pt_note_held,
+    .each_held = pt_each_held,
     .may_wait = pt_may_wait,
 };
 
@@ -390,6 +392,7 @@ void vnd_passthrough_free(vnd_passthrough *p)
         close(p->root_fd);
     if (p->proc_fd >= 0)
         close(p->proc_fd);
+    ledger_close(p->ledger);
     pthread_mutex_destroy(&p->lock);
     free(p->files);
     free(p->source);

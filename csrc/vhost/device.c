@@ -78,6 +78,7 @@ vnd_device *vnd_device_new(vnd_engine *e, vnd_vfs *v, uint32_t queue_count, char
 void vnd_device_set_number(vnd_device *d, uint32_t number)
 {
     d->common.number = number;
+    fuse_session_set_owner(d->common.session, number);
 }
 
 /* A private, non-blocking handle: a front-end must not be able to stop a queue by a full eventfd. */

@@ -226,6 +226,7 @@ static int load_request(struct queue *q, struct queue_slot *s, const struct vrin
     r->args_len = r->body_len < REQ_ARGS_MAX ? r->body_len : REQ_ARGS_MAX;
     r->out_cap = c->out_bytes;
     r->out_len = 0;
+    r->again = false;
     r->began_us = 0;
     r->step = 0;
     r->ops = &queue_req_ops;
@@ -279,6 +280,7 @@ void queue_fetch_head(struct queue *q, uint16_t head, bool again, int64_t now)
         answer(q, s, REQ_NOREPLY); /* its addresses lead nowhere: there is no unique to answer to */
         return;
     }
+    s->req.again = again;
     s->parked.deadline_us = now + q->deadline_us;
     s->req.wait.deadline_us = s->parked.deadline_us;
     s->req.wait.session = (uintptr_t)q->session;

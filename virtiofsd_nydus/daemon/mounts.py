@@ -19,6 +19,7 @@ from virtiofsd_nydus.oci import layers
 from virtiofsd_nydus.oci.serve import is_reference, read_mount_config, resolve_mount
 from virtiofsd_nydus.storage.config import ImageConfig, parse_config
 from virtiofsd_nydus.storage.opened import OpenedImage, make_origin
+from virtiofsd_nydus.vhost.messages import close_fd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ class Forgetful:
 
     def put(self, record: MountRecord) -> None:
         """This is mounted now."""
+
+    def new_ledger(self) -> int:
+        """Memory for what a share must not lose with this process: a descriptor, the caller's; -1: it may."""
+        return -1
 
     def drop(self, path: str) -> None:
         """Nothing is mounted there any more."""
@@ -165,8 +170,8 @@ class Share:
         self.path, self.source, self.directory, self.serial = path, source, directory, serial
         self.mounted_at = time.time()
 
-    def record(self) -> MountRecord:
-        """All that another process needs to mount it again at the same number."""
+    def record(self, ledger: int) -> MountRecord:
+        """All that another process needs to mount it again at the same number, with the memory it keeps."""
         return MountRecord(
             {
                 "type": "share",
@@ -175,7 +180,7 @@ class Share:
                 "serial": self.serial,
                 "mounted_at": self.mounted_at,
             },
-            [],
+            [ledger] if ledger >= 0 else [],
         )
 
 
@@ -415,9 +420,12 @@ class MountTable:
         self.memory.put(mount.record())
         self._schedule_prefetch(mount)
 
-    def mount_share(self, path: str, source: str, serial: int = 0) -> None:
-        """Mounts a host directory, read-write. Refused where the session's answers hold for images only. serial: the
-        number it had in a process that this one goes on for."""
+    def mount_share(
+        self, path: str, source: str, serial: int = 0, ledger: int = -1, owners: "Iterable[int]" = ()
+    ) -> None:
+        """Mounts a host directory, read-write. Refused where the session's answers hold for images only. serial,
+        ledger: the number it had and the memory it kept in a process that this one goes on for; owners: the front-ends
+        that are there still. The descriptor stays the caller's."""
         with self._changing(path) as vfs:
             if vfs.kind != SESSION_MIXED:
                 raise unsupported()
@@ -425,21 +433,36 @@ class MountTable:
             # Kata's runtime-rs gives its writable directory of host mounts: the guest has no business at its top
             kata_top = path == "/containers" and source.rstrip("/").endswith("/rw")
             directory = Passthrough(self._engine, source, keep_top=kata_top)
+            own = self.memory.new_ledger() if ledger < 0 else -1
             try:
+                self._keep_share(directory, path, own if ledger < 0 else ledger, owners)
                 with self._numbering:
                     if serial:
                         vfs.next_serial = serial
                     share = Share(path, source, directory, vfs.next_serial)
                     self.memory.reserve(vfs.kind, share.serial)
                     vfs.mount_passthrough(path, directory)
+                with self._lock:
+                    self._shares[path] = share
+                self.memory.put(share.record(own))
             except OSError as error:
                 directory.close()
                 raise Failure(f"cannot mount at {path}: {error.strerror}") from error
-            with self._lock:
-                self._shares[path] = share
-            self.memory.put(share.record())
+            finally:
+                close_fd(own)
         self._changed()
         self._log.say(logs.INFO, "host directory mounted", mountpoint=path, source=source)
+
+    def _keep_share(self, directory: Passthrough, path: str, ledger: int, owners: "Iterable[int]") -> None:
+        if ledger < 0:
+            return
+        try:
+            lost = directory.keep(ledger, owners)
+        except Failure as failure:
+            self._log.say(logs.ERROR, str(failure))
+            return
+        if lost:
+            self._log.say(logs.ERROR, f"{lost} open files could not be opened again", mountpoint=path)
 
     def umount(self, path: str) -> None:
         """Takes a mount away; returns once no request is inside it and all of it is freed."""
@@ -470,24 +493,25 @@ class MountTable:
         records: "list[tuple[dict[str, Any], list[int]]]",
         next_serial: int,
         changes: "dict[str, dict[str, str]]",
+        owners: "list[int]",
     ) -> None:
         """Mounts what another process had mounted, each with the descriptors of its record, at the same numbers. What
-        cannot be mounted again is told and left out: its guests get ESTALE."""
+        cannot be mounted again is told and left out: its guests get ESTALE. owners: the front-ends that are there."""
         assert self.vfs is not None
         self._kept = changes
         memory, self.memory = self.memory, Forgetful()
         for record, fds in sorted(records, key=lambda one: int(one[0]["serial"])):
             try:
-                self._restore(record, fds)
+                self._restore(record, fds, owners)
             except (Failure, OSError, KeyError, TypeError, ValueError) as error:
                 self._log.say(logs.ERROR, f"the mount at {record.get('path')} is lost: {error}")
         self.memory = memory
         self.vfs.next_serial = next_serial
 
-    def _restore(self, record: "dict[str, Any]", fds: "list[int]") -> None:
+    def _restore(self, record: "dict[str, Any]", fds: "list[int]", owners: "list[int]") -> None:
         path, source, serial = str(record["path"]), str(record["source"]), int(record["serial"])
         if record["type"] == "share":
-            self.mount_share(path, source, serial)
+            self.mount_share(path, source, serial, fds[0] if fds else -1, owners)
             self._shares[path].mounted_at = float(record["mounted_at"])
             return
         self.mount_image(ImageMount(path, source, read_config(record), record.get("prefetch_files")), serial)

@@ -201,9 +201,11 @@ class Keeper:
         if self.mounts.table:
             body["table"] = self.mounts.table
             body["mounts"] = []
+            body["front_ends"] = list(self.front_ends)
             for record, kept in self.mounts.records.values():
                 body["mounts"].append({**record, "fds": len(kept)})
                 fds += kept
+        worker.front_ends = list(self.front_ends)
         worker.send(protocol.START, body, fds)
         return worker
 
@@ -307,6 +309,9 @@ class Keeper:
         self.worker, self.facts = worker, worker.facts or {}
         for front_end in self.front_ends.values():
             front_end.device.restore(worker, died)
+        for number in set(worker.front_ends).difference(self.front_ends):  # gone meanwhile: what it held is given back
+            worker.send(protocol.OPEN, {"device": number, "kind": "fs", "number": number})
+            worker.send(protocol.CLOSE, {"device": number})
 
     def restore_failed(self, worker: Worker) -> None:
         self._upgrades.restore_failed(worker)

@@ -40,7 +40,7 @@ FORKED = 20  # {"pid": int}; descriptor: its pidfd
 EXITED = 21  # {"pid": int, "status": int as of waitpid}
 
 # Keeper to worker
-START = 30  # {"args", "deaths", "api": whether its listener comes, "table", "mounts": records}; their descriptors
+START = 30  # {"args", "deaths", "api": whether its listener comes, "table", "mounts", "front_ends"}; descriptors
 OPEN = 31  # {"device": int, "kind": str, "number": int}
 APPLY = 32  # {"device": int, "state": {...}}; descriptors: those that are new
 RESET = 33  # {"device": int}

@@ -16,7 +16,7 @@ from virtiofsd_nydus.daemon.api import make_server
 from virtiofsd_nydus.daemon.mounts import Forgetful, ImageMount, MountRecord
 from virtiofsd_nydus.daemon.process import open_log, prepare_process, read_image
 from virtiofsd_nydus.daemon.service import QUEUES, STOP_DEADLINE_S, Service, set_switch_interval
-from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS
+from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, create_ledger
 from virtiofsd_nydus.errors import Failure, UsageFailure
 from virtiofsd_nydus.keeper import protocol
 from virtiofsd_nydus.keeper.protocol import Channel, Message
@@ -81,6 +81,9 @@ class Remembered(Forgetful):
 
     def put(self, record: MountRecord) -> None:
         self._records.send({"put": record.body}, record.fds)
+
+    def new_ledger(self) -> int:
+        return create_ledger()
 
     def drop(self, path: str) -> None:
         self._records.send({"drop": path}, [])
@@ -211,7 +214,7 @@ class Worker(Service):
     def _restore(self, start: Message, next_serial: int, changes: "dict[str, dict[str, str]]") -> None:
         records = [(body, [start.take_fd() for _ in range(int(body["fds"]))]) for body in start.body["mounts"]]
         try:
-            self.table.restore(records, next_serial, changes)
+            self.table.restore(records, next_serial, changes, list(map(int, start.body["front_ends"])))
         finally:
             for _, fds in records:
                 close_all(fds)

@@ -121,6 +121,7 @@ class Worker(Process):
         super().__init__(loop, channel, lambda: ended(self))
         self.facts: Body | None = None
         self.ready_at = 0.0
+        self.front_ends: list[int] = []  # for whom it keeps what they held
         self._take, self._log = take, log
         self._errors_fd = errors_fd
         self._line = b""

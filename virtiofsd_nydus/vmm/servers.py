@@ -71,6 +71,11 @@ class Server(Lifetime):
         self.pidfd = os.pidfd_open(self.process.pid)
         self._stack.callback(os.close, self.pidfd)
 
+    @property
+    def serving_pid(self) -> int:
+        """The process that serves."""
+        return self.process.pid
+
     def check_alive(self) -> None:
         if self.process.poll() is not None:
             raise self.explain_end()
