@@ -268,38 +268,30 @@ bool guestmem_hit(const struct guestmem *m)
     return false;
 }
 
-uint8_t *guestmem_host(const struct guestmem *m, uint32_t *hint, uint64_t gpa, uint64_t len, uint64_t *got)
+uint8_t *guestmem_find(const struct guestmem *m, uint32_t *hint, uint64_t gpa, uint64_t len, uint64_t *got)
 {
-    const struct guestmem_region *r;
     uint32_t lo = 0, hi;
 
     if (m == NULL)
         return NULL;
-    if (*hint < m->n) {
-        r = &m->region[*hint];
-        if (gpa - r->gpa < r->size)
-            goto found;
-    }
     hi = m->n;
     while (lo < hi) {
         uint32_t mid = lo + (hi - lo) / 2;
+        const struct guestmem_region *r = &m->region[mid];
 
-        r = &m->region[mid];
         if (gpa < r->gpa) {
             hi = mid;
         } else if (gpa - r->gpa >= r->size) {
             lo = mid + 1;
         } else {
             *hint = mid;
-            goto found;
+            *got = r->size - (gpa - r->gpa);
+            if (*got > len)
+                *got = len;
+            return r->host + (gpa - r->gpa);
         }
     }
     return NULL;
-found:
-    *got = r->size - (gpa - r->gpa);
-    if (*got > len)
-        *got = len;
-    return r->host + (gpa - r->gpa);
 }
 
 uint8_t *guestmem_ring(const struct guestmem *m, uint64_t uaddr, uint64_t len)
@@ -382,18 +374,4 @@ void guestmem_mark(struct guestlog *log, uint64_t gpa, uint64_t len)
     last >>= GUESTLOG_PAGE_SHIFT;
     for (uint64_t page = gpa >> GUESTLOG_PAGE_SHIFT; page <= last && page / 8 < log->size_bytes; page++)
         __atomic_fetch_or(&log->bits[page / 8], (uint8_t)(1u << (page % 8)), __ATOMIC_SEQ_CST);
-}
-
-void guestmem_write(struct guestlog *log, uint8_t *host, const void *src, uint64_t len, uint64_t gpa)
-{
-    if (len == 2 && ((uintptr_t)host & 1) == 0) {
-        uint16_t v;
-
-        memcpy(&v, src, 2);
-        __atomic_store_n((uint16_t *)(void *)host, v, __ATOMIC_RELEASE);
-    } else {
-        memcpy(host, src, len);
-    }
-    if (log != NULL)
-        guestmem_mark(log, gpa, len);
 }

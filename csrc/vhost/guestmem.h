@@ -10,6 +10,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "base/error.h"
 
@@ -62,7 +63,22 @@ bool guestmem_hit(const struct guestmem *m);
 
 /* Host address of gpa, and in *got how many of len bytes lie there in one piece; NULL: a hole. hint is the
  * caller's index of the last region hit. */
-uint8_t *guestmem_host(const struct guestmem *m, uint32_t *hint, uint64_t gpa, uint64_t len, uint64_t *got);
+uint8_t *guestmem_find(const struct guestmem *m, uint32_t *hint, uint64_t gpa, uint64_t len, uint64_t *got);
+/* The same. Inline, because it is asked some eight times a request and the region of the last time is nearly always right. */
+static inline uint8_t *guestmem_host(const struct guestmem *m, uint32_t *hint, uint64_t gpa, uint64_t len,
+                                     uint64_t *got)
+{
+    if (m != NULL && *hint < m->n) {
+        const struct guestmem_region *r = &m->region[*hint];
+        uint64_t off = gpa - r->gpa;
+
+        if (off < r->size) {
+            *got = r->size - off < len ? r->size - off : len;
+            return r->host + off;
+        }
+    }
+    return guestmem_find(m, hint, gpa, len, got);
+}
 /* Host address of [uaddr, uaddr+len), which must lie in one region; else NULL. */
 uint8_t *guestmem_ring(const struct guestmem *m, uint64_t uaddr, uint64_t len);
 /* Copies from the guest, across regions. 0 or -EFAULT. */
@@ -76,7 +92,19 @@ void guestlog_free(struct guestlog *l);
 
 /* Bytes [gpa, gpa+len) of the guest have been written. log NULL: nothing is logged. */
 void guestmem_mark(struct guestlog *log, uint64_t gpa, uint64_t len);
-/* The function that writes to the guest. Two aligned bytes (a ring index) are stored at once, in release order. */
-void guestmem_write(struct guestlog *log, uint8_t *host, const void *src, uint64_t len, uint64_t gpa);
+/* Writes len bytes to the guest. */
+static inline void guestmem_write(struct guestlog *log, uint8_t *host, const void *src, uint64_t len, uint64_t gpa)
+{
+    memcpy(host, src, len);
+    if (log != NULL)
+        guestmem_mark(log, gpa, len);
+}
+/* Writes a ring's index, at once and in release order: what was written before is there when it is seen. host is even. */
+static inline void guestmem_store16(struct guestlog *log, uint8_t *host, uint16_t value, uint64_t gpa)
+{
+    __atomic_store_n((uint16_t *)(void *)host, value, __ATOMIC_RELEASE);
+    if (log != NULL)
+        guestmem_mark(log, gpa, sizeof(value));
+}
 
 #endif

@@ -1,6 +1,8 @@
 /* vhost/request.c -- the requests of a queue: from a head to a copied request, served, parked, woken, expired,
  * answered. */
+#include <assert.h>
 #include <errno.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,7 +24,7 @@ struct cursor {
 };
 
 /* Bytes [off, off+len) of the readable or writable part. False: out of its bounds. */
-static bool cursor_open(struct cursor *c, const struct queue_slot *s, bool out, uint32_t off, uint32_t len)
+static inline bool cursor_open(struct cursor *c, const struct queue_slot *s, bool out, uint32_t off, uint32_t len)
 {
     *c = (struct cursor){
         .q = s->queue, .seg = s->segs + (out ? s->n_in : 0), .n = out ? s->n_out : s->n_in, .left = len
@@ -37,7 +39,7 @@ static bool cursor_open(struct cursor *c, const struct queue_slot *s, bool out, 
 }
 
 /* 1: a piece, 0: the end, -EFAULT. */
-static int cursor_next(struct cursor *c)
+static inline int cursor_next(struct cursor *c)
 {
     uint64_t want;
 
@@ -221,7 +223,8 @@ static int load_request(struct queue *q, struct queue_slot *s, const struct vrin
     s->n_in = c->n_in;
     s->n_out = c->n_out;
     s->segs = c->seg;
-    memset(&r->in, 0, sizeof(r->in));
+    if (head < sizeof(r->in))
+        memset(&r->in, 0, sizeof(r->in));
     r->body_len = c->in_bytes - head;
     r->args_len = r->body_len < REQ_ARGS_MAX ? r->body_len : REQ_ARGS_MAX;
     r->out_cap = c->out_bytes;
@@ -232,9 +235,8 @@ static int load_request(struct queue *q, struct queue_slot *s, const struct vrin
     r->ops = &queue_req_ops;
     store_wait_init(&r->wait, queue_wake, s);
     r->wait.who = (uintptr_t)q->session;
-    rc = copy_in(s, 0, &r->in, head);
-    if (rc == 0)
-        rc = copy_in(s, head, r->args, r->args_len);
+    static_assert(offsetof(struct req, args) == offsetof(struct req, in) + sizeof(r->in), "one copy fills both");
+    rc = copy_in(s, 0, (uint8_t *)r + offsetof(struct req, in), head + r->args_len);
     if (r->args_len < REQ_ARGS_MAX)
         r->args[r->args_len] = 0;
     r->args_nul = 0;

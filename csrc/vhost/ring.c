@@ -31,12 +31,11 @@ void queue_signal_error(struct queue *q)
 static void publish(struct queue *q)
 {
     struct vring *v = &q->vring;
-    struct vring_used_elem batch[VRING_BATCH];
+    const struct vring_used_elem *batch = v->staged; /* they stay there until the next one is staged */
     uint32_t n = v->n_staged;
 
     if (n == 0)
         return;
-    memcpy(batch, v->staged, n * sizeof(batch[0]));
     inflight_stage(&q->inflight, batch, n);
     vring_publish(v);
     inflight_finish(&q->inflight, batch, n, v->used_idx);

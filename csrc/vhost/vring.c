@@ -26,9 +26,9 @@ static uint16_t avail_idx(const struct vring *v)
     return __atomic_load_n((const uint16_t *)(const void *)(v->avail + AVAIL_IDX), __ATOMIC_ACQUIRE);
 }
 
-static void put_used(struct vring *v, uint32_t off, const void *src, uint32_t len)
+static void put_used16(struct vring *v, uint32_t off, uint16_t value)
 {
-    guestmem_write(v->log, v->used + off, src, len, v->used_gpa + off);
+    guestmem_store16(v->log, v->used + off, value, v->used_gpa + off);
 }
 
 int vring_resolve(struct vring *v, const struct guestmem *m, uint32_t num, uint64_t desc, uint64_t avail, uint64_t used)
@@ -83,16 +83,13 @@ static struct vring_desc load_desc(const uint8_t *p)
     };
 }
 
-/* Appends one checked descriptor. */
-static int add_seg(struct vring_chain *c, const struct vring_desc *d, const char **why)
+/* Puts a range at the end of a part (readable or writable): n segments from first on, joined where they touch. */
+static inline int extend(struct vring_seg *first, uint32_t *n, uint32_t *bytes, const struct vring_desc *d,
+                         const char **why)
 {
-    uint32_t n = c->n_in + c->n_out, *bytes = d->flags & DESC_WRITE ? &c->out_bytes : &c->in_bytes;
+    struct vring_seg *last = first + *n;
     uint64_t end;
 
-    if (!(d->flags & DESC_WRITE) && c->out_bytes > 0) {
-        *why = "readable descriptor after a writable one";
-        return -EBADMSG;
-    }
     if (d->len == 0)
         return 0;
     if (__builtin_add_overflow(d->addr, (uint64_t)d->len, &end)) {
@@ -103,20 +100,26 @@ static int add_seg(struct vring_chain *c, const struct vring_desc *d, const char
         *why = "request larger than 4 GiB";
         return -EBADMSG;
     }
-    if ((d->flags & DESC_WRITE ? c->n_out : c->n_in) > 0) {
-        struct vring_seg *last = &c->seg[n - 1];
-
-        if (last->gpa + last->len == d->addr) {
-            last->len += d->len;
-            return 0;
-        }
+    if (*n > 0 && last[-1].gpa + last[-1].len == d->addr) {
+        last[-1].len += d->len;
+        return 0;
     }
-    c->seg[n] = (struct vring_seg){ .gpa = d->addr, .len = d->len };
-    if (d->flags & DESC_WRITE)
-        c->n_out++;
-    else
-        c->n_in++;
+    last->gpa = d->addr;
+    last->len = d->len;
+    ++*n;
     return 0;
+}
+
+/* Appends one checked descriptor. */
+static inline int add_seg(struct vring_chain *c, const struct vring_desc *d, const char **why)
+{
+    if (d->flags & DESC_WRITE)
+        return extend(c->seg + c->n_in, &c->n_out, &c->out_bytes, d, why);
+    if (c->out_bytes > 0) {
+        *why = "readable descriptor after a writable one";
+        return -EBADMSG;
+    }
+    return extend(c->seg, &c->n_in, &c->in_bytes, d, why);
 }
 
 /* direct: descriptors that came before it in the ring. */
@@ -200,11 +203,14 @@ void vring_publish(struct vring *v)
 
     if (v->n_staged == 0)
         return;
-    for (uint32_t i = 0; i < v->n_staged; i++)
-        put_used(v, USED_RING + 8u * ((uint16_t)(old + i) & (v->num - 1)), &v->staged[i], sizeof(v->staged[i]));
+    for (uint32_t i = 0; i < v->n_staged; i++) {
+        uint32_t off = USED_RING + 8u * ((uint16_t)(old + i) & (v->num - 1));
+
+        guestmem_write(v->log, v->used + off, &v->staged[i], sizeof(v->staged[i]), v->used_gpa + off);
+    }
     v->used_idx = (uint16_t)(old + v->n_staged);
     v->n_staged = 0;
-    put_used(v, USED_IDX, &v->used_idx, sizeof(v->used_idx));
+    put_used16(v, USED_IDX, v->used_idx);
 }
 
 bool vring_must_signal(struct vring *v)
@@ -230,11 +236,9 @@ bool vring_must_signal(struct vring *v)
 bool vring_arm(struct vring *v)
 {
     if (v->event_idx) {
-        put_used(v, USED_RING + 8u * v->num, &v->last_avail, sizeof(v->last_avail));
+        put_used16(v, USED_RING + 8u * v->num, v->last_avail);
     } else if (v->notify_off) {
-        uint16_t zero = 0;
-
-        put_used(v, 0, &zero, sizeof(zero));
+        put_used16(v, 0, 0);
         v->notify_off = false;
     }
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
@@ -243,11 +247,9 @@ bool vring_arm(struct vring *v)
 
 void vring_disarm(struct vring *v)
 {
-    uint16_t flag = USED_NO_NOTIFY;
-
     /* With EVENT_IDX a stale avail_event does it (it comes true again after 65,536 entries: one wasted kick). */
     if (v->event_idx || v->notify_off)
         return;
-    put_used(v, 0, &flag, sizeof(flag));
+    put_used16(v, 0, USED_NO_NOTIFY);
     v->notify_off = true;
 }

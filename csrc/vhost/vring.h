@@ -64,7 +64,7 @@ int vring_walk(const struct vring *v, const struct guestmem *m, uint32_t *hint, 
                const char **why);
 /* Puts a used entry behind those staged; the caller publishes before VRING_BATCH are there. */
 void vring_stage(struct vring *v, uint16_t head, uint32_t len);
-/* Publishes the staged entries: a front-end that polls sees them now. */
+/* Publishes the staged entries: a front-end that polls sees them now. They can be read in staged until the next is. */
 void vring_publish(struct vring *v);
 /* Whether the guest wants a signal for what was published since the last one. Asked once, the answer is acted on. */
 bool vring_must_signal(struct vring *v);
