@@ -94,8 +94,9 @@ class RemoteDevice:
         yield from self._call(protocol.RESET)
 
     def close(self) -> None:
-        if self.worker is not None:
-            self.worker.send(protocol.CLOSE, {"device": self.id})
+        worker = self.worker or self._restoring  # it may not have said yet that it has the device
+        if worker is not None:
+            worker.send(protocol.CLOSE, {"device": self.id})
         self.worker = self._restoring = None
 
     def _take_bases(self, answer: Message, state: DeviceState) -> None:
