@@ -13,7 +13,7 @@ import pytest
 
 from tests.rafs.decoder import Blob, Bootstrap, read_file
 from tests.rafs.trees import ACL
-from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, LayerSource, build_layer, merge_layers
 from virtiofsd_nydus.builder.options import UsageFailure
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.reader.bootstrap import Bootstrap as RafsBootstrap
@@ -50,7 +50,7 @@ def source(tmp_path: Path) -> Path:
 
 def build(source: Path, tmp_path: Path, options: BuildOptions = OPTIONS) -> tuple[Bootstrap, dict[str, Blob]]:
     blob = tmp_path / "blob"
-    layer = build_layer(source, options=options, out_blob=blob, kind="dir")
+    layer = build_layer(LayerSource(source, "dir"), options=options, out_blob=blob)
     image = merge_layers([layer], options=options)
     return Bootstrap(image.bootstrap), {layer.blob_id: Blob(blob.read_bytes())}
 
@@ -111,7 +111,7 @@ def test_prefetched_files_come_first_in_the_blob(source: Path, tmp_path: Path) -
 def test_the_blob_policy_tells_how_far_the_prefetched_files_go(source: Path, tmp_path: Path) -> None:
     """Of v5, whose blob table has a place for it: the stored bytes of the chunks that come first."""
     options = BuildOptions(fs_version=5, chunk_size=65536, prefetch_policy="blob", prefetch_patterns=("/d", "/holes"))
-    layer = build_layer(source, options=options, out_blob=tmp_path / "blob", kind="dir")
+    layer = build_layer(LayerSource(source, "dir"), options=options, out_blob=tmp_path / "blob")
     (tmp_path / "boot").write_bytes(merge_layers([layer], options=options).bootstrap)
     with RafsBootstrap(tmp_path / "boot") as image:
         wanted = {path for entry in image.walk() if (path := entry.path).startswith(("/d/", "/holes"))}
@@ -139,7 +139,7 @@ def test_whiteouts_in_a_directory_are_left_out(tmp_path: Path) -> None:
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="absent: No such file or directory"):
-        build_layer(tmp_path / "absent", options=OPTIONS, out_blob=tmp_path / "blob", kind="dir")
+        build_layer(LayerSource(tmp_path / "absent", "dir"), options=OPTIONS, out_blob=tmp_path / "blob")
     assert not (tmp_path / "blob").exists()
 
 

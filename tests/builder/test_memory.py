@@ -9,7 +9,7 @@ import pytest
 LIMIT_MIB = 300
 BUILD = """
 import json, os, sys, tarfile, threading
-from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, LayerSource, build_layer, merge_layers
 from virtiofsd_nydus.rafs import spill
 
 def feed(fd, files, size):
@@ -33,7 +33,7 @@ if len(sys.argv) > 4:  # as if the image were so large already
 threading.Thread(target=feed, args=(write_end, files, size), daemon=True).start()
 with os.fdopen(read_end, "rb") as source, open("/dev/null", "wb", buffering=0) as out:
     options = BuildOptions(**options)
-    layer = build_layer(source, options=options, out_blob=out, kind="tar", label="layer")
+    layer = build_layer(LayerSource(source, "tar", "layer"), options=options, out_blob=out)
     merged = merge_layers([layer], options=options, keep_trees=False)
 # Not getrusage's ru_maxrss: a child inherits that of the process that began it, so that pytest's own size would count.
 with open("/proc/self/status") as status:

@@ -16,7 +16,7 @@ import zstandard
 from tests.builder.layers import make_layer
 from tests.rafs.decoder import read_file
 from tests.rafs.trees import build_tar, check_tree, decode_image, make_tree, write_tar
-from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, LayerSource, build_layer, merge_layers
 from virtiofsd_nydus.errors import Cause, Failure
 
 OPTIONS = BuildOptions(chunk_size=4096)
@@ -92,7 +92,7 @@ def test_compression_is_told_by_the_first_bytes(pack: str) -> None:
 
 def test_the_source_is_read_to_its_end() -> None:
     source = io.BytesIO(make_layer("f a one") + bytes(1 << 20) + b"trailer")
-    build_layer(source, options=OPTIONS, out_blob=io.BytesIO(), kind="tar")
+    build_layer(LayerSource(source, "tar"), options=OPTIONS, out_blob=io.BytesIO())
     assert source.read() == b""
 
 
@@ -104,7 +104,7 @@ def test_short_reads_change_nothing() -> None:
     data = write_tar(make_tree(9, 4096))
     for packed in (data, gzip.compress(data, 1), zstandard.ZstdCompressor().compress(data)):
         out = io.BytesIO()
-        build_layer(Trickle(packed), options=OPTIONS, out_blob=out, kind="tar")
+        build_layer(LayerSource(Trickle(packed), "tar"), options=OPTIONS, out_blob=out)
         assert out.getvalue() == build_tar(data, OPTIONS)[1]
 
 

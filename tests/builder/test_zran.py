@@ -15,7 +15,7 @@ import zstandard
 
 from tests.rafs.test_readback import check_tar
 from tests.rafs.trees import Entry, Tree, make_tree, write_tar
-from virtiofsd_nydus.builder.image import BuildOptions, Layer, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, Layer, LayerSource, build_layer, merge_layers
 from virtiofsd_nydus.cli.main import main
 from virtiofsd_nydus.errors import Cause, Failure
 
@@ -48,7 +48,7 @@ def pack_members(data: bytes, level: int = 6) -> bytes:
 
 def refer(packed: bytes, options: BuildOptions = OPTIONS) -> tuple[Layer, bytes]:
     out = io.BytesIO()
-    layer = build_layer(io.BytesIO(packed), options=options, out_blob=out, kind="tar", label="layer")
+    layer = build_layer(LayerSource(io.BytesIO(packed), "tar", "layer"), options=options, out_blob=out)
     return layer, out.getvalue()
 
 
@@ -173,7 +173,7 @@ def test_pieces_of_any_size_give_the_same_index() -> None:
             return self.data.read(min(size, self.rng.randrange(1, 5000)))
 
     out = io.BytesIO()
-    layer = build_layer(Dribble(), options=OPTIONS, out_blob=out, kind="tar", label="layer")
+    layer = build_layer(LayerSource(Dribble(), "tar", "layer"), options=OPTIONS, out_blob=out)
     whole, meta = refer(packed)
     assert out.getvalue() == meta and layer.blob_id == whole.blob_id
 

@@ -106,18 +106,18 @@ def test_capabilities_stay_where_the_guest_keeps_them(source: Path, fuse: FuseCl
     for value in (None, CAPABILITY):
         if value:
             fuse.setxattr(node, b"security.capability", value)
-        fuse.setattr(node, fc.SET_SIZE, size=1000)
-        fuse.setattr(node, fc.SET_SIZE, size=500, handle=handle)
+        fuse.setattr(node, fc.Change(valid=fc.SET_SIZE, size=1000))
+        fuse.setattr(node, fc.Change(valid=fc.SET_SIZE, size=500, handle=handle))
         # As Linux sends it: KILL_SUIDGID comes with every change of owner
         owner = fc.SET_UID | fc.SET_GID | fc.SET_KILL_SUIDGID
-        fuse.setattr(node, fc.SET_MODE | owner, mode=0o755, uid=7, gid=8)
-        fuse.setattr(node, owner, uid=0, gid=0)
-        fuse.setattr(node, fc.SET_UID, uid=1)
+        fuse.setattr(node, fc.Change(valid=fc.SET_MODE | owner, mode=0o755, uid=7, gid=8))
+        fuse.setattr(node, fc.Change(valid=owner, uid=0, gid=0))
+        fuse.setattr(node, fc.Change(valid=fc.SET_UID, uid=1))
         if value:
             assert os.getxattr(source / "f", "security.capability") == value
         else:
             assert "security.capability" not in os.listxattr(source / "f")
-    fuse.setattr(node, fc.SET_SIZE | fc.SET_KILL_SUIDGID, size=1)  # as a plain user
+    fuse.setattr(node, fc.Change(valid=fc.SET_SIZE | fc.SET_KILL_SUIDGID, size=1))  # as a plain user
     assert "security.capability" not in os.listxattr(source / "f")
 
 

@@ -129,23 +129,25 @@ def test_setattr(source: Path, fuse: FuseClient) -> None:
     entry, handle = fuse.create(ROOT, b"f")
     node = entry.nodeid
     fuse.write(node, handle, 0, b"0123456789")
-    assert stat.S_IMODE(fuse.setattr(node, fc.SET_MODE, mode=0o100750).mode) == 0o750
-    attr = fuse.setattr(node, fc.SET_UID | fc.SET_GID, uid=1234, gid=5678)
+    assert stat.S_IMODE(fuse.setattr(node, fc.Change(valid=fc.SET_MODE, mode=0o100750)).mode) == 0o750
+    attr = fuse.setattr(node, fc.Change(valid=fc.SET_UID | fc.SET_GID, uid=1234, gid=5678))
     assert (attr.uid, attr.gid) == (1234, 5678) == ((source / "f").stat().st_uid, (source / "f").stat().st_gid)
-    assert fuse.setattr(node, fc.SET_SIZE, size=4, handle=handle).size == 4
-    assert fuse.setattr(node, fc.SET_SIZE, size=3).size == 3
+    assert fuse.setattr(node, fc.Change(valid=fc.SET_SIZE, size=4, handle=handle)).size == 4
+    assert fuse.setattr(node, fc.Change(valid=fc.SET_SIZE, size=3)).size == 3
     assert (source / "f").read_bytes() == b"012"
-    attr = fuse.setattr(node, fc.SET_ATIME | fc.SET_MTIME, atime_ns=1_500_000_000_123_456_789, mtime_ns=7)
+    attr = fuse.setattr(
+        node, fc.Change(valid=fc.SET_ATIME | fc.SET_MTIME, atime_ns=1_500_000_000_123_456_789, mtime_ns=7)
+    )
     assert (attr.atime, attr.atime_nsec, attr.mtime, attr.mtime_nsec) == (1_500_000_000, 123_456_789, 0, 7)
-    fuse.setattr(node, fc.SET_MTIME | fc.SET_MTIME_NOW)
+    fuse.setattr(node, fc.Change(valid=fc.SET_MTIME | fc.SET_MTIME_NOW))
     assert abs((source / "f").stat().st_mtime - time.time()) < 60
     link = fuse.symlink(ROOT, b"l", b"f")
-    fuse.setattr(link.nodeid, fc.SET_UID, uid=77)
+    fuse.setattr(link.nodeid, fc.Change(valid=fc.SET_UID, uid=77))
     assert (source / "l").lstat().st_uid == 77 and (source / "f").stat().st_uid == 1234
-    fuse.setattr(link.nodeid, fc.SET_MTIME, mtime_ns=5_000_000_000)
+    fuse.setattr(link.nodeid, fc.Change(valid=fc.SET_MTIME, mtime_ns=5_000_000_000))
     assert (source / "l").lstat().st_mtime == 5
     with expect(errno.EOPNOTSUPP):
-        fuse.setattr(link.nodeid, fc.SET_MODE, mode=0o777)
+        fuse.setattr(link.nodeid, fc.Change(valid=fc.SET_MODE, mode=0o777))
 
 
 def test_an_open_file_outlives_its_name(source: Path, fuse: FuseClient) -> None:
@@ -153,10 +155,10 @@ def test_an_open_file_outlives_its_name(source: Path, fuse: FuseClient) -> None:
     fuse.write(entry.nodeid, handle, 0, b"kept")
     fuse.unlink(ROOT, b"f")
     assert fuse.getattr(entry.nodeid).nlink == 0
-    assert fuse.setattr(entry.nodeid, fc.SET_MODE, mode=0o600).nlink == 0
+    assert fuse.setattr(entry.nodeid, fc.Change(valid=fc.SET_MODE, mode=0o600)).nlink == 0
     again = fuse.open_flags(entry.nodeid, os.O_RDONLY)
     assert fuse.read(entry.nodeid, 0, 10, again) == b"kept"
-    fuse.setattr(entry.nodeid, fc.SET_SIZE, size=2)
+    fuse.setattr(entry.nodeid, fc.Change(valid=fc.SET_SIZE, size=2))
     assert fuse.read(entry.nodeid, 0, 10, handle) == b"ke"
 
 
@@ -207,7 +209,7 @@ def test_space_and_places(source: Path, fuse: FuseClient) -> None:
     with expect(errno.ENXIO):
         fuse.lseek(node, 1 << 21, os.SEEK_DATA, handle)
     other, to = fuse.create(ROOT, b"copy")
-    assert fuse.copy_file_range(node, handle, 32768, other.nodeid, to, 100, 1000) == 1000
+    assert fuse.copy_file_range(fc.Place(node, handle, 32768), fc.Place(other.nodeid, to, 100), 1000) == 1000
     assert (source / "copy").read_bytes() == bytes(100) + b"a" * 1000
     stats = fuse.statfs()
     here = os.statvfs(source)

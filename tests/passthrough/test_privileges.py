@@ -12,7 +12,7 @@ from tests.passthrough.conftest import ShareDaemon
 from tests.passthrough.host import PassthroughMount
 from tests.passthrough.privileges import KEPT, check_reduced, held, thread_status
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest
-from virtiofsd_nydus.fakeguest.fuse_client import ROOT, FuseClient
+from virtiofsd_nydus.fakeguest.fuse_client import ROOT, Change, FuseClient
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +36,7 @@ def use(fuse: FuseClient) -> None:
     fuse.write(entry.nodeid, handle, 0, b"bytes")
     fuse.fsync(entry.nodeid, handle)
     fuse.uid = fuse.gid = 0
-    fuse.setattr(entry.nodeid, 1 | 2, mode=0o4755, uid=1002)
+    fuse.setattr(entry.nodeid, Change(valid=1 | 2, mode=0o4755, uid=1002))
     fuse.setxattr(entry.nodeid, b"trusted.overlay.opaque", b"y")
     fuse.setxattr(entry.nodeid, b"security.capability", bytes.fromhex("0100000200040000000000000000000000000000"))
     fuse.mknod(ROOT, b"whiteout", stat.S_IFCHR, 0)

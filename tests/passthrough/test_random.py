@@ -130,7 +130,8 @@ def test_names(source: Path, tmp_path: Path, fuse: FuseClient, seed: int) -> Non
             pair = (
                 lambda p=path: os.chown(p, 5, 6, follow_symlinks=False),
                 lambda n=node, r=raw: (
-                    fuse.setattr(fuse.lookup(n, r).nodeid, fc.SET_UID | fc.SET_GID, uid=5, gid=6) and None
+                    fuse.setattr(fuse.lookup(n, r).nodeid, fc.Change(valid=fc.SET_UID | fc.SET_GID, uid=5, gid=6))
+                    and None
                 ),
             )
         elif what == 9:
@@ -169,7 +170,10 @@ def test_bytes(source: Path, tmp_path: Path, fuse: FuseClient, seed: int) -> Non
             assert fuse.read(node, offset, size, handle) == os.pread(fd, size, offset), step
         elif what == 2:
             os.ftruncate(fd, offset)
-            assert fuse.setattr(node, fc.SET_SIZE, size=offset, handle=chance.choice([0, handle])).size == offset
+            assert (
+                fuse.setattr(node, fc.Change(valid=fc.SET_SIZE, size=offset, handle=chance.choice([0, handle]))).size
+                == offset
+            )
         elif what == 3:
             os.posix_fallocate(fd, offset, size)
             fuse.fallocate(node, handle, 0, offset, size)

@@ -109,7 +109,7 @@ def test_symlinks_are_data(tmp_path: Path, source: Path, fuse: FuseClient) -> No
     for call in (
         lambda: fuse.open_flags(link, os.O_RDONLY),
         lambda: fuse.create(ROOT, b"file", flags=os.O_RDWR),
-        lambda: fuse.setattr(link, fc.SET_SIZE, size=0),
+        lambda: fuse.setattr(link, fc.Change(valid=fc.SET_SIZE, size=0)),
     ):
         with expect(errno.EBADF, errno.ELOOP, errno.EINVAL):
             call()
@@ -134,7 +134,7 @@ def test_only_files_and_directories_are_opened(source: Path, fuse: FuseClient, k
     with expect(errno.EBADF):
         fuse.create(ROOT, b"x", flags=os.O_RDWR | os.O_CREAT)
     with expect(errno.EINVAL):
-        fuse.setattr(node, fc.SET_SIZE, size=0)
+        fuse.setattr(node, fc.Change(valid=fc.SET_SIZE, size=0))
 
 
 def test_nodes_are_counted(source: Path, daemon: NydusDaemon, guest: FakeGuest) -> None:
@@ -250,13 +250,13 @@ def test_set_id_bits_are_cleared(source: Path, fuse: FuseClient) -> None:
     with pytest.raises(OSError):
         os.getxattr(path, "security.capability")
     armed()
-    fuse.setattr(entry.nodeid, fc.SET_SIZE | fc.SET_KILL_SUIDGID, size=1)
+    fuse.setattr(entry.nodeid, fc.Change(valid=fc.SET_SIZE | fc.SET_KILL_SUIDGID, size=1))
     assert bits() == 0
     armed()
     fuse.open_flags(entry.nodeid, os.O_WRONLY | os.O_TRUNC, kill=True)
     assert bits() == 0
     armed()
-    fuse.setattr(entry.nodeid, fc.SET_UID, uid=5)
+    fuse.setattr(entry.nodeid, fc.Change(valid=fc.SET_UID, uid=5))
     assert bits() == 0
     armed()
     fuse.write(entry.nodeid, handle, 0, b"root")  # the daemon has its capability back
@@ -409,7 +409,7 @@ def test_sizes_and_offsets(source: Path, fuse: FuseClient) -> None:
     with expect(errno.EINVAL):  # says more than it carries
         fuse.request(fc.WRITE, node, fc.WRITE_IN.pack(handle, 0, 1000, 0, 0, 0, 0) + b"x", 8)
     with expect(errno.EINVAL):
-        fuse.setattr(node, fc.SET_SIZE, size=1 << 63)
+        fuse.setattr(node, fc.Change(valid=fc.SET_SIZE, size=1 << 63))
     for wrong in (0, 1, handle + 1, handle ^ 1 << 32, 1 << 63):
         with expect(errno.EBADF):
             fuse.read(node, 0, 10, wrong)
@@ -497,7 +497,7 @@ def test_read_only_binds_stay_so(bind: Path, fuse: FuseClient) -> None:
     with expect(errno.EROFS):
         fuse.open_flags(inside, os.O_RDWR)
     for call in (
-        lambda: fuse.setattr(inside, fc.SET_MODE, mode=0o777),
+        lambda: fuse.setattr(inside, fc.Change(valid=fc.SET_MODE, mode=0o777)),
         lambda: fuse.unlink(vol, b"inside"),
         lambda: fuse.setxattr(inside, b"user.x", b"y"),
     ):

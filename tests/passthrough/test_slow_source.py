@@ -138,12 +138,12 @@ def test_long_calls_leave_the_queue(source: Path, fuse: fc.FuseClient) -> None:
     for i in range(8):
         fuse.write(entry.nodeid, handle, i << 20, data)
     other, to = fuse.create(fc.ROOT, b"g")
-    assert fuse.copy_file_range(entry.nodeid, handle, 0, other.nodeid, to, 0, 3 << 20) == 3 << 20
+    assert fuse.copy_file_range(fc.Place(entry.nodeid, handle, 0), fc.Place(other.nodeid, to, 0), 3 << 20) == 3 << 20
     assert (source / "g").read_bytes() == data * 3
     fuse.fsync(entry.nodeid, handle)
     fuse.fallocate(entry.nodeid, handle, 0, 0, 16 << 20)
     assert (source / "f").stat().st_size == 16 << 20
-    assert fuse.setattr(entry.nodeid, fc.SET_SIZE, size=10).size == 10
+    assert fuse.setattr(entry.nodeid, fc.Change(valid=fc.SET_SIZE, size=10)).size == 10
     assert (source / "f").read_bytes() == data[:10]
     for i in range(8):
         fuse.write(entry.nodeid, handle, i << 20, data)

@@ -13,13 +13,14 @@ import pytest
 
 from tests.rafs.decoder import Blob, Bootstrap
 from tests.rafs.trees import Entry, Tree, build_tar, check_tree, decode_image, make_tree, write_tar
-from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, LayerSource, build_layer, merge_layers
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.rafs.blob import BlobInfo, Form
 from virtiofsd_nydus.rafs.bootstrap import BootstrapWriter
-from virtiofsd_nydus.rafs.chunktable import ChunkTable
+from virtiofsd_nydus.rafs.chunktable import ChunkRecord, ChunkTable
 from virtiofsd_nydus.rafs.layout import Codec, Digester
 from virtiofsd_nydus.rafs.nodes import ROOT
+from virtiofsd_nydus.rafs.tree import Attributes
 from virtiofsd_nydus.rafs.tree import Tree as RafsTree
 
 OPTIONS = [
@@ -117,10 +118,10 @@ def test_chunk_indexes_beyond_16_bits() -> None:
         compressed_size=count << 12, uncompressed_size=count << 12,
     )  # fmt: skip
     tree = RafsTree()
-    file = tree.make_file(stat.S_IFREG, 0, 0, 0, (), 4 * 4096, table)
+    file = tree.make_file(Attributes(stat.S_IFREG, 0, 0, 0, ()), 4 * 4096, table)
     wanted = [0xFFFF, 0x1_0000, 0x12_3456, count - 1]
     for number, index in enumerate(wanted):
-        table.set(index, bytes([number]) * 32, index << 12, index << 12, 4096, 4096, 4096, 0x10)
+        table.set(index, ChunkRecord(bytes([number]) * 32, index << 12, index << 12, 4096, 4096, 4096, 0x10))
         tree.add_chunk(file, index)
     tree.link(ROOT, b"f", file)
     writer = BootstrapWriter(tree, [info], Form(4096, Codec.NONE, Digester.BLAKE3))
@@ -161,7 +162,7 @@ def test_output_needs_only_write_and_gets_everything_in_order() -> None:
 
     pipe = Pipe()
     data = write_tar(make_tree(2, 4096))
-    layer = build_layer(io.BytesIO(data), options=SMALL, out_blob=pipe, kind="tar")
+    layer = build_layer(LayerSource(io.BytesIO(data), "tar"), options=SMALL, out_blob=pipe)
     assert b"".join(pipe.parts) == build_tar(data, SMALL)[1]
     assert layer.blob_size == sum(map(len, pipe.parts))
 
@@ -169,7 +170,7 @@ def test_output_needs_only_write_and_gets_everything_in_order() -> None:
 def test_progress_adds_up_to_the_source() -> None:
     data = write_tar(make_tree(2, 4096))
     seen: list[int] = []
-    build_layer(io.BytesIO(data), options=SMALL, out_blob=io.BytesIO(), kind="tar", on_progress=seen.append)
+    build_layer(LayerSource(io.BytesIO(data), "tar", on_progress=seen.append), options=SMALL, out_blob=io.BytesIO())
     assert sum(seen) == len(data)
 
 

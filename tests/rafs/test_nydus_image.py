@@ -14,7 +14,7 @@ import pytest
 
 from tests.rafs.decoder import Blob, Bootstrap
 from tests.rafs.trees import Entry, Tree, build_tar, make_tree, write_tar
-from virtiofsd_nydus.builder.image import BuildOptions, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, LayerSource, build_layer, merge_layers
 from virtiofsd_nydus.cli.main import main
 
 NYDUS_IMAGE = os.environ.get("NYDUS_IMAGE", "")
@@ -198,7 +198,7 @@ def test_index_of_a_gzip_layer_equals_the_judges(tmp_path: Path) -> None:
     theirs.mkdir()
     run("create", "-t", "targz-ref", "-B", tmp_path / "judge.boot", "-D", theirs, layer_file)
     options = BuildOptions(oci_ref=True)
-    layer = build_layer(layer_file, options=options, out_blob=tmp_path / "meta", kind="tar", label="layer")
+    layer = build_layer(LayerSource(layer_file, "tar", "layer"), options=options, out_blob=tmp_path / "meta")
     merge_layers([layer], options=options, out_bootstrap=tmp_path / "boot")
     (judged,) = theirs.iterdir()
 

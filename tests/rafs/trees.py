@@ -9,7 +9,7 @@ import tarfile
 from dataclasses import dataclass, field, replace
 
 from tests.rafs.decoder import Blob, Bootstrap, Node, check_blob_entry, read_file
-from virtiofsd_nydus.builder.image import BuildOptions, Layer, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, Layer, LayerSource, build_layer, merge_layers
 
 ACL = bytes.fromhex("0200000001000600ffffffff04000400ffffffff20000400ffffffff")
 
@@ -129,7 +129,7 @@ def write_tar(tree: Tree, format: int = tarfile.PAX_FORMAT) -> bytes:
 def build_tar(data: bytes, options: BuildOptions) -> tuple[Layer, bytes]:
     """A layer and its blob from a tar's bytes."""
     out = io.BytesIO()
-    layer = build_layer(io.BytesIO(data), options=options, out_blob=out, kind="tar", label="layer")
+    layer = build_layer(LayerSource(io.BytesIO(data), "tar", "layer"), options=options, out_blob=out)
     return layer, out.getvalue()
 
 

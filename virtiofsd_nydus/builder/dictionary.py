@@ -9,7 +9,7 @@ from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import BlobInfo
-from virtiofsd_nydus.rafs.chunktable import ChunkTable
+from virtiofsd_nydus.rafs.chunktable import ChunkRecord, ChunkTable
 from virtiofsd_nydus.rafs.layout import BlobFeature
 
 # Features of blobs that another image's blob table cannot describe.
@@ -91,15 +91,12 @@ def load_dictionary(path: Path, options: BuildOptions) -> ChunkDictionary:
                         raise Failure(f"chunk dictionary {os.fspath(path)}: it holds no chunk digests", Cause.FORMAT)
                     if at >= len(table) or table.usize(at) or chunk.digest in index:
                         continue
+                    flags = chunk.flags & layout.ChunkFlag.COMPRESSED
                     table.set(
                         at,
-                        chunk.digest,
-                        chunk.uoff,
-                        chunk.coff,
-                        chunk.csize_bytes,
-                        chunk.usize_bytes,
-                        0,
-                        chunk.flags & layout.ChunkFlag.COMPRESSED,
+                        ChunkRecord(
+                            chunk.digest, chunk.uoff, chunk.coff, chunk.csize_bytes, chunk.usize_bytes, 0, flags
+                        ),
                     )
                     index[chunk.digest] = table, at
         except OSError as error:

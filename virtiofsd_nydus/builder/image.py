@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from virtiofsd_nydus.builder.source_tar import TarSource
     from virtiofsd_nydus.builder.zran import ZranIndex
 
-__all__ = ["BuildOptions", "Layer", "MergedImage", "build_layer", "merge_layers"]
+__all__ = ["BuildOptions", "Layer", "LayerSource", "MergedImage", "build_layer", "merge_layers"]
 
 
 @dataclass(slots=True)
@@ -87,57 +87,50 @@ class _CountedSource:
         return data
 
 
+@dataclass(frozen=True, slots=True)
+class LayerSource:
+    """What a layer is made of. kind "dir": data is a path. kind "tar": a path or anything with read(); gzip, zstd and
+    plain are told apart; it is read to its end. on_progress gets numbers of bytes just read (tar: of the source as it
+    is; dir: of files). label names the source in errors."""
+
+    data: Readable | Path | str
+    kind: Literal["dir", "tar"]
+    label: str = ""
+    on_progress: Callable[[int], None] | None = None
+
+
 def build_layer(
-    source: Readable | Path | str,
+    source: LayerSource,
     *,
     options: BuildOptions,
     out_blob: Writable | Path | str,
-    kind: Literal["dir", "tar"],
-    on_progress: Callable[[int], None] | None = None,
-    label: str = "",
     dictionary: ChunkDictionary | None = None,
 ) -> Layer:
     """Reads a source once, front to end, and writes the layer's blob; its bytes depend on source and options alone.
 
-    kind "dir": source is a path. kind "tar": a path or anything with read(); gzip, zstd and plain are told apart; it is
-    read to its end. out_blob: a path, or anything with write(), which gets memoryviews valid during the call.
-    on_progress gets numbers of bytes just read (tar: of the source as it is; dir: of files). label names the source in
-    errors. Raises Failure: FORMAT for a source that makes no layer, IO for one that cannot be read."""
+    out_blob: a path, or anything with write(), which gets memoryviews valid during the call. Raises Failure: FORMAT for
+    a source that makes no layer, IO for one that cannot be read."""
     if isinstance(out_blob, (str, Path)):
         try:
             with open(out_blob, "wb", buffering=0) as out:
-                return build_layer(
-                    source,
-                    options=options,
-                    out_blob=out,
-                    kind=kind,
-                    on_progress=on_progress,
-                    label=label,
-                    dictionary=dictionary,
-                )
+                return build_layer(source, options=options, out_blob=out, dictionary=dictionary)
         except BaseException:
             Path(out_blob).unlink(missing_ok=True)
             raise
-    if kind == "tar" and isinstance(source, (str, Path)):
+    path = source.data
+    if source.kind == "tar" and isinstance(path, (str, Path)):
         try:
-            with open(source, "rb", buffering=0) as stream:
-                return build_layer(
-                    stream,
-                    options=options,
-                    out_blob=out_blob,
-                    kind=kind,
-                    on_progress=on_progress,
-                    label=label or str(source),
-                    dictionary=dictionary,
-                )
+            with open(path, "rb", buffering=0) as stream:
+                opened = replace(source, data=stream, label=source.label or str(path))
+                return build_layer(opened, options=options, out_blob=out_blob, dictionary=dictionary)
         except OSError as error:
-            raise Failure(f"{error.filename or source}: {error.strerror}", Cause.IO) from error
+            raise Failure(f"{error.filename or path}: {error.strerror}", Cause.IO) from error
 
     try:
-        return _build(_Run(source, options, kind, on_progress, label), out_blob, dictionary)
+        return _build(_Run(source, options), out_blob, dictionary)
     except Failure as failure:
-        if label and label not in str(failure):
-            raise Failure(f"{label}: {failure}", failure.cause) from failure
+        if source.label and source.label not in str(failure):
+            raise Failure(f"{source.label}: {failure}", failure.cause) from failure
         raise
 
 
@@ -145,11 +138,8 @@ def build_layer(
 class _Run:
     """What build_layer was asked for."""
 
-    source: Readable | Path | str
+    source: LayerSource
     options: BuildOptions
-    kind: str
-    on_progress: Callable[[int], None] | None
-    label: str
 
 
 def _build(run: _Run, out_blob: Writable, dictionary: ChunkDictionary | None) -> Layer:
@@ -164,7 +154,7 @@ def _build(run: _Run, out_blob: Writable, dictionary: ChunkDictionary | None) ->
         dictionary=dictionary.index if dictionary is not None else None,
     )
     stats = LayerStats()
-    hashed = hashlib.sha256() if options.diff_id and run.kind == "tar" else None
+    hashed = hashlib.sha256() if options.diff_id and run.source.kind == "tar" else None
     try:
         reader = _make_reader(run, chunker, index, hashed)
         tree = reader.read()
@@ -196,15 +186,15 @@ def _build(run: _Run, out_blob: Writable, dictionary: ChunkDictionary | None) ->
     stats.names = 1 + sum(tree.child_count(directory) for directory in tree.walk_directories())
     stats.chunks = len(writer.table)
     diff_id = f"sha256:{hashed.hexdigest()}" if hashed is not None else ""
-    return Layer(tree, blob_id, writer.size, info, stats, run.label, diff_id)
+    return Layer(tree, blob_id, writer.size, info, stats, run.source.label, diff_id)
 
 
 def _make_index(run: _Run) -> "ZranIndex":
     from virtiofsd_nydus.builder.zran import ZranIndex
 
-    if isinstance(run.source, (str, Path)):
+    if isinstance(run.source.data, (str, Path)):
         raise Failure("only a layer can be referred to, a directory has none", Cause.FORMAT)
-    return ZranIndex(_count(run.source, run.on_progress), run.options.chunk_size, run.options.spill_dir)
+    return ZranIndex(_count(run.source.data, run.source.on_progress), run.options.chunk_size, run.options.spill_dir)
 
 
 def _count(source: Readable, on_progress: Callable[[int], None] | None) -> Readable:
@@ -257,20 +247,20 @@ def _write_bootstrap(
 def _make_reader(
     run: _Run, chunker: Chunker, index: "ZranIndex | None", hashed: Hash | None
 ) -> "TarSource | DirectorySource":
-    source, options = run.source, run.options
-    if run.kind == "tar":
+    source, options = run.source.data, run.options
+    if run.source.kind == "tar":
         from virtiofsd_nydus.builder.source_tar import TarSource
 
         if isinstance(source, (str, Path)):
             raise TypeError("a path is opened by build_layer")
-        counted = _count(source, run.on_progress)
-        return TarSource(counted, chunker, options.form, label=run.label or "tar", index=index, hashed=hashed)
+        counted = _count(source, run.source.on_progress)
+        return TarSource(counted, chunker, options.form, label=run.source.label or "tar", index=index, hashed=hashed)
     from virtiofsd_nydus.builder.source_dir import DirectorySource
 
     if not isinstance(source, (str, Path)):
         raise TypeError("a directory is given by its path")
     prefetch = options.prefetch_patterns if options.prefetch_policy != "none" else ()
-    return DirectorySource(Path(source), chunker, options.form, prefetch=prefetch, on_progress=run.on_progress)
+    return DirectorySource(Path(source), chunker, options.form, prefetch=prefetch, on_progress=run.source.on_progress)
 
 
 def _prefetch_paths(options: BuildOptions) -> list[bytes]:

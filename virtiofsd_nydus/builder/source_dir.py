@@ -12,7 +12,7 @@ from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import Form
 from virtiofsd_nydus.rafs.nodes import ROOT
 from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, relieve
-from virtiofsd_nydus.rafs.tree import RegularFile, Tree, Xattrs
+from virtiofsd_nydus.rafs.tree import Attributes, RegularFile, Tree, Xattrs
 
 
 class DirectorySource:
@@ -128,30 +128,32 @@ class DirectorySource:
         return tuple(sorted(found))
 
     def _make_directory(self, path: bytes, status: os.stat_result) -> int:
-        return self.tree.make_directory(
-            status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, self._xattrs(path, status)
-        )
+        return self.tree.make_directory(self._attributes(path, status))
+
+    def _attributes(self, path: bytes, status: os.stat_result) -> Attributes:
+        xattrs = self._xattrs(path, status)
+        return Attributes(status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, xattrs)
 
     def _make_inode(self, path: bytes, status: os.stat_result) -> int:
         key = (status.st_dev, status.st_ino)
         if status.st_nlink > 1 and key in self._links:
             return self._links[key]
-        common = (status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, self._xattrs(path, status))
+        attributes = self._attributes(path, status)
         if stat.S_ISREG(status.st_mode):
             if status.st_size > layout.FILE_BYTES_MAX:
                 raise Failure(f"{os.fsdecode(path)}: a file of {status.st_size} bytes is too large", Cause.FORMAT)
-            node = self.tree.make_file(*common, status.st_size, self._table)
+            node = self.tree.make_file(attributes, status.st_size, self._table)
             self.files += 1
             self.file_bytes += status.st_size
         elif stat.S_ISLNK(status.st_mode):
             target = os.readlink(path)  # noqa: PTH115 - bytes, and a million times
             if len(target) > layout.SYMLINK_BYTES_MAX:
                 raise Failure(f"{os.fsdecode(path)}: a symbolic link to {len(target)} bytes is too long", Cause.FORMAT)
-            node = self.tree.make_symlink(*common, target)
+            node = self.tree.make_symlink(attributes, target)
         elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
-            node = self.tree.make_special(*common, os.major(status.st_rdev), os.minor(status.st_rdev))
+            node = self.tree.make_special(attributes, os.major(status.st_rdev), os.minor(status.st_rdev))
         else:
-            node = self.tree.make_special(*common)
+            node = self.tree.make_special(attributes)
         if status.st_nlink > 1:
             self._links[key] = node
         return node

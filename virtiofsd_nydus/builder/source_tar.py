@@ -13,7 +13,7 @@ from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import Form
 from virtiofsd_nydus.rafs.bootstrap import encode_xattrs
 from virtiofsd_nydus.rafs.nodes import ROOT
-from virtiofsd_nydus.rafs.tree import RegularFile, Tree, Xattrs
+from virtiofsd_nydus.rafs.tree import Attributes, RegularFile, Tree, Xattrs
 
 if TYPE_CHECKING:
     from virtiofsd_nydus.builder.zran import ZranIndex
@@ -189,15 +189,15 @@ class TarSource:
         return key
 
     def _make_directory(self, entry: TarEntry) -> int:
-        return self.tree.make_directory(
-            stat.S_IFDIR | entry.mode, entry.uid, entry.gid, entry.mtime_ns, self._xattrs(entry)
-        )
+        return self.tree.make_directory(self._attributes(entry, stat.S_IFDIR | entry.mode))
+
+    def _attributes(self, entry: TarEntry, mode: int) -> Attributes:
+        return Attributes(mode, entry.uid, entry.gid, entry.mtime_ns, self._xattrs(entry))
 
     def _make_inode(self, entry: TarEntry) -> int:
-        common = (entry.uid, entry.gid, entry.mtime_ns, self._xattrs(entry))
         tree = self.tree
         if entry.kind == b"0":
-            node = tree.make_file(stat.S_IFREG | entry.mode, *common, entry.real_size, self._table)
+            node = tree.make_file(self._attributes(entry, stat.S_IFREG | entry.mode), entry.real_size, self._table)
             self.files += 1
             self.file_bytes += entry.real_size
             if entry.real_size:
@@ -206,11 +206,12 @@ class TarSource:
         if entry.kind == b"2":
             if not 0 < len(entry.link) <= layout.SYMLINK_BYTES_MAX:
                 raise TarFailure(f"{show(entry.name)}: a symbolic link to {len(entry.link)} bytes")
-            return tree.make_symlink(stat.S_IFLNK | 0o777, *common, entry.link)
+            return tree.make_symlink(self._attributes(entry, stat.S_IFLNK | 0o777), entry.link)
         if entry.kind in KINDS:
             if not 0 <= entry.major < 1 << 12 or not 0 <= entry.minor < 1 << 20:
                 raise TarFailure(f"{show(entry.name)}: device number {entry.major}:{entry.minor} out of range")
-            return tree.make_special(KINDS[entry.kind] | entry.mode, *common, entry.major, entry.minor)
+            attributes = self._attributes(entry, KINDS[entry.kind] | entry.mode)
+            return tree.make_special(attributes, entry.major, entry.minor)
         raise TarFailure(f"{show(entry.name)}: members of type {entry.kind!r} are not supported")
 
     def _send(self, entry: TarEntry, file: RegularFile) -> None:

@@ -100,7 +100,7 @@ def build_image(
     dictionary: "ChunkDictionary | None" = None,
 ) -> dict[str, object]:
     """Writes bootstrap and blob_dir/<blob id>; neither appears under its name before it is whole."""
-    from virtiofsd_nydus.builder.image import build_layer, merge_layers
+    from virtiofsd_nydus.builder.image import LayerSource, build_layer, merge_layers
     from virtiofsd_nydus.rafs.spill import copy_pieces
 
     blob_dir.mkdir(parents=True, exist_ok=True)
@@ -110,9 +110,11 @@ def build_image(
         try:
             with _Progress(source, enabled=show_progress) as progress:
                 layer = build_layer(
-                    source, options=options, out_blob=out, kind=kind, label=str(source), on_progress=progress.advance,
+                    LayerSource(source, kind, str(source), progress.advance),
+                    options=options,
+                    out_blob=out,
                     dictionary=dictionary,
-                )  # fmt: skip
+                )
             image = merge_layers([layer], options=options, dictionary=dictionary, keep_trees=False)
             if any(info.blob_id == layer.blob_id for info in image.blobs):
                 temporary.chmod(0o644)

@@ -10,7 +10,7 @@ import os
 import struct
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -279,37 +279,31 @@ def default_regions(size_bytes: int) -> list[Region]:
     return [Region(0, LOW_BYTES, 0), Region(HIGH_GPA, size_bytes, HIGH_GPA)]
 
 
+@dataclass(eq=False)
 class FakeGuest:
     """A guest with a hiprio queue and request_queues more. Its steps are those traced from QEMU 7.2."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        request_queues: int = 1,
-        queue_size: int = 256,
-        slot_count: int = 8,
-        slot_data_bytes: int = 131072,
-        indirect: bool = True,
-        event_idx: bool = True,
-        poll: bool = False,
-        scatter: bool = False,
-        regions: Sequence[Region] | None = None,
-        seal: bool = True,
-        hiprio_size: int = 128,
-    ) -> None:
-        self.path = path
-        self.indirect, self.event_idx, self.poll, self.scatter = indirect, event_idx, poll, scatter
-        if regions is None:
-            each = lib.fg_slot_bytes(slot_data_bytes) * slot_count + 32 * queue_size + 4 * PAGE
-            small = lib.fg_slot_bytes(PAGE) * 4 + 32 * hiprio_size + 4 * PAGE
-            total = SCRATCH_BYTES + each * request_queues + small
-            regions = default_regions((total + PAGE - 1) // PAGE * PAGE)
-        self.memory = Memory(regions, seal)
+    path: Path  # of the back-end's socket
+    _: KW_ONLY
+    request_queues: int = 1
+    queue_size: int = 256
+    slot_count: int = 8  # requests at a time, of a request queue
+    slot_data_bytes: int = 131072
+    indirect: bool = True
+    event_idx: bool = True
+    poll: bool = False
+    scatter: bool = False
+    regions: Sequence[Region] | None = None  # None: default_regions of what the queues need
+    seal: bool = True
+    hiprio_size: int = 128
+
+    def __post_init__(self) -> None:
+        self.memory = Memory(self._make_regions() if self.regions is None else self.regions, self.seal)
         self.scratch_gpa = self.memory.allocate(SCRATCH_BYTES)
-        self.queues = [Queue(self.memory, 0, hiprio_size, 4, PAGE)]
+        self.queues = [Queue(self.memory, 0, self.hiprio_size, 4, PAGE)]
         self.queues += [
-            Queue(self.memory, i + 1, queue_size, slot_count, slot_data_bytes) for i in range(request_queues)
+            Queue(self.memory, i + 1, self.queue_size, self.slot_count, self.slot_data_bytes)
+            for i in range(self.request_queues)
         ]
         self.features = 0
         self.protocol = 0
@@ -318,6 +312,12 @@ class FakeGuest:
         self.front: VhostFrontend = None  # type: ignore[assignment]  # set by connect
         self.fuse = FuseClient(self.queues[1])
         self.hiprio = FuseClient(self.queues[0])
+
+    def _make_regions(self) -> list[Region]:
+        each = lib.fg_slot_bytes(self.slot_data_bytes) * self.slot_count + 32 * self.queue_size + 4 * PAGE
+        small = lib.fg_slot_bytes(PAGE) * 4 + 32 * self.hiprio_size + 4 * PAGE
+        total = SCRATCH_BYTES + each * self.request_queues + small
+        return default_regions((total + PAGE - 1) // PAGE * PAGE)
 
     def __enter__(self) -> "FakeGuest":
         try:

@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 IN_HEADER = struct.Struct("=IIQQIIIHH")
 OUT_HEADER = struct.Struct("=IiQ")
@@ -72,6 +72,28 @@ class DirEntry:
     entry: Entry | None = None  # READDIRPLUS; None where the server gave node 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What SETATTR sets: the members that valid (SET_...) names. handle: of an open file, 0: none."""
+
+    valid: int
+    mode: int = 0
+    uid: int = 0
+    gid: int = 0
+    size: int = 0
+    atime_ns: int = 0
+    mtime_ns: int = 0
+    handle: int = 0
+
+
+class Place(NamedTuple):
+    """A byte of an open file."""
+
+    nodeid: int
+    handle: int
+    offset: int
+
+
 @dataclass(frozen=True, slots=True)
 class InitReply:
     major: int
@@ -91,11 +113,16 @@ class Channel(Protocol):
 
 
 def pack_request(
-    opcode: int, unique: int, nodeid: int, body: bytes = b"", length: int | None = None, uid: int = 0, gid: int = 0
+    opcode: int,
+    unique: int,
+    nodeid: int,
+    body: bytes = b"",
+    length: int | None = None,
+    owner: tuple[int, int] = (0, 0),
 ) -> bytes:
-    """A whole request; length overrides what the header claims."""
+    """A whole request; length overrides what the header claims. owner: user and group id of the process that asks."""
     size = IN_HEADER.size + len(body) if length is None else length
-    return IN_HEADER.pack(size, opcode, unique, nodeid, uid, gid, 1, 0, 0) + body
+    return IN_HEADER.pack(size, opcode, unique, nodeid, *owner, 1, 0, 0) + body
 
 
 def parse_entry(data: bytes) -> Entry:
@@ -130,7 +157,7 @@ class FuseClient:
     def request(self, opcode: int, nodeid: int, body: bytes = b"", out_fixed: int = 0, data_bytes: int = 0) -> bytes:
         """Reply without its header."""
         self.unique += 2
-        request = pack_request(opcode, self.unique, nodeid, body, uid=self.uid, gid=self.gid)
+        request = pack_request(opcode, self.unique, nodeid, body, owner=(self.uid, self.gid))
         reply = self.channel.call(request, out_fixed, data_bytes)
         if not reply:
             raise OSError(5, f"no reply to opcode {opcode}")
@@ -291,36 +318,26 @@ class FuseClient:
         else:
             self.request(RENAME2, parent, struct.pack("=QII", new_parent, flags, 0) + names)
 
-    def setattr(
-        self,
-        nodeid: int,
-        valid: int,
-        *,
-        mode: int = 0,
-        uid: int = 0,
-        gid: int = 0,
-        size: int = 0,
-        atime_ns: int = 0,
-        mtime_ns: int = 0,
-        handle: int = 0,
-    ) -> Attr:
-        second = 1_000_000_000
+    def setattr(self, nodeid: int, change: Change) -> Attr:
+        (atime_s, atime_ns), (mtime_s, mtime_ns) = (
+            divmod(t, 1_000_000_000) for t in (change.atime_ns, change.mtime_ns)
+        )
         body = SETATTR_IN.pack(
-            valid | (SET_FH if handle else 0),
+            change.valid | (SET_FH if change.handle else 0),
             0,
-            handle,
-            size,
+            change.handle,
+            change.size,
             0,
-            atime_ns // second,
-            mtime_ns // second,
+            atime_s,
+            mtime_s,
             0,
-            atime_ns % second,
-            mtime_ns % second,
+            atime_ns,
+            mtime_ns,
             0,
-            mode,
+            change.mode,
             0,
-            uid,
-            gid,
+            change.uid,
+            change.gid,
             0,
         )
         return Attr(*ATTR.unpack_from(self.request(SETATTR, nodeid, body, 16 + ATTR.size), 16))
@@ -334,11 +351,9 @@ class FuseClient:
     def fallocate(self, nodeid: int, handle: int, mode: int, offset: int, length: int) -> None:
         self.request(FALLOCATE, nodeid, struct.pack("=QQQII", handle, offset, length, mode, 0))
 
-    def copy_file_range(
-        self, nodeid: int, handle: int, offset: int, to_node: int, to_handle: int, to_offset: int, length: int
-    ) -> int:
-        body = struct.pack("=QQQQQQQ", handle, offset, to_node, to_handle, to_offset, length, 0)
-        copied: int = struct.unpack_from("=I", self.request(COPY_FILE_RANGE, nodeid, body, 8))[0]
+    def copy_file_range(self, source: Place, target: Place, length: int) -> int:
+        body = struct.pack("=QQQQQQQ", source.handle, source.offset, *target, length, 0)
+        copied: int = struct.unpack_from("=I", self.request(COPY_FILE_RANGE, source.nodeid, body, 8))[0]
         return copied
 
     def _entry(self, opcode: int, parent: int, body: bytes) -> Entry:

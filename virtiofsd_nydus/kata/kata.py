@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,29 +79,25 @@ class Storage:
         return f"mkdir -p {self.mount_point}; mount -t {self.fstype} {options}{self.source} {self.mount_point}"
 
 
+@dataclass(eq=False)
 class Sandbox(Lifetime):
-    """A Kata sandbox: daemon, guest and pause container. Leaving it ends them and unmounts.
+    """A Kata sandbox: daemon, guest and pause container. Leaving it ends them and unmounts."""
 
-    base: a directory for what Kata has at /run. say: told each step.
-    """
+    base: Path  # a directory for what Kata has at /run
+    files: GuestFiles
+    _: KW_ONLY
+    layout: str = "go"
+    memory: str = "512M"
+    accel: str = "tcg"
+    timeout_s: float = 180.0
+    say: Callable[[str], object] = lambda line: None  # told each step
 
-    def __init__(
-        self,
-        base: Path,
-        files: GuestFiles,
-        *,
-        layout: str = "go",
-        memory: str = "512M",
-        accel: str = "tcg",
-        timeout_s: float = 180.0,
-        say: Callable[[str], object] = lambda line: None,
-    ) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        self.base, self.files, self.layout, self.memory, self.accel = base, files, layout, memory, accel
-        self.say = say
-        self.deadline = Deadline(timeout_s, "the sandbox")
+        base = self.base
+        self.deadline = Deadline(self.timeout_s, "the sandbox")
         shared = base / "kata-containers" / "shared" / "sandboxes" / SANDBOX
-        if layout == "go":
+        if self.layout == "go":
             self.top = self.mounts = shared / "mounts"
             self.source, self.run_dir = shared / "shared", base / "vc" / "vm" / SANDBOX
             self.sock = self.run_dir / "vhost-fs.sock"

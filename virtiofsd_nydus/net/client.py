@@ -195,6 +195,20 @@ def drop_secrets(headers: "Mapping[str, str]") -> dict[str, str]:
     return {name: value for name, value in headers.items() if not is_secret(name)}
 
 
+class CommonHeaders:
+    """Headers that go with every request, the secrets among them to some origins alone."""
+
+    __slots__ = ("_all", "_origins", "_public")
+
+    def __init__(self, headers: "Mapping[str, str]", secret_origins: "Iterable[str]" = ()) -> None:
+        self._all = dict(headers)
+        self._public = drop_secrets(self._all)
+        self._origins = frozenset(secret_origins)
+
+    def for_origin(self, origin: str) -> dict[str, str]:
+        return self._all if origin in self._origins else self._public
+
+
 class HttpClient:
     """One pool manager and its limits. Thread-safe."""
 
@@ -203,20 +217,16 @@ class HttpClient:
         limits: Limits | None = None,
         trust: Trust | None = None,
         *,
-        headers: "Mapping[str, str] | None" = None,
-        secret_origins: "Iterable[str]" = (),
+        headers: "CommonHeaders | None" = None,
         proxy: "Proxy | None" = None,
         routes: Routes | None = None,
         unix_socket: str = "",
     ) -> None:
-        """headers: sent with every request, the secrets among them to secret_origins alone. proxy: the backend's own,
-        for requests that say so. routes: proxies for all others (default: the environment's). unix_socket: where all
-        plain-HTTP requests go."""
+        """proxy: the backend's own, for requests that say so. routes: proxies for all others (default: the
+        environment's). unix_socket: where all plain-HTTP requests go."""
         self.limits = limits or Limits()
         self._trust = trust or Trust()
-        self._headers = dict(headers or {})
-        self._public_headers = drop_secrets(self._headers)
-        self._secret_origins = frozenset(secret_origins)
+        self._headers = headers or CommonHeaders({})
         self.proxy = proxy
         self._routes = routes if routes is not None else Routes.read_environment()
         self._unix_socket = unix_socket
@@ -273,7 +283,7 @@ class HttpClient:
 
     def _choose_headers(self, request: Request, address: Address) -> dict[str, str]:
         """All headers of a request. Here alone is decided which secrets go to the address."""
-        configured = self._headers if address.origin in self._secret_origins else self._public_headers
+        configured = self._headers.for_origin(address.origin)
         own = request.headers if address.origin == request.home else drop_secrets(request.headers)
         return {"User-Agent": USER_AGENT, "Accept-Encoding": "identity", **configured, **own}
 

@@ -6,6 +6,7 @@ Light: urllib3 is imported with the first request.
 
 import threading
 import time
+from dataclasses import KW_ONLY, dataclass, replace
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.address import host_of
@@ -30,31 +31,18 @@ BYPASSES_PER_S = 1.0
 BYPASS_BURST = 8.0
 
 
+@dataclass(frozen=True, repr=False)
 class ProxySettings:
-    """url: http://[USER:PASSWORD@]HOST:PORT. ping_url: asked every check_interval_s while there is traffic, "": never.
-    fallback: what the proxy fails at goes directly. use_http: https requests are sent to it as http, for it to fetch.
-    check_pause_s: checks rest after so long without a request."""
+    """A forward proxy, as the configuration has it. Not shown: its address may hold a password."""
 
-    __slots__ = ("check_interval_s", "check_pause_s", "connect_timeout_s", "fallback", "ping_url", "url", "use_http")
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        ping_url: str = "",
-        fallback: bool = True,
-        check_interval_s: float = 5.0,
-        use_http: bool = False,
-        check_pause_s: float = 300.0,
-        connect_timeout_s: float = 5.0,
-    ) -> None:
-        self.url = url
-        self.ping_url = ping_url
-        self.fallback = fallback
-        self.check_interval_s = check_interval_s
-        self.use_http = use_http
-        self.check_pause_s = check_pause_s
-        self.connect_timeout_s = connect_timeout_s
+    url: str  # http://[USER:PASSWORD@]HOST:PORT
+    _: KW_ONLY
+    ping_url: str = ""  # asked every check_interval_s while there is traffic; "": never
+    fallback: bool = True  # what the proxy fails at goes directly
+    check_interval_s: float = 5.0
+    use_http: bool = False  # https requests are sent to it as http, for it to fetch
+    check_pause_s: float = 300.0  # checks rest after so long without a request
+    connect_timeout_s: float = 5.0
 
 
 class ForwardProxy:
@@ -136,14 +124,7 @@ class ForwardProxy:
     def with_url(self, url: str) -> "ForwardProxy":
         """A proxy with the same settings at another address, without the health check, which was of this one."""
         former = self.settings
-        settings = ProxySettings(
-            url,
-            fallback=former.fallback,
-            check_interval_s=former.check_interval_s,
-            use_http=former.use_http,
-            check_pause_s=former.check_pause_s,
-            connect_timeout_s=former.connect_timeout_s,
-        )
+        settings = replace(former, url=url, ping_url="")
         return ForwardProxy(settings, self._say)
 
     def pass_by(self) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from virtiofsd_nydus.builder.image import BuildOptions, Layer, MergedImage, build_layer, merge_layers
+from virtiofsd_nydus.builder.image import BuildOptions, Layer, LayerSource, MergedImage, build_layer, merge_layers
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
 from virtiofsd_nydus.oci.manifest import (
     ANNOTATION_BOOTSTRAP,
@@ -442,7 +442,7 @@ class _Conversion:
         reader = VerifiedReader(self._source.read_blob(layer), layer, what, self._count("convert", layer.digest))
         try:
             built = build_layer(
-                reader, options=self._options, out_blob=spool, kind="tar", label=what, dictionary=self._dictionary
+                LayerSource(reader, "tar", what), options=self._options, out_blob=spool, dictionary=self._dictionary
             )
         except Failure as failure:
             if failure.cause is Cause.FORMAT and not self._stop.is_set():

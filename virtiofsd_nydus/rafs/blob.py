@@ -9,7 +9,7 @@ from typing import Protocol
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
-from virtiofsd_nydus.rafs.chunktable import ChunkTable
+from virtiofsd_nydus.rafs.chunktable import ChunkRecord, ChunkTable
 from virtiofsd_nydus.rafs.cipher import Cipher
 from virtiofsd_nydus.rafs.layout import ChunkFlag
 
@@ -125,7 +125,7 @@ class BlobWriter:
         if index >= layout.CHUNKS_PER_BLOB_MAX:
             raise Failure(f"a layer has more than {index} chunks; use a larger chunk size", Cause.FORMAT)
         flags |= ChunkFlag.HAS_CRC32C if crc else 0
-        self.table.append(digest, self.uncompressed_size, coff, csize, usize, crc, flags)
+        self.table.append(ChunkRecord(digest, self.uncompressed_size, coff, csize, usize, crc, flags))
         self.chunk_bytes += usize
         self.uncompressed_size += usize + (-usize & self.alignment - 1)
         if self.size > layout.BLOB_BYTES_MAX or self.uncompressed_size > layout.BLOB_UNCOMPRESSED_MAX:

@@ -7,7 +7,7 @@ from typing import Protocol
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import META_BYTES_MAX, BlobInfo, BlobWriter, Form, ReferencePlace, StoredMeta, Writable
 from virtiofsd_nydus.rafs.layout import BlobFeature, ChunkFlag, InfoFlag
-from virtiofsd_nydus.rafs.meta import encode_chunk_infos_v2, encode_header, pack_section, require_table_size
+from virtiofsd_nydus.rafs.meta import MetaHeader, encode_chunk_infos_v2, encode_header, pack_section, require_table_size
 from virtiofsd_nydus.rafs.spill import Arena, copy_pieces
 
 
@@ -58,9 +58,16 @@ class ReferenceBlobWriter(BlobWriter):
         with pack_section(table.view(), self._directory) as packed:
             csize, codec = packed.size, packed.codec
             header = encode_header(
-                features, codec, len(self.table), 0, csize, usize,
-                (len(infos), len(contexts) + window_bytes, count),
-            )  # fmt: skip
+                MetaHeader(
+                    features,
+                    codec,
+                    len(self.table),
+                    0,
+                    csize,
+                    usize,
+                    (len(infos), len(contexts) + window_bytes, count),
+                )
+            )
             packed.copy(self._write)
             meta = StoredMeta(packed.read(), codec, usize, header) if csize <= META_BYTES_MAX else None
         self._write(header)

@@ -11,6 +11,7 @@ from virtiofsd_nydus.rafs.blob import BlobInfo, BlobWriter, Form, StoredMeta, Wr
 from virtiofsd_nydus.rafs.cipher import Cipher
 from virtiofsd_nydus.rafs.layout import BlobFeature, ChunkFlag, InfoFlag
 from virtiofsd_nydus.rafs.meta import (
+    MetaHeader,
     compress_section,
     digest_section,
     encode_batch_context,
@@ -138,9 +139,16 @@ class InlinedBlobWriter(BlobWriter):
             packed = self.cipher.encrypt(packed)
         offset = self.size
         header = encode_header(
-            features, codec, len(self.table), offset, len(packed), len(infos),
-            contexts if features & BlobFeature.BATCH else (0, 0, 0),
-        )  # fmt: skip
+            MetaHeader(
+                features,
+                codec,
+                len(self.table),
+                offset,
+                len(packed),
+                len(infos),
+                contexts if features & BlobFeature.BATCH else (0, 0, 0),
+            )
+        )
         self._meta = StoredMeta(plain, codec, len(infos), header)
         self._add_toc("blob.meta", codec, digest_section(infos), offset, len(packed), len(infos))
         self._add_toc(

@@ -3,6 +3,7 @@
 import os
 import struct
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from virtiofsd_nydus.rafs.spill import RELIEVE_EVERY, Arena, relieve
 
@@ -16,6 +17,18 @@ CONTEXT_BYTES = 8  # context + 1, slice
 NUMBER_BITS = 34
 NUMBER_MASK = (1 << NUMBER_BITS) - 1
 HASH_MASK = (1 << 64 - NUMBER_BITS) - 1
+
+
+class ChunkRecord(NamedTuple):
+    """One chunk, in the order of RECORD."""
+
+    digest: bytes
+    uoff: int
+    coff: int
+    csize: int
+    usize: int
+    crc: int  # CRC-32C of the content; 0: not known
+    flags: int  # layout.ChunkFlag
 
 
 class ChunkTable:
@@ -34,13 +47,13 @@ class ChunkTable:
         self._count = 0
         self.foreign: list[tuple[ChunkTable, int]] = []
 
-    def append(self, digest: bytes, uoff: int, coff: int, csize: int, usize: int, crc: int, flags: int) -> int:
+    def append(self, record: ChunkRecord) -> int:
         """Returns the chunk's index."""
         index = self._count
         end = (index + 1) * RECORD_BYTES
         if end > len(self._records.data):
             self._records.reserve(end)
-        RECORD.pack_into(self._records.data, end - RECORD_BYTES, digest, uoff, coff, csize, usize, crc, flags)
+        RECORD.pack_into(self._records.data, end - RECORD_BYTES, *record)
         self._count = index + 1
         if not index % RELIEVE_EVERY:
             relieve()
@@ -68,10 +81,8 @@ class ChunkTable:
         self._records.reserve(count * RECORD_BYTES)
         self._count = count
 
-    def set(
-        self, index: int, digest: bytes, uoff: int, coff: int, csize: int, usize: int, crc: int, flags: int
-    ) -> None:
-        RECORD.pack_into(self._records.data, index * RECORD_BYTES, digest, uoff, coff, csize, usize, crc, flags)
+    def set(self, index: int, record: ChunkRecord) -> None:
+        RECORD.pack_into(self._records.data, index * RECORD_BYTES, *record)
 
     def set_coff(self, index: int, coff: int) -> None:
         self._records.quads[index * 8 + 5] = coff

@@ -7,7 +7,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.rafs import layout
@@ -151,19 +151,21 @@ def encode_chunk_infos_v2(table: ChunkTable, kind: InfoFlag) -> bytearray:
     return _to_little_endian(words)
 
 
-def encode_header(
-    features: int,
-    codec: layout.Codec,
-    entries: int,
-    offset: int,
-    csize: int,
-    usize: int,
-    contexts: tuple[int, int, int],
-) -> bytes:
-    """blob.meta's header. contexts: offset in the table, bytes, count."""
-    return layout.META_HEADER.pack(
-        layout.META_MAGIC, features, codec, entries, offset, csize, usize, *contexts, layout.META_MAGIC
-    )
+class MetaHeader(NamedTuple):
+    """What blob.meta's header says of the table."""
+
+    features: int
+    codec: layout.Codec
+    entries: int
+    offset: int  # in the blob
+    csize: int
+    usize: int
+    contexts: tuple[int, int, int]  # offset in the table, bytes, count
+
+
+def encode_header(header: MetaHeader) -> bytes:
+    *facts, contexts = header
+    return layout.META_HEADER.pack(layout.META_MAGIC, *facts, *contexts, layout.META_MAGIC)
 
 
 def decode_cache_file(meta: StoredMeta) -> bytes:

@@ -10,7 +10,7 @@ import stat
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Self
+from typing import NamedTuple, Self
 
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
 from virtiofsd_nydus.rafs.nodes import FLAG_IMPLIED, FLAG_SORTED, FLAG_SUBDIRS, ROOT, Nodes
@@ -36,6 +36,19 @@ class RegularFile:
 
     def add_chunk(self, index: int) -> None:
         self.tree.add_chunk(self.node, index)
+
+
+class Attributes(NamedTuple):
+    """What a node is given when it is made."""
+
+    mode: int = 0  # with its type
+    uid: int = 0
+    gid: int = 0
+    mtime_ns: int = 0
+    xattrs: Xattrs = ()
+
+
+PLAIN_DIRECTORY = Attributes(stat.S_IFDIR | 0o755)
 
 
 class Tree(Nodes):
@@ -105,11 +118,11 @@ class Tree(Nodes):
                 buckets[hashed & mask] = base >> 3
 
     # ---- making nodes
-    def _make(self, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs) -> int:
-        place = self._xattr_places.get(xattrs)
+    def _make(self, a: Attributes) -> int:
+        place = self._xattr_places.get(a.xattrs)
         if place is None:
-            place = self._store_xattrs(xattrs)
-        return self.add_node(mode, uid, gid, mtime_ns, place)
+            place = self._store_xattrs(a.xattrs)
+        return self.add_node(a.mode, a.uid, a.gid, a.mtime_ns, place)
 
     def _store_xattrs(self, xattrs: Xattrs) -> int:
         if len(self._xattr_places) > CACHED_XATTRS:
@@ -120,29 +133,18 @@ class Tree(Nodes):
         self._xattr_places[xattrs] = place
         return place
 
-    def make_directory(
-        self,
-        mode: int = stat.S_IFDIR | 0o755,
-        uid: int = 0,
-        gid: int = 0,
-        mtime_ns: int = 0,
-        xattrs: Xattrs = (),
-        *,
-        implied: bool = False,
-    ) -> int:
+    def make_directory(self, attributes: Attributes = PLAIN_DIRECTORY, *, implied: bool = False) -> int:
         """implied: no entry of the source describes the directory, but a path needs it; in a merge the other layer's
         attributes win."""
-        node = self._make(mode, uid, gid, mtime_ns, xattrs)
+        node = self._make(attributes)
         if implied:
             self.set_flag(node, FLAG_IMPLIED, True)
         return node
 
-    def make_file(
-        self, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs, size: int, table: ChunkTable
-    ) -> int:
+    def make_file(self, attributes: Attributes, size: int, table: ChunkTable) -> int:
         """Makes a file. Its chunks are indexes into table, one for each chunk_size bytes of size; add_chunk adds
         them."""
-        node = self._make(mode, uid, gid, mtime_ns, xattrs)
+        node = self._make(attributes)
         self.set_file(node, size, self._number_table(table))
         return node
 
@@ -169,8 +171,8 @@ class Tree(Nodes):
         pool.append(index.to_bytes(4, "little"))
         self.set_chunk_place(node, count + 1, place)
 
-    def make_symlink(self, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs, target: bytes) -> int:
-        node = self._make(mode, uid, gid, mtime_ns, xattrs)
+    def make_symlink(self, attributes: Attributes, target: bytes) -> int:
+        node = self._make(attributes)
         self._set_target(node, target)
         return node
 
@@ -180,16 +182,14 @@ class Tree(Nodes):
     def make_lower_link(self, target: bytes) -> int:
         """Makes a name that shares the inode of a path in the layers below. Only merging can tell which inode that
         is, so the node has no attributes, not even a type."""
-        node = self._make(0, 0, 0, 0, ())
+        node = self._make(Attributes())
         self._set_target(node, target)
         self.lower_links += 1
         return node
 
-    def make_special(
-        self, mode: int, uid: int, gid: int, mtime_ns: int, xattrs: Xattrs, major: int = 0, minor: int = 0
-    ) -> int:
+    def make_special(self, attributes: Attributes, major: int = 0, minor: int = 0) -> int:
         """A device node, FIFO or socket."""
-        node = self._make(mode, uid, gid, mtime_ns, xattrs)
+        node = self._make(attributes)
         rdev = minor & 0xFF | major << 8 | (minor & ~0xFF) << 12  # as glibc's low 32 bits
         self.set_rdev(node, rdev & 0xFFFFFFFF)
         return node
@@ -197,7 +197,7 @@ class Tree(Nodes):
     def copy_node(self, other: "Tree", node: int) -> int:
         """Copies a node of another tree into this one; a directory comes without its entries."""
         attributes = other.attributes(node)
-        made = self._make(0, 0, 0, 0, other.xattrs_at(attributes[3]))
+        made = self._make(Attributes(xattrs=other.xattrs_at(attributes[3])))
         self.set_attributes(made, attributes, self.xattrs_place(made))
         kind = stat.S_IFMT(attributes[0])
         if kind == stat.S_IFREG:

@@ -299,9 +299,7 @@ def _from_v1(document: "dict[str, Any]", where: str) -> ImageConfig:
         config,
         _table(document, "fs_prefetch", where),
         where,
-        "threads_count",
-        "merging_size",
-        "bandwidth_rate",
+        ("threads_count", "merging_size", "bandwidth_rate"),
         prefetch_all=True,
     )
     _note_unused(config, device.get("external_backends"), None, where)
@@ -331,7 +329,7 @@ def _from_v2(document: "dict[str, Any]", where: str) -> ImageConfig:
     config.amplify_bytes = _number(rafs, "batch_size", where, AMPLIFY_DEFAULT_BYTES, RANGE_MAX_BYTES)
     _read_cache(config, cache, _table(cache, "filecache", where), where)
     _read_prefetch(
-        config, _table(rafs, "prefetch", where), where, "threads", "batch_size", "bandwidth_limit", prefetch_all=False
+        config, _table(rafs, "prefetch", where), where, ("threads", "batch_size", "bandwidth_limit"), prefetch_all=False
     )
     _note_unused(config, document.get("external_backends"), document.get("overlay"), where)
     return config
@@ -363,12 +361,12 @@ def _read_prefetch(
     config: ImageConfig,
     prefetch: "dict[str, Any]",
     where: str,
-    threads: str,
-    batch: str,
-    limit: str,
+    keys: tuple[str, str, str],
     *,
     prefetch_all: bool,
 ) -> None:
+    """keys: what the version of the configuration calls the numbers of threads, bytes a batch, bytes a second."""
+    threads, batch, limit = keys
     config.prefetch = _flag(prefetch, "enable", where)
     config.prefetch_all = config.prefetch and _flag(prefetch, "prefetch_all", where, prefetch_all)
     config.prefetch_stream = _flag(prefetch, "stream_prefetch", where)

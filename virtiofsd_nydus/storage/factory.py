@@ -4,7 +4,15 @@ import os
 
 from virtiofsd_nydus.errors import Failure, UsageFailure
 from virtiofsd_nydus.net.address import origin_of
-from virtiofsd_nydus.net.client import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, RETRIES, HttpClient, Limits, Trust
+from virtiofsd_nydus.net.client import (
+    CONNECT_TIMEOUT_S,
+    READ_TIMEOUT_S,
+    RETRIES,
+    CommonHeaders,
+    HttpClient,
+    Limits,
+    Trust,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -278,8 +286,7 @@ def _make_client(settings: "Settings", say: "Say", trusted: "Sequence[str]", *, 
             retries=int(_number(settings, "retry_limit", 0)) or RETRIES,
         ),
         Trust(_texts(settings, "ca_cert_files"), skip_verify=_flag(settings, "skip_verify")),
-        headers=read_header_environment(say),
-        secret_origins=origins,
+        headers=CommonHeaders(read_header_environment(say), origins),
         unix_socket=unix_socket,
         proxy=None if unix_socket else _make_proxy(settings, connect_timeout_s, say),
     )

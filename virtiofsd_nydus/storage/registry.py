@@ -5,6 +5,8 @@ imported at the first request.
 """
 
 import time
+from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 
 from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.net.address import parse_address
@@ -36,32 +38,30 @@ WITHOUT_MISSING_S = 300.0
 WITHOUT_BROKEN_S = 30.0
 
 
+@dataclass(frozen=True, eq=False)
 class Mirror:
     """Another registry that may have the same repository; whatever it lacks or fails at is had from the next."""
 
-    def __init__(
-        self,
-        scheme: str,
-        host: str,
-        *,
-        ping_url: str = "",
-        headers: "dict[str, str] | None" = None,
-        failures_max: int = MIRROR_FAILURES_MAX,
-        check_interval_s: float = MIRROR_CHECK_INTERVAL_S,
-        with_login: bool = False,
-        prefix: str = "v2",
-        namespace: str = "",
-        trust: "Trust | None" = None,
-    ) -> None:
-        """ping_url: asked before a mirror that failed is trusted again. with_login: the registry's own credentials may
-        be sent to it. prefix: of the API's paths. namespace: the registry that it stands for, told with each request.
-        trust: its own certificates, None: the registry's."""
-        self.prefix, self.trust = prefix, trust
-        self.headers = dict(headers or {})
-        self.query = f"?ns={namespace}" if namespace else ""
-        self.is_peer = any(name.lower() == REGISTRY_HEADER.lower() for name in self.headers)  # Dragonfly's
-        self.scheme, self.host, self.ping_url = scheme, host, ping_url
-        self.failures_max, self.check_interval_s, self.with_login = failures_max, check_interval_s, with_login
+    scheme: str
+    host: str
+    _: KW_ONLY
+    ping_url: str = ""  # asked before a mirror that failed is trusted again
+    headers: "dict[str, str]" = field(default_factory=dict)
+    failures_max: int = MIRROR_FAILURES_MAX
+    check_interval_s: float = MIRROR_CHECK_INTERVAL_S
+    with_login: bool = False  # the registry's own credentials may be sent to it
+    prefix: str = "v2"  # of the API's paths
+    namespace: str = ""  # the registry that it stands for, told with each request
+    trust: "Trust | None" = None  # its own certificates; None: the registry's
+
+    @property
+    def query(self) -> str:
+        return f"?ns={self.namespace}" if self.namespace else ""
+
+    @cached_property
+    def is_peer(self) -> bool:
+        """It is Dragonfly's."""
+        return any(name.lower() == REGISTRY_HEADER.lower() for name in self.headers)
 
 
 class Redirects:
