@@ -52,10 +52,13 @@ struct fuse_call {
     struct fuse_session *s;
     struct fuse_worker *w;
     struct req *r;
-    struct vfs_node node; /* of in.nodeid, when the operation asks for it */
-    bool failed;          /* answered with an error that counts as one */
-    bool waited;          /* a read whose data was not there at once */
-    bool unknown;         /* answered with ENOSYS: not asked again, and nothing to count */
+    struct vfs_node node;                          /* of in.nodeid, when the operation asks for it */
+    bool failed;                                   /* answered with an error that counts as one */
+    bool waited;                                   /* a read whose data was not there at once */
+    enum req_verdict (*once)(struct fuse_call *c); /* what fuse_once serves it by */
+    enum req_step before;                          /* how far a process that died came with it */
+    uint16_t error;                                /* answered with it; 0: with success */
+    bool unknown;                                  /* answered with ENOSYS: not asked again, and nothing to count */
 };
 
 typedef enum req_verdict (*fuse_op_fn)(struct fuse_call *c);
@@ -165,6 +168,17 @@ static inline bool fuse_is_foreign(struct fuse_call *c, uint64_t fh)
 {
     return fh && !fuse_holds(c->s, FUSE_HELD_FILE, c->node.serial, fh);
 }
+
+/* ---- fuse/once.c: operations that must not be done twice */
+/* Serves the request by c->once, unless a process that died has done so; notes how far it is. */
+enum req_verdict fuse_once(struct fuse_call *c);
+/* rc of making name in the call's directory: where a process that died may have made it and it is there now, it is looked up,
+ * as if this call had made it. 0 with attr, or -errno. */
+int fuse_made_before(struct fuse_call *c, int rc, const char *name, vnd_attr *attr);
+/* rc of taking something away: where a process that died may have done so, gone is no error. gone: the -errno that says so. */
+int fuse_gone_before(const struct fuse_call *c, int rc, int gone);
+/* The file ends with these bytes: an append that a process began, and died in, was done. */
+bool fuse_was_appended(struct fuse_call *c, uint64_t fh, const struct iovec *iov, int n, uint32_t len);
 
 /* ---- fuse/detach.c: requests that may take long */
 /* Serves the request by fn on this thread, or has a thread of the file system serve it where that may take long. */

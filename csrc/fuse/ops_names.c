@@ -64,7 +64,7 @@ enum req_verdict fuse_rw_mkdir(struct fuse_call *c)
     memcpy(&in, c->r->args, sizeof(in));
     make = (struct fs_make){ .dir = c->node.ino, .name = name, .mode = S_IFDIR | (in.mode & 07777) };
     make.who = fuse_caller_of(c, in.umask);
-    rc = fuse_rw_of(c)->mknod(c->node.fs, &make, &attr);
+    rc = fuse_made_before(c, fuse_rw_of(c)->mknod(c->node.fs, &make, &attr), name, &attr);
     return reply_entry(c, rc, &attr);
 }
 
@@ -83,7 +83,7 @@ enum req_verdict fuse_rw_mknod(struct fuse_call *c)
         return fuse_reply_error(c, EINVAL);
     make = (struct fs_make){ .dir = c->node.ino, .name = name, .mode = in.mode, .rdev = in.rdev };
     make.who = fuse_caller_of(c, in.umask);
-    rc = fuse_rw_of(c)->mknod(c->node.fs, &make, &attr);
+    rc = fuse_made_before(c, fuse_rw_of(c)->mknod(c->node.fs, &make, &attr), name, &attr);
     return reply_entry(c, rc, &attr);
 }
 
@@ -105,7 +105,7 @@ enum req_verdict fuse_rw_symlink(struct fuse_call *c)
     if (!len || c->r->ops->in_copy(c->r, off, target, len) || !memchr(target, 0, len))
         return fuse_reply_error(c, EINVAL);
     make = (struct fs_make){ .who = fuse_caller_of(c, 0), .dir = c->node.ino, .name = name, .mode = S_IFLNK };
-    rc = fuse_rw_of(c)->symlink(c->node.fs, &make, target, &attr);
+    rc = fuse_made_before(c, fuse_rw_of(c)->symlink(c->node.fs, &make, target, &attr), name, &attr);
     return reply_entry(c, rc, &attr);
 }
 
@@ -124,7 +124,7 @@ enum req_verdict fuse_rw_link(struct fuse_call *c)
     if (!rc && old.fs != c->node.fs)
         rc = -EXDEV;
     if (!rc)
-        rc = fuse_rw_of(c)->link(c->node.fs, old.ino, c->node.ino, name, &attr);
+        rc = fuse_made_before(c, fuse_rw_of(c)->link(c->node.fs, old.ino, c->node.ino, name, &attr), name, &attr);
     return reply_entry(c, rc, &attr);
 }
 
@@ -135,7 +135,7 @@ static enum req_verdict remove_name(struct fuse_call *c, bool dir)
 
     if (rc)
         return fuse_reply_error(c, -rc);
-    return fuse_reply_rc(c, fuse_rw_of(c)->unlink(c->node.fs, c->node.ino, name, dir));
+    return fuse_reply_rc(c, fuse_gone_before(c, fuse_rw_of(c)->unlink(c->node.fs, c->node.ino, name, dir), -ENOENT));
 }
 
 enum req_verdict fuse_rw_unlink(struct fuse_call *c)
@@ -165,7 +165,7 @@ static enum req_verdict rename_name(struct fuse_call *c, size_t args, uint64_t n
     if (!rc) {
         struct fs_rename what = { fuse_caller_of(c, 0), c->node.ino, to.ino, name, new_name, flags };
 
-        rc = fuse_rw_of(c)->rename(c->node.fs, &what);
+        rc = fuse_gone_before(c, fuse_rw_of(c)->rename(c->node.fs, &what), -ENOENT);
     }
     return fuse_reply_rc(c, rc);
 }
@@ -211,7 +211,7 @@ static enum req_verdict make_file(struct fuse_call *c, bool tmpfile)
                              .dir = c->node.ino,
                              .name = name,
                              .mode = in.mode,
-                             .flags = in.flags,
+                             .flags = c->before == REQ_NOT_BEGUN ? in.flags : in.flags & ~(uint32_t)(O_EXCL | O_TRUNC),
                              .kill = !tmpfile && in.open_flags & FUSE_OPEN_KILL_SUIDGID };
     if (tmpfile)
         rc = fuse_rw_of(c)->tmpfile(c->node.fs, &make, &attr, &out.open.fh);

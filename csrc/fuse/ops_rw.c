@@ -49,6 +49,8 @@ enum req_verdict fuse_rw_setattr(struct fuse_call *c)
                                .mtime = { (time_t)in.mtime, in.mtimensec } };
     for (size_t i = 0; i < sizeof(bits) / sizeof(bits[0]); i++)
         set.valid |= in.valid & bits[i].wire ? bits[i].ours : 0;
+    if (c->before == REQ_DONE)
+        set.valid &= ~(uint32_t)FS_SET_SIZE; /* another file of the guest's may have written since */
     rc = fuse_rw_of(c)->setattr(c->node.fs, c->node.ino, in.valid & FUSE_SET_FH ? in.fh : 0, &set, &attr);
     return rc ? fuse_reply_error(c, -rc) : fuse_reply_attr(c, &attr);
 }
@@ -66,6 +68,8 @@ static enum req_verdict open_node(struct fuse_call *c, bool dir)
     if (fuse_holds_all(c, FUSE_HELD_FILE))
         return fuse_reply_error(c, ENFILE);
     memcpy(&in, c->r->args, sizeof(in));
+    if (c->before == REQ_DONE)
+        in.flags &= ~(uint32_t)O_TRUNC;
     rc = fuse_rw_of(c)->open(c->node.fs, c->node.ino, in.flags, dir, in.open_flags & FUSE_OPEN_KILL_SUIDGID, &out.fh);
     if (!rc)
         rc = fuse_hold_file(c, out.fh);
@@ -207,6 +211,11 @@ enum req_verdict fuse_rw_write(struct fuse_call *c)
         c->w->iov[0] = (struct iovec){ fuse_scratch(c), in.size };
         n = 1;
     }
+    if ((in.flags & O_APPEND) && !(in.write_flags & FUSE_WRITE_CACHE) &&
+        fuse_was_appended(c, in.fh, c->w->iov, n, in.size)) {
+        out.size = in.size;
+        return fuse_reply(c, &out, sizeof(out));
+    }
     done = fuse_rw_of(c)->write(
         c->node.fs, &(struct fs_io){ .ino = c->node.ino,
                                      .fh = in.fh,
@@ -307,7 +316,7 @@ enum req_verdict fuse_rw_setxattr(struct fuse_call *c)
     off = (uint32_t)sizeof(in) + len + 1;
     if (in.size > c->r->body_len - off || c->r->ops->in_copy(c->r, off, fuse_scratch(c), in.size))
         return fuse_reply_error(c, EINVAL);
-    x = (struct fs_xattr){ name, fuse_scratch(c), in.size, in.flags };
+    x = (struct fs_xattr){ name, fuse_scratch(c), in.size, c->before == REQ_NOT_BEGUN ? in.flags : 0 };
     return fuse_reply_rc(c, fuse_rw_of(c)->setxattr(c->node.fs, &who, c->node.ino, &x));
 }
 
@@ -320,7 +329,9 @@ enum req_verdict fuse_rw_removexattr(struct fuse_call *c)
         return fuse_reply_error(c, EINVAL);
     if (is_refused(c, name, true))
         return fuse_reply_error(c, EPERM);
-    return fuse_reply_rc(c, len > 255 ? -ERANGE : fuse_rw_of(c)->removexattr(c->node.fs, c->node.ino, name));
+    return fuse_reply_rc(
+        c,
+        len > 255 ? -ERANGE : fuse_gone_before(c, fuse_rw_of(c)->removexattr(c->node.fs, c->node.ino, name), -ENODATA));
 }
 
 enum req_verdict fuse_rw_statfs(struct fuse_call *c)

@@ -25,6 +25,7 @@ enum req_verdict fuse_reply_error(struct fuse_call *c, int error)
 {
     struct fuse_out_header h = { .len = FUSE_HDR, .error = -error, .unique = c->r->in.unique };
 
+    c->error = (uint16_t)error;
     c->unknown = error == ENOSYS;
     if (error != ENOENT && error != ENODATA && error != ENOSYS) {
         fuse_count(&c->w->counters.fuse_errors, 1);

@@ -26,6 +26,14 @@
 
 struct req;
 
+/* How far an operation is that must not be done twice, in memory that outlives the process. */
+enum req_step { REQ_NOT_BEGUN, REQ_BEGUN, REQ_DONE };
+struct req_once {
+    uint8_t step; /* enum req_step; written last */
+    uint8_t padding;
+    uint16_t error; /* of REQ_DONE: 0, or the errno that it ended with */
+};
+
 struct req_ops {
     /* Copies request bytes [off, off+len) counted from the end of the in header. 0 or -EFAULT/-EINVAL. A byte that
      * was already copied may have changed since: use the copy. */
@@ -46,14 +54,15 @@ struct req {
     struct fuse_in_header in;   /* private copy */
     uint8_t args[REQ_ARGS_MAX]; /* private copy of the first args_len bytes after it, always followed by 0 */
     uint8_t args_nul;
-    uint32_t args_len;    /* bytes in args */
-    uint32_t body_len;    /* all bytes after the in header */
-    uint32_t out_cap;     /* bytes of reply space, out header included */
-    uint32_t out_len;     /* set by the session: bytes of the reply = used.len = fuse_out_header.len */
-    uint32_t session_gen; /* generation of the session that it belongs to */
-    bool again;           /* set by the transport: a process that died may have served it already */
-    int64_t began_us;     /* CLOCK_MONOTONIC when it was first served; the transport sets 0 */
-    uint16_t step;        /* SYNCFS: serial of the mount that was synced last; the transport sets 0 */
+    uint32_t args_len;     /* bytes in args */
+    uint32_t body_len;     /* all bytes after the in header */
+    uint32_t out_cap;      /* bytes of reply space, out header included */
+    uint32_t out_len;      /* set by the session: bytes of the reply = used.len = fuse_out_header.len */
+    uint32_t session_gen;  /* generation of the session that it belongs to */
+    struct req_once *once; /* set by the transport; NULL: nothing outlives the process */
+    bool again;            /* set by the transport: a process that died may have served it already */
+    int64_t began_us;      /* CLOCK_MONOTONIC when it was first served; the transport sets 0 */
+    uint16_t step;         /* SYNCFS: serial of the mount that was synced last; the transport sets 0 */
     const struct req_ops *ops;
     struct store_wait wait; /* links a parked request to the unit it needs */
 };

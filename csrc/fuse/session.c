@@ -152,8 +152,8 @@ static enum req_verdict op_mkdir(struct fuse_call *c)
 /* ---- the table */
 
 /* NEED_NODE: an error if the node is gone. USE_NODE: served all the same. ANY_TIME: also before INIT. NO_REPLY: no reply is
- * due, not even for what is wrong. */
-enum { NEED_NODE = 1, ANY_TIME = 2, NO_REPLY = 4, USE_NODE = 8 };
+ * due, not even for what is wrong. ONCE: not done twice (fuse/once.c). */
+enum { NEED_NODE = 1, ANY_TIME = 2, NO_REPLY = 4, USE_NODE = 8, ONCE = 16 };
 
 struct fuse_op {
     fuse_op_fn fn;
@@ -166,25 +166,25 @@ static const struct fuse_op ops[FUSE_OP_MAX] = {
     [FUSE_OP_LOOKUP] = { fuse_op_lookup, NULL, 2, NEED_NODE },
     [FUSE_OP_FORGET] = { fuse_op_forget, NULL, sizeof(struct fuse_forget_in), NO_REPLY },
     [FUSE_OP_GETATTR] = { fuse_op_getattr, NULL, 0, NEED_NODE },
-    [FUSE_OP_SETATTR] = { op_erofs, fuse_rw_setattr, 0, NEED_NODE },
+    [FUSE_OP_SETATTR] = { op_erofs, fuse_rw_setattr, 0, NEED_NODE | ONCE },
     [FUSE_OP_READLINK] = { fuse_op_readlink, NULL, 0, NEED_NODE },
-    [FUSE_OP_SYMLINK] = { op_erofs, fuse_rw_symlink, 0, NEED_NODE },
-    [FUSE_OP_MKNOD] = { op_erofs, fuse_rw_mknod, 0, NEED_NODE },
-    [FUSE_OP_MKDIR] = { op_mkdir, fuse_rw_mkdir, 0, NEED_NODE },
-    [FUSE_OP_UNLINK] = { op_erofs, fuse_rw_unlink, 0, NEED_NODE },
-    [FUSE_OP_RMDIR] = { op_erofs, fuse_rw_rmdir, 0, NEED_NODE },
-    [FUSE_OP_RENAME] = { op_erofs, fuse_rw_rename, 0, NEED_NODE },
-    [FUSE_OP_LINK] = { op_erofs, fuse_rw_link, 0, NEED_NODE },
-    [FUSE_OP_OPEN] = { fuse_op_open, fuse_rw_open, sizeof(struct fuse_open_in), NEED_NODE },
+    [FUSE_OP_SYMLINK] = { op_erofs, fuse_rw_symlink, 0, NEED_NODE | ONCE },
+    [FUSE_OP_MKNOD] = { op_erofs, fuse_rw_mknod, 0, NEED_NODE | ONCE },
+    [FUSE_OP_MKDIR] = { op_mkdir, fuse_rw_mkdir, 0, NEED_NODE | ONCE },
+    [FUSE_OP_UNLINK] = { op_erofs, fuse_rw_unlink, 0, NEED_NODE | ONCE },
+    [FUSE_OP_RMDIR] = { op_erofs, fuse_rw_rmdir, 0, NEED_NODE | ONCE },
+    [FUSE_OP_RENAME] = { op_erofs, fuse_rw_rename, 0, NEED_NODE | ONCE },
+    [FUSE_OP_LINK] = { op_erofs, fuse_rw_link, 0, NEED_NODE | ONCE },
+    [FUSE_OP_OPEN] = { fuse_op_open, fuse_rw_open, sizeof(struct fuse_open_in), NEED_NODE | ONCE },
     [FUSE_OP_READ] = { fuse_op_read, fuse_rw_read, sizeof(struct fuse_read_in), NEED_NODE },
-    [FUSE_OP_WRITE] = { op_erofs, fuse_rw_write, 0, NEED_NODE },
+    [FUSE_OP_WRITE] = { op_erofs, fuse_rw_write, 0, NEED_NODE | ONCE },
     [FUSE_OP_STATFS] = { fuse_op_statfs, fuse_rw_statfs, 0, NEED_NODE },
     [FUSE_OP_RELEASE] = { fuse_op_release, fuse_rw_release, 0, USE_NODE },
     [FUSE_OP_FSYNC] = { op_flush, fuse_rw_fsync, 0, NEED_NODE },
-    [FUSE_OP_SETXATTR] = { op_erofs, fuse_rw_setxattr, 0, NEED_NODE },
+    [FUSE_OP_SETXATTR] = { op_erofs, fuse_rw_setxattr, 0, NEED_NODE | ONCE },
     [FUSE_OP_GETXATTR] = { fuse_op_getxattr, NULL, sizeof(struct fuse_getxattr_in) + 2, NEED_NODE },
     [FUSE_OP_LISTXATTR] = { fuse_op_listxattr, NULL, sizeof(struct fuse_getxattr_in), NEED_NODE },
-    [FUSE_OP_REMOVEXATTR] = { op_erofs, fuse_rw_removexattr, 0, NEED_NODE },
+    [FUSE_OP_REMOVEXATTR] = { op_erofs, fuse_rw_removexattr, 0, NEED_NODE | ONCE },
     [FUSE_OP_FLUSH] = { op_flush, fuse_rw_flush, 0, NEED_NODE },
     [FUSE_OP_INIT] = { op_init, NULL, 8, ANY_TIME },
     [FUSE_OP_OPENDIR] = { fuse_op_opendir, fuse_rw_opendir, sizeof(struct fuse_open_in), NEED_NODE },
@@ -195,7 +195,7 @@ static const struct fuse_op ops[FUSE_OP_MAX] = {
     [FUSE_OP_SETLK] = { op_enosys, NULL, 0, 0 },
     [FUSE_OP_SETLKW] = { op_enosys, NULL, 0, 0 },
     [FUSE_OP_ACCESS] = { fuse_op_access, NULL, sizeof(struct fuse_access_in), NEED_NODE },
-    [FUSE_OP_CREATE] = { op_erofs, fuse_rw_create, 0, NEED_NODE },
+    [FUSE_OP_CREATE] = { op_erofs, fuse_rw_create, 0, NEED_NODE | ONCE },
     [FUSE_OP_INTERRUPT] = { op_none, NULL, 0, ANY_TIME }, /* every read ends by its deadline */
     [FUSE_OP_BMAP] = { op_enosys, NULL, 0, 0 },
     [FUSE_OP_DESTROY] = { op_destroy, NULL, 0, 0 },
@@ -205,13 +205,13 @@ static const struct fuse_op ops[FUSE_OP_MAX] = {
     [FUSE_OP_BATCH_FORGET] = { fuse_op_batch_forget, NULL, sizeof(struct fuse_batch_forget_in), NO_REPLY },
     [FUSE_OP_FALLOCATE] = { op_erofs, fuse_rw_fallocate, 0, NEED_NODE },
     [FUSE_OP_READDIRPLUS] = { fuse_op_readdirplus, NULL, sizeof(struct fuse_read_in), NEED_NODE },
-    [FUSE_OP_RENAME2] = { op_erofs, fuse_rw_rename2, 0, NEED_NODE },
+    [FUSE_OP_RENAME2] = { op_erofs, fuse_rw_rename2, 0, NEED_NODE | ONCE },
     [FUSE_OP_LSEEK] = { fuse_op_lseek, fuse_rw_lseek, sizeof(struct fuse_lseek_in), NEED_NODE },
     [FUSE_OP_COPY_FILE_RANGE] = { op_copy_file_range, fuse_rw_copy_file_range, 0, NEED_NODE },
     [FUSE_OP_SETUPMAPPING] = { op_enosys, NULL, 0, 0 }, /* no DAX window */
     [FUSE_OP_REMOVEMAPPING] = { op_enosys, NULL, 0, 0 },
     [FUSE_OP_SYNCFS] = { fuse_op_syncfs, NULL, 0, 0 },
-    [FUSE_OP_TMPFILE] = { op_erofs, fuse_rw_tmpfile, 0, NEED_NODE },
+    [FUSE_OP_TMPFILE] = { op_erofs, fuse_rw_tmpfile, 0, NEED_NODE | ONCE },
     [FUSE_OP_STATX] = { op_enosys, NULL, 0, 0 }, /* sent only for a birth time, which RAFS has not */
 };
 
@@ -252,7 +252,9 @@ static enum req_verdict serve_call(struct fuse_call *c)
             return fuse_reply_error(c, -rc);
         if (!rc && c->node.fs->ops->rw) {
             vfs_confine(&c->w->reader, c->node.serial); /* a call to the host may hang */
-            return fuse_rw_serve(c, op->rw ? op->rw : op->fn);
+            if (op->flags & ONCE)
+                c->once = op->rw ? op->rw : op->fn;
+            return fuse_rw_serve(c, op->flags & ONCE ? fuse_once : op->rw ? op->rw : op->fn);
         }
     }
     return op->fn(c);

@@ -239,6 +239,7 @@ static bool take_request(struct fusedev_worker *w, struct fusedev_slot *s, uint3
     s->woken = false;
     w->fuse.now_us = now_us();
     r->again = false;
+    r->once = NULL;
     r->began_us = 0;
     r->step = 0;
     r->wait.deadline_us = w->fuse.now_us + d->deadline_us;

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "fuse/req.h"
 #include "vnd.h"
 #include "vhost/vring.h"
 
@@ -54,9 +55,18 @@ void inflight_begin(struct inflight *f, uint16_t head)
 {
     f->region->desc[head].counter = f->counter++;
     f->region->desc[head].deaths = 0;
+    memset(f->region->desc[head].once, 0, sizeof(f->region->desc[head].once));
     keep_order();
     f->region->desc[head].inflight = 1;
     keep_order();
+}
+
+struct req_once *inflight_once(struct inflight *f, uint16_t head)
+{
+    static_assert(sizeof(struct req_once) == sizeof(f->region->desc[0].once), "room");
+    static_assert(offsetof(struct inflight_desc, once) % _Alignof(struct req_once) == 0, "aligned");
+
+    return (void *)f->region->desc[head].once;
 }
 
 bool inflight_is_fatal(const struct inflight *f, uint16_t head)

@@ -10,11 +10,13 @@
 #include <stdint.h>
 
 struct vring_used_elem;
+struct req_once;
 
 struct inflight_desc {
     uint8_t inflight;
-    uint8_t deaths; /* ours, padding to others: so many processes in a row died while the head was in flight */
-    uint8_t padding[4];
+    /* Ours, padding to others: */
+    uint8_t deaths;   /* so many processes in a row died while the head was in flight */
+    uint8_t once[4];  /* struct req_once */
     uint16_t next;    /* batch list: the head staged before this one */
     uint64_t counter; /* order of fetching */
 };
@@ -42,6 +44,8 @@ struct inflight {
 uint64_t inflight_stride(uint32_t queue_size);
 /* Makes it blank for a ring of num entries that stands at used_idx. */
 void inflight_reset(struct inflight *f, uint32_t num, uint16_t used_idx);
+/* Where a head's struct req_once is. */
+struct req_once *inflight_once(struct inflight *f, uint16_t head);
 /* A head was fetched. */
 void inflight_begin(struct inflight *f, uint16_t head);
 bool inflight_busy(const struct inflight *f, uint16_t head);

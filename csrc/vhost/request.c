@@ -230,6 +230,7 @@ static int load_request(struct queue *q, struct queue_slot *s, const struct vrin
     r->out_cap = c->out_bytes;
     r->out_len = 0;
     r->again = false;
+    r->once = NULL;
     r->began_us = 0;
     r->step = 0;
     r->ops = &queue_req_ops;
@@ -283,6 +284,7 @@ void queue_fetch_head(struct queue *q, uint16_t head, bool again, int64_t now)
         return;
     }
     s->req.again = again;
+    s->req.once = inflight_once(&q->inflight, head);
     s->parked.deadline_us = now + q->deadline_us;
     s->req.wait.deadline_us = s->parked.deadline_us;
     s->req.wait.session = (uintptr_t)q->session;

@@ -19,6 +19,8 @@ struct client {
     _Atomic int woken;
     unsigned int seed;
     pthread_t thread;
+    struct req_once *once; /* of its requests */
+    bool again;
 };
 
 static inline int remove_one(const char *path, const struct stat *st, int type, struct FTW *ftw)
@@ -44,6 +46,8 @@ static inline int ask_cap(struct client *c, uint32_t op, uint64_t nodeid, const 
     fake_fill(&c->f, op, nodeid, body, len, out_cap);
     c->f.r.session_gen = fuse_session_gen(c->rig.s);
     c->f.r.wait.wake = client_wake;
+    c->f.r.once = c->once;
+    c->f.r.again = c->again;
     for (;;) {
         atomic_store(&c->woken, 0);
         v = fuse_session_serve(c->rig.s, &c->rig.w, &c->f.r);
