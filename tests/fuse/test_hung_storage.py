@@ -54,7 +54,7 @@ def hanging_read(daemon: NydusDaemon, storage: "subprocess.Popen[bytes]", path: 
         storage.send_signal(signal.SIGSTOP)
         body = fc.READ_IN.pack(handle, 0, 4096, 0, 0, 0, 0)
         guest.queues[1].submit(fc.pack_request(fc.READ, 1000, node.nodeid, body), 0, 4096)
-        wait_until(lambda: waits_in_kernel(daemon.process.pid), "the read in the kernel")
+        wait_until(lambda: waits_in_kernel(daemon.serving_pid), "the read in the kernel")
         yield guest
 
 
@@ -82,7 +82,7 @@ def test_the_daemon_ends(storage: "subprocess.Popen[bytes]", tmp_path: Path, how
             assert call_api(daemon.api_path, "PUT", "/api/v1/daemon/exit")[0] == 204
         else:
             daemon.process.terminate()
-        wait_until(lambda: "stopped without waiting for front-ends" in daemon.log_text(), "the end")
+        wait_until(lambda: "stopped without waiting for" in daemon.log_text(), "the end")
         assert not daemon.api_path.exists()
         storage.send_signal(signal.SIGCONT)  # the kernel closes the share's files, which asks their server
         assert daemon.process.wait(30) == 0
