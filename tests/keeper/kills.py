@@ -34,6 +34,17 @@ while :; do
     dd if=/m/image/file0 bs=4096 count=1 iflag=direct 2>/dev/null | sha256sum
 done"""
 
+# Each number goes to the end of a file once; a directory of it is made, renamed and removed. A word for what fails.
+WRITES = """
+i=0
+while :; do
+    i=$((i + 1))
+    echo $i >> /m/share/log || echo append $i
+    mkdir /m/share/a$i || echo mkdir $i
+    mv /m/share/a$i /m/share/b$i || echo rename $i
+    rmdir /m/share/b$i || echo rmdir $i
+done"""
+
 
 @dataclass
 class Stream:
@@ -62,6 +73,7 @@ class Found:
     deaths: int = 0
     hashes: int = 0
     ticks: int = 0
+    writes: int = 0
     stalls: list[float] = field(default_factory=list)
     monitor: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -70,7 +82,8 @@ class Found:
         """One line of figures."""
         ms = sorted(round(1000 * one) for one in self.stalls)
         return (
-            f"{self.deaths} deaths; {self.hashes} hashes of the tree, {self.ticks} direct reads; stall median "
+            f"{self.deaths} deaths; {self.hashes} hashes of the tree, {self.ticks} direct reads, {self.writes} "
+            f"appends beside as many directories made, renamed and removed; stall median "
             f"{statistics.median(ms):g} ms, longest {ms[-1]} ms; monitor answers within "
             f"{round(1000 * max(self.monitor))} ms; {len(self.wrong)} wrong"
         )
@@ -90,11 +103,25 @@ def mount_image(daemon: KeptDaemon, image: Image, path: str) -> None:
     assert status == 204, answer
 
 
-def kill_workers(image: Image, rounds: int, kinds: Sequence[str] = ("kill",), seed: str = "") -> Found:
-    """Boots a guest and kills its worker so many times, at random moments."""
+def check_share(share: Path, found: Found) -> None:
+    """What the guest wrote is on the host: each number once, in order, and no directory."""
+    numbers = [int(line) for line in (share / "log").read_text().split()]
+    found.writes = len(numbers)
+    if numbers != list(range(1, len(numbers) + 1)):
+        wrong = next(at for at, number in enumerate(numbers) if number != at + 1)
+        found.wrong.append(f"append {wrong + 1}: {numbers[wrong - 2 : wrong + 3]}")
+    left = sorted(path.name for path in share.iterdir() if path.name != "log")
+    if len(left) > 1:  # of the number that was being worked on
+        found.wrong.append(f"left in the share: {left}")
+
+
+def kill_workers(image: Image, share: Path, rounds: int, kinds: Sequence[str] = ("kill",), seed: str = "") -> Found:
+    """Boots a guest and kills its worker so many times, at random moments. share: an empty directory."""
     found, random = Found(), Random(seed)
     with KeptDaemon([]) as daemon:
         mount_image(daemon, image, "/image")
+        body = {"fs_type": "passthrough_fs", "source": str(share), "config": ""}
+        assert daemon.call("POST", "/api/v1/mount?mountpoint=/share", body)[0] == 204
         config = MachineConfig(
             GuestFiles.find(busybox=True),
             [Share(daemon.socket_path)],
@@ -104,6 +131,7 @@ def kill_workers(image: Image, rounds: int, kinds: Sequence[str] = ("kill",), se
         with Machine(config) as machine:
             _run(daemon, machine, found, [SIGNALS[kinds[at % len(kinds)]] for at in range(rounds)], random)
         lines = daemon.log_text().splitlines()
+    check_share(share, found)
     found.wrong += [line for line in lines if "error" in line and "the worker was ended by" not in line]
     return found
 
@@ -114,10 +142,10 @@ def _run(daemon: KeptDaemon, machine: Machine, found: Found, signals: list[signa
     guest.wait_hello(deadline)
     mounted = guest.run([*SHELL, MOUNT], deadline, chroot=False)
     assert mounted.status == 0, mounted.stderr
-    hashes, ticks, errors = Stream(), Stream(), bytearray()
+    hashes, ticks, faults, errors = Stream(), Stream(), Stream(), bytearray()
     jobs = [
         guest.start([*SHELL, script], chroot=False, stdout=sink, stderr=errors.extend)
-        for script, sink in ((HASHES, hashes), (TICKS, ticks))
+        for script, sink in ((HASHES, hashes), (TICKS, ticks), (WRITES, faults))
     ]
 
     def go_on(count: int) -> None:
@@ -150,6 +178,7 @@ def _run(daemon: KeptDaemon, machine: Machine, found: Found, signals: list[signa
     found.hashes, found.ticks = len(hashes.lines), len(ticks.lines)
     for name, stream in (("hash", hashes), ("direct read", ticks)):
         found.wrong += [f"{name}: {line}" for line in stream.lines if line != stream.lines[0]]
+    found.wrong += faults.lines
     if errors:
         found.wrong.append(errors.decode(errors="replace"))
 
