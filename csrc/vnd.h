@@ -193,6 +193,8 @@ uint64_t vnd_rafs_file_stats(vnd_rafs *r, vnd_file_stats *out, uint64_t max);
 /* Gives each inode that was read since this last gave it, at most max of them; returns their number. Call it until it
  * returns 0. An inode may come twice. */
 uint64_t vnd_rafs_latest_read(vnd_rafs *r, uint64_t *inos, uint64_t max);
+/* SHA-256 (32 bytes) of the bootstrap as it is mapped. 0 or -EIO. */
+int vnd_rafs_bootstrap_digest(vnd_rafs *r, uint8_t *out);
 /* The image must not be mounted any more. */
 void vnd_rafs_free(vnd_rafs *r);
 
@@ -300,6 +302,9 @@ int vnd_prefetch_pending(vnd_engine *e, uint64_t tag);
 uint64_t vnd_blob_ready(vnd_blob *b, uint64_t *total);
 /* The same for chunks [first, first+n). */
 uint64_t vnd_blob_ready_range(vnd_blob *b, uint32_t first, uint32_t n, uint64_t *total);
+/* Which chunks are ready: chunk i is bit i % 8 of byte i / 8 of bits (zeroed here). Returns how many chunks the blob
+ * has, of which the first 8 * bytes are told; 0 while its chunk table is not loaded. */
+uint32_t vnd_blob_ready_map(vnd_blob *b, uint8_t *bits, size_t bytes);
 /* Returns n so that chunks [0, n) are all that begin before byte end of the blob as it is stored; 0 while its chunk
  * table is not loaded. */
 uint32_t vnd_blob_chunks_before(vnd_blob *b, uint64_t end);
@@ -316,6 +321,16 @@ int vnd_vfs_mount_rafs(vnd_vfs *v, const char *path, vnd_rafs *r);
  * -EINVAL. */
 uint32_t vnd_vfs_next_serial(vnd_vfs *v);
 int vnd_vfs_set_next_serial(vnd_vfs *v, uint32_t serial);
+/* The directories that only lead to mounts, ascending by inode number: entry index, or -ENOENT past the last. */
+typedef struct {
+    uint64_t ino, parent; /* of the root: 1 */
+    char name[256];
+} vnd_directory;
+int vnd_vfs_directory(vnd_vfs *v, uint32_t index, vnd_directory *out);
+/* For a successor or another host, before its mounts and while nothing is mounted: numbers begin anew... */
+int vnd_vfs_restart(vnd_vfs *v); /* 0 or -EBUSY */
+/* ...and a directory gets the number that it had. In ascending order. 0, -EINVAL, -EEXIST, -ENOMEM. */
+int vnd_vfs_add_directory(vnd_vfs *v, const vnd_directory *directory);
 /* Returns once no request is inside the file system: the caller may then free it. -ENOENT. */
 int vnd_vfs_umount(vnd_vfs *v, const char *path);
 
@@ -388,6 +403,8 @@ typedef struct {
     int32_t log_fd; /* dirty log, -1 = none */
     uint64_t log_offset, log_size_bytes;
     uint32_t log_gen;
+    uint8_t carries_inflight; /* the front-end takes our state along (DEVICE_STATE): a ring that stops while it logs
+                               * leaves requests that wait for data in flight, for vnd_device_inflight */
 } vnd_device_state;
 
 /* queue_count: 1 hiprio + request queues, each a thread. */
@@ -402,6 +419,24 @@ int vnd_device_apply(vnd_device *d, vnd_device_state *st, int drain_ms, char *er
 /* A zeroed, sealed memfd that holds in-flight state for nq rings of qsize entries (libvhost-user's layout), and behind it
  * what a FUSE session must not lose; the caller owns the fd. */
 int vnd_inflight_create(uint32_t nq, uint32_t qsize, uint64_t *size_bytes);
+/* Of a stopped ring: the heads that were fetched and not answered, oldest first, of which there are at most
+ * VND_RING_MAX = max. Their number or -errno. */
+int vnd_device_inflight(vnd_device *d, uint32_t ring, uint16_t *heads, int max);
+/* Before the ring is started, after an apply with the in-flight region that it is to have: it serves these heads first.
+ * They count where the base that it is started with agrees. 0 or -EINVAL. */
+int vnd_device_set_inflight(vnd_device *d, uint32_t ring, const uint16_t *heads, int n);
+
+typedef struct { /* what INIT was answered */
+    uint64_t flags;
+    uint32_t minor, max_write;
+    uint16_t max_pages;
+} vnd_init_result;
+/* 1: *out is filled; 0: no INIT is in force. */
+int vnd_device_init_get(vnd_device *d, vnd_init_result *out);
+/* Goes on with a session that another process negotiated: no INIT will come. 0, or -EOPNOTSUPP: this engine, with this
+ * mount table, would not have answered so. */
+int vnd_device_resume(vnd_device *d, const vnd_init_result *init);
+
 /* Drops the FUSE session (RESET_DEVICE, connection loss) but not the memory. */
 void vnd_device_reset(vnd_device *d);
 void vnd_device_free(vnd_device *d); /* stops everything; the guest's memory is not written any more */

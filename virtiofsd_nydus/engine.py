@@ -332,6 +332,22 @@ class Rafs:
             found.update(out[0:count])
         return found
 
+    def bootstrap_digest(self) -> str:
+        """SHA-256 of the bootstrap as it is mapped, in hexadecimal. Reads all of it."""
+        out = ffi.new("uint8_t[32]")
+        if lib.vnd_rafs_bootstrap_digest(self.handle, out):
+            raise Failure("the bootstrap's digest cannot be made", Cause.IO)
+        return bytes(ffi.buffer(out)).hex()
+
+    def ready_map(self, index: int) -> tuple[int, bytes]:
+        """Chunks of a blob and which are ready: chunk i is bit i % 8 of byte i // 8. (0, b"") while its chunk table is
+        unknown."""
+        blob = lib.vnd_rafs_blob(self.handle, index)
+        count: int = lib.vnd_blob_ready_map(blob, ffi.NULL, 0)
+        bits = ffi.new("uint8_t[]", (count + 7) // 8)
+        lib.vnd_blob_ready_map(blob, bits, len(bits))
+        return count, bytes(ffi.buffer(bits))
+
     def set_amplify(self, count: int) -> None:
         """How far a miss is extended, compressed bytes; 0 = not at all."""
         for index in range(self._info.blob_count):
@@ -458,6 +474,23 @@ class Vfs:
     def next_serial(self, serial: int) -> None:
         if lib.vnd_vfs_set_next_serial(self.handle, serial):
             raise Failure(f"mount number {serial} is out of order", Cause.FORMAT)
+
+    def directories(self) -> list[tuple[int, int, str]]:
+        """(inode number, its parent's, name) of each directory that only leads to mounts, ascending."""
+        found: list[tuple[int, int, str]] = []
+        raw = ffi.new("vnd_directory *")
+        while lib.vnd_vfs_directory(self.handle, len(found), raw) == 0:
+            found.append((raw.ino, raw.parent, os.fsdecode(ffi.string(raw.name))))
+        return found
+
+    def restart(self) -> None:
+        """While nothing is mounted: numbers of mounts and directories begin anew. Raises OSError."""
+        self._check(lib.vnd_vfs_restart(self.handle), "/")
+
+    def add_directory(self, ino: int, parent: int, name: str) -> None:
+        """Makes one of directories() again, with its number. Raises OSError."""
+        raw = ffi.new("vnd_directory *", {"ino": ino, "parent": parent, "name": os.fsencode(name)})
+        self._check(lib.vnd_vfs_add_directory(self.handle, raw), name)
 
     @staticmethod
     def _check(rc: int, path: str) -> None:

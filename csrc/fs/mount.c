@@ -8,7 +8,8 @@
 #include "fs/internal.h"
 
 #define VFS_PATH_MAX 4096
-#define VFS_PSEUDO_MAX 65536 /* pseudo directories: memory bound, far above what a node's containers need */
+#define INO_MAX ((1ull << 48) - 1) /* fs/fs.h */
+#define VFS_PSEUDO_MAX 65536       /* pseudo directories: memory bound, far above what a node's containers need */
 
 /* "/a//b/" to "/a/b", "/" to "". 0, -EINVAL. */
 static int path_normalise(const char *path, char *out, size_t cap)
@@ -234,6 +235,68 @@ int vnd_vfs_umount(vnd_vfs *v, const char *path)
     pthread_mutex_unlock(&v->lock);
     if (retired)
         vfs_wait_until_unused(v, retired);
+    return rc;
+}
+
+int vnd_vfs_directory(vnd_vfs *v, uint32_t index, vnd_directory *out)
+{
+    struct pseudo_tree *t;
+    int rc = -ENOENT;
+
+    pthread_mutex_lock(&v->lock);
+    t = atomic_load(&v->pseudo.tree);
+    if (index < t->count - 1) { /* all but the root */
+        const struct pseudo_node *n = &t->nodes[index + 1];
+
+        out->ino = n->ino;
+        out->parent = n->parent;
+        snprintf(out->name, sizeof(out->name), "%s", n->name);
+        rc = 0;
+    }
+    pthread_mutex_unlock(&v->lock);
+    return rc;
+}
+
+int vnd_vfs_restart(vnd_vfs *v)
+{
+    int rc;
+
+    pthread_mutex_lock(&v->lock);
+    rc = vfs_table_of(v)->count ? -EBUSY : 0;
+    if (!rc) {
+        v->next_serial = 1;
+        v->pseudo.next_ino = PSEUDO_ROOT_INO + 1;
+    }
+    pthread_mutex_unlock(&v->lock);
+    return rc;
+}
+
+int vnd_vfs_add_directory(vnd_vfs *v, const vnd_directory *directory)
+{
+    size_t len = strnlen(directory->name, sizeof(directory->name));
+    struct pseudo_tree *current, *tree = NULL;
+    struct vfs_table *table = NULL;
+    uint64_t ino;
+    int rc = 0;
+
+    pthread_mutex_lock(&v->lock);
+    current = atomic_load(&v->pseudo.tree);
+    if (directory->ino < v->pseudo.next_ino || directory->ino > INO_MAX || !len || len == sizeof(directory->name) ||
+        memchr(directory->name, '/', len) || !pseudo_find(current, directory->parent))
+        rc = -EINVAL;
+    else if (current->count >= VFS_PSEUDO_MAX)
+        rc = -ENOSPC;
+    if (!rc) {
+        v->pseudo.next_ino = directory->ino;
+        tree = pseudo_with(&v->pseudo, current, directory->parent, directory->name, len, &ino);
+        table = table_copy(vfs_table_of(v), NULL, NULL, &v->pseudo);
+        rc = tree && table && vfs_publish(v, table, tree, NULL) ? 0 : -ENOMEM;
+    }
+    if (rc) {
+        pseudo_tree_free(tree);
+        free(table);
+    }
+    pthread_mutex_unlock(&v->lock);
     return rc;
 }
 

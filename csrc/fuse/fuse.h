@@ -65,6 +65,10 @@ void fuse_session_set_owner(struct fuse_session *s, uint32_t owner);
 /* Keeps what INIT and DESTROY lead to in k (fuse/kept.h), which outlives the process; what another process left there is
  * gone on with. NULL: nowhere. While no thread serves. k outlives the session, or another call. */
 void fuse_session_keep(struct fuse_session *s, struct fuse_kept *k);
+/* What INIT was answered, for a process that goes on with the session. False: no INIT is in force. */
+bool fuse_session_init_get(struct fuse_session *s, vnd_init_result *out);
+/* Goes on with a session that was so negotiated. -EOPNOTSUPP: this one would not have answered that. */
+int fuse_session_resume_as(struct fuse_session *s, const vnd_init_result *init);
 /* Before INIT: offers the kernel that it reads files of images by itself (fs/backing.h); b must outlive the session.
  * NULL: it is not offered. */
 void fuse_session_set_backing(struct fuse_session *s, struct backing *b);

@@ -35,6 +35,7 @@ struct fuse_session {
     pthread_mutex_t lock; /* INIT, DESTROY and reset against each other; waiting_workers */
     _Atomic uint32_t gen; /* raised by DESTROY, reset, and an INIT without either: older requests are void */
     _Atomic bool ready;   /* INIT is done and DESTROY is not */
+    vnd_init_result init; /* what it was answered, under lock */
     _Atomic uint64_t detached_bytes;
     _Atomic int64_t slow_until_ms; /* coarse_ms; 0: no call of this guest was slow */
     struct held_stripe held[FUSE_HELD_STRIPES];

@@ -34,19 +34,35 @@ static uint64_t wanted_flags(int kind)
                                            FUSE_INIT_HANDLE_KILLPRIV_V2 | FUSE_INIT_DONT_MASK);
 }
 
+/* Under the lock: INIT was answered so, here or in another process. */
+static void begin_as(struct fuse_session *s, const vnd_init_result *init)
+{
+    s->init = *init;
+    atomic_store(&s->ready, true);
+    if (s->kept)
+        fuse_kept_write(s->kept, &(struct fuse_kept){ .ready = 1,
+                                                      .minor = init->minor,
+                                                      .max_pages = init->max_pages,
+                                                      .max_write = init->max_write,
+                                                      .session_kind = (uint32_t)vfs_session_kind(s->vfs),
+                                                      .flags = init->flags });
+}
+
+static uint32_t max_write(int kind)
+{
+    return kind == VND_SESSION_RAFS ? 4096 : FUSE_REPLY_MAX;
+}
+
 /* Begins a connection, or begins it anew: then no DESTROY came, and the guest was reset under us. */
 static void session_begin(struct fuse_session *s, struct vfs_reader *reader, const struct fuse_init_out *out)
 {
     pthread_mutex_lock(&s->lock);
-    if (atomic_exchange(&s->ready, true))
+    if (atomic_load(&s->ready))
         atomic_fetch_add(&s->gen, 1);
-    if (s->kept)
-        fuse_kept_write(s->kept, &(struct fuse_kept){ .ready = 1,
-                                                      .minor = out->minor,
-                                                      .max_pages = out->max_pages,
-                                                      .max_write = out->max_write,
-                                                      .session_kind = (uint32_t)vfs_session_kind(s->vfs),
-                                                      .flags = (uint64_t)out->flags2 << 32 | out->flags });
+    begin_as(s, &(vnd_init_result){ .minor = out->minor,
+                                    .max_write = out->max_write,
+                                    .flags = (uint64_t)out->flags2 << 32 | out->flags,
+                                    .max_pages = out->max_pages });
     pthread_mutex_unlock(&s->lock);
     fuse_give_all_back(s, reader);
 }
@@ -82,7 +98,7 @@ static enum req_verdict op_init(struct fuse_call *c)
     out.max_background = 256; /* 0 would leave the kernel's 12 */
     out.congestion_threshold = 192;
     /* Where nothing is written, it keeps buffers of /dev/fuse small. */
-    out.max_write = vfs_session_kind(c->s->vfs) == VND_SESSION_RAFS ? 4096 : FUSE_REPLY_MAX;
+    out.max_write = max_write(vfs_session_kind(c->s->vfs));
     out.time_gran = 1;
     out.max_pages = flags & FUSE_INIT_MAX_PAGES ? FUSE_REPLY_MAX / 4096 : 0;
     session_begin(c->s, &c->w->reader, &out);
@@ -365,9 +381,38 @@ void fuse_session_keep(struct fuse_session *s, struct fuse_kept *k)
 {
     pthread_mutex_lock(&s->lock);
     s->kept = k;
-    if (k && fuse_kept_is_ready(k))
+    if (k && fuse_kept_is_ready(k)) {
+        s->init = (vnd_init_result){
+            .minor = k->minor, .max_write = k->max_write, .flags = k->flags, .max_pages = (uint16_t)k->max_pages
+        };
         atomic_store(&s->ready, true);
+    }
     pthread_mutex_unlock(&s->lock);
+}
+
+bool fuse_session_init_get(struct fuse_session *s, vnd_init_result *out)
+{
+    bool ready;
+
+    pthread_mutex_lock(&s->lock);
+    ready = atomic_load(&s->ready);
+    if (ready)
+        *out = s->init;
+    pthread_mutex_unlock(&s->lock);
+    return ready;
+}
+
+int fuse_session_resume_as(struct fuse_session *s, const vnd_init_result *init)
+{
+    int kind = vfs_session_kind(s->vfs);
+
+    if (init->minor > FUSE_WIRE_MINOR || init->flags & ~wanted_flags(kind) || init->max_write > max_write(kind) ||
+        init->max_pages > FUSE_REPLY_MAX / 4096)
+        return -EOPNOTSUPP;
+    pthread_mutex_lock(&s->lock);
+    begin_as(s, init);
+    pthread_mutex_unlock(&s->lock);
+    return 0;
 }
 
 void fuse_session_set_backing(struct fuse_session *s, struct backing *b)

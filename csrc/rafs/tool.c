@@ -3,10 +3,16 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "blob/codec.h"
 #include "rafs/v5.h"
 
 #define NO_RECORD UINT32_MAX
 #define READ_PIECE (1u << 20)
+
+int vnd_rafs_bootstrap_digest(vnd_rafs *r, uint8_t *out)
+{
+    return codec_sha256(r->base, r->size, out) ? -EIO : 0;
+}
 
 int vnd_rafs_getattr(vnd_rafs *r, uint64_t ino, vnd_attr *out)
 {

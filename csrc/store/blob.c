@@ -257,6 +257,17 @@ uint64_t vnd_blob_ready_range(vnd_blob *b, uint32_t first, uint32_t n, uint64_t 
     return ready;
 }
 
+uint32_t vnd_blob_ready_map(vnd_blob *b, uint8_t *bits, size_t bytes)
+{
+    struct blobtable *t = atomic_load_explicit(&b->table, memory_order_acquire);
+
+    memset(bits, 0, bytes);
+    for (uint32_t i = 0; t && i < t->n && i / 8 < bytes; i++)
+        if (t->chunk[i].usize && cachefile_ready(b->cache, i))
+            bits[i / 8] |= (uint8_t)(1u << i % 8);
+    return t ? t->n : 0;
+}
+
 void vnd_blob_set_source(vnd_blob *b, uint32_t source)
 {
     atomic_store_explicit(&b->source, source, memory_order_relaxed);

@@ -211,6 +211,7 @@ static void fill_conf(struct vnd_device *d, uint32_t i, struct queue_conf *c)
         .inflight = queue_inflight(d, i),
         .recover = d->rings[i].recover,
         .died = d->inflight_died,
+        .carry = d->carry,
         .ring = d->rings[i].state,
     };
 }
@@ -337,6 +338,7 @@ static void exchange(struct vnd_device *d, const vnd_device_state *st, struct ap
         fuse_session_keep(d->common.session, kept_of(&inflight));
     }
     d->features = st->features;
+    d->carry = st->carries_inflight;
 }
 
 /* Has every queue be as st wants it, and waits until it is. 0, or what failed first. */
@@ -356,6 +358,8 @@ static int apply_rings(struct vnd_device *d, vnd_device_state *st, struct apply 
         st->rings[i].base = d->rings[i].state.base = c->ring.base;
         if (d->queues[i].running)
             d->rings[i].recover = RECOVER_NOT;
+        else if (d->carry && d->log != NULL && posted[i] == POSTED_RING)
+            d->rings[i].recover = RECOVER_SAME_BASE; /* what was set aside goes on here if the migration fails */
         /* A ring that could not start earlier tries again with each new memory: no news. */
         if (c->rc != 0 && posted[i] == POSTED_RING && rc == 0) {
             rc = c->rc;
@@ -382,6 +386,43 @@ int vnd_device_apply(vnd_device *d, vnd_device_state *st, int drain_ms, char *er
     if (a.new_mem && !guestmem_hit(d->mem))
         atomic_store(&d->common.mem_lost, false);
     return rc == 0 ? 0 : failure_tell(&f, rc, NULL, err, err_len);
+}
+
+int vnd_device_inflight(vnd_device *d, uint32_t ring, uint16_t *heads, int max)
+{
+    struct inflight f;
+
+    if (ring >= d->n_queues || max < VND_RING_MAX || d->rings[ring].state.started)
+        return -EINVAL;
+    f = queue_inflight(d, ring);
+    return f.region == NULL || f.region->version == 0 ? 0 : inflight_list(&f, f.num, heads);
+}
+
+int vnd_device_set_inflight(vnd_device *d, uint32_t ring, const uint16_t *heads, int n)
+{
+    struct inflight f;
+
+    if (ring >= d->n_queues || d->rings[ring].state.started)
+        return -EINVAL;
+    f = queue_inflight(d, ring);
+    if (f.region == NULL || n < 0 || (uint32_t)n > f.num)
+        return -EINVAL;
+    for (int i = 0; i < n; i++)
+        if (heads[i] >= f.num)
+            return -EINVAL;
+    inflight_put(&f, heads, (uint32_t)n);
+    d->rings[ring].recover = RECOVER_SAME_BASE;
+    return 0;
+}
+
+int vnd_device_init_get(vnd_device *d, vnd_init_result *out)
+{
+    return fuse_session_init_get(d->common.session, out);
+}
+
+int vnd_device_resume(vnd_device *d, const vnd_init_result *init)
+{
+    return fuse_session_resume_as(d->common.session, init);
 }
 
 /* Has every queue do something that is not a state. */

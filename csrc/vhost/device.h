@@ -40,6 +40,7 @@ struct vnd_device {
     struct device_ring rings[VND_QUEUE_MAX];
     struct queue_conf confs[VND_QUEUE_MAX];
     uint64_t features;
+    bool carry; /* vnd_device_state's carries_inflight */
     struct guestmem *mem;
     uint32_t region_gen;
     struct guestlog *log;

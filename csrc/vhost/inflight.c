@@ -117,11 +117,41 @@ static int compare_counter(const void *a, const void *b)
     return (x->counter > y->counter) - (x->counter < y->counter);
 }
 
+int inflight_list(struct inflight *f, uint32_t num, uint16_t *heads)
+{
+    struct inflight_region *r = f->region;
+    struct found *found = calloc(num, sizeof(*found));
+    int n = 0;
+
+    if (found == NULL)
+        return -ENOMEM;
+    f->counter = 0;
+    for (uint32_t i = 0; i < num; i++) {
+        if (r->desc[i].inflight == 0)
+            continue;
+        found[n++] = (struct found){ .counter = r->desc[i].counter, .head = (uint16_t)i };
+        if (r->desc[i].counter >= f->counter)
+            f->counter = r->desc[i].counter + 1;
+    }
+    qsort(found, (size_t)n, sizeof(*found), compare_counter);
+    for (int i = 0; i < n; i++)
+        heads[i] = found[i].head;
+    free(found);
+    return n;
+}
+
+void inflight_put(struct inflight *f, const uint16_t *heads, uint32_t n)
+{
+    inflight_reset(f, f->num, 0);
+    f->region->last_batch_head = UINT16_MAX; /* no batch: where the ring stands is not known yet */
+    for (uint32_t i = 0; i < n; i++)
+        inflight_begin(f, heads[i]);
+}
+
 int inflight_recover(struct inflight *f, uint32_t num, uint16_t used_idx, bool died, uint16_t *heads)
 {
     struct inflight_region *r = f->region;
-    struct found *found;
-    int n = 0;
+    int n;
 
     if (r->version != INFLIGHT_VERSION || r->desc_num < num)
         return -EINVAL;
@@ -133,23 +163,10 @@ int inflight_recover(struct inflight *f, uint32_t num, uint16_t used_idx, bool d
     }
     keep_order();
     r->used_idx = used_idx;
-    found = calloc(num, sizeof(*found));
-    if (found == NULL)
-        return -ENOMEM;
-    f->counter = 0;
-    for (uint32_t i = 0; i < num; i++) {
-        if (r->desc[i].inflight == 0)
-            continue;
-        found[n++] = (struct found){ .counter = r->desc[i].counter, .head = (uint16_t)i };
-        if (died && r->desc[i].deaths < UINT8_MAX)
-            r->desc[i].deaths++;
-        if (r->desc[i].counter >= f->counter)
-            f->counter = r->desc[i].counter + 1;
-    }
-    qsort(found, (size_t)n, sizeof(*found), compare_counter);
-    for (int i = 0; i < n; i++)
-        heads[i] = found[i].head;
-    free(found);
+    n = inflight_list(f, num, heads);
+    for (int i = 0; died && i < n; i++)
+        if (r->desc[heads[i]].deaths < UINT8_MAX)
+            r->desc[heads[i]].deaths++;
     return n;
 }
 

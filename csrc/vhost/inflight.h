@@ -54,6 +54,10 @@ void inflight_stage(struct inflight *f, const struct vring_used_elem *batch, uin
 void inflight_finish(struct inflight *f, const struct vring_used_elem *batch, uint32_t n, uint16_t used_idx);
 /* A head is given up without a used entry. */
 void inflight_drop(struct inflight *f, uint16_t head);
+/* The heads in flight, oldest first, in heads (room for num): their number, or -ENOMEM. The ring is stopped. */
+int inflight_list(struct inflight *f, uint32_t num, uint16_t *heads);
+/* Makes the region say that these heads are in flight, for a start that recovers them. */
+void inflight_put(struct inflight *f, const uint16_t *heads, uint32_t n);
 /* Takes over what another process left in a region that is not blank, for a ring of num entries whose used.idx is
  * used_idx. Heads to serve again, oldest first, are put in heads (room for num); their number. died: that process died,
  * which counts for each of them. -EINVAL: not ours. */

@@ -62,7 +62,8 @@ struct queue_conf {
     bool exit; /* end the thread; nothing is written any more */
     bool drop; /* give every request up without an answer */
     enum recover recover;
-    bool died; /* recover: the process that left the region died */
+    bool died;  /* recover: the process that left the region died */
+    bool carry; /* requests that wait when a ring stops for a migration go along, in flight */
     bool new_kick, new_call, new_err;
     int kick_fd, call_fd, err_fd;
     struct guestmem *mem;
@@ -104,6 +105,7 @@ struct queue {
     bool enabled, broken, polled; /* polled: it was started without a kick fd */
     int poll_ms;                  /* how long a ring without a kick fd is left alone */
     bool start_failed;            /* and said so: each new memory table tries again */
+    bool carry;                   /* as in its last conf */
     bool log_all, frozen;         /* frozen: the deadlines of parked requests stand still */
     bool draining;
     int64_t drain_until_us;
@@ -161,7 +163,10 @@ void queue_fetch_head(struct queue *q, uint16_t head, bool again, int64_t now); 
 void queue_run_woken(struct queue *q);                                          /* serves those that were woken */
 void queue_expire(struct queue *q, int64_t now); /* EIO to those whose deadline has passed */
 void queue_thaw(struct queue *q, int64_t now);   /* the guest stood still: requests have as much time as at first */
-void queue_fail_parked(struct queue *q);         /* EIO to all; to those being woken when their wake has arrived */
+/* Gives up, without a used entry, those that wait for data: they stay in flight for the next start, here or elsewhere. Those
+ * that a host call serves end first. */
+void queue_set_aside(struct queue *q);
+void queue_fail_parked(struct queue *q); /* EIO to all; to those being woken when their wake has arrived */
 
 /* ---- vhost/slot.c: a slot's ranges, parked and woken */
 static inline struct queue_slot *slot_of(struct req *r)

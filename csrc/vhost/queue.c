@@ -116,6 +116,7 @@ static void take_conf(struct queue *q, struct queue_conf *c)
     int rc;
 
     q->applying = c;
+    q->carry = c->carry;
     if (may_answer(q) && !c->exit)
         queue_flush(q);
     if (c->exit || c->drop)
@@ -131,7 +132,8 @@ static void take_conf(struct queue *q, struct queue_conf *c)
         bool drain = may_answer(q) || (!q->broken && q->vring.used != NULL);
 
         q->draining = true;
-        q->drain_until_us = drain ? now_us() + (int64_t)c->drain_ms * 1000 : 0;
+        /* What goes along need not be waited for. */
+        q->drain_until_us = drain && !(q->carry && q->log_all) ? now_us() + (int64_t)c->drain_ms * 1000 : 0;
     } else {
         swap_fds(q, c);
     }
@@ -152,12 +154,15 @@ static void take_conf(struct queue *q, struct queue_conf *c)
 }
 
 /* True once the ring is stopped. What is still parked is held, silently: the guest may go on later (QEMU's stop and
- * cont), and EIO would kill what it runs. Only a migration cannot take them along. */
+ * cont), and EIO would kill what it runs. A migration takes them along where the front-end takes our state. */
 static bool finish_stop(struct queue *q)
 {
     if (may_answer(q)) {
         if (q->log_all && q->parked.n > 0) {
-            queue_fail_parked(q);
+            if (q->carry)
+                queue_set_aside(q);
+            else
+                queue_fail_parked(q);
             if (q->parked.n > 0 && !q->broken)
                 return false; /* being woken: a moment */
         }

@@ -341,6 +341,22 @@ void queue_thaw(struct queue *q, int64_t now)
         p->deadline_us = now + q->deadline_us;
 }
 
+void queue_set_aside(struct queue *q)
+{
+    struct parked *next;
+
+    for (struct parked *p = q->parked.first; p != NULL; p = next) {
+        struct queue_slot *s = slot_of_parked(p);
+
+        next = p->next;
+        if (s->state != SLOT_PARKED || !store_wait_cancel(&s->req.wait))
+            continue;
+        queue_unpark(s);
+        queue_free_segs(s);
+        s->state = SLOT_FREE;
+    }
+}
+
 void queue_fail_parked(struct queue *q)
 {
     struct parked *next;

@@ -50,7 +50,7 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
 
 def run(args: "argparse.Namespace") -> int:
     if args.print_capabilities:
-        print('{"type": "fs", "features": []}')
+        print('{"type": "fs", "features": ["migrate-precopy"]}')
         return 0
     sock = args.sock or args.socket_path
     if (sock is None) == (args.fd is None):
@@ -81,6 +81,7 @@ def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "UnixList
 
     from virtiofsd_nydus.daemon.process import open_log, prepare_process, read_image
     from virtiofsd_nydus.daemon.service import STOP_DEADLINE_S, Service, Sockets
+    from virtiofsd_nydus.storage.config import load_config
 
     if args.prefetch_files and not args.bootstrap:
         raise UsageFailure("--prefetch-files needs --bootstrap; for mounts by the API the list is in the request")
@@ -96,6 +97,8 @@ def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "UnixList
         allow_unverified=args.allow_unverified,
         seccomp=args.seccomp,
     )
+    if args.config and image is None:
+        service.migration_config = lambda: load_config(args.config)  # mounts by the API bring theirs
     service.catch_signals()  # one that comes as soon as RUNNING is answered is an orderly end, too
     try:
         service.start(

@@ -14,7 +14,7 @@ from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.daemon.answers import ApiError, not_ready, unsupported
 from virtiofsd_nydus.daemon.prefetch import Prefetch, check_list
 from virtiofsd_nydus.engine import SESSION_MIXED, Passthrough, Rafs, Vfs
-from virtiofsd_nydus.errors import Failure
+from virtiofsd_nydus.errors import Cause, Failure
 from virtiofsd_nydus.oci import layers
 from virtiofsd_nydus.oci.serve import is_reference, read_mount_config, resolve_mount
 from virtiofsd_nydus.storage.config import ImageConfig, parse_config
@@ -33,6 +33,7 @@ layers.install()
 # nydusd's words, which clients match on
 ALREADY_MOUNTED = "object or filesystem already exists"
 NOT_MOUNTED = "object or filesystem doesn't exist"
+SERIAL_MAX = 0xFFFF
 WRONG_TYPE = "filesystem type mismatch, expect RAFS"
 
 
@@ -97,6 +98,7 @@ class Mount:
     """One image in the mount table."""
 
     __slots__ = (
+        "_digest",
         "_identity",
         "config",
         "mounted_at",
@@ -114,7 +116,14 @@ class Mount:
         self.opened, self.prefetch = opened, prefetch
         self.serial = 0  # until the mount table gives it one
         self._identity = _identity(wanted.source)
+        self._digest = ""
         self.mounted_at = time.time()
+
+    def digest(self) -> str:
+        """SHA-256 of the bootstrap, in hexadecimal; read once. Inside held(), or for a mount that stays."""
+        if not self._digest:
+            self._digest = self.image.bootstrap_digest()
+        return self._digest
 
     @property
     def image(self) -> Rafs:
@@ -463,6 +472,79 @@ class MountTable:
             return
         if lost:
             self._log.say(logs.ERROR, f"{lost} open files could not be opened again", mountpoint=path)
+
+    # ---- numbers that another process gave
+
+    def has_numbers(self, serials: "dict[str, int]", directories: "list[tuple[int, int, str]]") -> bool:
+        """Whether the images at these mount points, and the directories that lead to them, have these numbers."""
+        vfs = self.vfs
+        with self._lock:
+            return (
+                vfs is not None
+                and all(path in self._mounts and self._mounts[path].serial == one for path, one in serials.items())
+                and vfs.directories() == directories
+            )
+
+    def renumber(self, serials: "dict[str, int]", directories: "list[tuple[int, int, str]]", next_serial: int) -> None:
+        """Gives images and directories the numbers that they had in a process that this one goes on for. Other images
+        get new ones. For a table that no guest uses yet. Raises Failure; all is mounted then, by some numbers.
+        """
+        with self._changeable:
+            while self._busy:
+                self._changeable.wait()
+            if self.vfs is None or self._closing:
+                raise not_ready()
+            if self._shares:
+                raise Failure("host directories are mounted, and keep their numbers")
+            vfs = self.vfs
+            self._busy.update(self._mounts)
+        try:
+            others = [path for path in self._mounts if path not in serials]
+            order = [*sorted(serials, key=lambda path: serials[path]), *others]
+            self._renumber(vfs, order, serials, directories, next_serial)
+        finally:
+            with self._changeable:
+                self._busy.clear()
+                self._changeable.notify_all()
+        self._changed()
+
+    def _renumber(
+        self,
+        vfs: Vfs,
+        order: "list[str]",
+        serials: "dict[str, int]",
+        directories: "list[tuple[int, int, str]]",
+        next_serial: int,
+    ) -> None:
+        with self._lock:
+            found = {path: self._mounts[path] for path in order}
+        for path in sorted(order, key=lambda path: found[path].serial, reverse=True):
+            vfs.umount(path)
+        failure: OSError | Failure | None = None
+        try:
+            vfs.restart()
+            for directory in directories:
+                vfs.add_directory(*directory)
+        except OSError as error:
+            failure = error
+        for path in order:
+            try:
+                if path in serials and failure is None:
+                    vfs.next_serial = serials[path]
+                elif failure is None and vfs.next_serial < next_serial:
+                    vfs.next_serial = next_serial
+            except Failure as error:
+                failure = error
+            one = found[path]
+            one.serial = vfs.next_serial
+            self.memory.reserve(vfs.kind, one.serial)
+            vfs.mount_rafs(path, one.image)
+            self.memory.put(one.record())
+        if failure is not None:
+            raise Failure(f"mounts cannot have the numbers that they had: {failure}", Cause.FORMAT)
+        if vfs.next_serial < next_serial <= SERIAL_MAX:
+            vfs.next_serial = next_serial
+            self.memory.reserve(vfs.kind, next_serial - 1)
 
     def umount(self, path: str) -> None:
         """Takes a mount away; returns once no request is inside it and all of it is freed."""

@@ -70,6 +70,18 @@ class Prefetch:
         self.began_at = 0.0  # seconds since 1970 when it was first started
         self._known: set[int] = set()  # blobs whose chunk table is here
 
+    def fetch_map(self, blob: int, bits: bytes) -> None:
+        """Asks once for the chunks whose bits are set: chunk i is bit i % 8 of byte i // 8."""
+        if all(one.index != blob for one in self._image.blobs()):
+            return
+        first = count = 0
+        for chunk in range(len(bits) * 8 + 1):
+            if chunk < len(bits) * 8 and bits[chunk // 8] >> chunk % 8 & 1:
+                first, count = (first, count + 1) if count else (chunk, 1)
+            elif count:
+                self._image.prefetch_chunks(blob, first, count, self._tag)
+                count = 0
+
     def start(self, paths: "Sequence[str] | None", *, then_all: bool) -> None:
         """paths None: what the image's table names; a "/" among them is the whole image. then_all: afterwards the
         rest."""

@@ -15,6 +15,7 @@ from virtiofsd_nydus import __version__
 from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.daemon.answers import unexpected, unsupported
 from virtiofsd_nydus.daemon.api import make_server
+from virtiofsd_nydus.daemon.migration import Migration
 from virtiofsd_nydus.daemon.mounts import ImageMount, MountTable
 from virtiofsd_nydus.daemon.report import Report
 from virtiofsd_nydus.daemon.server import HttpServer, listen_api
@@ -29,6 +30,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import NoReturn
+
+    from virtiofsd_nydus.storage.config import ImageConfig
 
 QUEUES = 5  # hiprio and up to four request queues; the front-end uses as many as it has
 STOP_TIMEOUT_S = 2.0  # how long a fetch thread stuck in its backend may hold up the end
@@ -124,6 +127,7 @@ class Service:
         self.pump = FetchPump(self.engine)
         self.table = MountTable(self.pump, log, self._mounts_changed)
         self.report = Report(self.engine, self.table, log, instance_id, supervisor)
+        self.migration_config: Callable[[], ImageConfig] | None = None  # of images that only a migration's state names
         self._vhost: VhostServer | None = None
         self._api: HttpServer | None = None
         self._log_thread: threading.Thread | None = None
@@ -161,7 +165,13 @@ class Service:
             fd=sockets.fd,
             say=self.log.say,
             ended=ended,
+            new_migrator=lambda device: Migration(
+                device, self.table, self.log, self.migration_config, self._count_front_ends
+            ),
         )
+
+    def _count_front_ends(self) -> int:
+        return self._vhost.count_connections() if self._vhost else 0
 
     def _run(self, **where: object) -> None:
         """Answers all sockets from here on."""

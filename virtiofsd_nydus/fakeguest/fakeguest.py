@@ -31,7 +31,12 @@ SCRATCH_BYTES = 1 << 20  # for tests, before the rings
 REPLY_MAX = 4 << 20
 FEATURES = Feature.VERSION_1 | Feature.INDIRECT | Feature.EVENT_IDX | Feature.PROTOCOL
 PROTOCOL = (
-    Protocol.MQ | Protocol.REPLY_ACK | Protocol.BACKEND_REQ | Protocol.BACKEND_SEND_FD | Protocol.CONFIGURE_MEM_SLOTS
+    Protocol.MQ
+    | Protocol.REPLY_ACK
+    | Protocol.BACKEND_REQ
+    | Protocol.BACKEND_SEND_FD
+    | Protocol.CONFIGURE_MEM_SLOTS
+    | Protocol.DEVICE_STATE
 )
 
 
@@ -455,6 +460,31 @@ class FakeGuest:
         """Reboots the guest: stop, then start with empty rings on the same socket and unchanged memory."""
         self.stop()
         self.start()
+
+    # ---- migration: this guest's memory and rings go on at another back-end
+    def move_to(self, path: Path) -> bytes:
+        """Stops the rings, saves the back-end's state, loads it at the one of path, goes on there. Returns it. Refused:
+        the guest stands still, at the back-end that refused."""
+        bases = self.stop()
+        state = self.front.save_state()
+        self.front.close()
+        self.path = path
+        self.connect()
+        self.front.load_state(state)
+        self.go_on(bases)
+        return state
+
+    def go_on(self, bases: Sequence[int]) -> None:
+        """Starts rings where they stood."""
+        self.front.send(Request.SET_FEATURES, vhost.U64.pack(self.features))
+        if not self.memory_sent:
+            self.send_memory()
+        for queue, base in zip(self.queues, bases, strict=True):
+            self.send_ring(queue, base)
+        for queue in self.queues:
+            self.enable(queue)
+            self.send_fd(Request.SET_VRING_CALL, queue, queue.call_fd)
+        self.running = True
 
     def swap_call(self, queue: Queue) -> None:
         """Replaces the call descriptor while the ring runs."""

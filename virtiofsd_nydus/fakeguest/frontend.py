@@ -6,7 +6,9 @@ written out here although vhost/messages.py has them: this side judges that one,
 """
 
 import array
+import contextlib
 import enum
+import os
 import socket
 import struct
 import time
@@ -57,6 +59,8 @@ class Request(enum.IntEnum):
     REM_MEM_REG = 38
     SET_STATUS = 39
     GET_STATUS = 40
+    SET_DEVICE_STATE_FD = 42
+    CHECK_DEVICE_STATE = 43
 
 
 class Feature(enum.IntFlag):
@@ -76,6 +80,10 @@ class Protocol(enum.IntFlag):
     RESET_DEVICE = 1 << 13
     CONFIGURE_MEM_SLOTS = 1 << 15
     STATUS = 1 << 16
+    DEVICE_STATE = 1 << 19
+
+
+SAVE, LOAD = 0, 1  # direction of SET_DEVICE_STATE_FD
 
 
 class HungUp(ConnectionError):
@@ -179,6 +187,42 @@ class VhostFrontend:
             raise BadReply(f"request {request}: acknowledgement of {len(body)} bytes")
         if U64.unpack(body)[0]:
             raise Refused(f"request {Request(request).name}: refused")
+
+    def save_state(self) -> bytes:
+        """The back-end's state, its rings stopped. Refused."""
+        ours, theirs = os.pipe()
+        try:
+            self._offer_state(SAVE, theirs)
+        finally:
+            os.close(theirs)
+            with os.fdopen(ours, "rb") as stream:
+                data = stream.read()
+        self._check_state()
+        return data
+
+    def load_state(self, data: bytes) -> None:
+        """Gives the back-end a state, its rings not started. Refused."""
+        theirs, ours = os.pipe()
+        try:
+            self._offer_state(LOAD, theirs)
+        finally:
+            os.close(theirs)
+            with contextlib.suppress(BrokenPipeError), os.fdopen(ours, "wb") as stream:
+                stream.write(data)
+        self._check_state()
+
+    def _offer_state(self, direction: int, fd: int) -> None:
+        self.send(Request.SET_DEVICE_STATE_FD, struct.pack("=II", direction, 0), [fd])
+        body, fds = self.receive(Request.SET_DEVICE_STATE_FD)
+        value = U64.unpack(body)[0]
+        if value & 0xFF:
+            raise Refused("SET_DEVICE_STATE_FD: refused")
+        if value != NO_FD or fds:
+            raise BadReply(f"SET_DEVICE_STATE_FD: {value:#x} with {len(fds)} descriptors")
+
+    def _check_state(self) -> None:
+        if self.get_u64(Request.CHECK_DEVICE_STATE):
+            raise Refused("CHECK_DEVICE_STATE: refused")
 
     def hung_up(self, timeout_s: float = 5.0) -> bool:
         """True once the back-end has closed the connection; reads and drops what it sent before."""

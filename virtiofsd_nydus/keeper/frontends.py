@@ -93,6 +93,24 @@ class RemoteDevice:
     def reset(self) -> "Generator[None, None, None]":
         yield from self._call(protocol.RESET)
 
+    @property
+    def saves(self) -> bool:
+        return bool(self._owner.facts.get("saves"))
+
+    def begin_transfer(self, loads: bool, fd: int) -> "Generator[None, None, None]":
+        self._raise(
+            (yield from self._call(protocol.TRANSFER, {"loads": loads}, [fd])), "the session cannot be taken along"
+        )
+
+    def end_transfer(self) -> "Generator[None, None, None]":
+        self._raise((yield from self._call(protocol.TRANSFERRED)), "the state cannot be taken")
+
+    @staticmethod
+    def _raise(answer: Message, otherwise: str) -> None:
+        error = answer.body.get("error")
+        if error is not None:
+            raise ApplyFailure(str(error) or otherwise, Cause.GUEST)
+
     def close(self) -> None:
         worker = self.worker or self._restoring  # it may not have said yet that it has the device
         if worker is not None:
@@ -105,7 +123,9 @@ class RemoteDevice:
             for ring, base in zip(state.rings, bases, strict=True):
                 ring.base = int(base) & 0xFFFF
 
-    def _call(self, kind: int) -> "Generator[None, None, Message]":
+    def _call(
+        self, kind: int, more: "Body | None" = None, fds: "list[int] | None" = None
+    ) -> "Generator[None, None, Message]":
         """Has the worker do it; again by the next where it died."""
         deaths = 0
         while True:
@@ -113,7 +133,11 @@ class RemoteDevice:
                 yield
             worker = self.worker
             self._answer = None
-            self._send(worker, kind)
+            if more is None:
+                self._send(worker, kind)
+            else:
+                self._asked += 1
+                worker.send(kind, {"device": self.id, **more}, fds or [])
             while self._answer is None and self.worker is worker:
                 yield
             if self._answer is not None:

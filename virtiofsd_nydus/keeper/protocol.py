@@ -48,10 +48,12 @@ CLOSE = 34  # {"device": int}
 KEPT = 35  # {"record": int}: it is kept
 STOP = 36  # {}: end in order
 UPGRADED = 37  # {"error": str or null}
+TRANSFER = 39  # {"device": int, "loads": bool}; descriptor: a pipe for the session's state
+TRANSFERRED = 50  # {"device": int}: wait for it, make the device so
 GO = 38  # {}: answer the API from now on
 
 # Worker to keeper
-READY = 40  # {"features": {kind: int}, "queues": {kind: int}}
+READY = 40  # {"features": {kind: int}, "queues": {kind: int}, "saves": bool?}
 FAILED = 41  # {"text": str, "usage": bool}: it could not start
 DONE = 42  # {"device": int, "error": str or null, "bases": [int]}: of OPEN, APPLY, RESET, CLOSE, in their order
 RECORD = 43  # {"record": int, "table": {...}?, "put": {...}?, "drop": str?}; descriptors of what is put
@@ -251,7 +253,7 @@ def agree(hello: Message) -> None:
 
 RING_PLAIN = ("num", "flags", "desc_addr", "used_addr", "avail_addr", "log_addr", "base", "started", "enabled")
 RING_FDS = ("kick", "call", "err")
-STATE_PLAIN = ("features", "region_gen", "inflight_goes_on", "inflight_died")
+STATE_PLAIN = ("features", "region_gen", "inflight_goes_on", "inflight_died", "carries_inflight")
 BLOCKS = ("inflight", "log")  # a descriptor with offset and size each
 RINGS_MAX = 16  # csrc/vnd.h VND_QUEUE_MAX
 
@@ -316,7 +318,7 @@ def unpack_state(message: Message, state: DeviceState) -> None:
     body = message.body["state"]
     try:
         for name in STATE_PLAIN:
-            setattr(state, name, int(body[name]))
+            setattr(state, name, int(body.get(name, 0)))
         if len(body["rings"]) != len(state.rings):
             raise malformed(f"{len(body['rings'])} rings where {len(state.rings)} are")
         for ring, numbers in zip(state.rings, body["rings"], strict=True):

@@ -13,6 +13,7 @@ from collections import deque
 
 from virtiofsd_nydus import log as logs
 from virtiofsd_nydus.daemon.api import make_server
+from virtiofsd_nydus.daemon.migration import Migration
 from virtiofsd_nydus.daemon.mounts import Forgetful, ImageMount, MountRecord
 from virtiofsd_nydus.daemon.process import open_log, prepare_process, read_image
 from virtiofsd_nydus.daemon.service import QUEUES, STOP_DEADLINE_S, Service, set_switch_interval
@@ -20,6 +21,7 @@ from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, create_ledger
 from virtiofsd_nydus.errors import Failure, UsageFailure
 from virtiofsd_nydus.keeper import protocol
 from virtiofsd_nydus.keeper.protocol import Channel, Message
+from virtiofsd_nydus.storage.config import load_config
 from virtiofsd_nydus.vhost.device import EngineDevice
 from virtiofsd_nydus.vhost.messages import close_all
 from virtiofsd_nydus.vhost.state import ApplyFailure, DeviceState
@@ -28,6 +30,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from virtiofsd_nydus.keeper.protocol import Body
 
+DEVICE_CALLS = (
+    protocol.OPEN,
+    protocol.APPLY,
+    protocol.RESET,
+    protocol.TRANSFER,
+    protocol.TRANSFERRED,
+    protocol.CLOSE,
+)
 KINDS = ("fs",)  # of devices; protocol.OPEN names one
 UPGRADE_WAIT_S = 60.0  # the keeper gives up before
 RECORD_WAIT_S = 30.0  # for the keeper to keep a record: it does so in microseconds, or it is gone
@@ -147,6 +157,14 @@ class KeptDevice:
                 self._drop_fds()
         elif message.kind == protocol.RESET:
             self.device.reset()
+        elif message.kind == protocol.TRANSFER:
+            fd = message.take_fd()
+            try:
+                self.device.begin_transfer(bool(message.body.get("loads")), fd)
+            finally:
+                os.close(fd)
+        elif message.kind == protocol.TRANSFERRED:
+            self.device.end_transfer()
         else:
             self._close()
 
@@ -175,7 +193,10 @@ class Worker(Service):
             read_deadline_ms=args.read_deadline_ms,
             poll_us=args.poll_us,
             allow_unverified=args.allow_unverified,
+            seccomp=args.seccomp,
         )
+        if args.config and not args.bootstrap:
+            self.migration_config = lambda: load_config(args.config)  # mounts by the API bring theirs
         self._channel, self._args = channel, args
         self._records = Records(channel)
         self._devices: dict[int, KeptDevice] = {}
@@ -199,7 +220,9 @@ class Worker(Service):
             self._open_first(image)
         if listener is not None:
             self._api = make_server(self, listener)
-        self._channel.send(protocol.READY, {"features": {"fs": EngineDevice.features()}, "queues": {"fs": QUEUES}})
+        self._channel.send(
+            protocol.READY, {"features": {"fs": EngineDevice.features()}, "queues": {"fs": QUEUES}, "saves": True}
+        )
         if not start.body.get("waits"):
             self.go()
 
@@ -237,7 +260,7 @@ class Worker(Service):
                 return
 
     def _take(self, message: Message) -> bool:
-        if message.kind in (protocol.OPEN, protocol.APPLY, protocol.RESET, protocol.CLOSE):
+        if message.kind in DEVICE_CALLS:
             self._device(message.number("device")).take(message)
             return True
         if message.kind == protocol.KEPT:
@@ -267,7 +290,13 @@ class Worker(Service):
         if kind not in KINDS:
             raise Failure(f"there are no devices of kind {kind!r}")
         assert self.table.vfs is not None
-        return EngineDevice(self.engine, self.table.vfs, QUEUES)
+        device = EngineDevice(self.engine, self.table.vfs, QUEUES)
+        device.migrator = Migration(device, self.table, self.log, self.migration_config, self._count_devices)
+        return device
+
+    def _count_devices(self) -> int:
+        with self._devices_lock:
+            return len(self._devices)
 
     # ---- upgrade
 

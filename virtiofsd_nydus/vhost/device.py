@@ -3,11 +3,18 @@
 import os
 
 from virtiofsd_nydus.engine import ERR_MAX, Engine, Vfs, ffi, lib, require, text_of
-from virtiofsd_nydus.errors import Cause
+from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.vhost.sessionstate import InitResult
 from virtiofsd_nydus.vhost.state import ApplyFailure, DeviceState
+from virtiofsd_nydus.vhost.transfer import Transfer, receiving, sending
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from virtiofsd_nydus.vhost.state import Migrator
 
 # A ring that stops waits this long for reads that have missed; QEMU's main loop stands still meanwhile.
 DRAIN_MS = 200
+RING_MAX: int = lib.VND_RING_MAX
 
 _RING_FIELDS = (
     "num",
@@ -24,6 +31,7 @@ _RING_FIELDS = (
     "err_fd",
 )
 _PLAIN_FIELDS = (
+    "carries_inflight",
     "features",
     "region_gen",
     "inflight_fd",
@@ -47,6 +55,8 @@ class EngineDevice:
     def __init__(self, engine: Engine, vfs: Vfs, queue_count: int) -> None:
         err = ffi.new("char[]", ERR_MAX)
         self.queue_count = queue_count
+        self.migrator: Migrator | None = None
+        self._transfer: Transfer | None = None
         self._handle = lib.vnd_device_new(engine.handle, vfs.handle, queue_count, err, ERR_MAX)
         require(self._handle != ffi.NULL, err)
         self._raw = ffi.new("vnd_device_state *")
@@ -89,6 +99,74 @@ class EngineDevice:
         """None: the engine has its own."""
         return -1, 0, 0, 0, 0
 
+    def init_result(self) -> "InitResult | None":
+        """What INIT was answered; None: no INIT is in force."""
+        raw = ffi.new("vnd_init_result *")
+        if not lib.vnd_device_init_get(self._handle, raw):
+            return None
+        return InitResult(raw.minor, raw.flags, raw.max_write, raw.max_pages)
+
+    def resume(self, init: "InitResult") -> None:
+        """Goes on with a session that another process negotiated. Raises Failure."""
+        raw = ffi.new("vnd_init_result *", {name: getattr(init, name) for name in InitResult.__slots__})
+        if lib.vnd_device_resume(self._handle, raw):
+            raise Failure(
+                f"FUSE 7.{init.minor} with flags {init.flags:#x} is not what this version answers", Cause.FORMAT
+            )
+
+    def inflight(self, ring: int) -> list[int]:
+        """Heads of a stopped ring that were fetched and not answered, oldest first."""
+        heads = ffi.new("uint16_t[]", RING_MAX)
+        count: int = lib.vnd_device_inflight(self._handle, ring, heads, RING_MAX)
+        if count < 0:
+            raise Failure(f"ring {ring}: what it has in flight cannot be told: {os.strerror(-count)}", Cause.GUEST)
+        return list(heads[0:count])
+
+    def set_inflight(self, ring: int, heads: list[int]) -> None:
+        """Before the ring is started: heads that it serves first. Raises Failure."""
+        if lib.vnd_device_set_inflight(self._handle, ring, heads, len(heads)):
+            raise Failure(f"ring {ring} cannot take {len(heads)} requests in flight", Cause.FORMAT)
+
+    @property
+    def saves(self) -> bool:
+        return self.migrator is not None
+
+    def begin_transfer(self, loads: bool, fd: int) -> "tuple[()]":
+        """The session's state is on its way, out of this device or (loads) into it. Raises ApplyFailure."""
+        self._drop_transfer()
+        try:
+            if self.migrator is None:
+                raise Failure("this daemon cannot", Cause.GUEST)
+            data = b"" if loads else self.migrator.save()
+            own = os.dup(fd)
+            self._transfer = receiving(own) if loads else sending(own, data)
+        except Failure as failure:
+            raise ApplyFailure(str(failure), failure.cause) from failure
+        except OSError as error:
+            raise ApplyFailure(f"its pipe: {error.strerror}", Cause.IO) from error
+        return ()
+
+    def end_transfer(self) -> "tuple[()]":
+        """Waits for it and makes the device so. Raises ApplyFailure."""
+        transfer, self._transfer = self._transfer, None
+        try:
+            if transfer is None or self.migrator is None:
+                raise Failure("no state was on its way", Cause.GUEST)
+            try:
+                data = transfer.wait()
+            finally:
+                transfer.close()
+            if data is not None:
+                self.migrator.load(data)
+        except Failure as failure:
+            raise ApplyFailure(str(failure), failure.cause) from failure
+        return ()
+
+    def _drop_transfer(self) -> None:
+        transfer, self._transfer = self._transfer, None
+        if transfer is not None:
+            transfer.close()
+
     def reset(self) -> "tuple[()]":
         """Forgets the FUSE session and every request."""
         lib.vnd_device_reset(self._handle)
@@ -96,6 +174,7 @@ class EngineDevice:
 
     def close(self) -> None:
         """Ends its threads; the guest's memory is not touched afterwards. Idempotent."""
+        self._drop_transfer()
         handle, self._handle = self._handle, None
         if handle is not None:
             lib.vnd_device_free(handle)

@@ -37,6 +37,8 @@ RESET_DEVICE = 34
 GET_MAX_MEM_SLOTS = 36
 ADD_MEM_REG = 37
 REM_MEM_REG = 38
+SET_DEVICE_STATE_FD = 42
+CHECK_DEVICE_STATE = 43
 
 # Header flags: bits 0-1 are the version.
 VERSION = 1
@@ -57,6 +59,7 @@ P_BACKEND_SEND_FD = 1 << 10
 P_INFLIGHT_SHMFD = 1 << 12
 P_RESET_DEVICE = 1 << 13
 P_CONFIGURE_MEM_SLOTS = 1 << 15
+P_DEVICE_STATE = 1 << 19  # offered where a session's state can be saved and loaded
 PROTOCOL_FEATURES = (
     P_MQ
     | P_LOG_SHMFD
@@ -71,6 +74,11 @@ PROTOCOL_FEATURES = (
 VRING_INDEX_MASK = 0xFF  # KICK, CALL, ERR: bits of the index,
 VRING_NO_FD = 0x100  # and "no descriptor comes with this"
 
+STATE_SAVE, STATE_LOAD = 0, 1  # SET_DEVICE_STATE_FD: direction
+STATE_STOPPED = 0  # its phase
+STATE_NO_FD = 0x100  # its answer: accepted, and the descriptor that came is used
+STATE_REFUSED = 1
+
 PAYLOAD_MAX = 4096  # bytes; the largest real one is a memory table of 8 + 32 * 32
 FDS_MAX = 32  # descriptors of one message; QEMU sends 8 at most, rust-vmm 32
 MEMORY_SLOTS = 509  # QEMU takes at most 512; csrc/vnd.h VND_REGION_MAX
@@ -83,6 +91,7 @@ MEMORY_HEAD = struct.Struct("=II")  # regions, padding
 REGION = struct.Struct("=QQQQ")  # guest address, bytes, user address, offset in the file
 SINGLE_REGION = struct.Struct("=QQQQQ")  # padding, then a region
 LOG = struct.Struct("=QQ")  # bytes, offset
+DEVICE_STATE = struct.Struct("=II")  # direction, phase
 INFLIGHT = struct.Struct("=QQHH")  # bytes, offset, queues, entries; some senders pad it to 24
 
 

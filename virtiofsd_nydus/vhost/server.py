@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from virtiofsd_nydus.vhost.device import EngineDevice
     from virtiofsd_nydus.vhost.session import Say
+    from virtiofsd_nydus.vhost.state import Migrator
 
 BACKLOG = 16
 CLOSE_S = 10.0
@@ -41,7 +42,7 @@ class VhostServer:
     """Listens from construction on, serves from start() to close().
 
     new_device makes the device of one front-end. path or fd, not both. ended is called when a connected fd's only
-    front-end has hung up.
+    front-end has hung up. new_migrator makes what takes a device's session to other processes and back.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class VhostServer:
         fd: int | None = None,
         say: "Say",
         ended: "Callable[[], None] | None" = None,
+        new_migrator: "Callable[[EngineDevice], Migrator] | None" = None,
     ) -> None:
         self._new_device, self._say, self._ended = new_device, say, ended
+        self._new_migrator = new_migrator
         # A front-end that floods must not hide who else comes and goes
         self._tell, self._complain = LineLimit(say), LineLimit(say)
         self._count = 0  # front-ends so far
@@ -70,6 +73,11 @@ class VhostServer:
         self._closing = False
         self._connections: dict[threading.Thread, socket.socket] = {}
         self._acceptor: threading.Thread | None = None
+
+    def count_connections(self) -> int:
+        """How many front-ends are connected."""
+        with self._lock:
+            return len(self._connections)
 
     def start(self) -> None:
         """Begins to take front-ends."""
@@ -132,6 +140,8 @@ class VhostServer:
             self._tell(logs.INFO, "front-end connected", front_end=number)
             device = self._new_device()
             device.set_number(number)
+            if self._new_migrator:
+                device.migrator = self._new_migrator(device)
             session = Session(sock, device, partial(self._complain, front_end=number))
             session.run()
             self._tell(logs.INFO, "front-end disconnected", front_end=number)

@@ -44,6 +44,7 @@ class Session:
     """
 
     def __init__(self, sock: socket.socket, device: "Device", say: "Say") -> None:
+        self._offered = m.PROTOCOL_FEATURES | (m.P_DEVICE_STATE if device.saves else 0)
         self._sock = sock
         self._device = device
         self._say = say
@@ -146,14 +147,15 @@ class Session:
             yield from self._apply()
 
     def _get_protocol_features(self, message: Message) -> "Reply":
-        return (m.U64.pack(m.PROTOCOL_FEATURES),)
+        return (m.U64.pack(self._offered),)
 
     def _set_protocol_features(self, message: Message) -> None:
         features = _u64(message)
-        unknown = features & ~m.PROTOCOL_FEATURES
+        unknown = features & ~self._offered
         if unknown:
             raise Refusal(f"protocol features {unknown:#x} were never offered")
         self._protocol = features
+        self.state.carries_inflight = bool(features & m.P_DEVICE_STATE)
 
     def _get_queue_num(self, message: Message) -> "Reply":
         return (m.U64.pack(self._device.queue_count),)
@@ -250,6 +252,35 @@ class Session:
             raise
         finally:
             self.state.inflight_died = False
+
+    # ---- the session's state
+
+    def _set_device_state_fd(self, message: Message) -> "Generator[None, None, Reply]":
+        """The front-end gives its end of a pipe. What cannot be done is answered with an error, and all goes on."""
+        direction, phase = m.DEVICE_STATE.unpack(message.payload)
+        try:
+            if not self._protocol & m.P_DEVICE_STATE:
+                raise ApplyFailure("it was not negotiated", Cause.GUEST)
+            if direction not in (m.STATE_SAVE, m.STATE_LOAD) or phase != m.STATE_STOPPED:
+                raise ApplyFailure(f"direction {direction}, phase {phase} are not known", Cause.GUEST)
+            if self.state.is_running():
+                raise ApplyFailure("rings run", Cause.GUEST)
+            yield from self._device.begin_transfer(direction == m.STATE_LOAD, message.fds[0])
+        except ApplyFailure as failure:
+            self._say(logs.ERROR, f"the session cannot be taken along: {failure}", cause=failure.cause.name.lower())
+            return (m.U64.pack(m.STATE_REFUSED),)
+        return (m.U64.pack(m.STATE_NO_FD),)
+
+    def _check_device_state(self, message: Message) -> "Generator[None, None, Reply]":
+        try:
+            if not self._protocol & m.P_DEVICE_STATE or self.state.is_running():
+                raise ApplyFailure("it was not negotiated, or rings run", Cause.GUEST)
+            yield from self._apply()  # so that the device has the in-flight region
+            yield from self._device.end_transfer()
+        except ApplyFailure as failure:
+            self._say(logs.ERROR, f"the session's state: {failure}", cause=failure.cause.name.lower())
+            return (m.U64.pack(m.STATE_REFUSED),)
+        return (m.U64.pack(0),)
 
     # ---- rings
 
@@ -365,6 +396,8 @@ _ANSWERED = (
     m.GET_QUEUE_NUM,
     m.GET_INFLIGHT_FD,
     m.GET_MAX_MEM_SLOTS,
+    m.SET_DEVICE_STATE_FD,
+    m.CHECK_DEVICE_STATE,
 )
 
 # request: function, payload sizes, numbers of descriptors
@@ -393,5 +426,7 @@ _HANDLERS: "dict[int, Handler]" = {
     m.RESET_DEVICE: (Session._reset_device, _ANY_SIZE, _NO_FD),
     m.GET_MAX_MEM_SLOTS: (Session._get_max_mem_slots, _ANY_SIZE, _NO_FD),
     m.ADD_MEM_REG: (Session._add_mem_reg, (m.SINGLE_REGION.size,), _ONE_FD),
+    m.SET_DEVICE_STATE_FD: (Session._set_device_state_fd, (m.DEVICE_STATE.size,), _ONE_FD),
+    m.CHECK_DEVICE_STATE: (Session._check_device_state, _ANY_SIZE, _NO_FD),
     m.REM_MEM_REG: (Session._rem_mem_reg, (m.SINGLE_REGION.size,), _FD_MAYBE),
 }

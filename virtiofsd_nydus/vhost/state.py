@@ -12,6 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Protocol
 
+    class Migrator(Protocol):
+        """Saves and loads what a device's session is beyond its rings, while no ring runs."""
+
+        def save(self) -> bytes:
+            """Raises Failure where something could not be found again elsewhere; the session then goes on."""
+
+        def load(self, data: bytes) -> None:
+            """Raises Failure; nothing is changed then."""
+
     class Device(Protocol):
         """What a session drives. One thread at a time. apply and reset are done when what they give is used up; a
         device of this process does them at once, and gives nothing."""
@@ -30,6 +39,17 @@ if TYPE_CHECKING:
 
         def reset(self) -> "Iterable[None]":
             """Forgets the FUSE session and every request."""
+
+        @property
+        def saves(self) -> bool:
+            """Whether the next two may be called."""
+
+        def begin_transfer(self, loads: bool, fd: int) -> "Iterable[None]":
+            """The session's state is on its way through a pipe, out of this device or (loads) into it, while no ring
+            runs. The descriptor stays the caller's. Raises ApplyFailure where it cannot be; the session goes on."""
+
+        def end_transfer(self) -> "Iterable[None]":
+            """Waits for it and makes the device so. After an apply. Raises ApplyFailure."""
 
         def close(self) -> None:
             """Ends all threads; the guest's memory is not touched afterwards."""
@@ -106,9 +126,11 @@ class Ring:
 
 class DeviceState:
     """The whole. features: acknowledged virtio bits. inflight_goes_on: bits of rings that ran with the in-flight region
-    until now. inflight_died: the process that served them died."""
+    until now. inflight_died: the process that served them died. carries_inflight: the front-end takes our state along.
+    """
 
     __slots__ = (
+        "carries_inflight",
         "features",
         "inflight_died",
         "inflight_fd",
@@ -129,6 +151,7 @@ class DeviceState:
 
     def __init__(self, queue_count: int) -> None:
         self.features = 0
+        self.carries_inflight = False
         self.regions: list[Region] = []
         self.region_gen = 0
         self.rings = [Ring() for _ in range(queue_count)]
