@@ -49,8 +49,7 @@ enum vnd_seccomp {
 };
 enum vnd_thread_kind {
     VND_THREAD_QUEUE = 0, /* serves guests, of images alone */
-    VND_THREAD_SHARE = 1, /* serves guests, of host directories too; a host directory's own threads */
-    VND_THREAD_FETCH = 2  /* gets what a registry has, decodes it */
+    VND_THREAD_SHARE = 1  /* serves guests, of host directories too; a host directory's own threads */
 };
 
 typedef struct {

@@ -12,7 +12,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -34,9 +33,8 @@
 /* Kinds as bits of a line of calls.h. */
 #define QUEUE (1u << VND_THREAD_QUEUE)
 #define SHARE (1u << VND_THREAD_SHARE)
-#define FETCH (1u << VND_THREAD_FETCH)
 
-enum rule { ANY, AT_DIR, NO_EXEC, THREAD, OWN, SELF, NAMING, OWN_FS, NONBLOCK, TIGHTEN, NOSYS };
+enum rule { ANY, AT_DIR, NO_EXEC, THREAD, OWN, SELF, NAMING, OWN_FS, TIGHTEN, NOSYS };
 
 static const struct call {
     const char *name;
@@ -110,7 +108,6 @@ static void add_rule(struct program *p, enum rule rule, uint32_t pid)
         give(p, SECCOMP_RET_ALLOW);
         give(p, p->refusal);
         break;
-    case NONBLOCK: judge(p, 1, UINT32_MAX, FIONBIO, false); break;
     case OWN_FS: judge(p, 0, UINT32_MAX, CLONE_FS, false); break;
     case TIGHTEN: judge(p, 1, UINT32_MAX, 0, false); break;
     case NOSYS: give(p, SECCOMP_RET_ERRNO | ENOSYS); break;
@@ -308,7 +305,7 @@ void engine_confine(struct vnd_engine *e, enum vnd_thread_kind kind)
 
 int vnd_seccomp_confine(int mode, int kind)
 {
-    if (mode < VND_SECCOMP_NONE || mode > VND_SECCOMP_KILL || kind < VND_THREAD_QUEUE || kind > VND_THREAD_FETCH)
+    if (mode < VND_SECCOMP_NONE || mode > VND_SECCOMP_KILL || kind < VND_THREAD_QUEUE || kind > VND_THREAD_SHARE)
         return -EINVAL;
     return seccomp_confine((enum vnd_seccomp)mode, (enum vnd_thread_kind)kind);
 }

@@ -213,7 +213,7 @@ class Machine(Lifetime):
         directory = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="vnd-vm-")))
         self.console_path, self.errors_path = directory / CONSOLE, directory / "qemu.err"
         self.monitor_path = directory / MONITOR
-        words = command_line(self.config, directory)
+        words = self.make_words(directory)
         check_socket_path(self.monitor_path)
         if self.config.die_with_parent:
             words = [find_program("setpriv", "util-linux"), "--pdeathsig", "KILL", *words]
@@ -232,6 +232,10 @@ class Machine(Lifetime):
         watches = {self.pidfd: self.explain_end, **self.config.watches}
         self.guest = Guest(stream, self.explain_end, watches)
         self._stack.callback(self.guest.close)
+
+    def make_words(self, directory: Path) -> list[str]:
+        """QEMU and its command line."""
+        return command_line(self.config, directory)
 
     def _accept(self, listener: socket.socket) -> socket.socket:
         import selectors

@@ -132,8 +132,7 @@ static void start_confined_thread(void)
 
 #define QUEUE_BIT (1u << VND_THREAD_QUEUE)
 #define SHARE_BIT (1u << VND_THREAD_SHARE)
-#define FETCH_BIT (1u << VND_THREAD_FETCH)
-#define ALL_KINDS (QUEUE_BIT | SHARE_BIT | FETCH_BIT)
+#define ALL_KINDS (QUEUE_BIT | SHARE_BIT)
 
 static const struct act {
     const char *name;
@@ -141,8 +140,8 @@ static const struct act {
     uint32_t allowed; /* the kinds that may */
 } acts[] = {
     { "open by an absolute name", open_by_name, 0 },
-    { "open below a directory", open_below, SHARE_BIT | FETCH_BIT },
-    { "socket", make_socket, FETCH_BIT },
+    { "open below a directory", open_below, SHARE_BIT },
+    { "socket", make_socket, 0 },
     { "exec", run_program, 0 },
     { "ptrace", trace_parent, 0 },
     { "mount", mount_over, 0 },
@@ -155,8 +154,8 @@ static const struct act {
     { "a umask of its own", own_umask, SHARE_BIT },
     { "wake and allocate", wake_and_allocate, ALL_KINDS },
     { "give memory back", give_memory_back, ALL_KINDS },
-    { "a thread with a filter of its own", start_confined_thread, SHARE_BIT | FETCH_BIT },
-    { "a thread", start_thread, SHARE_BIT | FETCH_BIT },
+    { "a thread with a filter of its own", start_confined_thread, SHARE_BIT },
+    { "a thread", start_thread, SHARE_BIT },
 };
 
 struct attempt {
@@ -208,7 +207,7 @@ BEFORE_EACH
 
 TEST(a_confined_thread_dies_of_what_it_must_not_do_and_lives_by_what_it_may)
 {
-    for (int kind = VND_THREAD_QUEUE; kind <= VND_THREAD_FETCH; kind++)
+    for (int kind = VND_THREAD_QUEUE; kind <= VND_THREAD_SHARE; kind++)
         for (size_t i = 0; i < sizeof(acts) / sizeof(acts[0]); i++) {
             int status =
             try
@@ -280,7 +279,7 @@ TEST(calls_of_another_machine_are_refused_in_every_mode)
 #else
     own.arch = AUDIT_ARCH_AARCH64;
 #endif
-    for (int kind = VND_THREAD_QUEUE; kind <= VND_THREAD_FETCH; kind++)
+    for (int kind = VND_THREAD_QUEUE; kind <= VND_THREAD_SHARE; kind++)
         for (int mode = VND_SECCOMP_LOG; mode <= VND_SECCOMP_KILL; mode++) {
             int n = seccomp_program(mode, kind, 1, code);
 
