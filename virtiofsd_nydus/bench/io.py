@@ -124,9 +124,9 @@ class Subject:
                 "name_count": len(self.names),
             },
         )
-        before = cpu_ns(self.server.serving_pid)
+        before = sum(map(cpu_ns, self.server.family))
         result = self.queue.load(load)
-        spent_ns = cpu_ns(self.server.serving_pid) - before
+        spent_ns = sum(map(cpu_ns, self.server.family)) - before
         return result.ops / result.elapsed_ns * 1e9, spent_ns / 1e3 / result.ops, result.calls / result.ops
 
     def measure(self, workload: Workload, seconds: float, seed: int) -> None:
@@ -209,7 +209,8 @@ def place(subjects: Sequence[Subject], placement: str) -> None:
         raise Failure("--placement split needs two CPUs; use shared")
     os.sched_setaffinity(0, {cpus[0]})
     for subject in subjects:
-        pin(subject.server.serving_pid, {cpus[0] if placement == "shared" else cpus[1]})
+        for pid in subject.server.family:
+            pin(pid, {cpus[0] if placement == "shared" else cpus[1]})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

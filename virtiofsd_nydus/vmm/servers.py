@@ -72,9 +72,18 @@ class Server(Lifetime):
         self._stack.callback(os.close, self.pidfd)
 
     @property
+    def family(self) -> list[int]:
+        """All processes of the server, the one that serves last."""
+        found = [self.process.pid]
+        for pid in found:
+            with contextlib.suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return found
+
+    @property
     def serving_pid(self) -> int:
-        """The process that serves."""
-        return self.process.pid
+        """The process that serves: the worker, or the daemon's only one."""
+        return self.family[-1]
 
     def check_alive(self) -> None:
         if self.process.poll() is not None:
@@ -197,20 +206,6 @@ class NydusDaemon(Server):
             str(self.api_path),
             *self.options,
         ]
-
-    @property
-    def family(self) -> list[int]:
-        """All processes of the daemon, the one that serves last."""
-        found = [self.process.pid]
-        for pid in found:
-            with contextlib.suppress(OSError):
-                found += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
-        return found
-
-    @property
-    def serving_pid(self) -> int:
-        """The process that serves: the worker, or the daemon's only one."""
-        return self.family[-1]
 
     def explain_end(self) -> Failure:
         """The failure to raise when the server has ended: its own last line, if it ended by itself."""
