@@ -307,6 +307,9 @@ uint32_t vnd_blob_ready_map(vnd_blob *b, uint8_t *bits, size_t bytes);
 /* Returns n so that chunks [0, n) are all that begin before byte end of the blob as it is stored; 0 while its chunk
  * table is not loaded. */
 uint32_t vnd_blob_chunks_before(vnd_blob *b, uint64_t end);
+/* A descriptor of its own for the file that holds the blob's bytes as files have them, whatever its name is; -ENOENT: there is
+ * none (yet), or it holds stored chunks. The caller closes it. */
+int vnd_blob_data_file(vnd_blob *b);
 
 /* ---------------------------------------------------------------- vfs and file systems */
 typedef struct vnd_vfs vnd_vfs;

@@ -372,6 +372,11 @@ class Rafs:
         count: int = lib.vnd_blob_chunks_before(lib.vnd_rafs_blob(self.handle, index), end)
         return count
 
+    def open_data(self, index: int) -> int:
+        """A descriptor, the caller's, of the cache file with the blob's bytes; -1: there is none."""
+        fd: int = lib.vnd_blob_data_file(lib.vnd_rafs_blob(self.handle, index))
+        return max(fd, -1)
+
     def ready_range(self, index: int, first: int, count: int) -> tuple[int, int]:
         """(ready, total) of chunks [first, first + count) of a blob; total is 0 while its chunk table is unknown."""
         total = ffi.new("uint64_t *")

@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 #include "base/base.h"
@@ -117,6 +118,17 @@ static int bind_overlap(struct bind *b, bool *hit, uint32_t *x, uint32_t *y)
     return rc;
 }
 
+/* Notes in the data file itself whose it is, for when the side file is lost. Where file systems keep no such notes, what was
+ * fetched is fetched or copied again then. */
+static void name_data(const struct cachefile *c, const struct blobtable *t)
+{
+    char name[BLOBTABLE_NAME_LEN + 1];
+
+    if (!c->named && fgetxattr(c->data_fd, CACHE_XATTR, NULL, 0) < 0 && errno == ENODATA &&
+        !blobtable_name(c->info, t, name))
+        fsetxattr(c->data_fd, CACHE_XATTR, name, BLOBTABLE_NAME_LEN, XATTR_CREATE);
+}
+
 static int bind_locked(struct bind *b, struct failure *f)
 {
     struct cachefile *c = b->c;
@@ -133,6 +145,8 @@ static int bind_locked(struct bind *b, struct failure *f)
         return failure_set(f, -EEXIST, VND_CAUSE_DIGEST, "chunks %u and %u share bytes, one is of another image", x, y);
     if (!rc)
         rc = bind_walk(b, true);
+    if (!rc)
+        name_data(c, b->t);
     return rc ? failure_set(f, rc, VND_CAUSE_DIGEST, "cannot use its side file: %s", strerror(-rc)) : 0;
 }
 

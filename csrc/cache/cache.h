@@ -10,6 +10,10 @@
  * change that. Where locks and shared mappings do not work across hosts (network file systems), or nothing can be written,
  * the bits are private memory: all works, and is checked again by the next process.
  *
+ * A file of the blob's own name is written only by those that know it to be their table's: the side file says so, or where that
+ * was lost an attribute of the data file (CACHE_XATTR), or it is new. Else it is another program's (nydusd's), which may serve
+ * from it: it is read (lower files), and chunks go to files that are named after the table.
+ *
  * Order in: bytes, trusted bit (release), mark. Order out: epoch odd, trusted bit, bytes, epoch even.
  * Threads: any. cachefile_ready and cachefile_epoch take no lock. One thread at a time moves (move.c).
  * Locks: c->lock (bits are set and cleared under it), then the side file's claims (claim.h). c->write_lock alone.
@@ -43,10 +47,10 @@ struct side_header {
     uint64_t dev, ino, btime_ns, size_bytes; /* of the data file */
     _Atomic uint64_t epoch;                  /* odd: chunks are being invalidated */
     _Atomic uint64_t ctime_ns;               /* change time of the data file after our last write */
-    uint32_t retired;                        /* the data file holds what a stranger put there for another table */
+    uint32_t retired;                        /* of earlier versions, likewise adopted: not 0: another program's file */
     _Atomic uint32_t writing;                /* our writes under way, and those whose process died */
     _Atomic uint64_t write_ns;               /* wall clock when the latest of them began */
-    uint32_t adopted; /* the data file held bytes before it was bound: perhaps those of another table */
+    uint32_t adopted;
 };
 
 struct cachefile_at { /* which file a name led to when it was opened; all 0: none */
@@ -55,6 +59,9 @@ struct cachefile_at { /* which file a name led to when it was opened; all 0: non
 
 /* What the files are called: the blob's id, or ID.NAME where another table has the files of that name (NAME: blobtable_name). */
 #define CACHE_NAME_MAX (VND_ID_MAX + 1 + BLOBTABLE_NAME_LEN)
+#define CACHE_MAP_HEADER 4096u /* bytes before the bits of a chunk map, docs/rafs-format.md 6.2 */
+#define CACHE_XATTR \
+    "user.virtiofsd-nydus.table" /* of a data file with the blob's own name: blobtable_name of its table */
 
 struct cachefile {
     struct vnd_engine *engine;
@@ -70,7 +77,8 @@ struct cachefile {
     struct cachefile_at data_at, side_at, map_at; /* for cachefile_open and the one thread that moves */
     bool replaced_said;                           /* likewise */
     _Atomic uint64_t moves;                       /* odd: files are being exchanged */
-    bool has_bytes;                               /* the data file had some when it was opened; for cachefile_open */
+    bool named;                                   /* after its table: no other table has files of that name */
+    const vnd_blob_info *info;                    /* borrowed */
     uint32_t n;
     uint64_t size_bytes;
     struct side_header *head;
@@ -79,7 +87,10 @@ struct cachefile {
     _Atomic uint8_t *marked; /* private memory where there is no file */
     uint8_t *marked_map;
     size_t marked_map_bytes;
-    struct sigbus_range *guard_side, *guard_marked;
+    /* Another program's files, read only: what is marked there is checked and then copied. */
+    _Atomic int lower_fd; /* -1: none */
+    uint8_t *lower_map;   /* its chunk map; private memory where there is none */
+    struct sigbus_range *guard_side, *guard_marked, *guard_lower;
     _Atomic bool nowait_missing; /* RWF_NOWAIT is not supported here */
     _Atomic uint64_t unsynced_bytes;
     bool sync_due; /* write-out has begun; for the upkeep thread */
@@ -94,6 +105,10 @@ struct cachefile_cfg {
     int dir_fd, side_dir_fd;
     bool writable; /* the directory is */
     const char *id;
+    const char *lower_id;          /* of another program's files that may hold chunks, NULL: there are none */
+    bool named;                    /* id is ID.NAME */
+    const vnd_blob_info *info;     /* borrowed for the cachefile's life */
+    const struct blobtable *table; /* the one that cachefile_bind gets first */
     bool stored;
     bool quiet; /* what is missing was said before */
     uint32_t n;
@@ -105,14 +120,10 @@ struct cachefile_names {
 };
 void cachefile_names(struct cachefile_names *out, const char *id, bool stored);
 
-/* 0, or -errno with cause and line. Creates what is missing. -EEXIST: the files are those of another table of the blob, and
- * are left as they are. */
+/* 0, or -errno with cause and line. Creates what is missing. The files are left as they are with -EEXIST: they are those of
+ * another table of the blob; and with -EBUSY: it is not known whose table they are for, so another program may use them. */
 int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, struct failure *f);
 void cachefile_close(struct cachefile *c);
-/* Its chunks may be another table's: a marked one that is wrong is not to be written over. */
-bool cachefile_is_adopted(const struct cachefile *c);
-/* The data file's bytes are another table's: those that open it from now on get -EEXIST. */
-void cachefile_retire(struct cachefile *c);
 /* Where the bindings begin in the side file of a blob of n chunks. */
 size_t cachefile_bound_offset(uint32_t n);
 /* With c->lock held: binds the trusted bits to what a table says of its chunks. -EEXIST with a line: they are bound to what
@@ -149,8 +160,10 @@ static inline bool cachefile_epoch_holds(const struct cachefile *c, uint64_t epo
     atomic_thread_fence(memory_order_acquire);
     return !(epoch & 1) && cachefile_epoch(c) == epoch;
 }
-/* Whether the chunk is marked: a process, perhaps a nydusd, says that it is in the data file. */
+/* Whether the chunk is marked: a process, perhaps a nydusd, says that it is in the data file or in the lower one. */
 bool cachefile_marked(const struct cachefile *c, uint32_t i);
+/* The chunk is marked, and its bytes are in the lower file. */
+bool cachefile_is_below(const struct cachefile *c, uint32_t i);
 uint64_t cachefile_count_ready(const struct cachefile *c);
 
 /* What to do about an errno of the cache's disk, as the end of a line. */
@@ -164,8 +177,9 @@ void cachefile_set_ready(struct cachefile *c, uint32_t i);
 void cachefile_commit_end(struct cachefile *c);
 /* Call once after a batch of writes of so many bytes and their set_ready. */
 void cachefile_note_written(struct cachefile *c, uint64_t bytes);
-/* 0: all len bytes were read; -EIO otherwise. Blocks. */
+/* 0: all len bytes were read; -EIO otherwise. Blocks. below: from the lower file. */
 int cachefile_read(struct cachefile *c, uint64_t off, void *buf, size_t len);
+int cachefile_read_marked(struct cachefile *c, bool below, uint64_t off, void *buf, size_t len);
 /* The file lost bytes or was changed under us: nothing in it is trusted any more. */
 void cachefile_distrust(struct cachefile *c, const char *why);
 /* The same without a line in the log. c->lock is held, or no other thread has c yet. keep_durable: durable chunks
@@ -193,12 +207,11 @@ enum cachefile_replaced cachefile_find_replaced(const struct cachefile *c, const
 bool cachefile_lacks(const struct cachefile *c, const struct cachefile_cfg *cfg);
 enum cachefile_move_how {
     CACHEFILE_MOVE,
-    CACHEFILE_MOVE_IF_BETTER, /* only if the new files have what c lacks */
-    CACHEFILE_MOVE_COPY       /* what c's chunk map marks is copied, to be verified there */
+    CACHEFILE_MOVE_IF_BETTER /* only if the new files have what c lacks */
 };
 /* Opens the files that the names lead to now (makes missing ones), binds them to t, and exchanges them for those of
  * c. Readers of c go on meanwhile: a read that meets the exchange is done again. 0: exchanged; 1: not; -errno with cause
- * and line: c stays as it is. Blocks, with COPY for as long as the copy takes. */
+ * and line: c stays as it is. Blocks. */
 int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const struct blobtable *t,
                    enum cachefile_move_how how, struct failure *f);
 

@@ -96,12 +96,18 @@ void cachefile_note_written(struct cachefile *c, uint64_t bytes)
 
 int cachefile_read(struct cachefile *c, uint64_t off, void *buf, size_t len)
 {
+    return cachefile_read_marked(c, false, off, buf, len);
+}
+
+int cachefile_read_marked(struct cachefile *c, bool below, uint64_t off, void *buf, size_t len)
+{
+    _Atomic int *fd = below ? &c->lower_fd : &c->data_fd; /* its number may change under us */
     uint8_t *p = buf;
 
-    if (c->data_fd < 0)
+    if (*fd < 0)
         return -EIO;
     while (len) {
-        ssize_t n = pread(c->data_fd, p, len, (off_t)off);
+        ssize_t n = pread(*fd, p, len, (off_t)off);
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 #include "cache/claim.h"
@@ -23,7 +24,6 @@
 /* docs/rafs-format.md 6.2 */
 #define MAP_MAGIC 0x424D4150u
 #define MAP_MAGIC2 0x434D4150u
-#define MAP_HEADER 4096u
 
 static size_t up(size_t x, size_t a)
 {
@@ -116,7 +116,6 @@ static int data_open(struct cachefile *c, struct failure *f)
     if ((uint64_t)st.st_size > c->size_bytes)
         return failure_set(f, -EEXIST, VND_CAUSE_IO,
                            "cache of blob %s: %s is larger than this image says: it is another's", c->id, name);
-    c->has_bytes = st.st_size && (lseek(c->data_fd, 0, SEEK_DATA) >= 0 || errno != ENXIO);
     c->data_at = (struct cachefile_at){ st.st_dev, st.st_ino };
     return 0;
 }
@@ -142,7 +141,7 @@ static void map_open(struct cachefile *c)
 {
     struct cachefile_names names;
     const char *name = names.map;
-    size_t len = MAP_HEADER + (c->n + 7) / 8;
+    size_t len = CACHE_MAP_HEADER + (c->n + 7) / 8;
     void *m;
     uint32_t head[4] = { MAP_MAGIC, 1, MAP_MAGIC2, 0 }, have[4];
     struct stat st;
@@ -185,43 +184,45 @@ out:
 
 static int map_reserve(struct cachefile *c)
 {
-    size_t len = MAP_HEADER + (c->n + 7) / 8;
+    size_t len = CACHE_MAP_HEADER + (c->n + 7) / 8;
     void *m = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
     if (m == MAP_FAILED)
         return -errno;
     c->marked_map = m;
     c->marked_map_bytes = len;
-    c->marked = (_Atomic uint8_t *)(c->marked_map + MAP_HEADER);
+    c->marked = (_Atomic uint8_t *)(c->marked_map + CACHE_MAP_HEADER);
     c->guard_marked = sigbus_add(c->marked_map, up(len, 4096), 4096, false, NULL);
     return c->guard_marked ? 0 : -ENOMEM;
 }
 
 /* ---------------------------------------------------------------- side file */
 
-/* The data file holds bytes that no side file speaks of. A chunk map that is not for as many chunks says that they are
- * another table's. */
-static bool map_differs(const struct cachefile *c)
+/* No side file speaks of the data file. Whether it is this table's all the same: it is named after it, or new (a nydusd sizes
+ * a file as it makes it), or says so. */
+static bool data_is_ours(const struct cachefile *c, const struct blobtable *t)
 {
-    struct cachefile_names names;
+    char has[BLOBTABLE_NAME_LEN + 1] = "", name[BLOBTABLE_NAME_LEN + 1];
     struct stat st;
 
-    cachefile_names(&names, c->id, c->stored);
-    return c->has_bytes && !fstatat(c->dir_fd, names.map, &st, AT_SYMLINK_NOFOLLOW) && S_ISREG(st.st_mode) &&
-           st.st_size && (uint64_t)st.st_size != MAP_HEADER + (c->n + 7) / 8;
+    if (c->named || (!fstat(c->data_fd, &st) && !st.st_size))
+        return true;
+    return t && fgetxattr(c->data_fd, CACHE_XATTR, has, BLOBTABLE_NAME_LEN) == BLOBTABLE_NAME_LEN &&
+           !blobtable_name(c->info, t, name) && !strcmp(has, name);
 }
 
-/* The side file speaks of this very data file, and of another table of the blob; or it says that the bytes are another's. */
+/* The side file speaks of this very data file, and of another table of the blob. */
 static bool side_differs(const struct cachefile *c, const struct side_header *h, const struct identity *id)
 {
     return !memcmp(h->magic, SIDE_MAGIC, 8) && h->version == SIDE_VERSION && h->dev == id->dev && h->ino == id->ino &&
-           h->btime_ns == id->btime_ns && (h->retired || h->n != c->n || h->size_bytes != c->size_bytes);
+           h->btime_ns == id->btime_ns && (h->n != c->n || h->size_bytes != c->size_bytes);
 }
 
 static bool side_matches(const struct cachefile *c, const struct side_header *h, const struct identity *id)
 {
     return !memcmp(h->magic, SIDE_MAGIC, 8) && h->version == SIDE_VERSION && h->n == c->n && !h->retired &&
-           h->dev == id->dev && h->ino == id->ino && h->btime_ns == id->btime_ns && h->size_bytes == c->size_bytes;
+           !h->adopted && h->dev == id->dev && h->ino == id->ino && h->btime_ns == id->btime_ns &&
+           h->size_bytes == c->size_bytes;
 }
 
 /* Makes a new side file and then gives it the name. replace: the caller holds the lock of the present one; other
@@ -234,8 +235,7 @@ static int side_create(struct cachefile *c, const char *name, const struct ident
                              .dev = id->dev,
                              .ino = id->ino,
                              .btime_ns = id->btime_ns,
-                             .size_bytes = c->size_bytes,
-                             .adopted = c->has_bytes };
+                             .size_bytes = c->size_bytes };
     size_t len = cachefile_bound_offset(c->n) + (size_t)c->n * sizeof(struct side_bound);
     int fd, rc = 0;
 
@@ -267,14 +267,14 @@ static bool same_file(const struct cachefile *c, int fd, const char *name)
 }
 
 /* Opens the current side file with CLAIM_INIT held. The file may be replaced between open and lock: look again. */
-static int side_open_locked(struct cachefile *c, const char *name, const struct identity *id)
+static int side_open_locked(struct cachefile *c, const char *name, const struct identity *id, const struct blobtable *t)
 {
     int rc;
 
     for (int i = 0; i < 16; i++) {
         int fd = openat(c->side_dir_fd, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW);
         if (fd < 0 && errno == ENOENT) {
-            rc = map_differs(c) ? -EEXIST : side_create(c, name, id, false);
+            rc = data_is_ours(c, t) ? side_create(c, name, id, false) : -EBUSY;
             if (rc)
                 return rc;
             continue;
@@ -296,8 +296,10 @@ static int side_open_locked(struct cachefile *c, const char *name, const struct 
                 c->side_at = (struct cachefile_at){ st.st_dev, st.st_ino };
                 return 0;
             }
-            if (map_differs(c) || (whole && side_differs(c, &h, id)))
+            if (whole && side_differs(c, &h, id))
                 rc = -EEXIST;
+            else if (!data_is_ours(c, t))
+                rc = -EBUSY;
             else
                 rc = side_create(c, name, id, true); /* a process that waits for this lock will see the new file */
             close(fd);
@@ -337,8 +339,9 @@ static bool died_writing(const struct cachefile *c, uint64_t ctime_ns)
     return atomic_load(&c->head->writing) && ctime_ns + WRITE_LAG_NS >= began && ctime_ns <= began + WRITE_NS;
 }
 
-/* Opens, binds and maps the side file. If that fails the trusted bits are private memory. */
-static int side_open(struct cachefile *c, bool quiet)
+/* Opens, binds and maps the side file. If that fails the trusted bits are private memory. Where there could be one, nothing is
+ * written without it: it is what keeps another table's writers away. */
+static int side_open(struct cachefile *c, const struct cachefile_cfg *cfg)
 {
     struct cachefile_names names;
     char boot[40];
@@ -349,23 +352,23 @@ static int side_open(struct cachefile *c, bool quiet)
         cachefile_names(&names, c->id, c->stored);
         rc = identity_get(c->data_fd, &id);
         if (!rc)
-            rc = side_open_locked(c, names.side, &id);
+            rc = side_open_locked(c, names.side, &id, cfg->table);
+        if (rc == -EEXIST || rc == -EBUSY)
+            return rc;
+        if (rc) {
+            if (!cfg->quiet)
+                engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO,
+                           "cache of blob %s: cannot make .virtiofsd-nydus/%s (%s): what is not here is served from "
+                           "memory only and fetched again; %s",
+                           c->id, names.side, strerror(-rc), cachefile_cure(-rc));
+            c->lack_errno = -rc;
+            c->writable = false;
+        }
     }
-    if (rc == -EEXIST || (c->side_fd < 0 && map_differs(c)))
-        return -EEXIST;
     bool grown = data_size(c);
-    if (c->side_fd < 0) {
-        if (c->side_dir_fd >= 0 && c->data_fd >= 0 && c->writable && !quiet)
-            engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO,
-                       "cache of blob %s: cannot make .virtiofsd-nydus/%s (%s): what is "
-                       "fetched now is not shared, and verified again by the next process; %s",
-                       c->id, names.side, strerror(-rc), cachefile_cure(-rc));
-        rc = side_map(c);
-        if (!rc)
-            c->head->adopted = c->has_bytes;
-        return rc;
-    }
     rc = side_map(c);
+    if (c->side_fd < 0)
+        return rc;
     if (!rc)
         rc = identity_get(c->data_fd, &id); /* sizing has changed its time */
     if (rc)
@@ -395,15 +398,41 @@ static int side_open(struct cachefile *c, bool quiet)
     return rc;
 }
 
-bool cachefile_is_adopted(const struct cachefile *c)
+/* ---------------------------------------------------------------- another program's files */
+
+static int lower_reserve(struct cachefile *c)
 {
-    return c->head->adopted != 0;
+    size_t len = CACHE_MAP_HEADER + (c->n + 7) / 8;
+    void *m = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+    if (m == MAP_FAILED)
+        return -errno;
+    c->lower_map = m;
+    c->guard_lower = sigbus_add(m, up(len, 4096), 4096, false, NULL);
+    return c->guard_lower ? 0 : -ENOMEM;
 }
 
-void cachefile_retire(struct cachefile *c)
+/* Files that cannot be of as many chunks are not looked at. */
+static void lower_open(struct cachefile *c, const char *id)
 {
-    if (c->side_fd >= 0)
-        c->head->retired = 1;
+    size_t len = CACHE_MAP_HEADER + (c->n + 7) / 8;
+    struct cachefile_names names;
+    struct stat st;
+    int fd, map_fd;
+
+    cachefile_names(&names, id, c->stored);
+    fd = openat(c->dir_fd, names.data, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    map_fd = openat(c->dir_fd, names.map, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd >= 0 && map_fd >= 0 && !fstat(fd, &st) && S_ISREG(st.st_mode) && (uint64_t)st.st_size <= c->size_bytes &&
+        !fstat(map_fd, &st) && S_ISREG(st.st_mode) && (uint64_t)st.st_size == len &&
+        mmap(c->lower_map, len, PROT_READ, MAP_SHARED | MAP_FIXED, map_fd, 0) != MAP_FAILED) {
+        c->lower_fd = fd;
+        fd = -1;
+    }
+    if (fd >= 0)
+        close(fd);
+    if (map_fd >= 0)
+        close(map_fd);
 }
 
 int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, struct failure *f)
@@ -419,24 +448,31 @@ int cachefile_open(struct cachefile **out, const struct cachefile_cfg *cfg, stru
     c->side_dir_fd = cfg->side_dir_fd;
     c->writable = cfg->writable;
     c->stored = cfg->stored;
+    c->named = cfg->named;
+    c->info = cfg->info;
     c->n = cfg->n;
     c->size_bytes = cfg->size_bytes;
-    c->data_fd = c->side_fd = -1;
+    c->data_fd = c->side_fd = c->lower_fd = -1;
     snprintf(c->id, sizeof c->id, "%s", cfg->id);
     pthread_mutex_init(&c->lock, NULL);
     pthread_mutex_init(&c->write_lock, NULL);
     rc = data_open(c, f);
     if (!rc) {
-        rc = side_open(c, cfg->quiet);
+        rc = side_open(c, cfg);
         if (rc == -EEXIST)
             failure_set(f, rc, VND_CAUSE_IO, "cache of blob %s: its files are those of another table of chunks", c->id);
+        else if (rc == -EBUSY)
+            failure_set(f, rc, VND_CAUSE_IO, "cache of blob %s: its files are another program's, which may use them",
+                        c->id);
         else if (rc)
             io_fail(c, "cannot map its side file", rc, f);
     }
-    if (!rc && (rc = map_reserve(c)))
+    if (!rc && ((rc = map_reserve(c)) || (rc = lower_reserve(c))))
         io_fail(c, "no memory for its chunk map", rc, f);
     if (!rc && c->data_fd >= 0)
         map_open(c);
+    if (!rc && cfg->lower_id)
+        lower_open(c, cfg->lower_id);
     if (rc) {
         cachefile_close(c);
         return rc;
@@ -451,10 +487,15 @@ void cachefile_close(struct cachefile *c)
         return;
     sigbus_remove(c->guard_side);
     sigbus_remove(c->guard_marked);
+    sigbus_remove(c->guard_lower);
     if (c->head)
         munmap(c->head, c->side_map_bytes);
     if (c->marked_map)
         munmap(c->marked_map, c->marked_map_bytes);
+    if (c->lower_map)
+        munmap(c->lower_map, CACHE_MAP_HEADER + (c->n + 7) / 8);
+    if (c->lower_fd >= 0)
+        close(c->lower_fd);
     if (c->side_fd >= 0)
         close(c->side_fd);
     if (c->data_fd >= 0)

@@ -104,6 +104,11 @@ static int exchange(struct cachefile *c, struct cachefile *fresh)
             fresh->marked_map = NULL;
             c->map_at = fresh->map_at;
         }
+        if (fresh->lower_fd >= 0 && put_map(c->lower_map, fresh->lower_map, c->marked_map_bytes)) {
+            fresh->lower_map = NULL;
+            put_fd(&c->lower_fd, &fresh->lower_fd);
+        }
+        c->named = fresh->named;
         c->data_at = fresh->data_at;
         c->side_at = fresh->side_at;
         atomic_store(&c->writable, atomic_load(&fresh->writable));
@@ -118,35 +123,6 @@ static int exchange(struct cachefile *c, struct cachefile *fresh)
     atomic_fetch_add(&c->moves, 1);
     pthread_mutex_unlock(&c->lock);
     return rc;
-}
-
-/* What the chunk map of c marks comes along as bytes that are still to be verified. The first that cannot be copied ends
- * it: that one and the rest are fetched. No other thread or process has fresh yet. */
-static void copy_marked(struct cachefile *fresh, struct cachefile *c, const struct blobtable *t)
-{
-    uint64_t copied = 0;
-    uint8_t *buf = NULL;
-    uint32_t room = 0;
-
-    for (uint32_t i = 0; i < t->n && i < c->n; i++) {
-        const struct blobtable_chunk *k = &t->chunk[i];
-        uint32_t len = cachefile_len(c, k);
-
-        if (!k->usize || !cachefile_marked(c, i) || cachefile_marked(fresh, i))
-            continue;
-        if (len > room) {
-            free(buf);
-            buf = malloc(room = len);
-        }
-        if (!buf || cachefile_read(c, cachefile_off(c, k), buf, len) ||
-            cachefile_write(fresh, cachefile_off(c, k), buf, len))
-            break;
-        copied += len;
-        atomic_fetch_or_explicit(&fresh->marked[i >> 3], (uint8_t)(0x80 >> (i & 7)), memory_order_release);
-    }
-    free(buf);
-    if (copied)
-        cachefile_note_written(fresh, copied);
 }
 
 int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const struct blobtable *t,
@@ -166,8 +142,6 @@ int cachefile_move(struct cachefile *c, const struct cachefile_cfg *cfg, const s
     } else if ((rc = cachefile_bind(fresh, t, &why))) {
         failure_set(f, rc, why.cause, "cache of blob %s: %s", c->id, why.line);
     } else {
-        if (how == CACHEFILE_MOVE_COPY)
-            copy_marked(fresh, c, t);
         rc = exchange(c, fresh);
         if (rc)
             failure_set(f, rc, VND_CAUSE_IO, "cache of blob %s: cannot map its side file", c->id);

@@ -8,9 +8,21 @@
 #include "cache/cache.h"
 #include "cache/claim.h"
 
+static bool marked_in(const uint8_t *map, uint32_t i)
+{
+    const _Atomic uint8_t *bits = (const _Atomic uint8_t *)(map + CACHE_MAP_HEADER);
+
+    return atomic_load_explicit(&bits[i >> 3], memory_order_acquire) & (0x80 >> (i & 7));
+}
+
 bool cachefile_marked(const struct cachefile *c, uint32_t i)
 {
-    return c->data_fd >= 0 && (atomic_load_explicit(&c->marked[i >> 3], memory_order_acquire) & (0x80 >> (i & 7)));
+    return (c->data_fd >= 0 && marked_in(c->marked_map, i)) || (c->lower_fd >= 0 && marked_in(c->lower_map, i));
+}
+
+bool cachefile_is_below(const struct cachefile *c, uint32_t i)
+{
+    return !(c->data_fd >= 0 && marked_in(c->marked_map, i)) && c->lower_fd >= 0 && marked_in(c->lower_map, i);
 }
 
 uint64_t cachefile_count_ready(const struct cachefile *c)

@@ -47,7 +47,7 @@ static void core_give_up(struct blob_core *c)
 /* Puts the blob into the core of that table name, "" is the blob's own files; makes the core if there is none. In one step
  * with the look-up, for a core without blobs is closed. Returns the core that b had, with the reference b held on it, or
  * NULL. -ENOMEM in *rc. */
-static struct blob_core *core_join(struct vnd_store *s, struct vnd_blob *b, const char *table_name, int *rc)
+static struct blob_core *core_join(struct vnd_store *s, struct vnd_blob *b, const char *table_name, bool below, int *rc)
 {
     struct blob_core *c, *fresh = calloc(1, sizeof *fresh), *had;
 
@@ -67,6 +67,7 @@ static struct blob_core *core_join(struct vnd_store *s, struct vnd_blob *b, cons
         c->engine = s->engine;
         c->info = b->info;
         snprintf(c->table_name, sizeof c->table_name, "%s", table_name);
+        c->below = below;
         atomic_init(&c->apart, *table_name != 0);
         pthread_mutex_init(&c->load_lock, NULL);
         pthread_mutex_init(&c->lock, NULL);
@@ -88,14 +89,14 @@ static struct blob_core *core_join(struct vnd_store *s, struct vnd_blob *b, cons
     return had;
 }
 
-int blob_set_apart(struct vnd_blob *b, const struct blobtable *own)
+int blob_set_apart(struct vnd_blob *b, const struct blobtable *own, bool below)
 {
     char name[BLOBTABLE_NAME_LEN + 1];
     struct blob_core *had;
     int rc = blobtable_name(&b->info, own, name);
 
     if (!rc)
-        had = core_join(b->core->store, b, name, &rc);
+        had = core_join(b->core->store, b, name, below, &rc);
     if (rc)
         return rc;
     want_move_ranges(had, b->core, asker_of(b, 0));
@@ -104,7 +105,7 @@ int blob_set_apart(struct vnd_blob *b, const struct blobtable *own)
     return 0;
 }
 
-int core_set_apart(struct blob_core *c, enum cachefile_move_how how, struct failure *f)
+int core_set_apart(struct blob_core *c, bool below, struct failure *f)
 {
     char name[CORE_NAME_MAX];
     struct cachefile_cfg cfg;
@@ -112,12 +113,13 @@ int core_set_apart(struct blob_core *c, enum cachefile_move_how how, struct fail
 
     if (rc)
         return failure_set(f, rc, VND_CAUSE_IO, "its table gets no name: %s", strerror(-rc));
+    c->below = below;
     atomic_store(&c->apart, true);
     core_cache_cfg(c, name, &cfg);
-    rc = cachefile_move(c->cache, &cfg, atomic_load(&c->table), how, f);
+    rc = cachefile_move(c->cache, &cfg, atomic_load(&c->table), CACHEFILE_MOVE, f);
     if (!rc)
         engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_DIGEST,
-                   "cache of blob %s: its files hold another image's chunks and are left alone; this image's go to "
+                   "cache of blob %s: its files are another's now and are left alone; this image's chunks go to "
                    "%s.blob.%s",
                    c->info.id, name, c->stored ? "raw" : "data");
     return rc;
@@ -162,7 +164,7 @@ struct vnd_blob *blob_open(vnd_store *s, const vnd_blob_info *info, blob_chunks_
         pthread_cond_init(&b->load.ended, NULL);
     }
     if (b)
-        core_join(s, b, "", &rc);
+        core_join(s, b, "", false, &rc);
     if (!b || rc) {
         free(b);
         failure_set(f, 0, VND_CAUSE_IO, "blob %s: no memory", info->id);

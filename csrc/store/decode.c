@@ -93,7 +93,7 @@ static const uint8_t *take(struct job *j, struct input *in, size_t n, int *rc)
 }
 
 /* Of the chunk that was decoded to the end of scratch (and kept). */
-static int add_view(struct job *j, uint32_t rel, const struct blobtable_chunk *k)
+static int add_view(struct job *j, uint32_t rel, const struct blobtable_chunk *k, bool below)
 {
     if (j->dec.views_n == j->dec.views_cap) {
         uint32_t cap = j->dec.views_cap ? j->dec.views_cap * 2 : 64;
@@ -107,6 +107,7 @@ static int add_view(struct job *j, uint32_t rel, const struct blobtable_chunk *k
     j->dec.views[j->dec.views_n].usize = k->usize;
     j->dec.views[j->dec.views_n].at = j->dec.scratch.len;
     j->dec.views[j->dec.views_n].kept_at = j->dec.kept.len;
+    j->dec.views[j->dec.views_n].below = below;
     j->dec.views_n++;
     j->dec.scratch.len += k->usize;
     if (j->core->cache->stored)
@@ -212,24 +213,24 @@ static int decode(struct job *j, struct input *in)
             break;
         }
         if (!rc)
-            rc = add_view(j, j->dec.cursor, k);
+            rc = add_view(j, j->dec.cursor, k, false);
         if (!rc)
             j->state[j->dec.cursor++] = JOB_DECODED;
     }
     return rc;
 }
 
-/* Reads one chunk out of the data file to the end of scratch. */
-static int read_chunk(struct job *j, const struct blobtable_chunk *k)
+/* Reads one chunk out of the data file, or the lower one, to the end of scratch. */
+static int read_chunk(struct job *j, const struct blobtable_chunk *k, bool below)
 {
     struct cachefile *cache = j->core->cache;
     uint8_t *dst = j->dec.scratch.at + j->dec.scratch.len;
 
     if (!cache->stored)
-        return cachefile_read(cache, k->uoff, dst, k->usize);
+        return cachefile_read_marked(cache, below, k->uoff, dst, k->usize);
     if ((!j->dec.codec && !(j->dec.codec = codec_new())) || grow(&j->dec.kept, j->dec.kept.len + k->csize))
         return -ENOMEM;
-    if (cachefile_read(cache, k->coff, j->dec.kept.at + j->dec.kept.len, k->csize))
+    if (cachefile_read_marked(cache, below, k->coff, j->dec.kept.at + j->dec.kept.len, k->csize))
         return -EIO;
     return decode_stored(j, k, j->dec.kept.at + j->dec.kept.len, dst, k->usize);
 }
@@ -249,11 +250,12 @@ static int decode_verify(struct job *j)
         }
         if (grow(&j->dec.scratch, j->dec.scratch.len + k->usize))
             return -ENOMEM;
-        if (read_chunk(j, k)) {
+        bool below = cachefile_is_below(j->core->cache, j->first + j->dec.cursor);
+        if (read_chunk(j, k, below)) {
             job_chunk_is_bad(j, j->dec.cursor++);
             continue;
         }
-        rc = add_view(j, j->dec.cursor, k);
+        rc = add_view(j, j->dec.cursor, k, below);
         if (!rc)
             j->state[j->dec.cursor++] = JOB_DECODED;
     }

@@ -46,6 +46,7 @@ struct decoding {
     struct {
         uint32_t rel, usize;
         size_t at, kept_at; /* in scratch and kept */
+        bool below;         /* its bytes are in the lower file alone */
     } *views;
     uint32_t views_n, views_cap;
     struct codec *codec;

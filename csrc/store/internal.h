@@ -74,11 +74,12 @@ struct blob_core {
     struct vnd_engine *engine;
     vnd_blob_info info; /* as the first image has it */
     char table_name[BLOBTABLE_NAME_LEN +
-                    1];        /* of the table whose files it has; "": the files with the blob's own name */
-    _Atomic bool meta_cached;  /* the places of its chunks come from ID.blob.meta of the cache directory */
-    _Atomic bool apart;        /* table_name is set: does not change but once, with load_lock held */
-    uint32_t refs;             /* under store->lock */
-    _Atomic bool closed;       /* no image names it any more */
+                    1];       /* of the table whose files it has; "": the files with the blob's own name */
+    _Atomic bool meta_cached; /* the places of its chunks come from ID.blob.meta of the cache directory */
+    _Atomic bool apart;       /* table_name is set: does not change but once, with load_lock held */
+    bool below;          /* the files with the blob's own name are another program's, and are read; set before apart */
+    uint32_t refs;       /* under store->lock */
+    _Atomic bool closed; /* no image names it any more */
     pthread_mutex_t load_lock; /* one table is loaded at a time */
     pthread_mutex_t lock;      /* of the next two */
     struct vnd_blob *blobs;
@@ -146,10 +147,11 @@ void core_name(const struct blob_core *c, char out[CORE_NAME_MAX]);
 /* ---- store/blob.c */
 /* The image's table contradicts what the blob's files are bound to: gives b a core whose files are named after own as well.
  * The load's thread. 0 or -errno. */
-int blob_set_apart(struct vnd_blob *b, const struct blobtable *own);
-/* The core's files were found to be another table's: makes files named after its own table, and reads and writes those from
- * now on. With core->load_lock held, on a core that is not apart. 0, or -errno with cause and line. */
-int core_set_apart(struct blob_core *c, enum cachefile_move_how how, struct failure *f);
+int blob_set_apart(struct vnd_blob *b, const struct blobtable *own, bool below);
+/* The core's files were found to be another's: makes files named after its own table, and reads and writes those from now on.
+ * below: the others are another program's, and what they hold is of use. With core->load_lock held, on a core that is not
+ * apart. 0, or -errno with cause and line. */
+int core_set_apart(struct blob_core *c, bool below, struct failure *f);
 /* ---- store/load.c */
 /* Has the blob's chunk table loaded by a pool thread, unless it is loaded. */
 void blob_want_load(struct vnd_blob *b);

@@ -143,7 +143,7 @@ static bool digest_right(const struct commit *m, uint32_t view, const uint8_t *g
     return given && !memcmp(given, m->t->digest[i], CODEC_DIGEST_BYTES);
 }
 
-/* Writes views [from, to), which touch in memory and in the data file. */
+/* Writes views [from, to), which touch in memory and in the data file. A verify job's are there, or below. */
 static int write_views(struct commit *m, uint32_t from, uint32_t to)
 {
     struct job *j = m->j;
@@ -155,7 +155,7 @@ static int write_views(struct commit *m, uint32_t from, uint32_t to)
     uint64_t end = cachefile_off(cache, tail) + cachefile_len(cache, tail);
     int rc;
 
-    if (j->kind == VND_JOB_VERIFY)
+    if (j->kind == VND_JOB_VERIFY && !j->dec.views[from].below)
         return 0;
     rc = cachefile_write(cache, off, bytes, end - off);
     if (!rc)
@@ -232,6 +232,8 @@ static bool views_touch(const struct commit *m, uint32_t v)
     const struct blobtable_chunk *a = &m->t->chunk[j->first + j->dec.views[v].rel];
     const struct blobtable_chunk *b = &m->t->chunk[j->first + j->dec.views[v + 1].rel];
 
+    if (j->dec.views[v].below != j->dec.views[v + 1].below)
+        return false;
     if (j->core->cache->stored)
         return a->coff + a->csize == b->coff && j->dec.views[v].kept_at + a->csize == j->dec.views[v + 1].kept_at;
     return a->uoff + a->usize == b->uoff && j->dec.views[v].at + j->dec.views[v].usize == j->dec.views[v + 1].at;
@@ -318,29 +320,11 @@ static void say_bad(struct vnd_engine *e, const struct job *j, uint32_t i, bool 
                    j->core->info.id, i, k->coff, k->csize);
 }
 
-/* A chunk that the chunk map marks has other bytes than the image says. In a file that this program did not fill from the
- * start it may be another image's, whose readers go on with it: it is not written over. */
-static void leave_adopted_file(struct vnd_engine *e, struct job *j)
-{
-    struct blob_core *c = j->core;
-    struct failure f = { 0 };
-
-    pthread_mutex_lock(&c->load_lock);
-    if (!atomic_load(&c->apart) && cachefile_is_adopted(c->cache)) {
-        cachefile_retire(c->cache);
-        if (core_set_apart(c, CACHEFILE_MOVE_COPY, &f))
-            engine_say(e, VND_LEVEL_ERROR, f.cause, "%s; its wrong chunks are written over", f.line);
-    }
-    pthread_mutex_unlock(&c->load_lock);
-}
-
 /* Asks again for the chunks that the job leaves, or fails their readers. */
 static void job_leftovers(struct vnd_engine *e, struct job *j, int error)
 {
     bool verify = j->kind == VND_JOB_VERIFY, dropped = job_unwanted(e->fetcher, j);
 
-    if (verify && j->bad)
-        leave_adopted_file(e, j);
     for (uint32_t rel = j->n; rel-- > 0;) { /* backwards: each goes to the head of the queue */
         uint32_t i = j->first + rel;
         if (j->state[rel] == JOB_BAD) {

@@ -26,7 +26,11 @@ static int open_cache(struct blob_core *c, const struct blobtable *t, struct fai
         engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_NONE, "cache of blob %s is kept uncompressed: %s",
                    c->info.id, why);
     c->stored = c->store->compressed && !why;
+    /* Where no side file can bind files to a table, they have its name, lest another host or user write to them. */
+    if (c->store->side_dir_fd < 0 && c->store->writable && !atomic_load(&c->apart))
+        return failure_set(f, -EBUSY, VND_CAUSE_NONE, "nothing can tell here whose the files of that name are");
     core_cache_cfg(c, name, &cfg);
+    cfg.table = t;
     return cachefile_open(&c->cache, &cfg, f);
 }
 
@@ -238,10 +242,10 @@ static int load(struct vnd_blob *b, struct failure *f)
                            "the same");
     }
     rc = join_locked(b, &own, f);
-    if (rc == -EEXIST) {
-        engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_NONE,
-                   "blob %s: %s; each of the two images gets cache files of its own", b->info.id, f->line);
-        rc = blob_set_apart(b, own);
+    if (rc == -EEXIST || rc == -EBUSY) {
+        engine_say(c->engine, rc == -EEXIST ? VND_LEVEL_WARNING : VND_LEVEL_INFO, VND_CAUSE_NONE,
+                   "blob %s: %s; this image gets cache files of its own", b->info.id, f->line);
+        rc = blob_set_apart(b, own, rc == -EBUSY);
         if (!rc)
             rc = join_locked(b, &own, f);
     }

@@ -1,5 +1,6 @@
 /* store/read.c -- store_read and store_want: is everything ready? If not, the reader is parked on what is missing. */
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/uio.h>
 
 #include "store/fetcher.h"
@@ -141,6 +142,15 @@ int blob_cache_fd(const struct vnd_blob *b, uint64_t *epoch)
         return -1;
     *epoch = cachefile_epoch(b->cache);
     return *epoch & 1 ? -1 : b->cache->data_fd;
+}
+
+int vnd_blob_data_file(vnd_blob *b)
+{
+    uint64_t epoch;
+    int fd = blob_cache_fd(b, &epoch);
+
+    fd = fd < 0 ? -ENOENT : fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    return fd < 0 && fd != -ENOENT ? -errno : fd;
 }
 
 int store_want(struct store_wait *w, const struct extent *ext, int n)

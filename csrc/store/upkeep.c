@@ -36,8 +36,9 @@ static void follow_core(struct blob_core *c, bool changed, bool retry)
     cfg.quiet = which == CACHEFILE_IN_PLACE;
     rc = cachefile_move(f, &cfg, atomic_load(&c->table),
                         which == CACHEFILE_IN_PLACE ? CACHEFILE_MOVE_IF_BETTER : CACHEFILE_MOVE, &why);
-    if (rc == -EEXIST && !atomic_load(&c->apart)) /* what lies there now is of another table */
-        rc = core_set_apart(c, CACHEFILE_MOVE, &why);
+    if ((rc == -EEXIST || rc == -EBUSY) &&
+        !atomic_load(&c->apart)) /* what lies there now is not, or perhaps not, this table's */
+        rc = core_set_apart(c, rc == -EBUSY, &why);
     if (!rc && which != CACHEFILE_IN_PLACE)
         engine_say(c->engine, VND_LEVEL_WARNING, VND_CAUSE_IO, "cache of blob %s: %s", f->id, REPLACED[which]);
     else if (!rc)

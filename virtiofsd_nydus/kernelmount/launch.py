@@ -26,13 +26,17 @@ def mount_whole(
     check_kernel()
     place = BackgroundMount(target)
     Path(config.work_dir).mkdir(parents=True, exist_ok=True)
-    with KernelImage(str(bootstrap), config) as image:
-        image.complete(progress)
-        names = [Path(config.work_dir) / f"{blob.id}.blob.data" for blob in image.blobs]
     with ExitStack() as stack:
-        files = [stack.enter_context(name.open("rb")) for name in names]
+        with KernelImage(str(bootstrap), config) as image:
+            image.complete(progress)
+            # Not by names: another table of the blob may have them. A blob without chunks has no file, and none is read
+            files = [image.rafs.open_data(blob.index) for blob in image.blobs]
+            for fd in files:
+                if fd >= 0:
+                    stack.callback(os.close, fd)
         # No name with a comma in it among the options
-        mount_erofs(str(bootstrap), [f"/proc/self/fd/{file.fileno()}" for file in files], target)
+        devices = [f"/proc/self/fd/{fd}" if fd >= 0 else str(bootstrap) for fd in files]
+        mount_erofs(str(bootstrap), devices, target)
     place.make()
     record.write_record(place.directory, record.mount_id(target), lazy=False)
 

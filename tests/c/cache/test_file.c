@@ -339,12 +339,16 @@ TEST(killed_between_write_and_bit)
 {
     char dir[200], path[300];
     struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+    struct fix f = { 0 };
     uint64_t fetches, verifies;
     int fd;
 
     fix_dir_make(dir);
+    fix_up(&f, dir, b, 0);
+    fix_load_table(&f);
+    fix_down(&f);
     path_of(path, dir, "blob.blob.data");
-    fd = open(path, O_RDWR | O_CREAT, 0644);
+    fd = open(path, O_RDWR);
     CHECK(pwrite(fd, b->plain, CHUNK / 2, 0) == CHUNK / 2);
     close(fd);
     read_all(dir, b, &fetches, &verifies);

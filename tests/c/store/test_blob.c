@@ -25,14 +25,20 @@ static struct fix_blob *swapped_blob(void)
     return b;
 }
 
-static uint8_t *data_of(const char *dir, size_t len)
+/* Where the blob's data file is. */
+static void data_path(struct vnd_blob *b, const char *dir, char out[400])
 {
-    char path[300];
-    uint8_t *p = malloc(len);
-    int fd;
+    char name[CORE_NAME_MAX];
 
-    snprintf(path, sizeof path, "%s/blob.blob.data", dir);
-    fd = open(path, O_RDONLY);
+    core_name(b->core, name);
+    snprintf(out, 400, "%s/%s.blob.data", dir, name);
+}
+
+static uint8_t *data_of(const char *path, size_t len)
+{
+    uint8_t *p = malloc(len);
+    int fd = open(path, O_RDONLY);
+
     CHECK(fd >= 0 && pread(fd, p, len, 0) == (ssize_t)len);
     close(fd);
     return p;
@@ -50,7 +56,7 @@ static void make_dir(char dir[200], bool private)
 
 static void both(bool private, bool compressed)
 {
-    char dir[200];
+    char dir[200], path[400];
     struct fix f = { .compressed = compressed }, g = { .compressed = compressed };
     struct fix_blob *b = fix_blob_new("blob", CODEC_LZ4_BLOCK, N, CHUNK), *other = swapped_blob();
     struct vnd_blob *second;
@@ -59,8 +65,9 @@ static void both(bool private, bool compressed)
     make_dir(dir, private);
     fix_up(&f, dir, b, 2);
     fix_check(f.h, b, 0, (N - 1) * CHUNK);
+    data_path(f.h, dir, path);
     if (!compressed)
-        before = data_of(dir, b->plain_len);
+        before = data_of(path, b->plain_len);
     second = fix_open(f.s, other); /* in the same process */
     fix_check(second, other, 0, (N - 1) * CHUNK);
     fix_check(f.h, b, 0, (N - 1) * CHUNK);
@@ -74,7 +81,7 @@ static void both(bool private, bool compressed)
     fix_check(g.h, other, 0, (N - 1) * CHUNK);
     fix_down(&g);
     if (!compressed) {
-        after = data_of(dir, b->plain_len);
+        after = data_of(path, b->plain_len);
         CHECK(
             !memcmp(before, after, (N - 1) * CHUNK)); /* the last chunk may come along with a job, whenever it likes */
         free(after);
@@ -137,31 +144,67 @@ TEST(a_third_image_hands_nothing_over)
     }
 }
 
-/* Files that no side file speaks of (nydusd's): the marked chunks are another table's, whose reader goes on. */
-TEST(files_of_a_stranger_are_not_written_for_another_table)
+/* As a nydusd leaves them that has fetched every second chunk, and perhaps runs: nothing of ours beside them. */
+static void make_strangers_files(const char *dir, const struct fix_blob *b)
 {
-    for (int private = 0; private < 2; private ++) {
-        char dir[200], path[300];
+    static const uint32_t head[4] = { 0x424D4150, 1, 0x434D4150, 0 };
+    uint8_t bits[N / 8];
+    char path[300];
+    int fd;
+
+    memset(bits, 0xaa, sizeof bits);
+    snprintf(path, sizeof path, "%s/blob.blob.data", dir);
+    fd = open(path, O_RDWR | O_CREAT, 0644);
+    CHECK(fd >= 0 && !ftruncate(fd, (off_t)b->plain_len));
+    for (int i = 0; i < N; i += 2)
+        CHECK(pwrite(fd, b->plain + i * CHUNK, CHUNK, i * CHUNK) == CHUNK);
+    close(fd);
+    snprintf(path, sizeof path, "%s/blob.blob.data.chunk_map", dir);
+    fd = open(path, O_RDWR | O_CREAT, 0644);
+    CHECK(fd >= 0 && pwrite(fd, head, sizeof head, 0) == sizeof head);
+    CHECK(pwrite(fd, bits, sizeof bits, 4096) == sizeof bits);
+    close(fd);
+}
+
+/* What they hold is used by those whose it is. No byte and no bit of them is written: their program may read on, and trusts all
+ * that is marked. */
+TEST(files_of_a_stranger_are_read_and_never_written)
+{
+    for (int how = 0; how < 4; how++) {
+        bool private = how & 1, right = how & 2;
+        char dir[200], data[300], map[300];
         struct fix f = { 0 };
         struct fix_blob *b = fix_blob_new("blob", CODEC_LZ4_BLOCK, N, CHUNK), *other = swapped_blob();
-        uint8_t *before, *after;
+        struct fix_blob *mine = right ? b : other;
+        uint8_t *before[2], *after[2];
+        size_t map_len = 4096 + N / 8;
 
         make_dir(dir, private);
-        fix_up(&f, dir, b, 2);
-        fix_check(f.h, b, 0, (N - 1) * CHUNK);
-        fix_down(&f);
-        snprintf(path, sizeof path, "%s/.virtiofsd-nydus/blob.vnd", dir);
-        CHECK(private || !unlink(path));
-        before = data_of(dir, b->plain_len);
-        memset(&f, 0, sizeof f);
-        fix_up(&f, dir, other, 2);
-        fix_check(f.h, other, 0, (N - 1) * CHUNK);
-        fix_check(f.h, other, 0, (N - 1) * CHUNK);
-        fix_down(&f);
-        after = data_of(dir, b->plain_len);
-        CHECK(!memcmp(before, after, b->plain_len));
-        free(before);
-        free(after);
+        snprintf(data, sizeof data, "%s/blob.blob.data", dir);
+        snprintf(map, sizeof map, "%s/blob.blob.data.chunk_map", dir);
+        make_strangers_files(dir, b);
+        before[0] = data_of(data, b->plain_len);
+        before[1] = data_of(map, map_len);
+        for (int i = 0; i < 2; i++) {
+            f = (struct fix){ 0 };
+            fix_up(&f, dir, mine, 2);
+            fix_check(f.h, mine, 0, (N - 1) * CHUNK);
+            fix_check(f.h, mine, 0, (N - 1) * CHUNK);
+            if (!i) {
+                CHECK(atomic_load(&f.server.verify_jobs) > 0);
+                CHECK(atomic_load(&f.server.fed_bytes) <= b->stored_len * 6 / 10);
+            } else if (!private) { /* all is in files of our own now */
+                CHECK_EQ(atomic_load(&f.server.jobs), 0);
+            }
+            fix_down(&f);
+        }
+        after[0] = data_of(data, b->plain_len);
+        after[1] = data_of(map, map_len);
+        CHECK(!memcmp(before[0], after[0], b->plain_len) && !memcmp(before[1], after[1], map_len));
+        for (int i = 0; i < 2; i++) {
+            free(before[i]);
+            free(after[i]);
+        }
         fix_blob_free(b);
         fix_blob_free(other);
         fix_dir_remove(dir);
