@@ -196,3 +196,24 @@ def test_a_daemon_keeps_its_cache_as_configured(image: Image, tmp_path: Path, wo
                 assert guest.fuse.read_file(name) == data
     (kept,) = CacheDir(work_dir).kept()
     assert kept.compressed and CacheDir(work_dir).verify(kept).right > len(image.files)
+
+
+def test_files_named_after_a_table_go_with_the_blobs_own(image: Image, work_dir: Path) -> None:
+    """A program that removes a blob's files by its id leaves those: gc takes them, unless they are in use."""
+    (work_dir / f"{image.blob.name}.blob.data").write_bytes(b"another program's")
+    with opened(image, work_dir) as found:
+        read_files(image, found)
+        (named,) = [one for one in CacheDir(work_dir).kept() if one.id != one.blob_id]
+        assert CacheDir(work_dir).verify(named).right == found.image.ready_chunks(0)[0]
+        assert CacheDir(work_dir).collect() == []
+        (work_dir / f"{image.blob.name}.blob.data").unlink()
+        assert CacheDir(work_dir).collect() == []  # in use
+    wanted = {
+        work_dir / named.data_name,
+        work_dir / f"{named.id}.blob.data.chunk_map",
+        work_dir / SIDE_DIR / named.side_name,
+    }
+    assert set(CacheDir(work_dir).collect(dry_run=True)) == wanted
+    assert all(one.exists() for one in wanted)
+    assert set(CacheDir(work_dir).collect()) == wanted
+    assert not any(one.exists() for one in wanted) and CacheDir(work_dir).collect() == []

@@ -229,10 +229,19 @@ class CacheDir:
     # ---- left-overs
 
     def collect(self, *, dry_run: bool = False, now: float | None = None) -> list[Path]:
-        """Removes side files whose blob is gone and unfinished ones whose maker is gone; returns their paths."""
+        """Removes what is left over; returns the paths. Files named after a table, where those of the blob's own name
+        are gone: programs that remove a blob's files by its id do not know of them. Side files whose blob is gone, and
+        unfinished ones whose maker is gone."""
         side_dir = self.path / SIDE_DIR
         now = time.time() if now is None else now
-        gone = []
+        kept = self.kept()
+        there = {one.id for one in kept}
+        gone = [
+            path
+            for one in kept
+            if one.blob_id != one.id and one.blob_id not in there
+            for path in self._sweep_named(one, dry_run)
+        ]
         for one in sorted(side_dir.iterdir()) if side_dir.is_dir() else ():
             if one.name.endswith(".tmp"):
                 changed = _status(one, lambda status: status.st_mtime)
@@ -245,28 +254,30 @@ class CacheDir:
                 gone.append(one)
         return gone
 
+    def _sweep_named(self, kept: Kept, dry_run: bool) -> list[Path]:
+        """The files of one NAME, unless a daemon has them open. Without a side file that is not known: they stay."""
+        side = self.path / SIDE_DIR / kept.side_name
+        files = [self.path / kept.data_name, self.path / f"{kept.id}{MAP_SUFFIX}", side]
+        with _unused(side) as unused:
+            if not unused:
+                return []
+            files = [one for one in files if one.exists()]
+            for one in files if not dry_run else ():
+                one.unlink(missing_ok=True)
+            return files
+
     def _sweep_side(self, path: Path, dry_run: bool) -> bool:
-        """With the daemons' own locks: a daemon that opens the file at the same time finds it gone and makes
-        another."""
         compressed = path.name.endswith(STORED_SIDE_SUFFIX)
         blob_id = path.name.removesuffix(STORED_SIDE_SUFFIX if compressed else SIDE_SUFFIX)
         data = self.path / Kept(blob_id, compressed).data_name
         if data.exists():
             return False
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            return False
-        try:
-            if not (_lock(fd, _CLAIM_INIT) and _lock(fd, _CLAIM_ATTACH)):
-                return False  # in use: a daemon reads on in the file that was removed
-            if data.exists() or not _same_file(fd, path):
+        with _unused(path) as unused:  # else a daemon reads on in the file that was removed
+            if not unused or data.exists():
                 return False
             if not dry_run:
                 path.unlink()
             return True
-        finally:
-            os.close(fd)  # lets go of the locks
 
     # ---- are the bytes right
 
@@ -360,6 +371,21 @@ def _lock(fd: int, at: int) -> bool:
             return False
         raise
     return True
+
+
+@contextmanager
+def _unused(side: Path) -> "Iterator[bool]":
+    """Whether the side file is there and no daemon has it open. None comes in meanwhile, for the daemons' own locks are
+    held: one that waits for them finds the file gone and makes another."""
+    try:
+        fd = os.open(side, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        yield _lock(fd, _CLAIM_INIT) and _lock(fd, _CLAIM_ATTACH) and _same_file(fd, side)
+    finally:
+        os.close(fd)  # lets go of the locks
 
 
 def _same_file(fd: int, path: Path) -> bool:
