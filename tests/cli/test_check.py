@@ -1,13 +1,16 @@
 """`check`: one line and exit 1 for each thing that is wrong with an image."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.peers.faulty_server import FaultyServer
 from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
 from virtiofsd_nydus.cli.main import main
+from virtiofsd_nydus.reader import data
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +105,23 @@ def test_structure_faults(image: tuple[Path, Path], tmp_path: Path, capsys: pyte
     assert main(["check", str(tmp_path / "boot")]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "ascending order" in line
+
+
+def test_a_source_that_gives_nothing_is_told_soon(
+    image: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest waits for half a minute; a person is told soon that the server answers every request with 503."""
+    monkeypatch.setattr(data, "PATIENCE_S", 0.2)
+    (blob,) = image[1].iterdir()
+    with FaultyServer({blob.name: blob.read_bytes()}) as server:
+        server.inject("status", status=503, times=-1)
+        config = {
+            "version": 2,
+            "backend": {"type": "registry", "registry": {"scheme": "http", "host": server.host, "repo": "a/b"}},
+            "cache": {"type": "blobcache", "filecache": {"work_dir": str(tmp_path)}},
+        }
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        began = time.monotonic()
+        assert main(["check", str(image[0]), "--config", str(tmp_path / "config.json")]) == 1
+    assert time.monotonic() - began < 20.0  # the read deadline is 30 s
+    assert "503" in capsys.readouterr().err

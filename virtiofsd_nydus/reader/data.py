@@ -15,6 +15,8 @@ from virtiofsd_nydus.reader.bootstrap import Bootstrap
 if TYPE_CHECKING:
     from virtiofsd_nydus.storage.backend import Backend
 
+PATIENCE_S = 5.0  # a person waits: a source that gives nothing for so long is told of
+
 
 class Source:
     """Where blobs are: a backend's type and its settings, as a configuration has them."""
@@ -69,6 +71,7 @@ def opened_with_data(
             blob_id=blob_id,
             allow_unverified=allow_unverified,
             at_end=say_events,
+            patience_s=PATIENCE_S,
         ) as opened,
         Bootstrap(path, engine=opened.engine, image=opened.rafs) as image,
     ):

@@ -128,14 +128,16 @@ def open_with_engine(
     digest: str = "",
     allow_unverified: bool = False,
     at_end: "Callable[[Engine], None]" = lambda engine: None,
+    patience_s: float = 0.0,
 ) -> "Iterator[OpenedImage]":
     """An image with an engine and fetch threads of its own, for tools and kernel mounts.
 
     make gives its origin. at_end is called once the threads have ended: they tell why a read failed after they have
-    let it go. A thread that is stuck in a backend for STOP_S leaves all open, for it may still use it.
+    let it go. patience_s: FetchPump's. A thread that is stuck in a backend for STOP_S leaves all open, for it may still
+    use it.
     """
     engine = Engine(allow_unverified=allow_unverified)
-    pump = FetchPump(engine)
+    pump = FetchPump(engine, patience_s=patience_s)
     image: OpenedImage | None = None
     failed = True
     try:

@@ -48,9 +48,13 @@ class FetchPump:
     Threads come when they are needed: one waits for a job at any time, up to slots of them; one that had none for
     IDLE_S ends."""
 
-    def __init__(self, engine: Engine, slots: int = FETCH_SLOTS) -> None:
+    def __init__(self, engine: Engine, slots: int = FETCH_SLOTS, patience_s: float = 0.0) -> None:
+        """patience_s: how long fetches may go on failing, none of them succeeding, before their readers are told; 0:
+        until the readers' deadlines."""
         self.engine = engine
         self._slots = slots
+        self._patience_s = patience_s
+        self._failing_since_s = 0.0  # when the first of the fetches began that have failed since the last success
         self._backends: dict[int, list[Backend]] = {}
         self._limits: dict[int, list[RateLimit]] = {}  # blob key -> limits of its mounts' prefetch
         self._lock = threading.Lock()
@@ -196,6 +200,7 @@ class FetchPump:
                     backend.meter.verify(worker.right)
             else:
                 again = self._fetch(worker)
+                self._note_outcome(began_s, again)
             if worker.wrong:  # C asks for such chunks once more, then fails their readers
                 error, cause, text = errno.EIO, Cause.DIGEST, f"{worker.where()}: wrong bytes"
         except Failure as failure:
@@ -219,6 +224,16 @@ class FetchPump:
             worker.meter.waste(wasted)
             if job.prefetch:
                 worker.meter.record_prefetch(began_s, job.clen, job.chunk_count)
+
+    def _note_outcome(self, began_s: float, again: "_Again | None") -> None:
+        """Raises what an attempt failed by, once nothing has succeeded for as long as this pump has patience."""
+        with self._lock:
+            if again is None:
+                self._failing_since_s = 0.0
+                return
+            since_s = self._failing_since_s = self._failing_since_s or began_s
+        if self._patience_s and time.monotonic() - since_s > self._patience_s:
+            raise again.failure
 
     def _backends_of(self, job: "Any") -> "tuple[Backend, ...]":
         with self._lock:
