@@ -9,6 +9,7 @@ import os
 import socket
 
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.net.documents import parse_json
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def receive_state(path: str) -> "tuple[dict[str, Any], int]":
                 data += more
             if not fds:
                 raise ValueError("no descriptor came with it")
-            state = json.loads(data)
+            state = parse_json(data)
             if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
                 raise ValueError("it is of another program or version")
         except (OSError, ValueError) as error:

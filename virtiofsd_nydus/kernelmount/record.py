@@ -9,6 +9,7 @@ from pathlib import Path
 
 from virtiofsd_nydus.engine import lib
 from virtiofsd_nydus.fuse.background import BackgroundMount
+from virtiofsd_nydus.net.documents import parse_json
 
 FILE, LOCK = "kernel.json", "lock"
 POLL_S = 0.01
@@ -29,7 +30,7 @@ def write_record(directory: Path, number: int, *, lazy: bool) -> None:
 def recorded_id(directory: Path) -> int:
     """0: no mount of ours was recorded there."""
     try:
-        return int(json.loads((directory / FILE).read_text())["mount_id"])
+        return int(parse_json((directory / FILE).read_bytes())["mount_id"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

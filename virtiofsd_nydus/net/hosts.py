@@ -61,7 +61,7 @@ def _parse(data: bytes, path: str, host: str, say: "Callable[[str], None] | None
 
     try:
         document = tomllib.loads(data.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageFailure(f"{path}: not TOML: {str(error)[:80]}") from None
     found = []
     unknown: set[str] = set()

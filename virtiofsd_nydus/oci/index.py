@@ -16,6 +16,7 @@ from hashlib import sha256
 from typing import Any
 
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.net.documents import parse_json
 from virtiofsd_nydus.oci.manifest import MEDIA_LAYER_GZIP, NYDUS_ARTIFACT_TYPE, Descriptor, Manifest
 from virtiofsd_nydus.oci.policy import Trust
 from virtiofsd_nydus.oci.referrers import ArtifactPart, Referrer, list_referrers, push_artifact, read_artifact
@@ -34,7 +35,7 @@ LAYER_KEYS = {"kind", "size", "at", "chunk_size", "virtual", "frames"}
 
 def push_index(store: ImageStore, manifest: Manifest, shelf: Shelf, key: str) -> Descriptor:
     """Puts what the shelf's KEY says of an image beside it; the artifact's descriptor. Raises Failure."""
-    record = json.loads(shelf.path(f"{key}.json").read_bytes())
+    record = parse_json(shelf.path(f"{key}.json").read_bytes())
     folder = shelf.path(f"{int(record['chunk_size']) >> 10}k")
     out = io.BytesIO()
     with (
@@ -107,7 +108,7 @@ def pull_index(store: ImageStore, artifact: Manifest, shelf: Shelf, key: str, la
     members = _read_members(VerifiedReader(store.read_blob(layer), layer, what), what)
     try:
         chunk_size = int(layer.annotations[CHUNKS])
-        described = json.loads(members[LAYERS])["layers"]
+        described = parse_json(members[LAYERS])["layers"]
         checked = {name: _check_layer(name, value, layers, members) for name, value in described.items()}
         bootstrap = members[BOOTSTRAP]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

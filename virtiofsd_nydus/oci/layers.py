@@ -7,12 +7,12 @@ name (oci/layerbuild.py says which is which). Whatever comes of it, the engine c
 Light: the daemon imports it before it answers RUNNING.
 """
 
-import json
 import os
 import threading
 import time
 
 from virtiofsd_nydus.errors import Cause, Failure, UsageFailure
+from virtiofsd_nydus.net.documents import parse_json
 from virtiofsd_nydus.net.failures import DeadlinePassed
 from virtiofsd_nydus.storage import factory
 from virtiofsd_nydus.storage.localfs import read_pieces
@@ -46,7 +46,7 @@ class LayerBackend:
         self._directory = os.path.dirname(path)  # noqa: PTH120
         try:
             with open(path, "rb") as file:
-                self._layers: dict[str, dict[str, Any]] = json.load(file)["layers"]
+                self._layers: dict[str, dict[str, Any]] = parse_json(file.read())["layers"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageFailure(f"backend: layers {path} cannot be read: {error}") from None
         self._lock = threading.Lock()
@@ -137,7 +137,7 @@ class FrameTable:
         try:
             with open(path, "rb") as file:
                 data = zstandard.ZstdDecompressor().stream_reader(file).read(FRAMES_BYTES_MAX)
-            frames, digests = json.loads(data)
+            frames, digests = parse_json(data)
             self.frames: list[tuple[int, ...]] = [check_frame(one) for one in frames]
             self.digests: list[str] = [str(one) for one in digests]
             self.starts = [one[0] for one in self.frames]

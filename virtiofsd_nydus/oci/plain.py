@@ -19,6 +19,7 @@ from virtiofsd_nydus.builder.decoding import InPlaceFailure
 from virtiofsd_nydus.builder.image import Layer, LayerStats, merge_layers
 from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.net.documents import parse_json
 from virtiofsd_nydus.oci import layers as layer_backend
 from virtiofsd_nydus.oci.cachefill import CacheFill
 from virtiofsd_nydus.oci.convert import run_at_a_time
@@ -143,7 +144,7 @@ class _Run:
     def _find_image(self, key: str) -> PlainImage | None:
         """The image as it is on this node; None where something of it is missing or damaged."""
         try:
-            record = json.loads(self._top.path(f"{key}.json").read_bytes())
+            record = parse_json(self._top.path(f"{key}.json").read_bytes())
             told, names = str(record["bootstrap"]), record["files"]
             self._chunk_size = int(record["chunk_size"])
             shelf = self._shelf

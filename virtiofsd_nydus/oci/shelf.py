@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.net.documents import parse_json
 from virtiofsd_nydus.rafs import layout
 from virtiofsd_nydus.rafs.blob import BlobInfo
 from virtiofsd_nydus.rafs.chunktable import ChunkTable
@@ -126,7 +127,7 @@ class Shelf:
             return None
         line, _, packed = body.partition(b"\n")
         try:
-            header = json.loads(line)
+            header = parse_json(line)
             if header["version"] != VERSION or header["digest"] != digest:
                 return None
             view = memoryview(zstandard.ZstdDecompressor().decompress(packed))
@@ -136,7 +137,7 @@ class Shelf:
                 at += size
             table = ChunkTable.restore(parts[Tree.DUMPED :], directory)
             tree = Tree.restore(parts[: Tree.DUMPED], header["lower_links"], table, directory)
-            frames, digests = json.loads(bytes(view[at:])) if header["frames"] else ([], [])
+            frames, digests = parse_json(bytes(view[at:])) if header["frames"] else ([], [])
             info = None if header["blob"] is None else restore_info(header["blob"], table)
         except (ValueError, KeyError, TypeError, IndexError, zstandard.ZstdError) as error:
             raise Failure(f"{path}: cannot be read: {error}", Cause.FORMAT) from error
