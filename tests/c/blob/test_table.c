@@ -82,6 +82,33 @@ TEST(refuses_tables_that_contradict)
     fix_blob_free(b);
 }
 
+/* One image, one chunk, two records: alike or refused. */
+static int put_twice(void *ctx, uint32_t blob_index, int (*put)(void *, const struct blob_chunk *), void *put_ctx)
+{
+    struct fix_blob *b = ctx;
+    int rc = fix_chunks(ctx, blob_index, put, put_ctx);
+    struct blob_chunk again = b->chunk[2];
+
+    again.digest[5] ^= b->hide_from; /* 0: none is hidden */
+    b->hide_from = 0;
+    return rc ? rc : put(put_ctx, &again);
+}
+
+TEST(a_chunk_described_twice)
+{
+    for (uint32_t differs = 0; differs < 2; differs++) {
+        struct fix_blob *b = new_blob();
+        struct blobtable *t;
+        struct failure f = { 0 };
+
+        b->hide_from = differs; /* hide_to is 0: nothing is hidden */
+        CHECK_EQ(blobtable_from_records(&t, &b->info, put_twice, b, &f), differs ? -EINVAL : 0);
+        CHECK(!differs || strstr(f.line, "twice"));
+        blobtable_free(t);
+        fix_blob_free(b);
+    }
+}
+
 TEST(an_image_that_names_no_chunk_has_no_table)
 {
     struct fix_blob *b = new_blob();

@@ -9,7 +9,8 @@
 #define N 24
 #define CHUNK 16384
 
-static void (*in_preadv2)(void), (*in_fdatasync)(int fd);
+static void (*in_preadv2)(void), (*in_fdatasync)(int fd), (*in_claim)(void);
+static int sync_errno;
 static bool no_boot_id;
 static struct fix *it;
 static uint64_t durable_at_sync;
@@ -28,7 +29,27 @@ int fdatasync(int fd)
 {
     if (in_fdatasync)
         in_fdatasync(fd);
+    if (sync_errno) {
+        errno = sync_errno;
+        return -1;
+    }
     return (int)syscall(SYS_fdatasync, fd);
+}
+
+int fcntl(int fd, int cmd, ...)
+{
+    va_list ap;
+    void *arg;
+    int rc;
+
+    va_start(ap, cmd);
+    arg = va_arg(ap, void *);
+    va_end(ap);
+    rc = (int)syscall(SYS_fcntl, fd, cmd, arg);
+    if (!rc && cmd == F_OFD_SETLK && in_claim && ((struct flock *)arg)->l_type == F_WRLCK &&
+        ((struct flock *)arg)->l_start < CLAIM_INIT)
+        in_claim();
+    return rc;
 }
 
 int open(const char *path, int flags, ...)
@@ -107,6 +128,79 @@ TEST(chunks_invalidated_during_a_sync_do_not_become_durable)
     cachefile_sync(f.h->cache);
     CHECK(!in_fdatasync);
     CHECK_EQ(atomic_load(&f.h->cache->durable[0]), 0);
+    down(&f, dir, b);
+}
+
+/* The kernel has dropped the pages that it could not write, and says so once. */
+TEST(what_could_not_be_synced_is_not_trusted)
+{
+    char dir[200];
+    struct fix f;
+    struct fix_blob *b;
+
+    up(&f, dir, &b);
+    CHECK(cachefile_ready(f.h->cache, 0));
+    sync_errno = EIO;
+    cachefile_sync(f.h->cache);
+    sync_errno = 0;
+    CHECK(!cachefile_ready(f.h->cache, 0));
+    fix_check(f.h, b, 0, (N - 1) * CHUNK);
+    down(&f, dir, b);
+}
+
+static void finish_chunk_3(void)
+{
+    struct cachefile *c = it->h->cache;
+
+    in_claim = NULL;
+    CHECK(pwrite(c->data_fd, it->server.blob->plain + 3 * CHUNK, CHUNK, 3 * CHUNK) == CHUNK);
+    cachefile_set_ready(c, 3);
+}
+
+/* The last holder finished between our look and our claim: there is no job, and no claim stays. */
+TEST(a_claim_for_nothing_is_given_back)
+{
+    char dir[200], path[300];
+    struct fix f = { 0 };
+    struct fix_blob *b = fix_blob_new("blob", CODEC_ZSTD, N, CHUNK);
+    struct fix_reader r;
+    vnd_job job;
+    int fd;
+
+    fix_dir_make(dir);
+    fix_up(&f, dir, b, 0);
+    fix_load_table(&f);
+    f.server.blob = b;
+    it = &f;
+    vnd_blob_set_amplify(f.h, 0);
+    for (uint32_t i = 0; i < N; i++) /* no neighbour is worth taking along */
+        if (i != 3)
+            cachefile_set_ready(f.h->cache, i);
+    snprintf(path, sizeof path, "%s/.virtiofsd-nydus/blob.vnd", dir);
+    fd = open(path, O_RDWR);
+    fix_park(&f, b, &r, 3);
+    in_claim = finish_chunk_3;
+    CHECK_EQ(vnd_job_next(f.e, &job, 0, 50), -ETIMEDOUT);
+    CHECK(!in_claim);
+    fix_reader_wait(&r);
+    CHECK(!claim_foreign(fd, 3));
+    close(fd);
+    down(&f, dir, b);
+}
+
+/* Cut while another process has it open, so that no change is looked for at the start: what was there may be gone. */
+TEST(a_cut_file_is_not_trusted_beside_another_process)
+{
+    char dir[200], path[300];
+    struct fix f, g = { 0 };
+    struct fix_blob *b;
+
+    up(&f, dir, &b);
+    snprintf(path, sizeof path, "%s/blob.blob.data", dir);
+    CHECK(!truncate(path, 3 * CHUNK));
+    fix_up(&g, dir, b, 1);
+    fix_check(g.h, b, 0, (N - 1) * CHUNK);
+    fix_down(&g);
     down(&f, dir, b);
 }
 

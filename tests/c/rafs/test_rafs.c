@@ -371,6 +371,44 @@ TEST(placeholder_id)
 }
 
 /* The file is cut short while it is mapped: errors, no crash. */
+/* Inodes end where the chunk table begins: what lies there looks like one, and is none. */
+TEST(inode_number_beyond_the_inodes)
+{
+    static struct img m;
+    vnd_rafs *r;
+    vnd_attr attr;
+    uint64_t nid = (IMG_CHUNKS_OFF - IMG_META) / 32 + 10;
+
+    img_init(&m, FLAGS);
+    img_tree(&m);
+    img_inode(&m, nid, 0, S_IFREG | 0644, 1, 0, 0);
+    r = open_image(&m);
+    CHECK_EQ(vnd_rafs_getattr(r, nid, &attr), -EIO);
+    vnd_rafs_free(r);
+}
+
+/* A name ends inside its directory's block, though what follows would make a longer one. */
+TEST(name_that_ends_beyond_its_directory)
+{
+    static struct img m;
+    struct img_nids n;
+    vnd_rafs *r;
+    uint64_t nid, ino;
+    uint32_t at;
+
+    img_init(&m, FLAGS);
+    n = img_tree(&m);
+    nid = img_alloc(&m, 256);
+    const struct img_name names[] = { { ".", nid, DT_DIR }, { "..", IMG_ROOT, DT_DIR }, { "a", n.file, DT_REG }, { "b", n.file, DT_REG } };
+    img_dir(&m, nid, 2, names, 4);
+    at = img_off(nid) + 64; /* 48 bytes of entries, 5 of names */
+    memset(m.b + at + 53, 'x', 20);
+    img_16(&m, at + 3 * 12 + 8, 53 + 10); /* where b's name begins, a's ends */
+    r = open_image(&m);
+    CHECK_EQ(vnd_rafs_lookup(r, nid, "abxxxxxxxxxx", &ino), -EIO);
+    vnd_rafs_free(r);
+}
+
 TEST(truncated_under_us)
 {
     char path[32], err[VND_ERR_MAX], out[4096];
