@@ -6,7 +6,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 
-#include "precontent/state.h"
+#include "precontent/internal.h"
 
 #define CHUNKS 16u
 #define CHUNK 65536u
@@ -348,5 +348,45 @@ TEST(end)
     send_plain(&g, PRECONTENT_CLOSE);
     CHECK_EQ(poll(&over, 1, 20000), 1);
     CHECK(vnd_precontent_ended(g.p));
+    rig_free(&g);
+}
+
+static void wait_parked(const struct vnd_precontent *p, uint32_t n)
+{
+    for (int i = 0; atomic_load(&p->counters.parked) < n; i++) {
+        CHECK(i < 20000);
+        usleep(1000);
+    }
+}
+
+/* Each mount is a session of its own: what one has asked for does not stand before what another asks for. */
+TEST(mounts_take_turns)
+{
+    struct rig g, other;
+    int pair[2];
+    vnd_job job;
+
+    rig_init(&g, 0, 0, 0);
+    vnd_blob_set_amplify(g.h, 0); /* one job a chunk and its neighbour */
+    other = g;
+    CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) == 0);
+    CHECK(fcntl(pair[1], F_SETFL, O_NONBLOCK) == 0);
+    other.fd = pair[0];
+    other.group = pair[1];
+    other.state = vnd_precontent_state();
+    begin(&other);
+    for (uint32_t i = 0; i < 3; i++)
+        send_event(&g, (uint64_t)i * 4 * CHUNK, 4096);
+    wait_parked(g.p, 3);
+    send_event(&other, 14ull * CHUNK, 4096);
+    wait_parked(other.p, 1);
+    CHECK_EQ(vnd_job_next(g.e, &job, 0, 2000), 0);
+    CHECK_EQ(job.coff, 0);
+    CHECK_EQ(vnd_job_next(g.e, &job, 0, 2000), 0);
+    CHECK_EQ(job.coff, 14ull * CHUNK);
+    vnd_precontent_free(other.p);
+    close(other.fd);
+    close(other.group);
+    close(other.state);
     rig_free(&g);
 }

@@ -399,7 +399,9 @@ TEST(name_that_ends_beyond_its_directory)
     img_init(&m, FLAGS);
     n = img_tree(&m);
     nid = img_alloc(&m, 256);
-    const struct img_name names[] = { { ".", nid, DT_DIR }, { "..", IMG_ROOT, DT_DIR }, { "a", n.file, DT_REG }, { "b", n.file, DT_REG } };
+    const struct img_name names[] = {
+        { ".", nid, DT_DIR }, { "..", IMG_ROOT, DT_DIR }, { "a", n.file, DT_REG }, { "b", n.file, DT_REG }
+    };
     img_dir(&m, nid, 2, names, 4);
     at = img_off(nid) + 64; /* 48 bytes of entries, 5 of names */
     memset(m.b + at + 53, 'x', 20);
