@@ -324,12 +324,7 @@ static inline vnd_stats stats(struct rig *r)
 /* Until so many reads in all have been parked. */
 static inline void await_parked(struct rig *r, uint64_t n)
 {
-    int64_t until = now_us() + WAIT_MS * 1000;
-
-    while (stats(r).parked < n) {
-        CHECK(now_us() < until);
-        usleep(500);
-    }
+    CHECK_SOON(stats(r).parked >= n);
 }
 
 static inline bool err_signalled(int fd)

@@ -312,8 +312,7 @@ static inline void *fix_server_run(void *arg)
 static inline void fix_hold(struct fix_server *s)
 {
     atomic_store(&s->hold, 1);
-    while (atomic_load(&s->holding) < s->threads)
-        usleep(200);
+    CHECK_SOON(atomic_load(&s->holding) >= s->threads);
 }
 
 static inline void fix_server_start(struct fix_server *s, vnd_engine *e, struct fix_blob *b, int threads)

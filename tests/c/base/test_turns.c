@@ -97,8 +97,7 @@ TEST(a_guest_that_floods_the_pool)
         pool_submit(e, &jobs[i].task, (uintptr_t)jobs[i].guest);
     }
     alarm(60); /* where b waits for a */
-    while (atomic_load(&n_ran) < 2)
-        usleep(500);
+    CHECK_SOON(atomic_load(&n_ran) >= 2);
     CHECK_EQ(atomic_load(&n_begun), 1);
     pthread_mutex_unlock(&gate);
     vnd_engine_shutdown(e);

@@ -30,12 +30,7 @@ BEFORE_EACH
 
 static void wait_for(_Atomic int *what, int value)
 {
-    int64_t until = now_us() + 20000000;
-
-    while (atomic_load(what) < value) {
-        CHECK(now_us() < until);
-        usleep(200);
-    }
+    CHECK_SOON(atomic_load(what) >= value);
 }
 
 static pid_t child(void (*run)(const char *dir, struct fix_blob *b, int me), const char *dir, struct fix_blob *b,
@@ -397,8 +392,7 @@ TEST(waiters_of_other_processes_are_woken)
     fd = open(dir, O_RDONLY | O_DIRECTORY);
     CHECK(claim_wake_open(&s.wake, fd) == 0 && claim_wake_open(&here, fd) == 0 && here.shared && s.wake.shared);
     CHECK(pthread_create(&thread, NULL, sleep_for_a_wake, &s) == 0);
-    while (!atomic_load(&s.tid) || !is_in_futex(atomic_load(&s.tid)))
-        usleep(100);
+    CHECK_SOON(atomic_load(&s.tid) && is_in_futex(atomic_load(&s.tid)));
     claim_wake_all(&here);
     CHECK(pthread_join(thread, NULL) == 0);
     CHECK(s.slept_us < PATIENCE_US);

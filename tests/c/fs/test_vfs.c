@@ -259,6 +259,15 @@ TEST(mounts_under_load)
 
 /* ---- a request that hangs: it is inside, and does not come out */
 
+static _Atomic int umount_looks;
+
+/* In the place of the system's: an umount that waits sleeps between its looks, and nothing else here does. */
+int nanosleep(const struct timespec *pause, struct timespec *left)
+{
+    atomic_fetch_add(&umount_looks, 1);
+    return clock_nanosleep(CLOCK_MONOTONIC, 0, pause, left) ? -1 : 0;
+}
+
 struct unmounter {
     struct vnd_vfs *vfs;
     const char *path;
@@ -293,9 +302,8 @@ static void check_hanging(bool confined)
         vfs_confine(&hangs, 1);
     CHECK(pthread_create(&t, NULL, unmount, &u) == 0);
     struct vfs_node node;
-    while (vfs_resolve(v, 1ull << 48 | 5, &node) == 0) /* until the umount has published its table */
-        usleep(500);
-    vfs_reader_add(v, &other); /* a new front-end */
+    CHECK_SOON(vfs_resolve(v, 1ull << 48 | 5, &node) != 0); /* until the umount has published its table */
+    vfs_reader_add(v, &other);                              /* a new front-end */
     vfs_enter(&other);
     vfs_leave(&other);
     CHECK_EQ(vfs_mount(v, "/new", &zero[2]), 0);
@@ -341,9 +349,9 @@ TEST(a_widened_reader_is_waited_for)
     CHECK_EQ(vfs_lookup(v, &(struct vfs_step){ .reader = &r, .dir = &node, .name = "m", .len = 1 }, &node, &attr), 0);
     CHECK(node.fs == &zero);
     CHECK(pthread_create(&t, NULL, unmount, &u) == 0);
-    while (vfs_resolve(v, 1ull << 48 | 5, &node) == 0)
-        usleep(500);
-    usleep(2000); /* it looks every 50 us; were it not to wait, it would be over */
+    CHECK_SOON(vfs_resolve(v, 1ull << 48 | 5, &node) != 0);
+    int looks = atomic_load(&umount_looks);
+    CHECK_SOON(atomic_load(&umount_looks) >= looks + 3);
     CHECK(!atomic_load(&u.done));
     vfs_leave(&r);
     pthread_join(t, NULL);

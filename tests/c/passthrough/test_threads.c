@@ -35,8 +35,7 @@ static void give(struct fs *fs, struct store_wait *w, uintptr_t who, void (*fn)(
 
 static void await(_Atomic int *count, int n)
 {
-    while (atomic_load(count) < n)
-        usleep(500);
+    CHECK_SOON(atomic_load(count) >= n);
 }
 
 TEST(a_guest_whose_calls_take_long)
