@@ -221,6 +221,7 @@ TEST(a_confined_thread_dies_of_what_it_must_not_do_and_lives_by_what_it_may)
         }
 }
 
+#ifndef __SANITIZE_THREAD__ /* it runs handlers later, when the thread makes its next call */
 TEST(a_trapped_call_is_named_in_one_line)
 {
     char line[256];
@@ -240,6 +241,7 @@ TEST(a_trapped_call_is_named_in_one_line)
     CHECK(strstr(line, " (socket), which its seccomp filter does not allow: the process ends\n"));
     CHECK(strchr(line, '\n') == line + n - 1);
 }
+#endif
 
 TEST(modes_log_and_none_end_no_thread)
 {
