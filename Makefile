@@ -13,7 +13,7 @@ CSTD := -std=c11 -D_GNU_SOURCE -Icsrc
 CWARN := -Wall -Wextra -Werror -Wshadow -Wno-unused-parameter -Wno-missing-field-initializers
 CLIBS := -lzstd -llz4 -lz -lcrypto -lpthread
 # The engine's folders. Each may use itself and those before it, no other (tests/test_house.py holds it).
-LAYERS := base blob cache store fs rafs passthrough fuse vhost fusedev precontent
+LAYERS := base blob cache store fs rafs disk passthrough fuse vhost fusedev precontent
 CSRC := $(sort $(foreach d,$(LAYERS),$(wildcard csrc/$(d)/*.c)))
 CHDR := csrc/vnd.h $(foreach d,$(LAYERS),$(wildcard csrc/$(d)/*.h))
 # FOLDER/test_FILE, one for each source that has a C test

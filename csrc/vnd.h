@@ -336,6 +336,16 @@ int vnd_vfs_add_directory(vnd_vfs *v, const vnd_directory *directory);
 /* Returns once no request is inside the file system: the caller may then free it. -ENOENT. */
 int vnd_vfs_umount(vnd_vfs *v, const char *path);
 
+/* ---------------------------------------------------------------- disk: an image as the kernel's EROFS has it */
+typedef struct vnd_disk vnd_disk;
+/* One flat disk, and a file for each device: the bootstrap, then the blobs' uncompressed bytes where its device slots say.
+ * NULL with a line for what EROFS cannot read so (v5, other blocks than 4 KiB, no places). The image must outlive it. */
+vnd_disk *vnd_disk_new(vnd_rafs *r, char *err, size_t err_len);
+uint64_t vnd_disk_bytes(const vnd_disk *d); /* of the flat disk */
+/* Shows it as a directory: "disk", "bootstrap", and each blob by its id. As vnd_vfs_mount_rafs. */
+int vnd_vfs_mount_disk(vnd_vfs *v, const char *path, vnd_disk *d);
+void vnd_disk_free(vnd_disk *d); /* mounted nowhere, and no device has it */
+
 /* ---------------------------------------------------------------- passthrough: a host directory, read-write */
 typedef struct vnd_passthrough vnd_passthrough;
 /* A flag: nothing is made, renamed or removed in the source itself nor in its "passthrough", where Kata's runtime-rs
@@ -409,11 +419,20 @@ typedef struct {
                                * leaves requests that wait for data in flight, for vnd_device_inflight */
 } vnd_device_state;
 
-/* queue_count: 1 hiprio + request queues, each a thread. */
-vnd_device *vnd_device_new(vnd_engine *e, vnd_vfs *v, uint32_t queue_count, char *err, size_t err_len);
+enum vnd_device_kind { VND_DEVICE_FS = 0, VND_DEVICE_BLK = 1 };
+#define VND_BLK_ID_BYTES 20 /* of GET_ID (virtio 1.2, 5.2.6) */
+typedef struct {
+    vnd_engine *engine;
+    vnd_vfs *vfs;         /* of kind fs what it serves; of both where its threads are known */
+    vnd_disk *disk;       /* of kind blk; it and its image must outlive the device */
+    const char *blk_id;   /* of kind blk: how the guest knows the disk; as much of it as VND_BLK_ID_BYTES */
+    uint32_t kind;        /* enum vnd_device_kind */
+    uint32_t queue_count; /* each a thread; of kind fs the first is the high priority queue */
+} vnd_device_cfg;
+vnd_device *vnd_device_new(const vnd_device_cfg *cfg, char *err, size_t err_len);
 /* How log lines name the device's front-end. Before the first apply; 0 until then. */
 void vnd_device_set_number(vnd_device *d, uint32_t number);
-uint64_t vnd_device_features(void); /* virtio feature bits the engine implements */
+uint64_t vnd_device_features(int kind); /* virtio feature bits that the engine implements */
 /* Brings the device into that state (maps, starts, swaps, enables, stops) and returns when it is. A ring that stops
  * drains for at most drain_ms; its base is written into st. 0, or -errno with a line (bad address, overlap, no
  * memory...). */

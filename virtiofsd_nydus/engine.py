@@ -412,6 +412,22 @@ def create_ledger() -> int:
     return fd
 
 
+class Disk:
+    """An image as one flat disk and as its devices, as EROFS reads them. The image must outlive it."""
+
+    def __init__(self, image: Rafs) -> None:
+        err = ffi.new("char[]", ERR_MAX)
+        self.handle = lib.vnd_disk_new(image.handle, err, ERR_MAX)
+        require(self.handle != ffi.NULL, err, Cause.FORMAT)
+        self.size_bytes: int = lib.vnd_disk_bytes(self.handle)
+
+    def close(self) -> None:
+        """Frees it; it must be mounted nowhere, and no device may have it. Idempotent."""
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            lib.vnd_disk_free(handle)
+
+
 class Passthrough:
     """A host directory as a read-write file system. keep_top: nothing is made or removed in it itself."""
 
@@ -461,6 +477,9 @@ class Vfs:
 
     def mount_rafs(self, path: str, image: Rafs) -> None:
         self._check(lib.vnd_vfs_mount_rafs(self.handle, path.encode(), image.handle), path)
+
+    def mount_disk(self, path: str, disk: Disk) -> None:
+        self._check(lib.vnd_vfs_mount_disk(self.handle, path.encode(), disk.handle), path)
 
     def mount_passthrough(self, path: str, directory: Passthrough) -> None:
         self._check(lib.vnd_vfs_mount_passthrough(self.handle, path.encode(), directory.handle), path)

@@ -13,7 +13,20 @@ from cffi import FFI
 
 ROOT = Path(__file__).resolve().parent.parent
 # The engine's folders, as the Makefile has them: each may use itself and those before it.
-LAYERS = ("base", "blob", "cache", "store", "fs", "rafs", "passthrough", "fuse", "vhost", "fusedev", "precontent")
+LAYERS = (
+    "base",
+    "blob",
+    "cache",
+    "store",
+    "fs",
+    "rafs",
+    "disk",
+    "passthrough",
+    "fuse",
+    "vhost",
+    "fusedev",
+    "precontent",
+)
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wshadow", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
 
 

@@ -6,16 +6,19 @@
 
 #include "vnd.h"
 
-/* Largest number of chunks one read can touch: 1 MiB of 4 KiB chunks and an unaligned edge. */
-#define STORE_EXTENTS_MAX 257
+/* Largest number of extents of one read: 1 MiB of 4 KiB chunks and an unaligned edge; on a disk (disk/disk.h) each chunk may
+ * be followed by zeroes up to the next block. */
+#define STORE_EXTENTS_MAX 514
 
-/* Bytes of one chunk, as a file system names them. Never bytes themselves (law 6). blob NULL: zeroes. */
+/* Bytes of one chunk, as a file system names them. blob NULL: zeroes, or the len bytes at `bytes` where that is set, of an
+ * image's metadata; they stay there while the image is open. */
 struct extent {
     struct vnd_blob *blob;
     uint64_t uoff;  /* where they start in the uncompressed blob = in the cache file */
     uint32_t chunk; /* chunk index in the blob */
     uint32_t len;
     uint32_t chunk_off; /* where they start in the chunk: uoff - chunk_off is the chunk's own start */
+    const uint8_t *bytes;
 };
 
 struct blob_chunk {                      /* what a bootstrap says of one chunk */

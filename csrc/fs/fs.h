@@ -54,6 +54,9 @@ struct fs_extents {
     struct extent *at;
     int max;
     uint32_t bytes; /* out: how many bytes of the file they hold */
+    /* For a file whose extents are known only when a blob's chunk table is loaded: linked, where extents gives -EINPROGRESS.
+     * NULL: the caller cannot wait. */
+    struct store_wait *wait;
 };
 
 struct fs_ops {
@@ -70,7 +73,7 @@ struct fs_ops {
     /* Copies the target without a NUL: its length; -ERANGE if cap is less; -EINVAL if ino is no symlink. */
     int64_t (*readlink)(struct fs *fs, uint64_t ino, char *buf, size_t cap);
     /* For READ in an image: the extents of file bytes [off, off+len), cut at the end of the file. Their number; 0 when off
-     * is at or past the end. */
+     * is at or past the end; -EINPROGRESS: out->wait will be woken, then call again. */
     int (*extents)(struct fs *fs, uint64_t ino, uint64_t off, uint32_t len, struct fs_extents *out);
     /* For LSEEK of a regular file: the first byte from off on that is in a hole, or (hole false) in data; off is below the
      * file's size. More than the size is its end. -ENXIO: no data follows. The first call for an image reads its chunk

@@ -170,7 +170,7 @@ enum req_verdict fuse_op_read(struct fuse_call *c)
     struct fuse_worker *w = c->w;
     struct fuse_out_header h = { .unique = r->in.unique };
     struct fuse_read_in in;
-    struct fs_extents x = { w->extents, STORE_EXTENTS_MAX, 0 };
+    struct fs_extents x = { w->extents, STORE_EXTENTS_MAX, 0, &r->wait };
     uint32_t got, want;
     bool parked_before = r->wait.parked_once;
     int n, iov_n;
@@ -181,6 +181,11 @@ enum req_verdict fuse_op_read(struct fuse_call *c)
      * kernel takes it for that. */
     want = in.size > FUSE_REPLY_MAX ? FUSE_REPLY_MAX + 1 : in.size;
     n = c->node.fs->ops->extents(c->node.fs, c->node.ino, in.offset, want, &x);
+    if (n == -EINPROGRESS) {
+        if (!parked_before)
+            fuse_count(&w->counters.parked, 1);
+        return REQ_PARKED;
+    }
     if (n < 0)
         return fuse_reply_fs_error(c, n);
     got = x.bytes;

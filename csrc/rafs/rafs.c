@@ -11,6 +11,7 @@
 #include "fs/metrics.h"
 #include "fs/vfs.h"
 #include "rafs/internal.h"
+#include "rafs/v6.h"
 
 /* In the order in which they are asked. v5 comes first: its first bytes decide, whatever stands at byte 1024
  * (docs/rafs-format.md 1.1). */
@@ -210,6 +211,21 @@ uint64_t vnd_rafs_file_stats(vnd_rafs *r, vnd_file_stats *out, uint64_t max)
 uint64_t vnd_rafs_latest_read(vnd_rafs *r, uint64_t *inos, uint64_t max)
 {
     return metrics_latest(r->fs.metrics, inos, max);
+}
+
+const uint8_t *rafs_metadata(const vnd_rafs *r, uint64_t *bytes)
+{
+    *bytes = r->size;
+    return r->base;
+}
+
+int rafs_flat_place(const vnd_rafs *r, uint32_t k, uint64_t *at, uint64_t *bytes)
+{
+    if (r->version != &rafs_v6 || r->info.block_size_bytes != RAFS_FLAT_BLOCK)
+        return -EINVAL;
+    if (k >= r->info.blob_count)
+        return -ENOENT;
+    return v6_flat_place(r, k, at, bytes);
 }
 
 struct fs *rafs_fs(vnd_rafs *r)

@@ -17,4 +17,12 @@
 /* The file system of an opened bootstrap; lives as long as it. */
 struct fs *rafs_fs(vnd_rafs *r);
 
+/* ---- the image as EROFS sees it, on one device */
+/* The bootstrap's own bytes, which stay where they are while the image is open. */
+const uint8_t *rafs_metadata(const vnd_rafs *r, uint64_t *bytes);
+/* Where the image's device slot says that blob k begins on one flat device, and how many bytes of the device it has: whole
+ * blocks. 0; -ENOENT: the image has fewer blobs; -EINVAL: it is no v6 image with blocks of RAFS_FLAT_BLOCK bytes. */
+#define RAFS_FLAT_BLOCK 4096u
+int rafs_flat_place(const vnd_rafs *r, uint32_t k, uint64_t *at, uint64_t *bytes);
+
 #endif

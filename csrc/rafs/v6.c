@@ -318,6 +318,18 @@ static int v6_open(struct vnd_rafs *r, const struct rafs_error *e)
     return 0;
 }
 
+int v6_flat_place(const struct vnd_rafs *r, uint32_t k, uint64_t *at, uint64_t *bytes)
+{
+    uint64_t slots = (uint64_t)rafs_le16(r->base + V6_SB + V6_SB_SLOTS) * V6_DEVICE;
+    const uint8_t *slot = rafs_at(r, slots + (uint64_t)k * V6_DEVICE, V6_DEVICE);
+
+    if (!slot)
+        return -EIO; /* it was there when the image was opened */
+    *bytes = (uint64_t)rafs_le32(slot + V6_DEVICE_BLOCKS) << r->blkszbits;
+    *at = (uint64_t)rafs_le32(slot + V6_DEVICE_MAPPED) << r->blkszbits;
+    return 0;
+}
+
 /* ---- tables */
 
 static void decode_record(const uint8_t *p, uint32_t *blob, struct blob_chunk *out)

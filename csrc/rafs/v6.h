@@ -52,6 +52,9 @@ int v6_walk_chunks(struct vnd_rafs *r, uint32_t only_blob, rafs_put_record put, 
 extern const struct fs_ops v6_fs_ops; /* rafs/v6_fs.c */
 int v6_chunk(struct vnd_rafs *r, uint64_t ino, uint64_t k, struct rafs_chunk *out);
 
+/* rafs/v6.c: the device slot of blob k, which exists. 0 or -EIO. */
+int v6_flat_place(const struct vnd_rafs *r, uint32_t k, uint64_t *at, uint64_t *bytes);
+
 int v6_backing_fd(struct fs *fs, uint64_t nid); /* rafs/backing.c */
 
 void v6_check(struct vnd_rafs *r, struct rafs_faults *f); /* rafs/v6_check.c */

@@ -15,7 +15,8 @@ struct page_task {
     struct store_unit unit; /* the reader is linked here; under its shard's lock */
     size_t total;
     int n;
-    bool decoded; /* some come out of a cache that holds chunks as they are stored */
+    bool decoded;   /* some come out of a cache that holds chunks as they are stored */
+    uint8_t *bytes; /* copies of extents that are bytes: the image may be closed meanwhile */
     struct extent ext[];
 };
 
@@ -50,8 +51,33 @@ static void page_run(struct pool_task *task)
         if (t->ext[i].blob)
             blob_unref(t->ext[i].blob);
     store_buf_unref(b);
+    free(t->bytes);
     free(t);
     miss_wake(list);
+}
+
+/* 0 or -ENOMEM. */
+static int copy_bytes(struct page_task *t)
+{
+    size_t len = 0;
+
+    for (int i = 0; i < t->n; i++)
+        len += t->ext[i].blob || !t->ext[i].bytes ? 0 : t->ext[i].len;
+    if (len == 0)
+        return 0;
+    t->bytes = malloc(len);
+    if (!t->bytes)
+        return -ENOMEM;
+    len = 0;
+    for (int i = 0; i < t->n; i++) {
+        struct extent *x = &t->ext[i];
+
+        if (x->blob || !x->bytes)
+            continue;
+        x->bytes = memcpy(t->bytes + len, x->bytes, x->len);
+        len += x->len;
+    }
+    return 0;
 }
 
 int page_park(struct vnd_engine *e, struct store_wait *w, const struct extent *ext, int n)
@@ -66,6 +92,10 @@ int page_park(struct vnd_engine *e, struct store_wait *w, const struct extent *e
     t->engine = e;
     t->n = n;
     memcpy(t->ext, ext, (size_t)n * sizeof *ext);
+    if (copy_bytes(t)) {
+        free(t);
+        return -ENOMEM;
+    }
     for (int i = 0; i < n; i++) {
         t->total += ext[i].len;
         if (ext[i].blob) {

@@ -131,7 +131,7 @@ int64_t store_serve(const struct extent *ext, int n, const struct iovec *iov, in
         int j = i, rc;
 
         if (!x->blob) {
-            if ((rc = cursor_put(&cur, NULL, x->len)))
+            if ((rc = cursor_put(&cur, x->bytes, x->len)))
                 return rc;
             total += x->len;
             i++;

@@ -11,9 +11,9 @@
 
 #include "fuse/kept.h"
 
-uint64_t vnd_device_features(void)
+uint64_t vnd_device_features(int kind)
 {
-    return DEVICE_FEATURES;
+    return COMMON_FEATURES | (kind == VND_DEVICE_BLK ? kind_blk.features : kind_fs.features);
 }
 
 static int map_own_inflight(struct vnd_device *d, struct failure *f)
@@ -43,29 +43,47 @@ static int start_queues(struct vnd_device *d, uint32_t n, struct failure *f)
     return map_own_inflight(d, f);
 }
 
-vnd_device *vnd_device_new(vnd_engine *e, vnd_vfs *v, uint32_t queue_count, char *err, size_t err_len)
+/* What is served, of which there is one for each kind. */
+static bool fill_common(struct queue_common *c, const vnd_device_cfg *cfg)
 {
+    c->engine = cfg->engine;
+    c->vfs = cfg->vfs;
+    if (cfg->kind == VND_DEVICE_BLK) {
+        c->kind = &kind_blk;
+        c->disk = cfg->disk;
+        memcpy(c->blk_id, cfg->blk_id, strnlen(cfg->blk_id, VND_BLK_ID_BYTES));
+        c->who = (uintptr_t)c;
+        return true;
+    }
+    c->kind = &kind_fs;
+    c->session = fuse_session_new(cfg->engine, cfg->vfs);
+    c->who = (uintptr_t)c->session;
+    return c->session != NULL;
+}
+
+vnd_device *vnd_device_new(const vnd_device_cfg *cfg, char *err, size_t err_len)
+{
+    uint32_t queue_count = cfg->queue_count,
+             min = cfg->kind == VND_DEVICE_BLK ? kind_blk.queues_min : kind_fs.queues_min;
     struct failure f = { 0 };
     struct vnd_device *d;
     size_t bytes;
     int rc = -ENOMEM;
 
-    if (queue_count < 2 || queue_count > VND_QUEUE_MAX) {
-        fail_line(0, err, err_len, "%u queues: 2 to %d are possible (one is the high priority queue)", queue_count,
-                  VND_QUEUE_MAX);
+    if (queue_count < min || queue_count > VND_QUEUE_MAX) {
+        fail_line(0, err, err_len, "%u queues: %u to %d are possible", queue_count, min, VND_QUEUE_MAX);
         return NULL;
     }
     d = calloc(1, sizeof(*d));
     failure_set(&f, rc, VND_CAUSE_IO, "device: out of memory");
     if (d != NULL) {
-        d->common.engine = e;
-        d->common.vfs = v;
-        d->common.session = fuse_session_new(e, v);
+        bool filled = fill_common(&d->common, cfg);
+
         bytes = queue_count * sizeof(struct queue); /* a multiple of its alignment, which is a cache line's */
         d->queues = aligned_alloc(_Alignof(struct queue), bytes);
         if (d->queues != NULL)
             memset(d->queues, 0, bytes);
-        if (d->queues != NULL && d->common.session != NULL)
+        if (d->queues != NULL && filled)
             rc = start_queues(d, queue_count, &f);
     }
     if (rc == 0)
@@ -78,7 +96,8 @@ vnd_device *vnd_device_new(vnd_engine *e, vnd_vfs *v, uint32_t queue_count, char
 void vnd_device_set_number(vnd_device *d, uint32_t number)
 {
     d->common.number = number;
-    fuse_session_set_owner(d->common.session, number);
+    if (d->common.session != NULL)
+        fuse_session_set_owner(d->common.session, number);
 }
 
 /* A private, non-blocking handle: a front-end must not be able to stop a queue by a full eventfd. */
@@ -255,9 +274,11 @@ static enum posted post_ring(struct vnd_device *d, const vnd_device_state *st, u
 
 static int check_state(const struct vnd_device *d, const vnd_device_state *st, struct failure *f)
 {
-    if (st->features & ~DEVICE_FEATURES)
+    uint64_t unknown = st->features & ~(COMMON_FEATURES | d->common.kind->features);
+
+    if (unknown != 0)
         return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "features 0x%llx were never offered",
-                           (unsigned long long)(st->features & ~DEVICE_FEATURES));
+                           (unsigned long long)unknown);
     if (st->ring_count > d->n_queues)
         return failure_set(f, -EINVAL, VND_CAUSE_FORMAT, "%u rings, the device has %u", st->ring_count, d->n_queues);
     /* A running ring has its heads in the region; another one may have room for fewer. */
@@ -335,7 +356,8 @@ static void exchange(struct vnd_device *d, const vnd_device_state *st, struct ap
             d->rings[i].recover = inflight.map == NULL || i >= inflight.queues ? RECOVER_NOT
                                   : st->inflight_goes_on >> i & 1              ? RECOVER_ANY_BASE
                                                                                : RECOVER_SAME_BASE;
-        fuse_session_keep(d->common.session, kept_of(&inflight));
+        if (d->common.session != NULL)
+            fuse_session_keep(d->common.session, kept_of(&inflight));
     }
     d->features = st->features;
     d->carry = st->carries_inflight;
@@ -441,7 +463,8 @@ static void post_all(struct vnd_device *d, bool leave)
 void vnd_device_reset(vnd_device *d)
 {
     post_all(d, false);
-    fuse_session_reset(d->common.session);
+    if (d->common.session != NULL)
+        fuse_session_reset(d->common.session);
 }
 
 void vnd_device_free(vnd_device *d)

@@ -1,9 +1,9 @@
-/* vhost/internal.h -- inside of vhost/: one virtqueue and its thread, which fetches requests, has the FUSE session serve
- * them, and answers. No other thread touches its ring or its requests' memory, and it waits in its epoll_wait only.
+/* vhost/internal.h -- inside of vhost/: one virtqueue and its thread, which fetches requests, has the device's kind (kind.h)
+ * serve them, and answers. No other thread touches its ring or its requests' memory, and it waits in its epoll_wait only.
  *
  * From the bottom: vring.c, guestmem.c and inflight.c (memory, no thread), slot.c (a request's slot: its ranges, parked,
  * woken), ring.c (the ring's life), request.c (from a head to a reply), queue.c (the thread's loop, and what control asks),
- * device.c (all queues of a front-end). None of them uses one that comes later.
+ * device.c (all queues of a front-end). None of them uses one that comes later. Beside them the kinds: fs.c and blk.c.
  */
 #ifndef VND_QUEUE_H
 #define VND_QUEUE_H
@@ -20,6 +20,7 @@
 #include "fuse/fuse.h"
 #include "vhost/guestmem.h"
 #include "vhost/inflight.h"
+#include "vhost/kind.h"
 #include "vhost/vring.h"
 
 #define QUEUE_SEGS_OWN 36            /* ranges a parked request holds in its slot; more come from the heap */
@@ -78,19 +79,24 @@ struct queue_conf {
 
 /* What the queues of a device have in common. */
 struct queue_common {
+    const struct device_kind *kind;
     struct vnd_engine *engine;
     struct vnd_vfs *vfs;
-    struct fuse_session *session;
-    uint32_t number;             /* of the front-end, for log lines; set before the first apply */
-    _Atomic bool mem_lost;       /* a memory file was truncated */
-    _Atomic uint32_t segs_bytes; /* the device's use of QUEUE_SEGS_BUDGET */
+    struct fuse_session *session;  /* kind_fs; else NULL */
+    struct vnd_disk *disk;         /* kind_blk; else NULL */
+    char blk_id[VND_BLK_ID_BYTES]; /* what GET_ID answers; without a NUL where it is full */
+    uintptr_t who;                 /* the guest, among those who share the store's threads; compared only */
+    uint32_t number;               /* of the front-end, for log lines; set before the first apply */
+    _Atomic bool mem_lost;         /* a memory file was truncated */
+    _Atomic uint32_t segs_bytes;   /* the device's use of QUEUE_SEGS_BUDGET */
 };
 
 struct queue {
     /* Set once. */
     struct queue_common *common;
-    struct vnd_engine *engine;    /* common's */
-    struct fuse_session *session; /* common's */
+    struct vnd_engine *engine;      /* common's */
+    struct fuse_session *session;   /* common's */
+    const struct device_kind *kind; /* common's */
     uint32_t index;
     pthread_t thread;
     int epoll_fd;
@@ -181,8 +187,8 @@ static inline struct queue_slot *slot_of_parked(struct parked *p)
 
 /* The ranges leave the queue's scratch for the slot's own memory. False: no room. */
 bool queue_keep_segs(struct queue_slot *s);
-/* Keeps only what an error reply needs. */
-void queue_keep_reply_head(struct queue_slot *s);
+/* Keeps only what an error reply needs, of its kind. */
+void queue_keep_reply(struct queue_slot *s);
 void queue_free_segs(struct queue_slot *s);
 void queue_park(struct queue_slot *s);
 void queue_unpark(struct queue_slot *s);

@@ -362,6 +362,7 @@ int queue_init(struct queue *q, struct queue_common *common, uint32_t index)
     q->common = common;
     q->engine = common->engine;
     q->session = common->session;
+    q->kind = common->kind;
     q->index = index;
     q->publish_batch = 1;
     q->deadline_us = (int64_t)q->engine->cfg.read_deadline_ms * 1000;

@@ -10,9 +10,6 @@
 
 #include "vhost/internal.h"
 
-/* A FUSE request is 1 MiB and a header; more than this is nonsense and answered so. */
-#define REQUEST_BYTES_MAX (4u << 20)
-
 /* ---- guest memory of a request, as ranges of host memory that are valid until the thread takes a new table */
 
 struct cursor {
@@ -180,7 +177,7 @@ static void answer(struct queue *q, struct queue_slot *s, enum req_verdict verdi
 
 static void fail(struct queue *q, struct queue_slot *s, int error)
 {
-    answer(q, s, fuse_session_fail(q->session, &q->worker, &s->req, error));
+    answer(q, s, q->kind->fail(q, &s->req, error));
 }
 
 static void park(struct queue *q, struct queue_slot *s)
@@ -196,7 +193,7 @@ static void park(struct queue *q, struct queue_slot *s)
         fail(q, s, EIO);
         return;
     } else {
-        queue_keep_reply_head(s);
+        queue_keep_reply(s);
         s->state = SLOT_DOOMED;
         s->parked.wakes = true;
     }
@@ -205,7 +202,7 @@ static void park(struct queue *q, struct queue_slot *s)
 
 static void serve(struct queue *q, struct queue_slot *s)
 {
-    enum req_verdict verdict = fuse_session_serve(q->session, &q->worker, &s->req);
+    enum req_verdict verdict = q->kind->serve(q, &s->req);
 
     if (verdict == REQ_PARKED)
         park(q, s);
@@ -217,7 +214,7 @@ static void serve(struct queue *q, struct queue_slot *s)
 static int load_request(struct queue *q, struct queue_slot *s, const struct vring_chain *c)
 {
     struct req *r = &s->req;
-    uint32_t head = c->in_bytes < sizeof(r->in) ? c->in_bytes : (uint32_t)sizeof(r->in);
+    uint32_t due = q->kind->header_bytes, head = c->in_bytes < due ? c->in_bytes : due;
     int rc;
 
     s->n_in = c->n_in;
@@ -235,13 +232,14 @@ static int load_request(struct queue *q, struct queue_slot *s, const struct vrin
     r->step = 0;
     r->ops = &queue_req_ops;
     store_wait_init(&r->wait, queue_wake, s);
-    r->wait.who = (uintptr_t)q->session;
+    r->wait.who = q->common->who;
     static_assert(offsetof(struct req, args) == offsetof(struct req, in) + sizeof(r->in), "one copy fills both");
-    rc = copy_in(s, 0, (uint8_t *)r + offsetof(struct req, in), head + r->args_len);
+    rc = copy_in(s, 0, (uint8_t *)r + (due != 0 ? offsetof(struct req, in) : offsetof(struct req, args)),
+                 head + r->args_len);
     if (r->args_len < REQ_ARGS_MAX)
         r->args[r->args_len] = 0;
     r->args_nul = 0;
-    r->session_gen = fuse_session_gen(q->session);
+    r->session_gen = q->session != NULL ? fuse_session_gen(q->session) : 0;
     return rc;
 }
 
@@ -287,9 +285,9 @@ void queue_fetch_head(struct queue *q, uint16_t head, bool again, int64_t now)
     s->req.once = inflight_once(&q->inflight, head);
     s->parked.deadline_us = now + q->deadline_us;
     s->req.wait.deadline_us = s->parked.deadline_us;
-    s->req.wait.session = (uintptr_t)q->session;
-    if (q->chain.in_bytes < sizeof(s->req.in) || q->chain.in_bytes > REQUEST_BYTES_MAX ||
-        q->chain.out_bytes > REQUEST_BYTES_MAX)
+    s->req.wait.session = q->common->who;
+    if (q->chain.in_bytes < q->kind->request_bytes_min || q->chain.in_bytes > q->kind->request_bytes_max ||
+        q->chain.out_bytes > q->kind->request_bytes_max)
         fail(q, s, EINVAL);
     else if (again && inflight_is_fatal(&q->inflight, head))
         give_up(q, s);

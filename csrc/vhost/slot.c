@@ -43,9 +43,29 @@ bool queue_keep_segs(struct queue_slot *s)
     return false;
 }
 
-/* The out header lies in at most as many ranges as it has bytes. */
-void queue_keep_reply_head(struct queue_slot *s)
+/* The last writable byte alone. */
+static void keep_reply_end(struct queue_slot *s)
 {
+    const struct vring_seg *last = NULL;
+
+    for (uint32_t i = 0; i < s->n_out; i++)
+        if (s->segs[s->n_in + i].len != 0)
+            last = &s->segs[s->n_in + i];
+    s->n_in = s->n_out = s->req.out_cap = 0;
+    if (last != NULL) {
+        s->own[0] = (struct vring_seg){ .gpa = last->gpa + last->len - 1, .len = 1 };
+        s->n_out = s->req.out_cap = 1;
+    }
+    s->segs = s->own;
+}
+
+/* The out header lies in at most as many ranges as it has bytes. */
+void queue_keep_reply(struct queue_slot *s)
+{
+    if (s->queue->kind->reply_at_end) {
+        keep_reply_end(s);
+        return;
+    }
     uint32_t n = s->n_out < sizeof(struct fuse_out_header) ? s->n_out : (uint32_t)sizeof(struct fuse_out_header);
 
     memcpy(s->own, s->segs + s->n_in, n * sizeof(s->own[0]));

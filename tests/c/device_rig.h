@@ -159,7 +159,8 @@ static inline void set_rings(struct rig *r, bool log)
 
 static inline void plug(struct rig *r)
 {
-    r->dev = vnd_device_new(r->fix.e, r->vfs, QUEUES, r->err, sizeof(r->err));
+    r->dev = vnd_device_new(&(vnd_device_cfg){ .engine = r->fix.e, .vfs = r->vfs, .queue_count = QUEUES }, r->err,
+                            sizeof(r->err));
     CHECK(r->dev);
     memset(&r->st, 0, sizeof(r->st));
     r->st.features = 1ull << 32 | 1ull << 30 | F_EVENT_IDX | 1ull << 28;

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # verb -> help line; the module is virtiofsd_nydus.cli.<verb>
 VERBS = {
     "virtiofs": "vhost-user virtio-fs daemon (nydusd's and virtiofsd's flags)",
+    "block": "vhost-user block device of one image, for the guest's own EROFS",
     "upgrade": "have running daemons go on with this version",
     "fuse": "daemon for a mount on this host (nydusd's flags)",
     "build": "make a Nydus image from a directory or a tar",
@@ -34,7 +35,7 @@ VERBS = {
     "bench": "measure the engine or whole guests",
 }
 ENDS = (signal.SIGTERM, signal.SIGHUP)
-DAEMONS = ("virtiofs", "fuse")  # they have an end of their own for signals
+DAEMONS = ("virtiofs", "block", "fuse")  # they have an end of their own for signals
 # First arguments that mean `virtiofs` when no verb is given (virtiofsd's own calling convention)
 VIRTIOFS_FLAGS = ("--fd", "--socket-path", "--print-capabilities")
 

@@ -49,6 +49,12 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def run(args: "argparse.Namespace") -> int:
+    args.device = "fs"
+    return start(args)
+
+
+def start(args: "argparse.Namespace") -> int:
+    """Serves devices of kind args.device, until the end; the exit status."""
     if args.print_capabilities:
         print('{"type": "fs", "features": ["migrate-precopy"]}')
         return 0
@@ -96,6 +102,7 @@ def _serve(args: "argparse.Namespace", sock: str | None, api_listener: "UnixList
         poll_us=args.poll_us,
         allow_unverified=args.allow_unverified,
         seccomp=args.seccomp,
+        device=args.device,
     )
     if args.config and image is None:
         service.migration_config = lambda: load_config(args.config)  # mounts by the API bring theirs

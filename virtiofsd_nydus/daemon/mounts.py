@@ -216,6 +216,7 @@ class MountTable:
         self._closing = False
         self._busy: set[str] = set()  # mount points that a change holds
         self._mounts: dict[str, Mount] = {}
+        self._pinned = False
         self._shares: dict[str, Share] = {}
         self._kept: dict[str, dict[str, str]] = {}  # what hot changes gave, by mount point or id
         self.memory: Forgetful = Forgetful()
@@ -400,6 +401,7 @@ class MountTable:
         nothing; what it has open of another goes stale."""
         path = wanted.path
         self.require_image(path)
+        self._require_loose(path)
         with self._changing(path) as vfs:
             old = self.require_image(path)
             Rafs(self._engine, wanted.source).close()  # what cannot be opened must not cost the guest what it has
@@ -546,9 +548,22 @@ class MountTable:
             vfs.next_serial = next_serial
             self.memory.reserve(vfs.kind, next_serial - 1)
 
+    def pinned_image(self) -> Rafs:
+        """The one image that is mounted, which stays: a disk of it is in use. Raises Failure."""
+        with self._lock:
+            if len(self._mounts) != 1 or self._shares:
+                raise Failure("a block device is of one image: give --bootstrap")
+            self._pinned = True
+            return next(iter(self._mounts.values())).image
+
+    def _require_loose(self, path: str) -> None:
+        if self._pinned:
+            raise Failure(f"{path} is the image of a block device, which cannot change under a guest")
+
     def umount(self, path: str) -> None:
         """Takes a mount away; returns once no request is inside it and all of it is freed."""
         self._require_mounted(path)
+        self._require_loose(path)
         with self._changing(path) as vfs:
             self._require_mounted(path)  # still: the change that was waited for may have taken it away
             mount, share = self._mounts.get(path), self._shares.get(path)

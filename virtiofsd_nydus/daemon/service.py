@@ -23,7 +23,7 @@ from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Engine, Vfs, def
 from virtiofsd_nydus.errors import Failure
 from virtiofsd_nydus.listening import UnixListener
 from virtiofsd_nydus.storage.pump import FetchPump
-from virtiofsd_nydus.vhost.device import EngineDevice
+from virtiofsd_nydus.vhost.device import DiskDevice, EngineDevice
 from virtiofsd_nydus.vhost.server import VhostServer
 
 TYPE_CHECKING = False
@@ -114,8 +114,9 @@ class Service:
         poll_us: int = 0,
         allow_unverified: bool = False,
         seccomp: str | None = None,
+        device: str = "fs",
     ) -> None:
-        self.log = log
+        self.log, self.device_kind = log, device
         self._supervisor = supervisor
         self._exit_reader, self._exit_writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)  # a byte: end wait()
         self.engine = Engine(
@@ -160,7 +161,7 @@ class Service:
 
     def _open_vhost(self, vfs: Vfs, sockets: Sockets, ended: "Callable[[], None] | None") -> None:
         self._vhost = VhostServer(
-            lambda: EngineDevice(self.engine, vfs, QUEUES),
+            lambda: self.make_device(self.device_kind),
             path=sockets.sock,
             fd=sockets.fd,
             say=self.log.say,
@@ -172,6 +173,15 @@ class Service:
 
     def _count_front_ends(self) -> int:
         return self._vhost.count_connections() if self._vhost else 0
+
+    def make_device(self, kind: str) -> EngineDevice:
+        """A device for one front-end: fs of the mount table, blk of the one image that is mounted. Raises Failure."""
+        assert self.table.vfs is not None
+        if kind == "fs":
+            return EngineDevice(self.engine, self.table.vfs, QUEUES)
+        if kind != "blk":
+            raise Failure(f"there are no devices of kind {kind!r}")
+        return DiskDevice(self.engine, self.table.vfs, QUEUES, self.table.pinned_image())
 
     def _run(self, **where: object) -> None:
         """Answers all sockets from here on."""

@@ -55,6 +55,7 @@ class RemoteDevice:
         self._owner, self.id, self.kind = owner, number, kind
         self._features: int = owner.facts["features"][kind]
         self.queue_count: int = owner.facts["queues"][kind]
+        self._config = bytes.fromhex(owner.facts.get("config", {}).get(kind, ""))
         self.worker: Worker | None = None  # the one that has the device as the session left it
         self._restoring: Worker | None = None
         self._sent = Sent()
@@ -67,11 +68,15 @@ class RemoteDevice:
     def features(self) -> int:
         return self._features
 
+    def config(self) -> bytes:
+        return self._config
+
     def fits(self, facts: "Body") -> bool:
         """Whether a worker with these facts can go on with it."""
         features = facts.get("features", {}).get(self.kind, 0)
         used = self._state.features if self._state is not None else 0
-        return not used & ~features and facts.get("queues", {}).get(self.kind) == self.queue_count
+        same = facts.get("config", {}).get(self.kind, "") == self._config.hex()
+        return same and not used & ~features and facts.get("queues", {}).get(self.kind) == self.queue_count
 
     # ---- what the session calls
 

@@ -298,7 +298,7 @@ class Keeper:
             for listener in self._listeners:
                 self._watch_listener(listener)
             if self._connected_fd is not None:
-                self._begin(self._connected_fd, "fs")
+                self._begin(self._connected_fd, str(self._args["device"]))
 
     def warm(self) -> None:
         if self.template is not None:

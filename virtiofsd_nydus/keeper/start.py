@@ -72,11 +72,11 @@ def _add_sockets(keeper: "Keeper", args: "argparse.Namespace") -> None:
     path = args.sock or args.socket_path
     if path is not None:
         listener = UnixListener(path, "socket", BACKLOG)
-        keeper.add_listener(listener.socket, "fs", listener)
+        keeper.add_listener(listener.socket, args.device, listener)
         return
     sock, listens = adopt_fd(args.fd)
     if listens:
-        keeper.add_listener(sock, "fs")
+        keeper.add_listener(sock, args.device)
     else:
         keeper.add_connected(sock)
 

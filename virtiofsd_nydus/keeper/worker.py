@@ -17,12 +17,13 @@ from virtiofsd_nydus.daemon.migration import Migration
 from virtiofsd_nydus.daemon.mounts import Forgetful, ImageMount, MountRecord
 from virtiofsd_nydus.daemon.process import open_log, prepare_process, read_image
 from virtiofsd_nydus.daemon.service import QUEUES, STOP_DEADLINE_S, Service, set_switch_interval
-from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, create_ledger
+from virtiofsd_nydus.engine import SESSION_MIXED, SESSION_RAFS, Disk, create_ledger
 from virtiofsd_nydus.errors import Failure, UsageFailure
 from virtiofsd_nydus.keeper import protocol
 from virtiofsd_nydus.keeper.protocol import Channel, Message
 from virtiofsd_nydus.storage.config import load_config
-from virtiofsd_nydus.vhost.device import EngineDevice
+from virtiofsd_nydus.vhost.blk import pack_config
+from virtiofsd_nydus.vhost.device import DiskDevice, EngineDevice
 from virtiofsd_nydus.vhost.messages import close_all
 from virtiofsd_nydus.vhost.state import ApplyFailure, DeviceState
 
@@ -38,7 +39,6 @@ DEVICE_CALLS = (
     protocol.TRANSFERRED,
     protocol.CLOSE,
 )
-KINDS = ("fs",)  # of devices; protocol.OPEN names one
 UPGRADE_WAIT_S = 60.0  # the keeper gives up before
 RECORD_WAIT_S = 30.0  # for the keeper to keep a record: it does so in microseconds, or it is gone
 
@@ -194,6 +194,7 @@ class Worker(Service):
             poll_us=args.poll_us,
             allow_unverified=args.allow_unverified,
             seccomp=args.seccomp,
+            device=args.device,
         )
         if args.config and not args.bootstrap:
             self.migration_config = lambda: load_config(args.config)  # mounts by the API bring theirs
@@ -220,11 +221,19 @@ class Worker(Service):
             self._open_first(image)
         if listener is not None:
             self._api = make_server(self, listener)
-        self._channel.send(
-            protocol.READY, {"features": {"fs": EngineDevice.features()}, "queues": {"fs": QUEUES}, "saves": True}
-        )
+        self._channel.send(protocol.READY, self._facts())
         if not start.body.get("waits"):
             self.go()
+
+    def _facts(self) -> "Body":
+        """Of the kind of device that is served."""
+        kind = self.device_kind
+        if kind == "fs":
+            return {"features": {kind: EngineDevice.features()}, "queues": {kind: QUEUES}, "saves": True}
+        disk = Disk(self.table.pinned_image())
+        config = pack_config(disk.size_bytes, QUEUES)
+        disk.close()
+        return {"features": {kind: DiskDevice.features()}, "queues": {kind: QUEUES}, "config": {kind: config.hex()}}
 
     def _open_first(self, image: ImageMount | None) -> None:
         args = self._args
@@ -286,11 +295,7 @@ class Worker(Service):
             self._devices.pop(device.number, None)
 
     def make_device(self, kind: str) -> EngineDevice:
-        """Raises Failure for a kind that this version does not have."""
-        if kind not in KINDS:
-            raise Failure(f"there are no devices of kind {kind!r}")
-        assert self.table.vfs is not None
-        device = EngineDevice(self.engine, self.table.vfs, QUEUES)
+        device = super().make_device(kind)
         device.migrator = Migration(device, self.table, self.log, self.migration_config, self._count_devices)
         return device
 

@@ -2,16 +2,20 @@
 
 import os
 
-from virtiofsd_nydus.engine import ERR_MAX, Engine, Vfs, ffi, lib, require, text_of
+from virtiofsd_nydus.engine import ERR_MAX, Disk, Engine, Rafs, Vfs, ffi, lib, require, text_of
 from virtiofsd_nydus.errors import Cause, Failure
+from virtiofsd_nydus.vhost.blk import pack_config
 from virtiofsd_nydus.vhost.sessionstate import InitResult
 from virtiofsd_nydus.vhost.state import ApplyFailure, DeviceState
 from virtiofsd_nydus.vhost.transfer import Transfer, receiving, sending
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from virtiofsd_nydus.vhost.state import Migrator
 
+DISK_ID = b"nydus"  # what a guest finds as the disk's serial number
 # A ring that stops waits this long for reads that have missed; QEMU's main loop stands still meanwhile.
 DRAIN_MS = 200
 RING_MAX: int = lib.VND_RING_MAX
@@ -53,13 +57,23 @@ class EngineDevice:
     """One front-end's device over a mount table that others share. Not for several threads at once."""
 
     def __init__(self, engine: Engine, vfs: Vfs, queue_count: int) -> None:
-        err = ffi.new("char[]", ERR_MAX)
         self.queue_count = queue_count
         self.migrator: Migrator | None = None
         self._transfer: Transfer | None = None
-        self._handle = lib.vnd_device_new(engine.handle, vfs.handle, queue_count, err, ERR_MAX)
-        require(self._handle != ffi.NULL, err)
+        self._handle = self._make(engine, vfs)
         self._raw = ffi.new("vnd_device_state *")
+
+    def _make(self, engine: Engine, vfs: Vfs, disk: Disk | None = None) -> "Any":
+        """disk: it is a device of kind blk."""
+        err = ffi.new("char[]", ERR_MAX)
+        name = ffi.new("char[]", DISK_ID)
+        cfg = ffi.new("vnd_device_cfg *")
+        cfg.engine, cfg.vfs, cfg.blk_id, cfg.queue_count = engine.handle, vfs.handle, name, self.queue_count
+        if disk is not None:
+            cfg.kind, cfg.disk = lib.VND_DEVICE_BLK, disk.handle
+        handle = lib.vnd_device_new(cfg, err, ERR_MAX)
+        require(handle != ffi.NULL, err)
+        return handle
 
     def set_number(self, number: int) -> None:
         """How log lines name its front-end. Before the first apply()."""
@@ -68,8 +82,12 @@ class EngineDevice:
     @staticmethod
     def features() -> int:
         """virtio feature bits that may be offered."""
-        bits: int = lib.vnd_device_features()
+        bits: int = lib.vnd_device_features(lib.VND_DEVICE_FS)
         return bits
+
+    def config(self) -> bytes:
+        """Its configuration space; empty: the front-end makes it."""
+        return b""
 
     def apply(self, state: DeviceState) -> "tuple[()]":
         """Makes the device be so; bases of stopped rings are written into state. Raises ApplyFailure."""
@@ -178,3 +196,36 @@ class EngineDevice:
         handle, self._handle = self._handle, None
         if handle is not None:
             lib.vnd_device_free(handle)
+
+
+class DiskDevice(EngineDevice):
+    """One front-end's virtio-blk device. The image must outlive it. Raises Failure for one that is no disk."""
+
+    def __init__(self, engine: Engine, vfs: Vfs, queue_count: int, image: Rafs) -> None:
+        self._disk = Disk(image)
+        self._config = pack_config(self._disk.size_bytes, queue_count)
+        super().__init__(engine, vfs, queue_count)
+
+    def _make(self, engine: Engine, vfs: Vfs, disk: Disk | None = None) -> "Any":
+        try:
+            return super()._make(engine, vfs, self._disk)
+        except BaseException:
+            self._disk.close()
+            raise
+
+    @staticmethod
+    def features() -> int:
+        bits: int = lib.vnd_device_features(lib.VND_DEVICE_BLK)
+        return bits
+
+    def config(self) -> bytes:
+        return self._config
+
+    @property
+    def saves(self) -> bool:
+        """There is no session; what a ring has in flight is in its region."""
+        return False
+
+    def close(self) -> None:
+        super().close()
+        self._disk.close()

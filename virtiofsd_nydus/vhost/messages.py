@@ -31,6 +31,8 @@ SET_PROTOCOL_FEATURES = 16
 GET_QUEUE_NUM = 17
 SET_VRING_ENABLE = 18
 SET_BACKEND_REQ_FD = 21
+GET_CONFIG = 24
+SET_CONFIG = 25
 GET_INFLIGHT_FD = 31
 SET_INFLIGHT_FD = 32
 RESET_DEVICE = 34
@@ -55,6 +57,7 @@ P_MQ = 1 << 0
 P_LOG_SHMFD = 1 << 1
 P_REPLY_ACK = 1 << 3
 P_BACKEND_REQ = 1 << 5
+P_CONFIG = 1 << 9  # QEMU 7.1 to 8.0 crash where a device of virtio-fs offers it
 P_BACKEND_SEND_FD = 1 << 10
 P_INFLIGHT_SHMFD = 1 << 12
 P_RESET_DEVICE = 1 << 13
@@ -92,6 +95,7 @@ REGION = struct.Struct("=QQQQ")  # guest address, bytes, user address, offset in
 SINGLE_REGION = struct.Struct("=QQQQQ")  # padding, then a region
 LOG = struct.Struct("=QQ")  # bytes, offset
 DEVICE_STATE = struct.Struct("=II")  # direction, phase
+CONFIG_HEAD = struct.Struct("=III")  # offset, bytes, flags; then the bytes
 INFLIGHT = struct.Struct("=QQHH")  # bytes, offset, queues, entries; some senders pad it to 24
 
 

@@ -45,6 +45,7 @@ class Session:
 
     def __init__(self, sock: socket.socket, device: "Device", say: "Say") -> None:
         self._offered = m.PROTOCOL_FEATURES | (m.P_DEVICE_STATE if device.saves else 0)
+        self._offered |= m.P_CONFIG if device.config() else 0
         self._sock = sock
         self._device = device
         self._say = say
@@ -162,6 +163,22 @@ class Session:
 
     def _get_max_mem_slots(self, message: Message) -> "Reply":
         return (m.U64.pack(m.MEMORY_SLOTS),)
+
+    def _get_config(self, message: Message) -> "Reply":
+        self._check_config(message)
+        config = self._device.config()
+        offset, size, flags = m.CONFIG_HEAD.unpack_from(message.payload)
+        if size > len(message.payload) - m.CONFIG_HEAD.size or offset > len(config) or size > len(config) - offset:
+            return (b"",)  # how an error is told here
+        return (m.CONFIG_HEAD.pack(offset, size, flags) + config[offset : offset + size],)
+
+    def _check_config(self, message: Message) -> None:
+        if not self._offered & m.P_CONFIG or len(message.payload) < m.CONFIG_HEAD.size:
+            raise m.malformed(f"request {message.request} has {len(message.payload)} bytes, or was never offered")
+
+    def _set_config(self, message: Message) -> None:
+        self._check_config(message)
+        raise Refusal("the configuration space cannot be written to")
 
     def _set_owner(self, message: Message) -> None:
         pass
@@ -394,6 +411,7 @@ _ANSWERED = (
     m.GET_VRING_BASE,
     m.GET_PROTOCOL_FEATURES,
     m.GET_QUEUE_NUM,
+    m.GET_CONFIG,
     m.GET_INFLIGHT_FD,
     m.GET_MAX_MEM_SLOTS,
     m.SET_DEVICE_STATE_FD,
@@ -421,6 +439,8 @@ _HANDLERS: "dict[int, Handler]" = {
     m.GET_QUEUE_NUM: (Session._get_queue_num, _ANY_SIZE, _NO_FD),
     m.SET_VRING_ENABLE: (Session._set_vring_enable, _STATE, _NO_FD),
     m.SET_BACKEND_REQ_FD: (Session._set_backend_req_fd, _ANY_SIZE, _ONE_FD),
+    m.GET_CONFIG: (Session._get_config, _ANY_SIZE, _NO_FD),
+    m.SET_CONFIG: (Session._set_config, _ANY_SIZE, _NO_FD),
     m.GET_INFLIGHT_FD: (Session._get_inflight_fd, (m.INFLIGHT.size, 24), _NO_FD),
     m.SET_INFLIGHT_FD: (Session._set_inflight_fd, (m.INFLIGHT.size, 24), _ONE_FD),
     m.RESET_DEVICE: (Session._reset_device, _ANY_SIZE, _NO_FD),

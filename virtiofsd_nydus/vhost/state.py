@@ -30,6 +30,9 @@ if TYPE_CHECKING:
         def features(self) -> int:
             """virtio feature bits that may be offered."""
 
+        def config(self) -> bytes:
+            """The device's configuration space; empty: GET_CONFIG is not offered."""
+
         def apply(self, state: "DeviceState") -> "Iterable[None]":
             """Makes the device be so. Writes the bases of rings that stopped. Raises ApplyFailure."""
 

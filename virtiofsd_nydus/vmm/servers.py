@@ -188,6 +188,7 @@ class NydusDaemon(Server):
     """
 
     name = "virtiofsd-nydus"
+    verb = "virtiofs"
 
     def __init__(self, options: Sequence[str], *, die_with_parent: bool = False) -> None:
         super().__init__(die_with_parent=die_with_parent)
@@ -199,7 +200,7 @@ class NydusDaemon(Server):
             sys.executable,
             "-m",
             "virtiofsd_nydus.cli.main",
-            "virtiofs",
+            self.verb,
             "--fd",
             str(listener),
             "--apisock",

@@ -39,7 +39,8 @@ static int die(struct rig *r, int fd, bool died)
     CHECK(pread(fd, bytes, size, 0) == (ssize_t)size && pwrite(copy, bytes, size, 0) == (ssize_t)size);
     unplug(r);
     close(fd);
-    r->dev = vnd_device_new(r->fix.e, r->vfs, QUEUES, r->err, sizeof(r->err));
+    r->dev = vnd_device_new(&(vnd_device_cfg){ .engine = r->fix.e, .vfs = r->vfs, .queue_count = QUEUES }, r->err,
+                            sizeof(r->err));
     CHECK(r->dev);
     r->st.inflight_fd = copy;
     r->st.inflight_goes_on = 0xffff;
