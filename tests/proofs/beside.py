@@ -31,7 +31,7 @@ from tests.kernelmount.kernel import KernelMount
 from tests.peers.faulty_server import FaultyServer
 from tests.system.daemon import Daemon, ServedImage
 from tests.system.test_kill import Gone, MortalChannel
-from virtiofsd_nydus.builder.image import build_layer, merge_layers
+from virtiofsd_nydus.builder.image import LayerSource, build_layer, merge_layers
 from virtiofsd_nydus.builder.options import BuildOptions
 from virtiofsd_nydus.cli.build import build_image
 from virtiofsd_nydus.fakeguest.fakeguest import FakeGuest, GuestFault
@@ -115,7 +115,7 @@ def make_layers(directory: Path, random: Random) -> tuple[tuple[Path, dict[str, 
     for size in (CHUNK_BYTES, 1 << 20):
         options = BuildOptions(oci_ref=True, chunk_size=size)
         reference, boot = directory / f"ref-{size}", directory / f"boot-{size}"
-        built = build_layer(layer, options=options, out_blob=reference, kind="tar")
+        built = build_layer(LayerSource(layer, "tar"), options=options, out_blob=reference)
         merge_layers([built], options=options, out_bootstrap=boot)
         raw = reference.read_bytes()
         blobs = {built.blob_info.blob_id: layer.read_bytes(), hashlib.sha256(raw).hexdigest(): raw}
