@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import stat
+import time
 
 from virtiofsd_nydus.errors import Cause, Failure
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PATH_MAX_BYTES = 107  # struct sockaddr_un's sun_path is 108 with its NUL
+ENDING_S = 0.5  # what the last processes of a killed daemon have to end in
 RETRY_S = 0.2  # between two looks for a descriptor
 GONE = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # what accept(2) says of a listener that is none any more
 
@@ -80,12 +82,20 @@ def _remove_stale(path: str, what: str) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise Failure(f"{what} path {path} exists and is not a socket: remove it or use another", Cause.IO)
-    # A datagram socket cannot connect to a stream socket, so a living server is told apart and never disturbed.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
-        code = probe.connect_ex(path)
-    if code != errno.ECONNREFUSED:
+    # The processes of a daemon that was killed hold its sockets for a moment more.
+    until = time.monotonic() + ENDING_S
+    while _is_served(path):
+        if time.monotonic() < until:
+            time.sleep(ENDING_S / 50)
+            continue
         raise Failure(f"{what} {path} is in use by another process: stop it or use another path", Cause.IO)
     os.unlink(path)  # noqa: PTH108
+
+
+def _is_served(path: str) -> bool:
+    """A datagram socket cannot connect to a stream socket, so a living server is told apart and never disturbed."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
+        return probe.connect_ex(path) != errno.ECONNREFUSED
 
 
 def accept_all(listener: socket.socket, stop_fd: int, say: "Callable[[str], None]") -> "Iterator[socket.socket]":

@@ -26,6 +26,13 @@ EARLY_MAX = 1000
 PIPE_LINE_BYTES = 4096
 
 
+def is_pipe(fd: int) -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(fd).st_mode)
+    except OSError:
+        return False
+
+
 class PipeLines:
     """A text stream over a pipe's descriptor, for whole lines: a write never waits."""
 
@@ -42,9 +49,14 @@ class PipeLines:
 
     def flush(self) -> None:
         line, self._text = self._text.encode(errors="backslashreplace"), ""
-        if self._lost and line and self._send(f"{self._lost} lines of the log were lost: its pipe was full\n".encode()):
+        if line:
+            self.put(line)
+
+    def put(self, line: bytes) -> None:
+        """A whole line."""
+        if self._lost and self._send(f"{self._lost} lines of the log were lost: its pipe was full\n".encode()):
             self._lost = 0
-        if line and not self._send(line):
+        if not self._send(line):
             self._lost += 1
 
     def _send(self, line: bytes) -> bool:
@@ -71,9 +83,9 @@ class Log:
         if path:
             self._stream = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115
         try:
-            if stat.S_ISFIFO(os.fstat(self._stream.fileno()).st_mode):
+            if is_pipe(self._stream.fileno()):
                 self._stream = PipeLines(self._stream.fileno())  # type: ignore[assignment]
-        except (AttributeError, OSError, ValueError):
+        except (AttributeError, ValueError):
             pass  # no descriptor behind it
         self._logger: Any = None
 

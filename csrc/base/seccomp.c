@@ -59,7 +59,7 @@ static const struct call {
 /* A program being written. */
 struct program {
     struct sock_filter *at;
-    int n;
+    uint32_t n;
     uint32_t refusal;
 };
 
@@ -139,7 +139,7 @@ int seccomp_program(enum vnd_seccomp mode, enum vnd_thread_kind kind, uint32_t p
 #endif
     /* The kernel remembers which calls are always allowed, so the order of the list costs nothing. */
     for (size_t i = 0; i < N_CALLS; i++) {
-        int skip;
+        uint32_t skip;
 
         if (!(calls[i].kinds & 1u << kind))
             continue;
@@ -150,7 +150,7 @@ int seccomp_program(enum vnd_seccomp mode, enum vnd_thread_kind kind, uint32_t p
             out[skip].jf = (uint8_t)(p.n - skip - 1);
     }
     give(&p, p.refusal);
-    return p.n <= SECCOMP_PROGRAM_MAX ? p.n : -E2BIG;
+    return p.n <= SECCOMP_PROGRAM_MAX ? (int)p.n : -E2BIG;
 }
 
 const char *seccomp_call_name(int number)

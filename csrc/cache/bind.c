@@ -122,11 +122,12 @@ static int bind_overlap(struct bind *b, bool *hit, uint32_t *x, uint32_t *y)
  * fetched is fetched or copied again then. */
 static void name_data(const struct cachefile *c, const struct blobtable *t)
 {
-    char name[BLOBTABLE_NAME_LEN + 1];
+    char has[BLOBTABLE_NAME_LEN + 1] = "", name[BLOBTABLE_NAME_LEN + 1];
+    ssize_t len = c->named ? 0 : fgetxattr(c->data_fd, CACHE_XATTR, has, BLOBTABLE_NAME_LEN);
+    bool none = len < 0 && errno == ENODATA;
 
-    if (!c->named && fgetxattr(c->data_fd, CACHE_XATTR, NULL, 0) < 0 && errno == ENODATA &&
-        !blobtable_name(c->info, t, name))
-        fsetxattr(c->data_fd, CACHE_XATTR, name, BLOBTABLE_NAME_LEN, XATTR_CREATE);
+    if (!c->named && (none || (len > 0 && !strcmp(has, CACHE_XATTR_OPEN))) && !blobtable_name(c->info, t, name))
+        fsetxattr(c->data_fd, CACHE_XATTR, name, BLOBTABLE_NAME_LEN, none ? XATTR_CREATE : XATTR_REPLACE);
 }
 
 static int bind_locked(struct bind *b, struct failure *f)

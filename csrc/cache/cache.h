@@ -62,6 +62,7 @@ struct cachefile_at { /* which file a name led to when it was opened; all 0: non
 #define CACHE_MAP_HEADER 4096u /* bytes before the bits of a chunk map, docs/rafs-format.md 6.2 */
 #define CACHE_XATTR \
     "user.virtiofsd-nydus.table" /* of a data file with the blob's own name: blobtable_name of its table */
+#define CACHE_XATTR_OPEN "-" /* its value while it has none: made by oci/cachefill.py, for the first table that comes */
 
 struct cachefile {
     struct vnd_engine *engine;

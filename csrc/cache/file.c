@@ -199,7 +199,7 @@ static int map_reserve(struct cachefile *c)
 /* ---------------------------------------------------------------- side file */
 
 /* No side file speaks of the data file. Whether it is this table's all the same: it is named after it, or new (a nydusd sizes
- * a file as it makes it), or says so. */
+ * a file as it makes it), or says so, or says that it is the first one's. */
 static bool data_is_ours(const struct cachefile *c, const struct blobtable *t)
 {
     char has[BLOBTABLE_NAME_LEN + 1] = "", name[BLOBTABLE_NAME_LEN + 1];
@@ -207,8 +207,9 @@ static bool data_is_ours(const struct cachefile *c, const struct blobtable *t)
 
     if (c->named || (!fstat(c->data_fd, &st) && !st.st_size))
         return true;
-    return t && fgetxattr(c->data_fd, CACHE_XATTR, has, BLOBTABLE_NAME_LEN) == BLOBTABLE_NAME_LEN &&
-           !blobtable_name(c->info, t, name) && !strcmp(has, name);
+    if (fgetxattr(c->data_fd, CACHE_XATTR, has, BLOBTABLE_NAME_LEN) <= 0)
+        return false;
+    return !strcmp(has, CACHE_XATTR_OPEN) || (t && !blobtable_name(c->info, t, name) && !strcmp(has, name));
 }
 
 /* The side file speaks of this very data file, and of another table of the blob. */

@@ -195,7 +195,7 @@ static int add_blob(struct vnd_disk *d, struct disk_part *p, uint64_t off, uint6
                     int *count)
 {
     const uint32_t *order;
-    uint32_t i;
+    uint32_t i, n;
     int rc = 0;
     struct blobtable *t = table_of(p->blob, out->wait, &rc);
 
@@ -204,8 +204,9 @@ static int add_blob(struct vnd_disk *d, struct disk_part *p, uint64_t off, uint6
     order = order_of(d, p, t);
     if (order == NULL)
         return -ENOMEM;
-    for (i = find_chunk(t, order, p->n, off); off < end && *count < out->max;) {
-        const struct blobtable_chunk *c = i < p->n ? &t->chunk[order[i]] : NULL;
+    n = p->n < t->n ? p->n : t->n; /* the same, but a reader of this code need not know */
+    for (i = find_chunk(t, order, n, off); off < end && *count < out->max;) {
+        const struct blobtable_chunk *c = i < n ? &t->chunk[order[i]] : NULL;
         uint32_t before = out->bytes;
 
         if (c == NULL || c->uoff > off) {

@@ -304,7 +304,9 @@ static int start_read_ahead(struct vnd_passthrough *p, struct store_wait *w, str
     pthread_mutex_unlock(&p->lock);
     rc = pt_run(&p->fs, w, run_read_ahead, r);
     if (rc != -EINPROGRESS) {
-        pt_file_put(p, f);
+        pthread_mutex_lock(&p->lock);
+        f->refs--; /* never the last: the caller has one */
+        pthread_mutex_unlock(&p->lock);
         free(r);
     }
     return rc;

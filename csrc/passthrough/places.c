@@ -29,13 +29,13 @@ static bool same_birth(const struct pt_place *p, const struct statx *sx)
 bool pt_place_set(struct pt_node *n, uint64_t dir, const char *name, const struct statx *sx)
 {
     uint32_t len = (uint32_t)strlen(name);
-    struct pt_place *p = n->place;
+    struct pt_place *p = n->place, *grown;
 
     if (!p || p->name_len != len) {
-        p = realloc(p, sizeof(*p) + len + 1);
-        if (!p)
+        grown = realloc(p, sizeof(*p) + len + 1);
+        if (!grown)
             return false;
-        n->place = p;
+        n->place = p = grown;
         p->name_len = len;
     }
     p->dir = dir;

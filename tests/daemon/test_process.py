@@ -43,7 +43,7 @@ class Daemon:
             try:
                 if self.call("GET", "/api/v1/daemon")[1]["state"] == "RUNNING":
                     break
-            except (FileNotFoundError, ConnectionRefusedError):
+            except (FileNotFoundError, ConnectionError):  # reset: a process of the last one was still ending
                 assert time.monotonic() < end
         with socket.socket(socket.AF_UNIX) as front:
             os.chdir(self.sock.parent)  # its path may be too long for an address

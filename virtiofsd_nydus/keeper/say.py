@@ -10,10 +10,12 @@ LINE_MAX_BYTES = logs.PIPE_LINE_BYTES
 
 
 class LightLog:
-    """Lines on a descriptor that stays the caller's. A line that its reader does not take is lost. One thread."""
+    """Lines on a descriptor that stays the caller's. A line that its reader does not take is lost. One thread, which
+    all guests need: it never waits for a pipe's reader."""
 
     def __init__(self, fd: int, level: str, form: str) -> None:
         self._fd, self._json = fd, form == "json"
+        self._pipe = logs.PipeLines(fd) if logs.is_pipe(fd) else None
         self.level = logs.LEVELS[level.lower()]
 
     def say(self, level: int, event: str, **fields: object) -> None:
@@ -34,6 +36,9 @@ class LightLog:
         if len(line) > LINE_MAX_BYTES:
             line = line[: LINE_MAX_BYTES - 5] + b" ...\n"
         try:
-            os.write(self._fd, line)
+            if self._pipe is not None:
+                self._pipe.put(line)
+            else:
+                os.write(self._fd, line)
         except OSError:  # full, or its reader is gone: serving goes on
             pass

@@ -15,6 +15,7 @@ from virtiofsd_nydus.rafs.chunktable import ChunkTable
 
 MAP_HEADER = struct.Struct("<IIII")
 MAP_HEADER_BYTES = 4096
+TABLE_XATTR, TABLE_OPEN = "user.virtiofsd-nydus.table", b"-"  # csrc/cache/cache.h: for the first table that comes
 MAP_MAGIC, MAP_MAGIC2, MAP_ALL = 0x424D4150, 0x434D4150, 0x4D4D4150
 
 
@@ -64,6 +65,10 @@ class CacheFill:
         try:
             os.ftruncate(self._fd, size_bytes)
             os.fchmod(self._fd, 0o644)
+            with contextlib.suppress(
+                OSError
+            ):  # without it the engine copies what it reads: never wrong, twice the disk
+                os.setxattr(self._fd, TABLE_XATTR, TABLE_OPEN)
             handle, temporary = tempfile.mkstemp(dir=self._directory, prefix=f".{self._blob_id[:12]}.map-")
             try:
                 with os.fdopen(handle, "wb") as file:
