@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+GROUP_MODE = 0o660
 PATH_MAX_BYTES = 107  # struct sockaddr_un's sun_path is 108 with its NUL
 ENDING_S = 0.5  # what the last processes of a killed daemon have to end in
 RETRY_S = 0.2  # between two looks for a descriptor
@@ -23,23 +24,27 @@ GONE = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)  # what accept(2) says of a l
 class UnixListener:
     """A socket that listens at path. what: how messages name it ("socket", "API socket").
 
-    A socket file without a living server is replaced; one that another process listens on is left alone. Raises
-    Failure.
+    A socket file without a living server is replaced; one that another process listens on is left alone. group: the
+    file is given to this group, whose members may connect. Raises Failure.
     """
 
-    def __init__(self, path: str, what: str, backlog: int) -> None:
+    def __init__(self, path: str, what: str, backlog: int, group: str | None = None) -> None:
         raw = os.fsencode(path)
         if len(raw) > PATH_MAX_BYTES:
             raise Failure(
                 f"{what} path {path} has {len(raw)} bytes, at most {PATH_MAX_BYTES} are possible: use a shorter one",
                 Cause.IO,
             )
+        gid = None if group is None else _find_group(group)
         self.path = path
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             _remove_stale(path, what)
             self.socket.bind(raw)
             self._inode = os.stat(path).st_ino  # noqa: PTH116
+            if gid is not None:  # a socket that does not listen yet refuses every process
+                os.chown(path, -1, gid, follow_symlinks=False)
+                os.chmod(path, GROUP_MODE)  # noqa: PTH101
             self.socket.listen(backlog)
         except OSError as error:
             self.socket.close()
@@ -73,6 +78,15 @@ class UnixListener:
         if self.socket.fileno() >= 0:
             self.remove()
             self.socket.close()
+
+
+def _find_group(name: str) -> int:
+    import grp
+
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        raise Failure(f"--socket-group {name}: this host has no such group", Cause.IO) from None
 
 
 def _remove_stale(path: str, what: str) -> None:

@@ -4,6 +4,7 @@ Only what must be known before RUNNING is imported here.
 """
 
 from virtiofsd_nydus.cli import virtiofs
+from virtiofsd_nydus.cli.words import check_words
 from virtiofsd_nydus.errors import UsageFailure
 
 TYPE_CHECKING = False
@@ -16,6 +17,7 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
 
 
 def run(args: "argparse.Namespace") -> int:
+    check_words(args)
     if not args.bootstrap:
         raise UsageFailure("give --bootstrap IMAGE: a block device is of one image")
     if args.shared_dir or args.virtual_mountpoint != "/":

@@ -36,7 +36,7 @@ VERBS = {
 }
 ENDS = (signal.SIGTERM, signal.SIGHUP)
 DAEMONS = ("virtiofs", "block", "fuse")  # they have an end of their own for signals
-# First arguments that mean `virtiofs` when no verb is given (virtiofsd's own calling convention)
+# Flags that mean `virtiofs` when no verb is given (virtiofsd's own calling convention)
 VIRTIOFS_FLAGS = ("--fd", "--socket-path", "--print-capabilities")
 
 
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(version_text())
         return 0
-    if words[0].split("=", 1)[0] in VIRTIOFS_FLAGS:
+    if words[0].startswith("-") and any(word.split("=", 1)[0] in VIRTIOFS_FLAGS for word in words):
         words.insert(0, "virtiofs")
     elif words[0].startswith("-"):
         words.insert(0, "fuse")  # nydusd's calling convention

@@ -8,6 +8,7 @@ import sys
 
 from virtiofsd_nydus import __version__
 from virtiofsd_nydus.arguments import add_daemon_arguments
+from virtiofsd_nydus.cli.words import add_words, check_words
 from virtiofsd_nydus.errors import Failure, UsageFailure
 
 # Longer than a wake-up takes, shorter than a guest that thinks between two requests (docs/performance.md).
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: "argparse.ArgumentParser") -> None:
     where = parser.add_argument_group("socket (one of)")
     where.add_argument("--sock", metavar="PATH", help="listen for the VMM on this unix socket")
-    where.add_argument("--socket-path", metavar="PATH", help="the same, as virtiofsd calls it")
+    where.add_argument("--socket-path", "--socket", metavar="PATH", help="the same, as virtiofsd calls it")
     where.add_argument("--fd", type=int, metavar="N", help="use an inherited socket, listening or connected")
     add_daemon_arguments(parser)
     parser.add_argument(
@@ -46,10 +47,12 @@ def add_arguments(parser: "argparse.ArgumentParser") -> None:
     tolerated.add_argument("--thread-num", "--fuse-threads", type=int)
     tolerated.add_argument("--tag")
     tolerated.add_argument("--print-capabilities", action="store_true", help="print what a VMM manager asks, exit 0")
+    add_words(parser, tolerated)
 
 
 def run(args: "argparse.Namespace") -> int:
     args.device = "fs"
+    check_words(args)
     return start(args)
 
 
@@ -66,6 +69,8 @@ def start(args: "argparse.Namespace") -> int:
     if args.shared_dir and (args.bootstrap or args.config or args.localfs_dir):
         raise UsageFailure("--shared-dir shares a host directory: it takes no --bootstrap, --config or --localfs-dir")
 
+    if args.socket_group and (sock is None or not args.keeper):
+        raise UsageFailure("--socket-group: only for a socket that the daemon makes, and not with --no-keeper")
     if not args.apisock:
         return _serve(args, sock, None)
 

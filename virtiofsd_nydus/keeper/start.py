@@ -71,7 +71,7 @@ def _add_sockets(keeper: "Keeper", args: "argparse.Namespace") -> None:
 
     path = args.sock or args.socket_path
     if path is not None:
-        listener = UnixListener(path, "socket", BACKLOG)
+        listener = UnixListener(path, "socket", BACKLOG, args.socket_group)
         keeper.add_listener(listener.socket, args.device, listener)
         return
     sock, listens = adopt_fd(args.fd)
