@@ -5,6 +5,7 @@ import grp
 import importlib.resources
 import json
 import os
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,10 @@ def test_discovery_file_names_what_the_program_prints(capsys: pytest.CaptureFixt
         "binary",
     }
     assert Path(found["binary"]).is_absolute() and Path(found["binary"]).name == "virtiofsd-nydus"
+
+
+def test_wheel_installs_the_discovery_file_where_qemu_has_them() -> None:
+    project = Path(__file__).parents[2]
+    setuptools = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["setuptools"]
+    (name,) = setuptools["data-files"]["share/qemu/vhost-user"]
+    assert (project / name).is_file() and name.rpartition("/")[2] == "50-virtiofsd-nydus.json"
