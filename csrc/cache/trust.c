@@ -10,9 +10,9 @@
 
 static bool marked_in(const uint8_t *map, uint32_t i)
 {
-    const _Atomic uint8_t *bits = (const _Atomic uint8_t *)(map + CACHE_MAP_HEADER);
+    const _Atomic uint8_t *bits = map ? (const _Atomic uint8_t *)(map + CACHE_MAP_HEADER) : NULL;
 
-    return atomic_load_explicit(&bits[i >> 3], memory_order_acquire) & (0x80 >> (i & 7));
+    return bits && atomic_load_explicit(&bits[i >> 3], memory_order_acquire) & (0x80 >> (i & 7));
 }
 
 bool cachefile_marked(const struct cachefile *c, uint32_t i)

@@ -263,7 +263,8 @@ uint32_t vnd_blob_ready_map(vnd_blob *b, uint8_t *bits, size_t bytes)
 {
     struct blobtable *t = atomic_load_explicit(&b->table, memory_order_acquire);
 
-    memset(bits, 0, bytes);
+    if (bytes > 0) /* else bits may be NULL: the count alone is asked */
+        memset(bits, 0, bytes);
     for (uint32_t i = 0; t && i < t->n && i / 8 < bytes; i++)
         if (t->chunk[i].usize && cachefile_ready(b->cache, i))
             bits[i / 8] |= (uint8_t)(1u << i % 8);
